@@ -1,0 +1,197 @@
+//! Running one entry's tasks on one thread.
+
+use std::ops::Range;
+
+use super::attention::{AttentionCall, AttentionPath, AttentionPlan, AttentionScratch, KvStorage};
+use super::elementwise::Elementwise;
+use super::holdings::{Buffer, FORMS, RopeTable, Slots};
+use super::program::{Entry, Planned};
+use super::sampling::{SamplingScratch, sample_row};
+use crate::aligned::AlignedBuf;
+use crate::isa::Isa;
+use crate::linear::TileScratch;
+use crate::ops::{AttentionSpec, HeadShape, QkNorm, Rows, Sampled, StepBatch, Store};
+use crate::packed::PackedMatrix;
+
+/// Everything a step reads, and the buffers it writes through shared pointers. Threads are kept apart by what an entry's tasks
+/// are: whole rows, tiles of a linear's output, heads of a sequence. Entries are kept apart by the stages of the pool.
+pub(super) struct Holdings {
+    pub isa: Isa,
+    pub rows: Elementwise,
+    pub matrices: Vec<PackedMatrix>,
+    pub vectors: Vec<AlignedBuf<f32>>,
+    pub ropes: Vec<RopeTable>,
+    pub buffers: Vec<Buffer>,
+    /// With the instruction path of their attention.
+    pub caches: Vec<(KvStorage, AttentionPath)>,
+    /// One for each head shape that was used; `bool` tells whether it is built for this step.
+    pub plans: Vec<(HeadShape, AttentionPlan, bool)>,
+    pub batch: StepBatch,
+    /// One for each sampled row.
+    pub sampled: Slots<Sampled>,
+    /// One for each thread, each.
+    pub tile_scratch: Slots<TileScratch>,
+    pub sampling_scratch: Slots<SamplingScratch>,
+    pub attention_scratch: Slots<AttentionScratch>,
+}
+
+impl Holdings {
+    /// Rows of this kind in the step.
+    pub fn count(&self, rows: Rows) -> usize {
+        match rows {
+            Rows::Tokens => self.batch.tokens.len(),
+            Rows::Samples => self.batch.samples.len(),
+        }
+    }
+
+    /// # Safety
+    /// `planned` was checked against the shapes held here, all entries before it are complete, each of its tasks is run once,
+    /// and `thread` is this thread's alone.
+    #[inline]
+    pub unsafe fn run(&self, planned: &Planned, tasks: Range<usize>, thread: usize) {
+        // SAFETY: passed on. Tasks of the entries by row write (and convert) the rows of their range; `Shapes` has checked that
+        // input and output are different buffers.
+        unsafe {
+            match planned.entry {
+                Entry::Embedding { table, out } => {
+                    let (table, out) = (&self.matrices[table as usize], &self.buffers[out as usize]);
+                    for r in tasks {
+                        // Shapes are checked: the token is a row of the table and the buffer has its width.
+                        let _ = table.dequantize_row(self.batch.tokens[r] as usize, out.row_mut(r));
+                        self.convert(planned.forms, out, r);
+                    }
+                }
+                Entry::RmsNorm { x, weight, eps, out } => {
+                    let (x, out) = (&self.buffers[x as usize], &self.buffers[out as usize]);
+                    for r in tasks {
+                        self.rows.rms_norm(x.row(r), &self.vectors[weight as usize], eps, out.row_mut(r));
+                        self.convert(planned.forms, out, r);
+                    }
+                }
+                Entry::SiluAndMul { gate_up, out } => {
+                    let (x, out) = (&self.buffers[gate_up as usize], &self.buffers[out as usize]);
+                    for r in tasks {
+                        let (gate, up) = x.row(r).split_at(out.width);
+                        self.rows.silu_and_mul(gate, up, out.row_mut(r));
+                        self.convert(planned.forms, out, r);
+                    }
+                }
+                Entry::Gather { x, out } => {
+                    let (x, out) = (&self.buffers[x as usize], &self.buffers[out as usize]);
+                    for r in tasks {
+                        out.row_mut(r).copy_from_slice(x.row(self.batch.samples[r].row as usize));
+                        self.convert(planned.forms, out, r);
+                    }
+                }
+                Entry::Convert { x } => {
+                    let x = &self.buffers[x as usize];
+                    tasks.for_each(|r| self.convert(planned.forms, x, r));
+                }
+                Entry::Linear { x, form, w, bias, out, store } => {
+                    let (x, out) = (&self.buffers[x as usize], &self.buffers[out as usize]);
+                    let Some(input) = &x.converted[form as usize] else { return };
+                    let bias = bias.map(|b| &self.vectors[b as usize][..]);
+                    let w = &self.matrices[w as usize];
+                    let rows = self.count(out.rows);
+                    let scratch = self.tile_scratch.get_mut(thread);
+                    for item in tasks {
+                        let add = store == Store::Add;
+                        w.run_item(self.isa, item, input, rows, out.start(), out.stride, bias, add, scratch);
+                    }
+                }
+                Entry::RopeCache { qkv, shape, norm, rope, kv, layer } => {
+                    tasks.for_each(|r| self.rope_cache(r, &self.buffers[qkv as usize], shape, norm, rope, kv, layer as usize));
+                }
+                Entry::Attention { qkv, shape, spec, kv, layer, plan, out } => {
+                    let call = self.attention(qkv, shape, spec, kv, layer, plan, out);
+                    let scratch = self.attention_scratch.get_mut(thread);
+                    tasks.for_each(|item| call.run_item(item, scratch));
+                }
+                Entry::AttentionMerge { qkv, shape, spec, kv, layer, plan, out } => {
+                    let call = self.attention(qkv, shape, spec, kv, layer, plan, out);
+                    let scratch = self.attention_scratch.get_mut(thread);
+                    tasks.for_each(|merge| call.run_merge(merge, scratch));
+                }
+                Entry::Sample { logits, vocabulary } => {
+                    let logits = &self.buffers[logits as usize];
+                    let (batch, scratch) = (&self.batch, self.sampling_scratch.get_mut(thread));
+                    for r in tasks {
+                        let row = &mut logits.row_mut(r)[..vocabulary as usize];
+                        let out = self.sampled.get_mut(r);
+                        sample_row(self.isa, row, &batch.samples[r], &batch.history, &batch.bias, out, scratch);
+                    }
+                }
+            }
+        }
+    }
+
+    fn attention(
+        &self,
+        qkv: u32,
+        shape: HeadShape,
+        spec: AttentionSpec,
+        kv: u32,
+        layer: u32,
+        plan: u32,
+        out: u32,
+    ) -> AttentionCall<'_> {
+        let (storage, path) = &self.caches[kv as usize];
+        let (qkv, out) = (&self.buffers[qkv as usize], &self.buffers[out as usize]);
+        AttentionCall {
+            path: *path,
+            plan: &self.plans[plan as usize].1,
+            sequences: &self.batch.sequences,
+            blocks: &self.batch.blocks,
+            storage,
+            layer: layer as usize,
+            shape,
+            spec,
+            qkv: qkv.start(),
+            qkv_stride: qkv.stride,
+            out: out.start(),
+            out_stride: out.stride,
+        }
+    }
+
+    /// # Safety
+    /// The row was written by this thread, or by an earlier entry, and this thread alone converts it.
+    #[inline]
+    unsafe fn convert(&self, forms: u32, buffer: &Buffer, row: usize) {
+        for (form, (kind, target)) in FORMS.iter().zip(&buffer.converted).enumerate() {
+            if forms & 1 << form != 0
+                && let Some(target) = target
+            {
+                // SAFETY: passed on; the target has the buffer's capacity and width, and `isa` is one this machine has.
+                unsafe { target.set_row(self.isa, *kind, row, buffer.row(row)) };
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Holdings::run`], for the task of one row.
+    unsafe fn rope_cache(
+        &self,
+        r: usize,
+        qkv: &Buffer,
+        shape: HeadShape,
+        norm: Option<QkNorm>,
+        rope: u32,
+        kv: u32,
+        layer: usize,
+    ) {
+        let HeadShape { heads, kv_heads, head_dim } = shape;
+        // SAFETY: the row is this task's.
+        let row = unsafe { qkv.row_mut(r) };
+        let (cos, sin) = self.ropes[rope as usize].at(self.batch.positions[r] as usize);
+        let (q, kv_part) = row.split_at_mut(heads * head_dim);
+        let (k, v) = kv_part.split_at_mut(kv_heads * head_dim);
+        self.rows.rope(q, head_dim, norm.map(|n| (&self.vectors[n.q.0 as usize][..], n.eps)), cos, sin);
+        self.rows.rope(k, head_dim, norm.map(|n| (&self.vectors[n.k.0 as usize][..], n.eps)), cos, sin);
+        if let Ok(slot) = usize::try_from(self.batch.slots[r]) {
+            for (h, (k, v)) in k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim)).enumerate() {
+                // SAFETY: layer, slot and head were checked; no two rows of a step share a slot.
+                unsafe { self.caches[kv as usize].0.write_row(layer, slot, h, k, v) };
+            }
+        }
+    }
+}

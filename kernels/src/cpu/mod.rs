@@ -1,0 +1,524 @@
+//! The backend that serves on processors.
+//!
+//! Operations only append to a [`program::Program`]; [`Ops::finish`] runs it in one parallel region ([`pool::Pool`]) in which
+//! all threads walk the entries together. Buffers, converted rows and scratch are reserved for the largest step when a model is
+//! loaded, or when the first step shows that they are needed; later steps allocate nothing.
+
+pub mod attention;
+pub mod elementwise;
+mod execute;
+mod holdings;
+pub mod math;
+pub mod pool;
+mod program;
+pub mod sampling;
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use self::attention::{AttentionPath, AttentionPlan, AttentionScratch, KvStorage};
+use self::elementwise::{Elementwise, Level};
+use self::execute::Holdings;
+use self::holdings::{Buffer, FORMS, RopeTable, Slots, form_index};
+use self::pool::{Pool, Stage, available_threads};
+use self::program::{Entry, KINDS, Program};
+use self::sampling::SamplingScratch;
+use crate::activations::Activations;
+use crate::aligned::AlignedBuf;
+use crate::error::KernelError;
+use crate::isa::Isa;
+use crate::linear::TileScratch;
+use crate::ops::*;
+use crate::packed::PackedMatrix;
+use crate::shapes::Shapes;
+
+/// Floats that a claim of row tasks should cover: about a microsecond of work, so that claiming stays cheap beside it.
+const CLAIM_FLOATS: usize = 8192;
+
+/// How to set a [`CpuBackend`] up.
+#[derive(Clone, Copy, Debug)]
+pub struct CpuOptions {
+    /// Threads that compute, the caller of [`Ops::finish`] included; 0 takes all cores.
+    pub threads: usize,
+    /// Instruction path; `None` takes the best of this machine.
+    pub isa: Option<Isa>,
+    /// The largest step.
+    pub limits: Limits,
+}
+
+/// Time spent in one kind of operation, as seen by the calling thread: its own work and its waiting for the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KindTime {
+    /// Name of the operation.
+    pub kind: &'static str,
+    /// Entries run.
+    pub entries: u64,
+    /// Time in total.
+    pub time: Duration,
+}
+
+/// The CPU backend.
+pub struct CpuBackend {
+    pool: Pool,
+    shapes: Shapes,
+    program: Program,
+    stages: Vec<Stage>,
+    held: Holdings,
+    max_k: usize,
+    max_head_dim: usize,
+    max_vocabulary: usize,
+    error: Option<KernelError>,
+    sampled: bool,
+    /// Entries that callers' outputs had too many.
+    spare: Vec<Sampled>,
+    profile: Option<Vec<(AtomicU64, AtomicU64)>>,
+}
+
+impl CpuBackend {
+    /// Starts the threads.
+    ///
+    /// Errors: an instruction path that this machine lacks, threads that the system refuses.
+    pub fn new(options: CpuOptions) -> Result<Self, KernelError> {
+        let best = Isa::detect();
+        let isa = options.isa.unwrap_or(best);
+        if isa > best {
+            let text = format!("this machine cannot run the instruction path {}; its best is {}", isa.name(), best.name());
+            return Err(KernelError::Unsupported(text));
+        }
+        let threads = if options.threads == 0 { available_threads() } else { options.threads };
+        let pool = Pool::new(threads)?;
+        let level = match isa {
+            Isa::Portable => Level::Portable,
+            Isa::Avx2 => Level::Avx2,
+            Isa::Avx512 | Isa::Amx => Level::Avx512,
+        };
+        let mut program = Program::default();
+        program.clear(0);
+        Ok(CpuBackend {
+            pool,
+            shapes: Shapes::new(options.limits),
+            program,
+            stages: Vec::new(),
+            held: Holdings {
+                isa,
+                rows: Elementwise::new(level),
+                matrices: Vec::new(),
+                vectors: Vec::new(),
+                ropes: Vec::new(),
+                buffers: Vec::new(),
+                caches: Vec::new(),
+                plans: Vec::new(),
+                batch: StepBatch::default(),
+                sampled: Slots::new((0..options.limits.max_samples).map(|_| Sampled::default())),
+                tile_scratch: tile_scratch(threads, 0)?,
+                sampling_scratch: Slots::new([]),
+                attention_scratch: Slots::new((0..threads).map(|_| AttentionScratch::new(0))),
+            },
+            max_k: 0,
+            max_head_dim: 0,
+            max_vocabulary: 0,
+            error: None,
+            sampled: false,
+            spare: Vec::with_capacity(options.limits.max_samples),
+            profile: None,
+        })
+    }
+
+    /// Turns the measuring of operations on or off; it costs two clock readings per operation.
+    pub fn set_profile(&mut self, on: bool) {
+        self.profile = on.then(|| KINDS.iter().map(|_| Default::default()).collect());
+    }
+
+    /// What was measured since [`CpuBackend::set_profile`].
+    pub fn profile(&self) -> Vec<KindTime> {
+        let read = |(kind, (entries, nanos)): (&&'static str, &(AtomicU64, AtomicU64))| KindTime {
+            kind,
+            entries: entries.load(Ordering::Relaxed),
+            time: Duration::from_nanos(nanos.load(Ordering::Relaxed)),
+        };
+        self.profile.iter().flat_map(|times| KINDS.iter().zip(times).map(read)).collect()
+    }
+
+    /// Fills a buffer, valid rows and the rest, with one value; for tests that look for unwritten elements.
+    pub fn fill(&mut self, buf: Buf, value: f32) {
+        if let Some(buffer) = self.held.buffers.get_mut(buf.0 as usize) {
+            buffer.all_mut().fill(value);
+        }
+    }
+
+    /// All rows of a buffer, those beyond the step's included; for tests that look for elements written by mistake.
+    pub fn read_all(&self, buf: Buf) -> Result<Vec<f32>, KernelError> {
+        let (rows, _) = self.shapes.buffer("read", buf)?;
+        Ok(self.copy_rows(buf, self.shapes.capacity(rows)))
+    }
+
+    fn copy_rows(&self, buf: Buf, rows: usize) -> Vec<f32> {
+        let buffer = &self.held.buffers[buf.0 as usize];
+        // SAFETY: rows within the capacity; no step is running while the backend is borrowed.
+        (0..rows).flat_map(|r| unsafe { buffer.row(r) }).copied().collect()
+    }
+
+    /// Notes the outcome of a check; `true` when the operation may be appended.
+    fn admit(&mut self, check: Result<(), KernelError>) -> bool {
+        if self.error.is_none() {
+            self.error = check.err();
+        }
+        self.error.is_none()
+    }
+
+    fn rows(&self, buf: Buf) -> usize {
+        self.held.count(self.held.buffers[buf.0 as usize].rows)
+    }
+
+    /// How many rows of this width to claim at once.
+    fn grain(&self, rows: usize, width: usize) -> usize {
+        (CLAIM_FLOATS / width.max(1)).clamp(1, rows.div_ceil(self.pool.threads()).max(1))
+    }
+
+    /// Appends an entry that makes whole rows of `out` from rows `width` floats wide.
+    fn push_rows(&mut self, entry: Entry, out: Buf, width: usize) {
+        let rows = self.rows(out);
+        let grain = self.grain(rows, width);
+        self.program.push(entry, Some(out.0), rows, grain);
+    }
+
+    /// Sees to it that `x` is converted to the form that `w` multiplies with. Returns the form's number.
+    fn convert_for(&mut self, x: Buf, w: Matrix) -> Result<u32, KernelError> {
+        let form = form_index(self.held.matrices[w.0 as usize].activation_kind());
+        let rows = self.rows(x);
+        let buffer = &mut self.held.buffers[x.0 as usize];
+        let width = buffer.width;
+        if buffer.converted[form].is_none() {
+            let capacity = self.shapes.capacity(buffer.rows);
+            buffer.converted[form] = Some(Activations::new(capacity, width)?);
+        }
+        let grain = self.grain(rows, width);
+        self.program.need(x.0, form as u32, rows, grain);
+        Ok(form as u32)
+    }
+
+    /// The plan of this step's attention for a head shape.
+    fn plan(&mut self, shape: HeadShape) -> usize {
+        let plans = &mut self.held.plans;
+        let index = plans.iter().position(|p| p.0 == shape).unwrap_or_else(|| {
+            plans.push((shape, AttentionPlan::new(), false));
+            plans.len() - 1
+        });
+        let (_, plan, built) = &mut plans[index];
+        if !*built {
+            plan.build(&self.held.batch.sequences, shape, self.pool.threads());
+            *built = true;
+        }
+        index
+    }
+
+    /// Runs the program.
+    fn execute(&mut self) -> Result<(), KernelError> {
+        let entries = self.program.entries();
+        if entries.is_empty() {
+            return Ok(());
+        }
+        if self.stages.len() < entries.len() {
+            self.stages.resize_with(entries.len().next_power_of_two(), Stage::default);
+        }
+        self.stages[..entries.len()].iter_mut().for_each(Stage::reset);
+        let (stages, held, profile) = (&self.stages, &self.held, self.profile.as_deref());
+        let outcome = self.pool.run(&|member| {
+            let mut clock = (member.index == 0).then_some(()).and(profile).map(|p| (p, Instant::now()));
+            for (planned, stage) in entries.iter().zip(stages) {
+                // SAFETY: entries were checked when they were appended; the stage hands each task out once and lets nobody go on
+                // before all are done; a member's index is its own.
+                let goes_on = member.share(stage, planned.tasks, planned.grain, |tasks| unsafe {
+                    held.run(planned, tasks, member.index);
+                });
+                if !goes_on {
+                    return;
+                }
+                if let Some((profile, start)) = &mut clock {
+                    let now = Instant::now();
+                    let (count, nanos) = &profile[planned.entry.kind()];
+                    count.fetch_add(1, Ordering::Relaxed);
+                    nanos.fetch_add((now - *start).as_nanos() as u64, Ordering::Relaxed);
+                    *start = now;
+                }
+            }
+        });
+        let internal = |text| KernelError::Unsupported(format!("a kernel failed: {text}; please report this as a bug"));
+        outcome.map_err(|panicked| internal(panicked.0))
+    }
+}
+
+fn tile_scratch(threads: usize, max_k: usize) -> Result<Slots<TileScratch>, KernelError> {
+    let each: Result<Vec<_>, _> = (0..threads).map(|_| TileScratch::new(max_k)).collect();
+    Ok(Slots::new(each?))
+}
+
+impl Ops for CpuBackend {
+    fn describe(&self) -> String {
+        let isa = match self.held.isa {
+            Isa::Portable => "baseline instructions",
+            Isa::Avx2 => "AVX2",
+            Isa::Avx512 => "AVX-512 VNNI",
+            Isa::Amx => "AMX int8/bf16",
+        };
+        let threads = self.pool.threads();
+        let forms: BTreeSet<&str> = self.held.matrices.iter().flat_map(PackedMatrix::forms).collect();
+        let weights = forms.iter().enumerate().map(|(i, form)| format!("{}{form}", if i == 0 { ", weights " } else { "+" }));
+        format!("cpu, {isa}, {threads} thread{}{}", if threads == 1 { "" } else { "s" }, weights.collect::<String>())
+    }
+
+    fn limits(&self) -> Limits {
+        self.shapes.limits()
+    }
+
+    fn memory(&self) -> MemoryUse {
+        let h = &self.held;
+        MemoryUse {
+            weights: h.matrices.iter().map(PackedMatrix::bytes).sum::<usize>()
+                + h.vectors.iter().map(AlignedBuf::bytes).sum::<usize>()
+                + h.ropes.iter().map(RopeTable::bytes).sum::<usize>(),
+            kv: h.caches.iter().map(|(storage, _)| storage.bytes()).sum(),
+            activations: h.buffers.iter().map(Buffer::bytes).sum(),
+        }
+    }
+
+    fn load_matrix(&mut self, sources: &[MatrixSource<'_>], format: WeightFormat) -> Result<Matrix, KernelError> {
+        let packed = PackedMatrix::pack(sources, format, self.held.isa, self.pool.threads())?;
+        let (n, k) = (packed.n(), packed.k());
+        if k > self.max_k {
+            self.held.tile_scratch = tile_scratch(self.pool.threads(), k)?;
+            self.max_k = k;
+        }
+        self.held.matrices.push(packed);
+        Ok(self.shapes.add_matrix(n, k))
+    }
+
+    fn load_vector(&mut self, values: &[f32]) -> Result<Vector, KernelError> {
+        let mut data = AlignedBuf::zeroed(values.len(), "a vector")?;
+        data.copy_from_slice(values);
+        self.held.vectors.push(data);
+        Ok(self.shapes.add_vector(values.len()))
+    }
+
+    fn load_rope(&mut self, inv_freq: &[f32], magnitude: f32) -> Result<Rope, KernelError> {
+        let table = RopeTable::new(inv_freq, magnitude, self.shapes.limits().max_positions)?;
+        self.held.ropes.push(table);
+        Ok(self.shapes.add_rope(inv_freq.len()))
+    }
+
+    fn alloc(&mut self, rows: Rows, width: usize) -> Result<Buf, KernelError> {
+        let buffer = Buffer::new(rows, self.shapes.capacity(rows), width)?;
+        let handle = self.shapes.add_buffer(rows, width)?;
+        self.held.buffers.push(buffer);
+        Ok(handle)
+    }
+
+    fn alloc_kv(&mut self, spec: KvSpec) -> Result<KvCache, KernelError> {
+        let storage = KvStorage::new(spec)?;
+        let handle = self.shapes.add_cache(spec)?;
+        self.held.caches.push((storage, AttentionPath::choose(self.held.isa, spec.dtype, spec.head_dim)));
+        if spec.head_dim > self.max_head_dim {
+            self.max_head_dim = spec.head_dim;
+            let threads = self.pool.threads();
+            self.held.attention_scratch = Slots::new((0..threads).map(|_| AttentionScratch::new(spec.head_dim)));
+        }
+        Ok(handle)
+    }
+
+    fn begin(&mut self, batch: &StepBatch) -> Result<(), KernelError> {
+        self.error = None;
+        self.sampled = false;
+        self.program.clear(self.held.buffers.len());
+        self.held.plans.iter_mut().for_each(|p| p.2 = false);
+        self.held.batch.clear();
+        self.shapes.begin(batch)?;
+        self.held.batch.copy_from(batch);
+        let positions = batch.positions.iter().max().map_or(0, |&last| last as usize + 1);
+        self.held.ropes.iter_mut().for_each(|rope| rope.fill(positions));
+        for (cache, _) in &self.held.caches {
+            for &(from, to) in &batch.copies {
+                // SAFETY: `Shapes` found both blocks within every cache, and no step is running.
+                unsafe { cache.copy_block(from as usize, to as usize) };
+            }
+        }
+        Ok(())
+    }
+
+    fn embedding(&mut self, table: Matrix, out: Buf) {
+        if self.admit(self.shapes.embedding(table, out)) {
+            let width = self.held.buffers[out.0 as usize].width;
+            // A row of a packed table is spread over as many cache lines as it has groups of features.
+            self.push_rows(Entry::Embedding { table: table.0, out: out.0 }, out, width * 8);
+        }
+    }
+
+    fn rms_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf) {
+        if self.admit(self.shapes.rms_norm(x, weight, out)) {
+            let width = self.held.buffers[out.0 as usize].width;
+            self.push_rows(Entry::RmsNorm { x: x.0, weight: weight.0, eps, out: out.0 }, out, width);
+        }
+    }
+
+    fn linear(&mut self, x: Buf, w: Matrix, bias: Option<Vector>, out: Buf, store: Store) {
+        if !self.admit(self.shapes.linear(x, w, bias, out)) {
+            return;
+        }
+        let form = match self.convert_for(x, w) {
+            Ok(form) => form,
+            Err(error) => {
+                self.error = Some(error);
+                return;
+            }
+        };
+        let items = self.held.matrices[w.0 as usize].items(self.rows(out));
+        let bias = bias.map(|b| b.0);
+        self.program.push(Entry::Linear { x: x.0, form, w: w.0, bias, out: out.0, store }, Some(out.0), items, 1);
+    }
+
+    fn rope_cache(&mut self, qkv: Buf, shape: HeadShape, norm: Option<QkNorm>, rope: Rope, kv: KvCache, layer: usize) {
+        let check = self.shapes.rope_cache(qkv, shape, norm.as_ref(), rope, kv, layer);
+        if self.admit(check) {
+            let width = self.held.buffers[qkv.0 as usize].width;
+            self.push_rows(
+                Entry::RopeCache { qkv: qkv.0, shape, norm, rope: rope.0, kv: kv.0, layer: layer as u32 },
+                qkv,
+                width * 2,
+            );
+        }
+    }
+
+    fn paged_attention(&mut self, qkv: Buf, shape: HeadShape, spec: AttentionSpec, kv: KvCache, layer: usize, out: Buf) {
+        let check = self.shapes.paged_attention(qkv, shape, kv, layer, out, &self.held.batch);
+        if !self.admit(check) {
+            return;
+        }
+        let plan = self.plan(shape);
+        let (items, merges) = (self.held.plans[plan].1.items(), self.held.plans[plan].1.merges());
+        let (qkv, kv, layer, plan, out) = (qkv.0, kv.0, layer as u32, plan as u32, out.0);
+        self.program.push(Entry::Attention { qkv, shape, spec, kv, layer, plan, out }, Some(out), items, 1);
+        if merges > 0 {
+            self.program.push(Entry::AttentionMerge { qkv, shape, spec, kv, layer, plan, out }, Some(out), merges, 1);
+        }
+    }
+
+    fn silu_and_mul(&mut self, gate_up: Buf, out: Buf) {
+        if self.admit(self.shapes.silu_and_mul(gate_up, out)) {
+            let width = self.held.buffers[gate_up.0 as usize].width;
+            self.push_rows(Entry::SiluAndMul { gate_up: gate_up.0, out: out.0 }, out, width);
+        }
+    }
+
+    fn gather(&mut self, x: Buf, out: Buf) {
+        if self.admit(self.shapes.gather(x, out)) {
+            let width = self.held.buffers[out.0 as usize].width;
+            self.push_rows(Entry::Gather { x: x.0, out: out.0 }, out, width);
+        }
+    }
+
+    fn sample(&mut self, logits: Buf, vocabulary: usize) {
+        if self.admit(self.shapes.sample(logits, vocabulary, &self.held.batch)) {
+            if vocabulary > self.max_vocabulary {
+                self.max_vocabulary = vocabulary;
+                let threads = self.pool.threads();
+                self.held.sampling_scratch = Slots::new((0..threads).map(|_| SamplingScratch::new(vocabulary)));
+            }
+            let rows = self.rows(logits);
+            self.program.push(Entry::Sample { logits: logits.0, vocabulary: vocabulary as u32 }, None, rows, 1);
+            self.sampled = true;
+        }
+    }
+
+    fn finish(&mut self, out: &mut StepOutput) -> Result<(), KernelError> {
+        let outcome = match self.error.take() {
+            Some(error) => Err(error),
+            None => self.execute(),
+        };
+        self.program.retire();
+        let sampled = std::mem::take(&mut self.sampled);
+        if let Err(error) = outcome {
+            out.samples.clear();
+            // What was converted before the failure is not to be relied on.
+            self.program.clear(self.held.buffers.len());
+            return Err(error);
+        }
+        let count = if sampled { self.held.batch.samples.len() } else { 0 };
+        // Entries are kept when a step has fewer, and swapped, not cloned: the lists inside keep their memory.
+        while out.samples.len() > count {
+            let entry = out.samples.pop().filter(|_| self.spare.len() < self.spare.capacity());
+            self.spare.extend(entry);
+        }
+        out.samples.resize_with(count, || self.spare.pop().unwrap_or_default());
+        out.samples.iter_mut().zip(self.held.sampled.iter_mut()).for_each(|(out, made)| std::mem::swap(out, made));
+        Ok(())
+    }
+
+    fn read(&self, buf: Buf) -> Result<Vec<f32>, KernelError> {
+        let (rows, _) = self.shapes.buffer("read", buf)?;
+        Ok(self.copy_rows(buf, self.shapes.count(rows)))
+    }
+}
+
+const _: () = assert!(FORMS.len() <= 32);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn backend(threads: usize) -> (CpuBackend, Buf, StepBatch) {
+        let limits = Limits { max_tokens: 40, max_samples: 2, max_positions: 64 };
+        let mut backend = CpuBackend::new(CpuOptions { threads, isa: None, limits }).unwrap();
+        let values: Vec<u8> = (0..40 * 16).flat_map(|i| (i as f32).to_le_bytes()).collect();
+        let source = MatrixSource { n: 40, k: 16, format: Format::F32, data: &values, row_order: None };
+        backend.load_matrix(&[source], WeightFormat::F32).unwrap();
+        let buf = backend.alloc(Rows::Tokens, 16).unwrap();
+        let mut batch = StepBatch { tokens: (0..40).rev().collect(), positions: (0..40).collect(), ..StepBatch::default() };
+        batch.slots.resize(40, -1);
+        batch.sequences.push(SequenceSpan { first_row: 0, rows: 40, context_len: 40, first_block: 0 });
+        (backend, buf, batch)
+    }
+
+    #[test]
+    fn a_panic_in_a_kernel_is_an_error_of_that_step_only() {
+        for threads in 1..=4 {
+            let (mut backend, buf, batch) = backend(threads);
+            for _ in 0..20 {
+                backend.begin(&batch).unwrap();
+                backend.embedding(Matrix(0), buf);
+                // No operation appends this: the shapes are checked. It stands for a defect in a kernel.
+                backend.program.push(Entry::Embedding { table: 9, out: buf.0 }, Some(buf.0), 40, 1);
+                let error = backend.finish(&mut StepOutput::default()).unwrap_err().to_string();
+                assert!(error.contains("index out of bounds"), "{error}");
+                backend.begin(&batch).unwrap();
+                backend.embedding(Matrix(0), buf);
+                backend.finish(&mut StepOutput::default()).unwrap();
+                assert_eq!(backend.read(buf).unwrap()[..2], [39.0 * 16.0, 39.0 * 16.0 + 1.0]);
+            }
+        }
+    }
+
+    #[test]
+    fn thousands_of_steps_give_the_same_rows() {
+        for threads in 1..=4 {
+            let (mut backend, buf, mut batch) = backend(threads);
+            for round in 0..3000u32 {
+                batch.tokens.iter_mut().for_each(|t| *t = (*t + round) % 40);
+                backend.begin(&batch).unwrap();
+                backend.embedding(Matrix(0), buf);
+                backend.finish(&mut StepOutput::default()).unwrap();
+                let rows = backend.read(buf).unwrap();
+                assert!(rows.chunks(16).zip(&batch.tokens).all(|(row, &t)| row[3] == (t * 16 + 3) as f32), "round {round}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_instruction_path_that_is_not_there_is_refused() {
+        let limits = Limits { max_tokens: 1, max_samples: 1, max_positions: 1 };
+        if Isa::detect() < Isa::Amx {
+            assert!(CpuBackend::new(CpuOptions { threads: 1, isa: Some(Isa::Amx), limits }).is_err());
+        }
+        let backend = CpuBackend::new(CpuOptions { threads: 2, isa: Some(Isa::Portable), limits }).unwrap();
+        assert_eq!(backend.describe(), "cpu, baseline instructions, 2 threads");
+    }
+}

@@ -1,0 +1,34 @@
+//! What can go wrong in a kernel call.
+
+/// Errors of the kernels crate.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// Operands do not fit together.
+    #[error("shape mismatch in {op}: {detail}")]
+    Shape {
+        /// The operation.
+        op: &'static str,
+        /// What was expected and what came.
+        detail: String,
+    },
+    /// A weight cannot be packed.
+    #[error("cannot pack weight: {0}")]
+    Weight(String),
+    /// The step does not fit the planned buffers.
+    #[error("step too large: {0}")]
+    Limit(String),
+    /// Memory could not be reserved.
+    #[error("cannot reserve {bytes} bytes for {what}; lower --kv-memory or --max-model-len")]
+    Memory {
+        /// What it was for.
+        what: &'static str,
+        /// How much.
+        bytes: usize,
+    },
+    /// The machine or build lacks something.
+    #[error("{0}")]
+    Unsupported(String),
+    /// Reading a file failed.
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+}

@@ -1,0 +1,150 @@
+//! A llama-shaped decoder with random weights, written against [`Ops`] as a model file would be.
+
+use tidemill_kernels::*;
+
+use super::{Noise, Weight};
+
+#[derive(Clone, Copy, Debug)]
+pub struct DecoderShape {
+    pub layers: usize,
+    pub hidden: usize,
+    pub heads: HeadShape,
+    pub ffn: usize,
+    pub vocabulary: usize,
+    pub qk_norm: bool,
+    pub qkv_bias: bool,
+    pub spec: AttentionSpec,
+}
+
+struct LayerWeights {
+    qkv: [Weight; 3],
+    out: Weight,
+    gate_up: [Weight; 2],
+    down: Weight,
+    norms: [Vec<f32>; 2],
+    head_norms: [Vec<f32>; 2],
+    bias: Vec<f32>,
+}
+
+/// The weights, so that several backends load the same.
+pub struct DecoderWeights {
+    shape: DecoderShape,
+    table: Weight,
+    layers: Vec<LayerWeights>,
+    norm: Vec<f32>,
+}
+
+impl DecoderWeights {
+    pub fn random(seed: u64, shape: DecoderShape, format: Format, table: Format) -> Self {
+        let noise = &mut Noise::new(seed);
+        let DecoderShape { hidden, heads: HeadShape { heads, kv_heads, head_dim }, ffn, .. } = shape;
+        let weight = |noise: &mut Noise, n: usize, k: usize| Weight::random(noise, n, k, format, 1.0 / (k as f64).sqrt());
+        let near_one = |noise: &mut Noise, n: usize| noise.values(n, 0.1).iter().map(|v| 1.0 + v).collect::<Vec<f32>>();
+        let layers = (0..shape.layers)
+            .map(|_| LayerWeights {
+                qkv: [heads, kv_heads, kv_heads].map(|h| weight(noise, h * head_dim, hidden)),
+                out: weight(noise, hidden, heads * head_dim),
+                gate_up: [0, 1].map(|_| weight(noise, ffn, hidden)),
+                down: weight(noise, hidden, ffn),
+                norms: [0, 1].map(|_| near_one(noise, hidden)),
+                head_norms: [0, 1].map(|_| near_one(noise, head_dim)),
+                bias: noise.values((heads + 2 * kv_heads) * head_dim, 0.1),
+            })
+            .collect();
+        let table = Weight::random(noise, shape.vocabulary, hidden, table, 1.0);
+        DecoderWeights { shape, table, layers, norm: near_one(noise, hidden) }
+    }
+}
+
+struct Layer {
+    qkv: Matrix,
+    out: Matrix,
+    gate_up: Matrix,
+    down: Matrix,
+    norms: [Vector; 2],
+    head_norm: Option<QkNorm>,
+    bias: Option<Vector>,
+}
+
+/// The decoder on a backend.
+pub struct Decoder<O: Ops> {
+    pub ops: O,
+    shape: DecoderShape,
+    table: Matrix,
+    layers: Vec<Layer>,
+    norm: Vector,
+    rope: Rope,
+    kv: KvCache,
+    residual: Buf,
+    normed: Buf,
+    qkv: Buf,
+    attended: Buf,
+    gate_up: Buf,
+    activated: Buf,
+    sampled: Buf,
+    sampled_normed: Buf,
+    pub logits: Buf,
+}
+
+impl<O: Ops> Decoder<O> {
+    pub fn new(mut ops: O, weights: &DecoderWeights, format: WeightFormat, blocks: usize, dtype: KvDtype) -> Self {
+        let shape = weights.shape;
+        let HeadShape { heads, kv_heads, head_dim } = shape.heads;
+        let mut layers = Vec::new();
+        for w in &weights.layers {
+            let sources = w.qkv.each_ref().map(Weight::source);
+            let qkv = ops.load_matrix(&sources, format).unwrap();
+            let out = ops.load_matrix(&[w.out.source()], format).unwrap();
+            let gate_up = ops.load_matrix(&w.gate_up.each_ref().map(Weight::source), format).unwrap();
+            let down = ops.load_matrix(&[w.down.source()], format).unwrap();
+            let norms = w.norms.each_ref().map(|n| ops.load_vector(n).unwrap());
+            let [q, k] = w.head_norms.each_ref().map(|n| ops.load_vector(n).unwrap());
+            let head_norm = shape.qk_norm.then_some(QkNorm { q, k, eps: 1e-6 });
+            let bias = shape.qkv_bias.then(|| ops.load_vector(&w.bias).unwrap());
+            layers.push(Layer { qkv, out, gate_up, down, norms, head_norm, bias });
+        }
+        let inv_freq: Vec<f32> = (0..head_dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / head_dim as f32)).collect();
+        let spec = KvSpec { layers: shape.layers, blocks, block_size: super::steps::BLOCK, kv_heads, head_dim, dtype };
+        let token_rows = |ops: &mut O, width| ops.alloc(Rows::Tokens, width).unwrap();
+        Decoder {
+            table: ops.load_matrix(&[weights.table.source()], format).unwrap(),
+            norm: ops.load_vector(&weights.norm).unwrap(),
+            rope: ops.load_rope(&inv_freq, 1.0).unwrap(),
+            kv: ops.alloc_kv(spec).unwrap(),
+            residual: token_rows(&mut ops, shape.hidden),
+            normed: token_rows(&mut ops, shape.hidden),
+            qkv: token_rows(&mut ops, (heads + 2 * kv_heads) * head_dim),
+            attended: token_rows(&mut ops, heads * head_dim),
+            gate_up: token_rows(&mut ops, 2 * shape.ffn),
+            activated: token_rows(&mut ops, shape.ffn),
+            sampled: ops.alloc(Rows::Samples, shape.hidden).unwrap(),
+            sampled_normed: ops.alloc(Rows::Samples, shape.hidden).unwrap(),
+            logits: ops.alloc(Rows::Samples, shape.vocabulary).unwrap(),
+            ops,
+            shape,
+            layers,
+        }
+    }
+
+    pub fn forward(&mut self, batch: &StepBatch, out: &mut StepOutput) -> Result<(), KernelError> {
+        let (ops, heads) = (&mut self.ops, self.shape.heads);
+        ops.begin(batch)?;
+        ops.embedding(self.table, self.residual);
+        for (index, layer) in self.layers.iter().enumerate() {
+            ops.rms_norm(self.residual, layer.norms[0], 1e-5, self.normed);
+            ops.linear(self.normed, layer.qkv, layer.bias, self.qkv, Store::Replace);
+            ops.rope_cache(self.qkv, heads, layer.head_norm, self.rope, self.kv, index);
+            ops.paged_attention(self.qkv, heads, self.shape.spec, self.kv, index, self.attended);
+            ops.linear(self.attended, layer.out, None, self.residual, Store::Add);
+            ops.rms_norm(self.residual, layer.norms[1], 1e-5, self.normed);
+            ops.linear(self.normed, layer.gate_up, None, self.gate_up, Store::Replace);
+            ops.silu_and_mul(self.gate_up, self.activated);
+            ops.linear(self.activated, layer.down, None, self.residual, Store::Add);
+        }
+        ops.gather(self.residual, self.sampled);
+        ops.rms_norm(self.sampled, self.norm, 1e-5, self.sampled_normed);
+        ops.linear(self.sampled_normed, self.table, None, self.logits, Store::Replace);
+        ops.sample(self.logits, self.shape.vocabulary);
+        ops.finish(out)
+    }
+}
