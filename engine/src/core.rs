@@ -1,0 +1,307 @@
+//! The step loop, on a thread of its own.
+
+use crate::client::Client;
+use crate::engine::Health;
+use crate::model::Model;
+use crate::request::{Event, FinishReason, Request};
+use crate::scheduler::{Outcome, Scheduler, record};
+use crate::sequence::RequestKey;
+use crate::stats::{Metrics, Stats};
+use crate::tokenizer::Tokenizer;
+use flume::{Receiver, RecvError, RecvTimeoutError, Sender, TryRecvError};
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tidemill_kernels::{StepBatch, StepOutput};
+
+/// How often to look whether slow clients have caught up, when there is nothing else to do.
+const PAUSED_POLL: Duration = Duration::from_millis(2);
+
+/// What reaches the loop.
+pub(crate) enum Command {
+    Submit(Submission),
+    /// A flag of [`Status`] changed.
+    Wake,
+}
+
+pub(crate) struct Submission {
+    pub(crate) request: Arc<Request>,
+    pub(crate) seed: u64,
+    pub(crate) events: Sender<Event>,
+    pub(crate) arrived: Instant,
+}
+
+/// What the loop and the handles share.
+#[derive(Default)]
+pub(crate) struct Status {
+    /// Requests that were submitted and did not run yet.
+    pub(crate) waiting: AtomicUsize,
+    pub(crate) draining: AtomicBool,
+    pub(crate) cancel_all: AtomicBool,
+    /// Mean time between two finished requests, in microseconds; 0 when unknown.
+    pub(crate) finish_interval_us: AtomicU64,
+    stats: Mutex<Stats>,
+    stopped: Mutex<Option<String>>,
+}
+
+impl Status {
+    pub(crate) fn stats(&self) -> Stats {
+        *lock(&self.stats)
+    }
+
+    pub(crate) fn health(&self) -> Health {
+        match &*lock(&self.stopped) {
+            Some(reason) => Health::Stopped(reason.clone()),
+            None if self.draining.load(Ordering::Acquire) => Health::Draining,
+            None => Health::Ready,
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // The values are replaced whole, so one that a panic left behind is sound.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(crate) struct Core {
+    pub(crate) model: Box<dyn Model>,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) end_of_turn: Vec<u32>,
+    pub(crate) max_model_len: usize,
+    pub(crate) inbox: Receiver<Command>,
+    pub(crate) status: Arc<Status>,
+    pub(crate) metrics: Metrics,
+    pub(crate) scheduler: Scheduler,
+    pub(crate) flow: Flow,
+}
+
+/// What changes from step to step.
+#[derive(Default)]
+pub(crate) struct Flow {
+    clients: HashMap<RequestKey, Client>,
+    arrivals: u64,
+    batch: StepBatch,
+    out: StepOutput,
+    outcomes: Vec<Outcome>,
+    stats: Stats,
+    last_finish: Option<Instant>,
+    /// The last step had nothing to compute, because all clients are slow.
+    stalled: bool,
+    scratch: Vec<RequestKey>,
+}
+
+impl Core {
+    /// Runs until the handles are gone or the engine is drained. A panic ends all requests and the engine, not the process.
+    pub(crate) fn run(mut self) {
+        let reason = match catch_unwind(AssertUnwindSafe(|| self.steps())) {
+            Ok(()) => "it was shut down".to_owned(),
+            Err(panic) => {
+                let text = panic.downcast_ref::<String>().map(String::as_str);
+                let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown cause");
+                tracing::error!(panic = text, "the engine's thread panicked");
+                format!("internal error: {text}")
+            }
+        };
+        *lock(&self.status.stopped) = Some(reason.clone());
+        let message = format!("the engine has stopped: {reason}");
+        for client in self.flow.clients.values_mut() {
+            client.fail(message.clone());
+        }
+        for command in self.inbox.try_iter() {
+            if let Command::Submit(submission) = command {
+                // A client that already left needs no word.
+                submission.events.try_send(Event::Failed(message.clone())).ok();
+            }
+        }
+    }
+
+    fn steps(&mut self) {
+        while self.take_arrivals() {
+            self.tend_clients();
+            let start = Instant::now();
+            let tokens = self.scheduler.schedule(&mut self.flow.batch);
+            self.flow.stalled = tokens == 0;
+            if tokens == 0 {
+                self.publish(0);
+                continue;
+            }
+            self.note_admitted(start);
+            let scheduled = Instant::now();
+            let computed = self.model.forward(&self.flow.batch, &mut self.flow.out);
+            let now = Instant::now();
+            match computed.map_err(|error| error.to_string()).and_then(|()| self.apply()) {
+                Ok(()) => self.emit(now),
+                Err(error) => self.fail_step(&error),
+            }
+            self.flow.stats.model_time += now - scheduled;
+            self.flow.stats.overhead += (scheduled - start) + now.elapsed();
+            self.publish(tokens);
+        }
+    }
+
+    /// Takes what arrived; waits when there is nothing to do. `false` ends the loop.
+    fn take_arrivals(&mut self) -> bool {
+        loop {
+            if self.status.cancel_all.swap(false, Ordering::AcqRel) {
+                self.cancel_all();
+            }
+            let idle = self.scheduler.requests() == 0;
+            let draining = self.status.draining.load(Ordering::Acquire);
+            match self.next_command(idle && !draining) {
+                Ok(Command::Submit(submission)) => self.accept(submission),
+                Ok(Command::Wake) => {}
+                // What was submitted before the draining began has been taken by now.
+                Err(TryRecvError::Empty) => return !(idle && draining),
+                Err(TryRecvError::Disconnected) => {
+                    self.cancel_all();
+                    return false;
+                }
+            }
+            self.flow.stalled = false;
+        }
+    }
+
+    fn next_command(&self, idle: bool) -> Result<Command, TryRecvError> {
+        if idle {
+            self.inbox.recv().map_err(|RecvError::Disconnected| TryRecvError::Disconnected)
+        } else if self.flow.stalled {
+            self.inbox.recv_timeout(PAUSED_POLL).map_err(|error| match error {
+                RecvTimeoutError::Timeout => TryRecvError::Empty,
+                RecvTimeoutError::Disconnected => TryRecvError::Disconnected,
+            })
+        } else {
+            self.inbox.try_recv()
+        }
+    }
+
+    fn accept(&mut self, submission: Submission) {
+        let Submission { request, seed, events, arrived } = submission;
+        let key = RequestKey(self.flow.arrivals);
+        self.flow.arrivals += 1;
+        let client = Client::new(Arc::clone(&request), events, arrived, &self.tokenizer, self.max_model_len);
+        self.flow.clients.insert(key, client);
+        self.scheduler.add(key, request, seed);
+    }
+
+    /// Forgets the clients that left, pauses those that do not keep up, resumes those that do again.
+    fn tend_clients(&mut self) {
+        let mut left = std::mem::take(&mut self.flow.scratch);
+        for (key, client) in &mut self.flow.clients {
+            if client.has_left() {
+                left.push(*key);
+            } else if client.is_behind() != client.paused {
+                client.paused = !client.paused;
+                self.scheduler.set_paused(*key, client.request.priority, client.paused);
+            }
+        }
+        for key in left.drain(..) {
+            if let Some(client) = self.flow.clients.get(&key) {
+                self.scheduler.cancel(key, client.request.priority);
+                self.metrics.finished_choice(FinishReason::Cancelled);
+            }
+            self.forget(key);
+        }
+        self.flow.scratch = left;
+    }
+
+    fn note_admitted(&mut self, now: Instant) {
+        for key in self.scheduler.admitted() {
+            if let Some(client) = self.flow.clients.get_mut(key) {
+                client.admitted = Some(now);
+                self.status.waiting.fetch_sub(1, Ordering::AcqRel);
+                self.metrics.queued(now.saturating_duration_since(client.arrived));
+            }
+        }
+    }
+
+    fn apply(&mut self) -> Result<(), String> {
+        self.scheduler.apply(&mut self.flow.out, &mut self.flow.outcomes).map_err(|error| error.to_string())
+    }
+
+    /// Tells the clients what the step led to.
+    fn emit(&mut self, now: Instant) {
+        for outcome in std::mem::take(&mut self.flow.outcomes) {
+            match outcome {
+                Outcome::Prompt { request, cached_tokens, logprobs } => {
+                    if let Some(client) = self.flow.clients.get_mut(&request) {
+                        self.flow.stats.prompt_tokens += client.usage().prompt_tokens as u64;
+                        client.prompt(cached_tokens, logprobs);
+                    }
+                }
+                Outcome::Token { id, sampled } => {
+                    let Some(client) = self.flow.clients.get_mut(&id.request) else { continue };
+                    self.flow.stats.generation_tokens += 1;
+                    if client.token(id.choice as usize, record(sampled), &self.end_of_turn, now, &self.metrics) {
+                        self.scheduler.finish(id);
+                        if client.is_finished() {
+                            client.done(now, &self.metrics);
+                            self.forget(id.request);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// The model refused a step: its requests end, the others go on.
+    fn fail_step(&mut self, error: &str) {
+        tracing::error!(error, "a step failed");
+        let keys: Vec<RequestKey> = self.scheduler.in_step().collect();
+        for key in keys {
+            let Some(client) = self.flow.clients.get_mut(&key) else { continue };
+            client.fail(format!("the model failed: {error}"));
+            self.scheduler.cancel(key, client.request.priority);
+            self.metrics.failed();
+            self.forget(key);
+        }
+    }
+
+    /// Ends everything that was submitted so far.
+    fn cancel_all(&mut self) {
+        for command in self.inbox.clone().try_iter() {
+            if let Command::Submit(submission) = command {
+                self.accept(submission);
+            }
+        }
+        let keys: Vec<RequestKey> = self.flow.clients.keys().copied().collect();
+        for key in keys {
+            let Some(client) = self.flow.clients.get_mut(&key) else { continue };
+            client.cancel(&self.metrics);
+            client.done(Instant::now(), &self.metrics);
+            self.scheduler.cancel(key, client.request.priority);
+            self.forget(key);
+        }
+        self.publish(0);
+    }
+
+    fn forget(&mut self, key: RequestKey) {
+        let Some(client) = self.flow.clients.remove(&key) else { return };
+        if client.admitted.is_none() {
+            self.status.waiting.fetch_sub(1, Ordering::AcqRel);
+        }
+        self.flow.stats.finished += 1;
+        let now = Instant::now();
+        if let Some(last) = self.flow.last_finish.replace(now) {
+            let interval = (now - last).as_micros().min(60_000_000) as u64;
+            let mean = self.status.finish_interval_us.load(Ordering::Relaxed);
+            self.status.finish_interval_us.store(if mean == 0 { interval } else { (7 * mean + interval) / 8 }, Ordering::Relaxed);
+        }
+    }
+
+    fn publish(&mut self, step_tokens: usize) {
+        let counts = self.scheduler.counts();
+        let stats = &mut self.flow.stats;
+        let pool = self.scheduler.pool().borrow();
+        (stats.blocks_total, stats.blocks_used, stats.blocks_cached) = (pool.total(), pool.used(), pool.cached());
+        debug_assert_eq!(pool.check(), Ok(()));
+        drop(pool);
+        (stats.running, stats.waiting) = (self.scheduler.running(), self.scheduler.waiting());
+        stats.preemptions = counts.preemptions;
+        (stats.prefix_queries, stats.prefix_hits) = (counts.prefix_queries, counts.prefix_hits);
+        stats.steps += u64::from(step_tokens > 0);
+        *lock(&self.status.stats) = *stats;
+        self.metrics.publish(stats, step_tokens);
+    }
+}

@@ -1,0 +1,302 @@
+//! The handle that the rest of the program holds.
+
+use crate::block_pool::{BLOCK_SIZE, SharedPool};
+use crate::chat_template::ChatTemplate;
+use crate::client;
+use crate::core::{Command, Core, Flow, Status, Submission};
+use crate::generation_defaults::GenerationDefaults;
+use crate::memory;
+use crate::model::{Decoder, Model};
+use crate::model_files::{Frontend, ModelFiles};
+use crate::options::{EngineOptions, StartError};
+use crate::request::{Event, Request, SubmitError};
+use crate::scheduler::{Scheduler, SchedulerLimits};
+use crate::stats::{Metrics, Stats};
+use crate::tokenizer::Tokenizer;
+use crate::validate::validate;
+use flume::{Receiver, Sender, TrySendError};
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use tidemill_kernels::Limits;
+use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
+
+/// How long a stopping engine may take for the step that is in flight.
+const LAST_STEP: Duration = Duration::from_secs(30);
+
+/// A running engine. Cloning is cheap; the engine stops when the last handle is dropped.
+#[derive(Clone)]
+pub struct Engine {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    options: EngineOptions,
+    limits: EngineLimits,
+    memory: MemoryReport,
+    frontend: Frontend,
+    description: String,
+    commands: Sender<Command>,
+    status: Arc<Status>,
+    /// Disconnected when the thread has ended.
+    ended: Receiver<()>,
+    seed: u64,
+    seeds: AtomicU64,
+}
+
+/// A loaded model with what must be known to serve it.
+pub struct ServedModel {
+    /// Computes steps.
+    pub model: Box<dyn Model>,
+    /// Tokenizer, chat template, defaults.
+    pub frontend: Frontend,
+    /// Positions that the model supports.
+    pub context: usize,
+    /// For people: family, parameters, size.
+    pub description: String,
+}
+
+/// What holds for every request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineLimits {
+    /// Most tokens of prompt and output together.
+    pub max_model_len: usize,
+    /// Most sequences at once, and so the largest `n`.
+    pub max_seqs: usize,
+    /// Tokens per step.
+    pub max_batch_tokens: usize,
+    /// Waiting requests.
+    pub max_waiting: usize,
+    /// Token ids are below this.
+    pub vocabulary: usize,
+}
+
+/// Where the memory went.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryReport {
+    /// Packed weights, bytes.
+    pub weights: usize,
+    /// KV cache, bytes.
+    pub kv: usize,
+    /// KV blocks.
+    pub kv_blocks: usize,
+    /// Tokens per block.
+    pub block_size: usize,
+    /// Activations and scratch, bytes.
+    pub activations: usize,
+    /// Device, instruction path, weight format.
+    pub backend: String,
+}
+
+/// Whether the engine can serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// Takes requests.
+    Ready,
+    /// Finishes what it has.
+    Draining,
+    /// Gone, and why.
+    Stopped(String),
+}
+
+impl Engine {
+    /// Loads the model for the CPU and starts the engine's thread. `progress` hears (bytes packed, bytes in all). Install the
+    /// metrics recorder before.
+    pub fn start(options: EngineOptions, progress: &mut dyn FnMut(u64, u64)) -> Result<Engine, StartError> {
+        options.check()?;
+        let files = ModelFiles::open(&options.model)?;
+        let context = files.config().max_positions;
+        let limits = Limits {
+            max_tokens: options.max_batch_tokens,
+            max_samples: options.max_seqs,
+            max_positions: options.max_model_len.unwrap_or(context).min(context),
+        };
+        let backend = CpuBackend::new(CpuOptions { threads: options.threads.unwrap_or(0), isa: None, limits })?;
+        let model = Decoder::load(&files, Box::new(backend), options.weight_format, progress)?;
+        let description = files.describe();
+        Self::with_model(ServedModel { model: Box::new(model), frontend: files.into_frontend(), context, description }, options)
+    }
+
+    /// Starts over a model that is already loaded. Its buffers must hold `max_batch_tokens` tokens and `max_seqs` samples.
+    pub fn with_model(served: ServedModel, options: EngineOptions) -> Result<Engine, StartError> {
+        options.check()?;
+        let ServedModel { mut model, frontend, context, description } = served;
+        let block_bytes = model.kv_block_bytes(BLOCK_SIZE, options.kv_dtype);
+        let kv = memory::plan(&options, context, block_bytes, memory::free_memory())?;
+        model.alloc_kv(kv.blocks, BLOCK_SIZE, options.kv_dtype)?;
+        let limits = EngineLimits {
+            max_model_len: kv.max_model_len,
+            max_seqs: options.max_seqs,
+            max_batch_tokens: options.max_batch_tokens,
+            max_waiting: options.max_waiting,
+            vocabulary: model.vocabulary(),
+        };
+        let held = model.memory();
+        let memory = MemoryReport {
+            weights: held.weights,
+            kv: kv.blocks * block_bytes,
+            kv_blocks: kv.blocks,
+            block_size: BLOCK_SIZE,
+            activations: held.activations,
+            backend: model.describe(),
+        };
+        // Submissions are bounded by `max_waiting`; the rest is for wake-ups.
+        let (commands, inbox) = flume::bounded(options.max_waiting.saturating_add(64));
+        let status = Arc::new(Status::default());
+        let scheduling = SchedulerLimits {
+            max_seqs: options.max_seqs,
+            max_batch_tokens: options.max_batch_tokens,
+            max_samples: options.max_seqs,
+            prefix_caching: options.prefix_caching,
+            end_of_turn: frontend.end_of_turn.clone(),
+        };
+        let (alive, ended) = flume::bounded::<()>(1);
+        let (tokenizer, end_of_turn) = (frontend.tokenizer.clone(), frontend.end_of_turn.clone());
+        let (name, shared) = (options.served_name.clone(), Arc::clone(&status));
+        let run = move || {
+            // Block tables hold the pool without locks, so it is made on the thread that keeps it.
+            let scheduler = Scheduler::new(scheduling, SharedPool::new(kv.blocks));
+            let (max_model_len, metrics, flow) = (kv.max_model_len, Metrics::new(&name), Flow::default());
+            Core { model, tokenizer, end_of_turn, max_model_len, inbox, status: shared, metrics, scheduler, flow }.run();
+            drop(alive);
+        };
+        std::thread::Builder::new().name("tidemill-engine".into()).spawn(run).map_err(StartError::Thread)?;
+        // The standard library's hasher is seeded by the system: enough for seeds nobody asked to repeat.
+        let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one(0u64));
+        let seeds = AtomicU64::new(0);
+        let inner = Inner { options, limits, memory, frontend, description, commands, status, ended, seed, seeds };
+        Ok(Engine { inner: Arc::new(inner) })
+    }
+
+    /// Takes a request. Dropping the receiver cancels it within one step. A receiver that disconnects before `Done` or `Failed`
+    /// means that the engine is gone.
+    pub fn submit(&self, request: Request) -> Result<Receiver<Event>, SubmitError> {
+        let inner = &*self.inner;
+        validate(&request, &inner.limits)?;
+        match self.health() {
+            Health::Ready => {}
+            Health::Draining => return Err(SubmitError::Draining),
+            Health::Stopped(reason) => return Err(SubmitError::Stopped(reason)),
+        }
+        let limit = inner.limits.max_waiting;
+        let one_more = |waiting| (waiting < limit).then_some(waiting + 1);
+        if let Err(waiting) = inner.status.waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more) {
+            return Err(SubmitError::QueueFull { waiting, limit, retry_after_s: self.retry_after(waiting) });
+        }
+        let seed = request.sampling.seed.unwrap_or_else(|| self.fresh_seed());
+        let (events, receiver) = flume::bounded(client::capacity(request.sampling.n));
+        let submission = Submission { request: Arc::new(request), seed, events, arrived: Instant::now() };
+        match inner.commands.try_send(Command::Submit(submission)) {
+            // An engine that stopped meanwhile emptied its inbox before this request came; nobody would ever answer.
+            Ok(()) => match self.health() {
+                Health::Stopped(reason) => Err(SubmitError::Stopped(reason)),
+                Health::Ready | Health::Draining => Ok(receiver),
+            },
+            Err(error) => {
+                inner.status.waiting.fetch_sub(1, Ordering::AcqRel);
+                Err(match error {
+                    TrySendError::Full(_) => {
+                        SubmitError::QueueFull { waiting: limit, limit, retry_after_s: self.retry_after(limit) }
+                    }
+                    TrySendError::Disconnected(_) => SubmitError::Stopped("its thread has ended".into()),
+                })
+            }
+        }
+    }
+
+    /// What requests must keep to.
+    pub fn limits(&self) -> EngineLimits {
+        self.inner.limits
+    }
+
+    /// The options it was started with.
+    pub fn options(&self) -> &EngineOptions {
+        &self.inner.options
+    }
+
+    /// Where the memory went.
+    pub fn memory(&self) -> &MemoryReport {
+        &self.inner.memory
+    }
+
+    /// Text to tokens and back.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.inner.frontend.tokenizer
+    }
+
+    /// Messages to text; base models have none.
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        self.inner.frontend.chat_template.as_ref()
+    }
+
+    /// The publisher's sampling defaults.
+    pub fn generation_defaults(&self) -> &GenerationDefaults {
+        &self.inner.frontend.generation_defaults
+    }
+
+    /// Every token that ends a turn.
+    pub fn end_of_turn(&self) -> &[u32] {
+        &self.inner.frontend.end_of_turn
+    }
+
+    /// For people: family, parameters, size.
+    pub fn description(&self) -> &str {
+        &self.inner.description
+    }
+
+    /// Counts as of the last step.
+    pub fn stats(&self) -> Stats {
+        self.inner.status.stats()
+    }
+
+    /// Whether it can serve.
+    pub fn health(&self) -> Health {
+        self.inner.status.health()
+    }
+
+    /// Whether it takes requests.
+    pub fn is_ready(&self) -> bool {
+        self.health() == Health::Ready
+    }
+
+    /// Takes nothing new, finishes what it has, cancels what is left after `deadline`, and stops. Blocks: call it from a thread
+    /// that may. Returns whether everything finished by itself.
+    pub fn drain(&self, deadline: Duration) -> bool {
+        let inner = &*self.inner;
+        inner.status.draining.store(true, Ordering::Release);
+        self.wake();
+        if inner.ended.recv_timeout(deadline) == Err(flume::RecvTimeoutError::Disconnected) {
+            return true;
+        }
+        self.cancel_all();
+        // Only the end of the thread matters here: it comes after the step in flight.
+        inner.ended.recv_timeout(LAST_STEP).ok();
+        false
+    }
+
+    /// Ends all requests with [`crate::FinishReason::Cancelled`].
+    pub fn cancel_all(&self) {
+        self.inner.status.cancel_all.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        // A full channel means that the thread is awake, a closed one that it is gone.
+        self.inner.commands.try_send(Command::Wake).ok();
+    }
+
+    fn fresh_seed(&self) -> u64 {
+        crate::batch::stream_seed(self.inner.seed, self.inner.seeds.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    /// When a place in the queue may be free, from the pace at which requests finish.
+    fn retry_after(&self, waiting: usize) -> u32 {
+        let interval = self.inner.status.finish_interval_us.load(Ordering::Relaxed);
+        let seconds = interval.saturating_mul(waiting as u64) / 4 / 1_000_000;
+        seconds.clamp(1, 60) as u32
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,317 @@
+use super::*;
+use crate::recall_model::{POISON, REFUSED, RecallModel, expected};
+use crate::request::{FinishReason, SamplingParams, StopCause, TokenRecord, Usage};
+use crate::sequence::tests::request;
+use crate::tokenizer::letters::letters;
+
+const VOCABULARY: usize = 92;
+const END: u32 = 40;
+
+fn options() -> EngineOptions {
+    EngineOptions {
+        kv_memory: Some(64 * BLOCK_SIZE * 8),
+        max_seqs: 8,
+        max_batch_tokens: 64,
+        max_waiting: 16,
+        seed: Some(1),
+        ..EngineOptions::new("recall")
+    }
+}
+
+fn start_at(pace: Duration, options: EngineOptions) -> Engine {
+    let mut model = RecallModel::new(VOCABULARY, options.max_batch_tokens, options.max_seqs);
+    model.pace = pace;
+    let frontend = Frontend {
+        tokenizer: letters(),
+        chat_template: None,
+        generation_defaults: GenerationDefaults::default(),
+        end_of_turn: vec![END],
+    };
+    let description = "recall".into();
+    Engine::with_model(ServedModel { model: Box::new(model), frontend, context: 1024, description }, options).unwrap()
+}
+
+fn start() -> Engine {
+    start_at(Duration::ZERO, options())
+}
+
+fn prompt(start: u32, len: usize) -> Vec<u32> {
+    (0..len as u32).map(|i| (start + i * 7) % 89).collect()
+}
+
+fn greedy(max_tokens: usize) -> SamplingParams {
+    SamplingParams { temperature: 0.0, max_tokens: Some(max_tokens), ignore_eos: true, ..Default::default() }
+}
+
+fn within(receiver: &Receiver<Event>) -> Event {
+    receiver.recv_timeout(Duration::from_secs(20)).expect("the engine says something")
+}
+
+fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < Duration::from_secs(20), "never: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[derive(Debug, Default)]
+struct Answer {
+    tokens: Vec<Vec<u32>>,
+    texts: Vec<String>,
+    ends: Vec<Option<(FinishReason, Option<StopCause>)>>,
+    usage: Option<Usage>,
+    records: Vec<TokenRecord>,
+}
+
+/// Reads a whole answer and checks the order of its events.
+fn collect(receiver: &Receiver<Event>, n: usize) -> Answer {
+    let mut answer = Answer { tokens: vec![vec![]; n], texts: vec![String::new(); n], ends: vec![None; n], ..Answer::default() };
+    assert!(matches!(within(receiver), Event::Prompt { .. }));
+    loop {
+        match within(receiver) {
+            Event::Token { choice, record, text } => {
+                assert!(answer.ends[choice].is_none());
+                answer.tokens[choice].push(record.token);
+                answer.texts[choice].push_str(&text);
+                answer.records.push(record);
+            }
+            Event::Finished { choice, reason, stop, text, adapter } => {
+                assert_eq!(adapter.0, 0);
+                answer.texts[choice].push_str(&text);
+                assert!(answer.ends[choice].replace((reason, stop)).is_none());
+            }
+            Event::Done(usage) => {
+                answer.usage = Some(usage);
+                assert!(answer.ends.iter().all(Option::is_some));
+                assert!(receiver.recv_timeout(Duration::from_secs(20)).is_err(), "nothing comes after Done");
+                return answer;
+            }
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+}
+
+fn idle(engine: &Engine) {
+    eventually("all blocks are free, nothing runs, nothing waits", || {
+        let stats = engine.stats();
+        let waiting = engine.inner.status.waiting.load(Ordering::SeqCst);
+        stats.blocks_used == 0 && stats.running == 0 && stats.waiting == 0 && waiting == 0
+    });
+}
+
+#[test]
+fn an_answer_is_its_events_in_order_with_usage_and_log_probabilities() {
+    let engine = start();
+    let sampling = SamplingParams { n: 3, temperature: 1.0, seed: Some(5), logprobs: Some(2), ..greedy(9) };
+    let receiver = engine.submit(request(prompt(1, 70), sampling.clone())).unwrap();
+    let answer = collect(&receiver, 3);
+    for (choice, tokens) in answer.tokens.iter().enumerate() {
+        assert_eq!(tokens, &expected(&prompt(1, 70), &sampling, 5, choice as u64, &[], VOCABULARY, 1024));
+        assert_eq!(answer.texts[choice], engine.tokenizer().decode(tokens, true));
+    }
+    assert_eq!(answer.usage, Some(Usage { prompt_tokens: 70, cached_tokens: 0, completion_tokens: 27 }));
+    assert!(answer.ends.iter().all(|end| *end == Some((FinishReason::Length, None))));
+    assert!(answer.records.iter().all(|record| record.top.len() == 2));
+    idle(&engine);
+}
+
+#[test]
+fn an_end_of_turn_token_stops_but_not_before_min_tokens() {
+    let engine = start();
+    // A prompt whose greedy continuation holds the end token.
+    let unlimited = SamplingParams { ignore_eos: false, ..greedy(400) };
+    let found = (0..500).map(|start| prompt(start, 5)).find(|prompt| {
+        let tokens = expected(prompt, &unlimited, 0, 0, &[END], VOCABULARY, 1024);
+        tokens.len() < 20 && tokens.last() == Some(&END)
+    });
+    let prompt = found.unwrap();
+    let early = collect(&engine.submit(request(prompt.clone(), unlimited.clone())).unwrap(), 1);
+    assert_eq!(early.ends[0], Some((FinishReason::Stop, Some(StopCause::EndOfTurn(END)))));
+    assert_eq!(early.tokens[0].last(), Some(&END));
+    let patient = SamplingParams { min_tokens: 30, ..unlimited };
+    let late = collect(&engine.submit(request(prompt, patient)).unwrap(), 1);
+    assert!(late.tokens[0].len() >= 30 && !late.tokens[0][..30].contains(&END));
+}
+
+#[test]
+fn a_stop_string_ends_the_text_and_does_not_leak() {
+    let engine = start();
+    let plain = collect(&engine.submit(request(prompt(3, 20), greedy(60))).unwrap(), 1);
+    let text = plain.texts[0].clone();
+    // A piece of text that straddles tokens.
+    let middle = text.char_indices().nth(text.chars().count() / 2).unwrap().0;
+    let stop: String = text[middle..].chars().take(3).collect();
+    let first = text.find(&stop).unwrap();
+    let cut = SamplingParams { stop: vec![stop.clone()], ..greedy(60) };
+    let answer = collect(&engine.submit(request(prompt(3, 20), cut.clone())).unwrap(), 1);
+    assert_eq!(answer.texts[0], text[..first]);
+    assert_eq!(answer.ends[0], Some((FinishReason::Stop, Some(StopCause::Text(stop.clone())))));
+    let kept = SamplingParams { include_stop_str_in_output: true, ..cut };
+    let answer = collect(&engine.submit(request(prompt(3, 20), kept)).unwrap(), 1);
+    assert_eq!(answer.texts[0], text[..first + stop.len()]);
+    idle(&engine);
+}
+
+#[test]
+fn a_dropped_receiver_frees_its_blocks_also_while_waiting() {
+    let engine = start_at(Duration::from_millis(1), EngineOptions { max_seqs: 1, ..options() });
+    let running = engine.submit(request(prompt(1, 60), greedy(900))).unwrap();
+    let waiting = engine.submit(request(prompt(2, 60), greedy(900))).unwrap();
+    assert!(matches!(within(&running), Event::Prompt { .. }));
+    eventually("it holds blocks", || engine.stats().blocks_used > 0);
+    drop(waiting);
+    eventually("the waiting one is forgotten", || engine.stats().waiting == 0);
+    eventually("the other one runs", || engine.stats().running == 1);
+    drop(running);
+    idle(&engine);
+}
+
+#[test]
+fn a_slow_client_stalls_nobody_and_gets_everything() {
+    let engine = start_at(Duration::ZERO, EngineOptions { max_seqs: 1, ..options() });
+    let slow = engine.submit(request(prompt(1, 30), greedy(900))).unwrap();
+    eventually("the slow one is stopped by its full channel", || {
+        slow.len() > 256 && engine.stats().steps < 900 && {
+            let before = engine.stats().steps;
+            std::thread::sleep(Duration::from_millis(20));
+            engine.stats().steps == before
+        }
+    });
+    // With one place only, it must also give that up.
+    let other = collect(&engine.submit(request(prompt(2, 30), greedy(50))).unwrap(), 1);
+    assert_eq!(other.tokens[0].len(), 50);
+    let answer = collect(&slow, 1);
+    assert_eq!(answer.tokens[0], expected(&prompt(1, 30), &greedy(900), 0, 0, &[], VOCABULARY, 1024));
+    idle(&engine);
+}
+
+#[test]
+fn a_full_queue_refuses_with_a_guess_when_to_come_back() {
+    let engine = start_at(Duration::from_millis(2), EngineOptions { max_seqs: 1, max_waiting: 2, ..options() });
+    let first = engine.submit(request(prompt(1, 10), greedy(900))).unwrap();
+    assert!(matches!(within(&first), Event::Prompt { .. }));
+    let others: Vec<_> = (0..2).map(|_| engine.submit(request(prompt(2, 10), greedy(2))).unwrap()).collect();
+    match engine.submit(request(prompt(2, 10), greedy(2))) {
+        Err(SubmitError::QueueFull { waiting: 2, limit: 2, retry_after_s }) => assert!((1..=60).contains(&retry_after_s)),
+        other => panic!("{other:?}"),
+    }
+    drop((first, others));
+    idle(&engine);
+    collect(&engine.submit(request(prompt(2, 10), greedy(2))).unwrap(), 1);
+}
+
+#[test]
+fn a_step_that_the_model_refuses_fails_its_requests_only() {
+    let engine = start();
+    let mut bad = prompt(1, 10);
+    bad[0] = REFUSED;
+    let receiver = engine.submit(request(bad, greedy(5))).unwrap();
+    match within(&receiver) {
+        Event::Failed(text) => assert!(text.contains("refused"), "{text}"),
+        other => panic!("{other:?}"),
+    }
+    assert!(engine.is_ready());
+    assert_eq!(collect(&engine.submit(request(prompt(1, 10), greedy(5))).unwrap(), 1).tokens[0].len(), 5);
+    idle(&engine);
+}
+
+#[test]
+fn a_panic_ends_the_engine_with_a_word_to_everyone() {
+    let engine = start();
+    let mut bad = prompt(1, 10);
+    bad[0] = POISON;
+    let receiver = engine.submit(request(bad, greedy(5))).unwrap();
+    assert!(matches!(within(&receiver), Event::Failed(text) if text.contains("poisoned")));
+    assert!(matches!(engine.health(), Health::Stopped(reason) if reason.contains("poisoned")));
+    assert!(matches!(engine.submit(request(prompt(1, 10), greedy(5))), Err(SubmitError::Stopped(_))));
+    assert!(engine.drain(Duration::from_secs(5)));
+}
+
+#[test]
+fn draining_finishes_what_runs_and_refuses_what_comes() {
+    let engine = start_at(Duration::from_millis(1), options());
+    let receiver = engine.submit(request(prompt(1, 10), greedy(100))).unwrap();
+    assert!(matches!(within(&receiver), Event::Prompt { .. }));
+    let drainer = engine.clone();
+    let drain = std::thread::spawn(move || drainer.drain(Duration::from_secs(20)));
+    eventually("it drains", || engine.health() == Health::Draining);
+    assert_eq!(engine.submit(request(prompt(2, 10), greedy(2))).unwrap_err(), SubmitError::Draining);
+    assert!(drain.join().unwrap());
+    let done = receiver.iter().last().unwrap();
+    assert_eq!(done, Event::Done(Usage { prompt_tokens: 10, cached_tokens: 0, completion_tokens: 100 }));
+    assert!(matches!(engine.health(), Health::Stopped(_)));
+}
+
+#[test]
+fn draining_cancels_what_does_not_finish_in_time() {
+    let engine = start_at(Duration::from_millis(5), EngineOptions { max_seqs: 1, ..options() });
+    let running = engine.submit(request(prompt(1, 10), greedy(900))).unwrap();
+    let waiting = engine.submit(request(prompt(2, 10), greedy(900))).unwrap();
+    assert!(matches!(within(&running), Event::Prompt { .. }));
+    assert!(!engine.drain(Duration::from_millis(50)));
+    assert!(matches!(engine.health(), Health::Stopped(_)));
+    for receiver in [&running, &waiting] {
+        let events: Vec<_> = receiver.iter().collect();
+        let end = &events[events.len() - 2..];
+        assert!(matches!(end, [Event::Finished { reason: FinishReason::Cancelled, .. }, Event::Done(_)]), "{end:?}");
+    }
+}
+
+#[test]
+fn what_was_submitted_before_draining_is_finished() {
+    for _ in 0..50 {
+        let engine = start();
+        let receivers: Vec<_> = (0..4).map(|i| engine.submit(request(prompt(i, 10), greedy(3))).unwrap()).collect();
+        assert!(engine.drain(Duration::from_secs(20)));
+        for receiver in receivers {
+            assert_eq!(collect(&receiver, 1).tokens[0].len(), 3);
+        }
+    }
+}
+
+#[test]
+fn the_last_handle_takes_the_engine_with_it() {
+    let engine = start_at(Duration::from_millis(1), options());
+    let receiver = engine.submit(request(prompt(1, 10), greedy(900))).unwrap();
+    assert!(matches!(within(&receiver), Event::Prompt { .. }));
+    drop(engine);
+    assert!(matches!(receiver.iter().last(), Some(Event::Done(_))));
+}
+
+#[test]
+fn many_clients_at_once_get_what_they_get_alone() {
+    // 24 blocks for 8 sequences of up to 8 blocks: preemption is the rule.
+    let engine = start_at(Duration::ZERO, EngineOptions { kv_memory: Some(24 * BLOCK_SIZE * 8), max_waiting: 200, ..options() });
+    let clients: Vec<_> = (0..60u32)
+        .map(|i| {
+            let engine = engine.clone();
+            std::thread::spawn(move || {
+                let prompt = prompt(i % 7, 20 + 3 * i as usize);
+                let sampling = SamplingParams { n: 1 + i as usize % 3, temperature: 1.0, seed: Some(i.into()), ..greedy(40) };
+                let receiver = engine.submit(request(prompt.clone(), sampling.clone())).unwrap();
+                if i % 5 == 4 {
+                    within(&receiver);
+                    return;
+                }
+                let answer = collect(&receiver, sampling.n);
+                for (choice, tokens) in answer.tokens.iter().enumerate() {
+                    assert_eq!(tokens, &expected(&prompt, &sampling, i.into(), choice as u64, &[], VOCABULARY, 768));
+                }
+            })
+        })
+        .collect();
+    for client in clients {
+        client.join().unwrap();
+    }
+    idle(&engine);
+    assert!(engine.stats().preemptions > 0);
+}
+
+#[test]
+fn the_context_is_a_limit_of_its_own() {
+    let engine = start_at(Duration::ZERO, EngineOptions { max_model_len: Some(50), ..options() });
+    assert_eq!(engine.limits().max_model_len, 50);
+    let answer = collect(&engine.submit(request(prompt(1, 45), SamplingParams { max_tokens: None, ..greedy(1) })).unwrap(), 1);
+    assert_eq!((answer.tokens[0].len(), &answer.ends[0]), (5, &Some((FinishReason::Length, None))));
+}

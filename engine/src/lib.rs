@@ -1,0 +1,52 @@
+//! Tokens in, tokens out.
+//!
+//! The engine owns model files, tokenizer, chat template, scheduler, KV blocks and the step loop. It runs on its own OS thread and
+//! knows no HTTP. [`request::Request`]s go in through one channel; each comes back as a bounded stream of [`request::Event`]s.
+//!
+//! Invariants: `free + used = total` KV blocks after every step; a dropped receiver frees its sequences within one step; a streamed
+//! token never changes; a slow client never stalls the batch.
+
+pub mod batch;
+pub mod block_pool;
+pub mod block_table;
+pub mod chat_template;
+pub mod choice;
+mod client;
+mod core;
+pub mod detokenizer;
+pub mod engine;
+pub mod generation_defaults;
+mod gguf;
+pub mod load_error;
+pub mod memory;
+pub mod model;
+pub mod model_config;
+pub mod model_files;
+pub mod options;
+pub mod prefix_cache;
+#[cfg(test)]
+mod recall_model;
+pub mod request;
+mod safetensors_file;
+pub mod scheduler;
+pub mod sequence;
+pub mod stats;
+pub mod stop;
+mod tensor_file;
+pub mod tokenizer;
+pub mod validate;
+
+pub use chat_template::{ChatInput, ChatTemplate, TemplateError};
+pub use detokenizer::Detokenizer;
+pub use engine::{Engine, EngineLimits, Health, MemoryReport, ServedModel};
+pub use generation_defaults::GenerationDefaults;
+pub use load_error::LoadError;
+pub use model::Decoder;
+pub use model_config::{Family, ModelConfig, RopeScaling};
+pub use model_files::{Frontend, ModelFiles};
+pub use options::{EngineOptions, StartError};
+pub use request::{
+    AdapterGeneration, Event, FinishReason, Request, RequestId, SamplingParams, StopCause, SubmitError, TokenRecord, Usage,
+};
+pub use stats::Stats;
+pub use tokenizer::{EncodeError, SpecialTokens, Tokenizer};

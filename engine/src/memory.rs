@@ -1,0 +1,146 @@
+//! How much memory the KV cache gets.
+
+use crate::block_pool::BLOCK_SIZE;
+use crate::options::{EngineOptions, StartError};
+use std::path::Path;
+
+/// What was decided about the KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvPlan {
+    /// Blocks of the pool.
+    pub blocks: usize,
+    /// Most tokens of a sequence.
+    pub max_model_len: usize,
+}
+
+/// Sizes the pool. `context` is what the model supports, `free` what [`free_memory`] says.
+///
+/// A given `kv_memory` is used whole. Otherwise three quarters of the free memory are, or this engine's share of them, but never more than `max_seqs` sequences of
+/// full length need. Without a given `max_model_len` it shrinks to what the pool holds.
+pub fn plan(options: &EngineOptions, context: usize, block_bytes: usize, free: Option<usize>) -> Result<KvPlan, StartError> {
+    let wanted = options.max_model_len.unwrap_or(context);
+    if wanted > context {
+        let message = format!("must be at most {context}, the model's context, not {wanted}");
+        return Err(StartError::Option { option: "--max-model-len", message });
+    }
+    let blocks_each = wanted.div_ceil(BLOCK_SIZE);
+    let useful = options.max_seqs.saturating_mul(blocks_each);
+    let available = options.kv_memory.unwrap_or_else(|| match free {
+        Some(free) => free / 4 * 3 / options.kv_share.max(1),
+        None => useful.saturating_mul(block_bytes),
+    });
+    let fit = (available / block_bytes.max(1)).min(i32::MAX as usize / BLOCK_SIZE);
+    let blocks = if options.kv_memory.is_some() { fit } else { fit.min(useful) };
+    if blocks == 0 || (options.max_model_len.is_some() && blocks < blocks_each) {
+        return Err(StartError::KvMemory { available, blocks, block_bytes, needed: blocks_each });
+    }
+    Ok(KvPlan { blocks, max_model_len: wanted.min(blocks * BLOCK_SIZE) })
+}
+
+/// Bytes that this process may still take: what the kernel calls available, within the limits of its control groups.
+/// `None` where the system does not say.
+pub fn free_memory() -> Option<usize> {
+    let available = meminfo(&std::fs::read_to_string("/proc/meminfo").ok()?)?;
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let rooms = groups.lines().filter_map(|line| {
+        let mut parts = line.splitn(3, ':');
+        let (controllers, path) = (parts.nth(1)?, parts.next()?.trim_start_matches('/'));
+        match controllers {
+            "" => group_room(Path::new("/sys/fs/cgroup"), path, "memory.max", "memory.current"),
+            names if names.split(',').any(|name| name == "memory") => {
+                let root = Path::new("/sys/fs/cgroup/memory");
+                group_room(root, path, "memory.limit_in_bytes", "memory.usage_in_bytes")
+            }
+            _ => None,
+        }
+    });
+    Some(rooms.fold(available, usize::min))
+}
+
+/// The least room in a control group and those above it. Inside a container the path may not exist; then the root stands for it.
+fn group_room(root: &Path, path: &str, limit: &str, usage: &str) -> Option<usize> {
+    let read = |file: std::path::PathBuf| std::fs::read_to_string(file).ok()?.trim().parse::<usize>().ok();
+    // Pages of files, such as those of a model that was just read, give way when memory is needed.
+    let cache = |folder: &Path| -> usize {
+        let names = if limit == "memory.max" {
+            ["active_file ", "inactive_file "]
+        } else {
+            ["total_active_file ", "total_inactive_file "]
+        };
+        let text = std::fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
+        let counts = text.lines().filter_map(|line| names.iter().find_map(|name| line.strip_prefix(name)));
+        counts.filter_map(|count| count.trim().parse::<usize>().ok()).sum()
+    };
+    let group = root.join(path);
+    group
+        .ancestors()
+        .take_while(|folder| folder.starts_with(root))
+        .filter_map(|folder| {
+            let taken = read(folder.join(usage))?.saturating_sub(cache(folder));
+            Some(read(folder.join(limit))?.saturating_sub(taken))
+        })
+        .min()
+}
+
+fn meminfo(text: &str) -> Option<usize> {
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix(" kB")?.trim().parse::<usize>().ok()?.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options() -> EngineOptions {
+        EngineOptions { max_seqs: 4, ..EngineOptions::new("m") }
+    }
+
+    #[test]
+    fn free_memory_is_used_in_part_and_never_more_than_can_be_used() {
+        let plenty = plan(&options(), 100, 1000, Some(1 << 30)).unwrap();
+        assert_eq!(plenty, KvPlan { blocks: 16, max_model_len: 100 });
+        let scarce = plan(&options(), 100, 1000, Some(4000)).unwrap();
+        assert_eq!(scarce, KvPlan { blocks: 3, max_model_len: 96 });
+    }
+
+    #[test]
+    fn a_given_size_is_used_whole() {
+        let given = EngineOptions { kv_memory: Some(50_000), ..options() };
+        assert_eq!(plan(&given, 100, 1000, Some(0)).unwrap(), KvPlan { blocks: 50, max_model_len: 100 });
+    }
+
+    #[test]
+    fn a_length_that_does_not_fit_is_refused_only_when_it_was_asked_for() {
+        let small = EngineOptions { kv_memory: Some(2000), ..options() };
+        assert_eq!(plan(&small, 100, 1000, None).unwrap(), KvPlan { blocks: 2, max_model_len: 64 });
+        let asked = EngineOptions { max_model_len: Some(100), ..small.clone() };
+        assert!(plan(&asked, 100, 1000, None).unwrap_err().to_string().contains("--kv-memory"));
+        let beyond = EngineOptions { max_model_len: Some(101), ..small.clone() };
+        assert!(plan(&beyond, 100, 1000, None).unwrap_err().to_string().contains("at most 100"));
+        assert!(plan(&EngineOptions { kv_memory: Some(999), ..small }, 100, 1000, None).is_err());
+    }
+
+    #[test]
+    fn the_kernels_word_is_read() {
+        assert_eq!(meminfo("MemTotal:       100 kB\nMemAvailable:    42 kB\n"), Some(42 * 1024));
+        assert_eq!(meminfo("MemTotal: 100 kB\n"), None);
+    }
+
+    #[test]
+    fn the_tightest_control_group_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let inner = root.path().join("a/b");
+        std::fs::create_dir_all(&inner).unwrap();
+        std::fs::write(inner.join("memory.max"), "max\n").unwrap();
+        std::fs::write(inner.join("memory.current"), "5\n").unwrap();
+        std::fs::write(root.path().join("a/memory.max"), "100\n").unwrap();
+        std::fs::write(root.path().join("a/memory.current"), "30\n").unwrap();
+        assert_eq!(group_room(root.path(), "a/b", "memory.max", "memory.current"), Some(70));
+        assert_eq!(group_room(root.path(), "c", "memory.max", "memory.current"), None);
+        // A model file's pages in the cache are room, not use.
+        let stat = "anon 10\nactive_file 5\ninactive_file 7\nslab 3\n";
+        std::fs::write(root.path().join("a/b/memory.stat"), stat).unwrap();
+        std::fs::write(root.path().join("a/memory.stat"), stat).unwrap();
+        assert_eq!(group_room(root.path(), "a/b", "memory.max", "memory.current"), Some(82));
+    }
+}

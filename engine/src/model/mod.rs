@@ -1,0 +1,24 @@
+//! Decoder models, written once against [`tidemill_kernels::Ops`].
+
+pub mod decoder;
+pub(crate) mod weight_names;
+
+use tidemill_kernels::{KernelError, KvDtype, MemoryUse, StepBatch, StepOutput};
+
+pub use decoder::Decoder;
+
+/// A model that computes steps. The scheduler knows nothing else about it.
+pub trait Model: Send {
+    /// Size of the vocabulary that can be sampled.
+    fn vocabulary(&self) -> usize;
+    /// Bytes that one KV block takes over all layers.
+    fn kv_block_bytes(&self, block_size: usize, dtype: KvDtype) -> usize;
+    /// Reserves the cache; called once, before the first step.
+    fn alloc_kv(&mut self, blocks: usize, block_size: usize, dtype: KvDtype) -> Result<(), KernelError>;
+    /// Computes one step: writes keys and values of all rows, samples the rows asked for.
+    fn forward(&mut self, batch: &StepBatch, out: &mut StepOutput) -> Result<(), KernelError>;
+    /// Memory held, for the start-up lines.
+    fn memory(&self) -> MemoryUse;
+    /// Device, instruction path, weight format: for the start-up lines.
+    fn describe(&self) -> String;
+}

@@ -1,0 +1,97 @@
+//! What the tensors of a decoder are called in each container.
+
+use std::fmt::Write as _;
+
+/// A tensor of a decoder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Weight {
+    /// `[vocabulary, hidden]`
+    Embedding,
+    /// `[hidden]`
+    FinalNorm,
+    /// `[vocabulary, hidden]`
+    Output,
+    /// A part of a layer.
+    Layer(usize, Part),
+}
+
+/// A tensor of one layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Part {
+    AttentionNorm,
+    Query,
+    Key,
+    Value,
+    QueryBias,
+    KeyBias,
+    ValueBias,
+    QueryNorm,
+    KeyNorm,
+    AttentionOutput,
+    AttentionOutputBias,
+    FeedForwardNorm,
+    Gate,
+    Up,
+    Down,
+    GateBias,
+    UpBias,
+    DownBias,
+}
+
+/// Whose names a file uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Naming {
+    /// `model.layers.0.self_attn.q_proj.weight`
+    HuggingFace,
+    /// `blk.0.attn_q.weight`
+    Gguf,
+}
+
+impl Naming {
+    /// The name of `weight`.
+    pub fn name(self, weight: Weight) -> String {
+        match (self, weight) {
+            (Naming::HuggingFace, Weight::Embedding) => "model.embed_tokens.weight".to_owned(),
+            (Naming::HuggingFace, Weight::FinalNorm) => "model.norm.weight".to_owned(),
+            (Naming::HuggingFace, Weight::Output) => "lm_head.weight".to_owned(),
+            (Naming::Gguf, Weight::Embedding) => "token_embd.weight".to_owned(),
+            (Naming::Gguf, Weight::FinalNorm) => "output_norm.weight".to_owned(),
+            (Naming::Gguf, Weight::Output) => "output.weight".to_owned(),
+            (_, Weight::Layer(layer, part)) => {
+                let (hugging_face, gguf) = part.names();
+                let mut name = String::new();
+                // Writing to a String cannot fail.
+                let _ = match self {
+                    Naming::HuggingFace => write!(name, "model.layers.{layer}.{hugging_face}"),
+                    Naming::Gguf => write!(name, "blk.{layer}.{gguf}"),
+                };
+                name
+            }
+        }
+    }
+}
+
+impl Part {
+    const fn names(self) -> (&'static str, &'static str) {
+        match self {
+            Part::AttentionNorm => ("input_layernorm.weight", "attn_norm.weight"),
+            Part::Query => ("self_attn.q_proj.weight", "attn_q.weight"),
+            Part::Key => ("self_attn.k_proj.weight", "attn_k.weight"),
+            Part::Value => ("self_attn.v_proj.weight", "attn_v.weight"),
+            Part::QueryBias => ("self_attn.q_proj.bias", "attn_q.bias"),
+            Part::KeyBias => ("self_attn.k_proj.bias", "attn_k.bias"),
+            Part::ValueBias => ("self_attn.v_proj.bias", "attn_v.bias"),
+            Part::QueryNorm => ("self_attn.q_norm.weight", "attn_q_norm.weight"),
+            Part::KeyNorm => ("self_attn.k_norm.weight", "attn_k_norm.weight"),
+            Part::AttentionOutput => ("self_attn.o_proj.weight", "attn_output.weight"),
+            Part::AttentionOutputBias => ("self_attn.o_proj.bias", "attn_output.bias"),
+            Part::FeedForwardNorm => ("post_attention_layernorm.weight", "ffn_norm.weight"),
+            Part::Gate => ("mlp.gate_proj.weight", "ffn_gate.weight"),
+            Part::Up => ("mlp.up_proj.weight", "ffn_up.weight"),
+            Part::Down => ("mlp.down_proj.weight", "ffn_down.weight"),
+            Part::GateBias => ("mlp.gate_proj.bias", "ffn_gate.bias"),
+            Part::UpBias => ("mlp.up_proj.bias", "ffn_up.bias"),
+            Part::DownBias => ("mlp.down_proj.bias", "ffn_down.bias"),
+        }
+    }
+}

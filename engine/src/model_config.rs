@@ -1,0 +1,165 @@
+//! What kind of decoder a model is.
+
+mod gguf;
+mod json;
+
+use std::path::Path;
+
+use crate::load_error::LoadError;
+
+const SUPPORTED_FAMILIES: &str = "supported are Llama, Mistral, Qwen2 and Qwen3 models";
+
+/// Families of decoders that share one description (`model/decoder.rs`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Family {
+    /// Llama 1 to 3.x, SmolLM2.
+    Llama,
+    /// Mistral: a sliding window.
+    Mistral,
+    /// Qwen2 and 2.5: biases on q, k and v.
+    Qwen2,
+    /// Qwen3: norms on the heads of q and k.
+    Qwen3,
+}
+
+/// Sizes and switches of a decoder.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelConfig {
+    /// Family.
+    pub family: Family,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width of the feed-forward part.
+    pub intermediate: usize,
+    /// Decoder layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key-value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Elements per head; even.
+    pub head_dim: usize,
+    /// Rows of the embedding table.
+    pub vocabulary: usize,
+    /// Positions the model was made for.
+    pub max_positions: usize,
+    /// Added to the mean square in norms.
+    pub rms_eps: f32,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// How the frequencies are stretched.
+    pub rope_scaling: RopeScaling,
+    /// A query sees the last this many positions only.
+    pub sliding_window: Option<usize>,
+    /// The output matrix is the embedding table.
+    pub tied_embeddings: bool,
+    /// Bias on q, k and v.
+    pub qkv_bias: bool,
+    /// Bias on the attention output.
+    pub output_bias: bool,
+    /// Biases in the feed-forward part.
+    pub mlp_bias: bool,
+    /// RMS norms on the heads of q and k.
+    pub qk_norm: bool,
+}
+
+/// Rotary frequencies for contexts longer than in pre-training.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// As pre-trained.
+    None,
+    /// Positions divided by the factor (Chen et al. 2023).
+    Linear {
+        /// Divides positions.
+        factor: f64,
+    },
+    /// Llama 3.1's: low frequencies divided, high ones kept, a ramp between.
+    Llama3 {
+        /// Divides low frequencies.
+        factor: f64,
+        /// Wavelengths above `original / low_freq_factor` are low frequencies.
+        low_freq_factor: f64,
+        /// Wavelengths below `original / high_freq_factor` are high frequencies.
+        high_freq_factor: f64,
+        /// Positions in pre-training.
+        original_positions: usize,
+    },
+    /// A divisor for each frequency, as GGUF files carry it.
+    Factors(Vec<f32>),
+}
+
+impl ModelConfig {
+    /// Refuses sizes that contradict each other, before anything is reserved.
+    fn check(&self, path: &Path) -> Result<(), LoadError> {
+        let invalid = |field: &str, detail: String| Err(LoadError::invalid(path, field, detail));
+        let sizes = [
+            ("hidden_size", self.hidden),
+            ("intermediate_size", self.intermediate),
+            ("num_hidden_layers", self.layers),
+            ("num_attention_heads", self.heads),
+            ("num_key_value_heads", self.kv_heads),
+            ("head_dim", self.head_dim),
+            ("vocab_size", self.vocabulary),
+            ("max_position_embeddings", self.max_positions),
+        ];
+        for (name, size) in sizes {
+            // No model comes near. Products are bounded by the files: every tensor's shape is compared with its bytes.
+            if size == 0 || size > 1 << 24 {
+                return invalid(name, format!("is {size}, but must lie between 1 and {}", 1 << 24));
+            }
+        }
+        if !self.heads.is_multiple_of(self.kv_heads) {
+            let detail = format!("{} is not a multiple of num_key_value_heads, {}", self.heads, self.kv_heads);
+            return invalid("num_attention_heads", detail);
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return invalid("head_dim", format!("{} is odd, so it cannot be rotated", self.head_dim));
+        }
+        if !(self.rope_theta.is_finite() && self.rope_theta > 0.0) {
+            return invalid("rope_theta", format!("is {}", self.rope_theta));
+        }
+        if !(self.rms_eps.is_finite() && self.rms_eps >= 0.0) {
+            return invalid("rms_norm_eps", format!("is {}", self.rms_eps));
+        }
+        if self.sliding_window == Some(0) {
+            return invalid("sliding_window", "is 0; leave it out for full attention".to_owned());
+        }
+        if let RopeScaling::Factors(factors) = &self.rope_scaling {
+            let usable = factors.iter().all(|factor| factor.is_finite() && *factor > 0.0);
+            if factors.len() != self.head_dim / 2 || !usable {
+                return invalid("rope_freqs.weight", format!("must be {} positive numbers", self.head_dim / 2));
+            }
+        }
+        Ok(())
+    }
+
+    /// `[head_dim / 2]` rotary frequencies in radians per position, stretched as [`RopeScaling`] says.
+    pub fn inverse_frequencies(&self) -> Vec<f32> {
+        let half = self.head_dim / 2;
+        let plain = (0..half).map(|i| self.rope_theta.powf(-(i as f64) / half as f64));
+        let stretched = plain.enumerate().map(|(i, frequency)| self.rope_scaling.stretch(i, frequency));
+        stretched.map(|frequency| frequency as f32).collect()
+    }
+}
+
+impl RopeScaling {
+    /// Llama3: `transformers`' `_compute_llama3_parameters`.
+    fn stretch(&self, index: usize, frequency: f64) -> f64 {
+        match self {
+            RopeScaling::None => frequency,
+            RopeScaling::Linear { factor } => frequency / factor,
+            RopeScaling::Factors(factors) => frequency / factors.get(index).copied().map_or(1.0, f64::from),
+            &RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_positions } => {
+                let turns = original_positions as f64 * frequency / std::f64::consts::TAU;
+                if turns < low_freq_factor {
+                    frequency / factor
+                } else if turns > high_freq_factor {
+                    frequency
+                } else {
+                    let kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    (1.0 - kept) * frequency / factor + kept * frequency
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! Configurations from `config.json`.
+
+use std::path::Path;
+
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
+
+use super::{Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES};
+use crate::generation_defaults::one_or_many;
+use crate::load_error::LoadError;
+
+/// `config.json` as transformers writes it; what a family leaves out has that family's default.
+#[derive(Deserialize)]
+struct Fields {
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    vocab_size: usize,
+    max_position_embeddings: Option<usize>,
+    rms_norm_eps: Option<f64>,
+    rope_theta: Option<f64>,
+    rope_scaling: Option<Rope>,
+    /// Where transformers 5 puts `rope_theta` and `rope_scaling`.
+    rope_parameters: Option<Rope>,
+    partial_rotary_factor: Option<f64>,
+    /// Left out is not the same as null.
+    #[serde(default, deserialize_with = "present")]
+    sliding_window: Option<Option<usize>>,
+    use_sliding_window: Option<bool>,
+    layer_types: Option<Vec<String>>,
+    tie_word_embeddings: Option<bool>,
+    attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
+    hidden_act: Option<String>,
+    quantization_config: Option<Value>,
+    #[serde(default, deserialize_with = "one_or_many")]
+    eos_token_id: Vec<u32>,
+}
+
+#[derive(Clone, Default, Deserialize)]
+struct Rope {
+    rope_theta: Option<f64>,
+    /// Its name before transformers 4.43 was `type`.
+    #[serde(alias = "type")]
+    rope_type: Option<String>,
+    factor: Option<f64>,
+    low_freq_factor: Option<f64>,
+    high_freq_factor: Option<f64>,
+    original_max_position_embeddings: Option<usize>,
+    partial_rotary_factor: Option<f64>,
+}
+
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<usize>>, D::Error> {
+    Option::deserialize(deserializer).map(Some)
+}
+
+impl ModelConfig {
+    /// Reads `config.json`; also gives the end-of-turn tokens that it names.
+    pub(crate) fn from_json(path: &Path) -> Result<(Self, Vec<u32>), LoadError> {
+        let text = std::fs::read(path).map_err(|error| LoadError::io(path, error))?;
+        // Checked first, because another family's file may lack the fields below.
+        let family = family(path, &text)?;
+        let fields: Fields = serde_json::from_slice(&text)
+            .map_err(|error| LoadError::invalid(path, "configuration", format!("{error}; fetch the file again")))?;
+        let config = fields.config(path, family)?;
+        config.check(path)?;
+        Ok((config, fields.eos_token_id))
+    }
+}
+
+fn family(path: &Path, text: &[u8]) -> Result<Family, LoadError> {
+    #[derive(Deserialize)]
+    struct Names {
+        architectures: Option<Vec<String>>,
+        model_type: Option<String>,
+    }
+    let names: Names = serde_json::from_slice(text)
+        .map_err(|error| LoadError::invalid(path, "configuration", format!("{error}; fetch the file again")))?;
+    let architecture = names.architectures.unwrap_or_default().into_iter().next();
+    let (field, name) = match (architecture, names.model_type) {
+        (Some(name), _) => ("architectures", name),
+        (None, Some(name)) => ("model_type", name),
+        (None, None) => return Err(LoadError::invalid(path, "architectures", "missing; this is no model's config.json")),
+    };
+    Ok(match name.as_str() {
+        "LlamaForCausalLM" | "llama" => Family::Llama,
+        "MistralForCausalLM" | "mistral" => Family::Mistral,
+        "Qwen2ForCausalLM" | "qwen2" => Family::Qwen2,
+        "Qwen3ForCausalLM" | "qwen3" => Family::Qwen3,
+        _ => return Err(LoadError::unsupported(path, field, format!("\"{name}\""), SUPPORTED_FAMILIES)),
+    })
+}
+
+impl Fields {
+    fn config(&self, path: &Path, family: Family) -> Result<ModelConfig, LoadError> {
+        if self.quantization_config.is_some() {
+            let instead = "use the unquantised model, or a GGUF file of it";
+            return Err(LoadError::unsupported(path, "quantization_config", "a quantised safetensors model", instead));
+        }
+        if let Some(activation) = self.hidden_act.as_deref().filter(|&name| name != "silu") {
+            return Err(LoadError::unsupported(path, "hidden_act", format!("\"{activation}\""), "models use \"silu\""));
+        }
+        if self.num_attention_heads == 0 {
+            return Err(LoadError::invalid(path, "num_attention_heads", "is 0"));
+        }
+        // What a file leaves out is the default of the family's configuration class in transformers.
+        let (theta, positions, eps) = match family {
+            Family::Llama => (10_000.0, 2048, 1e-6),
+            Family::Mistral => (10_000.0, 4096 * 32, 1e-6),
+            Family::Qwen2 | Family::Qwen3 => (10_000.0, 32_768, 1e-6),
+        };
+        let (default_head_dim, default_kv_heads) = match family {
+            Family::Qwen3 => (128, 32),
+            Family::Mistral => (self.hidden_size / self.num_attention_heads, 8),
+            Family::Llama | Family::Qwen2 => (self.hidden_size / self.num_attention_heads, self.num_attention_heads),
+        };
+        let rope = self.rope_parameters.clone().or_else(|| self.rope_scaling.clone()).unwrap_or_default();
+        let rotated = rope.partial_rotary_factor.or(self.partial_rotary_factor).unwrap_or(1.0);
+        if rotated != 1.0 {
+            return Err(LoadError::unsupported(path, "partial_rotary_factor", rotated.to_string(), "only 1 is"));
+        }
+        let max_positions = self.max_position_embeddings.unwrap_or(positions);
+        Ok(ModelConfig {
+            family,
+            hidden: self.hidden_size,
+            intermediate: self.intermediate_size,
+            layers: self.num_hidden_layers,
+            heads: self.num_attention_heads,
+            kv_heads: self.num_key_value_heads.unwrap_or(default_kv_heads),
+            head_dim: self.head_dim.unwrap_or(default_head_dim),
+            vocabulary: self.vocab_size,
+            max_positions,
+            rms_eps: self.rms_norm_eps.unwrap_or(eps) as f32,
+            rope_theta: rope.rope_theta.or(self.rope_theta).unwrap_or(theta),
+            rope_scaling: rope.scaling(path, max_positions)?,
+            sliding_window: self.window(path, family)?,
+            tied_embeddings: self.tie_word_embeddings.unwrap_or(false),
+            qkv_bias: family == Family::Qwen2 || self.attention_bias.unwrap_or(false),
+            output_bias: family != Family::Qwen2 && self.attention_bias.unwrap_or(false),
+            mlp_bias: self.mlp_bias.unwrap_or(false),
+            qk_norm: family == Family::Qwen3,
+        })
+    }
+
+    fn window(&self, path: &Path, family: Family) -> Result<Option<usize>, LoadError> {
+        let wanted = match family {
+            Family::Llama => false,
+            Family::Mistral => true,
+            Family::Qwen2 | Family::Qwen3 => self.use_sliding_window.unwrap_or(false),
+        };
+        let types = self.layer_types.as_deref().unwrap_or_default();
+        let sliding = types.iter().filter(|name| *name == "sliding_attention").count();
+        if (family != Family::Mistral && wanted) || (sliding > 0 && sliding < types.len()) {
+            let instead = "set use_sliding_window to false if the context stays below the window";
+            return Err(LoadError::unsupported(path, "use_sliding_window", "a window on some of the layers", instead));
+        }
+        let default = (family == Family::Mistral).then_some(4096);
+        Ok(self.sliding_window.unwrap_or(default).filter(|_| wanted))
+    }
+}
+
+impl Rope {
+    fn scaling(&self, path: &Path, max_positions: usize) -> Result<RopeScaling, LoadError> {
+        const FIELD: &str = "rope_scaling";
+        let need = |name: &str, value: Option<f64>| {
+            let value = value.ok_or_else(|| LoadError::invalid(path, FIELD, format!("{name} is missing")))?;
+            if value.is_finite() && value > 0.0 {
+                return Ok(value);
+            }
+            Err(LoadError::invalid(path, FIELD, format!("{name} is {value}, it must be above 0")))
+        };
+        match self.rope_type.as_deref() {
+            None | Some("default") => Ok(RopeScaling::None),
+            Some("linear") => Ok(RopeScaling::Linear { factor: need("factor", self.factor)? }),
+            Some("llama3") => Ok(RopeScaling::Llama3 {
+                factor: need("factor", self.factor)?,
+                low_freq_factor: need("low_freq_factor", self.low_freq_factor)?,
+                high_freq_factor: need("high_freq_factor", self.high_freq_factor)?,
+                original_positions: self.original_max_position_embeddings.unwrap_or(max_positions),
+            }),
+            Some(other) => {
+                let instead =
+                    "supported are default, linear and llama3; without rope_scaling the model serves its original context";
+                Err(LoadError::unsupported(path, FIELD, format!("\"{other}\""), instead))
+            }
+        }
+    }
+}

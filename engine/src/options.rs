@@ -1,0 +1,144 @@
+//! How an engine is set up.
+
+use std::path::PathBuf;
+use tidemill_kernels::{KvDtype, WeightFormat};
+
+/// What [`crate::Engine::start`] needs to know. [`EngineOptions::new`] has the defaults.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EngineOptions {
+    /// A GGUF file or a directory with safetensors and `config.json`.
+    pub model: PathBuf,
+    /// Name that clients use; label `model_name` of the metrics.
+    pub served_name: String,
+    /// Threads that compute; `None` is one per core that this process may use.
+    pub threads: Option<usize>,
+    /// Bytes for the KV cache; `None` sizes it from free memory.
+    pub kv_memory: Option<usize>,
+    /// Engines that share the machine: where `kv_memory` is `None`, this one takes its part of the free memory only, ≥ 1.
+    pub kv_share: usize,
+    /// Most sequences that run at once (each choice of a request is one), ≥ 1.
+    pub max_seqs: usize,
+    /// Most tokens of prompt and output together; `None` is the model's own, or less when the KV cache cannot hold it.
+    pub max_model_len: Option<usize>,
+    /// Most tokens a step computes, ≥ `max_seqs`.
+    pub max_batch_tokens: usize,
+    /// Most requests that wait; more are refused with [`crate::SubmitError::QueueFull`].
+    pub max_waiting: usize,
+    /// Packing of the weights.
+    pub weight_format: WeightFormat,
+    /// Storage of keys and values.
+    pub kv_dtype: KvDtype,
+    /// Reuse of computed blocks between requests with equal prefixes.
+    pub prefix_caching: bool,
+    /// Seeds the requests that bring no seed of their own; `None` is different on every start.
+    pub seed: Option<u64>,
+}
+
+impl EngineOptions {
+    /// Defaults for the model at `model`, served under its file name.
+    pub fn new(model: impl Into<PathBuf>) -> Self {
+        let model = model.into();
+        let served_name = model.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_else(|| "model".into());
+        Self {
+            model,
+            served_name,
+            threads: None,
+            kv_memory: None,
+            kv_share: 1,
+            max_seqs: 64,
+            max_model_len: None,
+            max_batch_tokens: 512,
+            max_waiting: 1024,
+            weight_format: WeightFormat::Auto,
+            kv_dtype: KvDtype::Bf16,
+            prefix_caching: true,
+            seed: None,
+        }
+    }
+
+    /// Says which option is out of range, by its command-line name.
+    pub fn check(&self) -> Result<(), StartError> {
+        let bad = |option: &'static str, message: String| Err(StartError::Option { option, message });
+        if self.max_seqs == 0 || self.max_seqs > 65_536 {
+            return bad("--max-seqs", format!("must be 1 to 65536, not {}", self.max_seqs));
+        }
+        if self.max_batch_tokens < self.max_seqs {
+            let (tokens, seqs) = (self.max_batch_tokens, self.max_seqs);
+            return bad("--max-batch-tokens", format!("must be at least --max-seqs ({seqs}), not {tokens}"));
+        }
+        if self.max_batch_tokens > 1 << 20 {
+            return bad("--max-batch-tokens", format!("must be at most {}, not {}", 1 << 20, self.max_batch_tokens));
+        }
+        if self.max_waiting == 0 {
+            return bad("--max-waiting", "must be at least 1".into());
+        }
+        if self.max_model_len == Some(0) || self.max_model_len == Some(1) {
+            return bad("--max-model-len", "must be at least 2: one prompt token and one generated".into());
+        }
+        if self.threads == Some(0) {
+            return bad("--threads", "must be at least 1".into());
+        }
+        Ok(())
+    }
+}
+
+/// Why an engine did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// An option is out of range.
+    #[error("{option} {message}")]
+    Option {
+        /// Command-line name.
+        option: &'static str,
+        /// What would be right.
+        message: String,
+    },
+    /// The model's files are not right.
+    #[error(transparent)]
+    Model(#[from] crate::load_error::LoadError),
+    /// The backend refused.
+    #[error("{0}")]
+    Backend(#[from] tidemill_kernels::KernelError),
+    /// The KV cache does not fit.
+    #[error(
+        "{available} bytes for the KV cache hold {blocks} blocks of {block_bytes} bytes, too few for one sequence; raise --kv-memory or free memory"
+    )]
+    KvMemory {
+        /// Bytes that could be used.
+        available: usize,
+        /// Blocks that fit.
+        blocks: usize,
+        /// Bytes per block.
+        block_bytes: usize,
+        /// Blocks of one sequence of full length.
+        needed: usize,
+    },
+    /// The system gave no thread.
+    #[error("cannot start the engine's thread: {0}")]
+    Thread(std::io::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_pass_and_each_bad_option_is_named() {
+        let good = EngineOptions::new("/models/tiny.gguf");
+        assert!(good.check().is_ok());
+        assert_eq!(good.served_name, "tiny");
+        type Spoil = fn(&mut EngineOptions);
+        let cases: [(&str, Spoil); 5] = [
+            ("--max-seqs", |o| o.max_seqs = 0),
+            ("--max-batch-tokens", |o| o.max_batch_tokens = o.max_seqs - 1),
+            ("--max-waiting", |o| o.max_waiting = 0),
+            ("--max-model-len", |o| o.max_model_len = Some(1)),
+            ("--threads", |o| o.threads = Some(0)),
+        ];
+        for (name, spoil) in cases {
+            let mut options = good.clone();
+            spoil(&mut options);
+            assert!(options.check().unwrap_err().to_string().starts_with(name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! One choice of a request, as the scheduler sees it.
+
+use crate::block_pool::{BLOCK_SIZE, SharedPool};
+use crate::block_table::BlockTable;
+use crate::prefix_cache::BlockHash;
+use crate::request::Request;
+use std::collections::HashMap;
+use std::sync::Arc;
+use tidemill_kernels::TokenCount;
+
+/// Identity of a request within one engine: the order of arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RequestKey(pub u64);
+
+/// Identity of a sequence, and its place in line: by priority (lower first), then arrival, then choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SequenceId {
+    /// Lower runs first.
+    pub priority: i32,
+    /// The request.
+    pub request: RequestKey,
+    /// Which of its choices.
+    pub choice: u32,
+}
+
+/// Tokens of one choice, and how far their keys and values are computed.
+#[derive(Debug)]
+pub struct Sequence {
+    /// Identity.
+    pub id: SequenceId,
+    /// What was asked for.
+    pub request: Arc<Request>,
+    /// Random stream of the request; the choice selects a stream of it.
+    pub seed: u64,
+    /// Prompt, then generated tokens.
+    pub tokens: Vec<u32>,
+    /// Tokens whose keys and values are in the cache, chasing `tokens.len()`.
+    pub computed: usize,
+    /// Where they are.
+    pub table: BlockTable,
+    /// Token counts for the penalties, kept only when one is active.
+    pub history: Option<PenaltyHistory>,
+    /// Slots among the running sequences: `n` until the choices fork, then 1.
+    pub slots: usize,
+    /// The client reads too slowly: not scheduled.
+    pub paused: bool,
+    /// It was preempted before.
+    pub preempted: bool,
+    /// Names of the leading full blocks, as far as they were needed.
+    hashes: Vec<BlockHash>,
+    /// Leading blocks that are findable under their names.
+    cached_blocks: usize,
+}
+
+impl Sequence {
+    /// The first choice of a request; the others fork from it when the prompt is computed.
+    pub fn leader(key: RequestKey, request: Arc<Request>, seed: u64, pool: &SharedPool) -> Self {
+        Self {
+            id: SequenceId { priority: request.priority, request: key, choice: 0 },
+            tokens: request.prompt.clone(),
+            computed: 0,
+            table: BlockTable::new(pool),
+            history: PenaltyHistory::for_request(&request),
+            slots: request.sampling.n,
+            paused: false,
+            preempted: false,
+            hashes: Vec::new(),
+            cached_blocks: 0,
+            request,
+            seed,
+        }
+    }
+
+    /// Another choice over the computed prompt, sharing its blocks.
+    pub fn fork(&self, choice: u32) -> Self {
+        let prompt = self.prompt_len();
+        Self {
+            id: SequenceId { choice, ..self.id },
+            request: Arc::clone(&self.request),
+            seed: self.seed,
+            tokens: self.request.prompt.clone(),
+            computed: prompt,
+            table: self.table.fork(prompt),
+            history: PenaltyHistory::for_request(&self.request),
+            slots: 1,
+            paused: self.paused,
+            preempted: self.preempted,
+            hashes: self.hashes.iter().take(prompt / BLOCK_SIZE).copied().collect(),
+            cached_blocks: self.cached_blocks.min(prompt / BLOCK_SIZE),
+        }
+    }
+
+    /// Tokens of the prompt.
+    pub fn prompt_len(&self) -> usize {
+        self.request.prompt.len()
+    }
+
+    /// Generated tokens.
+    pub fn generated(&self) -> usize {
+        self.tokens.len() - self.prompt_len()
+    }
+
+    /// Tokens that are still to be computed; at least one while the sequence lives.
+    pub fn pending(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Draws wanted from the last row: one, or one per choice when the prompt ends there.
+    pub fn draws(&self) -> usize {
+        self.slots
+    }
+
+    /// Appends a drawn token.
+    pub fn push(&mut self, token: u32) {
+        self.tokens.push(token);
+        if let Some(history) = &mut self.history {
+            history.generated(token);
+        }
+    }
+
+    /// Takes computed blocks from the cache as far as they go, leaving at least the last token to compute, because its logits
+    /// are needed. Returns how many tokens need not be computed any more.
+    pub fn adopt_cached(&mut self) -> usize {
+        let before = self.computed;
+        loop {
+            let index = self.computed / BLOCK_SIZE;
+            let end = (index + 1) * BLOCK_SIZE;
+            if end >= self.tokens.len() {
+                break;
+            }
+            let hash = self.hash(index);
+            if !self.table.adopt(index, &hash) {
+                break;
+            }
+            self.computed = end;
+            self.cached_blocks = index + 1;
+        }
+        self.computed - before
+    }
+
+    /// Advances by `rows` computed tokens and, with `caching`, makes the blocks that became full findable.
+    pub fn advance(&mut self, rows: usize, caching: bool) {
+        self.computed += rows;
+        while caching && self.cached_blocks < self.computed / BLOCK_SIZE {
+            let hash = self.hash(self.cached_blocks);
+            self.table.cache(self.cached_blocks, hash);
+            self.cached_blocks += 1;
+        }
+    }
+
+    /// Gives all blocks back; the tokens stay and are computed again later.
+    pub fn release(&mut self) {
+        self.table.clear();
+        self.computed = 0;
+        self.cached_blocks = 0;
+    }
+
+    fn hash(&mut self, index: usize) -> BlockHash {
+        while self.hashes.len() <= index {
+            let parent = self.hashes.last().copied();
+            let parent = parent.unwrap_or_else(|| BlockHash::root(self.request.adapter, self.request.cache_salt.as_deref()));
+            let start = self.hashes.len() * BLOCK_SIZE;
+            self.hashes.push(parent.child(&self.tokens[start..start + BLOCK_SIZE]));
+        }
+        self.hashes[index]
+    }
+}
+
+/// How often each token occurred, for the penalties.
+#[derive(Clone, Debug, Default)]
+pub struct PenaltyHistory {
+    counts: Vec<TokenCount>,
+    index: HashMap<u32, usize>,
+}
+
+impl PenaltyHistory {
+    /// Counts of the prompt, or `None` when no penalty is active.
+    pub fn for_request(request: &Request) -> Option<Self> {
+        let sampling = &request.sampling;
+        let active = sampling.repetition_penalty != 1.0 || sampling.presence_penalty != 0.0 || sampling.frequency_penalty != 0.0;
+        active.then(|| {
+            let mut history = Self::default();
+            for token in &request.prompt {
+                history.entry(*token).in_prompt = true;
+            }
+            history
+        })
+    }
+
+    /// One entry per token that occurred.
+    pub fn counts(&self) -> &[TokenCount] {
+        &self.counts
+    }
+
+    fn generated(&mut self, token: u32) {
+        self.entry(token).generated += 1;
+    }
+
+    fn entry(&mut self, token: u32) -> &mut TokenCount {
+        let index = *self.index.entry(token).or_insert_with(|| {
+            self.counts.push(TokenCount { token, in_prompt: false, generated: 0 });
+            self.counts.len() - 1
+        });
+        &mut self.counts[index]
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::request::{AdapterGeneration, RequestId, SamplingParams};
+
+    pub(crate) fn request(prompt: Vec<u32>, sampling: SamplingParams) -> Request {
+        let adapter = AdapterGeneration(0);
+        Request { id: RequestId(0), prompt, sampling, priority: 0, cache_salt: None, adapter }
+    }
+
+    fn leader(pool: &SharedPool, prompt: usize) -> Sequence {
+        let request = request((0..prompt as u32).collect(), SamplingParams { n: 2, ..Default::default() });
+        Sequence::leader(RequestKey(1), Arc::new(request), 0, pool)
+    }
+
+    #[test]
+    fn computed_blocks_are_found_by_an_equal_prompt_but_the_last_token_is_left() {
+        let pool = SharedPool::new(8);
+        let mut first = leader(&pool, 64);
+        first.table.grow_to(64).unwrap();
+        first.advance(64, true);
+        let mut second = leader(&pool, 64);
+        assert_eq!(second.adopt_cached(), 32);
+        let mut third = leader(&pool, 65);
+        assert_eq!(third.adopt_cached(), 64);
+        assert_eq!(third.pending(), 1);
+    }
+
+    #[test]
+    fn a_half_computed_block_is_replaced_by_a_cached_one() {
+        let pool = SharedPool::new(8);
+        let mut slow = leader(&pool, 100);
+        slow.table.grow_to(100).unwrap();
+        slow.advance(10, true);
+        let mut fast = leader(&pool, 100);
+        fast.table.grow_to(100).unwrap();
+        fast.advance(64, true);
+        assert_eq!(slow.adopt_cached(), 54);
+        assert_eq!(slow.table.blocks()[..2], fast.table.blocks()[..2]);
+        assert_eq!(pool.borrow().used(), 6);
+    }
+
+    #[test]
+    fn history_counts_prompt_and_output_only_when_a_penalty_is_active() {
+        assert!(PenaltyHistory::for_request(&request(vec![1], SamplingParams::default())).is_none());
+        let sampling = SamplingParams { presence_penalty: 0.5, ..Default::default() };
+        let pool = SharedPool::new(1);
+        let mut sequence = Sequence::leader(RequestKey(1), Arc::new(request(vec![4, 4, 5], sampling)), 0, &pool);
+        sequence.push(5);
+        sequence.push(6);
+        sequence.push(6);
+        let count = |token, in_prompt, generated| TokenCount { token, in_prompt, generated };
+        assert_eq!(sequence.history.unwrap().counts(), [count(4, true, 0), count(5, true, 1), count(6, false, 2)]);
+    }
+}

@@ -1,0 +1,97 @@
+//! The plainest way to step a decoder: every sequence has its own run of blocks.
+
+use tidemill_engine::Decoder;
+use tidemill_engine::model::Model;
+use tidemill_kernels::{KvDtype, SampleRow, SequenceSpan, StepBatch, StepOutput};
+
+const BLOCK: usize = 32;
+const BLOCKS_PER_SEQUENCE: usize = 32;
+const SEQUENCES: usize = 32;
+
+pub struct Stepper {
+    decoder: Decoder,
+}
+
+impl Stepper {
+    pub fn new(mut decoder: Decoder) -> Self {
+        decoder.alloc_kv(BLOCKS_PER_SEQUENCE * SEQUENCES, BLOCK, KvDtype::F32).unwrap();
+        Self { decoder }
+    }
+
+    /// Logits after the tokens at `positions`, all computed in one step.
+    pub fn logits(&mut self, tokens: &[u32], positions: &[u32]) -> Vec<Vec<f32>> {
+        let mut batch = StepBatch::default();
+        add_rows(&mut batch, 0, 0, tokens);
+        batch.samples = positions.iter().map(|&row| sample(row)).collect();
+        self.decoder.forward(&batch, &mut StepOutput::default()).unwrap();
+        let logits = self.decoder.logits().unwrap();
+        let width = self.decoder.vocabulary();
+        assert_eq!(logits.len(), positions.len() * width);
+        logits.chunks(width).map(<[f32]>::to_vec).collect()
+    }
+
+    /// At most `length` tokens for each prompt, up to and including one of `ends`: prompts one by one, then all answers together.
+    pub fn greedy(&mut self, prompts: &[&[u32]], length: usize, ends: &[u32]) -> Vec<Vec<u32>> {
+        let mut out = StepOutput::default();
+        let mut answers: Vec<Vec<u32>> = Vec::new();
+        for (sequence, prompt) in prompts.iter().enumerate() {
+            let mut batch = StepBatch::default();
+            add_rows(&mut batch, sequence, 0, prompt);
+            batch.samples.push(sample(prompt.len() as u32 - 1));
+            self.decoder.forward(&batch, &mut out).unwrap();
+            answers.push(vec![out.samples[0].token]);
+        }
+        loop {
+            let goes_on = |answer: &Vec<u32>| answer.len() < length && !ends.contains(answer.last().unwrap());
+            let running: Vec<usize> = (0..answers.len()).filter(|&sequence| goes_on(&answers[sequence])).collect();
+            if running.is_empty() {
+                return answers;
+            }
+            let mut batch = StepBatch::default();
+            for &sequence in &running {
+                let answer = &answers[sequence];
+                batch.samples.push(sample(batch.tokens.len() as u32));
+                add_rows(&mut batch, sequence, prompts[sequence].len() + answer.len() - 1, &answer[answer.len() - 1..]);
+            }
+            self.decoder.forward(&batch, &mut out).unwrap();
+            for (&sequence, sampled) in running.iter().zip(&out.samples) {
+                answers[sequence].push(sampled.token);
+            }
+        }
+    }
+}
+
+fn add_rows(batch: &mut StepBatch, sequence: usize, start: usize, tokens: &[u32]) {
+    let first_block = sequence * BLOCKS_PER_SEQUENCE;
+    batch.sequences.push(SequenceSpan {
+        first_row: batch.tokens.len() as u32,
+        rows: tokens.len() as u32,
+        context_len: (start + tokens.len()) as u32,
+        first_block: batch.blocks.len() as u32,
+    });
+    batch.blocks.extend((first_block..first_block + BLOCKS_PER_SEQUENCE).map(|block| block as u32));
+    for (offset, &token) in tokens.iter().enumerate() {
+        batch.tokens.push(token);
+        batch.positions.push((start + offset) as u32);
+        batch.slots.push((first_block * BLOCK + start + offset) as i64);
+    }
+}
+
+fn sample(row: u32) -> SampleRow {
+    SampleRow {
+        row,
+        score: None,
+        temperature: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        history: 0..0,
+        bias: 0..0,
+        seed: 0,
+        counter: 0,
+        top_n: None,
+    }
+}

