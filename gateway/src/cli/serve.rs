@@ -1,0 +1,257 @@
+//! `tidemill serve`
+
+use crate::cli::banner;
+use crate::cli::shutdown::{Ended, leave_in_good_order};
+use crate::config::{Config, ConfigError, Layer, ModelSpec, Origin};
+use crate::http::App;
+use crate::http::drain::Drain;
+use crate::http::limits::BodyLimits;
+use crate::http::server::Server;
+use crate::telemetry::{self, TelemetryError};
+use crate::upstream::{LocalModel, Registry, Upstream};
+use metrics_exporter_prometheus::PrometheusHandle;
+use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tidemill_engine::{Engine, StartError};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+
+/// All of these can be set in `tidemill.toml` (with underscores) and in the environment (`TIDEMILL_MAX_SEQS`), too; a flag goes
+/// before the environment, the environment before the file.
+#[derive(Debug, clap::Args)]
+pub struct ServeArgs {
+    /// Model to serve, several times for several: a path, the name of a pulled model, or NAME=PATH [default: the pulled default model]
+    #[arg(long, value_name = "[NAME=]PATH")]
+    model: Vec<String>,
+    /// Address to listen on [default: 127.0.0.1]
+    #[arg(long, value_name = "ADDRESS")]
+    host: Option<String>,
+    /// Port to listen on [default: 8080]
+    #[arg(long, value_name = "PORT")]
+    port: Option<String>,
+    /// Directory for models and records [default: ./data]
+    #[arg(long, value_name = "DIR")]
+    data: Option<String>,
+    /// Threads that compute [default: one per core]
+    #[arg(long, value_name = "N")]
+    threads: Option<String>,
+    /// Memory for keys and values, such as 2GiB [default: from free memory]
+    #[arg(long, value_name = "SIZE")]
+    kv_memory: Option<String>,
+    /// Sequences that run at once [default: 64]
+    #[arg(long, value_name = "N")]
+    max_seqs: Option<String>,
+    /// Most tokens of prompt and output together [default: the model's own]
+    #[arg(long, value_name = "N")]
+    max_model_len: Option<String>,
+    /// Requests that may wait; more are refused with 503 [default: 1024]
+    #[arg(long, value_name = "N")]
+    max_waiting: Option<String>,
+    /// Tokens that one step computes [default: 512]
+    #[arg(long, value_name = "N")]
+    max_batch_tokens: Option<String>,
+    /// Form of the weights in memory: auto, f32, bf16, int8 [default: auto]
+    #[arg(long, value_name = "FORMAT")]
+    weights: Option<String>,
+    /// Form of keys and values: bf16, f32 [default: bf16]
+    #[arg(long, value_name = "FORMAT")]
+    kv_dtype: Option<String>,
+    /// Reuse what was computed for equal beginnings of prompts: true, false [default: true]
+    #[arg(long, value_name = "BOOL")]
+    prefix_caching: Option<String>,
+    /// Seed for requests that bring none [default: another one on every start]
+    #[arg(long, value_name = "N")]
+    seed: Option<String>,
+    /// Where to compute: auto, cpu, cuda [default: auto]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
+    /// Time that running answers get after SIGTERM [default: 30s]
+    #[arg(long, value_name = "TIME")]
+    drain_timeout: Option<String>,
+    /// Largest request body [default: 10MiB]
+    #[arg(long, value_name = "SIZE")]
+    max_body: Option<String>,
+    /// Connections at once; more wait [default: 4096]
+    #[arg(long, value_name = "N")]
+    max_connections: Option<String>,
+    /// Log filter, such as info,tidemill=debug [default: info]
+    #[arg(long, value_name = "FILTER")]
+    log: Option<String>,
+    /// Log lines for people or for machines: text, json [default: text]
+    #[arg(long, value_name = "FORMAT")]
+    log_format: Option<String>,
+    /// Configuration file [default: tidemill.toml where there is one]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl ServeArgs {
+    fn to_layer(&self) -> Layer {
+        let mut layer = Layer::default();
+        for model in &self.model {
+            layer.push("model", model.clone(), Origin::Flag("model"));
+        }
+        let flags = [
+            ("host", &self.host),
+            ("port", &self.port),
+            ("data", &self.data),
+            ("threads", &self.threads),
+            ("kv_memory", &self.kv_memory),
+            ("max_seqs", &self.max_seqs),
+            ("max_model_len", &self.max_model_len),
+            ("max_waiting", &self.max_waiting),
+            ("max_batch_tokens", &self.max_batch_tokens),
+            ("weights", &self.weights),
+            ("kv_dtype", &self.kv_dtype),
+            ("prefix_caching", &self.prefix_caching),
+            ("seed", &self.seed),
+            ("device", &self.device),
+            ("drain_timeout", &self.drain_timeout),
+            ("max_body", &self.max_body),
+            ("max_connections", &self.max_connections),
+            ("log", &self.log),
+            ("log_format", &self.log_format),
+        ];
+        for (key, text) in flags {
+            layer.flag(key, text.as_ref());
+        }
+        layer
+    }
+}
+
+/// Why the server did not start or stopped by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The configuration is wrong.
+    #[error("{0}")]
+    Config(#[from] ConfigError),
+    /// Logs or metrics could not be set up.
+    #[error("{0}")]
+    Telemetry(#[from] TelemetryError),
+    /// The data directory is taken or unwritable.
+    #[error("{0}")]
+    Store(#[from] tidemill_store::StoreError),
+    /// The system gives no threads.
+    #[error("cannot start threads: {0}")]
+    Threads(std::io::Error),
+    /// The address is taken or not ours.
+    #[error("cannot listen on {address}: {source}; choose another --port or --host")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A model cannot be loaded.
+    #[error("cannot load the model `{name}`: {source}")]
+    Load {
+        /// Which.
+        name: String,
+        /// Why not, and the next step.
+        source: StartError,
+    },
+    /// A fault of ours while loading.
+    #[error("loading broke off because of an internal error, reported above; please tell us which model it was")]
+    Loader,
+}
+
+/// Starts the server and returns when it has left in good order.
+pub fn run(args: &ServeArgs) -> Result<(), ServeError> {
+    let config = Config::load(args.to_layer(), args.config.as_deref(), utf8_environment())?;
+    telemetry::init_logs(&config.log, config.log_format)?;
+    let metrics = telemetry::init_metrics()?;
+    let models = config.resolve_models()?;
+    let _lock = tidemill_store::DataDir::new(&config.data).lock()?;
+    let app = App {
+        registry: Arc::new(Registry::new(models.iter().map(|model| model.name.clone()))),
+        drain: Drain::default(),
+        body: BodyLimits { bytes: config.max_body, ..BodyLimits::default() },
+        metrics: Some(metrics),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(network_threads())
+        .thread_name("tidemill-net")
+        .enable_all()
+        .build()
+        .map_err(ServeError::Threads)?;
+    let result = runtime.block_on(serve(config, models, app));
+    // Work that nobody waits for any more must not hold up the exit.
+    runtime.shutdown_background();
+    result
+}
+
+/// Variables that are text; others cannot be ours.
+fn utf8_environment() -> impl Iterator<Item = (String, String)> {
+    std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)))
+}
+
+/// Few: they parse, render and copy; the cores belong to the engine.
+fn network_threads() -> usize {
+    match std::thread::available_parallelism().map_or(1, usize::from) {
+        0..=4 => 1,
+        5..=16 => 2,
+        _ => 4,
+    }
+}
+
+async fn serve(config: Config, models: Vec<ModelSpec>, app: App) -> Result<(), ServeError> {
+    let address = SocketAddr::new(config.host, config.port);
+    let listen = |source| ServeError::Listen { address, source };
+    let listener = TcpListener::bind(address).await.map_err(listen)?;
+    let address = listener.local_addr().map_err(listen)?;
+    tracing::info!(%address, models = models.len(), "listening; loading models");
+    let (failed, failure) = oneshot::channel();
+    let server = Server::new(listener, app.clone(), config.max_connections);
+    let drain_timeout = config.drain_timeout;
+    let loader = {
+        let app = app.clone();
+        move || {
+            let loaded = catch_unwind(AssertUnwindSafe(|| load_all(&config, &models, &app.registry, address)));
+            if let Err(error) = loaded.unwrap_or(Err(ServeError::Loader)) {
+                // The receiver is gone only when the server is leaving anyway.
+                let _ = failed.send(error);
+            }
+        }
+    };
+    if let Some(metrics) = app.metrics.clone() {
+        tokio::spawn(fold_metrics(metrics));
+    }
+    std::thread::Builder::new().name("tidemill-load".into()).spawn(loader).map_err(ServeError::Threads)?;
+    let (ended, result) = oneshot::channel();
+    let leave = async {
+        let _ = ended.send(leave_in_good_order(&app, failure, drain_timeout).await);
+    };
+    server.run(leave).await;
+    match result.await {
+        Ok(Ended::LoadFailed(error)) => Err(error),
+        Ok(Ended::Signal) | Err(_) => Ok(()),
+    }
+}
+
+/// Histograms keep every sample until they are folded into buckets; without this, only a scrape would do it.
+async fn fold_metrics(metrics: PrometheusHandle) {
+    let mut every = tokio::time::interval(Duration::from_secs(5));
+    loop {
+        every.tick().await;
+        metrics.run_upkeep();
+    }
+}
+
+fn load_all(config: &Config, models: &[ModelSpec], registry: &Registry, address: SocketAddr) -> Result<(), ServeError> {
+    for model in models {
+        let start = Instant::now();
+        let engine = Engine::start(config.engine_options(model, models.len()), &mut |_, _| {})
+            .map_err(|source| ServeError::Load { name: model.name.clone(), source })?;
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        let loaded = LocalModel::new(engine, created);
+        banner::loaded(&loaded, &model.path, start.elapsed());
+        registry.loaded(&model.name, Upstream::Local(Arc::new(loaded)));
+    }
+    if let Some(first) = models.first() {
+        banner::ready(&first.name, address);
+    }
+    Ok(())
+}

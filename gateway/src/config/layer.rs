@@ -1,0 +1,115 @@
+//! One source of settings: the flags, the environment, or a file.
+
+use crate::config::{ConfigError, KEYS};
+use std::path::PathBuf;
+
+/// Where a setting was written, for error messages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// On the command line.
+    Flag(&'static str),
+    /// In the environment.
+    Variable(&'static str),
+    /// In a file.
+    File {
+        /// Which.
+        path: PathBuf,
+        /// First line is 1.
+        line: usize,
+        /// The key.
+        key: &'static str,
+    },
+}
+
+impl std::fmt::Display for Origin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Origin::Flag(key) => write!(f, "--{}", key.replace('_', "-")),
+            Origin::Variable(key) => write!(f, "{}", variable(key)),
+            Origin::File { path, line, key } => write!(f, "{}:{line}: `{key}`", path.display()),
+        }
+    }
+}
+
+/// A value as it was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Setting {
+    /// The text; numbers and booleans of a file are written out.
+    pub text: String,
+    /// Where it stood.
+    pub origin: Origin,
+}
+
+impl Setting {
+    /// Reads the text; the error names its place.
+    pub fn parse<T>(&self, read: impl FnOnce(&str) -> Result<T, String>) -> Result<T, ConfigError> {
+        read(self.text.trim()).map_err(|expected| ConfigError::Value {
+            place: self.origin.to_string(),
+            message: format!("{expected}, not `{}`", self.text),
+        })
+    }
+}
+
+/// Settings of one source.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Layer {
+    settings: Vec<(&'static str, Setting)>,
+}
+
+impl Layer {
+    /// Adds a setting. `model` may be added several times.
+    pub fn push(&mut self, key: &'static str, text: String, origin: Origin) {
+        self.settings.push((key, Setting { text, origin }));
+    }
+
+    /// Adds a flag that was given.
+    pub fn flag(&mut self, key: &'static str, text: Option<&String>) {
+        if let Some(text) = text {
+            self.push(key, text.clone(), Origin::Flag(key));
+        }
+    }
+
+    /// The value of a key.
+    pub fn get(&self, key: &str) -> Option<&Setting> {
+        self.settings.iter().find(|(name, _)| *name == key).map(|(_, setting)| setting)
+    }
+
+    /// All values of `model`.
+    pub fn models(&self) -> Vec<(String, Origin)> {
+        let models = self.settings.iter().filter(|(name, _)| *name == "model");
+        models.map(|(_, setting)| (setting.text.clone(), setting.origin.clone())).collect()
+    }
+}
+
+fn variable(key: &str) -> String {
+    format!("TIDEMILL_{}", key.to_uppercase())
+}
+
+/// The settings among the environment's variables, and the file that `TIDEMILL_CONFIG` names. Empty variables count as unset.
+///
+/// Kubernetes puts variables of its own into a container next to a service called `tidemill`, such as
+/// `TIDEMILL_PORT=tcp://10.0.0.7:8080`: those are left alone, and unknown variables are no error.
+pub fn from_env(env: impl IntoIterator<Item = (String, String)>) -> (Layer, Option<PathBuf>) {
+    let mut layer = Layer::default();
+    let mut file = None;
+    for (name, text) in env {
+        if text.is_empty() || !name.starts_with("TIDEMILL_") {
+            continue;
+        }
+        if name == "TIDEMILL_CONFIG" {
+            file = Some(PathBuf::from(text));
+        } else if let Some(key) = KEYS.iter().find(|key| variable(key) == name) {
+            if text.starts_with("tcp://") || text.starts_with("udp://") {
+                continue;
+            }
+            match *key {
+                "model" => {
+                    let models = text.split(',').map(str::trim).filter(|m| !m.is_empty());
+                    models.for_each(|model| layer.push(key, model.to_owned(), Origin::Variable(key)));
+                }
+                _ => layer.push(key, text, Origin::Variable(key)),
+            }
+        }
+    }
+    (layer, file)
+}

@@ -1,0 +1,239 @@
+//! One typed configuration out of flags, environment, file and defaults, in this order of precedence.
+
+mod file;
+mod layer;
+pub mod model_spec;
+mod value;
+
+pub use layer::{Layer, Origin};
+pub use model_spec::{DEFAULT_MODEL, ModelSpec, models_dir};
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tidemill_engine::EngineOptions;
+use tidemill_kernels::{KvDtype, WeightFormat};
+
+/// Where the configuration is looked for when nobody names a file.
+pub const DEFAULT_FILE: &str = "tidemill.toml";
+
+/// Every setting, by its name in the file. The flag is the same with dashes, the variable the same in capitals after `TIDEMILL_`.
+pub const KEYS: [&str; 20] = [
+    "model",
+    "host",
+    "port",
+    "data",
+    "threads",
+    "kv_memory",
+    "max_seqs",
+    "max_model_len",
+    "max_waiting",
+    "max_batch_tokens",
+    "weights",
+    "kv_dtype",
+    "prefix_caching",
+    "seed",
+    "device",
+    "drain_timeout",
+    "max_body",
+    "max_connections",
+    "log",
+    "log_format",
+];
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration file {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file is not TOML.
+    #[error("{}:{line}: {message}", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// First line is 1.
+        line: usize,
+        /// What the parser said.
+        message: String,
+    },
+    /// A key that means nothing.
+    #[error("{place}: unknown key `{key}`{hint}")]
+    UnknownKey {
+        /// File and line.
+        place: String,
+        /// As written.
+        key: String,
+        /// A similar key, or the list of all.
+        hint: String,
+    },
+    /// A value that does not fit its key.
+    #[error("{place}: {message}")]
+    Value {
+        /// File, line and key; or the variable; or the flag.
+        place: String,
+        /// What is wrong and what would be right.
+        message: String,
+    },
+    /// No model to serve.
+    #[error("{0}")]
+    Model(String),
+    /// The data directory is damaged.
+    #[error("{0}")]
+    Store(#[from] tidemill_store::StoreError),
+}
+
+/// Where to compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// The best that is there.
+    Auto,
+    /// The processor.
+    Cpu,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One object per line.
+    Json,
+}
+
+/// Everything `tidemill serve` needs to know.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// As given: `NAME=PATH`, a path, or the name of a pulled model; empty means the default model.
+    pub models: Vec<(String, Origin)>,
+    /// Address to listen on.
+    pub host: IpAddr,
+    /// Port to listen on.
+    pub port: u16,
+    /// The server's own directory.
+    pub data: PathBuf,
+    /// Compute threads.
+    pub threads: Option<usize>,
+    /// Bytes for the KV cache.
+    pub kv_memory: Option<usize>,
+    /// Sequences at once.
+    pub max_seqs: usize,
+    /// Tokens of prompt and output together.
+    pub max_model_len: Option<usize>,
+    /// Requests in the queue.
+    pub max_waiting: usize,
+    /// Tokens per step.
+    pub max_batch_tokens: usize,
+    /// Packing of weights.
+    pub weights: WeightFormat,
+    /// Storage of keys and values.
+    pub kv_dtype: KvDtype,
+    /// Reuse of computed prefixes.
+    pub prefix_caching: bool,
+    /// Seed of requests that bring none.
+    pub seed: Option<u64>,
+    /// Where to compute.
+    pub device: Device,
+    /// Time for running answers after SIGTERM.
+    pub drain_timeout: Duration,
+    /// Most bytes of a request's body.
+    pub max_body: usize,
+    /// Most connections at once.
+    pub max_connections: usize,
+    /// Log filter, such as `info,tidemill=debug`.
+    pub log: String,
+    /// How log lines look.
+    pub log_format: LogFormat,
+}
+
+impl Config {
+    /// Merges the flags with the environment, the file (named by the `config` flag or `TIDEMILL_CONFIG`, or `tidemill.toml` where
+    /// there is one) and the defaults.
+    pub fn load(flags: Layer, file: Option<&Path>, env: impl IntoIterator<Item = (String, String)>) -> Result<Self, ConfigError> {
+        let (env, named_by_env) = layer::from_env(env);
+        let named = file.map(Path::to_owned).or(named_by_env);
+        let default = || Some(PathBuf::from(DEFAULT_FILE)).filter(|path| path.exists());
+        let file = match named.or_else(default) {
+            Some(path) => file::read(&path)?,
+            None => Layer::default(),
+        };
+        Self::resolve(&[flags, env, file])
+    }
+
+    /// The first layer that has a key decides.
+    fn resolve(layers: &[Layer]) -> Result<Self, ConfigError> {
+        let get = |key: &'static str| layers.iter().find_map(|layer| layer.get(key));
+        let count = |key, least| get(key).map(|s| s.parse(|text| value::count(text, least))).transpose();
+        let base = EngineOptions::new("");
+        Ok(Self {
+            models: layers.iter().map(Layer::models).find(|m| !m.is_empty()).unwrap_or_default(),
+            host: get("host").map_or(Ok(IpAddr::from([127, 0, 0, 1])), |s| s.parse(value::host))?,
+            port: get("port").map_or(Ok(8080), |s| s.parse(value::port))?,
+            data: get("data").map_or_else(|| PathBuf::from("./data"), |s| PathBuf::from(&s.text)),
+            threads: count("threads", 1)?,
+            kv_memory: get("kv_memory").map(|s| s.parse(value::size)).transpose()?,
+            max_seqs: count("max_seqs", 1)?.unwrap_or(base.max_seqs),
+            max_model_len: count("max_model_len", 2)?,
+            max_waiting: count("max_waiting", 1)?.unwrap_or(base.max_waiting),
+            max_batch_tokens: count("max_batch_tokens", 1)?.unwrap_or(base.max_batch_tokens),
+            weights: get("weights").map_or(Ok(WeightFormat::Auto), |s| {
+                s.parse(|text| {
+                    value::choice(
+                        text,
+                        &[
+                            ("auto", WeightFormat::Auto),
+                            ("f32", WeightFormat::F32),
+                            ("bf16", WeightFormat::Bf16),
+                            ("int8", WeightFormat::Int8),
+                        ],
+                    )
+                })
+            })?,
+            kv_dtype: get("kv_dtype").map_or(Ok(KvDtype::Bf16), |s| {
+                s.parse(|text| value::choice(text, &[("bf16", KvDtype::Bf16), ("f32", KvDtype::F32)]))
+            })?,
+            prefix_caching: get("prefix_caching").map_or(Ok(true), |s| s.parse(value::switch))?,
+            seed: get("seed").map(|s| s.parse(value::seed)).transpose()?,
+            device: get("device").map_or(Ok(Device::Auto), |s| s.parse(value::device))?,
+            drain_timeout: get("drain_timeout").map_or(Ok(Duration::from_secs(30)), |s| s.parse(value::duration))?,
+            max_body: get("max_body").map_or(Ok(10 << 20), |s| s.parse(value::size))?,
+            max_connections: count("max_connections", 1)?.unwrap_or(4096),
+            log: get("log").map_or_else(|| "info".to_owned(), |s| s.text.clone()),
+            log_format: get("log_format").map_or(Ok(LogFormat::Text), |s| {
+                s.parse(|text| value::choice(text, &[("text", LogFormat::Text), ("json", LogFormat::Json)]))
+            })?,
+        })
+    }
+
+    /// The models to serve, found on disk.
+    pub fn resolve_models(&self) -> Result<Vec<ModelSpec>, ConfigError> {
+        model_spec::resolve_all(&self.models, &self.data)
+    }
+
+    /// What the engine of one of `models` models is started with.
+    pub fn engine_options(&self, model: &ModelSpec, models: usize) -> EngineOptions {
+        EngineOptions {
+            served_name: model.name.clone(),
+            threads: self.threads,
+            kv_memory: self.kv_memory,
+            kv_share: models,
+            max_seqs: self.max_seqs,
+            max_model_len: self.max_model_len,
+            max_batch_tokens: self.max_batch_tokens,
+            max_waiting: self.max_waiting,
+            weight_format: self.weights,
+            kv_dtype: self.kv_dtype,
+            prefix_caching: self.prefix_caching,
+            seed: self.seed,
+            ..EngineOptions::new(&model.path)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,52 @@
+//! `GET /v1/models` and `GET /v1/models/{id}`.
+
+use crate::http::app::App;
+use crate::http::error::ApiError;
+use crate::http::generate::json;
+use crate::upstream::{LoadState, Upstream};
+use axum::extract::{Path, State};
+use axum::response::Response;
+use bytes::Bytes;
+use serde::Serialize;
+
+#[derive(Serialize)]
+struct ModelCard {
+    id: String,
+    object: &'static str,
+    created: u64,
+    owned_by: &'static str,
+    /// vLLM's; clients size their prompts by it. Unknown while the model loads.
+    max_model_len: Option<usize>,
+}
+
+#[derive(Serialize)]
+struct ModelList {
+    object: &'static str,
+    data: Vec<ModelCard>,
+}
+
+fn cards(app: &App) -> impl Iterator<Item = ModelCard> {
+    app.registry.states().map(|(name, state)| {
+        let (created, max_model_len) = match state {
+            LoadState::Loading => (0, None),
+            LoadState::Ready(Upstream::Local(model)) => (model.created(), Some(model.context())),
+        };
+        ModelCard { id: name.to_owned(), object: "model", created, owned_by: "tidemill", max_model_len }
+    })
+}
+
+fn body(value: &impl Serialize) -> Result<Response, ApiError> {
+    let bytes = serde_json::to_vec(value).map_err(|error| ApiError::fault(error.to_string()))?;
+    Ok(json(Bytes::from(bytes)))
+}
+
+/// `GET /v1/models`
+pub async fn list(State(app): State<App>) -> Result<Response, ApiError> {
+    body(&ModelList { object: "list", data: cards(&app).collect() })
+}
+
+/// `GET /v1/models/{id}`; the id may hold slashes, plain or as `%2F`.
+pub async fn get(State(app): State<App>, Path(id): Path<String>) -> Result<Response, ApiError> {
+    let card = cards(&app).find(|card| card.id == id).ok_or_else(|| ApiError::model_not_found(&id))?;
+    body(&card)
+}

@@ -1,0 +1,73 @@
+//! `/health`, `/ready`, `/version`, `/metrics`.
+
+use crate::http::app::App;
+use crate::http::error::ApiError;
+use crate::http::generate::json;
+use crate::upstream::{LoadState, Upstream};
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use hyper::StatusCode;
+use hyper::header::{CONTENT_TYPE, HeaderValue};
+use serde_json::json;
+use tidemill_engine::Health;
+
+/// Alive: the process answers. An engine that died is not alive any more; only a restart brings it back.
+pub async fn health(State(app): State<App>) -> Result<Response, ApiError> {
+    for Upstream::Local(model) in app.registry.ready() {
+        if let Health::Stopped(why) = model.engine().health() {
+            return Err(ApiError::unavailable(
+                Some("engine_stopped"),
+                format!("The engine of `{}` has stopped: {why}", model.name()),
+                5,
+            ));
+        }
+    }
+    Ok(json(Bytes::from_static(b"{\"status\":\"ok\"}")))
+}
+
+/// Ready for requests: 503 while weights load and while draining.
+pub async fn ready(State(app): State<App>) -> Response {
+    let models: serde_json::Map<_, _> = app
+        .registry
+        .states()
+        .map(|(name, state)| {
+            let state = match state {
+                LoadState::Loading => "loading",
+                LoadState::Ready(Upstream::Local(model)) => match model.engine().health() {
+                    Health::Ready => "ready",
+                    Health::Draining => "draining",
+                    Health::Stopped(_) => "stopped",
+                },
+            };
+            (name.to_owned(), state.into())
+        })
+        .collect();
+    let status = if app.drain.is_draining() {
+        "draining"
+    } else if models.values().any(|state| state == "loading") {
+        "loading"
+    } else if models.values().all(|state| state == "ready") {
+        "ready"
+    } else {
+        "stopped"
+    };
+    let code = if status == "ready" { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let mut response = json(Bytes::from(json!({"status": status, "models": models}).to_string()));
+    *response.status_mut() = code;
+    response
+}
+
+/// The server's version.
+pub async fn version() -> Response {
+    json(Bytes::from_static(concat!("{\"version\":\"", env!("CARGO_PKG_VERSION"), "\"}").as_bytes()))
+}
+
+/// Prometheus text.
+pub async fn metrics(State(app): State<App>) -> Result<Response, ApiError> {
+    let Some(handle) = &app.metrics else { return Err(ApiError::fault("This server runs without metrics.")) };
+    handle.run_upkeep();
+    let mut response = handle.render().into_response();
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
+    Ok(response)
+}

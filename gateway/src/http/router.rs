@@ -1,0 +1,43 @@
+//! Which path goes where.
+
+use crate::http::app::App;
+use crate::http::error::ApiError;
+use crate::http::{generate, models, observe, probes, tokens};
+use axum::Router;
+use axum::extract::Request;
+use axum::middleware::from_fn;
+use axum::routing::{get, post};
+use hyper::StatusCode;
+
+/// All routes. Whatever is not one answers in the error shape, too.
+pub fn router(app: App) -> Router {
+    Router::new()
+        .route("/v1/chat/completions", post(generate::chat))
+        .route("/v1/completions", post(generate::completions))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::get))
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
+        .route("/health", get(probes::health))
+        .route("/ready", get(probes::ready))
+        .route("/version", get(probes::version))
+        .route("/metrics", get(probes::metrics))
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn(observe::observe))
+        .with_state(app)
+}
+
+async fn unknown_path(request: Request) -> ApiError {
+    let message = format!("Unknown request URL: {} {}.", request.method(), shown(&request));
+    ApiError::client(StatusCode::NOT_FOUND, Some("unknown_url"), message)
+}
+
+async fn wrong_method(request: Request) -> ApiError {
+    let message = format!("Not allowed to {} on {}.", request.method(), shown(&request));
+    ApiError::client(StatusCode::METHOD_NOT_ALLOWED, Some("method_not_allowed"), message)
+}
+
+fn shown(request: &Request) -> String {
+    request.uri().path().chars().take(200).collect()
+}

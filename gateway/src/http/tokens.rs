@@ -1,0 +1,66 @@
+//! `POST /tokenize` and `POST /detokenize`, in vLLM's shape.
+
+use crate::http::app::App;
+use crate::http::error::ApiError;
+use crate::http::generate::json;
+use crate::http::limits::{LONG_WORK, off_path, parse_json};
+use crate::openai::chat::ChatPrompt;
+use crate::openai::fields::Fields;
+use crate::upstream::{Registry, Upstream};
+use axum::extract::{Request, State};
+use axum::response::Response;
+use bytes::Bytes;
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// A text or a conversation to token ids.
+pub async fn tokenize(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
+    with_body(app, request, |registry, body| {
+        let mut fields = Fields::root(body)?;
+        let model = fields.string("model")?;
+        let with_texts = fields.bool_or("return_token_strs", false)?;
+        // A template writes its own special tokens, a plain text has none.
+        let text = fields.string("prompt")?;
+        let add_special = fields.bool_or("add_special_tokens", text.is_some())?;
+        let chat = match text {
+            Some(_) => None,
+            None if body.get("messages").is_some() => Some(ChatPrompt::parse(&mut fields)?),
+            None => return Err(fields.require("prompt").err().unwrap_or_else(|| ApiError::fault("prompt was there"))),
+        };
+        fields.finish()?;
+        let Upstream::Local(model) = registry.find(model)?;
+        let tokens = match &chat {
+            Some(chat) => model.encode(&model.render(chat)?, add_special, "messages")?,
+            None => model.encode(text.unwrap_or_default(), add_special, "prompt")?,
+        };
+        let spelt = |id: &u32| model.tokenizer().token(*id).unwrap_or_default();
+        let texts: Option<Vec<String>> = with_texts.then(|| tokens.iter().map(spelt).collect());
+        Ok(json!({"count": tokens.len(), "max_model_len": model.context(), "tokens": tokens, "token_strs": texts}))
+    })
+    .await
+}
+
+/// Token ids to text.
+pub async fn detokenize(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
+    with_body(app, request, |registry, body| {
+        let mut fields = Fields::root(body)?;
+        let model = fields.string("model")?;
+        let tokens = fields.require("tokens")?.token_ids(usize::MAX)?;
+        fields.finish()?;
+        let Upstream::Local(model) = registry.find(model)?;
+        model.check_tokens(&tokens, "tokens")?;
+        Ok(json!({"prompt": model.tokenizer().decode(&tokens, false)}))
+    })
+    .await
+}
+
+async fn with_body(
+    app: App,
+    request: Request,
+    work: impl FnOnce(&Registry, &Value) -> Result<Value, ApiError> + Send + 'static,
+) -> Result<Response, ApiError> {
+    let body = app.body.read(request).await?;
+    let registry = Arc::clone(&app.registry);
+    let answer = off_path(body.len() > LONG_WORK, move || work(&registry, &parse_json(&body)?)).await??;
+    Ok(json(Bytes::from(answer.to_string())))
+}

@@ -1,0 +1,19 @@
+//! The front door of Tidemill: command line, configuration, HTTP in OpenAI's shape, telemetry.
+//!
+//! A request is parsed and checked field by field ([`openai`]), turned into tokens and handed to the engine ([`upstream`]), and its
+//! events are written back as server-sent events or as one JSON object ([`http`]). [`config`] merges flags, environment and file;
+//! [`cli`] is what a person types.
+//!
+//! Invariants: every rejection happens before the 200, in the error shape, with `x-request-id`; a client that leaves drops its event
+//! receiver, which frees its sequences; nothing here computes on tokio's threads beyond parsing and short prompts; no text of a
+//! prompt or answer is logged.
+
+pub mod chat;
+pub mod cli;
+pub mod config;
+pub mod engine_bench;
+pub mod http;
+pub mod openai;
+pub mod pull;
+pub mod telemetry;
+pub mod upstream;

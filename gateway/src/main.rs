@@ -1,0 +1,5 @@
+//! The `tidemill` binary.
+
+fn main() -> std::process::ExitCode {
+    tidemill::cli::run()
+}

@@ -1,0 +1,92 @@
+//! A chat answer as one JSON object.
+
+use crate::openai::chat_stream::ChatReport;
+use crate::openai::collected::Collected;
+use crate::openai::wire::{AnswerHead, TokenLogprob, UsageJson, finite, put};
+use bytes::{BufMut, Bytes, BytesMut};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+use tidemill_engine::{TokenRecord, Tokenizer};
+
+#[derive(Serialize)]
+struct Choice<'a> {
+    index: usize,
+    message: Message<'a>,
+    logprobs: Option<Logprobs>,
+    finish_reason: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
+}
+
+#[derive(Serialize)]
+struct Message<'a> {
+    role: &'static str,
+    content: &'a str,
+    refusal: Option<()>,
+    annotations: [(); 0],
+}
+
+#[derive(Serialize)]
+struct Logprobs {
+    content: Vec<TokenLogprob>,
+    refusal: Option<()>,
+}
+
+/// The body of the response.
+pub fn to_json(head: &AnswerHead, report: &ChatReport, tokenizer: &Tokenizer, collected: &Collected) -> Bytes {
+    let mut out = head.to_json_prefix();
+    let echo = report.echo.as_deref().unwrap_or_default();
+    let choices = collected.prompts.iter().flat_map(|p| &p.choices);
+    for (index, choice) in choices.enumerate() {
+        let content = format!("{echo}{}", choice.text);
+        let logprobs = report.logprobs.map(|top| Logprobs {
+            content: choice.text_records().iter().map(|r| TokenLogprob::new(tokenizer, r, top)).collect(),
+            refusal: None,
+        });
+        let json = Choice {
+            index,
+            message: Message { role: "assistant", content: &content, refusal: None, annotations: [] },
+            logprobs,
+            finish_reason: choice.finish.map(|reason| reason.to_string()),
+            token_ids: report.prompt_token_ids.is_some().then(|| choice.records.iter().map(|r| r.token).collect()),
+        };
+        if index > 0 {
+            out.put_u8(b',');
+        }
+        put(&mut out, &json);
+    }
+    out.put_slice(b"],\"usage\":");
+    put(&mut out, &UsageJson::from(collected.usage));
+    if let Some(records) = collected.prompts.first().and_then(|p| p.logprobs.as_ref()) {
+        put_field(&mut out, "prompt_logprobs", &prompt_logprobs(tokenizer, records));
+    }
+    if let Some(ids) = &report.prompt_token_ids {
+        put_field(&mut out, "prompt_token_ids", ids);
+    }
+    out.put_u8(b'}');
+    out.freeze()
+}
+
+fn put_field<T: Serialize + ?Sized>(out: &mut BytesMut, name: &str, value: &T) {
+    out.put_u8(b',');
+    put(out, name);
+    out.put_u8(b':');
+    put(out, value);
+}
+
+/// vLLM's form: per prompt token a map from token id to log-probability, rank and text; the first token has none.
+pub fn prompt_logprobs(tokenizer: &Tokenizer, records: &[Option<TokenRecord>]) -> Value {
+    let entry = |token: u32, logprob: f32, rank: Option<usize>| json!({"logprob": finite(logprob), "rank": rank, "decoded_token": crate::openai::wire::token_text(tokenizer, token)});
+    let one = |record: &Option<TokenRecord>| {
+        let Some(record) = record else { return Value::Null };
+        let mut map = Map::new();
+        // Beyond the listed alternatives a token's rank is not known.
+        let rank = record.top.iter().position(|(token, _)| *token == record.token).map(|at| at + 1);
+        map.insert(record.token.to_string(), entry(record.token, record.logprob, rank));
+        for (at, (token, logprob)) in record.top.iter().enumerate() {
+            map.entry(token.to_string()).or_insert_with(|| entry(*token, *logprob, Some(at + 1)));
+        }
+        Value::Object(map)
+    };
+    records.iter().map(one).collect()
+}

@@ -1,0 +1,155 @@
+//! A chat answer as server-sent events, in the order that clients rely on: a role chunk per choice, content deltas, a finish
+//! chunk per choice, the usage chunk if asked for, `[DONE]`.
+
+use crate::http::error::ApiError;
+use crate::http::sse::EventEncoder;
+use crate::openai::collected::{Flow, cancelled, is_end_marker};
+use crate::openai::wire::{AnswerHead, TokenLogprob, UsageJson, put};
+use bytes::{BufMut, BytesMut};
+use tidemill_engine::{Event, FinishReason, TokenRecord, Tokenizer};
+
+/// What a chat answer reports beside text.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ChatReport {
+    /// `Some(n)`: log-probabilities with the n likeliest tokens.
+    pub logprobs: Option<u32>,
+    /// The prompt's token ids, when token ids are wanted.
+    pub prompt_token_ids: Option<Vec<u32>>,
+    /// A usage chunk at the end.
+    pub include_usage: bool,
+    /// Text that each choice starts with (`echo`).
+    pub echo: Option<String>,
+}
+
+/// Turns the events of one chat request into chunks.
+pub struct ChatStream {
+    prefix: BytesMut,
+    suffix: &'static [u8],
+    tokenizer: Tokenizer,
+    report: ChatReport,
+    /// Per choice: tokens whose text is not certain yet, kept only when they will be reported.
+    held: Vec<Vec<TokenRecord>>,
+}
+
+impl ChatStream {
+    /// For an answer of `n` choices.
+    pub fn new(head: &AnswerHead, n: usize, report: ChatReport, tokenizer: Tokenizer) -> Self {
+        let mut prefix = BytesMut::from(&b"data: "[..]);
+        prefix.extend_from_slice(&head.to_json_prefix());
+        let suffix: &[u8] = if report.include_usage { b"],\"usage\":null}\n\n" } else { b"]}\n\n" };
+        Self { prefix, suffix, tokenizer, report, held: vec![Vec::new(); n] }
+    }
+
+    fn keeps_records(&self) -> bool {
+        self.report.logprobs.is_some() || self.report.prompt_token_ids.is_some()
+    }
+
+    fn open(&self, out: &mut BytesMut, choice: usize) {
+        out.extend_from_slice(&self.prefix);
+        out.put_slice(b"{\"index\":");
+        put(out, &choice);
+        out.put_slice(b",\"delta\":{");
+    }
+
+    fn role(&self, out: &mut BytesMut, choice: usize) {
+        self.open(out, choice);
+        out.put_slice(b"\"role\":\"assistant\",\"content\":\"\",\"refusal\":null},\"logprobs\":null,\"finish_reason\":null}");
+        match &self.report.prompt_token_ids {
+            // vLLM's place for them: beside the choices of the first chunk.
+            Some(ids) if choice == 0 => {
+                out.put_slice(b"],\"prompt_token_ids\":");
+                put(out, ids);
+                out.extend_from_slice(&self.suffix[1..]);
+            }
+            _ => out.extend_from_slice(self.suffix),
+        }
+    }
+
+    fn content(&self, out: &mut BytesMut, choice: usize, text: &str, records: &[TokenRecord]) {
+        self.open(out, choice);
+        out.put_slice(b"\"content\":");
+        put(out, text);
+        out.put_slice(b"},\"logprobs\":");
+        match self.report.logprobs {
+            None => out.put_slice(b"null"),
+            Some(top) => {
+                let entries: Vec<_> = records.iter().map(|r| TokenLogprob::new(&self.tokenizer, r, top)).collect();
+                out.put_slice(b"{\"content\":");
+                put(out, &entries);
+                out.put_slice(b",\"refusal\":null}");
+            }
+        }
+        out.put_slice(b",\"finish_reason\":null");
+        if self.report.prompt_token_ids.is_some() {
+            let ids: Vec<u32> = records.iter().map(|r| r.token).collect();
+            out.put_slice(b",\"token_ids\":");
+            put(out, &ids);
+        }
+        out.put_slice(b"}");
+        out.extend_from_slice(self.suffix);
+    }
+
+    fn finish(&self, out: &mut BytesMut, choice: usize, reason: FinishReason, end_marker: Option<u32>) {
+        self.open(out, choice);
+        out.put_slice(b"},\"logprobs\":null,\"finish_reason\":\"");
+        out.put_slice(reason.to_string().as_bytes());
+        out.put_slice(b"\"");
+        if self.report.prompt_token_ids.is_some() {
+            out.put_slice(b",\"token_ids\":");
+            put(out, end_marker.as_slice());
+        }
+        out.put_slice(b"}");
+        out.extend_from_slice(self.suffix);
+    }
+}
+
+impl EventEncoder for ChatStream {
+    fn encode(&mut self, _prompt: usize, event: Event, out: &mut BytesMut) -> Result<Flow, ApiError> {
+        match event {
+            Event::Prompt { .. } => {
+                for choice in 0..self.held.len() {
+                    self.role(out, choice);
+                }
+                if let Some(echo) = self.report.echo.take() {
+                    for choice in 0..self.held.len() {
+                        self.content(out, choice, &echo, &[]);
+                    }
+                }
+            }
+            Event::Token { choice, record, text } => {
+                if !self.keeps_records() {
+                    if !text.is_empty() {
+                        self.content(out, choice, &text, &[]);
+                    }
+                } else if let Some(held) = self.held.get_mut(choice) {
+                    held.push(record);
+                    if !text.is_empty() {
+                        let records = std::mem::take(held);
+                        self.content(out, choice, &text, &records);
+                    }
+                }
+            }
+            Event::Finished { reason: FinishReason::Cancelled, .. } => return Err(cancelled()),
+            Event::Finished { choice, reason, stop, text, .. } => {
+                let mut records = self.held.get_mut(choice).map(std::mem::take).unwrap_or_default();
+                let end_marker = records.pop_if(|last| is_end_marker(stop.as_ref(), last.token)).map(|last| last.token);
+                if !text.is_empty() || !records.is_empty() {
+                    self.content(out, choice, &text, &records);
+                }
+                self.finish(out, choice, reason, end_marker);
+            }
+            Event::Done(usage) => {
+                if self.report.include_usage {
+                    out.extend_from_slice(&self.prefix);
+                    out.put_slice(b"],\"usage\":");
+                    put(out, &UsageJson::from(usage));
+                    out.put_slice(b"}\n\n");
+                }
+                out.put_slice(b"data: [DONE]\n\n");
+                return Ok(Flow::End);
+            }
+            Event::Failed(message) => return Err(ApiError::fault(message)),
+        }
+        Ok(Flow::More)
+    }
+}

@@ -1,0 +1,231 @@
+//! The fields that chat and text completions share: how to sample, when to stop, what to report.
+
+use crate::http::error::ApiError;
+use crate::openai::fields::{Field, Fields};
+use tidemill_engine::{GenerationDefaults, SamplingParams};
+
+/// Most `n`, as OpenAI has it.
+const MAX_N: i64 = 128;
+/// Most alternatives that a log-probability lists.
+pub const MAX_TOP_LOGPROBS: i64 = 20;
+/// Most stop strings.
+const MAX_STOP: usize = 4;
+
+/// The shared fields, checked one by one. What depends on the model is checked later, against the model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generation {
+    /// `n`.
+    pub n: usize,
+    /// Tokens to generate, if the request says so.
+    pub max_tokens: Option<usize>,
+    /// Send events as they come.
+    pub stream: bool,
+    /// End the stream with a usage chunk.
+    pub include_usage: bool,
+    /// Lower runs first.
+    pub priority: i32,
+    /// Prefix-cache entries are shared only between equal salts.
+    pub cache_salt: Option<String>,
+    /// Report token ids beside text.
+    pub return_token_ids: bool,
+    /// Log-probabilities of the prompt with this many alternatives.
+    pub prompt_logprobs: Option<u32>,
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<u32>,
+    min_p: Option<f32>,
+    repetition_penalty: Option<f32>,
+    presence_penalty: f32,
+    frequency_penalty: f32,
+    min_tokens: usize,
+    seed: Option<u64>,
+    stop: Vec<String>,
+    stop_token_ids: Vec<u32>,
+    include_stop_str_in_output: bool,
+    ignore_eos: bool,
+    skip_special_tokens: bool,
+    logit_bias: Vec<(u32, f32)>,
+}
+
+impl Generation {
+    /// Reads the shared fields. `max_tokens` is the endpoint's own affair.
+    pub fn parse(fields: &mut Fields<'_>) -> Result<Self, ApiError> {
+        let stream = fields.bool_or("stream", false)?;
+        let include_usage = stream_options(fields, stream)?;
+        let prompt_logprobs = count(fields, "prompt_logprobs", 0..=MAX_TOP_LOGPROBS)?.map(|n| u32::try_from(n).unwrap_or(0));
+        if stream && prompt_logprobs.is_some() {
+            return Err(ApiError::invalid(
+                "prompt_logprobs",
+                "invalid_value",
+                "Invalid 'prompt_logprobs': not available when 'stream' is true.",
+            ));
+        }
+        validate_bookkeeping(fields)?;
+        refuse_missing_features(fields)?;
+        Ok(Self {
+            n: count(fields, "n", 1..=MAX_N)?.unwrap_or(1),
+            max_tokens: None,
+            stream,
+            include_usage,
+            priority: fields
+                .integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?
+                .and_then(|p| i32::try_from(p).ok())
+                .unwrap_or(0),
+            cache_salt: cache_salt(fields)?,
+            return_token_ids: fields.bool_or("return_token_ids", false)?,
+            prompt_logprobs,
+            temperature: fields.decimal("temperature", 0.0..=2.0)?,
+            top_p: fields.decimal("top_p", 0.0..=1.0)?,
+            // −1 is how vLLM's clients say "off"; the engine says 0.
+            top_k: fields.integer("top_k", -1..=i64::from(u32::MAX))?.map(|k| u32::try_from(k).unwrap_or(0)),
+            min_p: fields.decimal("min_p", 0.0..=1.0)?,
+            repetition_penalty: repetition_penalty(fields)?,
+            presence_penalty: fields.decimal("presence_penalty", -2.0..=2.0)?.unwrap_or(0.0),
+            frequency_penalty: fields.decimal("frequency_penalty", -2.0..=2.0)?.unwrap_or(0.0),
+            min_tokens: count(fields, "min_tokens", 0..=i64::from(u32::MAX))?.unwrap_or(0),
+            seed: fields.integer("seed", i64::MIN..=i64::MAX)?.map(i64::cast_unsigned),
+            stop: fields.get("stop").map_or(Ok(Vec::new()), |f| stop_strings(&f))?,
+            stop_token_ids: fields.get("stop_token_ids").map_or(Ok(Vec::new()), |f| f.token_ids(1024))?,
+            include_stop_str_in_output: fields.bool_or("include_stop_str_in_output", false)?,
+            ignore_eos: fields.bool_or("ignore_eos", false)?,
+            skip_special_tokens: fields.bool_or("skip_special_tokens", true)?,
+            logit_bias: fields.get("logit_bias").map_or(Ok(Vec::new()), |f| logit_bias(&f))?,
+        })
+    }
+
+    /// What the engine is asked for.
+    ///
+    /// Where the request is silent, as vLLM does: a value in the model's `generation_config.json` takes the place of OpenAI's
+    /// default (temperature 1, top_p 1, nothing else). `do_sample` has no part in it: clients of this API turn sampling off with
+    /// temperature 0.
+    pub fn sampling(&self, defaults: &GenerationDefaults, logprobs: Option<u32>) -> SamplingParams {
+        let off = SamplingParams::default();
+        SamplingParams {
+            n: self.n,
+            max_tokens: self.max_tokens,
+            min_tokens: self.min_tokens,
+            temperature: self.temperature.or(defaults.temperature).unwrap_or(off.temperature),
+            top_k: self.top_k.or(defaults.top_k).unwrap_or(off.top_k),
+            // The smallest set that reaches probability 0 is the likeliest token alone.
+            top_p: self.top_p.or(defaults.top_p).unwrap_or(off.top_p).max(f32::MIN_POSITIVE),
+            min_p: self.min_p.or(defaults.min_p).unwrap_or(off.min_p),
+            repetition_penalty: self.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(off.repetition_penalty),
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            logit_bias: self.logit_bias.clone(),
+            seed: self.seed,
+            stop: self.stop.clone(),
+            stop_token_ids: self.stop_token_ids.clone(),
+            include_stop_str_in_output: self.include_stop_str_in_output,
+            ignore_eos: self.ignore_eos,
+            skip_special_tokens: self.skip_special_tokens,
+            logprobs,
+            prompt_logprobs: self.prompt_logprobs,
+        }
+    }
+}
+
+/// An integer in a range without negative numbers, as a size.
+pub fn count(
+    fields: &mut Fields<'_>,
+    key: &'static str,
+    range: std::ops::RangeInclusive<i64>,
+) -> Result<Option<usize>, ApiError> {
+    Ok(fields.integer(key, range)?.and_then(|n| usize::try_from(n).ok()))
+}
+
+fn stream_options(fields: &mut Fields<'_>, stream: bool) -> Result<bool, ApiError> {
+    let Some(options) = fields.get("stream_options") else { return Ok(false) };
+    if !stream {
+        return Err(options.invalid("invalid_value", "only allowed when 'stream' is true."));
+    }
+    let mut options = options.object()?;
+    let include_usage = options.bool_or("include_usage", false)?;
+    // Padding against traffic analysis, which OpenAI's edge adds; there is nothing to turn off here.
+    options.bool_or("include_obfuscation", false)?;
+    options.finish()?;
+    Ok(include_usage)
+}
+
+/// Fields about the caller and the caller's ledger: checked, and without influence on the answer.
+fn validate_bookkeeping(fields: &mut Fields<'_>) -> Result<(), ApiError> {
+    for key in ["user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"] {
+        fields.string(key)?;
+    }
+    if let Some(metadata) = fields.get("metadata") {
+        let map = metadata.map()?;
+        if map.len() > 16 {
+            let why =
+                format!("too many properties. Expected an object with at most 16 properties, but got {} instead.", map.len());
+            return Err(metadata.invalid("object_above_max_properties", why));
+        }
+        for (key, value) in map {
+            let entry = metadata.entry(key, value);
+            if key.chars().count() > 64 {
+                return Err(entry.invalid("string_above_max_length", "key too long. Expected at most 64 characters."));
+            }
+            entry.short_string(512)?;
+        }
+    }
+    if let Some(tier) = fields.get("service_tier") {
+        tier.one_of(&["auto", "default", "flex", "scale", "priority"])?;
+    }
+    Ok(())
+}
+
+fn refuse_missing_features(fields: &mut Fields<'_>) -> Result<(), ApiError> {
+    const GUIDED: [&str; 7] = [
+        "structured_outputs",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "guided_decoding_backend",
+        "guided_whitespace_pattern",
+    ];
+    for key in GUIDED {
+        fields.refuse(key, "is not supported: this server does not constrain output to a grammar yet.")?;
+    }
+    Ok(())
+}
+
+fn cache_salt(fields: &mut Fields<'_>) -> Result<Option<String>, ApiError> {
+    let Some(salt) = fields.get("cache_salt") else { return Ok(None) };
+    match salt.short_string(512)? {
+        "" => Err(salt.invalid("string_below_min_length", "empty string. Expected at least 1 character.")),
+        text => Ok(Some(text.to_owned())),
+    }
+}
+
+fn repetition_penalty(fields: &mut Fields<'_>) -> Result<Option<f32>, ApiError> {
+    let Some(field) = fields.get("repetition_penalty") else { return Ok(None) };
+    let penalty = field.decimal(0.0..=100.0)?;
+    if penalty <= 0.0 {
+        return Err(field.invalid("decimal_below_min_value", "decimal below minimum value. Expected a value > 0; 1 is off."));
+    }
+    Ok(Some(penalty))
+}
+
+fn stop_strings(field: &Field<'_>) -> Result<Vec<String>, ApiError> {
+    let one = |field: &Field<'_>| match field.string()? {
+        "" => Err(field.invalid("string_below_min_length", "empty string. Expected at least 1 character.")),
+        text => Ok(text.to_owned()),
+    };
+    if field.value.is_string() {
+        return Ok(vec![one(field)?]);
+    }
+    let items = field.array(MAX_STOP)?;
+    items.iter().enumerate().map(|(i, value)| one(&field.item(i, value))).collect()
+}
+
+fn logit_bias(field: &Field<'_>) -> Result<Vec<(u32, f32)>, ApiError> {
+    let map = field.map()?;
+    map.iter()
+        .map(|(key, value)| {
+            let entry = field.entry(key, value);
+            let token: u32 =
+                key.parse().map_err(|_| entry.invalid("invalid_value", "keys must be token ids, such as \"1734\"."))?;
+            Ok((token, entry.decimal(-100.0..=100.0)?))
+        })
+        .collect()
+}

@@ -1,0 +1,13 @@
+//! OpenAI's wire format: requests checked field by field, answers written as clients expect them.
+
+pub mod chat;
+pub mod chat_answer;
+pub mod chat_stream;
+pub mod collected;
+pub mod completion_answer;
+pub mod completion_stream;
+pub mod completions;
+pub mod fields;
+pub mod generation;
+pub mod messages;
+pub mod wire;

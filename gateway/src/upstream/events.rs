@@ -1,0 +1,76 @@
+//! The events of a request's prompts as one stream.
+
+use flume::r#async::RecvStream;
+use futures_core::Stream;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use tidemill_engine::Event;
+
+/// Events of one or more engine requests. Dropping it cancels all of them.
+pub struct Events {
+    sources: Vec<Source>,
+    /// Where to look first, so that no prompt's events wait behind another's.
+    next: usize,
+}
+
+struct Source {
+    stream: RecvStream<'static, Event>,
+    over: bool,
+}
+
+impl Events {
+    /// Over the receivers that the engine gave, one per prompt.
+    pub fn new(receivers: Vec<flume::Receiver<Event>>) -> Self {
+        let sources = receivers.into_iter().map(|r| Source { stream: r.into_stream(), over: false }).collect();
+        Self { sources, next: 0 }
+    }
+
+    /// The next event and the index of its prompt; `None` when every prompt is done. An engine that goes away without a last word
+    /// shows as [`Event::Failed`].
+    pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<(usize, Event)>> {
+        let count = self.sources.len();
+        let mut waiting = false;
+        for step in 0..count {
+            let index = (self.next + step) % count;
+            let Some(source) = self.sources.get_mut(index).filter(|s| !s.over) else { continue };
+            match Pin::new(&mut source.stream).poll_next(context) {
+                Poll::Ready(Some(event)) => {
+                    source.over = matches!(event, Event::Done(_) | Event::Failed(_));
+                    self.next = index;
+                    return Poll::Ready(Some((index, event)));
+                }
+                Poll::Ready(None) => {
+                    source.over = true;
+                    let message = "The engine stopped before the answer was complete.".to_owned();
+                    return Poll::Ready(Some((index, Event::Failed(message))));
+                }
+                Poll::Pending => waiting = true,
+            }
+        }
+        if waiting { Poll::Pending } else { Poll::Ready(None) }
+    }
+
+    /// The same, to be awaited.
+    pub async fn next(&mut self) -> Option<(usize, Event)> {
+        poll_fn(|context| self.poll_next(context)).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tidemill_engine::Usage;
+
+    #[tokio::test]
+    async fn an_engine_that_vanishes_is_a_failure_and_not_an_end() {
+        let (a, a_events) = flume::bounded(4);
+        let (b, b_events) = flume::bounded(4);
+        a.send(Event::Done(Usage::default())).unwrap();
+        drop(b);
+        let mut events = Events::new(vec![a_events, b_events]);
+        assert_eq!(events.next().await, Some((0, Event::Done(Usage::default()))));
+        assert!(matches!(events.next().await, Some((1, Event::Failed(_)))));
+        assert_eq!(events.next().await, None);
+    }
+}

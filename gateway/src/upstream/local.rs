@@ -1,0 +1,206 @@
+//! A model served by the engine in this process: text to tokens, limits, submission.
+
+use crate::http::error::ApiError;
+use crate::openai::chat::ChatPrompt;
+use crate::openai::completions::PromptInput;
+use crate::upstream::Events;
+use serde_json::Value;
+use std::borrow::Cow;
+use tidemill_engine::{ChatInput, Engine, GenerationDefaults, Request, TemplateError, Tokenizer};
+
+/// A loaded model.
+pub struct LocalModel {
+    name: String,
+    fingerprint: String,
+    created: u64,
+    engine: Engine,
+}
+
+impl LocalModel {
+    /// The model that `engine` runs, under its served name. `created` is in seconds since 1970.
+    pub fn new(engine: Engine, created: u64) -> Self {
+        let options = engine.options();
+        // Whatever changes the answers: the weights, their form, the form of keys and values, this program.
+        let configuration = format!(
+            "{} {} {:?} {:?} {}",
+            engine.description(),
+            engine.memory().backend,
+            options.weight_format,
+            options.kv_dtype,
+            env!("CARGO_PKG_VERSION")
+        );
+        Self { name: options.served_name.clone(), fingerprint: fingerprint(&configuration), created, engine }
+    }
+
+    /// Name that clients use.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// `system_fingerprint`.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// Seconds since 1970.
+    pub fn created(&self) -> u64 {
+        self.created
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        self.engine.tokenizer()
+    }
+
+    /// Sampling defaults.
+    pub fn defaults(&self) -> &GenerationDefaults {
+        self.engine.generation_defaults()
+    }
+
+    /// Most tokens of prompt and output together.
+    pub fn context(&self) -> usize {
+        self.engine.limits().max_model_len
+    }
+
+    /// The conversation as the model's template writes it.
+    pub fn render(&self, prompt: &ChatPrompt) -> Result<String, ApiError> {
+        let Some(template) = self.engine.chat_template() else {
+            let message = format!("The model `{}` has no chat template: use /v1/completions.", self.name);
+            return Err(ApiError::invalid("messages", "unsupported_parameter", message));
+        };
+        let mut variables = Cow::Borrowed(&prompt.template_kwargs);
+        if let Some(effort) = &prompt.reasoning_effort {
+            if !template.source().contains("reasoning_effort") {
+                let message =
+                    format!("Unsupported parameter: 'reasoning_effort' is not supported with the model `{}`.", self.name);
+                return Err(ApiError::unsupported("reasoning_effort", message));
+            }
+            variables.to_mut().insert("reasoning_effort".into(), Value::from(effort.as_str()));
+        }
+        let input = ChatInput {
+            messages: &prompt.messages,
+            tools: None,
+            documents: None,
+            add_generation_prompt: prompt.add_generation_prompt,
+            continue_final_message: prompt.continue_final_message,
+            variables: Some(&variables),
+            now: None,
+        };
+        template.render(&input).map_err(|error| {
+            let param = match error {
+                TemplateError::Continue(_) => "continue_final_message",
+                _ => "messages",
+            };
+            ApiError::invalid(param, "invalid_value", format!("Invalid '{param}': {error}"))
+        })
+    }
+
+    /// The conversation as tokens.
+    pub fn chat_tokens(&self, prompt: &ChatPrompt) -> Result<Vec<u32>, ApiError> {
+        // The template writes the BOS token itself: a second one would change the answer.
+        self.encode(&self.render(prompt)?, false, "messages")
+    }
+
+    /// Text as tokens; control tokens in it are recognised by name.
+    pub fn encode(&self, text: &str, add_special: bool, param: &'static str) -> Result<Vec<u32>, ApiError> {
+        let encoded = self.engine.tokenizer().encode(text, add_special, true);
+        encoded.map_err(|error| ApiError::invalid(param, "invalid_value", format!("Invalid '{param}': {error}")))
+    }
+
+    /// A prompt as tokens, all of which the model knows.
+    pub fn prompt_tokens(&self, prompt: &PromptInput, add_special: bool) -> Result<Vec<u32>, ApiError> {
+        match prompt {
+            PromptInput::Text(text) => self.encode(text, add_special, "prompt"),
+            PromptInput::Tokens(tokens) => {
+                self.check_tokens(tokens, "prompt")?;
+                Ok(tokens.clone())
+            }
+        }
+    }
+
+    /// Fails on a token id beyond the vocabulary.
+    pub fn check_tokens(&self, tokens: &[u32], param: &'static str) -> Result<(), ApiError> {
+        let vocabulary = self.engine.limits().vocabulary;
+        match tokens.iter().find(|&&token| token as usize >= vocabulary) {
+            None => Ok(()),
+            Some(token) => {
+                let message =
+                    format!("Invalid '{param}': token id {token} is not below {vocabulary}, the size of the vocabulary.");
+                Err(ApiError::invalid(param, "invalid_value", message))
+            }
+        }
+    }
+
+    /// Fails when the prompt is empty or leaves no room for an answer of the length asked for.
+    pub fn check_fit(&self, prompt: usize, output: Option<usize>, param: &'static str) -> Result<(), ApiError> {
+        let context = self.context();
+        if prompt == 0 {
+            return Err(ApiError::invalid(param, "invalid_value", format!("Invalid '{param}': the prompt has no tokens.")));
+        }
+        if prompt >= context {
+            return Err(ApiError::context_length(context, prompt, None, param));
+        }
+        match output {
+            Some(output) if prompt.saturating_add(output) > context => {
+                Err(ApiError::context_length(context, prompt, Some(output), param))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Fails when a request brings more prompts than can ever wait at once.
+    pub fn check_prompts(&self, prompts: usize) -> Result<(), ApiError> {
+        let limit = self.engine.limits().max_waiting;
+        if prompts > limit {
+            let message = format!(
+                "Invalid 'prompt': array too long. Expected an array with maximum length {limit}, the length of this server's queue, but got an array with length {prompts} instead."
+            );
+            return Err(ApiError::invalid("prompt", "array_above_max_length", message));
+        }
+        Ok(())
+    }
+
+    /// Fails when more choices are asked for than can run at once.
+    pub fn check_choices(&self, n: usize, param: &'static str) -> Result<(), ApiError> {
+        let limit = self.engine.limits().max_seqs;
+        if n > limit {
+            let message = format!(
+                "Invalid '{param}': integer above maximum value. Expected a value <= {limit}, the most that this server runs at once, but got {n} instead."
+            );
+            return Err(ApiError::invalid(param, "integer_above_max_value", message));
+        }
+        Ok(())
+    }
+
+    /// Hands the requests to the engine. When one is refused, those before it are cancelled.
+    pub fn submit(&self, requests: Vec<Request>) -> Result<Events, ApiError> {
+        let receivers: Result<Vec<_>, _> = requests.into_iter().map(|request| self.engine.submit(request)).collect();
+        Ok(Events::new(receivers?))
+    }
+}
+
+/// `fp_` and ten hexadecimal digits of FNV-1a (Fowler, Noll, Vo): stable over builds, which the standard hasher is not.
+fn fingerprint(configuration: &str) -> String {
+    let hash = configuration
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    format!("fp_{:010x}", hash & 0xff_ffff_ffff)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_fingerprint_is_stable_and_tells_configurations_apart() {
+        // FNV-1a of "a" is af63dc4c8601ec8c.
+        assert_eq!(fingerprint("a"), "fp_4c8601ec8c");
+        assert_ne!(fingerprint("tiny int8"), fingerprint("tiny bf16"));
+        assert_eq!(fingerprint("tiny int8").len(), 13);
+    }
+}

@@ -1,0 +1,18 @@
+//! What answers a request: an engine in this process.
+
+mod events;
+mod local;
+mod registry;
+
+pub use events::Events;
+pub use local::LocalModel;
+pub use registry::{LoadState, Registry};
+
+use std::sync::Arc;
+
+/// Something that serves one model.
+#[derive(Clone)]
+pub enum Upstream {
+    /// The engine in this process.
+    Local(Arc<LocalModel>),
+}

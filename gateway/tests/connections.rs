@@ -1,0 +1,217 @@
+//! Over real sockets: clients that leave, a full queue, loading and leaving.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking; the lint knows test functions only"
+)]
+
+mod support;
+
+use serde_json::{Value, json};
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+use support::{MODEL, Setup, chat};
+use tidemill::http::server::Server;
+use tidemill::http::{App, drain::Drain, limits::BodyLimits};
+use tidemill::upstream::{Registry, Upstream};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+struct Running {
+    address: std::net::SocketAddr,
+    leave: oneshot::Sender<()>,
+    server: JoinHandle<()>,
+}
+
+async fn start(app: App) -> Running {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (leave, left) = oneshot::channel();
+    let server = tokio::spawn(Server::new(listener, app, 64).run(async move { drop(left.await) }));
+    Running { address, leave, server }
+}
+
+impl Running {
+    async fn connect(&self) -> TcpStream {
+        TcpStream::connect(self.address).await.unwrap()
+    }
+
+    async fn post(&self, body: &Value) -> TcpStream {
+        let mut stream = self.connect().await;
+        let body = body.to_string();
+        let head = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.write_all(body.as_bytes()).await.unwrap();
+        stream
+    }
+
+    async fn get(&self, path: &str) -> String {
+        let mut stream = self.connect().await;
+        let head = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        rest(stream).await
+    }
+}
+
+async fn rest(mut stream: TcpStream) -> String {
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all).await.unwrap();
+    String::from_utf8(all).unwrap()
+}
+
+/// Reads until the text appears.
+async fn read_until(stream: &mut TcpStream, text: &str) -> String {
+    let mut all = String::new();
+    let mut buffer = [0; 4096];
+    while !all.contains(text) {
+        let count = stream.read(&mut buffer).await.unwrap();
+        assert!(count > 0, "the server closed after: {all}");
+        all.push_str(std::str::from_utf8(&buffer[..count]).unwrap());
+    }
+    all
+}
+
+async fn within<T>(seconds: u64, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(seconds), future).await.expect("in time")
+}
+
+fn running(app: &App) -> (usize, usize) {
+    let Upstream::Local(model) = app.registry.find(Some(MODEL)).unwrap();
+    let stats = model.engine().stats();
+    (stats.running, stats.blocks_used)
+}
+
+async fn until_idle(app: &App) {
+    within(10, async {
+        while running(app) != (0, 0) || app.drain.in_flight() != 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_frees_its_sequences_streaming_or_not() {
+    let app = Setup::slow(400, 10).app();
+    let server = start(app.clone()).await;
+    for stream in [true, false] {
+        let mut client = server.post(&chat(json!({"stream": stream, "n": 2}))).await;
+        if stream {
+            read_until(&mut client, "\"content\":\"x\"").await;
+        }
+        within(10, async {
+            while running(&app).0 != 2 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+        drop(client);
+        until_idle(&app).await;
+    }
+}
+
+#[tokio::test]
+async fn events_arrive_while_the_answer_is_being_made() {
+    let server = start(Setup::slow(300, 10).app()).await;
+    let mut client = server.post(&chat(json!({"stream": true}))).await;
+    let begun = std::time::Instant::now();
+    read_until(&mut client, "\"content\":\"x\"").await;
+    assert!(begun.elapsed() < Duration::from_secs(2), "the first of 3 s of events came after {:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn a_full_queue_is_a_503_with_retry_after() {
+    let app = Setup { max_waiting: 1, max_seqs: 1, ..Setup::slow(400, 10) }.app();
+    let server = start(app.clone()).await;
+    let mut first = server.post(&chat(json!({"stream": true}))).await;
+    read_until(&mut first, "\"content\":\"x\"").await;
+    let second = server.post(&chat(json!({"stream": true}))).await;
+    let refused = within(5, async {
+        loop {
+            let reply = tokio::time::timeout(Duration::from_millis(200), rest(server.post(&chat(json!({}))).await)).await;
+            if let Ok(reply) = reply {
+                return reply;
+            }
+        }
+    })
+    .await;
+    assert!(refused.starts_with("HTTP/1.1 503"), "{refused}");
+    assert!(refused.contains("retry-after: ") && refused.contains("\"type\":\"server_error\""), "{refused}");
+    drop((first, second));
+    until_idle(&app).await;
+}
+
+#[tokio::test]
+async fn while_weights_load_the_socket_answers_and_says_so() {
+    let app = App {
+        registry: Arc::new(Registry::new([MODEL.to_owned()])),
+        drain: Drain::default(),
+        body: BodyLimits::default(),
+        metrics: None,
+    };
+    let server = start(app.clone()).await;
+    assert!(server.get("/health").await.starts_with("HTTP/1.1 200"));
+    let ready = server.get("/ready").await;
+    assert!(ready.starts_with("HTTP/1.1 503") && ready.contains("\"loading\""), "{ready}");
+    assert!(server.get("/v1/models").await.contains(MODEL));
+    let early = rest(server.post(&chat(json!({}))).await).await;
+    assert!(early.starts_with("HTTP/1.1 503") && early.contains("retry-after: 1"), "{early}");
+}
+
+#[tokio::test]
+async fn leaving_refuses_new_requests_and_finishes_running_ones() {
+    let app = Setup::slow(60, 10).app();
+    let server = start(app.clone()).await;
+    let mut client = server.post(&chat(json!({"stream": true}))).await;
+    let mut text = read_until(&mut client, "\"content\":\"x\"").await;
+    app.drain.start();
+    let ready = server.get("/ready").await;
+    assert!(ready.starts_with("HTTP/1.1 503") && ready.contains("\"draining\""), "{ready}");
+    let refused = rest(server.post(&chat(json!({}))).await).await;
+    assert!(refused.starts_with("HTTP/1.1 503") && refused.contains("retry-after"), "{refused}");
+    text.push_str(&rest(client).await);
+    assert!(text.contains("[DONE]"), "{text}");
+    assert!(app.drain.wait(Duration::from_secs(5)).await);
+    server.leave.send(()).unwrap();
+    within(5, server.server).await.unwrap();
+    assert!(TcpStream::connect(server.address).await.is_err());
+}
+
+#[tokio::test]
+async fn an_answer_cut_off_by_the_deadline_ends_with_an_error_event() {
+    let app = Setup::slow(400, 10).app();
+    let server = start(app.clone()).await;
+    let mut client = server.post(&chat(json!({"stream": true}))).await;
+    let mut text = read_until(&mut client, "\"content\":\"x\"").await;
+    let Upstream::Local(model) = app.registry.find(Some(MODEL)).unwrap();
+    let engine = model.engine().clone();
+    assert!(!tokio::task::spawn_blocking(move || engine.drain(Duration::from_millis(50))).await.unwrap());
+    text.push_str(&within(5, rest(client)).await);
+    assert!(text.contains("\"code\":\"cancelled\"") && !text.contains("[DONE]"), "{text}");
+}
+
+#[tokio::test]
+async fn a_body_too_large_is_answered_even_while_it_is_being_sent() {
+    let app = App { body: BodyLimits { bytes: 1000, ..BodyLimits::default() }, ..Setup::default().app() };
+    let server = start(app).await;
+    let reply = rest(server.post(&chat(json!({"user": "x".repeat(3_000_000)}))).await).await;
+    assert!(reply.starts_with("HTTP/1.1 413") && reply.contains("\"error\""), "{reply}");
+}
+
+#[tokio::test]
+async fn a_body_that_never_comes_is_a_408() {
+    let app = App { body: BodyLimits { time: Duration::from_millis(100), ..BodyLimits::default() }, ..Setup::default().app() };
+    let server = start(app).await;
+    let mut stream = server.connect().await;
+    stream.write_all(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n{").await.unwrap();
+    let reply = within(5, read_until(&mut stream, "\"error\"")).await;
+    assert!(reply.starts_with("HTTP/1.1 408"), "{reply}");
+}

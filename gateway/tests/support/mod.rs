@@ -1,0 +1,244 @@
+//! A server in this process: the real router and engine over a model that recites a script.
+
+#![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking; the lint knows test functions only"
+)]
+
+use axum::Router;
+use axum::body::Body;
+use http_body_util::BodyExt;
+use hyper::{HeaderMap, Request, StatusCode};
+use serde_json::{Map, Value, json};
+use std::sync::Arc;
+use std::time::Duration;
+use tidemill::http::drain::Drain;
+use tidemill::http::limits::BodyLimits;
+use tidemill::http::{App, router};
+use tidemill::upstream::{LocalModel, Registry, Upstream};
+use tidemill_engine::model::Model;
+use tidemill_engine::model_files::Frontend;
+use tidemill_engine::{ChatTemplate, Engine, EngineOptions, GenerationDefaults, ServedModel, Tokenizer};
+use tidemill_kernels::{KernelError, KvDtype, MemoryUse, Sampled, StepBatch, StepOutput};
+use tower::ServiceExt;
+
+/// Name of the model.
+pub const MODEL: &str = "org/parrot";
+/// Ends a turn.
+pub const END: u32 = 257;
+const VOCABULARY: usize = 259;
+const TEMPLATE: &str = "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}\
+    <|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+/// Recites `script` as output, whatever the prompt; every token's log-probability is −(1 + index)/8.
+pub struct Parrot {
+    script: Vec<u32>,
+    pace: Duration,
+}
+
+impl Model for Parrot {
+    fn vocabulary(&self) -> usize {
+        VOCABULARY
+    }
+
+    fn kv_block_bytes(&self, block_size: usize, _dtype: KvDtype) -> usize {
+        block_size
+    }
+
+    fn alloc_kv(&mut self, _blocks: usize, _block_size: usize, _dtype: KvDtype) -> Result<(), KernelError> {
+        Ok(())
+    }
+
+    fn forward(&mut self, batch: &StepBatch, out: &mut StepOutput) -> Result<(), KernelError> {
+        std::thread::sleep(self.pace);
+        // The parrot chokes on a zero byte.
+        if batch.tokens.contains(&0) {
+            return Err(KernelError::Unsupported("the parrot choked".into()));
+        }
+        let sample = |row: &tidemill_kernels::SampleRow| {
+            let index = row.counter as usize;
+            let token = row.score.unwrap_or_else(|| self.script.get(index).copied().unwrap_or(END));
+            let logprob = -(1.0 + index as f32) / 8.0;
+            let top = (0..row.top_n.unwrap_or(0)).map(|i| (u32::from(b'a') + i, -0.5 - i as f32)).collect::<Vec<_>>();
+            Sampled { token, logprob, processed_logprob: logprob, rank: 1, top: top.clone(), processed_top: top }
+        };
+        out.samples = batch.samples.iter().map(sample).collect();
+        Ok(())
+    }
+
+    fn memory(&self) -> MemoryUse {
+        MemoryUse::default()
+    }
+
+    fn describe(&self) -> String {
+        "parrot".into()
+    }
+}
+
+/// GPT-2's byte alphabet and three control tokens; every byte is a token.
+pub fn byte_tokenizer() -> Tokenizer {
+    let printable = |b: u32| (33..=126).contains(&b) || (161..=172).contains(&b) || (174..=255).contains(&b);
+    let mut next = 256;
+    let mut vocabulary = Map::new();
+    for byte in 0..256u32 {
+        let symbol = if printable(byte) {
+            byte
+        } else {
+            next += 1;
+            next - 1
+        };
+        vocabulary.insert(char::from_u32(symbol).unwrap().to_string(), byte.into());
+    }
+    let control = |id: u32, text: &str| json!({"id": id, "content": text, "special": true, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false});
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let tokenizer = json!({
+        "version": "1.0",
+        "added_tokens": [control(256, "<|im_start|>"), control(END, "<|im_end|>"), control(258, "<|endoftext|>")],
+        "pre_tokenizer": byte_level, "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tokenizer.json");
+    std::fs::write(&path, tokenizer.to_string()).unwrap();
+    Tokenizer::from_json(&path, &Value::Null).unwrap()
+}
+
+/// How the server under test differs from the usual one.
+pub struct Setup {
+    pub script: Vec<u32>,
+    pub pace: Duration,
+    pub max_waiting: usize,
+    pub max_seqs: usize,
+    pub template: Option<&'static str>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self { script: says("Hi 🌊!"), pace: Duration::ZERO, max_waiting: 64, max_seqs: 16, template: Some(TEMPLATE) }
+    }
+}
+
+/// The tokens of a text, and the end of the turn.
+pub fn says(text: &str) -> Vec<u32> {
+    text.bytes().map(u32::from).chain([END]).collect()
+}
+
+impl Setup {
+    pub fn script(script: Vec<u32>) -> Self {
+        Self { script, ..Self::default() }
+    }
+
+    /// An answer of `tokens` tokens, each taking `ms`.
+    pub fn slow(tokens: usize, ms: u64) -> Self {
+        Self { script: vec![u32::from(b'x'); tokens], pace: Duration::from_millis(ms), ..Self::default() }
+    }
+
+    pub fn app(self) -> App {
+        let options = EngineOptions {
+            served_name: MODEL.into(),
+            kv_memory: Some(1 << 20),
+            max_seqs: self.max_seqs,
+            max_waiting: self.max_waiting,
+            max_model_len: Some(512),
+            ..EngineOptions::new("parrot")
+        };
+        let served = ServedModel {
+            model: Box::new(Parrot { script: self.script, pace: self.pace }),
+            frontend: Frontend {
+                tokenizer: byte_tokenizer(),
+                chat_template: self.template.map(|source| ChatTemplate::new(source, None, Map::new()).unwrap()),
+                generation_defaults: GenerationDefaults::default(),
+                end_of_turn: vec![END],
+            },
+            context: 512,
+            description: "parrot".into(),
+        };
+        let engine = Engine::with_model(served, options).unwrap();
+        let registry = Registry::new([MODEL.to_owned()]);
+        assert!(registry.loaded(MODEL, Upstream::Local(Arc::new(LocalModel::new(engine, 7)))));
+        App { registry: Arc::new(registry), drain: Drain::default(), body: BodyLimits::default(), metrics: None }
+    }
+
+    pub fn router(self) -> Router {
+        router(self.app())
+    }
+}
+
+/// A whole response.
+pub struct Reply {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: Vec<u8>,
+}
+
+impl Reply {
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|_| panic!("not JSON: {}", String::from_utf8_lossy(&self.body)))
+    }
+
+    /// The payloads of the `data:` lines; fails on any other line but comments and empty ones.
+    pub fn data(&self) -> Vec<String> {
+        let text = std::str::from_utf8(&self.body).unwrap();
+        assert!(text.is_empty() || text.ends_with("\n\n"), "{text}");
+        let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with(": "));
+        lines.map(|line| line.strip_prefix("data: ").unwrap_or_else(|| panic!("{line}")).to_owned()).collect()
+    }
+
+    /// The chunks before `[DONE]`, which must be last.
+    pub fn chunks(&self) -> Vec<Value> {
+        let mut data = self.data();
+        assert_eq!(data.pop().as_deref(), Some("[DONE]"));
+        data.iter().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// `(status, param, code)` of an error; fails when it does not have the shape.
+    pub fn error(&self) -> (u16, Option<String>, Option<String>) {
+        let json = self.json();
+        let error = json["error"].as_object().unwrap();
+        assert_eq!(error.keys().collect::<Vec<_>>(), ["message", "type", "param", "code"]);
+        assert!(error["message"].as_str().is_some_and(|m| !m.is_empty()));
+        assert!(self.headers.contains_key("x-request-id"));
+        let text = |key: &str| error[key].as_str().map(str::to_owned);
+        (self.status.as_u16(), text("param"), text("code"))
+    }
+}
+
+pub async fn send(router: &Router, request: Request<Body>) -> Reply {
+    let response = router.clone().oneshot(request).await.unwrap();
+    let (parts, body) = response.into_parts();
+    let body = body.collect().await.unwrap().to_bytes().to_vec();
+    Reply { status: parts.status, headers: parts.headers, body }
+}
+
+pub async fn post_bytes(router: &Router, path: &str, body: impl Into<Body>) -> Reply {
+    send(router, Request::post(path).header("content-type", "application/json").body(body.into()).unwrap()).await
+}
+
+pub async fn post(router: &Router, path: &str, body: Value) -> Reply {
+    post_bytes(router, path, body.to_string()).await
+}
+
+pub async fn get(router: &Router, path: &str) -> Reply {
+    send(router, Request::get(path).body(Body::empty()).unwrap()).await
+}
+
+/// A chat request with `extra` fields.
+pub fn chat(extra: Value) -> Value {
+    merged(json!({"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}), extra)
+}
+
+/// A completion request with `extra` fields.
+pub fn completion(extra: Value) -> Value {
+    merged(json!({"model": MODEL, "prompt": "abc"}), extra)
+}
+
+fn merged(mut base: Value, extra: Value) -> Value {
+    let object = base.as_object_mut().unwrap();
+    for (key, value) in extra.as_object().unwrap() {
+        object.insert(key.clone(), value.clone());
+    }
+    base
+}
