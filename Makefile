@@ -1,0 +1,61 @@
+# Tidemill. `make serve` chats, `make test` proves; `make help` lists the rest.
+# Needs Rust, Python 3 and a C compiler; everything else is fetched into .cache/ (tools) and $(DATA) (models).
+
+SHELL       := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+CARGO  ?= cargo
+PYTHON ?= python3
+DATA   ?= ./data
+CACHE  ?= $(CURDIR)/.cache
+TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
+BIN    := $(TARGET)/release/tidemill
+ARGS   ?=
+
+VENV       := $(CACHE)/test-venv
+TEST_DATA  := $(CACHE)/test-data
+TEST_MODEL := $(TEST_DATA)/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: help serve build model test lint test-rust test-e2e bench oracle clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+serve: build ## build, fetch the default model once, serve on 127.0.0.1:8080 (ARGS="--port 9000 ...")
+	$(BIN) pull --data $(DATA)
+	exec $(BIN) serve --data $(DATA) $(ARGS)
+
+build: ## the release binary
+	$(CARGO) build --release --locked
+
+test: lint test-rust test-e2e ## everything: lints, unit and property tests, the real model, real clients
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+test-rust: $(TEST_MODEL)
+	TIDEMILL_TEST_MODEL=$(TEST_MODEL) $(CARGO) test --workspace --locked
+
+test-e2e: build $(TEST_MODEL) $(VENV)/ready
+	TIDEMILL_BIN=$(BIN) TIDEMILL_TEST_MODEL=$(TEST_MODEL) $(VENV)/bin/python -m pytest tests/e2e -q
+
+$(TEST_MODEL): | build
+	$(BIN) pull --data $(TEST_DATA)
+	@test -f $@
+
+$(VENV)/ready: tests/e2e/requirements.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+bench: build ## ours beside llama.cpp, vLLM and OpenVINO on this machine; rewrites docs/benchmarks.md (about an hour)
+	$(MAKE) -C loadtest/peers all
+
+oracle: ## regenerate the expected values with transformers and torch
+	tests/oracle/run.sh
+
+clean: ## remove what was built and fetched for tests; data/ stays
+	$(CARGO) clean
+	rm -rf $(CACHE)

@@ -1,0 +1,112 @@
+"""Leaving in good order, and saying no when there is no room."""
+
+import http.client
+import json
+import signal
+import threading
+import time
+
+import openai
+import pytest
+
+from conftest import MODEL
+from test_chat import QUESTION, ask
+
+
+class Stream(threading.Thread):
+    """Reads a stream of `tokens` tokens in the background; `begun` is set at the first text."""
+
+    def __init__(self, server, tokens: int):
+        super().__init__(daemon=True)
+        self.server, self.tokens = server, tokens
+        self.begun = threading.Event()
+        self.reason = self.usage = self.error = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with self.server.client() as client:
+                stream = ask(
+                    client, stream=True, max_tokens=self.tokens, stream_options={"include_usage": True}, extra_body={"ignore_eos": True}
+                )
+                for chunk in stream:
+                    self.usage = chunk.usage or self.usage
+                    for choice in chunk.choices:
+                        self.reason = choice.finish_reason or self.reason
+                        if choice.delta.content:
+                            self.begun.set()
+        except openai.OpenAIError as error:
+            self.error = error
+        finally:
+            self.begun.set()
+
+
+def test_sigterm_under_load_finishes_streams_refuses_new_ones_and_exits_0(start):
+    server = start("--drain-timeout", "30s")
+    streams = [Stream(server, 150) for _ in range(4)]
+    kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    kept.request("GET", "/ready")
+    assert kept.getresponse().read()
+    assert all(stream.begun.wait(30) for stream in streams)
+    server.terminate()
+    time.sleep(0.2)
+    assert server.get("/ready").status == 503
+    body = json.dumps({"model": MODEL, "messages": QUESTION, "max_tokens": 2})
+    kept.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+    refused = kept.getresponse()
+    error = json.loads(refused.read())["error"]
+    assert refused.status == 503
+    assert int(refused.getheader("retry-after")) >= 1
+    assert error["type"] == "server_error"
+    with server.client() as client, pytest.raises(openai.InternalServerError) as raised:
+        ask(client)
+    assert raised.value.status_code == 503
+    for stream in streams:
+        stream.join(60)
+        assert stream.error is None
+        assert stream.reason == "length"
+        assert stream.usage.completion_tokens == 150
+    assert server.process.wait(15) == 0, server.log()
+
+
+def test_an_idle_server_leaves_at_once(start):
+    server = start()
+    begin = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - begin < 5
+
+
+def test_ctrl_c_leaves_too(start):
+    server = start()
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(10) == 0
+
+
+def test_streams_that_outlive_the_deadline_are_ended_and_told(start):
+    server = start("--drain-timeout", "1s")
+    stream = Stream(server, 6000)
+    assert stream.begun.wait(30)
+    begin = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - begin < 8
+    stream.join(10)
+    # A bare disconnect would look like success: the stream's last event is an error.
+    assert isinstance(stream.error, openai.APIError), (stream.error, stream.reason)
+
+
+def test_a_full_queue_is_503_with_retry_after(start):
+    server = start("--max-seqs", "1", "--max-waiting", "1")
+    streams = [Stream(server, 2000)]
+    assert streams[0].begun.wait(30)
+    streams.append(Stream(server, 1))
+    deadline = time.monotonic() + 10
+    while server.metrics()["tidemill:num_requests_waiting"] < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    answer = server.post("/v1/chat/completions", {"model": MODEL, "messages": QUESTION, "max_tokens": 2})
+    assert answer.status == 503
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.error["type"] == "server_error"
+    with server.client() as client, pytest.raises(openai.InternalServerError) as raised:
+        ask(client)
+    assert raised.value.status_code == 503
