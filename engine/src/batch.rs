@@ -82,22 +82,7 @@ fn draw_row(batch: &mut StepBatch, sequence: &Sequence, row: u32, choice: usize,
 }
 
 fn score(row: u32, token: u32, top_n: Option<u32>) -> SampleRow {
-    SampleRow {
-        row,
-        score: Some(token),
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        history: 0..0,
-        bias: 0..0,
-        seed: 0,
-        counter: 0,
-        top_n,
-    }
+    SampleRow { score: Some(token), top_n, ..SampleRow::greedy(row) }
 }
 
 /// The random stream of choice `choice`: the request's seed itself for the first, a mixed one for the others (the finaliser of

@@ -160,20 +160,5 @@ pub(crate) fn expected_scores(prompt: &[u32], vocabulary: usize) -> Vec<Option<f
 }
 
 fn scoring(score: Option<u32>) -> SampleRow {
-    SampleRow {
-        row: 0,
-        score,
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        history: 0..0,
-        bias: 0..0,
-        seed: 0,
-        counter: 0,
-        top_n: None,
-    }
+    SampleRow { score, ..SampleRow::greedy(0) }
 }

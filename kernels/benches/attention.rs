@@ -175,22 +175,7 @@ fn sampling() {
                 6.0 * (u - 0.5) - 4.0 * (1.0 - u).max(1e-6).ln()
             })
             .collect();
-        let plain = SampleRow {
-            row: 0,
-            score: None,
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            history: 0..0,
-            bias: 0..0,
-            seed: 1,
-            counter: 0,
-            top_n: None,
-        };
+        let plain = SampleRow { seed: 1, ..SampleRow::greedy(0) };
         let hot = SampleRow { temperature: 0.8, ..plain.clone() };
         let rows = [
             ("greedy", plain.clone()),

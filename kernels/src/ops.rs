@@ -278,6 +278,28 @@ pub struct SampleRow {
     pub top_n: Option<u32>,
 }
 
+impl SampleRow {
+    /// The likeliest token of a row: nothing else processed, nothing else reported.
+    pub const fn greedy(row: u32) -> Self {
+        SampleRow {
+            row,
+            score: None,
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            history: 0..0,
+            bias: 0..0,
+            seed: 0,
+            counter: 0,
+            top_n: None,
+        }
+    }
+}
+
 /// One step's flat, ragged batch. Reused between steps: `clear` keeps the capacity.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepBatch {

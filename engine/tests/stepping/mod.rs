@@ -22,7 +22,7 @@ impl Stepper {
     pub fn logits(&mut self, tokens: &[u32], positions: &[u32]) -> Vec<Vec<f32>> {
         let mut batch = StepBatch::default();
         add_rows(&mut batch, 0, 0, tokens);
-        batch.samples = positions.iter().map(|&row| sample(row)).collect();
+        batch.samples = positions.iter().map(|&row| SampleRow::greedy(row)).collect();
         self.decoder.forward(&batch, &mut StepOutput::default()).unwrap();
         let logits = self.decoder.logits().unwrap();
         let width = self.decoder.vocabulary();
@@ -37,7 +37,7 @@ impl Stepper {
         for (sequence, prompt) in prompts.iter().enumerate() {
             let mut batch = StepBatch::default();
             add_rows(&mut batch, sequence, 0, prompt);
-            batch.samples.push(sample(prompt.len() as u32 - 1));
+            batch.samples.push(SampleRow::greedy(prompt.len() as u32 - 1));
             self.decoder.forward(&batch, &mut out).unwrap();
             answers.push(vec![out.samples[0].token]);
         }
@@ -50,7 +50,7 @@ impl Stepper {
             let mut batch = StepBatch::default();
             for &sequence in &running {
                 let answer = &answers[sequence];
-                batch.samples.push(sample(batch.tokens.len() as u32));
+                batch.samples.push(SampleRow::greedy(batch.tokens.len() as u32));
                 add_rows(&mut batch, sequence, prompts[sequence].len() + answer.len() - 1, &answer[answer.len() - 1..]);
             }
             self.decoder.forward(&batch, &mut out).unwrap();
@@ -74,24 +74,5 @@ fn add_rows(batch: &mut StepBatch, sequence: usize, start: usize, tokens: &[u32]
         batch.tokens.push(token);
         batch.positions.push((start + offset) as u32);
         batch.slots.push((first_block * BLOCK + start + offset) as i64);
-    }
-}
-
-fn sample(row: u32) -> SampleRow {
-    SampleRow {
-        row,
-        score: None,
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        history: 0..0,
-        bias: 0..0,
-        seed: 0,
-        counter: 0,
-        top_n: None,
     }
 }

@@ -106,8 +106,7 @@ impl Generation {
             min_tokens: self.min_tokens,
             temperature: self.temperature.or(defaults.temperature).unwrap_or(off.temperature),
             top_k: self.top_k.or(defaults.top_k).unwrap_or(off.top_k),
-            // The smallest set that reaches probability 0 is the likeliest token alone.
-            top_p: self.top_p.or(defaults.top_p).unwrap_or(off.top_p).max(f32::MIN_POSITIVE),
+            top_p: self.top_p.or(defaults.top_p).unwrap_or(off.top_p),
             min_p: self.min_p.or(defaults.min_p).unwrap_or(off.min_p),
             repetition_penalty: self.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(off.repetition_penalty),
             presence_penalty: self.presence_penalty,

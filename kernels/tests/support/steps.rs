@@ -8,22 +8,7 @@ pub const BLOCK: usize = 32;
 
 /// A greedy sample of a row.
 pub fn greedy(row: u32) -> SampleRow {
-    SampleRow {
-        row,
-        score: None,
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        history: 0..0,
-        bias: 0..0,
-        seed: 0,
-        counter: 0,
-        top_n: None,
-    }
+    SampleRow::greedy(row)
 }
 
 /// A sequence with its tokens and its blocks.

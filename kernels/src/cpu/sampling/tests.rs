@@ -5,22 +5,7 @@ use proptest::prelude::*;
 use super::*;
 
 fn greedy() -> SampleRow {
-    SampleRow {
-        row: 0,
-        score: None,
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        history: 0..0,
-        bias: 0..0,
-        seed: 0,
-        counter: 0,
-        top_n: None,
-    }
+    SampleRow::greedy(0)
 }
 
 fn run_on(isa: Isa, logits: &[f32], row: &SampleRow, history: &[TokenCount], bias: &[(u32, f32)]) -> Sampled {
