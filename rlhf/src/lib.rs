@@ -1,6 +1,7 @@
 //! Feedback in, adapters out.
 //!
-//! So far: [`preference`], the losses of training on comparisons, as functions of values. Trainers, datasets and the registry join
-//! it here.
+//! [`dataset`] turns feedback into immutable snapshots of training rows. [`preference`] holds the losses of training on comparisons,
+//! as functions of values. Trainers and the registry join them here.
 
+pub mod dataset;
 pub mod preference;
