@@ -29,6 +29,17 @@ pub enum StoreError {
     /// A model name that would leave the models folder or cannot be a folder.
     #[error("'{0}' is not a model name: use letters, digits, '.', '_', '-' and at most one '/'")]
     Name(String),
+    /// A database address that is neither of the two kinds.
+    #[error(
+        "'{0}' is no database that tidemill knows: use postgres://USER:PASSWORD@HOST/NAME, or leave it out for SQLite in the data directory"
+    )]
+    Url(String),
+    /// The database is away, slow or broken.
+    #[error("the database failed: {0}; see that it runs and has room, and try again")]
+    Database(#[from] sqlx::Error),
+    /// The tables cannot be brought up to date.
+    #[error("the database's tables cannot be brought up to date: {0}; was it made by a newer tidemill?")]
+    Migrate(#[from] sqlx::migrate::MigrateError),
 }
 
 impl StoreError {

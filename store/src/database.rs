@@ -1,0 +1,176 @@
+//! One pool of connections, to SQLite or Postgres, spoken to with the same statements.
+
+use crate::error::StoreError;
+use sqlx::any::AnyPoolOptions;
+use sqlx::migrate::{Migration, MigrationType, Migrator};
+use sqlx::{AnyPool, AssertSqlSafe, SqlSafeStr};
+use std::path::Path;
+use std::time::Duration;
+
+/// Most values that one statement may bind; SQLite allows 32,766, Postgres 65,535.
+pub const MAX_BINDS: usize = 30_000;
+
+/// Which SQL is spoken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dialect {
+    /// Embedded, one writer.
+    Sqlite,
+    /// A server, shared by several gateways.
+    Postgres,
+}
+
+/// A database whose tables are there. Cloning is cheap.
+#[derive(Clone, Debug)]
+pub struct Database {
+    dialect: Dialect,
+    read: AnyPool,
+    write: AnyPool,
+}
+
+impl Database {
+    /// Opens `url` (`postgres://…` or `sqlite:…`) and brings its tables up to date. A Postgres that does not answer within
+    /// `patience` is an error.
+    pub async fn open(url: &str, patience: Duration) -> Result<Self, StoreError> {
+        sqlx::any::install_default_drivers();
+        let dialect = match url.split(':').next() {
+            Some("postgres" | "postgresql") => Dialect::Postgres,
+            Some("sqlite") => Dialect::Sqlite,
+            _ => return Err(StoreError::Url(without_password(url))),
+        };
+        let pool = |connections: u32| {
+            AnyPoolOptions::new().max_connections(connections).acquire_timeout(patience).after_connect(move |connection, _| {
+                Box::pin(async move {
+                    if dialect == Dialect::Sqlite {
+                        // FULL: a commit is on the disk, not merely with the operating system, before it is acknowledged.
+                        for pragma in [
+                            "PRAGMA journal_mode = WAL",
+                            "PRAGMA synchronous = FULL",
+                            "PRAGMA busy_timeout = 10000",
+                            "PRAGMA temp_store = MEMORY",
+                            "PRAGMA cache_size = -32768",
+                        ] {
+                            sqlx::query(pragma).execute(&mut *connection).await?;
+                        }
+                    }
+                    Ok(())
+                })
+            })
+        };
+        let database = match dialect {
+            // SQLite has one writer at a time: waiting for it in the pool costs less than colliding at the file.
+            Dialect::Sqlite => {
+                let write = pool(1).connect(url).await?;
+                Self { dialect, read: pool(4).connect_lazy(url)?, write }
+            }
+            Dialect::Postgres => {
+                let both = pool(16).connect(url).await?;
+                Self { dialect, read: both.clone(), write: both }
+            }
+        };
+        database.migrate().await?;
+        Ok(database)
+    }
+
+    /// The database file of a data directory.
+    pub fn sqlite_url(file: &Path) -> String {
+        // The URL's own syntax must not be read into a path.
+        let path: String = file
+            .to_string_lossy()
+            .chars()
+            .flat_map(|c| match c {
+                '%' | '?' | '#' | ' ' => format!("%{:02X}", u32::from(c)).chars().collect::<Vec<_>>(),
+                _ => vec![c],
+            })
+            .collect();
+        format!("sqlite:{path}?mode=rwc")
+    }
+
+    async fn migrate(&self) -> Result<(), StoreError> {
+        let bytes = match self.dialect {
+            Dialect::Sqlite => "BLOB",
+            Dialect::Postgres => "BYTEA",
+        };
+        let migrations = MIGRATIONS.iter().map(|&(version, description, text)| {
+            let sql = AssertSqlSafe(text.replace(" BYTES", &format!(" {bytes}"))).into_sql_str();
+            Migration::new(version, description.into(), MigrationType::Simple, sql, false)
+        });
+        Migrator::with_migrations(migrations.collect()).run(&self.write).await?;
+        Ok(())
+    }
+
+    /// Which SQL is spoken.
+    pub fn dialect(&self) -> Dialect {
+        self.dialect
+    }
+
+    /// For statements that only read.
+    pub fn read(&self) -> &AnyPool {
+        &self.read
+    }
+
+    /// For everything else. On SQLite this is a single connection: hold it briefly, and never while waiting for `read`.
+    pub fn write(&self) -> &AnyPool {
+        &self.write
+    }
+
+    /// Waits until open connections are back and closes them.
+    pub async fn close(&self) {
+        self.write.close().await;
+        self.read.close().await;
+    }
+}
+
+const MIGRATIONS: &[(i64, &str, &str)] = &[(1, "records", include_str!("../migrations/0001_records.sql"))];
+
+/// `($1,$2),($3,$4)` — placeholders for `rows` rows of `columns` columns.
+pub(crate) fn values(rows: usize, columns: usize) -> String {
+    let mut text = String::with_capacity(rows * columns * 6);
+    for row in 0..rows {
+        text.push_str(if row == 0 { "(" } else { ",(" });
+        for column in 0..columns {
+            if column > 0 {
+                text.push(',');
+            }
+            text.push('$');
+            text.push_str(&(row * columns + column + 1).to_string());
+        }
+        text.push(')');
+    }
+    text
+}
+
+fn without_password(url: &str) -> String {
+    match (url.find("://"), url.rfind('@')) {
+        (Some(scheme), Some(at)) if scheme + 3 <= at => format!("{}://…{}", &url[..scheme], &url[at..]),
+        _ => url.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn placeholders_count_through() {
+        assert_eq!(values(2, 3), "($1,$2,$3),($4,$5,$6)");
+    }
+
+    #[test]
+    fn an_error_never_shows_the_password() {
+        assert_eq!(without_password("mysql://me:secret@db/x"), "mysql://…@db/x");
+        assert_eq!(without_password("nonsense"), "nonsense");
+    }
+
+    #[tokio::test]
+    async fn tables_are_made_once_and_found_again() {
+        let temp = tempfile::tempdir().unwrap();
+        let url = Database::sqlite_url(&temp.path().join("a b?%#.db"));
+        for _ in 0..2 {
+            let database = Database::open(&url, Duration::from_secs(5)).await.unwrap();
+            let (rows,): (i64,) = sqlx::query_as("SELECT COUNT(*) FROM inferences").fetch_one(database.read()).await.unwrap();
+            assert_eq!(rows, 0);
+            database.close().await;
+        }
+        assert!(temp.path().join("a b?%#.db").exists());
+    }
+}

@@ -1,0 +1,89 @@
+//! One answer that the API gave.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use uuid::Uuid;
+
+/// How an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Status {
+    /// Complete.
+    Ok,
+    /// The client left, or the server shut down; what had been generated is there.
+    Cancelled,
+    /// A fault of ours.
+    Failed,
+}
+
+/// One choice of an answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Choice {
+    /// The first choice has the answer's id.
+    pub id: Uuid,
+    /// As the API says it; `None` when the choice did not end.
+    pub finish_reason: Option<String>,
+    /// What the client got; `None` when only metadata is recorded.
+    pub output_text: Option<String>,
+    /// Every sampled token, the end-of-turn token included; empty when only metadata is recorded.
+    pub output_ids: Vec<u32>,
+    /// Per sampled token, its log-probability under the distribution that was sampled from.
+    pub logprobs: Vec<f32>,
+    /// Per sampled token, its log-probability under the model's own distribution.
+    pub raw_logprobs: Vec<f32>,
+    /// Mean of `raw_logprobs`: a cheap measure of certainty.
+    pub mean_logprob: Option<f64>,
+    /// Sampled tokens.
+    pub tokens: u32,
+}
+
+/// One answer: everything needed to reproduce it, to train on it, and to trace it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Inference {
+    /// UUIDv7; the API shows it after `chatcmpl-` or `cmpl-`.
+    pub id: Uuid,
+    /// Microseconds since 1970.
+    pub created: i64,
+    /// `chat` or `completion`.
+    pub endpoint: String,
+    /// Served name.
+    pub model: String,
+    /// Generation of the weights; 0 is the base.
+    pub adapter: u64,
+    /// Variant of a rollout.
+    pub variant: Option<String>,
+    /// Groups the turns of one conversation; the application's own id.
+    pub conversation: Option<String>,
+    /// The API key that asked.
+    pub key_id: Option<String>,
+    /// `safety_identifier` or `user`: the person whom erasure is about.
+    pub user_key: Option<String>,
+    /// How it ended.
+    pub status: Status,
+    /// Its choices were made to be compared.
+    pub compare: bool,
+    /// Tokens in the prompt.
+    pub prompt_tokens: u32,
+    /// Of these, from the prefix cache.
+    pub cached_tokens: u32,
+    /// Sampled tokens over all choices.
+    pub output_tokens: u32,
+    /// From arrival to the first token, in microseconds.
+    pub first_token_us: Option<i64>,
+    /// From arrival to the end, in microseconds.
+    pub duration_us: i64,
+    /// Hash of the configuration of model and engine that answered.
+    pub config_hash: String,
+    /// The request's `metadata`.
+    pub metadata: Map<String, Value>,
+    /// Sampling parameters in force, defaults included.
+    pub params: Option<Value>,
+    /// The request's messages; `None` for text completions and when only metadata is recorded.
+    pub messages: Option<Value>,
+    /// The prompt as text, as the template wrote it.
+    pub prompt_text: Option<String>,
+    /// The exact prompt.
+    pub prompt_ids: Vec<u32>,
+    /// In order.
+    pub choices: Vec<Choice>,
+}
