@@ -49,7 +49,8 @@ pub(super) fn open(path: &Path) -> Result<ModelFiles, LoadError> {
         end_of_turn: end_of_turn::collect(&tokenizer, ends),
         tokenizer,
         chat_template,
-        generation_defaults: GenerationDefaults::default(),
+        // Sampling only: which tokens end a turn, the GGUF file says itself.
+        generation_defaults: GenerationDefaults::read(&path.with_file_name("generation_config.json"))?,
         weights: Weights::new(Naming::Gguf, std::iter::once(first.file).chain(parts).collect())?,
     })
 }

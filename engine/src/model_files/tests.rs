@@ -294,6 +294,17 @@ fn written(directory: &TempDir, name: &str, writer: &Writer) -> PathBuf {
 }
 
 #[test]
+fn sampling_defaults_lie_beside_a_gguf_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = written(&directory, "tiny.gguf", &tiny());
+    let defaults = |path: &Path| ModelFiles::open(path).unwrap().into_frontend().generation_defaults;
+    assert_eq!(defaults(&path), crate::GenerationDefaults::default());
+    fs::write(directory.path().join("generation_config.json"), r#"{"temperature": 0.2, "top_p": 0.9}"#).unwrap();
+    let found = defaults(&path);
+    assert_eq!((found.temperature, found.top_p), (Some(0.2), Some(0.9)));
+}
+
+#[test]
 fn a_directory_with_one_gguf_is_a_model_with_two_it_is_a_question() {
     let directory = tempfile::tempdir().unwrap();
     written(&directory, "one.gguf", &tiny());

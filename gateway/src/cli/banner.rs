@@ -40,7 +40,9 @@ fn model_lines(model: &LocalModel, path: &Path, took: Duration) -> String {
 /// Everything is loaded: a command to try.
 pub fn ready(model: &str, address: SocketAddr) {
     let base = format!("http://{}", reachable(address));
-    let body = serde_json::json!({"model": model, "messages": [{"role": "user", "content": "What is a tide mill?"}]});
+    let question = serde_json::json!([{"role": "user", "content": "What is a tide mill?"}]);
+    // Bounded: a small model left to itself may talk until its context is full.
+    let body = serde_json::json!({"model": model, "messages": question, "max_tokens": 128});
     // Single quotes inside single quotes, as a shell reads them.
     let body = body.to_string().replace('\'', r"'\''");
     say(&format!(

