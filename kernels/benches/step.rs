@@ -1,6 +1,6 @@
 //! Time of a step of a decoder with the shape of SmolLM2-135M, with a breakdown by kind of operation.
 //!
-//! `cargo bench -p tidemill-kernels --bench step -- [threads] [portable|avx2|avx512|amx]`
+//! `cargo bench -p tidemill-kernels --bench step -- [threads] [portable|avx2|avx512|amx] [w4|w8]`
 #![allow(clippy::print_stdout, reason = "a benchmark prints its numbers")]
 #![allow(clippy::unwrap_used, reason = "a benchmark stops at the first error")]
 
@@ -77,7 +77,11 @@ fn main() {
     });
     let limits = Limits { max_tokens: 512, max_samples: 32, max_positions: 2048 };
     let noise = &mut Noise::new(1);
-    for (name, format) in [("W4 (Q4_0)", Format::Q4_0), ("W8 (Q8_0)", Format::Q8_0)] {
+    let chosen = |short: &str| !args.iter().any(|a| a == "w4" || a == "w8") || args.iter().any(|a| a == short);
+    for (short, name, format) in [("w4", "W4 (Q4_0)", Format::Q4_0), ("w8", "W8 (Q8_0)", Format::Q8_0)] {
+        if !chosen(short) {
+            continue;
+        }
         let weights = DecoderWeights::random(3, shape(), format, Format::Q8_0);
         let backend = CpuBackend::new(CpuOptions { threads, isa, limits }).unwrap();
         let mut decoder = Decoder::new(backend, &weights, WeightFormat::Auto, BLOCKS, KvDtype::Bf16);

@@ -25,7 +25,7 @@ use self::pool::{Pool, Stage, available_threads};
 use self::program::{Entry, KINDS, Program};
 use self::sampling::SamplingScratch;
 use crate::activations::Activations;
-use crate::aligned::AlignedBuf;
+use crate::aligned::{AlignedBuf, Arena};
 use crate::error::KernelError;
 use crate::isa::Isa;
 use crate::linear::TileScratch;
@@ -65,6 +65,7 @@ pub struct CpuBackend {
     program: Program,
     stages: Vec<Stage>,
     held: Holdings,
+    arena: Arena,
     max_k: usize,
     max_head_dim: usize,
     max_vocabulary: usize,
@@ -115,6 +116,7 @@ impl CpuBackend {
                 sampling_scratch: Slots::new([]),
                 attention_scratch: Slots::new((0..threads).map(|_| AttentionScratch::new(0))),
             },
+            arena: Arena::default(),
             max_k: 0,
             max_head_dim: 0,
             max_vocabulary: 0,
@@ -284,7 +286,7 @@ impl Ops for CpuBackend {
     }
 
     fn load_matrix(&mut self, sources: &[MatrixSource<'_>], format: WeightFormat) -> Result<Matrix, KernelError> {
-        let packed = PackedMatrix::pack(sources, format, self.held.isa, self.pool.threads())?;
+        let packed = PackedMatrix::pack(sources, format, self.held.isa, self.pool.threads())?.moved_to(&mut self.arena)?;
         let (n, k) = (packed.n(), packed.k());
         if k > self.max_k {
             self.held.tile_scratch = tile_scratch(self.pool.threads(), k)?;

@@ -19,7 +19,7 @@ mod grid;
 mod pack;
 
 use crate::activations::{ActivationKind, padded};
-use crate::aligned::AlignedBuf;
+use crate::aligned::{AlignedBuf, Arena};
 use crate::error::KernelError;
 use std::collections::BTreeSet;
 
@@ -83,6 +83,12 @@ pub struct PackedMatrix {
 }
 
 impl PackedMatrix {
+    /// The same matrix in memory of `arena`.
+    pub fn moved_to(self, arena: &mut Arena) -> Result<Self, KernelError> {
+        const WHAT: &str = "packed weights";
+        Ok(PackedMatrix { data: arena.copy(&self.data, WHAT)?, scales: arena.copy(&self.scales, WHAT)?, ..self })
+    }
+
     /// Output features.
     pub fn n(&self) -> usize {
         self.n
