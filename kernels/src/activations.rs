@@ -11,6 +11,9 @@
 //!
 //! A row's form depends on that row alone, which is what makes results independent of the batch.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
 use half::bf16;
 
 use crate::aligned::AlignedBuf;
@@ -102,6 +105,12 @@ pub struct Activations {
     max_k: usize,
 }
 
+impl RowScale {
+    fn split(scale: f32, high_sum: i32, low_sum: i32) -> RowScale {
+        RowScale { scale, high_offset: high_sum.wrapping_mul(-128), low_offset: low_sum.wrapping_mul(-128) }
+    }
+}
+
 impl Activations {
     /// Room for `max_rows` rows of up to `max_k` values in any form.
     pub fn new(max_rows: usize, max_k: usize) -> Result<Self, KernelError> {
@@ -152,12 +161,22 @@ impl Activations {
         }
     }
 
-    /// The same code compiled for wider vectors.
+    /// The same code compiled for wider vectors, or written for them where the compiler would not find the narrowing packs.
     #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
     unsafe fn set_row_avx512(&self, layout: Layout, row: usize, x: &[f32]) {
-        // SAFETY: the caller's promise, passed on.
-        unsafe { self.set_row_in(layout, row, x) }
+        // SAFETY: the caller's promise, passed on; addresses as in `set_split`.
+        unsafe {
+            match layout {
+                Layout::SplitTiles => {
+                    let (scale, inverse) = scale_of(x, WIDE_MAX);
+                    let (high_sum, low_sum) = avx512::set_split(self.split_row(row, padded(x.len()) / 64), x, inverse);
+                    self.put_row(row, RowScale::split(scale, high_sum, low_sum));
+                }
+                Layout::Groups => self.set_groups(row, x, |out, x, inverse| avx512::set_group(out, x, inverse)),
+                layout => self.set_row_in(layout, row, x),
+            }
+        }
     }
 
     /// The same code compiled for wider vectors.
@@ -176,7 +195,7 @@ impl Activations {
                 Layout::Single => self.set_single(row, x),
                 Layout::Bf16Tiles => self.set_bf16(row, x),
                 Layout::Wide => self.set_wide(row, x),
-                Layout::Groups => self.set_groups(row, x),
+                Layout::Groups => self.set_groups(row, x, set_group),
                 Layout::SplitTiles => self.set_split(row, x),
             }
         }
@@ -240,7 +259,7 @@ impl Activations {
     }
 
     #[inline(always)]
-    unsafe fn set_groups(&self, row: usize, x: &[f32]) {
+    unsafe fn set_groups(&self, row: usize, x: &[f32], set_group: impl Fn(&mut [i8; GROUP], &[f32], f32) -> i32) {
         let (stride, padded) = (stride(x.len()), padded(x.len()));
         // SAFETY: rows are `stride` apart, group numbers of a row are its own.
         let (out, scales, offsets) = unsafe {
@@ -254,43 +273,36 @@ impl Activations {
         for (g, out) in out.as_chunks_mut::<GROUP>().0.iter_mut().enumerate() {
             let x = &x[(g * GROUP).min(x.len())..((g + 1) * GROUP).min(x.len())];
             let (scale, inverse) = scale_of(x, 127.0);
-            if let Some(x) = x.first_chunk::<GROUP>() {
-                for (o, v) in out.iter_mut().zip(x) {
-                    *o = to_int(*v, inverse) as i8;
-                }
-            } else {
-                out.fill(0);
-                for (o, v) in out.iter_mut().zip(x) {
-                    *o = to_int(*v, inverse) as i8;
-                }
-            }
             scales[g] = scale;
-            offsets[g] = -128 * out.iter().map(|v| i32::from(*v)).sum::<i32>();
+            offsets[g] = -128 * set_group(out, x, inverse);
         }
+    }
+
+    /// The row's high halves in its first tile; the low ones come 512 bytes later, the next tile's 1,024.
+    ///
+    /// # Safety
+    /// `row < max_rows`, `tiles` is that of this linear's rows.
+    #[inline(always)]
+    unsafe fn split_row(&self, row: usize, tiles: usize) -> *mut i8 {
+        let (block, lane) = (row / INT_TILE_ROWS, row % INT_TILE_ROWS);
+        // SAFETY: tile (block, 0) is 1,024 bytes of the capacity, this row's are 64 in its upper and 64 in its lower half.
+        unsafe { self.values.as_shared_ptr().cast::<i8>().add(block * tiles * 1024 + lane * 64) }
     }
 
     #[inline(always)]
     unsafe fn set_split(&self, row: usize, x: &[f32]) {
         let tiles = padded(x.len()) / 64;
-        let (block, lane) = (row / INT_TILE_ROWS, row % INT_TILE_ROWS);
         let (scale, inverse) = scale_of(x, WIDE_MAX);
         let (mut high_sum, mut low_sum) = (0i32, 0i32);
         for tile in 0..tiles {
-            // SAFETY: tile (block, tile) is 1,024 bytes, this row's are 64 in its upper and 64 in its lower half.
+            // SAFETY: the row's halves in this tile.
             let (high, low) = unsafe {
-                let at = self.values.as_shared_ptr().cast::<i8>().add((block * tiles + tile) * 1024 + lane * 64);
+                let at = self.split_row(row, tiles).add(tile * 1024);
                 (&mut *at.cast::<[i8; 64]>(), &mut *at.add(512).cast::<[i8; 64]>())
             };
-            let x = x.get(tile * 64..).unwrap_or(&[]);
             let mut wide = [0i32; 64];
-            if let Some(x) = x.first_chunk::<64>() {
-                for (w, v) in wide.iter_mut().zip(x) {
-                    *w = to_int(*v, inverse);
-                }
-            } else {
-                for (w, v) in wide.iter_mut().zip(x) {
-                    *w = to_int(*v, inverse);
-                }
+            for (w, v) in wide.iter_mut().zip(x.get(tile * 64..).unwrap_or(&[])) {
+                *w = to_int(*v, inverse);
             }
             // Balanced halves: a = 256 high + low with low in −128..=127.
             for ((h, l), w) in high.iter_mut().zip(low.iter_mut()).zip(&wide) {
@@ -304,12 +316,7 @@ impl Activations {
             }
         }
         // SAFETY: this row's numbers.
-        unsafe {
-            self.put_row(
-                row,
-                RowScale { scale, high_offset: high_sum.wrapping_mul(-128), low_offset: low_sum.wrapping_mul(-128) },
-            )
-        };
+        unsafe { self.put_row(row, RowScale::split(scale, high_sum, low_sum)) };
     }
 
     #[inline(always)]
@@ -371,10 +378,61 @@ fn to_int(v: f32, inverse: f32) -> i32 {
     ((v * inverse + MAGIC).to_bits() as i32).wrapping_sub(MAGIC.to_bits() as i32)
 }
 
+/// Sets a group of 8-bit values, zeros beyond the end of `x`; returns their sum.
+#[inline(always)]
+fn set_group(out: &mut [i8; GROUP], x: &[f32], inverse: f32) -> i32 {
+    out.fill(0);
+    for (o, v) in out.iter_mut().zip(x) {
+        *o = to_int(*v, inverse) as i8;
+    }
+    out.iter().map(|v| i32::from(*v)).sum()
+}
+
 /// Round to nearest even without a branch, so that it vectorises; NaN stays NaN by its top mantissa bit.
 #[inline(always)]
 fn round_bf16(v: f32) -> u16 {
     let bits = v.to_bits();
     let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
     if bits & 0x7fff_ffff > 0x7f80_0000 { (bits >> 16) as u16 | 0x40 } else { rounded }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::uniform;
+
+    /// Everything that a kernel could read of the converted rows.
+    fn bytes(acts: &Activations) -> (&[u8], &[i32], Vec<u32>, &[i32]) {
+        (&acts.values, &acts.rows, acts.group_scales.iter().map(|s| s.to_bits()).collect(), &acts.group_offsets)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn vector_conversions_have_the_bits_of_the_portable_ones() {
+        if Isa::detect() < Isa::Avx512 {
+            return;
+        }
+        for k in [1, 15, 16, 17, 63, 64, 65, 200, 576, 1536, 1570] {
+            for layout in [Layout::SplitTiles, Layout::Groups] {
+                let [mut fast, mut slow] = [0; 2].map(|_| Activations::new(19, k).unwrap());
+                // What a former, longer or wilder row left behind must not show.
+                fast.values.fill(0x55);
+                slow.values.fill(0x55);
+                for row in 0..19 {
+                    let size = [1.0, 1e-3, 3e20, 0.0][row % 4];
+                    let mut x: Vec<f32> = (0..k as u64).map(|i| (uniform(row as u64, i) - 0.5) as f32 * size).collect();
+                    // Ties between two integers, on both sides of zero, and the largest values of both signs.
+                    x.iter_mut().enumerate().skip(2).step_by(7).for_each(|(i, v)| *v = (i as f32 - 300.5) * size / 32639.0 / 4.0);
+                    x[k / 2] = size;
+                    x[k / 3] = -size;
+                    // SAFETY: one thread, rows and length within the capacity, instructions present.
+                    unsafe {
+                        fast.set_row_avx512(layout, row, &x);
+                        slow.set_row_in(layout, row, &x);
+                    }
+                }
+                assert!(bytes(&fast) == bytes(&slow), "{layout:?}, {k} values");
+            }
+        }
+    }
 }
