@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use tidemill_kernels::cpu::attention::{AttentionCall, AttentionPath, AttentionPlan, AttentionScratch, BLOCK, KvStorage};
+use tidemill_kernels::cpu::elementwise::{Elementwise, Level};
 use tidemill_kernels::cpu::sampling::{SamplingScratch, sample_row};
 use tidemill_kernels::isa::Isa;
 use tidemill_kernels::{AttentionSpec, HeadShape, KvDtype, KvSpec, SampleRow, Sampled, SequenceSpan};
@@ -62,12 +63,13 @@ fn attention(name: &str, spans: &[(usize, usize)], dtype: KvDtype, path: Attenti
         dtype,
     };
     let Ok(storage) = KvStorage::new(spec) else { return };
+    let rounding = Elementwise::new(Level::Portable);
     let row: Vec<f32> = (0..SHAPE.head_dim).map(|i| (i as f32 * 0.37).sin()).collect();
     for layer in 0..LAYERS {
         for slot in 0..blocks_needed * BLOCK {
             for head in 0..SHAPE.kv_heads {
                 // SAFETY: indices within the spec, one thread.
-                unsafe { storage.write_row(layer, slot, head, &row, &row) };
+                unsafe { storage.write_rows(&rounding, layer, slot, 1, head, row.as_ptr(), row.as_ptr(), 0) };
             }
         }
     }

@@ -4,6 +4,7 @@
 //! with FMA, and for the baseline. A row is always computed by the same instructions in the same order, so its result depends
 //! neither on its neighbours nor on the thread.
 
+use super::attention::bf16;
 use super::math::silu;
 
 /// Accumulators of a sum: four vectors of AVX-512, so that additions overlap.
@@ -82,6 +83,14 @@ fn rope_body<const FMA: bool>(heads: &mut [f32], head_dim: usize, norm: HeadNorm
     }
 }
 
+/// Nearest bfloat16, ties to even.
+#[inline(always)]
+fn round_bf16_body(x: &[f32], out: &mut [u16]) {
+    for (o, &v) in out.iter_mut().zip(x) {
+        *o = bf16(v);
+    }
+}
+
 macro_rules! instantiate {
     ($name:ident, $fma:literal, $safety:literal $(, $feature:literal)?) => {
         mod $name {
@@ -95,6 +104,11 @@ macro_rules! instantiate {
             $(#[target_feature(enable = $feature)])?
             pub unsafe fn silu_and_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
                 super::silu_and_mul_body(gate, up, out);
+            }
+            #[doc = $safety]
+            $(#[target_feature(enable = $feature)])?
+            pub unsafe fn round_bf16(x: &[f32], out: &mut [u16]) {
+                super::round_bf16_body(x, out);
             }
             #[doc = $safety]
             $(#[target_feature(enable = $feature)])?
@@ -128,6 +142,18 @@ pub struct Elementwise {
     rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     silu_and_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
     rope: unsafe fn(&mut [f32], usize, HeadNorm<'_>, &[f32], &[f32]),
+    round_bf16: unsafe fn(&[f32], &mut [u16]),
+}
+
+macro_rules! operations {
+    ($level:ident) => {
+        Elementwise {
+            rms_norm: $level::rms_norm,
+            silu_and_mul: $level::silu_and_mul,
+            rope: $level::rope,
+            round_bf16: $level::round_bf16,
+        }
+    };
 }
 
 impl Elementwise {
@@ -140,15 +166,15 @@ impl Elementwise {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq");
             if level == Level::Avx512 && has512 {
-                return Elementwise { rms_norm: avx512::rms_norm, silu_and_mul: avx512::silu_and_mul, rope: avx512::rope };
+                return operations!(avx512);
             }
             let has2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
             if level != Level::Portable && has2 {
-                return Elementwise { rms_norm: avx2::rms_norm, silu_and_mul: avx2::silu_and_mul, rope: avx2::rope };
+                return operations!(avx2);
             }
         }
         let _ = level;
-        Elementwise { rms_norm: portable::rms_norm, silu_and_mul: portable::silu_and_mul, rope: portable::rope }
+        operations!(portable)
     }
 
     /// `out = x / sqrt(mean(x²) + eps) * weight`; all of one length.
@@ -163,6 +189,13 @@ impl Elementwise {
     pub fn silu_and_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
         // SAFETY: as above.
         unsafe { (self.silu_and_mul)(gate, up, out) }
+    }
+
+    /// The nearest bfloat16, ties to even, of each; all of one length.
+    #[inline]
+    pub fn round_bf16(&self, x: &[f32], out: &mut [u16]) {
+        // SAFETY: as above.
+        unsafe { (self.round_bf16)(x, out) }
     }
 
     /// Norms (if any) and rotates each head of `heads [n, head_dim]` in place by one position's `cos` and `sin`.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::attention::{AttentionCall, AttentionPath, AttentionPlan, AttentionScratch, KvStorage};
+use super::attention::{AttentionCall, AttentionPath, AttentionPlan, AttentionScratch, BLOCK, KvStorage};
 use super::elementwise::Elementwise;
 use super::holdings::{Buffer, FORMS, RopeTable, Slots};
 use super::program::{Entry, Planned};
@@ -10,7 +10,7 @@ use super::sampling::{SamplingScratch, sample_row};
 use crate::aligned::AlignedBuf;
 use crate::isa::Isa;
 use crate::linear::TileScratch;
-use crate::ops::{AttentionSpec, HeadShape, QkNorm, Rows, Sampled, StepBatch, Store};
+use crate::ops::{AttentionSpec, HeadShape, QkNorm, Rows, Sampled, StepBatch, Store, Vector};
 use crate::packed::PackedMatrix;
 
 /// Everything a step reads, and the buffers it writes through shared pointers. Threads are kept apart by what an entry's tasks
@@ -100,7 +100,7 @@ impl Holdings {
                     }
                 }
                 Entry::RopeCache { qkv, shape, norm, rope, kv, layer } => {
-                    tasks.for_each(|r| self.rope_cache(r, &self.buffers[qkv as usize], shape, norm, rope, kv, layer as usize));
+                    self.rope_cache(tasks, &self.buffers[qkv as usize], shape, norm, rope, kv, layer as usize);
                 }
                 Entry::Attention { qkv, shape, spec, kv, layer, plan, out } => {
                     let call = self.attention(qkv, shape, spec, kv, layer, plan, out);
@@ -168,10 +168,10 @@ impl Holdings {
     }
 
     /// # Safety
-    /// As [`Holdings::run`], for the task of one row.
+    /// As [`Holdings::run`], for the tasks of some rows.
     unsafe fn rope_cache(
         &self,
-        r: usize,
+        rows: Range<usize>,
         qkv: &Buffer,
         shape: HeadShape,
         norm: Option<QkNorm>,
@@ -180,18 +180,33 @@ impl Holdings {
         layer: usize,
     ) {
         let HeadShape { heads, kv_heads, head_dim } = shape;
-        // SAFETY: the row is this task's.
-        let row = unsafe { qkv.row_mut(r) };
-        let (cos, sin) = self.ropes[rope as usize].at(self.batch.positions[r] as usize);
-        let (q, kv_part) = row.split_at_mut(heads * head_dim);
-        let (k, v) = kv_part.split_at_mut(kv_heads * head_dim);
-        self.rows.rope(q, head_dim, norm.map(|n| (&self.vectors[n.q.0 as usize][..], n.eps)), cos, sin);
-        self.rows.rope(k, head_dim, norm.map(|n| (&self.vectors[n.k.0 as usize][..], n.eps)), cos, sin);
-        if let Ok(slot) = usize::try_from(self.batch.slots[r]) {
-            for (h, (k, v)) in k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim)).enumerate() {
-                // SAFETY: layer, slot and head were checked; no two rows of a step share a slot.
-                unsafe { self.caches[kv as usize].0.write_row(layer, slot, h, k, v) };
+        let of = |v: Vector, eps: f32| (&self.vectors[v.0 as usize][..], eps);
+        for r in rows.clone() {
+            // SAFETY: the row is one of these tasks'.
+            let row = unsafe { qkv.row_mut(r) };
+            let (cos, sin) = self.ropes[rope as usize].at(self.batch.positions[r] as usize);
+            let (q, kv_part) = row.split_at_mut(heads * head_dim);
+            self.rows.rope(q, head_dim, norm.map(|n| of(n.q, n.eps)), cos, sin);
+            self.rows.rope(&mut kv_part[..kv_heads * head_dim], head_dim, norm.map(|n| of(n.k, n.eps)), cos, sin);
+        }
+        let mut first = rows.start;
+        while first < rows.end {
+            let Ok(slot) = usize::try_from(self.batch.slots[first]) else {
+                first += 1;
+                continue;
+            };
+            let follows = |(i, s): &(usize, &i64)| *i + slot % BLOCK < BLOCK && usize::try_from(**s) == Ok(slot + i);
+            let count = self.batch.slots[first..rows.end].iter().enumerate().take_while(follows).count();
+            for h in 0..kv_heads {
+                // SAFETY: layer, slots and head were checked; no two rows of a step share a slot; keys, then values follow the
+                // queries in each row.
+                unsafe {
+                    let k = qkv.start().add(first * qkv.stride + (heads + h) * head_dim);
+                    let v = k.add(kv_heads * head_dim);
+                    self.caches[kv as usize].0.write_rows(&self.rows, layer, slot, count, h, k, v, qkv.stride);
+                }
             }
+            first += count;
         }
     }
 }

@@ -36,6 +36,9 @@ use crate::shapes::Shapes;
 /// Floats that a claim of row tasks should cover: about a microsecond of work, so that claiming stays cheap beside it.
 const CLAIM_FLOATS: usize = 8192;
 
+/// Neighbouring slots whose keys share cache lines.
+const LINE_SLOTS: usize = 16;
+
 /// How to set a [`CpuBackend`] up.
 #[derive(Clone, Copy, Debug)]
 pub struct CpuOptions {
@@ -381,12 +384,14 @@ impl Ops for CpuBackend {
     fn rope_cache(&mut self, qkv: Buf, shape: HeadShape, norm: Option<QkNorm>, rope: Rope, kv: KvCache, layer: usize) {
         let check = self.shapes.rope_cache(qkv, shape, norm.as_ref(), rope, kv, layer);
         if self.admit(check) {
-            let width = self.held.buffers[qkv.0 as usize].width;
-            self.push_rows(
-                Entry::RopeCache { qkv: qkv.0, shape, norm, rope: rope.0, kv: kv.0, layer: layer as u32 },
-                qkv,
-                width * 2,
-            );
+            let (rows, width) = (self.rows(qkv), self.held.buffers[qkv.0 as usize].width);
+            let mut grain = self.grain(rows, width * 2);
+            if rows >= LINE_SLOTS * self.held.batch.sequences.len() {
+                // Mostly prefill: two threads should not write to the same lines of keys.
+                grain = grain.max(LINE_SLOTS.min(rows.div_ceil(self.pool.threads())));
+            }
+            let entry = Entry::RopeCache { qkv: qkv.0, shape, norm, rope: rope.0, kv: kv.0, layer: layer as u32 };
+            self.program.push(entry, Some(qkv.0), rows, grain);
         }
     }
 

@@ -13,6 +13,7 @@ mod tile;
 mod vector;
 
 pub use plan::{AttentionPlan, SEGMENT};
+pub(super) use storage::bf16;
 pub use storage::{BLOCK, KvStorage};
 
 use crate::isa::Isa;

@@ -11,6 +11,9 @@
 //! In bf16 the two factors that a dot instruction adds lie side by side, so sixteen slots (or sixteen dimensions) of two steps are
 //! one vector, and sixteen such vectors are the right operand of a matrix tile.
 
+use std::mem::MaybeUninit;
+
+use crate::cpu::elementwise::Elementwise;
 use crate::error::KernelError;
 use crate::ops::{KvDtype, KvSpec};
 
@@ -121,34 +124,69 @@ impl KvStorage {
         unsafe { self.keys::<T>(layer, block, kv_head).add(self.tile()) }
     }
 
-    /// Stores the key and value `[head_dim]` of one token for one head. `slot` is `block * 32 + offset`.
+    /// Stores the keys and values `[count][head_dim]` of consecutive tokens for one head, whose rows lie `stride` floats apart.
+    /// `slot` is `block * 32 + offset` of the first one; the others follow in the same block.
+    ///
+    /// Keys of neighbouring slots share a cache line in every pair of dimensions, so that a token on its own writes to `head_dim / 2`
+    /// lines what sixteen together write to as many.
     ///
     /// # Safety
-    /// `layer`, `slot` and `kv_head` lie within the spec, `k` and `v` have `head_dim` elements, and nobody else reads or writes
-    /// this slot of this layer and head at the same time. Other slots may be written at the same time.
-    pub unsafe fn write_row(&self, layer: usize, slot: usize, kv_head: usize, k: &[f32], v: &[f32]) {
+    /// `layer`, the slots and `kv_head` lie within the spec, `slot % 32 + count <= 32`, `k` and `v` are good for the rows, and nobody
+    /// else reads or writes these slots of this layer and head at the same time. Other slots may be written at the same time.
+    pub unsafe fn write_rows(
+        &self,
+        rounding: &Elementwise,
+        layer: usize,
+        slot: usize,
+        count: usize,
+        kv_head: usize,
+        k: *const f32,
+        v: *const f32,
+        stride: usize,
+    ) {
         let dim = self.spec.head_dim;
-        debug_assert!(k.len() == dim && v.len() == dim);
         let (block, offset) = (slot / BLOCK, slot % BLOCK);
+        debug_assert!(offset + count <= BLOCK);
         match self.spec.dtype {
             // SAFETY: the contract; indices stay inside a tile of `dim * BLOCK` elements.
             KvDtype::F32 => unsafe {
                 let keys = self.keys::<f32>(layer, block, kv_head).add(offset);
-                for (d, &x) in k.iter().enumerate() {
-                    *keys.add(d * BLOCK) = x;
-                }
                 let values = self.values::<f32>(layer, block, kv_head).add(offset * dim);
-                std::ptr::copy_nonoverlapping(v.as_ptr(), values, dim);
+                for d in 0..dim {
+                    for i in 0..count {
+                        *keys.add(d * BLOCK + i) = *k.add(i * stride + d);
+                    }
+                }
+                for i in 0..count {
+                    std::ptr::copy_nonoverlapping(v.add(i * stride), values.add(i * dim), dim);
+                }
             },
             // SAFETY: as above. Neighbouring slots share words but not elements.
             KvDtype::Bf16 => unsafe {
-                let keys = self.keys::<u16>(layer, block, kv_head).cast::<u32>().add(offset);
-                for (pair, x) in k.chunks_exact(2).enumerate() {
-                    *keys.add(pair * BLOCK) = u32::from(bf16(x[0])) | u32::from(bf16(x[1])) << 16;
+                let keys = self.keys::<u16>(layer, block, kv_head).cast::<u32>();
+                let values = self.values::<u16>(layer, block, kv_head);
+                if count == 1 {
+                    // Decoding: the way over rounded rows costs more than it saves.
+                    let (k, v) = (std::slice::from_raw_parts(k, dim), std::slice::from_raw_parts(v, dim));
+                    for (pair, x) in k.chunks_exact(2).enumerate() {
+                        *keys.add(pair * BLOCK + offset) = u32::from(bf16(x[0])) | u32::from(bf16(x[1])) << 16;
+                    }
+                    let values = values.add(offset / 2 * 2 * dim + offset % 2);
+                    for (d, &x) in v.iter().enumerate() {
+                        *values.add(2 * d) = bf16(x);
+                    }
+                    return;
                 }
-                let values = self.values::<u16>(layer, block, kv_head).add((offset / 2) * 2 * dim + offset % 2);
-                for (d, &x) in v.iter().enumerate() {
-                    *values.add(2 * d) = bf16(x);
+                for first in (0..count).step_by(RUN) {
+                    let n = RUN.min(count - first);
+                    for d in (0..dim).step_by(DIMS) {
+                        let width = DIMS.min(dim - d);
+                        let at = first * stride + d;
+                        let rows = Rounded::new(rounding, k.add(at), stride, n, width);
+                        rows.put_keys(n, width, keys.add(d / 2 * BLOCK + offset + first));
+                        let rows = Rounded::new(rounding, v.add(at), stride, n, width);
+                        rows.put_values(n, width, offset + first, dim, values.add(2 * d));
+                    }
                 }
             },
         }
@@ -187,6 +225,82 @@ impl KvStorage {
     }
 }
 
+/// Tokens whose keys and values are rounded, then stored together: the slots of a cache line of keys.
+const RUN: usize = 16;
+/// Dimensions of them at a time.
+const DIMS: usize = 64;
+
+/// Part of some tokens' keys or values. Only the first rows are filled.
+#[repr(align(64))]
+struct Rounded([MaybeUninit<[u16; DIMS]>; RUN]);
+
+impl Rounded {
+    /// # Safety
+    /// `x` is good for `n <= RUN` rows of `width <= DIMS`, `stride` apart.
+    #[inline(always)]
+    unsafe fn new(rounding: &Elementwise, x: *const f32, stride: usize, n: usize, width: usize) -> Self {
+        let mut rows = [const { MaybeUninit::uninit() }; RUN];
+        for (i, row) in rows.iter_mut().enumerate().take(n) {
+            // SAFETY: the contract.
+            let x = unsafe { std::slice::from_raw_parts(x.add(i * stride), width) };
+            rounding.round_bf16(x, &mut row.write([0; DIMS])[..width]);
+        }
+        Rounded(rows)
+    }
+
+    /// # Safety
+    /// `row` was filled.
+    #[inline(always)]
+    unsafe fn row(&self, row: usize) -> &[u16; DIMS] {
+        // SAFETY: the contract.
+        unsafe { self.0[row].assume_init_ref() }
+    }
+
+    /// Stores `[width / 2][32 slots]` pairs of the first `n` tokens.
+    ///
+    /// # Safety
+    /// They were filled; `keys` points to the first token's slot of the first pair in a key tile; nobody else touches these slots.
+    #[inline(always)]
+    unsafe fn put_keys(&self, n: usize, width: usize, keys: *mut u32) {
+        for pair in 0..width / 2 {
+            for i in 0..n {
+                // SAFETY: the contract.
+                unsafe {
+                    let row = self.row(i);
+                    *keys.add(pair * BLOCK + i) = u32::from(row[2 * pair]) | u32::from(row[2 * pair + 1]) << 16;
+                }
+            }
+        }
+    }
+
+    /// Stores `[32 slots / 2][width][2]` of the first `n` tokens, from slot `offset` on.
+    ///
+    /// # Safety
+    /// They were filled; `values` points to the first of the dimensions in a value tile of `dim`; nobody else touches these slots.
+    #[inline(always)]
+    unsafe fn put_values(&self, n: usize, width: usize, offset: usize, dim: usize, values: *mut u16) {
+        let mut i = 0;
+        while i < n {
+            let slot = offset + i;
+            // SAFETY: the contract; this token's row, the pair of slots that it belongs to, and dimension `d` of it.
+            unsafe {
+                let (row, pair) = (self.row(i), values.add(slot / 2 * 2 * dim));
+                if slot.is_multiple_of(2) && i + 1 < n {
+                    for (d, (&a, &b)) in row[..width].iter().zip(self.row(i + 1)).enumerate() {
+                        *pair.cast::<u32>().add(d) = u32::from(a) | u32::from(b) << 16;
+                    }
+                    i += 2;
+                } else {
+                    for (d, &x) in row[..width].iter().enumerate() {
+                        *pair.add(2 * d + slot % 2) = x;
+                    }
+                    i += 1;
+                }
+            }
+        }
+    }
+}
+
 impl Drop for KvStorage {
     fn drop(&mut self) {
         // SAFETY: mapped in `new` with this length, unmapped once.
@@ -196,7 +310,7 @@ impl Drop for KvStorage {
 
 /// Rounds to the nearest bfloat16, ties to even; NaN stays NaN.
 #[inline(always)]
-pub(super) fn bf16(x: f32) -> u16 {
+pub(in crate::cpu) fn bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
     let nan = (bits >> 16) as u16 | 0x40;
@@ -204,8 +318,23 @@ pub(super) fn bf16(x: f32) -> u16 {
 }
 
 #[cfg(test)]
+impl KvStorage {
+    /// One token.
+    ///
+    /// # Safety
+    /// As [`KvStorage::write_rows`].
+    pub(super) unsafe fn write_row(&self, layer: usize, slot: usize, kv_head: usize, k: &[f32], v: &[f32]) {
+        let rounding = Elementwise::new(crate::cpu::elementwise::Level::Portable);
+        // SAFETY: the contract.
+        unsafe { self.write_rows(&rounding, layer, slot, 1, kv_head, k.as_ptr(), v.as_ptr(), 0) };
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::elementwise::Level;
+    use crate::random::uniform;
 
     fn spec(dtype: KvDtype) -> KvSpec {
         KvSpec { layers: 2, blocks: 3, block_size: 32, kv_heads: 2, head_dim: 6, dtype }
@@ -237,6 +366,34 @@ mod tests {
                     }
                 };
                 assert_eq!((key, value), (k[d], v[d]), "{dtype:?} {d}");
+            }
+        }
+    }
+
+    #[test]
+    fn tokens_written_together_are_the_same_as_one_by_one() {
+        for dtype in [KvDtype::F32, KvDtype::Bf16] {
+            for dim in [2, 6, 64, 80, 130] {
+                let spec = KvSpec { layers: 1, blocks: 1, block_size: 32, kv_heads: 1, head_dim: dim, dtype };
+                let stride = dim + 5;
+                let x: Vec<f32> = (0..64 * stride as u64).map(|i| uniform(dim as u64, i) as f32 - 0.5).collect();
+                let (k, v) = x.split_at(32 * stride);
+                for level in [Level::Portable, Level::Avx2, Level::Avx512] {
+                    for (first, count) in [(0, 32), (0, 1), (31, 1), (5, 16), (7, 22), (4, 18)] {
+                        let [together, apart] = [0; 2].map(|_| KvStorage::new(spec).unwrap());
+                        // SAFETY: indices within the spec, one thread; both mappings are `bytes` long.
+                        unsafe {
+                            let rounding = Elementwise::new(level);
+                            together.write_rows(&rounding, 0, first, count, 0, k.as_ptr(), v.as_ptr(), stride);
+                            for i in 0..count {
+                                let row = i * stride..i * stride + dim;
+                                apart.write_row(0, first + i, 0, &k[row.clone()], &v[row]);
+                            }
+                            let bytes = |s: &KvStorage| std::slice::from_raw_parts(s.base, s.bytes).to_vec();
+                            assert!(bytes(&together) == bytes(&apart), "{dtype:?}, {dim}, {level:?}, {first} and {count} more");
+                        }
+                    }
+                }
             }
         }
     }
