@@ -1,6 +1,6 @@
 //! Time of a step of a decoder with the shape of SmolLM2-135M, with a breakdown by kind of operation.
 //!
-//! `cargo bench -p tidemill-kernels --bench step -- [threads] [portable|avx2|avx512|amx] [w4|w8]`
+//! `cargo bench -p tidemill-kernels --bench step -- [threads] [portable|avx2|avx512|amx] [w4|w8] [decode1|…|prefill512]`
 #![allow(clippy::print_stdout, reason = "a benchmark prints its numbers")]
 #![allow(clippy::unwrap_used, reason = "a benchmark stops at the first error")]
 
@@ -94,7 +94,9 @@ fn main() {
             ("prefill 128", prefill(noise, 128), 128),
             ("prefill 512", prefill(noise, 512), 512),
         ];
-        for (what, step, tokens) in &steps {
+        let short = |what: &str| what.replace(' ', "");
+        let all = !args.iter().any(|a| steps.iter().any(|(what, ..)| short(what) == *a));
+        for (what, step, tokens) in steps.iter().filter(|(what, ..)| all || args.contains(&short(what))) {
             let mut out = StepOutput::default();
             decoder.forward(step, &mut out).unwrap();
             let mut times = Vec::new();
