@@ -1,6 +1,6 @@
 //! Time of a step of a decoder with the shape of SmolLM2-135M, with a breakdown by kind of operation.
 //!
-//! `cargo bench -p tidemill-kernels --bench step -- [threads] [portable|avx2|avx512|amx] [w4|w8] [decode1|…|prefill512]`
+//! `cargo bench -p tidemill-kernels --bench step -- [threads] [portable|avx2|avx512|amx] [w4|w8] [decode1|shared32|prefill512|…]`
 #![allow(clippy::print_stdout, reason = "a benchmark prints its numbers")]
 #![allow(clippy::unwrap_used, reason = "a benchmark stops at the first error")]
 
@@ -39,6 +39,20 @@ fn decode(noise: &mut Noise, streams: usize) -> StepBatch {
         let tokens = (0..CONTEXT).map(|_| noise.below(49152) as u32).collect();
         let table = (0..CONTEXT.div_ceil(32)).map(|b| (s * 8 + b) as u32).collect();
         append(&mut batch, &mut Sequence { tokens, table, computed: CONTEXT - 1 }, 1);
+        batch.samples.push(greedy(s as u32));
+    }
+    batch
+}
+
+/// As [`decode`], after a system prompt of 31 blocks that all sequences have in common.
+fn decode_shared(noise: &mut Noise, streams: usize) -> StepBatch {
+    let mut batch = StepBatch::default();
+    for s in 0..streams {
+        let context = 31 * 32 + CONTEXT;
+        let tokens = (0..context).map(|_| noise.below(49152) as u32).collect();
+        let own = (0..CONTEXT.div_ceil(32)).map(|b| (31 + s * 6 + b) as u32);
+        let table = (0..31).chain(own).collect();
+        append(&mut batch, &mut Sequence { tokens, table, computed: context - 1 }, 1);
         batch.samples.push(greedy(s as u32));
     }
     batch
@@ -91,6 +105,7 @@ fn main() {
             ("decode 1", decode(noise, 1), 1),
             ("decode 8", decode(noise, 8), 8),
             ("decode 32", decode(noise, 32), 32),
+            ("shared 32", decode_shared(noise, 32), 32),
             ("prefill 128", prefill(noise, 128), 128),
             ("prefill 512", prefill(noise, 512), 512),
         ];
