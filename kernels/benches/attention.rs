@@ -91,7 +91,7 @@ fn attention(name: &str, spans: &[(usize, usize)], dtype: KvDtype, path: Attenti
     let qkv: Vec<f32> = (0..tokens * stride).map(|i| (i as f32 * 0.11).sin()).collect();
     let mut out = vec![0.0f32; tokens * SHAPE.heads * SHAPE.head_dim];
     let mut plan = AttentionPlan::new();
-    plan.build(&sequences, SHAPE, threads);
+    plan.build(&sequences, &blocks, SHAPE, threads);
     let call = AttentionCall {
         path,
         plan: &plan,

@@ -212,7 +212,7 @@ impl CpuBackend {
         });
         let (_, plan, built) = &mut plans[index];
         if !*built {
-            plan.build(&self.held.batch.sequences, shape, self.pool.threads());
+            plan.build(&self.held.batch.sequences, &self.held.batch.blocks, shape, self.pool.threads());
             *built = true;
         }
         index

@@ -111,7 +111,7 @@ impl AttentionScratch {
 pub struct AttentionCall<'a> {
     /// From [`AttentionPath::choose`] for the storage's dtype.
     pub path: AttentionPath,
-    /// Built from `sequences` and `shape`.
+    /// Built from `sequences`, `blocks` and `shape`.
     pub plan: &'a AttentionPlan,
     /// [`crate::StepBatch::sequences`].
     pub sequences: &'a [SequenceSpan],
@@ -145,14 +145,29 @@ impl AttentionCall<'_> {
     ///
     /// # Safety
     /// - The processor has the instructions of `path`, which fits the storage's dtype.
-    /// - `plan` was built from these `sequences` and `shape`; `shape` matches the storage; `item < plan.items()`.
+    /// - `plan` was built from these `sequences`, `blocks` and `shape`; `shape` matches the storage; `item < plan.items()`.
     /// - Block tables cover their sequences' contexts with blocks of the storage, whose slots up to each context were written.
     /// - `qkv` and `out` have the rows that the sequences name; nobody else touches those rows of `out`, and each item runs on one
     ///   thread at a time.
     /// - `scratch` was made for at least this `head_dim`.
     pub unsafe fn run_item(&self, item: usize, scratch: &mut AttentionScratch) {
+        // SAFETY: the contract.
+        unsafe { self.run(self.plan.item(item), scratch) }
+    }
+
+    /// Runs merge `merge` of the plan, after all items of this layer.
+    ///
+    /// # Safety
+    /// As [`AttentionCall::run_item`], with `merge < plan.merges()`, and every item of this layer has finished.
+    pub unsafe fn run_merge(&self, merge: usize, scratch: &mut AttentionScratch) {
+        // SAFETY: the contract.
+        unsafe { self.run(self.plan.merge(merge), scratch) }
+    }
+
+    /// # Safety
+    /// As [`AttentionCall::run_item`] or [`AttentionCall::run_merge`].
+    unsafe fn run(&self, item: plan::Item, scratch: &mut AttentionScratch) {
         debug_assert!(self.shape.head_dim <= scratch.head_dim);
-        let item = self.plan.item(item);
         // SAFETY: the contract.
         unsafe {
             match self.path {
@@ -176,16 +191,6 @@ impl AttentionCall<'_> {
                 _ => {}
             }
         }
-    }
-
-    /// Runs merge `merge` of the plan, after all items of this layer.
-    ///
-    /// # Safety
-    /// As [`AttentionCall::run_item`], with `merge < plan.merges()`, and every item of this layer has finished.
-    pub unsafe fn run_merge(&self, merge: usize, scratch: &mut AttentionScratch) {
-        let item = self.plan.merge(merge);
-        // SAFETY: the contract.
-        unsafe { tile::run_merge(self, &item, scratch) }
     }
 }
 

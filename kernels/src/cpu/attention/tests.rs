@@ -124,7 +124,7 @@ impl Case {
 
     fn run_as(&self, path: AttentionPath, sequences: &[SequenceSpan], threads: usize) -> Vec<f32> {
         let mut plan = AttentionPlan::new();
-        plan.build(sequences, self.shape, threads);
+        plan.build(sequences, &self.blocks, self.shape, threads);
         let tokens = self.qkv.len() / self.stride;
         let mut out = vec![f32::NAN; tokens * self.shape.heads * self.shape.head_dim];
         let call = AttentionCall { sequences, ..self.call(path, &plan, &mut out) };
@@ -270,14 +270,65 @@ fn a_row_is_bitwise_the_same_in_any_chunk_and_any_split() {
 fn long_contexts_are_split_when_threads_want_work() {
     let case = Case::new(5, shape(6, 2, 64), plain(64), KvDtype::F32, &[(1500, 1), (1027, 2)]);
     let mut plan = AttentionPlan::new();
-    plan.build(&case.sequences, case.shape, 1);
+    plan.build(&case.sequences, &case.blocks, case.shape, 1);
     assert_eq!((plan.items(), plan.merges()), (4, 0));
-    plan.build(&case.sequences, case.shape, 4);
+    plan.build(&case.sequences, &case.blocks, case.shape, 4);
     assert_eq!(plan.merges(), 4);
     assert_eq!(plan.items(), 12, "two segments each");
     for path in paths(KvDtype::F32, 64) {
         assert!(case.run(path) == case.run_as(path, &case.sequences, 4), "{path:?}");
     }
+}
+
+#[test]
+fn a_shared_prefix_is_read_together_and_changes_no_bit() {
+    for (seed, dtype) in [KvDtype::F32, KvDtype::Bf16].into_iter().cycle().enumerate().take(8) {
+        let mut noise = Noise(seed as u64 + 100);
+        let window = if noise.below(2) == 0 { None } else { Some(200 + noise.below(500)) };
+        let spec = AttentionSpec { sliding_window: window, ..plain(64) };
+        let spans: Vec<(usize, usize)> = (0..23)
+            .map(|_| {
+                let rows = if noise.below(5) == 0 { 1 + noise.below(20) } else { 1 };
+                (rows + noise.below(1400), rows)
+            })
+            .collect();
+        let mut case = Case::new(seed as u64, shape(6, 2, 64), spec, dtype, &spans);
+        // Every sequence takes its first blocks from one before it, which may have them from another.
+        for later in 1..case.sequences.len() {
+            let (from, to) = (case.sequences[noise.below(later)], case.sequences[later]);
+            let whole = |s: SequenceSpan| (s.context_len - s.rows) as usize / BLOCK;
+            let taken = noise.below(whole(from).min(whole(to)) + 1);
+            let first = from.first_block as usize;
+            case.blocks.copy_within(first..first + taken, to.first_block as usize);
+        }
+        let mut plan = AttentionPlan::new();
+        plan.build(&case.sequences, &case.blocks, case.shape, 1);
+        assert!(plan.merges() > 0, "case {seed} shares nothing");
+        let width = case.shape.heads * case.shape.head_dim;
+        for path in paths(dtype, 64) {
+            let mut alone = Vec::new();
+            for span in &case.sequences {
+                let rows = span.first_row as usize * width..(span.first_row + span.rows) as usize * width;
+                alone.extend_from_slice(&case.run_as(path, std::slice::from_ref(span), 1)[rows]);
+            }
+            for threads in [1, 2, 64] {
+                assert!(alone == case.run_as(path, &case.sequences, threads), "{path:?}, case {seed}, {threads} threads");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_shared_prefix_is_planned_once() {
+    // Five sequences of one system prompt of 640 tokens, one stranger, one that shares only half a segment.
+    let mut case = Case::new(1, shape(6, 2, 64), plain(64), KvDtype::Bf16, &[(700, 1); 7]);
+    for (later, taken) in [(1, 20), (2, 20), (4, 20), (5, 20), (6, 4)] {
+        case.blocks.copy_within(0..taken, case.sequences[later].first_block as usize);
+    }
+    let mut plan = AttentionPlan::new();
+    plan.build(&case.sequences, &case.blocks, case.shape, 1);
+    assert_eq!(plan.items(), 2 * 2 + 2 * 2, "two shared segments, and two sequences alone, for each of two heads");
+    assert_eq!(plan.merges(), 5 * 2);
 }
 
 #[test]
@@ -294,6 +345,6 @@ fn extreme_scores_stay_finite() {
 #[test]
 fn an_empty_step_plans_nothing() {
     let mut plan = AttentionPlan::new();
-    plan.build(&[], shape(9, 3, 64), 2);
+    plan.build(&[], &[], shape(9, 3, 64), 2);
     assert_eq!((plan.items(), plan.merges()), (0, 0));
 }

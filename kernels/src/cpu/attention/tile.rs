@@ -7,7 +7,7 @@
 use std::marker::PhantomData;
 
 use super::lanes::Lanes;
-use super::plan::{Item, SEGMENT};
+use super::plan::{Item, Partial, SEGMENT};
 use super::storage::BLOCK;
 use super::vector::{self, Pairs};
 use super::{AttentionCall, AttentionScratch};
@@ -126,11 +126,16 @@ unsafe fn tile<X: Products>(
     let head_dim = call.shape.head_dim;
     let span = call.sequences[item.sequence as usize];
     let context = span.context_len as usize;
-    let first_position = context - span.rows as usize + item.first_row as usize;
-    let position = |row: usize| first_position + (first + row) / group;
+    let (mut tokens, mut positions) = ([0; ROWS], [0; ROWS]);
+    for row in 0..rows {
+        (tokens[row], positions[row]) = call.plan.query(call.sequences, item, (first + row) / group);
+    }
     let window = call.spec.sliding_window.unwrap_or(usize::MAX);
     let lowest = |position: usize| (position + 1).saturating_sub(window);
-    let (from, to) = (lowest(position(0)), position(rows - 1) + 1);
+    let (mut from, mut to) = (usize::MAX, 0);
+    for &position in &positions[..rows] {
+        (from, to) = (from.min(lowest(position)), to.max(position + 1));
+    }
     let table = &call.blocks[span.first_block as usize..][..context.div_ceil(BLOCK)];
 
     let (q_stride, sum_stride) = (scratch.q_stride, scratch.sum_stride);
@@ -141,16 +146,23 @@ unsafe fn tile<X: Products>(
     let total = scratch.total.as_mut_ptr().cast::<f32>();
     let tail_values = scratch.tail_values.as_mut_ptr().cast::<<X::P as Pairs>::Cache>();
     let head = |row: usize| item.kv_head as usize * group + (first + row) % group;
-    let token = |row: usize| span.first_row as usize + item.first_row as usize + (first + row) / group;
 
     // SAFETY: the caller's contract for pointers into the call's buffers; the scratch was sized for `head_dim`.
     unsafe {
         for row in 0..rows {
-            let source = call.qkv.add(token(row) * call.qkv_stride + head(row) * head_dim);
+            let source = call.qkv.add(tokens[row] * call.qkv_stride + head(row) * head_dim);
             pack::<X::P>(source, call.spec.scale, head_dim, q.add(row * q_stride));
         }
         let mut running = Softmax::EMPTY;
         let mut empty = true;
+        if let Some(before) = item.before {
+            for row in 0..rows {
+                let into = total.add(row * sum_stride);
+                let state = (&mut running.max[row], &mut running.sum[row]);
+                merge_partials(call, before, item.segments.0 as usize, first + row, head_dim, state, into);
+            }
+            empty = false;
+        }
         for segment in item.segments.0 as usize..item.segments.1 as usize {
             let start = (segment * SEGMENT).max(from / BLOCK * BLOCK);
             let end = ((segment + 1) * SEGMENT).min(to);
@@ -175,7 +187,7 @@ unsafe fn tile<X: Products>(
                     if let Some(cap) = call.spec.soft_cap {
                         soft_cap::<<X::P as Pairs>::L>(row_scores, count * BLOCK, cap);
                     }
-                    let p = position(row);
+                    let p = positions[row];
                     let visible = lowest(p).saturating_sub(start)..(p + 1).saturating_sub(start);
                     mask(row_scores, count * BLOCK, visible);
                     (softmax.max[row], softmax.sum[row]) =
@@ -183,9 +195,9 @@ unsafe fn tile<X: Products>(
                 }
                 X::weigh(probabilities, rows, head_dim, &values[..count], sums, sum_stride);
             }
-            if item.partial.is_some() {
+            if let Some(partial) = item.partial {
                 for row in 0..rows {
-                    let partial = call.plan.partial(item, segment, first + row, group, head_dim);
+                    let partial = call.plan.partial(partial, segment, first + row, head_dim);
                     if softmax.max[row] > f32::NEG_INFINITY {
                         std::ptr::copy_nonoverlapping(sums.add(row * sum_stride), partial, head_dim);
                     }
@@ -195,7 +207,7 @@ unsafe fn tile<X: Products>(
             } else if start < end {
                 for row in 0..rows {
                     let (into, from) = (total.add(row * sum_stride), sums.add(row * sum_stride));
-                    if empty {
+                    if empty || running.max[row] == f32::NEG_INFINITY {
                         std::ptr::copy_nonoverlapping(from, into, head_dim);
                         (running.max[row], running.sum[row]) = (softmax.max[row], softmax.sum[row]);
                     } else {
@@ -208,39 +220,40 @@ unsafe fn tile<X: Products>(
         }
         if item.partial.is_none() {
             for row in 0..rows {
-                let out = call.out.add(token(row) * call.out_stride + head(row) * head_dim);
+                let out = call.out.add(tokens[row] * call.out_stride + head(row) * head_dim);
                 finish(total.add(row * sum_stride), running.sum[row], head_dim, out);
             }
         }
     }
 }
 
-/// Merges the segments of a split item; see [`AttentionCall::run_merge`].
+/// Merges the first `segments` segments of a row, in order, into nothing.
+///
+/// # Safety
+/// Other items left them there, all of which have finished; `into` is good for `head_dim` elements.
 #[inline(always)]
-pub(super) unsafe fn run_merge(call: &AttentionCall<'_>, item: &Item, scratch: &mut AttentionScratch) {
-    let head_dim = call.shape.head_dim;
-    let group = call.shape.heads / call.shape.kv_heads;
-    let span = call.sequences[item.sequence as usize];
-    let total = scratch.total.as_mut_ptr().cast::<f32>();
-    for row in 0..item.rows as usize * group {
-        let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
-        // SAFETY: the caller's contract; the partials were written by this item's parts.
+unsafe fn merge_partials(
+    call: &AttentionCall<'_>,
+    before: Partial,
+    segments: usize,
+    row: usize,
+    head_dim: usize,
+    (max, sum): (&mut f32, &mut f32),
+    into: *mut f32,
+) {
+    for segment in 0..segments {
+        // SAFETY: the contract; a segment of which the row saw nothing has no values.
         unsafe {
-            for segment in 0..item.segments.1 as usize {
-                let partial = call.plan.partial(item, segment, row, group, head_dim);
-                let (segment_max, segment_sum) = (*partial.add(head_dim), *partial.add(head_dim + 1));
-                if max == f32::NEG_INFINITY {
-                    if segment_max > f32::NEG_INFINITY {
-                        std::ptr::copy_nonoverlapping(partial, total, head_dim);
-                        (max, sum) = (segment_max, segment_sum);
-                    }
-                } else {
-                    merge((&mut max, &mut sum), total, (segment_max, segment_sum), partial, head_dim);
+            let partial = call.plan.partial(before, segment, row, head_dim);
+            let (segment_max, segment_sum) = (*partial.add(head_dim), *partial.add(head_dim + 1));
+            if *max == f32::NEG_INFINITY {
+                if segment_max > f32::NEG_INFINITY {
+                    std::ptr::copy_nonoverlapping(partial, into, head_dim);
+                    (*max, *sum) = (segment_max, segment_sum);
                 }
+            } else {
+                merge((max, sum), into, (segment_max, segment_sum), partial, head_dim);
             }
-            let token = span.first_row as usize + item.first_row as usize + row / group;
-            let head = item.kv_head as usize * group + row % group;
-            finish(total, sum, head_dim, call.out.add(token * call.out_stride + head * head_dim));
         }
     }
 }
