@@ -149,8 +149,8 @@ unsafe fn tile<X: Products>(
 
     // SAFETY: the caller's contract for pointers into the call's buffers; the scratch was sized for `head_dim`.
     unsafe {
-        for row in 0..rows {
-            let source = call.qkv.add(tokens[row] * call.qkv_stride + head(row) * head_dim);
+        for (row, token) in tokens[..rows].iter().enumerate() {
+            let source = call.qkv.add(token * call.qkv_stride + head(row) * head_dim);
             pack::<X::P>(source, call.spec.scale, head_dim, q.add(row * q_stride));
         }
         let mut running = Softmax::EMPTY;
@@ -182,12 +182,11 @@ unsafe fn tile<X: Products>(
                     values[count - 1] = tail_values;
                 }
                 X::scores(q, q_stride, rows, head_dim, &keys[..count], scores);
-                for row in 0..rows {
+                for (row, &p) in positions[..rows].iter().enumerate() {
                     let row_scores = scores.add(row * SEGMENT);
                     if let Some(cap) = call.spec.soft_cap {
                         soft_cap::<<X::P as Pairs>::L>(row_scores, count * BLOCK, cap);
                     }
-                    let p = positions[row];
                     let visible = lowest(p).saturating_sub(start)..(p + 1).saturating_sub(start);
                     mask(row_scores, count * BLOCK, visible);
                     (softmax.max[row], softmax.sum[row]) =
@@ -219,8 +218,8 @@ unsafe fn tile<X: Products>(
             }
         }
         if item.partial.is_none() {
-            for row in 0..rows {
-                let out = call.out.add(tokens[row] * call.out_stride + head(row) * head_dim);
+            for (row, token) in tokens[..rows].iter().enumerate() {
+                let out = call.out.add(token * call.out_stride + head(row) * head_dim);
                 finish(total.add(row * sum_stride), running.sum[row], head_dim, out);
             }
         }
