@@ -32,7 +32,8 @@ CREATE TABLE inferences (
     prompt_ids BYTES,
     bytes BIGINT NOT NULL
 );
-CREATE INDEX inferences_created ON inferences (created);
+-- With the size, so that retention sums and picks without touching the rows.
+CREATE INDEX inferences_created ON inferences (created, bytes);
 CREATE INDEX inferences_user ON inferences (user_key);
 CREATE INDEX inferences_conversation ON inferences (conversation);
 
@@ -113,6 +114,12 @@ CREATE TABLE audit (
     detail TEXT NOT NULL
 );
 
+-- Who and what has been erased, as pseudonyms: records from before `at` that arrive late, out of a spill log, are left out.
+CREATE TABLE erasures (
+    subject TEXT PRIMARY KEY,
+    at BIGINT NOT NULL
+);
+
 CREATE TABLE label_queues (
     id TEXT PRIMARY KEY,
     name TEXT NOT NULL,
@@ -127,7 +134,8 @@ CREATE TABLE label_queues (
 );
 CREATE UNIQUE INDEX label_queues_name ON label_queues (name);
 
--- A pair of answers to compare. `source` says where it came from and keeps a pair from entering a queue twice.
+-- A pair of answers to compare. `source` says where it came from and keeps a pair from entering a queue twice. One person at a time
+-- holds the lease; `verdicts` counts judgements that stand, and `done` is set when there are as many as the queue's overlap.
 CREATE TABLE label_tasks (
     id TEXT PRIMARY KEY,
     queue_id TEXT NOT NULL,
@@ -139,18 +147,21 @@ CREATE TABLE label_tasks (
     candidate_a TEXT,
     candidate_b TEXT,
     gold TEXT,
-    done BIGINT NOT NULL
+    verdicts BIGINT NOT NULL,
+    done BIGINT NOT NULL,
+    leased_by TEXT,
+    leased_until BIGINT NOT NULL
 );
 CREATE UNIQUE INDEX label_tasks_source ON label_tasks (queue_id, source);
-CREATE INDEX label_tasks_open ON label_tasks (queue_id, done);
+CREATE INDEX label_tasks_open ON label_tasks (queue_id, done, verdicts);
 
--- One person's work on one task: leased, then a verdict, a skip, or undone.
+-- One person's work on one task: leased, then done or skipped; an undone one is leased again or waits as undone.
 CREATE TABLE label_assignments (
     id TEXT PRIMARY KEY,
+    queue_id TEXT NOT NULL,
     task_id TEXT NOT NULL,
     annotator TEXT NOT NULL,
     state TEXT NOT NULL,
-    leased_until BIGINT NOT NULL,
     a_is_left BIGINT NOT NULL,
     verdict TEXT,
     reason TEXT,
@@ -160,7 +171,39 @@ CREATE TABLE label_assignments (
     external TEXT
 );
 CREATE UNIQUE INDEX label_assignments_one ON label_assignments (task_id, annotator);
-CREATE INDEX label_assignments_annotator ON label_assignments (annotator, finished);
+CREATE INDEX label_assignments_annotator ON label_assignments (queue_id, annotator, finished);
+
+-- What people said of tasks in other tools, as last seen: their assignments are made from it. A row stays when the judgement is deleted.
+CREATE TABLE label_external (
+    queue_id TEXT NOT NULL,
+    tool TEXT NOT NULL,
+    external TEXT NOT NULL,
+    version BIGINT,
+    state TEXT NOT NULL,
+    verdict TEXT,
+    comment TEXT,
+    task_id TEXT NOT NULL,
+    annotator TEXT NOT NULL,
+    a_is_left BIGINT NOT NULL,
+    finished BIGINT NOT NULL,
+    latency_ms BIGINT,
+    PRIMARY KEY (queue_id, tool, external)
+);
+CREATE INDEX label_external_task ON label_external (task_id, annotator);
+
+-- A pair to be: one of its answers, or both, must still be generated.
+CREATE TABLE label_drafts (
+    id TEXT PRIMARY KEY,
+    queue_id TEXT NOT NULL,
+    created BIGINT NOT NULL,
+    source TEXT NOT NULL,
+    prompt TEXT NOT NULL,
+    answer_a TEXT,
+    candidate_a TEXT,
+    model TEXT,
+    failure TEXT
+);
+CREATE UNIQUE INDEX label_drafts_source ON label_drafts (queue_id, source);
 
 CREATE TABLE snapshots (
     id TEXT PRIMARY KEY,
@@ -185,7 +228,7 @@ CREATE TABLE snapshot_sources (
     source TEXT NOT NULL,
     PRIMARY KEY (snapshot_id, kind, source)
 );
-CREATE INDEX snapshot_sources_source ON snapshot_sources (kind, source);
+CREATE INDEX snapshot_sources_source ON snapshot_sources (source);
 
 CREATE TABLE jobs (
     id TEXT PRIMARY KEY,

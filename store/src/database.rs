@@ -7,9 +7,6 @@ use sqlx::{AnyPool, AssertSqlSafe, SqlSafeStr};
 use std::path::Path;
 use std::time::Duration;
 
-/// Most values that one statement may bind; SQLite allows 32,766, Postgres 65,535.
-pub const MAX_BINDS: usize = 30_000;
-
 /// Which SQL is spoken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dialect {
@@ -122,23 +119,6 @@ impl Database {
 
 const MIGRATIONS: &[(i64, &str, &str)] = &[(1, "records", include_str!("../migrations/0001_records.sql"))];
 
-/// `($1,$2),($3,$4)` — placeholders for `rows` rows of `columns` columns.
-pub(crate) fn values(rows: usize, columns: usize) -> String {
-    let mut text = String::with_capacity(rows * columns * 6);
-    for row in 0..rows {
-        text.push_str(if row == 0 { "(" } else { ",(" });
-        for column in 0..columns {
-            if column > 0 {
-                text.push(',');
-            }
-            text.push('$');
-            text.push_str(&(row * columns + column + 1).to_string());
-        }
-        text.push(')');
-    }
-    text
-}
-
 fn without_password(url: &str) -> String {
     match (url.find("://"), url.rfind('@')) {
         (Some(scheme), Some(at)) if scheme + 3 <= at => format!("{}://…{}", &url[..scheme], &url[at..]),
@@ -149,11 +129,6 @@ fn without_password(url: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn placeholders_count_through() {
-        assert_eq!(values(2, 3), "($1,$2,$3),($4,$5,$6)");
-    }
 
     #[test]
     fn an_error_never_shows_the_password() {

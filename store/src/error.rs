@@ -34,6 +34,34 @@ pub enum StoreError {
         "'{0}' is no database that tidemill knows: use postgres://USER:PASSWORD@HOST/NAME, or leave it out for SQLite in the data directory"
     )]
     Url(String),
+    /// The database does not answer in time.
+    #[error("the database does not answer; try again shortly, and see that it runs")]
+    Away,
+    /// The queue and the spill log are full while the database is away.
+    #[error(transparent)]
+    Full(#[from] Full),
+    /// The writer of this store has stopped.
+    #[error("the store is closed; the server is shutting down")]
+    Closed,
+    /// A row that cannot be what we wrote.
+    #[error("{table} {id} in the database cannot be read: {reason}; restore it from a backup, or delete it")]
+    Row {
+        /// Where.
+        table: &'static str,
+        /// Which.
+        id: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A key of this name is in use.
+    #[error("there is a key named '{0}' already; revoke it first, or choose another name")]
+    KeyName(String),
+    /// A scope that is none.
+    #[error("'{0}' is not a scope: use chat, feedback, label, train or admin")]
+    Scope(String),
+    /// The operating system gives no random bytes.
+    #[error("the operating system gives no random numbers: {0}; see that /dev/urandom is there")]
+    Random(String),
     /// The database is away, slow or broken.
     #[error("the database failed: {0}; see that it runs and has room, and try again")]
     Database(#[from] sqlx::Error),
@@ -41,6 +69,13 @@ pub enum StoreError {
     #[error("the database's tables cannot be brought up to date: {0}; was it made by a newer tidemill?")]
     Migrate(#[from] sqlx::migrate::MigrateError),
 }
+
+/// Nothing more can be taken: the database is away or slow, and the queue and the spill log have no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the record store is full: the database is away or slow and the spill log has reached its limit; try again later, bring the database back, or give the spill log more room"
+)]
+pub struct Full;
 
 impl StoreError {
     pub(crate) fn io(action: &'static str, path: &std::path::Path, source: std::io::Error) -> Self {

@@ -2,18 +2,44 @@
 //!
 //! [`DataDir`] is the one directory that a server owns: it is locked while a server runs, so that two never share it. [`ModelRecord`]
 //! says which model a folder under `models/` holds, where it came from, and the checksum of every file. [`Database`] is SQLite or
-//! Postgres behind one set of statements; [`records`] are its rows.
+//! Postgres behind one set of statements; [`records`] are its rows. [`Store`] is all of it for a server: answers leave the request
+//! path through a bounded queue, feedback is acknowledged when it is on the disk, and both outlive a database that goes away.
 //!
 //! Invariant: a record is either whole or absent. Files are written beside their place, flushed, and renamed into it; rows are
 //! written in transactions that are on the disk before they are acknowledged.
 
+mod commit;
 mod data_dir;
 mod database;
+pub mod erasure;
 mod error;
+mod ids;
+mod inferences;
+mod job;
+mod journal;
+mod judged;
+mod judgements;
+mod keys;
+pub mod label;
 mod model_record;
+mod page;
+mod recorder;
 pub mod records;
+pub mod retention;
+mod snapshot;
+mod statement;
+mod store;
 
 pub use data_dir::{DataDir, DataDirLock};
 pub use database::{Database, Dialect};
-pub use error::StoreError;
+pub use erasure::Erasure;
+pub use error::{Full, StoreError};
+pub use inferences::InferenceFilter;
+pub use job::{Job, JobState, Jobs};
+pub use judged::{JudgedAnswer, JudgedTask, judged_answers, judged_tasks};
+pub use judgements::{Acknowledged, FeedbackChange, FeedbackFilter};
+pub use keys::{ApiKey, Scope};
 pub use model_record::{ModelFile, ModelRecord};
+pub use page::{MAX_PAGE, Order, Page};
+pub use snapshot::{Snapshot, Snapshots, Sources};
+pub use store::{Retention, Store, StoreOptions};

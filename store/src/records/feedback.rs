@@ -34,6 +34,44 @@ pub enum Kind {
     Metric,
 }
 
+impl TargetKind {
+    /// The word that the API and the database use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Completion => "completion",
+            Self::Conversation => "conversation",
+            Self::Task => "task",
+        }
+    }
+
+    /// Of that word.
+    pub fn parse(word: &str) -> Option<Self> {
+        [Self::Completion, Self::Conversation, Self::Task].into_iter().find(|kind| kind.as_str() == word)
+    }
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 6] = [Self::Thumb, Self::Rating, Self::Comparison, Self::Correction, Self::Comment, Self::Metric];
+
+    /// The word that the API and the database use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Thumb => "thumb",
+            Self::Rating => "rating",
+            Self::Comparison => "comparison",
+            Self::Correction => "correction",
+            Self::Comment => "comment",
+            Self::Metric => "metric",
+        }
+    }
+
+    /// Of that word.
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == word)
+    }
+}
+
 /// A feedback record.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Feedback {

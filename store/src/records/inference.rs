@@ -16,6 +16,22 @@ pub enum Status {
     Failed,
 }
 
+impl Status {
+    /// The word that the database uses.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Cancelled => "cancelled",
+            Self::Failed => "failed",
+        }
+    }
+
+    /// Of that word.
+    pub fn parse(word: &str) -> Option<Self> {
+        [Self::Ok, Self::Cancelled, Self::Failed].into_iter().find(|status| status.as_str() == word)
+    }
+}
+
 /// One choice of an answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Choice {

@@ -1,0 +1,171 @@
+//! Removing a person.
+//!
+//! Gone are their answers with prompts and choices, the feedback that they gave, anyone's feedback on their answers and conversations
+//! with its earlier forms, the labeling tasks made from their answers, and their own assignments as an annotator. Snapshots and
+//! adapters that were made from any of it are marked, not deleted: whether to rebuild or to withdraw them is for people to decide.
+//!
+//! What remains is a pseudonym (a keyed hash) of the person and of each answer: in the audit, in place of their name in the lineage of
+//! snapshots, and in `erasures`, by which a record that waited elsewhere (the spill log of another gateway) is left out when it comes.
+
+use std::collections::BTreeSet;
+
+use serde::Serialize;
+use serde_json::json;
+use sqlx::{AnyConnection, AssertSqlSafe, Connection, Row};
+use uuid::Uuid;
+
+use crate::error::StoreError;
+use crate::ids::IdKey;
+use crate::statement::{clean, list};
+use crate::{Database, Dialect};
+
+/// What was removed and what was made from it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Erasure {
+    /// Answers to the person.
+    pub inferences: u64,
+    /// Feedback by the person, and of anyone on these answers.
+    pub feedback: u64,
+    /// Labeling tasks with these answers.
+    pub labels: u64,
+    /// Snapshots that hold some of it, `name@version`; they are marked tainted.
+    pub snapshots: Vec<String>,
+    /// Adapters trained from those, `name@generation`; they are marked tainted.
+    pub adapters: Vec<String>,
+}
+
+const PART: usize = 500;
+
+pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64, audit_id: Uuid) -> Result<Erasure, StoreError> {
+    let user = clean(user).into_owned();
+    let pseudonym = ids.pseudonym(&user);
+    let mut connection = database.write().acquire().await?;
+    // The mark first, by itself: whoever writes an answer of theirs from here on sees it, and whoever wrote one before is seen below.
+    mark(&mut connection, std::slice::from_ref(&pseudonym), now).await?;
+    let mut transaction = connection.begin().await?;
+    let sql = &mut *transaction;
+    if database.dialect() == Dialect::Postgres {
+        let lock = "LOCK TABLE inferences, choices, feedback, feedback_targets IN SHARE ROW EXCLUSIVE MODE";
+        sqlx::query(lock).execute(&mut *sql).await?;
+    }
+
+    let answers = texts(sql, "SELECT id FROM inferences WHERE user_key = $1", &user).await?;
+    let conversations =
+        texts(sql, "SELECT DISTINCT conversation FROM inferences WHERE user_key = $1 AND conversation IS NOT NULL", &user)
+            .await?;
+    let choices = related(sql, "SELECT id FROM choices WHERE inference_id IN", &answers).await?;
+    let mut targets = choices.clone();
+    targets.extend(answers.iter().cloned());
+    targets.extend(conversations);
+
+    let mut feedback = texts(sql, "SELECT id FROM feedback WHERE author = $1", &user).await?;
+    feedback.extend(related(sql, "SELECT feedback_id FROM feedback_targets WHERE target IN", &targets).await?);
+    let mut tasks = related(sql, "SELECT id FROM label_tasks WHERE candidate_a IN", &targets).await?;
+    tasks.extend(related(sql, "SELECT id FROM label_tasks WHERE candidate_b IN", &targets).await?);
+
+    let mut sources = feedback.clone();
+    sources.extend(targets.iter().cloned());
+    sources.extend(tasks.iter().cloned());
+    sources.insert(user.clone());
+    let snapshots = related(sql, "SELECT DISTINCT snapshot_id FROM snapshot_sources WHERE source IN", &sources).await?;
+    let reason = json!({"reason": "erasure", "at": now, "person": pseudonym}).to_string();
+    let (snapshots, adapters) = taint(sql, &snapshots, &reason).await?;
+    let erasure = Erasure {
+        inferences: answers.len() as u64,
+        feedback: feedback.len() as u64,
+        labels: tasks.len() as u64,
+        snapshots,
+        adapters,
+    };
+
+    let marks: Vec<String> = targets.iter().map(|target| ids.pseudonym(target)).collect();
+    mark(sql, &marks, now).await?;
+    let renamed = "UPDATE snapshot_sources SET source = $2 WHERE source = $1";
+    sqlx::query(renamed).bind(user.clone()).bind(pseudonym.clone()).execute(&mut *sql).await?;
+    for (table, column, keys) in [
+        ("label_assignments", "task_id", &tasks),
+        ("label_external", "task_id", &tasks),
+        ("label_tasks", "id", &tasks),
+        ("label_drafts", "candidate_a", &targets),
+        ("feedback_revisions", "feedback_id", &feedback),
+        ("feedback_targets", "feedback_id", &feedback),
+        ("feedback", "id", &feedback),
+        ("choices", "inference_id", &answers),
+        ("inferences", "id", &answers),
+    ] {
+        delete(sql, &format!("DELETE FROM {table} WHERE {column} IN"), keys).await?;
+    }
+    crate::label::forget_annotator(sql, &user).await?;
+    sqlx::query("INSERT INTO audit (id, at, actor, action, subject, detail) VALUES ($1, $2, 'operator', 'erase', $3, $4)")
+        .bind(audit_id.to_string())
+        .bind(now)
+        .bind(pseudonym)
+        .bind(json!(erasure).to_string())
+        .execute(&mut *sql)
+        .await?;
+    transaction.commit().await?;
+    Ok(erasure)
+}
+
+/// Marks the snapshots, and the adapters that were trained from them or from such an adapter; returns their names, sorted.
+async fn taint(sql: &mut AnyConnection, ids: &BTreeSet<String>, reason: &str) -> Result<(Vec<String>, Vec<String>), sqlx::Error> {
+    let (mut snapshots, mut adapters) = (BTreeSet::new(), BTreeSet::new());
+    let mut parents: Vec<String> = Vec::new();
+    let trained = "UPDATE adapters SET tainted = COALESCE(tainted, $2) WHERE snapshot_id = $1 RETURNING name, generation";
+    for id in ids {
+        let text = "UPDATE snapshots SET tainted = COALESCE(tainted, $2) WHERE id = $1 RETURNING name, version";
+        snapshots.extend(marked(sql, text, id, reason).await?);
+        parents.extend(marked(sql, trained, id, reason).await?);
+    }
+    let continued = "UPDATE adapters SET tainted = COALESCE(tainted, $2) WHERE base = $1 RETURNING name, generation";
+    while let Some(parent) = parents.pop() {
+        if adapters.insert(parent.clone()) {
+            parents.extend(marked(sql, continued, &parent, reason).await?);
+        }
+    }
+    Ok((snapshots.into_iter().collect(), adapters.into_iter().collect()))
+}
+
+async fn marked(sql: &mut AnyConnection, text: &'static str, key: &str, reason: &str) -> Result<Vec<String>, sqlx::Error> {
+    let rows = sqlx::query(text).bind(key.to_owned()).bind(reason.to_owned()).fetch_all(sql).await?;
+    rows.iter().map(|row| Ok(format!("{}@{}", row.try_get::<String, _>(0)?, row.try_get::<i64, _>(1)?))).collect()
+}
+
+pub(crate) async fn mark(sql: &mut AnyConnection, subjects: &[String], now: i64) -> Result<(), sqlx::Error> {
+    for subject in subjects {
+        let text = "INSERT INTO erasures (subject, at) VALUES ($1, $2) ON CONFLICT (subject) DO UPDATE SET at = excluded.at";
+        sqlx::query(text).bind(subject.clone()).bind(now).execute(&mut *sql).await?;
+    }
+    Ok(())
+}
+
+async fn texts(sql: &mut AnyConnection, query: &'static str, value: &str) -> Result<BTreeSet<String>, sqlx::Error> {
+    sqlx::query(query).bind(value.to_owned()).fetch_all(sql).await?.iter().map(|row| row.try_get(0)).collect()
+}
+
+async fn related(sql: &mut AnyConnection, query: &str, keys: &BTreeSet<String>) -> Result<BTreeSet<String>, sqlx::Error> {
+    let mut found = BTreeSet::new();
+    let keys: Vec<&String> = keys.iter().collect();
+    for part in keys.chunks(PART) {
+        let mut query = sqlx::query(AssertSqlSafe(format!("{query} {}", list(1, part.len()))));
+        for key in part {
+            query = query.bind((*key).clone());
+        }
+        for row in query.fetch_all(&mut *sql).await? {
+            found.insert(row.try_get(0)?);
+        }
+    }
+    Ok(found)
+}
+
+async fn delete(sql: &mut AnyConnection, query: &str, keys: &BTreeSet<String>) -> Result<(), sqlx::Error> {
+    let keys: Vec<&String> = keys.iter().collect();
+    for part in keys.chunks(PART) {
+        let mut query = sqlx::query(AssertSqlSafe(format!("{query} {}", list(1, part.len()))));
+        for key in part {
+            query = query.bind((*key).clone());
+        }
+        query.execute(&mut *sql).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,191 @@
+//! API keys: made here, shown once, kept as a hash.
+//!
+//! A secret is 32 random bytes. Nobody can try 2²⁵⁶ of them, so a plain fast hash keeps a stolen table useless; the slow, salted hashes
+//! that passwords need would only make every request slower.
+
+use serde::{Deserialize, Serialize};
+use sqlx::Row;
+use sqlx::any::AnyRow;
+use uuid::Uuid;
+
+use crate::Database;
+use crate::error::StoreError;
+use crate::inferences::{json, parse};
+use crate::statement::clean;
+
+/// What a key may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scope {
+    /// Ask the models.
+    Chat,
+    /// Send and read feedback.
+    Feedback,
+    /// Work on labeling queues.
+    Label,
+    /// Build datasets, train.
+    Train,
+    /// Everything.
+    Admin,
+}
+
+impl Scope {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Chat, Self::Feedback, Self::Label, Self::Train, Self::Admin];
+
+    /// The word that the command line uses.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Chat => "chat",
+            Self::Feedback => "feedback",
+            Self::Label => "label",
+            Self::Train => "train",
+            Self::Admin => "admin",
+        }
+    }
+}
+
+impl std::str::FromStr for Scope {
+    type Err = StoreError;
+
+    fn from_str(word: &str) -> Result<Self, StoreError> {
+        Self::ALL.into_iter().find(|scope| scope.as_str() == word).ok_or_else(|| StoreError::Scope(word.to_owned()))
+    }
+}
+
+/// A key, without its secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ApiKey {
+    /// UUIDv7.
+    pub id: Uuid,
+    /// Microseconds since 1970.
+    pub created: i64,
+    /// The person's or application's.
+    pub name: String,
+    /// How the secret begins, to tell keys apart.
+    pub prefix: String,
+    /// What it may do.
+    pub scopes: Vec<Scope>,
+    /// When it was revoked, in microseconds since 1970.
+    pub revoked: Option<i64>,
+}
+
+impl ApiKey {
+    /// Whether it may do this; `Admin` may do everything.
+    pub fn allows(&self, scope: Scope) -> bool {
+        self.revoked.is_none() && (self.scopes.contains(&scope) || self.scopes.contains(&Scope::Admin))
+    }
+}
+
+/// `tm-` and 43 digits and letters, from 32 random bytes.
+pub(crate) fn secret_of(random: [u8; 32]) -> String {
+    const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+    let mut number = random;
+    // 62⁴³ > 2²⁵⁶: long division by 62, most significant byte first.
+    let mut digits = [0u8; 43];
+    for digit in digits.iter_mut().rev() {
+        let mut remainder = 0u32;
+        for byte in &mut number {
+            let value = remainder * 256 + u32::from(*byte);
+            *byte = (value / 62) as u8;
+            remainder = value % 62;
+        }
+        *digit = DIGITS[remainder as usize];
+    }
+    let mut secret = String::with_capacity(46);
+    secret.push_str("tm-");
+    secret.extend(digits.iter().map(|digit| char::from(*digit)));
+    secret
+}
+
+/// What is kept of a secret.
+pub(crate) fn hash_of(secret: &str) -> String {
+    blake3::hash(secret.as_bytes()).to_hex().to_string()
+}
+
+pub(crate) async fn insert(database: &Database, key: &ApiKey, secret: &str) -> Result<(), StoreError> {
+    let taken = sqlx::query("SELECT 1 FROM api_keys WHERE name = $1 AND revoked IS NULL").bind(key.name.clone());
+    if taken.fetch_optional(database.write()).await?.is_some() {
+        return Err(StoreError::KeyName(key.name.clone()));
+    }
+    sqlx::query("INSERT INTO api_keys (id, created, name, prefix, hash, scopes) VALUES ($1, $2, $3, $4, $5, $6)")
+        .bind(key.id.to_string())
+        .bind(key.created)
+        .bind(clean(&key.name).into_owned())
+        .bind(key.prefix.clone())
+        .bind(hash_of(secret))
+        .bind(json(&key.scopes))
+        .execute(database.write())
+        .await?;
+    Ok(())
+}
+
+pub(crate) async fn list(database: &Database) -> Result<Vec<ApiKey>, StoreError> {
+    let rows = sqlx::query("SELECT * FROM api_keys ORDER BY id").fetch_all(database.read()).await?;
+    rows.iter().map(read).collect()
+}
+
+pub(crate) async fn revoke(database: &Database, id_or_name: &str, now: i64) -> Result<Option<ApiKey>, StoreError> {
+    let text = "UPDATE api_keys SET revoked = $2 WHERE revoked IS NULL AND (id = $1 OR name = $1) RETURNING *";
+    let row = sqlx::query(text).bind(clean(id_or_name).into_owned()).bind(now).fetch_optional(database.write()).await?;
+    row.as_ref().map(read).transpose()
+}
+
+pub(crate) async fn find(database: &Database, hash: &str) -> Result<Option<ApiKey>, StoreError> {
+    let text = "SELECT * FROM api_keys WHERE hash = $1 AND revoked IS NULL";
+    sqlx::query(text).bind(hash.to_owned()).fetch_optional(database.read()).await?.as_ref().map(read).transpose()
+}
+
+pub(crate) async fn any(database: &Database) -> Result<bool, StoreError> {
+    let text = "SELECT 1 FROM api_keys WHERE revoked IS NULL LIMIT 1";
+    Ok(sqlx::query(text).fetch_optional(database.read()).await?.is_some())
+}
+
+fn read(row: &AnyRow) -> Result<ApiKey, StoreError> {
+    let id: String = row.try_get("id")?;
+    let bad = |reason: &str| StoreError::Row { table: "api_key", id: id.clone(), reason: reason.to_owned() };
+    Ok(ApiKey {
+        id: Uuid::try_parse(&id).map_err(|_| bad("its id is no UUID"))?,
+        created: row.try_get("created")?,
+        name: row.try_get("name")?,
+        prefix: row.try_get("prefix")?,
+        scopes: parse(row, "scopes").map_err(|reason| bad(&reason))?.unwrap_or_default(),
+        revoked: row.try_get("revoked")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_holds_all_of_its_random_bits() {
+        assert_eq!(secret_of([0; 32]), format!("tm-{}", "0".repeat(43)));
+        let mut one = [0; 32];
+        one[31] = 61;
+        assert_eq!(secret_of(one), format!("tm-{}z", "0".repeat(42)));
+        one[30] = 1; // 256 + 61 = 5 × 62 + 7
+        assert_eq!(secret_of(one), format!("tm-{}57", "0".repeat(41)));
+        // 2²⁵⁶ - 1 needs every digit and does not overflow them.
+        assert_ne!(secret_of([255; 32]).as_bytes()[3], b'0');
+    }
+
+    #[test]
+    fn admin_may_do_everything_and_a_revoked_key_nothing() {
+        let key = |scopes: &[Scope], revoked| ApiKey {
+            id: Uuid::nil(),
+            created: 0,
+            name: "a".into(),
+            prefix: "tm-".into(),
+            scopes: scopes.to_vec(),
+            revoked,
+        };
+        for scope in Scope::ALL {
+            assert!(key(&[Scope::Admin], None).allows(scope));
+            assert_eq!(key(&[Scope::Label], None).allows(scope), scope == Scope::Label);
+            assert!(!key(&[Scope::Admin], Some(1)).allows(scope));
+            assert_eq!(scope.as_str().parse::<Scope>().unwrap(), scope);
+        }
+        assert!("root".parse::<Scope>().is_err());
+    }
+}

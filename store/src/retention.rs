@@ -1,0 +1,103 @@
+//! What is deleted by itself: answers that are too old, and the oldest when all of them take too much room.
+//!
+//! - **By age**: every answer, judged or not, with its prompt and choices. An age limit is a promise to the people who wrote the prompts.
+//! - **By size**: the oldest without feedback first, and judged ones only when no others are left: a judgement without its answer
+//!   teaches nothing. The size is that of text and tokens; the files are larger, and SQLite's file keeps its length and fills the gaps.
+//! - **Never**: feedback, which is small and somebody's work (withdrawing and erasure remove it), labeling tasks, which hold their own
+//!   copy of both answers until their queue is deleted, and snapshots, which hold their own copy of their rows. The lineage of a
+//!   snapshot keeps the ids of answers that are gone.
+//!
+//! Deleted in small transactions with pauses: on SQLite, feedback waits behind each of them.
+
+use std::time::Duration;
+
+use sqlx::{AssertSqlSafe, Connection, Row};
+use tokio::sync::watch;
+
+use crate::error::StoreError;
+use crate::statement::list;
+use crate::store::now_us;
+use crate::{Database, Retention};
+
+const PART: i64 = 200;
+const PAUSE: Duration = Duration::from_millis(20);
+const INTERVAL: Duration = Duration::from_secs(60);
+
+const JUDGED: &str = "EXISTS (SELECT 1 FROM choices JOIN feedback_targets ON feedback_targets.target = choices.id \
+                      WHERE choices.inference_id = inferences.id)";
+
+pub(crate) async fn run(database: Database, retention: Retention, mut closing: watch::Receiver<bool>) {
+    loop {
+        let work = async {
+            match apply(&database, retention, now_us()).await {
+                Ok(0) => {}
+                Ok(deleted) => tracing::info!(deleted, "answers beyond the retention limits were deleted"),
+                Err(error) => tracing::warn!(%error, "the retention limits could not be applied; trying again in a minute"),
+            }
+            tokio::time::sleep(INTERVAL).await;
+        };
+        tokio::select! {
+            _ = closing.wait_for(|closing| *closing) => return,
+            () = work => {}
+        }
+    }
+}
+
+/// Deletes what is beyond the limits at `now`, in microseconds since 1970, and says how many answers that were.
+pub async fn apply(database: &Database, retention: Retention, now: i64) -> Result<u64, StoreError> {
+    let mut deleted = 0;
+    if let Some(age) = retention.max_age {
+        let before = now.saturating_sub(i64::try_from(age.as_micros()).unwrap_or(i64::MAX));
+        loop {
+            let text = format!("SELECT id, bytes FROM inferences WHERE created < $1 ORDER BY created LIMIT {PART}");
+            let rows = sqlx::query(AssertSqlSafe(text)).bind(before).fetch_all(database.read()).await?;
+            let ids: Vec<String> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
+            if ids.is_empty() {
+                break;
+            }
+            deleted += delete(database, &ids).await?;
+        }
+    }
+    if let Some(most) = retention.max_bytes {
+        let most = i64::try_from(most).unwrap_or(i64::MAX);
+        let text = "SELECT CAST(COALESCE(SUM(bytes), 0) AS BIGINT) FROM inferences";
+        let (mut total,): (i64,) = sqlx::query_as(text).fetch_one(database.read()).await?;
+        metrics::gauge!("tidemill:store_answer_bytes").set(total as f64);
+        for condition in [format!("NOT {JUDGED}"), JUDGED.to_owned()] {
+            while total > most {
+                let text = format!("SELECT id, bytes FROM inferences WHERE {condition} ORDER BY created LIMIT {PART}");
+                let mut ids = Vec::new();
+                for row in sqlx::query(AssertSqlSafe(text)).fetch_all(database.read()).await? {
+                    if total <= most {
+                        break;
+                    }
+                    ids.push(row.try_get(0)?);
+                    total -= row.try_get::<i64, _>(1)?;
+                }
+                if ids.is_empty() {
+                    break;
+                }
+                deleted += delete(database, &ids).await?;
+            }
+        }
+    }
+    metrics::counter!("tidemill:store_expired_answers_total").increment(deleted);
+    Ok(deleted)
+}
+
+async fn delete(database: &Database, ids: &[String]) -> Result<u64, StoreError> {
+    let mut connection = database.write().acquire().await?;
+    let mut transaction = connection.begin().await?;
+    let mut deleted = 0;
+    for column in ["DELETE FROM choices WHERE inference_id IN", "DELETE FROM inferences WHERE id IN"] {
+        let mut query = sqlx::query(AssertSqlSafe(format!("{column} {}", list(1, ids.len()))));
+        for id in ids {
+            query = query.bind(id.clone());
+        }
+        deleted = query.execute(&mut *transaction).await?.rows_affected();
+    }
+    transaction.commit().await?;
+    drop(connection);
+    tokio::time::sleep(PAUSE).await;
+    Ok(deleted)
+}

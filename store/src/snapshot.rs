@@ -1,0 +1,169 @@
+//! Snapshots of datasets, and what each was made from.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use serde_json::Value;
+use sqlx::any::AnyRow;
+use sqlx::{AssertSqlSafe, Row};
+use uuid::Uuid;
+
+use crate::Database;
+use crate::error::StoreError;
+use crate::statement::{Insert, clean};
+
+/// A snapshot. It exists when its row does, and its content never changes.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Snapshot {
+    /// UUIDv7.
+    pub id: Uuid,
+    /// The dataset's name.
+    pub name: String,
+    /// Counts up within a name; also the version of the table. Numbers may be missing where a build was cut off.
+    pub version: i64,
+    /// Microseconds since 1970.
+    pub created: i64,
+    /// What was asked, or what was imported.
+    pub query: Value,
+    /// BLAKE3 over the rows in order.
+    pub content_hash: String,
+    /// Path or URL of the table.
+    pub location: String,
+    /// Version of the table that holds the rows.
+    pub table_version: i64,
+    /// Counts by kind and part, and what was left out and why.
+    pub row_counts: Value,
+    /// `pass`, `warn` or `fail`.
+    pub verdict: String,
+    /// The quality report without its rows.
+    pub report: Value,
+    /// Why it must not be trained on any more, such as an erasure.
+    pub tainted: Option<Value>,
+}
+
+/// Ids of the records behind a snapshot, by kind: `inference`, `feedback`, `task`, `rater`, `user`.
+pub type Sources = BTreeMap<&'static str, std::collections::BTreeSet<String>>;
+
+/// The snapshots of a database. Cloning is cheap.
+#[derive(Clone, Debug)]
+pub struct Snapshots {
+    database: Database,
+}
+
+const SOURCES: Insert = Insert { table: "snapshot_sources", columns: &["snapshot_id", "kind", "source"] };
+const COLUMNS: &str =
+    "id, name, version, created, query, content_hash, location, table_version, row_counts, verdict, report, tainted";
+
+impl Snapshots {
+    /// Over a database whose tables are there.
+    pub fn new(database: &Database) -> Self {
+        Self { database: database.clone() }
+    }
+
+    /// Writes a snapshot and its sources; from here on it exists. One made `from_feedback` of this database that was erased while
+    /// it was being made is tainted from the start.
+    pub async fn insert(&self, snapshot: &Snapshot, sources: &Sources, from_feedback: bool) -> Result<(), StoreError> {
+        let mut transaction = self.database.write().begin().await?;
+        sqlx::query(AssertSqlSafe(format!("INSERT INTO snapshots ({COLUMNS}) VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12)")))
+            .bind(snapshot.id.to_string())
+            .bind(snapshot.name.clone())
+            .bind(snapshot.version)
+            .bind(snapshot.created)
+            .bind(clean(&snapshot.query.to_string()).into_owned())
+            .bind(snapshot.content_hash.clone())
+            .bind(snapshot.location.clone())
+            .bind(snapshot.table_version)
+            .bind(snapshot.row_counts.to_string())
+            .bind(snapshot.verdict.clone())
+            .bind(clean(&snapshot.report.to_string()).into_owned())
+            .bind(snapshot.tainted.as_ref().map(Value::to_string))
+            .execute(&mut *transaction)
+            .await?;
+        let all: Vec<(&str, &String)> = sources.iter().flat_map(|(kind, ids)| ids.iter().map(|id| (*kind, id))).collect();
+        let mut rest = all.as_slice();
+        for size in Insert::sizes(all.len()) {
+            let (part, behind) = rest.split_at(size);
+            rest = behind;
+            let mut query = sqlx::query(AssertSqlSafe(SOURCES.text(size)));
+            for (kind, source) in part {
+                query = query.bind(snapshot.id.to_string()).bind(*kind).bind(clean(source).into_owned());
+            }
+            query.fetch_all(&mut *transaction).await?;
+        }
+        // Erasure marks the snapshots that it finds; one that was not there yet has to look for itself.
+        if from_feedback {
+            sqlx::query(
+                "UPDATE snapshots SET tainted = $2 WHERE id = $1 AND tainted IS NULL AND EXISTS (
+                SELECT 1 FROM snapshot_sources s WHERE s.snapshot_id = $1 AND s.kind = 'feedback'
+                AND NOT EXISTS (SELECT 1 FROM feedback f WHERE f.id = s.source))",
+            )
+            .bind(snapshot.id.to_string())
+            .bind(r#"{"reason":"erasure during the build"}"#)
+            .execute(&mut *transaction)
+            .await?;
+        }
+        transaction.commit().await?;
+        Ok(())
+    }
+
+    /// A version of a dataset, or its newest.
+    pub async fn find(&self, name: &str, version: Option<i64>) -> Result<Option<Snapshot>, StoreError> {
+        let version_is = if version.is_some() { "AND version = $2" } else { "AND version >= $2" };
+        let row = sqlx::query(AssertSqlSafe(format!(
+            "SELECT {COLUMNS} FROM snapshots WHERE name = $1 {version_is} ORDER BY version DESC LIMIT 1"
+        )))
+        .bind(clean(name).into_owned())
+        .bind(version.unwrap_or(0))
+        .fetch_optional(self.database.read())
+        .await?;
+        row.as_ref().map(snapshot).transpose()
+    }
+
+    /// At most `limit` snapshots older than `before`, the newest first; of one name, or of all.
+    pub async fn list(&self, name: Option<&str>, before: Option<Uuid>, limit: usize) -> Result<Vec<Snapshot>, StoreError> {
+        let rows = sqlx::query(AssertSqlSafe(format!(
+            "SELECT {COLUMNS} FROM snapshots WHERE (name = $1 OR $1 = '') AND id < $2 ORDER BY id DESC LIMIT $3"
+        )))
+        .bind(clean(name.unwrap_or_default()).into_owned())
+        // After every hexadecimal digit, in every collation.
+        .bind(before.map_or_else(|| "g".to_owned(), |id| id.to_string()))
+        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+        .fetch_all(self.database.read())
+        .await?;
+        rows.iter().map(snapshot).collect()
+    }
+
+    /// Ids of one kind behind a snapshot, sorted.
+    pub async fn sources(&self, id: Uuid, kind: &str) -> Result<Vec<String>, StoreError> {
+        let rows = sqlx::query("SELECT source FROM snapshot_sources WHERE snapshot_id = $1 AND kind = $2 ORDER BY source")
+            .bind(id.to_string())
+            .bind(kind.to_owned())
+            .fetch_all(self.database.read())
+            .await?;
+        Ok(rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?)
+    }
+}
+
+fn snapshot(row: &AnyRow) -> Result<Snapshot, StoreError> {
+    let id: String = row.try_get("id")?;
+    let bad = |reason: String| StoreError::Row { table: "snapshots", id: id.clone(), reason };
+    let json = |column: &str| -> Result<Value, StoreError> {
+        serde_json::from_str(&row.try_get::<String, _>(column)?).map_err(|error| bad(format!("'{column}': {error}")))
+    };
+    let tainted: Option<String> = row.try_get("tainted")?;
+    Ok(Snapshot {
+        id: id.parse().map_err(|_| bad("its id is no UUID".to_owned()))?,
+        name: row.try_get("name")?,
+        version: row.try_get("version")?,
+        created: row.try_get("created")?,
+        query: json("query")?,
+        content_hash: row.try_get("content_hash")?,
+        location: row.try_get("location")?,
+        table_version: row.try_get("table_version")?,
+        row_counts: json("row_counts")?,
+        verdict: row.try_get("verdict")?,
+        report: json("report")?,
+        // An older note that is no JSON still taints.
+        tainted: tainted.map(|text| serde_json::from_str(&text).unwrap_or(Value::String(text))),
+    })
+}

@@ -1,0 +1,326 @@
+//! The store as the rest of Tidemill sees it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde_json::Value;
+use uuid::Uuid;
+
+use crate::error::{Full, StoreError};
+use crate::ids::IdKey;
+use crate::inferences::{self, InferenceFilter, json};
+use crate::judgements::{self, Acknowledged, FeedbackChange, FeedbackFilter};
+use crate::keys::{self, ApiKey, Scope};
+use crate::page::Page;
+use crate::recorder::Recorder;
+use crate::records::{Feedback, Inference};
+use crate::statement::clean;
+use crate::{DataDir, Database, Erasure};
+
+/// How long a command or a read waits for the database.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a key that was found is believed without asking again: a key revoked by another process works that much longer.
+const KEY_LIFE: Duration = Duration::from_secs(5);
+/// Most keys remembered.
+const KEYS_KEPT: usize = 4096;
+
+/// How a store is opened.
+#[derive(Clone, Debug)]
+pub struct StoreOptions {
+    /// `postgres://…`; `None` is SQLite in the data directory.
+    pub url: Option<String>,
+    /// Where SQLite's file and the spill log are. The caller holds its lock.
+    pub data: DataDir,
+    /// Most answers that wait in memory.
+    pub queue: usize,
+    /// Most bytes of spill log.
+    pub spill_bytes: u64,
+    /// What is deleted by itself.
+    pub retention: Retention,
+}
+
+/// What is deleted by itself; see [`crate::retention`] for what stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Retention {
+    /// Answers older than this go.
+    pub max_age: Option<Duration>,
+    /// When the answers' text and tokens take more than this, the oldest go, those without feedback first.
+    pub max_bytes: Option<u64>,
+}
+
+impl StoreOptions {
+    /// SQLite in `data`, 4,096 answers in the queue, 1 GiB of spill log, nothing deleted.
+    pub fn new(data: DataDir) -> Self {
+        Self { url: None, data, queue: 4096, spill_bytes: 1 << 30, retention: Retention::default() }
+    }
+}
+
+/// Every durable record. Cloning is cheap.
+#[derive(Clone)]
+pub struct Store(Arc<Inner>);
+
+struct Inner {
+    database: Database,
+    ids: IdKey,
+    recorder: Recorder,
+    keys: Mutex<HashMap<String, (ApiKey, Instant)>>,
+    any_key: Mutex<Option<(bool, Instant)>>,
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").field("dialect", &self.0.database.dialect()).finish_non_exhaustive()
+    }
+}
+
+impl Store {
+    /// For a server: with the tasks that write, replay the spill log and delete what is old. One server per data directory.
+    pub async fn open(options: StoreOptions) -> Result<Self, StoreError> {
+        let (database, ids) = connect(&options.data, options.url.as_deref()).await?;
+        let recorder = Recorder::start(database.clone(), ids.clone(), &options).await?;
+        Ok(Self::of(database, ids, recorder))
+    }
+
+    /// For a command beside a running server: nothing in the background, and every write goes to the database at once.
+    pub async fn open_for_command(data: &DataDir, url: Option<&str>) -> Result<Self, StoreError> {
+        let (database, ids) = connect(data, url).await?;
+        let recorder = Recorder::direct(database.clone(), ids.clone(), data.clone());
+        Ok(Self::of(database, ids, recorder))
+    }
+
+    fn of(database: Database, ids: IdKey, recorder: Recorder) -> Self {
+        Self(Arc::new(Inner { database, ids, recorder, keys: Mutex::default(), any_key: Mutex::default() }))
+    }
+
+    /// For statements of other modules.
+    pub fn database(&self) -> &Database {
+        &self.0.database
+    }
+
+    /// A new id; every replica on this database recognises it.
+    pub fn issue_id(&self) -> Uuid {
+        let mut random = [0; 4];
+        // Without random bytes an id is still unlikely to repeat: its time has a resolution of a quarter of a microsecond.
+        if getrandom::fill(&mut random).is_err() {
+            random = Instant::now().elapsed().subsec_nanos().to_le_bytes();
+        }
+        self.0.ids.make(since_1970(), u32::from_le_bytes(random))
+    }
+
+    /// Whether a replica on this database issued it. The answer itself may not be recorded yet, or not any more.
+    pub fn issued(&self, id: Uuid) -> bool {
+        self.0.ids.made(id)
+    }
+
+    /// Takes an answer to be written soon. Never waits for the database: what does not fit into the queue goes to the spill log.
+    pub fn record(&self, inference: Inference) -> Result<(), Full> {
+        self.0.recorder.record(inference)
+    }
+
+    /// Whether the answer of a request that starts now will find room. Ask before running it.
+    pub fn has_room(&self) -> bool {
+        self.0.recorder.has_room()
+    }
+
+    /// Writes feedback and returns when it is on the disk. When the database is away, what has no idempotency key is accepted into
+    /// the spill log; with one, the answer is an error, since whether it is a duplicate cannot be known.
+    pub async fn add_feedback(&self, feedback: Vec<Feedback>) -> Result<Vec<Acknowledged>, StoreError> {
+        self.0.recorder.add_feedback(feedback).await
+    }
+
+    /// The feedback of this id.
+    pub async fn feedback(&self, id: Uuid) -> Result<Option<Feedback>, StoreError> {
+        patiently(judgements::find(&self.0.database, id)).await
+    }
+
+    /// A page of feedback.
+    pub async fn list_feedback(&self, filter: &FeedbackFilter) -> Result<Page<Feedback>, StoreError> {
+        judgements::find_all(&self.0.database, filter).await
+    }
+
+    /// Changes a feedback and keeps what it was as a revision; a change that changes nothing adds none. `None`: no such feedback.
+    pub async fn edit_feedback(&self, id: Uuid, change: FeedbackChange) -> Result<Option<Feedback>, StoreError> {
+        patiently(judgements::edit(&self.0.database, id, now_us(), |feedback| change.apply(feedback))).await
+    }
+
+    /// Takes a feedback back; it stays, marked. `None`: no such feedback.
+    pub async fn withdraw_feedback(&self, id: Uuid) -> Result<Option<Feedback>, StoreError> {
+        patiently(judgements::edit(&self.0.database, id, now_us(), |feedback| feedback.withdrawn = true)).await
+    }
+
+    /// The answer of this id, or the one that has a choice of this id.
+    pub async fn inference(&self, id: Uuid) -> Result<Option<Inference>, StoreError> {
+        patiently(inferences::find(&self.0.database, id)).await
+    }
+
+    /// A page of answers.
+    pub async fn list_inferences(&self, filter: &InferenceFilter) -> Result<Page<Inference>, StoreError> {
+        inferences::find_all(&self.0.database, filter).await
+    }
+
+    /// Whether an answer of this conversation is recorded.
+    pub async fn conversation_exists(&self, id: &str) -> Result<bool, StoreError> {
+        let id = clean(id).into_owned();
+        let database = &self.0.database;
+        patiently(async move {
+            let query = sqlx::query("SELECT 1 FROM inferences WHERE conversation = $1 LIMIT 1").bind(id);
+            Ok(query.fetch_optional(database.read()).await?.is_some())
+        })
+        .await
+    }
+
+    /// Makes a key; the text is its secret, which is not kept.
+    pub async fn create_key(&self, name: &str, scopes: &[Scope]) -> Result<(ApiKey, String), StoreError> {
+        let secret = keys::secret_of(random_bytes()?);
+        let mut scopes = scopes.to_vec();
+        scopes.sort();
+        scopes.dedup();
+        let prefix = secret[..8].to_owned();
+        let key = ApiKey { id: self.issue_id(), created: now_us(), name: name.to_owned(), prefix, scopes, revoked: None };
+        keys::insert(&self.0.database, &key, &secret).await?;
+        *lock(&self.0.any_key) = None;
+        Ok((key, secret))
+    }
+
+    /// All keys, revoked ones too, the oldest first.
+    pub async fn list_keys(&self) -> Result<Vec<ApiKey>, StoreError> {
+        keys::list(&self.0.database).await
+    }
+
+    /// Revokes the key of this id or name. `None`: no key that works is called so.
+    pub async fn revoke_key(&self, id_or_name: &str) -> Result<Option<ApiKey>, StoreError> {
+        let revoked = keys::revoke(&self.0.database, id_or_name, now_us()).await?;
+        lock(&self.0.keys).clear();
+        *lock(&self.0.any_key) = None;
+        Ok(revoked)
+    }
+
+    /// The key that has this secret and is not revoked. While the database is away, keys that were seen before are still known.
+    pub async fn find_key(&self, secret: &str) -> Result<Option<ApiKey>, StoreError> {
+        let hash = keys::hash_of(secret);
+        let known = lock(&self.0.keys).get(&hash).cloned();
+        if let Some((key, seen)) = &known
+            && (seen.elapsed() < KEY_LIFE || self.0.recorder.away())
+        {
+            return Ok(Some(key.clone()));
+        }
+        match (patiently(keys::find(&self.0.database, &hash)).await, known) {
+            (Ok(Some(key)), _) => {
+                let mut kept = lock(&self.0.keys);
+                if kept.len() >= KEYS_KEPT {
+                    kept.clear();
+                }
+                kept.insert(hash, (key.clone(), Instant::now()));
+                Ok(Some(key))
+            }
+            (Ok(None), _) => {
+                lock(&self.0.keys).remove(&hash);
+                Ok(None)
+            }
+            (Err(error), Some((key, _))) => {
+                tracing::warn!(%error, "the database does not answer; a key that was known before is believed");
+                Ok(Some(key))
+            }
+            (Err(error), None) => Err(error),
+        }
+    }
+
+    /// Whether there is any key that works; without one, everything is open.
+    pub async fn any_key(&self) -> Result<bool, StoreError> {
+        let known = *lock(&self.0.any_key);
+        if let Some((any, seen)) = known
+            && (seen.elapsed() < Duration::from_secs(1) || self.0.recorder.away())
+        {
+            return Ok(any);
+        }
+        match (patiently(keys::any(&self.0.database)).await, known) {
+            (Ok(any), _) => {
+                *lock(&self.0.any_key) = Some((any, Instant::now()));
+                Ok(any)
+            }
+            (Err(_), Some((any, _))) => Ok(any),
+            (Err(error), None) => Err(error),
+        }
+    }
+
+    /// Removes a person; see [`crate::erasure`]. `user` is what `user_key` and `author` say.
+    pub async fn erase_user(&self, user: &str) -> Result<Erasure, StoreError> {
+        self.0.recorder.settle().await?;
+        crate::erasure::erase(&self.0.database, &self.0.ids, user, now_us(), self.issue_id()).await
+    }
+
+    /// Writes down who did what to what.
+    pub async fn audit(&self, actor: &str, action: &str, subject: &str, detail: Value) -> Result<(), StoreError> {
+        sqlx::query("INSERT INTO audit (id, at, actor, action, subject, detail) VALUES ($1, $2, $3, $4, $5, $6)")
+            .bind(self.issue_id().to_string())
+            .bind(now_us())
+            .bind(clean(actor).into_owned())
+            .bind(clean(action).into_owned())
+            .bind(clean(subject).into_owned())
+            .bind(json(&detail))
+            .execute(self.0.database.write())
+            .await?;
+        Ok(())
+    }
+
+    /// Waits until every answer that was taken is durable: in the database, or in the spill log.
+    pub async fn flush(&self) {
+        self.0.recorder.flush().await;
+    }
+
+    /// The same, and then stops; what is sent afterwards is refused.
+    pub async fn close(&self) {
+        self.0.recorder.close().await;
+        self.0.database.close().await;
+    }
+}
+
+async fn connect(data: &DataDir, url: Option<&str>) -> Result<(Database, IdKey), StoreError> {
+    let url = match url {
+        Some(url) => url.to_owned(),
+        None => {
+            let root = data.root();
+            std::fs::create_dir_all(root).map_err(|error| StoreError::io("cannot create", root, error))?;
+            Database::sqlite_url(&root.join("tidemill.db"))
+        }
+    };
+    let database = Database::open(&url, PATIENCE).await?;
+    let fresh: String = random_bytes()?.iter().map(|byte| format!("{byte:02x}")).collect();
+    sqlx::query("INSERT INTO meta (name, value) VALUES ('id_key', $1) ON CONFLICT DO NOTHING")
+        .bind(fresh)
+        .execute(database.write())
+        .await?;
+    let (kept,): (String,) = sqlx::query_as("SELECT value FROM meta WHERE name = 'id_key'").fetch_one(database.write()).await?;
+    let bad = || StoreError::Row { table: "meta", id: "id_key".into(), reason: "it is not 64 hexadecimal digits".into() };
+    let hash = blake3::Hash::from_hex(&kept).map_err(|_| bad())?;
+    Ok((database, IdKey::new(*hash.as_bytes())))
+}
+
+/// An answer in good time, or [`StoreError::Away`].
+async fn patiently<T>(work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+    match tokio::time::timeout(PATIENCE, work).await {
+        Ok(result) => result,
+        Err(_) => Err(StoreError::Away),
+    }
+}
+
+fn random_bytes() -> Result<[u8; 32], StoreError> {
+    let mut bytes = [0; 32];
+    getrandom::fill(&mut bytes).map_err(|error| StoreError::Random(error.to_string()))?;
+    Ok(bytes)
+}
+
+pub(crate) fn since_1970() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+/// Microseconds since 1970.
+pub(crate) fn now_us() -> i64 {
+    since_1970().as_micros() as i64
+}
+
+/// A lock whose holder panicked guards data that is whole: nothing is changed in steps under it.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,121 @@
+//! A process is killed while it writes.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+mod support;
+
+use std::collections::HashSet;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use support::proxy::{Proxy, Wire, eventually};
+use support::{Place, answer, each, on_postgres, postgres, runtime, thumb};
+use tidemill_store::{DataDir, Store, StoreOptions};
+use uuid::Uuid;
+
+/// Not a test by itself: what the killed process runs. Prints the id of each feedback after it was acknowledged.
+#[test]
+#[ignore = "run by the other tests of this file, as a process of its own"]
+fn writer() {
+    let folder = std::env::var("TIDEMILL_TEST_FOLDER").unwrap();
+    let url = std::env::var("TIDEMILL_TEST_URL").ok();
+    runtime().block_on(async {
+        let store = Store::open(StoreOptions { url, ..StoreOptions::new(DataDir::new(folder)) }).await.unwrap();
+        for _ in 0..16 {
+            let store = store.clone();
+            tokio::spawn(async move {
+                loop {
+                    let one = thumb(&store, store.issue_id(), "rater");
+                    let line = format!("\nacknowledged {}\n", one.id);
+                    store.add_feedback(vec![one]).await.unwrap();
+                    std::io::stdout().lock().write_all(line.as_bytes()).unwrap();
+                    store.record(answer(&store, "ann")).unwrap();
+                }
+            });
+        }
+        std::future::pending::<()>().await;
+    });
+}
+
+/// Starts the writer, lets it acknowledge something, kills it at a random moment, and returns what it had acknowledged.
+fn write_and_kill(place: &Place, url: Option<&str>, at_least: Duration) -> HashSet<Uuid> {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "writer", "--ignored", "--nocapture"]).env("TIDEMILL_TEST_FOLDER", place.folder.path());
+    if let Some(url) = url {
+        command.env("TIDEMILL_TEST_URL", url);
+    }
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let output = BufReader::new(child.stdout.take().unwrap());
+    let reader = std::thread::spawn(move || {
+        let mut acknowledged = HashSet::new();
+        for line in output.lines() {
+            if let Some(id) = line.unwrap().strip_prefix("acknowledged ").and_then(|id| id.parse().ok()) {
+                acknowledged.insert(id);
+            }
+        }
+        acknowledged
+    });
+    let random = Duration::from_micros((Uuid::now_v7().as_u128() % 400_000) as u64);
+    std::thread::sleep(at_least + random);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    reader.join().unwrap()
+}
+
+async fn rows(store: &Store) -> Vec<Uuid> {
+    let rows: Vec<(String,)> = sqlx::query_as("SELECT id FROM feedback").fetch_all(store.database().read()).await.unwrap();
+    rows.iter().map(|(id,)| id.parse().unwrap()).collect()
+}
+
+async fn all_are_there_once(place: &Place, acknowledged: &HashSet<Uuid>) {
+    let store = place.open().await;
+    let spill = place.folder.path().join("spill");
+    eventually("the spill log is empty", async || std::fs::read_dir(&spill).unwrap().count() == 0).await;
+    let rows = rows(&store).await;
+    let found: HashSet<Uuid> = rows.iter().copied().collect();
+    assert_eq!(rows.len(), found.len());
+    let missing: Vec<_> = acknowledged.difference(&found).collect();
+    assert!(missing.is_empty(), "{} of {} acknowledged are missing", missing.len(), acknowledged.len());
+    store.close().await;
+}
+
+#[test]
+fn a_killed_process_loses_no_acknowledged_feedback() {
+    each(async |place| {
+        let mut acknowledged = HashSet::new();
+        for _ in 0..8 {
+            acknowledged.extend(write_and_kill(place, place.url.as_deref(), Duration::from_millis(400)));
+            all_are_there_once(place, &acknowledged).await;
+        }
+        assert!(acknowledged.len() > 500, "{}", acknowledged.len());
+    });
+}
+
+#[test]
+fn a_process_killed_while_its_database_is_away_loses_none_either() {
+    let Some(server) = postgres() else { return };
+    on_postgres(&server, &async |place: &Place| {
+        let mut acknowledged = HashSet::new();
+        for _ in 0..4 {
+            let proxy = Proxy::to(place.url.as_deref().unwrap()).await;
+            let url = proxy.address.clone();
+            // Up, away, back: killed somewhere in the replay.
+            let switch = async {
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                proxy.set(Wire::Cut);
+                tokio::time::sleep(Duration::from_millis(1900)).await;
+                proxy.set(Wire::Up);
+            };
+            let killed = tokio::task::block_in_place(|| {
+                std::thread::scope(|scope| {
+                    let writer = scope.spawn(|| write_and_kill(place, Some(&url), Duration::from_millis(2300)));
+                    tokio::runtime::Handle::current().block_on(switch);
+                    writer.join().unwrap()
+                })
+            });
+            acknowledged.extend(killed);
+            all_are_there_once(place, &acknowledged).await;
+        }
+        assert!(acknowledged.len() > 500, "{}", acknowledged.len());
+    });
+}

@@ -1,0 +1,260 @@
+//! The database goes away under load and comes back.
+
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+mod support;
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use sqlx::Connection;
+use support::proxy::{Proxy, Wire, eventually};
+use support::{Place, answer, each, on_postgres, postgres, thumb};
+use tidemill_store::{Dialect, Store, StoreError, StoreOptions};
+use uuid::Uuid;
+
+/// Something that makes the database of a place unusable for a while.
+enum Outage {
+    Wire(Proxy),
+    /// SQLite: another process has the file's lock.
+    Lock(Option<sqlx::AnyConnection>, String),
+}
+
+impl Outage {
+    /// And the options with which a store is hit by it.
+    async fn of(place: &Place) -> (Self, StoreOptions) {
+        match &place.url {
+            Some(url) => {
+                let proxy = Proxy::to(url).await;
+                let url = Some(proxy.address.clone());
+                (Self::Wire(proxy), StoreOptions { url, ..place.options() })
+            }
+            None => (Self::Lock(None, format!("sqlite:{}/tidemill.db", place.folder.path().display())), place.options()),
+        }
+    }
+
+    async fn begin(&mut self, wire: Wire) {
+        match self {
+            Self::Wire(proxy) => proxy.set(wire),
+            Self::Lock(held, url) => {
+                let mut connection = sqlx::AnyConnection::connect(url).await.unwrap();
+                eventually("the file's lock is free", async || {
+                    sqlx::query("BEGIN EXCLUSIVE").execute(&mut connection).await.is_ok()
+                })
+                .await;
+                *held = Some(connection);
+            }
+        }
+    }
+
+    async fn end(&mut self) {
+        match self {
+            Self::Wire(proxy) => proxy.set(Wire::Up),
+            Self::Lock(held, _) => held.take().unwrap().close().await.unwrap(),
+        }
+    }
+}
+
+async fn count(store: &Store, table: &str) -> (i64, HashSet<Uuid>) {
+    let rows: Vec<(String,)> =
+        sqlx::query_as(sqlx::AssertSqlSafe(format!("SELECT id FROM {table}"))).fetch_all(store.database().read()).await.unwrap();
+    (rows.len() as i64, rows.iter().map(|(id,)| id.parse().unwrap()).collect())
+}
+
+/// Four applications and a stream of answers, until told to stop; returns what was accepted and the slowest `record`.
+async fn load(store: Store, stop: Arc<AtomicBool>) -> (HashSet<Uuid>, HashSet<Uuid>, Duration) {
+    let mut senders = Vec::new();
+    for _ in 0..4 {
+        let (store, stop) = (store.clone(), stop.clone());
+        senders.push(tokio::spawn(async move {
+            let mut acknowledged = HashSet::new();
+            while !stop.load(Ordering::Relaxed) {
+                let one = thumb(&store, store.issue_id(), "rater");
+                let id = one.id;
+                store.add_feedback(vec![one]).await.unwrap();
+                acknowledged.insert(id);
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            acknowledged
+        }));
+    }
+    let (mut answers, mut slowest) = (HashSet::new(), Duration::ZERO);
+    while !stop.load(Ordering::Relaxed) {
+        for _ in 0..4 {
+            let one = answer(&store, "ann");
+            let id = one.id;
+            assert!(store.has_room());
+            let start = Instant::now();
+            store.record(one).unwrap();
+            slowest = slowest.max(start.elapsed());
+            answers.insert(id);
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let mut feedback = HashSet::new();
+    for sender in senders {
+        feedback.extend(sender.await.unwrap());
+    }
+    (answers, feedback, slowest)
+}
+
+fn records_go_on_and_are_there_once(wire: Wire) {
+    let body = async |place: &Place| {
+        let (mut outage, options) = Outage::of(place).await;
+        // A queue so small that the spill log is used from within `record`, too.
+        let store = Store::open(StoreOptions { queue: 64, ..options }).await.unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let load = tokio::spawn(load(store.clone(), stop.clone()));
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        outage.begin(wire).await;
+        tokio::time::sleep(Duration::from_secs(8)).await;
+        outage.end().await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        stop.store(true, Ordering::Relaxed);
+        let (answers, feedback, slowest) = load.await.unwrap();
+        eventually("every record is in the database", async || {
+            store.flush().await;
+            count(&store, "inferences").await.1.len() >= answers.len()
+                && count(&store, "feedback").await.1.len() >= feedback.len()
+        })
+        .await;
+        assert_eq!(count(&store, "inferences").await, (answers.len() as i64, answers.clone()));
+        assert_eq!(count(&store, "feedback").await, (feedback.len() as i64, feedback.clone()));
+        assert_eq!(count(&store, "choices").await.0, 2 * answers.len() as i64);
+        assert!(feedback.len() > 500, "feedback was accepted during the outage, too: {}", feedback.len());
+        assert!(slowest < Duration::from_millis(500), "recording never waits for the database: {slowest:?}");
+        eventually("the spill log is empty", async || std::fs::read_dir(place.folder.path().join("spill")).unwrap().count() == 0)
+            .await;
+        store.close().await;
+    };
+    match wire {
+        Wire::Held => each(body),
+        _ => {
+            if let Some(server) = postgres() {
+                on_postgres(&server, &body);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_stopped_database_loses_nothing_and_doubles_nothing() {
+    records_go_on_and_are_there_once(Wire::Cut);
+}
+
+#[test]
+fn a_hanging_database_loses_nothing_and_doubles_nothing() {
+    records_go_on_and_are_there_once(Wire::Held);
+}
+
+#[test]
+fn when_queue_and_spill_log_are_full_new_requests_are_turned_away_and_what_was_taken_arrives() {
+    each(async |place| {
+        let (mut outage, options) = Outage::of(place).await;
+        let store = Store::open(StoreOptions { queue: 16, spill_bytes: 100_000, ..options }).await.unwrap();
+        outage.begin(Wire::Cut).await;
+        let mut taken = HashSet::new();
+        let mut turned_away_at = None;
+        for number in 0..1000 {
+            if turned_away_at.is_none() && !store.has_room() {
+                turned_away_at = Some(number);
+            }
+            let one = answer(&store, "ann");
+            let id = one.id;
+            if store.record(one).is_err() {
+                break;
+            }
+            taken.insert(id);
+            // The writer has to find out that the database is away.
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let room_at = turned_away_at.unwrap();
+        assert!(
+            taken.len() < 1000 && taken.len() >= room_at + 5,
+            "room for running requests: asked {room_at}, full {}",
+            taken.len()
+        );
+        let refused = loop {
+            match store.add_feedback(vec![thumb(&store, store.issue_id(), "rater")]).await {
+                Ok(sent) => assert!(!sent[0].duplicate),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(refused, StoreError::Full(_)), "{refused}");
+        outage.end().await;
+        eventually("there is room again", async || {
+            store.has_room() && !matches!(count(&store, "inferences").await, (n, _) if n < taken.len() as i64)
+        })
+        .await;
+        assert_eq!(count(&store, "inferences").await.1, taken);
+        store.close().await;
+    });
+}
+
+#[test]
+fn feedback_with_an_idempotency_key_is_refused_while_duplicates_cannot_be_known_and_taken_after() {
+    each(async |place| {
+        let (mut outage, options) = Outage::of(place).await;
+        let store = Store::open(options).await.unwrap();
+        let keyed =
+            || tidemill_store::records::Feedback { idempotency_key: Some("k".into()), ..thumb(&store, store.issue_id(), "a") };
+        let first = keyed();
+        let sent = store.add_feedback(vec![first.clone()]).await.unwrap();
+        assert_eq!((sent[0].id, sent[0].duplicate), (first.id, false));
+        outage.begin(Wire::Cut).await;
+        assert!(matches!(store.add_feedback(vec![keyed()]).await, Err(StoreError::Away)));
+        let plain = thumb(&store, store.issue_id(), "a");
+        store.add_feedback(vec![plain.clone()]).await.unwrap();
+        outage.end().await;
+        eventually("the late one is there", async || store.feedback(plain.id).await.unwrap() == Some(plain.clone())).await;
+        // Twice in one request, and again in the next.
+        let sent = store.add_feedback(vec![keyed(), keyed()]).await.unwrap();
+        assert!(sent.iter().all(|one| one.duplicate && one.id == first.id));
+        let same = keyed();
+        let pair = [same.clone(), same.clone()]
+            .map(|one| tidemill_store::records::Feedback { idempotency_key: Some("k2".into()), ..one });
+        let twin = tidemill_store::records::Feedback { id: store.issue_id(), ..pair[1].clone() };
+        let sent = store.add_feedback(vec![pair[0].clone(), twin]).await.unwrap();
+        assert_eq!(sent.iter().map(|one| (one.id, one.duplicate)).collect::<Vec<_>>(), [(same.id, false), (same.id, true)]);
+        store.close().await;
+    });
+}
+
+#[test]
+fn what_waits_in_the_spill_log_survives_a_restart_and_keys_are_known_without_the_database() {
+    each(async |place| {
+        let (mut outage, options) = Outage::of(place).await;
+        let store = Store::open(options.clone()).await.unwrap();
+        let (key, secret) = store.create_key("app", &[tidemill_store::Scope::Chat]).await.unwrap();
+        assert_eq!(store.find_key(&secret).await.unwrap(), Some(key.clone()));
+        assert!(store.any_key().await.unwrap());
+        outage.begin(Wire::Cut).await;
+        let one = answer(&store, "ann");
+        store.record(one.clone()).unwrap();
+        let judged = thumb(&store, one.id, "rater");
+        store.add_feedback(vec![judged.clone()]).await.unwrap();
+        store.flush().await;
+        assert_eq!(store.find_key(&secret).await.unwrap(), Some(key));
+        assert!(store.any_key().await.unwrap());
+        if place.dialect == Dialect::Sqlite {
+            // Closing checkpoints, which needs the lock.
+            outage.end().await;
+        }
+        store.close().await;
+        if place.dialect == Dialect::Postgres {
+            assert!(std::fs::read_dir(place.folder.path().join("spill")).unwrap().count() > 0);
+            outage.end().await;
+        }
+
+        let store = Store::open(options).await.unwrap();
+        eventually("both are there", async || {
+            store.feedback(judged.id).await.unwrap().is_some() && store.inference(one.id).await.unwrap().is_some()
+        })
+        .await;
+        assert_eq!(store.inference(one.id).await.unwrap().unwrap(), one);
+        assert_eq!(store.feedback(judged.id).await.unwrap().unwrap(), judged);
+        store.close().await;
+    });
+}
