@@ -1,0 +1,114 @@
+//! What the store knows about judged answers, as rows are made from it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use tidemill_store::records::Feedback;
+use tidemill_store::{JudgedAnswer, JudgedTask};
+
+use super::{Message, format};
+
+/// A conversation up to an answer, shared by all answers to it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prompt {
+    /// The messages.
+    pub messages: Vec<Message>,
+    /// Equal for equal messages, in hexadecimal.
+    pub key: String,
+}
+
+impl Prompt {
+    /// A prompt with its key.
+    pub fn new(messages: Vec<Message>) -> Self {
+        // Strings, numbers and maps with string keys are always JSON.
+        let canonical = serde_json::to_vec(&messages).unwrap_or_default();
+        Self { key: blake3::hash(&canonical).to_hex()[..32].to_owned(), messages }
+    }
+}
+
+/// An answer that somebody judged.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    /// Id of the inference, or `TASK:a` and `TASK:b` for the texts of a labeling task that came from elsewhere.
+    pub id: String,
+    /// What it answers.
+    pub prompt: Arc<Prompt>,
+    /// What it says.
+    pub text: String,
+    /// Who wrote it.
+    pub model: Option<String>,
+    /// The rollout's variant that wrote it.
+    pub variant: Option<String>,
+    /// Whose request it was.
+    pub user: Option<String>,
+    /// It came to an end, rather than to a fault or a client that left.
+    pub whole: bool,
+    /// The token limit ended it.
+    pub cut_off: bool,
+}
+
+/// What a judgement's target turned out to be.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Target {
+    /// An answer with its texts.
+    Answer(Answer),
+    /// An answer whose texts were not recorded.
+    NotRecorded,
+    /// A text completion: it has no messages to teach.
+    TextCompletion,
+}
+
+/// Feedback and the answers that it is about.
+#[derive(Clone, Debug, Default)]
+pub struct Gathered {
+    /// In any order.
+    pub feedback: Vec<Feedback>,
+    /// By the id that the feedback names. What is missing was erased, has aged out, or never came.
+    pub targets: BTreeMap<String, Target>,
+}
+
+/// What a recorded choice is to a judgement. Prompts of one inference are shared through `prompts`.
+pub fn target(judged: JudgedAnswer, prompts: &mut HashMap<String, Option<Arc<Prompt>>>) -> (String, Target) {
+    if judged.endpoint != "chat" {
+        return (judged.id, Target::TextCompletion);
+    }
+    let prompt = prompts.entry(judged.inference.clone()).or_insert_with(|| {
+        let value = serde_json::from_str(judged.messages.as_deref()?).ok()?;
+        format::messages(&value).map(|messages| Arc::new(Prompt::new(messages)))
+    });
+    let target = match (prompt, judged.text) {
+        (Some(prompt), Some(text)) => Target::Answer(Answer {
+            id: judged.inference,
+            prompt: prompt.clone(),
+            text,
+            model: Some(judged.model),
+            variant: judged.variant,
+            user: judged.user_key,
+            whole: judged.status == "ok",
+            cut_off: judged.finish_reason.as_deref() == Some("length"),
+        }),
+        _ => Target::NotRecorded,
+    };
+    (judged.id, target)
+}
+
+/// The two answers of a labeling task, under the ids that its verdicts use.
+pub fn task_targets(task: JudgedTask) -> [(String, Target); 2] {
+    let prompt = format::messages(&task.prompt).map(|messages| Arc::new(Prompt::new(messages)));
+    let target = |id: &str, text: String| match &prompt {
+        None => Target::NotRecorded,
+        Some(prompt) => Target::Answer(Answer {
+            id: id.to_owned(),
+            prompt: prompt.clone(),
+            text,
+            model: None,
+            variant: None,
+            user: None,
+            whole: true,
+            cut_off: false,
+        }),
+    };
+    let [a, b] = ["a", "b"].map(|side| format!("{}:{side}", task.id));
+    let (first, second) = (target(&a, task.answer_a), target(&b, task.answer_b));
+    [(a, first), (b, second)]
+}

@@ -1,0 +1,188 @@
+//! The plots of the page, as SVG that takes its colours from the page.
+
+use std::fmt::Write;
+
+use super::{
+    Bin, Limit, Share,
+    html::{escape, number},
+    reliability::Rater,
+};
+
+const WIDTH: f64 = 560.0;
+/// Left edge of bars that have names beside them.
+const NAMES: f64 = 150.0;
+const RIGHT: f64 = 56.0;
+const ROW: f64 = 22.0;
+const TOP: f64 = 22.0;
+
+/// The picture's frame; writing to a string cannot fail, so results of `write!` are dropped here and below.
+fn svg(height: f64, label: &str, body: &str) -> String {
+    format!("<svg viewBox=\"0 0 {WIDTH} {height:.0}\" role=\"img\" aria-label=\"{}\">{body}</svg>", escape(label))
+}
+
+/// Bars over the difference of lengths; to the right of zero the chosen answer is the longer one.
+pub(super) fn lengths(bins: &[Bin]) -> String {
+    const HEIGHT: f64 = 240.0;
+    const BASE: f64 = 190.0;
+    let (Some(first), Some(last)) = (bins.first(), bins.last()) else { return String::new() };
+    let most = bins.iter().map(|bin| bin.count).max().unwrap_or(1).max(1) as f64;
+    let (left, right) = (44.0, WIDTH - 12.0);
+    let x = |value: f64| left + (value - first.low) / (last.high - first.low) * (right - left);
+    let y = |count: f64| BASE - count / most * (BASE - TOP);
+    let mut body = String::new();
+    for part in [0.5, 1.0] {
+        let at = y(most * part);
+        let _ = write!(
+            body,
+            "<path class=grid d=\"M{left} {at:.1}H{right}\"/><text class=tick x=\"{:.0}\" y=\"{:.1}\" text-anchor=end>{:.0}</text>",
+            left - 6.0,
+            at + 4.0,
+            most * part
+        );
+    }
+    for bin in bins {
+        let (from, to) = (x(bin.low) + 0.75, x(bin.high) - 0.75);
+        let side = if bin.low + bin.high > 1e-9 { "more" } else { "less" };
+        let top = y(bin.count as f64);
+        let _ = write!(
+            body,
+            "<rect class={side} x=\"{from:.1}\" y=\"{top:.1}\" width=\"{:.1}\" height=\"{:.1}\"><title>{:.0} to {:.0} characters: {} \
+             pairs</title></rect>",
+            to - from,
+            BASE - top,
+            bin.low,
+            bin.high,
+            bin.count
+        );
+    }
+    let _ = write!(body, "<path class=axis d=\"M{left} {BASE}H{right}\"/><path class=zero d=\"M{0:.1} {TOP}V{BASE}\"/>", x(0.0));
+    for value in [first.low, first.low / 2.0, 0.0, last.high / 2.0, last.high] {
+        let anchor = if value == first.low {
+            "start"
+        } else if value == last.high {
+            "end"
+        } else {
+            "middle"
+        };
+        let _ = write!(
+            body,
+            "<text class=tick x=\"{:.1}\" y=\"{:.1}\" text-anchor={anchor}>{}</text>",
+            x(value),
+            BASE + 16.0,
+            number(value.round())
+        );
+    }
+    let _ = write!(
+        body,
+        "<text class=note x=\"{left}\" y=\"{0:.0}\">← rejected is longer</text><text class=note x=\"{right}\" y=\"{0:.0}\" \
+         text-anchor=end>chosen is longer →</text>",
+        BASE + 38.0
+    );
+    svg(HEIGHT, "Characters of the chosen answer less those of the rejected", &body)
+}
+
+/// A bar per person, and the thresholds.
+pub(super) fn shares(shares: &[Share], limit: Option<Limit>, label: &str) -> String {
+    let Some(largest) = shares.iter().map(|share| share.share).reduce(f64::max) else { return String::new() };
+    let reach = (1.15 * largest).max(limit.map_or(0.0, |limit| 1.1 * limit.warn)).min(1.0);
+    let x = |value: f64| NAMES + value / reach * (WIDTH - NAMES - RIGHT);
+    let bottom = TOP + ROW * shares.len() as f64;
+    let mut body = String::new();
+    for (place, share) in shares.iter().enumerate() {
+        let y = TOP + ROW * place as f64;
+        let class = limit.map_or("more", |limit| bar(limit, share.share));
+        let _ = write!(
+            body,
+            "{}<rect class={class} x=\"{NAMES}\" y=\"{:.1}\" width=\"{:.1}\" height=\"{:.1}\"><title>{:.1} rows</title></rect><text \
+             class=value x=\"{:.1}\" y=\"{:.1}\">{:.1} %</text>",
+            name(&share.person, y),
+            y + 3.0,
+            (x(share.share) - NAMES).max(1.0),
+            ROW - 6.0,
+            share.rows,
+            x(share.share) + 6.0,
+            y + 15.5,
+            100.0 * share.share
+        );
+    }
+    let _ = write!(body, "<path class=axis d=\"M{NAMES} {TOP}V{bottom:.1}\"/>");
+    for (word, value) in limit.map(|limit| [("warn", limit.warn), ("fail", limit.fail)]).into_iter().flatten() {
+        if value <= reach {
+            let _ = write!(body, "{}", threshold(word, x(value), bottom));
+        }
+    }
+    svg(bottom + 6.0, label, &body)
+}
+
+/// A dot and an interval per rater, from against the others (−1) to always right (1).
+pub(super) fn reliability(raters: &[Rater], limit: Option<Limit>) -> String {
+    if raters.is_empty() {
+        return String::new();
+    }
+    let lowest = raters.iter().map(|rater| rater.interval.low).fold(0.0, f64::min).max(-1.0);
+    let x = |value: f64| NAMES + (value.clamp(lowest, 1.0) - lowest) / (1.0 - lowest) * (WIDTH - NAMES - RIGHT);
+    let bottom = TOP + ROW * raters.len() as f64;
+    let mut body = String::new();
+    for value in [-1.0, -0.5, 0.0, 0.5, 1.0].into_iter().filter(|value| *value >= lowest) {
+        let _ = write!(
+            body,
+            "<path class=grid d=\"M{0:.1} {TOP}V{bottom:.1}\"/><text class=tick x=\"{0:.1}\" y=\"{1:.1}\" text-anchor=middle>{2}</text>",
+            x(value),
+            bottom + 16.0,
+            number(value)
+        );
+    }
+    for (place, rater) in raters.iter().enumerate() {
+        let y = TOP + ROW * place as f64;
+        let class = limit.map_or("more", |limit| bar(limit, rater.interval.high));
+        let (middle, text) = (y + 11.0, y + 15.5);
+        let (low, high, at) = (x(rater.interval.low), x(rater.interval.high), x(rater.skill));
+        let Rater { skill, accuracy, judgements, .. } = rater;
+        let _ = write!(
+            body,
+            "{}<path class=\"whisker {class}\" d=\"M{low:.1} {middle:.1}H{high:.1}\"/><circle class={class} cx=\"{at:.1}\" \
+             cy=\"{middle:.1}\" r=\"5\"><title>skill {skill:.2}, accuracy {accuracy:.2}, {judgements} judgements</title></circle><text \
+             class=value x=\"{:.1}\" y=\"{text:.1}\">{skill:.2}</text>",
+            name(&rater.rater, y),
+            WIDTH - RIGHT + 12.0,
+        );
+    }
+    for (word, value) in limit.map(|limit| [("warn", limit.warn), ("fail", limit.fail)]).into_iter().flatten() {
+        let _ = write!(body, "{}", threshold(word, x(value), bottom));
+    }
+    svg(bottom + 22.0, "Skill of each rater with its 95 % interval", &body)
+}
+
+/// A person's name at the left of a row, cut to fit.
+fn name(person: &str, y: f64) -> String {
+    const LETTERS: usize = 18;
+    let cut: String = if person.chars().count() > LETTERS {
+        person.chars().take(LETTERS - 1).chain(['…']).collect()
+    } else {
+        person.to_owned()
+    };
+    format!(
+        "<text class=name x=\"{:.0}\" y=\"{:.1}\" text-anchor=end>{}<title>{}</title></text>",
+        NAMES - 8.0,
+        y + 15.5,
+        escape(&cut),
+        escape(person)
+    )
+}
+
+fn threshold(word: &str, x: f64, bottom: f64) -> String {
+    format!(
+        "<path class=\"limit {word}\" d=\"M{x:.1} {:.1}V{bottom:.1}\"/><text class=\"tick {word}\" x=\"{x:.1}\" y=\"{:.1}\" \
+         text-anchor=middle>{word}</text>",
+        TOP - 4.0,
+        TOP - 8.0
+    )
+}
+
+fn bar(limit: Limit, evidence: f64) -> &'static str {
+    match limit.status(evidence) {
+        super::Status::Fail => "fail",
+        super::Status::Warn => "warn",
+        _ => "more",
+    }
+}
