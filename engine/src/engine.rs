@@ -184,7 +184,7 @@ impl Engine {
         if let Err(waiting) = inner.status.waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more) {
             return Err(SubmitError::QueueFull { waiting, limit, retry_after_s: self.retry_after(waiting) });
         }
-        let seed = request.sampling.seed.unwrap_or_else(|| self.fresh_seed());
+        let seed = request.sampling.seed.unwrap_or_else(|| self.draw_seed());
         let (events, receiver) = flume::bounded(client::capacity(request.sampling.n));
         let submission = Submission { request: Arc::new(request), seed, events, arrived: Instant::now() };
         match inner.commands.try_send(Command::Submit(submission)) {
@@ -286,7 +286,8 @@ impl Engine {
         self.inner.commands.try_send(Command::Wake).ok();
     }
 
-    fn fresh_seed(&self) -> u64 {
+    /// A seed for a request that brings none; [`Engine::submit`] draws one itself when it must. Drawn by the caller, it can be recorded.
+    pub fn draw_seed(&self) -> u64 {
         crate::batch::stream_seed(self.inner.seed, self.inner.seeds.fetch_add(1, Ordering::Relaxed) + 1)
     }
 

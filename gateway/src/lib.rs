@@ -11,9 +11,15 @@
 pub mod chat;
 pub mod cli;
 pub mod config;
+pub mod console;
+pub mod datasets;
 pub mod engine_bench;
+pub mod feedback;
 pub mod http;
+pub mod interchange;
+pub mod labeling;
 pub mod openai;
 pub mod pull;
+pub mod recording;
 pub mod telemetry;
 pub mod upstream;

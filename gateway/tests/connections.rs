@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use support::{MODEL, Setup, chat};
 use tidemill::http::server::Server;
-use tidemill::http::{App, drain::Drain, limits::BodyLimits};
+use tidemill::http::{App, limits::BodyLimits};
 use tidemill::upstream::{Registry, Upstream};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -151,12 +151,7 @@ async fn a_full_queue_is_a_503_with_retry_after() {
 
 #[tokio::test]
 async fn while_weights_load_the_socket_answers_and_says_so() {
-    let app = App {
-        registry: Arc::new(Registry::new([MODEL.to_owned()])),
-        drain: Drain::default(),
-        body: BodyLimits::default(),
-        metrics: None,
-    };
+    let app = App { registry: Arc::new(Registry::new([MODEL.to_owned()])), ..Setup::default().app() };
     let server = start(app.clone()).await;
     assert!(server.get("/health").await.starts_with("HTTP/1.1 200"));
     let ready = server.get("/ready").await;

@@ -21,6 +21,8 @@ pub enum Command {
     Run(RunArgs),
     /// Start several servers in turn as a plan describes, measure each, write tables and a plot.
     Compare(CompareArgs),
+    /// Measure how fast a Tidemill server takes and acknowledges feedback.
+    Feedback(FeedbackArgs),
     /// Print prompts as a JSON array.
     Prompts(PromptArgs),
 }
@@ -80,6 +82,32 @@ pub struct RunArgs {
     /// Seconds that one request may take.
     #[arg(long, default_value_t = 120.0)]
     pub request_timeout: f64,
+    /// Print the result as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Allow a server that is not on this machine.
+    #[arg(long)]
+    pub allow_remote: bool,
+}
+
+/// Measure feedback.
+#[derive(Debug, Args)]
+pub struct FeedbackArgs {
+    /// Base URL of the API, with its version part.
+    #[arg(long, default_value = "http://127.0.0.1:8080/v1")]
+    pub base_url: String,
+    /// A model, asked for the one answer that is judged.
+    #[arg(short, long, default_value = "default")]
+    pub model: String,
+    /// Connections, each with one request at a time.
+    #[arg(short = 'c', long, default_value_t = 16)]
+    pub connections: usize,
+    /// Judgements per request; more than one is sent as an array.
+    #[arg(long, default_value_t = 1)]
+    pub batch: usize,
+    /// Seconds.
+    #[arg(long, default_value_t = 10.0)]
+    pub duration: f64,
     /// Print the result as JSON.
     #[arg(long)]
     pub json: bool,

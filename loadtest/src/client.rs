@@ -6,7 +6,7 @@ use crate::target::Target;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1::{self, SendRequest};
-use hyper::{Method, Request, Response, body::Incoming};
+use hyper::{Method, Request, Response, StatusCode, body::Incoming};
 use hyper_util::rt::TokioIo;
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
@@ -62,6 +62,22 @@ impl Client {
                 Exchange::failed(format!("no end of the answer within {} s", limit.as_secs_f32()))
             }
         }
+    }
+
+    /// Posts `body` and reads the whole answer within `limit`.
+    pub async fn post(&mut self, body: Bytes, limit: Duration) -> Result<(StatusCode, Bytes), String> {
+        let exchange = async {
+            let response = self.send(Method::POST, body).await?;
+            let status = response.status();
+            let body = response.into_body().collect().await.map_err(|error| format!("the answer broke off: {error}"))?;
+            Ok((status, body.to_bytes()))
+        };
+        let result = tokio::time::timeout(limit, exchange).await;
+        let result = result.unwrap_or_else(|_| Err(format!("no end of the answer within {} s", limit.as_secs_f32())));
+        if result.is_err() {
+            self.sender = None;
+        }
+        result
     }
 
     async fn exchange(&mut self, body: Bytes) -> Exchange {

@@ -32,6 +32,9 @@ pub enum LoadtestError {
     /// `--body` is not a JSON object.
     #[error("--body: {0}; give a JSON object such as '{{\"ignore_eos\": true}}'")]
     Body(String),
+    /// No answer to judge.
+    #[error("the server gave no answer that could be judged: {0}")]
+    Answer(String),
     /// The document has no place for the results.
     #[error("{path} has no `{begin}` … `{end}` markers; add the two lines where the results belong")]
     Markers {

@@ -1,7 +1,7 @@
 //! Load generator for any OpenAI-compatible server, and side-by-side comparison of servers.
 //!
 //! `run` measures one server in a closed loop (`load`), `compare` starts several in turn from a plan and writes tables and
-//! a plot, `prompts` prints the texts that both send. It is one thread, because it shares its cores with the server: no
+//! a plot, `prompts` prints the texts that both send, `feedback` measures how fast Tidemill takes judgements. It is one thread, because it shares its cores with the server: no
 //! chunk is parsed as JSON, nothing is spawned per request. What holds: a number is never reported without the errors
 //! that belong to it, and no server that `compare` started outlives it.
 
@@ -11,6 +11,7 @@ mod client;
 mod compare;
 mod document;
 mod error;
+mod feedback;
 mod harness;
 mod interrupt;
 mod load;
@@ -49,6 +50,7 @@ fn start(cli: &Cli) -> Result<ExitCode, LoadtestError> {
         match &cli.command {
             Command::Run(args) => run::run(args).await,
             Command::Compare(args) => compare::compare(args).await,
+            Command::Feedback(args) => feedback::run(args).await,
             Command::Prompts(args) => {
                 let prompts = prompts::Prompts::new(args.seed, args.prefix, args.prompt_tokens, args.shared_tokens);
                 let texts: Vec<String> = (0..args.requests).map(|index| prompts.get(index)).collect();

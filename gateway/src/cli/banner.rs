@@ -38,15 +38,20 @@ fn model_lines(model: &LocalModel, path: &Path, took: Duration) -> String {
 }
 
 /// Everything is loaded: a command to try.
-pub fn ready(model: &str, address: SocketAddr) {
+pub fn ready(model: &str, address: SocketAddr, keys: bool) {
     let base = format!("http://{}", reachable(address));
     let question = serde_json::json!([{"role": "user", "content": "What is a tide mill?"}]);
     // Bounded: a small model left to itself may talk until its context is full.
     let body = serde_json::json!({"model": model, "messages": question, "max_tokens": 128});
     // Single quotes inside single quotes, as a shell reads them.
     let body = body.to_string().replace('\'', r"'\''");
+    let (note, header) = if keys {
+        ("OpenAI's API; keys from `tidemill key create`", " -H \"Authorization: Bearer $TIDEMILL_KEY\"")
+    } else {
+        ("OpenAI's API; no key yet, so only this machine can connect", "")
+    };
     say(&format!(
-        "\nReady at {base}/v1  (OpenAI's API; any key)\n\n  curl {base}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n\n"
+        "\nReady at {base}/v1  ({note})\n\n  curl {base}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{body}'\n\n"
     ));
 }
 

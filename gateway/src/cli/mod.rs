@@ -3,9 +3,14 @@
 mod banner;
 mod bench;
 mod chat;
+mod data;
+mod dataset;
+mod key;
+mod label;
 mod pull;
 mod serve;
 mod shutdown;
+mod store_args;
 
 use clap::{Parser, Subcommand};
 use std::io::Write;
@@ -27,17 +32,32 @@ enum Command {
     Pull(pull::PullArgs),
     /// Chat in the terminal with any OpenAI-compatible server.
     Chat(chat::ChatArgs),
+    /// Build, read and exchange datasets.
+    Dataset(Box<dataset::DatasetArgs>),
     /// Measure the engine alone on a model, without HTTP.
     Bench(bench::BenchArgs),
+    /// Make, list and revoke API keys.
+    Key(key::KeyArgs),
+    /// Erase a person's records.
+    Data(data::DataArgs),
+    /// Move labeling queues to Label Studio or Argilla and back.
+    Label(label::LabelArgs),
 }
 
 /// Runs the command line and says how it ended.
 pub fn run() -> ExitCode {
     let result: Result<(), Box<dyn std::error::Error>> = match Cli::parse().command {
+        Command::Dataset(args) => match dataset::run(&args) {
+            Ok(status) => return status,
+            Err(error) => Err(error),
+        },
         Command::Serve(args) => serve::run(&args).map_err(Into::into),
         Command::Pull(args) => pull::run(&args).map_err(Into::into),
         Command::Chat(args) => chat::run(&args).map_err(Into::into),
         Command::Bench(args) => bench::run(&args).map_err(Into::into),
+        Command::Key(args) => key::run(&args).map_err(Into::into),
+        Command::Data(args) => data::run(&args).map_err(Into::into),
+        Command::Label(args) => label::run(&args).map_err(Into::into),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -49,10 +69,40 @@ pub fn run() -> ExitCode {
     }
 }
 
+/// `2026-11-22 14:05` in universal time, of microseconds since 1970.
+fn when(micros: i64) -> String {
+    let minutes = micros.div_euclid(60_000_000);
+    let (days, minute) = (minutes.div_euclid(1440), minutes.rem_euclid(1440));
+    // Days to a date by eras of 400 years that begin in March: http://howardhinnant.github.io/date_algorithms.html#civil_from_days
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted.div_euclid(146_097), shifted.rem_euclid(146_097));
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let march_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * march_month + 2) / 5 + 1;
+    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02} {:02}:{:02}", minute / 60, minute % 60)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use clap::CommandFactory;
+
+    #[test]
+    fn dates_are_right_at_leap_days_and_year_ends() {
+        // Seconds from `date -u -d '…' +%s`.
+        for (seconds, date) in [
+            (0, "1970-01-01 00:00"),
+            (951_782_399, "2000-02-28 23:59"),
+            (951_782_400, "2000-02-29 00:00"),
+            (1_735_689_599, "2024-12-31 23:59"),
+            (1_795_356_300, "2026-11-22 14:05"),
+        ] {
+            assert_eq!(when(seconds * 1_000_000), date);
+        }
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -3,19 +3,21 @@
 use crate::cli::banner;
 use crate::cli::shutdown::{Ended, leave_in_good_order};
 use crate::config::{Config, ConfigError, Layer, ModelSpec, Origin};
-use crate::http::App;
+use crate::datasets::DatasetJobs;
 use crate::http::drain::Drain;
 use crate::http::limits::BodyLimits;
 use crate::http::server::Server;
+use crate::http::{App, Auth};
 use crate::telemetry::{self, TelemetryError};
 use crate::upstream::{LocalModel, Registry, Upstream};
 use metrics_exporter_prometheus::PrometheusHandle;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tidemill_engine::{Engine, StartError};
+use tidemill_store::{DataDir, Retention, Store, StoreOptions};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
@@ -77,6 +79,27 @@ pub struct ServeArgs {
     /// Connections at once; more wait [default: 4096]
     #[arg(long, value_name = "N")]
     max_connections: Option<String>,
+    /// Where records are kept: postgres://USER:PASSWORD@HOST/NAME [default: SQLite in the data directory]
+    #[arg(long, value_name = "URL")]
+    database: Option<String>,
+    /// Folder or URL that holds the datasets' tables [default: datasets in the data directory]
+    #[arg(long, value_name = "PLACE")]
+    datasets: Option<String>,
+    /// How much of each answer is recorded: full, metadata, off [default: full]
+    #[arg(long, value_name = "LEVEL")]
+    record: Option<String>,
+    /// Share of the answers that is recorded [default: 1]
+    #[arg(long, value_name = "0..1")]
+    record_share: Option<String>,
+    /// Most bytes of records that wait on disk while the database is away [default: 1GiB]
+    #[arg(long, value_name = "SIZE")]
+    spill_size: Option<String>,
+    /// Remove recorded answers older than this, such as 90d [default: never]
+    #[arg(long, value_name = "TIME")]
+    retention_age: Option<String>,
+    /// Remove the oldest recorded answers beyond this size [default: no limit]
+    #[arg(long, value_name = "SIZE")]
+    retention_size: Option<String>,
     /// Log filter, such as info,tidemill=debug [default: info]
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
@@ -112,6 +135,13 @@ impl ServeArgs {
             ("drain_timeout", &self.drain_timeout),
             ("max_body", &self.max_body),
             ("max_connections", &self.max_connections),
+            ("database", &self.database),
+            ("datasets", &self.datasets),
+            ("record", &self.record),
+            ("record_share", &self.record_share),
+            ("spill_size", &self.spill_size),
+            ("retention_age", &self.retention_age),
+            ("retention_size", &self.retention_size),
             ("log", &self.log),
             ("log_format", &self.log_format),
         ];
@@ -134,6 +164,11 @@ pub enum ServeError {
     /// The data directory is taken or unwritable.
     #[error("{0}")]
     Store(#[from] tidemill_store::StoreError),
+    /// Others could reach it, and nobody would be asked who they are.
+    #[error(
+        "there is no API key yet, so this server may only listen on this machine, not on {0}; make a key with `tidemill key create --name NAME --scope chat,feedback`, or leave out --host"
+    )]
+    NoKey(IpAddr),
     /// The system gives no threads.
     #[error("cannot start threads: {0}")]
     Threads(std::io::Error),
@@ -164,27 +199,53 @@ pub fn run(args: &ServeArgs) -> Result<(), ServeError> {
     telemetry::init_logs(&config.log, config.log_format)?;
     let metrics = telemetry::init_metrics()?;
     let models = config.resolve_models()?;
-    let _lock = tidemill_store::DataDir::new(&config.data).lock()?;
-    let app = App {
-        registry: Arc::new(Registry::new(models.iter().map(|model| model.name.clone()))),
-        drain: Drain::default(),
-        body: BodyLimits { bytes: config.max_body, ..BodyLimits::default() },
-        metrics: Some(metrics),
-    };
+    let _lock = DataDir::new(&config.data).lock()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(network_threads())
         .thread_name("tidemill-net")
         .enable_all()
         .build()
         .map_err(ServeError::Threads)?;
-    let result = runtime.block_on(serve(config, models, app));
+    let result = runtime.block_on(async {
+        let app = open(&config, &models, metrics).await?;
+        let (store, datasets) = (app.store.clone(), app.datasets.clone());
+        let result = serve(config, models, app).await;
+        datasets.close().await;
+        // Last of all: answers that were cut off on the way out are records, too.
+        store.close().await;
+        result
+    });
     // Work that nobody waits for any more must not hold up the exit.
     runtime.shutdown_background();
     result
 }
 
+/// Opens the store and puts together what handlers see.
+async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle) -> Result<App, ServeError> {
+    let data = DataDir::new(&config.data);
+    let retention = Retention { max_age: config.retention_age, max_bytes: config.retention_size };
+    let defaults = StoreOptions::new(data);
+    let options = StoreOptions { url: config.database.clone(), spill_bytes: config.spill_size, retention, ..defaults };
+    let store = Store::open(options).await?;
+    let has_key = store.any_key().await?;
+    if !has_key && !config.host.is_loopback() {
+        return Err(ServeError::NoKey(config.host));
+    }
+    Ok(App {
+        registry: Arc::new(Registry::new(models.iter().map(|model| model.name.clone()))),
+        drain: Drain::default(),
+        body: BodyLimits { bytes: config.max_body, ..BodyLimits::default() },
+        metrics: Some(metrics),
+        auth: Auth::new(store.clone(), has_key),
+        datasets: DatasetJobs::new(store.clone(), &config.datasets_root()),
+        store,
+        recording: Arc::new(config.recording.clone()),
+        feedback_metrics: Arc::new(config.metrics.clone()),
+    })
+}
+
 /// Variables that are text; others cannot be ours.
-fn utf8_environment() -> impl Iterator<Item = (String, String)> {
+pub(super) fn utf8_environment() -> impl Iterator<Item = (String, String)> {
     std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)))
 }
 
@@ -209,7 +270,7 @@ async fn serve(config: Config, models: Vec<ModelSpec>, app: App) -> Result<(), S
     let loader = {
         let app = app.clone();
         move || {
-            let loaded = catch_unwind(AssertUnwindSafe(|| load_all(&config, &models, &app.registry, address)));
+            let loaded = catch_unwind(AssertUnwindSafe(|| load_all(&config, &models, &app, address)));
             if let Err(error) = loaded.unwrap_or(Err(ServeError::Loader)) {
                 // The receiver is gone only when the server is leaving anyway.
                 let _ = failed.send(error);
@@ -219,6 +280,7 @@ async fn serve(config: Config, models: Vec<ModelSpec>, app: App) -> Result<(), S
     if let Some(metrics) = app.metrics.clone() {
         tokio::spawn(fold_metrics(metrics));
     }
+    tokio::spawn(crate::labeling::filler::keep_filling(app.clone()));
     std::thread::Builder::new().name("tidemill-load".into()).spawn(loader).map_err(ServeError::Threads)?;
     let (ended, result) = oneshot::channel();
     let leave = async {
@@ -240,7 +302,7 @@ async fn fold_metrics(metrics: PrometheusHandle) {
     }
 }
 
-fn load_all(config: &Config, models: &[ModelSpec], registry: &Registry, address: SocketAddr) -> Result<(), ServeError> {
+fn load_all(config: &Config, models: &[ModelSpec], app: &App, address: SocketAddr) -> Result<(), ServeError> {
     for model in models {
         let start = Instant::now();
         let engine = Engine::start(config.engine_options(model, models.len()), &mut |_, _| {})
@@ -248,10 +310,10 @@ fn load_all(config: &Config, models: &[ModelSpec], registry: &Registry, address:
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let loaded = LocalModel::new(engine, created);
         banner::loaded(&loaded, &model.path, start.elapsed());
-        registry.loaded(&model.name, Upstream::Local(Arc::new(loaded)));
+        app.registry.loaded(&model.name, Upstream::Local(Arc::new(loaded)));
     }
     if let Some(first) = models.first() {
-        banner::ready(&first.name, address);
+        banner::ready(&first.name, address, app.auth.has_keys());
     }
     Ok(())
 }

@@ -1,9 +1,11 @@
 //! `tidemill.toml`.
 
-use crate::config::layer::{Layer, Origin};
+use crate::config::layer::{Layer, NamedTable, Origin, Setting};
+use crate::config::tables::TABLES;
 use crate::config::{ConfigError, KEYS};
 use std::ops::Range;
 use std::path::Path;
+use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 /// Reads the file.
@@ -22,6 +24,10 @@ fn parse(path: &Path, text: &str) -> Result<Layer, ConfigError> {
     let mut layer = Layer::default();
     for (name, value) in table.get_ref() {
         let line = line_of(name.span());
+        if let Some(table) = TABLES.iter().find(|table| **table == name.get_ref().as_ref()) {
+            named_tables(path, table, value, &line_of, &mut layer)?;
+            continue;
+        }
         let Some(key) = KEYS.iter().find(|key| **key == name.get_ref().as_ref()) else {
             let written = name.get_ref().to_string();
             let place = format!("{}:{line}", path.display());
@@ -35,6 +41,9 @@ fn parse(path: &Path, text: &str) -> Result<Layer, ConfigError> {
                     layer.push(key, scalar(item.get_ref(), &origin)?, origin);
                 }
             }
+            DeValue::Float(number) if *key == "record_share" => {
+                layer.push(key, number.as_str().to_owned(), origin(value.span()));
+            }
             other => {
                 let origin = origin(value.span());
                 layer.push(key, scalar(other, &origin)?, origin);
@@ -42,6 +51,41 @@ fn parse(path: &Path, text: &str) -> Result<Layer, ConfigError> {
         }
     }
     Ok(layer)
+}
+
+/// `[table.name]` with its keys, for each name.
+fn named_tables(
+    path: &Path,
+    table: &'static str,
+    value: &Spanned<DeValue<'_>>,
+    line_of: &dyn Fn(Range<usize>) -> usize,
+    layer: &mut Layer,
+) -> Result<(), ConfigError> {
+    let origin = |span: Range<usize>, key: String| Origin::Table { path: path.to_owned(), line: line_of(span), key };
+    let inside = |value: &Spanned<DeValue<'_>>, key: &str| match value.get_ref() {
+        DeValue::Table(_) => Ok(()),
+        _ => Err(ConfigError::Value {
+            place: origin(value.span(), key.to_owned()).to_string(),
+            message: format!("expected a table such as [{table}.NAME]"),
+        }),
+    };
+    inside(value, table)?;
+    for (name, entry) in value.get_ref().as_table().into_iter().flatten() {
+        let key = format!("{table}.{}", name.get_ref());
+        inside(entry, &key)?;
+        let mut settings = Vec::new();
+        for (field, value) in entry.get_ref().as_table().into_iter().flatten() {
+            let origin = origin(value.span(), format!("{key}.{}", field.get_ref()));
+            let text = match value.get_ref() {
+                DeValue::Float(number) => number.as_str().to_owned(),
+                other => scalar(other, &origin)?,
+            };
+            settings.push((field.get_ref().to_string(), Setting { text, origin }));
+        }
+        let origin = origin(name.span(), key);
+        layer.tables.push(NamedTable { table, name: name.get_ref().to_string(), origin, settings });
+    }
+    Ok(())
 }
 
 fn scalar(value: &DeValue<'_>, origin: &Origin) -> Result<String, ConfigError> {
@@ -67,7 +111,7 @@ fn hint(written: &str) -> String {
     let near = KEYS.iter().map(|key| (distance(key, &normal), key)).min();
     match near {
         Some((distance, key)) if distance <= 2 => format!("; did you mean `{key}`?"),
-        _ => format!("; the keys are {}", KEYS.join(", ")),
+        _ => format!("; the keys are {}, and the tables {}", KEYS.join(", "), TABLES.join(", ")),
     }
 }
 

@@ -19,6 +19,15 @@ pub enum Origin {
         /// The key.
         key: &'static str,
     },
+    /// In a table of a file.
+    Table {
+        /// Which file.
+        path: PathBuf,
+        /// First line is 1.
+        line: usize,
+        /// Such as `metrics.helpful.max`.
+        key: String,
+    },
 }
 
 impl std::fmt::Display for Origin {
@@ -27,6 +36,7 @@ impl std::fmt::Display for Origin {
             Origin::Flag(key) => write!(f, "--{}", key.replace('_', "-")),
             Origin::Variable(key) => write!(f, "{}", variable(key)),
             Origin::File { path, line, key } => write!(f, "{}:{line}: `{key}`", path.display()),
+            Origin::Table { path, line, key } => write!(f, "{}:{line}: `{key}`", path.display()),
         }
     }
 }
@@ -50,10 +60,32 @@ impl Setting {
     }
 }
 
+/// A table such as `[metrics.helpful]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedTable {
+    /// `metrics` or `recording`.
+    pub table: &'static str,
+    /// `helpful`.
+    pub name: String,
+    /// Where it begins.
+    pub origin: Origin,
+    /// Its keys.
+    pub settings: Vec<(String, Setting)>,
+}
+
+impl NamedTable {
+    /// The value of a key.
+    pub fn get(&self, key: &str) -> Option<&Setting> {
+        self.settings.iter().find(|(name, _)| name == key).map(|(_, setting)| setting)
+    }
+}
+
 /// Settings of one source.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Layer {
     settings: Vec<(&'static str, Setting)>,
+    /// Tables, which only a file has.
+    pub tables: Vec<NamedTable>,
 }
 
 impl Layer {

@@ -3,11 +3,14 @@
 mod file;
 mod layer;
 pub mod model_spec;
+mod tables;
 mod value;
 
 pub use layer::{Layer, Origin};
 pub use model_spec::{DEFAULT_MODEL, ModelSpec, models_dir};
 
+use crate::feedback::Metrics;
+use crate::recording::{Level, Recording};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,7 +21,7 @@ use tidemill_kernels::{KvDtype, WeightFormat};
 pub const DEFAULT_FILE: &str = "tidemill.toml";
 
 /// Every setting, by its name in the file. The flag is the same with dashes, the variable the same in capitals after `TIDEMILL_`.
-pub const KEYS: [&str; 20] = [
+pub const KEYS: [&str; 27] = [
     "model",
     "host",
     "port",
@@ -37,6 +40,13 @@ pub const KEYS: [&str; 20] = [
     "drain_timeout",
     "max_body",
     "max_connections",
+    "database",
+    "datasets",
+    "record",
+    "record_share",
+    "spill_size",
+    "retention_age",
+    "retention_size",
     "log",
     "log_format",
 ];
@@ -145,6 +155,20 @@ pub struct Config {
     pub max_body: usize,
     /// Most connections at once.
     pub max_connections: usize,
+    /// A Postgres URL; `None` is SQLite in the data directory.
+    pub database: Option<String>,
+    /// Folder or URL of the datasets' tables; `None` is a folder in the data directory.
+    pub datasets: Option<String>,
+    /// Which answers are recorded, and how much of them.
+    pub recording: Recording,
+    /// Most bytes of records that wait on disk while the database is away.
+    pub spill_size: u64,
+    /// Records older than this are removed.
+    pub retention_age: Option<Duration>,
+    /// The oldest records are removed beyond this many bytes.
+    pub retention_size: Option<u64>,
+    /// Metrics that feedback may name.
+    pub metrics: Metrics,
     /// Log filter, such as `info,tidemill=debug`.
     pub log: String,
     /// How log lines look.
@@ -152,6 +176,11 @@ pub struct Config {
 }
 
 impl Config {
+    /// Where the datasets' tables are.
+    pub fn datasets_root(&self) -> String {
+        self.datasets.clone().unwrap_or_else(|| self.data.join("datasets").to_string_lossy().into_owned())
+    }
+
     /// Merges the flags with the environment, the file (named by the `config` flag or `TIDEMILL_CONFIG`, or `tidemill.toml` where
     /// there is one) and the defaults.
     pub fn load(flags: Layer, file: Option<&Path>, env: impl IntoIterator<Item = (String, String)>) -> Result<Self, ConfigError> {
@@ -203,6 +232,17 @@ impl Config {
             drain_timeout: get("drain_timeout").map_or(Ok(Duration::from_secs(30)), |s| s.parse(value::duration))?,
             max_body: get("max_body").map_or(Ok(10 << 20), |s| s.parse(value::size))?,
             max_connections: count("max_connections", 1)?.unwrap_or(4096),
+            database: get("database").map(|s| s.text.clone()),
+            datasets: get("datasets").map(|s| s.text.clone()),
+            recording: Recording {
+                level: get("record").map_or(Ok(Level::Full), |s| s.parse(tables::level))?,
+                share: get("record_share").map_or(Ok(1.0), |s| s.parse(value::share))?,
+                routes: tables::recording(layers)?,
+            },
+            spill_size: get("spill_size").map_or(Ok(1 << 30), |s| s.parse(value::size))? as u64,
+            retention_age: get("retention_age").map(|s| s.parse(value::age)).transpose()?,
+            retention_size: get("retention_size").map(|s| s.parse(value::size)).transpose()?.map(|bytes| bytes as u64),
+            metrics: tables::metrics(layers)?,
             log: get("log").map_or_else(|| "info".to_owned(), |s| s.text.clone()),
             log_format: get("log_format").map_or(Ok(LogFormat::Text), |s| {
                 s.parse(|text| value::choice(text, &[("text", LogFormat::Text), ("json", LogFormat::Json)]))

@@ -60,3 +60,38 @@ fn kubernetes_service_links_are_left_alone() {
         Config::load(Layer::default(), None, env(&[("TIDEMILL_PORT", "tcp://10.0.0.7:8080"), ("TIDEMILL_SERVICE_HOST", "x")]));
     assert_eq!(config.unwrap().port, 8080);
 }
+
+#[test]
+fn tables_declare_metrics_and_what_is_recorded() {
+    let text = "record = \"metadata\"\nrecord_share = 0.5\n[metrics.helpful]\ntype = \"number\"\noptimize = \"max\"\nmin = 0\nmax = 10.5\n\
+                [metrics.solved]\ntype = \"boolean\"\noptimize = \"max\"\nclosed = true\nlevel = \"conversation\"\n\
+                [recording.\"org/m\"]\nrecord = \"full\"\n[recording.chat]\nshare = 0.1\n";
+    let (_folder, path) = written(text);
+    let config = Config::load(Layer::default(), Some(&path), env(&[])).unwrap();
+    let helpful = config.metrics.get("helpful").unwrap();
+    assert_eq!((helpful.min, helpful.max, helpful.closed), (Some(0.0), Some(10.5), false));
+    assert!(config.metrics.get("solved").unwrap().closed);
+    assert_eq!((config.recording.level, config.recording.share), (Level::Metadata, 0.5));
+    assert_eq!(config.recording.of("chat", "org/m"), (Level::Full, 0.1));
+    assert_eq!(config.recording.of("completion", "other"), (Level::Metadata, 0.5));
+}
+
+#[test]
+fn a_wrong_table_names_its_line_and_key() {
+    for (text, expected) in [
+        ("[metrics.a]\ntype = \"text\"", "tidemill.toml:2: `metrics.a.type`: expected one of number, boolean"),
+        ("\n[metrics.a]\ntype = \"number\"", "tidemill.toml:2: `metrics.a`: needs `optimize"),
+        (
+            "[metrics.a]\ntype = \"number\"\noptimize = \"max\"\nmin = 2\nmax = 1",
+            "tidemill.toml:5: `metrics.a.max`: must be above",
+        ),
+        ("[metrics.a]\ncolour = 1", "tidemill.toml:2: `metrics.a.colour`: unknown key `colour`"),
+        ("[metrics]\na = 1", "tidemill.toml:2: `metrics.a`: expected a table"),
+        ("[recording.chat]\nshare = 2", "tidemill.toml:2: `recording.chat.share`: expected a share"),
+        ("record = \"some\"", "tidemill.toml:1: `record`: expected one of full, metadata, off"),
+    ] {
+        let (_folder, path) = written(text);
+        let message = Config::load(Layer::default(), Some(&path), env(&[])).unwrap_err().to_string();
+        assert!(message.contains(expected), "{text}: {message}");
+    }
+}

@@ -94,6 +94,28 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     Some(time).filter(|t| *t <= limit).ok_or_else(expected)
 }
 
+/// A share of the whole, from 0 to 1.
+pub fn share(text: &str) -> Result<f64, String> {
+    let expected = || "expected a share from 0 to 1, such as 0.1".to_owned();
+    text.parse().ok().filter(|share| (0.0..=1.0).contains(share)).ok_or_else(expected)
+}
+
+/// How long something is kept: `90d`, `12h`, `4w` or `2y`.
+pub fn age(text: &str) -> Result<Duration, String> {
+    let expected = || "expected a time such as 90d, 12h, 4w or 2y".to_owned();
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let number: u64 = number.parse().ok().filter(|n| (1..=1_000_000).contains(n)).ok_or_else(expected)?;
+    let hours = match unit.trim() {
+        "h" => 1,
+        "d" => 24,
+        "w" => 7 * 24,
+        "y" => 365 * 24,
+        _ => return Err(expected()),
+    };
+    Ok(Duration::from_secs(number * hours * 3600))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -115,6 +137,19 @@ mod tests {
         }
         for text in ["", "s", "1.5s", "3 weeks", "99999999999999999999s", "18446744073709551615h"] {
             assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn ages_and_shares() {
+        assert_eq!(age("90d"), Ok(Duration::from_secs(90 * 86_400)));
+        assert_eq!(age("2y"), Ok(Duration::from_secs(730 * 86_400)));
+        for text in ["", "90", "0d", "d", "-1d", "1.5d", "99999999999y"] {
+            assert!(age(text).is_err(), "{text}");
+        }
+        assert_eq!((share("0"), share("0.25"), share("1")), (Ok(0.0), Ok(0.25), Ok(1.0)));
+        for text in ["-0.1", "1.1", "NaN", "half"] {
+            assert!(share(text).is_err(), "{text}");
         }
     }
 

@@ -1,10 +1,15 @@
 //! What every handler sees.
 
+use crate::datasets::DatasetJobs;
+use crate::feedback::Metrics;
+use crate::http::auth::Auth;
 use crate::http::drain::Drain;
 use crate::http::limits::BodyLimits;
+use crate::recording::Recording;
 use crate::upstream::Registry;
 use metrics_exporter_prometheus::PrometheusHandle;
 use std::sync::Arc;
+use tidemill_store::Store;
 
 /// Shared state of the server; cloning is cheap.
 #[derive(Clone)]
@@ -17,4 +22,14 @@ pub struct App {
     pub body: BodyLimits,
     /// Renders `/metrics`; absent where no recorder was installed.
     pub metrics: Option<PrometheusHandle>,
+    /// Durable records.
+    pub store: Store,
+    /// Keys.
+    pub auth: Auth,
+    /// Which answers are recorded.
+    pub recording: Arc<Recording>,
+    /// Datasets, and the builds under way.
+    pub datasets: DatasetJobs,
+    /// Metrics that feedback may name.
+    pub feedback_metrics: Arc<Metrics>,
 }

@@ -1,9 +1,14 @@
 //! The front door: routes, limits, error shape, streaming, shutdown.
 
 pub mod app;
+pub mod auth;
+mod datasets;
 pub mod drain;
 pub mod error;
+pub mod feedback;
 mod generate;
+mod interchange;
+pub mod labeling;
 pub mod limits;
 mod models;
 mod observe;
@@ -14,4 +19,5 @@ pub mod sse;
 mod tokens;
 
 pub use app::App;
+pub use auth::{Auth, Caller, require};
 pub use router::router;

@@ -58,6 +58,7 @@ fn method_label(method: &hyper::Method) -> &'static str {
         "HEAD" => "HEAD",
         "OPTIONS" => "OPTIONS",
         "DELETE" => "DELETE",
+        "PATCH" => "PATCH",
         _ => "other",
     }
 }

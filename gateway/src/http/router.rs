@@ -1,29 +1,46 @@
 //! Which path goes where.
 
+use crate::console;
 use crate::http::app::App;
+use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
-use crate::http::{generate, models, observe, probes, tokens};
+use crate::http::{datasets, feedback, generate, interchange, labeling, models, observe, probes, tokens};
 use axum::Router;
 use axum::extract::Request;
-use axum::middleware::from_fn;
+use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{get, post};
 use hyper::StatusCode;
+use tidemill_store::Scope;
 
 /// All routes. Whatever is not one answers in the error shape, too.
 pub fn router(app: App) -> Router {
-    Router::new()
+    let auth = app.auth.clone();
+    let chat = Router::new()
         .route("/v1/chat/completions", post(generate::chat))
         .route("/v1/completions", post(generate::completions))
-        .route("/v1/models", get(models::list))
-        .route("/v1/models/{*id}", get(models::get))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
+        .route_layer(require(Scope::Chat));
+    let judging = Router::new()
+        .route("/v1/feedback", post(feedback::create).get(feedback::list))
+        .route("/v1/feedback/{id}", get(feedback::get).patch(feedback::edit).delete(feedback::withdraw))
+        .route_layer(require(Scope::Feedback));
+    Router::new()
+        .merge(chat)
+        .merge(judging)
+        .merge(datasets::routes())
+        .merge(labeling::routes())
+        .merge(interchange::routes())
+        .merge(console::routes())
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::get))
         .route("/health", get(probes::health))
         .route("/ready", get(probes::ready))
         .route("/version", get(probes::version))
         .route("/metrics", get(probes::metrics))
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn_with_state(auth, authenticate))
         .layer(from_fn(observe::observe))
         .with_state(app)
 }

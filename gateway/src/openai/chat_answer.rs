@@ -1,6 +1,6 @@
 //! A chat answer as one JSON object.
 
-use crate::openai::chat_stream::ChatReport;
+use crate::openai::chat_stream::{ChatReport, OwnFields};
 use crate::openai::collected::Collected;
 use crate::openai::wire::{AnswerHead, TokenLogprob, UsageJson, finite, put};
 use bytes::{BufMut, Bytes, BytesMut};
@@ -16,6 +16,8 @@ struct Choice<'a> {
     finish_reason: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tidemill: Option<OwnFields<'a>>,
 }
 
 #[derive(Serialize)]
@@ -49,6 +51,7 @@ pub fn to_json(head: &AnswerHead, report: &ChatReport, tokenizer: &Tokenizer, co
             logprobs,
             finish_reason: choice.finish.map(|reason| reason.to_string()),
             token_ids: report.prompt_token_ids.is_some().then(|| choice.records.iter().map(|r| r.token).collect()),
+            tidemill: report.own_fields(index),
         };
         if index > 0 {
             out.put_u8(b',');

@@ -6,6 +6,7 @@ use crate::http::sse::EventEncoder;
 use crate::openai::collected::{Flow, cancelled, is_end_marker};
 use crate::openai::wire::{AnswerHead, TokenLogprob, UsageJson, put};
 use bytes::{BufMut, BytesMut};
+use serde::Serialize;
 use tidemill_engine::{Event, FinishReason, TokenRecord, Tokenizer};
 
 /// What a chat answer reports beside text.
@@ -19,6 +20,22 @@ pub struct ChatReport {
     pub include_usage: bool,
     /// Text that each choice starts with (`echo`).
     pub echo: Option<String>,
+    /// Ids of the choices, shown when they are made to be compared.
+    pub choice_ids: Option<Vec<String>>,
+}
+
+/// What a choice carries that OpenAI's do not.
+#[derive(Serialize)]
+pub struct OwnFields<'a> {
+    /// The choice's own id, for feedback.
+    pub id: &'a str,
+}
+
+impl ChatReport {
+    /// Beside choice `index`.
+    pub fn own_fields(&self, index: usize) -> Option<OwnFields<'_>> {
+        self.choice_ids.as_ref()?.get(index).map(|id| OwnFields { id })
+    }
 }
 
 /// Turns the events of one chat request into chunks.
@@ -53,7 +70,12 @@ impl ChatStream {
 
     fn role(&self, out: &mut BytesMut, choice: usize) {
         self.open(out, choice);
-        out.put_slice(b"\"role\":\"assistant\",\"content\":\"\",\"refusal\":null},\"logprobs\":null,\"finish_reason\":null}");
+        out.put_slice(b"\"role\":\"assistant\",\"content\":\"\",\"refusal\":null},\"logprobs\":null,\"finish_reason\":null");
+        if let Some(own) = self.report.own_fields(choice) {
+            out.put_slice(b",\"tidemill\":");
+            put(out, &own);
+        }
+        out.put_u8(b'}');
         match &self.report.prompt_token_ids {
             // vLLM's place for them: beside the choices of the first chunk.
             Some(ids) if choice == 0 => {

@@ -45,6 +45,10 @@ impl CompletionRequest {
         let model = fields.require("model")?.string()?.to_owned();
         let prompts = prompts(&fields.require("prompt")?)?;
         let mut generation = Generation::parse(&mut fields)?;
+        if generation.about.compare {
+            let message = "Unsupported parameter: 'tidemill.compare' is for /v1/chat/completions only.";
+            return Err(ApiError::unsupported("tidemill.compare", message));
+        }
         let echo = fields.bool_or("echo", false)?;
         // With `echo`, 0 scores the prompt and generates nothing.
         let least = i64::from(!echo);

@@ -173,20 +173,26 @@ impl<'a> Field<'a> {
         self.value.as_bool().ok_or_else(|| self.wrong_type("a boolean"))
     }
 
-    /// A number in the range.
+    /// A number in the range, in the precision that answers and parameters have.
     pub fn decimal(&self, range: RangeInclusive<f32>) -> Result<f32, ApiError> {
-        let Some(number) = self.value.as_f64() else { return Err(self.wrong_type("a decimal")) };
-        if number > f64::from(*range.end()) {
-            let why = format!("decimal above maximum value. Expected a value <= {}, but got {number} instead.", range.end());
-            return Err(self.invalid("decimal_above_max_value", why));
-        }
-        if number < f64::from(*range.start()) {
-            let why = format!("decimal below minimum value. Expected a value >= {}, but got {number} instead.", range.start());
-            return Err(self.invalid("decimal_below_min_value", why));
-        }
+        let number = self.double(f64::from(*range.start())..=f64::from(*range.end()))?;
         // The range is checked in f64: here only precision is given up.
         #[allow(clippy::cast_possible_truncation)]
         Ok(number as f32)
+    }
+
+    /// A number in the range.
+    pub fn double(&self, range: RangeInclusive<f64>) -> Result<f64, ApiError> {
+        let Some(number) = self.value.as_f64() else { return Err(self.wrong_type("a decimal")) };
+        if number > *range.end() {
+            let why = format!("decimal above maximum value. Expected a value <= {}, but got {number} instead.", range.end());
+            return Err(self.invalid("decimal_above_max_value", why));
+        }
+        if number < *range.start() {
+            let why = format!("decimal below minimum value. Expected a value >= {}, but got {number} instead.", range.start());
+            return Err(self.invalid("decimal_below_min_value", why));
+        }
+        Ok(number)
     }
 
     /// An integer in the range. `3.0` counts as 3: some clients keep every number as a double.

@@ -1,6 +1,7 @@
 //! The fields that chat and text completions share: how to sample, when to stop, what to report.
 
 use crate::http::error::ApiError;
+use crate::openai::about::About;
 use crate::openai::fields::{Field, Fields};
 use tidemill_engine::{GenerationDefaults, SamplingParams};
 
@@ -28,8 +29,12 @@ pub struct Generation {
     pub cache_salt: Option<String>,
     /// Report token ids beside text.
     pub return_token_ids: bool,
+    /// Report log-probabilities after penalties, temperature and truncation.
+    pub processed_logprobs: bool,
     /// Log-probabilities of the prompt with this many alternatives.
     pub prompt_logprobs: Option<u32>,
+    /// The caller, for the record.
+    pub about: About,
     temperature: Option<f32>,
     top_p: Option<f32>,
     top_k: Option<u32>,
@@ -60,7 +65,7 @@ impl Generation {
                 "Invalid 'prompt_logprobs': not available when 'stream' is true.",
             ));
         }
-        validate_bookkeeping(fields)?;
+        let about = About::parse(fields)?;
         refuse_missing_features(fields)?;
         Ok(Self {
             n: count(fields, "n", 1..=MAX_N)?.unwrap_or(1),
@@ -73,7 +78,12 @@ impl Generation {
                 .unwrap_or(0),
             cache_salt: cache_salt(fields)?,
             return_token_ids: fields.bool_or("return_token_ids", false)?,
+            processed_logprobs: match fields.get("logprobs_mode") {
+                None => false,
+                Some(field) => field.one_of(&["raw_logprobs", "processed_logprobs"])? == "processed_logprobs",
+            },
             prompt_logprobs,
+            about,
             temperature: fields.decimal("temperature", 0.0..=2.0)?,
             top_p: fields.decimal("top_p", 0.0..=1.0)?,
             // −1 is how vLLM's clients say "off"; the engine says 0.
@@ -144,32 +154,6 @@ fn stream_options(fields: &mut Fields<'_>, stream: bool) -> Result<bool, ApiErro
     options.bool_or("include_obfuscation", false)?;
     options.finish()?;
     Ok(include_usage)
-}
-
-/// Fields about the caller and the caller's ledger: checked, and without influence on the answer.
-fn validate_bookkeeping(fields: &mut Fields<'_>) -> Result<(), ApiError> {
-    for key in ["user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"] {
-        fields.string(key)?;
-    }
-    if let Some(metadata) = fields.get("metadata") {
-        let map = metadata.map()?;
-        if map.len() > 16 {
-            let why =
-                format!("too many properties. Expected an object with at most 16 properties, but got {} instead.", map.len());
-            return Err(metadata.invalid("object_above_max_properties", why));
-        }
-        for (key, value) in map {
-            let entry = metadata.entry(key, value);
-            if key.chars().count() > 64 {
-                return Err(entry.invalid("string_above_max_length", "key too long. Expected at most 64 characters."));
-            }
-            entry.short_string(512)?;
-        }
-    }
-    if let Some(tier) = fields.get("service_tier") {
-        tier.one_of(&["auto", "default", "flex", "scale", "priority"])?;
-    }
-    Ok(())
 }
 
 fn refuse_missing_features(fields: &mut Fields<'_>) -> Result<(), ApiError> {

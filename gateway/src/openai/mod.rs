@@ -1,5 +1,6 @@
 //! OpenAI's wire format: requests checked field by field, answers written as clients expect them.
 
+pub mod about;
 pub mod chat;
 pub mod chat_answer;
 pub mod chat_stream;

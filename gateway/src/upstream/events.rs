@@ -1,5 +1,6 @@
 //! The events of a request's prompts as one stream.
 
+use crate::recording::Recorder;
 use flume::r#async::RecvStream;
 use futures_core::Stream;
 use std::future::poll_fn;
@@ -12,6 +13,10 @@ pub struct Events {
     sources: Vec<Source>,
     /// Where to look first, so that no prompt's events wait behind another's.
     next: usize,
+    /// Sees what passes.
+    recorder: Option<Recorder>,
+    /// Log-probabilities are shown as they were after processing.
+    processed: bool,
 }
 
 struct Source {
@@ -23,12 +28,39 @@ impl Events {
     /// Over the receivers that the engine gave, one per prompt.
     pub fn new(receivers: Vec<flume::Receiver<Event>>) -> Self {
         let sources = receivers.into_iter().map(|r| Source { stream: r.into_stream(), over: false }).collect();
-        Self { sources, next: 0 }
+        Self { sources, next: 0, recorder: None, processed: false }
+    }
+
+    /// The same, with everything that passes shown to `recorder`. It is dropped with the events, which ends the record.
+    pub fn recorded(self, recorder: Option<Recorder>) -> Self {
+        Self { recorder, ..self }
+    }
+
+    /// The same, with processed log-probabilities in the place of raw ones when `processed` says so. The record keeps both.
+    pub fn showing(self, processed: bool) -> Self {
+        Self { processed, ..self }
     }
 
     /// The next event and the index of its prompt; `None` when every prompt is done. An engine that goes away without a last word
     /// shows as [`Event::Failed`].
     pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<(usize, Event)>> {
+        let mut next = self.poll_sources(context);
+        if let Poll::Ready(Some((prompt, event))) = &mut next {
+            if let Some(recorder) = &mut self.recorder {
+                recorder.see(*prompt, event);
+            }
+            if let (true, Event::Token { record, .. }) = (self.processed, event) {
+                record.logprob = record.processed_logprob;
+                // Plain greedy choice processes nothing, and then there is one list.
+                if !record.processed_top.is_empty() {
+                    record.top = std::mem::take(&mut record.processed_top);
+                }
+            }
+        }
+        next
+    }
+
+    fn poll_sources(&mut self, context: &mut Context<'_>) -> Poll<Option<(usize, Event)>> {
         let count = self.sources.len();
         let mut waiting = false;
         for step in 0..count {
@@ -60,7 +92,25 @@ impl Events {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tidemill_engine::Usage;
+    use tidemill_engine::{TokenRecord, Usage};
+
+    #[tokio::test]
+    async fn processed_log_probabilities_are_shown_when_asked_for() {
+        let record = TokenRecord {
+            token: 7,
+            logprob: -2.0,
+            processed_logprob: -0.5,
+            top: vec![(1, -1.0)],
+            processed_top: vec![(7, -0.5)],
+        };
+        for (processed, logprob, top) in [(false, -2.0, (1, -1.0)), (true, -0.5, (7, -0.5))] {
+            let (sender, receiver) = flume::bounded(1);
+            sender.send(Event::Token { choice: 0, record: record.clone(), text: String::new() }).unwrap();
+            let mut events = Events::new(vec![receiver]).showing(processed);
+            let Some((0, Event::Token { record, .. })) = events.next().await else { panic!("a token was sent") };
+            assert_eq!((record.logprob, record.top[0]), (logprob, top));
+        }
+    }
 
     #[tokio::test]
     async fn an_engine_that_vanishes_is_a_failure_and_not_an_end() {

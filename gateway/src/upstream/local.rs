@@ -100,10 +100,12 @@ impl LocalModel {
         })
     }
 
-    /// The conversation as tokens.
-    pub fn chat_tokens(&self, prompt: &ChatPrompt) -> Result<Vec<u32>, ApiError> {
+    /// The conversation as text and as tokens.
+    pub fn chat_tokens(&self, prompt: &ChatPrompt) -> Result<(String, Vec<u32>), ApiError> {
+        let text = self.render(prompt)?;
         // The template writes the BOS token itself: a second one would change the answer.
-        self.encode(&self.render(prompt)?, false, "messages")
+        let tokens = self.encode(&text, false, "messages")?;
+        Ok((text, tokens))
     }
 
     /// Text as tokens; control tokens in it are recognised by name.

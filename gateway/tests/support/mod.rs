@@ -13,16 +13,23 @@ use axum::body::Body;
 use http_body_util::BodyExt;
 use hyper::{HeaderMap, Request, StatusCode};
 use serde_json::{Map, Value, json};
-use std::sync::Arc;
+use std::cell::RefCell;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
+use tempfile::TempDir;
+use tidemill::datasets::DatasetJobs;
+use tidemill::feedback::Metrics;
 use tidemill::http::drain::Drain;
 use tidemill::http::limits::BodyLimits;
-use tidemill::http::{App, router};
+use tidemill::http::{App, Auth, router};
+use tidemill::recording::Recording;
 use tidemill::upstream::{LocalModel, Registry, Upstream};
 use tidemill_engine::model::Model;
 use tidemill_engine::model_files::Frontend;
 use tidemill_engine::{ChatTemplate, Engine, EngineOptions, GenerationDefaults, ServedModel, Tokenizer};
 use tidemill_kernels::{KernelError, KvDtype, MemoryUse, Sampled, StepBatch, StepOutput};
+use tidemill_store::{DataDir, Store, StoreOptions};
+use tokio::runtime::{Builder, Runtime};
 use tower::ServiceExt;
 
 /// Name of the model.
@@ -113,12 +120,53 @@ pub struct Setup {
     pub max_waiting: usize,
     pub max_seqs: usize,
     pub template: Option<&'static str>,
+    pub recording: Recording,
+    pub metrics: Metrics,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { script: says("Hi 🌊!"), pace: Duration::ZERO, max_waiting: 64, max_seqs: 16, template: Some(TEMPLATE) }
+        Self {
+            script: says("Hi 🌊!"),
+            pace: Duration::ZERO,
+            max_waiting: 64,
+            max_seqs: 16,
+            template: Some(TEMPLATE),
+            recording: Recording::default(),
+            metrics: Metrics::new(),
+        }
     }
+}
+
+/// Runs what a store does in the background, beyond the end of single tests.
+static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap());
+
+thread_local! {
+    /// Directories of this thread's test, removed when it ends.
+    static FOLDERS: RefCell<Vec<TempDir>> = const { RefCell::new(Vec::new()) };
+}
+
+/// An empty store in a directory of its own.
+pub fn store() -> Store {
+    store_with(|_| {})
+}
+
+/// The same with other options.
+pub fn store_with(change: impl FnOnce(&mut StoreOptions)) -> Store {
+    let folder = tempfile::tempdir().unwrap();
+    let mut options = StoreOptions::new(DataDir::new(folder.path()));
+    change(&mut options);
+    FOLDERS.with_borrow_mut(|folders| folders.push(folder));
+    // A test runs inside a runtime already, and may not wait for another one on the same thread.
+    std::thread::scope(|scope| scope.spawn(|| RUNTIME.block_on(Store::open(options))).join()).unwrap().unwrap()
+}
+
+/// An empty directory of this thread's test.
+fn folder() -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_string_lossy().into_owned();
+    FOLDERS.with_borrow_mut(|folders| folders.push(folder));
+    path
 }
 
 /// The tokens of a text, and the end of the turn.
@@ -159,7 +207,18 @@ impl Setup {
         let engine = Engine::with_model(served, options).unwrap();
         let registry = Registry::new([MODEL.to_owned()]);
         assert!(registry.loaded(MODEL, Upstream::Local(Arc::new(LocalModel::new(engine, 7)))));
-        App { registry: Arc::new(registry), drain: Drain::default(), body: BodyLimits::default(), metrics: None }
+        let store = store();
+        App {
+            registry: Arc::new(registry),
+            drain: Drain::default(),
+            body: BodyLimits::default(),
+            metrics: None,
+            auth: Auth::new(store.clone(), false),
+            datasets: DatasetJobs::new(store.clone(), &folder()),
+            store,
+            recording: Arc::new(self.recording),
+            feedback_metrics: Arc::new(self.metrics),
+        }
     }
 
     pub fn router(self) -> Router {

@@ -1,0 +1,123 @@
+//! `/v1/labeling/…`: queues for those who train, tasks for annotators.
+
+mod queues;
+mod work;
+
+use crate::http::App;
+use crate::http::auth::{Caller, require};
+use crate::http::error::ApiError;
+use crate::http::generate::json;
+use crate::openai::fields::{Field, Fields};
+use axum::Router;
+use axum::response::Response;
+use axum::routing::{get, post};
+use hyper::StatusCode;
+use serde::Serialize;
+use std::borrow::Cow;
+use tidemill_store::Scope;
+use tidemill_store::label::LabelError;
+use uuid::Uuid;
+
+/// Routes of labeling, each with its scope.
+pub fn routes() -> Router<App> {
+    let annotators = Router::new()
+        .route("/v1/labeling/queues/{queue}/next", post(work::next))
+        .route("/v1/labeling/queues/{queue}/undo", post(work::undo))
+        .route("/v1/labeling/assignments/{id}/verdict", post(work::verdict))
+        .route("/v1/labeling/assignments/{id}/skip", post(work::skip))
+        .route_layer(require(Scope::Label));
+    let operators = Router::new()
+        .route("/v1/labeling/queues/{queue}", get(queues::show).patch(queues::change))
+        .route("/v1/labeling/queues/{queue}/tasks", get(queues::tasks).post(queues::add_tasks))
+        .route("/v1/labeling/queues/{queue}/prompts", post(queues::add_prompts))
+        .route("/v1/labeling/queues/{queue}/statistics", get(queues::statistics))
+        .route_layer(require(Scope::Train));
+    // These are for both, and show each what they may know.
+    let both = Router::new()
+        .route("/v1/labeling/me", get(work::me))
+        .route("/v1/labeling/queues", get(queues::list).post(queues::create));
+    annotators.merge(operators).merge(both)
+}
+
+fn is_operator(caller: &Caller) -> bool {
+    caller.allows(Scope::Train)
+}
+
+fn forbidden(scope: Scope) -> ApiError {
+    let message = format!("This API key lacks the scope `{}`.", scope.as_str());
+    ApiError::client(StatusCode::FORBIDDEN, Some("insufficient_permissions"), message)
+}
+
+/// 200, or another status, with a JSON body.
+fn answer(status: StatusCode, body: &impl Serialize) -> Response {
+    // Values of ours, whose keys are strings: the serialiser cannot fail.
+    let mut response = json(serde_json::to_vec(body).unwrap_or_default().into());
+    *response.status_mut() = status;
+    response
+}
+
+/// Whose work it is: the key's name, or without keys the name that the page sends.
+fn annotator(caller: &Caller, given: Option<&str>) -> Result<String, ApiError> {
+    if let Some(name) = caller.name() {
+        return Ok(name.to_owned());
+    }
+    let name = given.map(str::trim).unwrap_or_default();
+    if name.is_empty() || name.chars().count() > 100 || name.chars().any(char::is_control) {
+        let message = "Invalid 'annotator': without API keys, say who judges, in 1 to 100 characters.";
+        return Err(ApiError::invalid("annotator", "invalid_value", message));
+    }
+    Ok(name.to_owned())
+}
+
+fn optional_text<'a>(fields: &mut Fields<'a>, key: &'static str, most: usize) -> Result<Option<&'a str>, ApiError> {
+    fields.get(key).map(|field: Field<'a>| field.short_string(most)).transpose()
+}
+
+/// Names and values, decoded.
+type Pairs<'a> = Vec<(Cow<'a, str>, Cow<'a, str>)>;
+
+/// Parameters behind the question mark, those of them that are known.
+fn query<'a>(raw: Option<&'a str>, known: &[&str]) -> Result<Pairs<'a>, ApiError> {
+    let pairs: Vec<_> = form_urlencoded::parse(raw.unwrap_or_default().as_bytes()).collect();
+    match pairs.iter().find(|(key, _)| !known.contains(&key.as_ref())) {
+        None => Ok(pairs),
+        Some((key, _)) => {
+            let shown: String = key.chars().take(100).collect();
+            let message = format!("Unrecognized query parameter: '{shown}'. Supported: '{}'.", known.join("', '"));
+            Err(ApiError::invalid(shown, "unknown_parameter", message))
+        }
+    }
+}
+
+fn id(text: &str) -> Result<Uuid, ApiError> {
+    let shown: String = text.chars().take(100).collect();
+    Uuid::parse_str(text)
+        .map_err(|_| ApiError::client(StatusCode::NOT_FOUND, Some("not_found"), format!("There is no assignment `{shown}`.")))
+}
+
+impl From<LabelError> for ApiError {
+    fn from(error: LabelError) -> Self {
+        let message = sentence(&error.to_string());
+        match error {
+            LabelError::Database(_) | LabelError::Store(_) => {
+                tracing::error!(%error, "labeling cannot reach its tables");
+                Self::unavailable(Some("store_unavailable"), "The server cannot reach its database; try again.", 2)
+            }
+            LabelError::NameTaken(_) => {
+                Self { param: Some("name".into()), ..Self::client(StatusCode::CONFLICT, Some("name_taken"), message) }
+            }
+            LabelError::NoQueue(_) | LabelError::NoTask(_) | LabelError::NoAssignment(_) => {
+                Self::client(StatusCode::NOT_FOUND, Some("not_found"), message)
+            }
+            LabelError::LeaseLost => Self::client(StatusCode::CONFLICT, Some("lease_lost"), message),
+            LabelError::AlreadyJudged => Self::client(StatusCode::CONFLICT, Some("already_judged"), message),
+            LabelError::NothingToUndo => Self::client(StatusCode::CONFLICT, Some("nothing_to_undo"), message),
+        }
+    }
+}
+
+/// Starts with a capital and ends with a full stop, as the API's messages do.
+fn sentence(text: &str) -> String {
+    let mut chars = text.chars();
+    chars.next().map_or_else(String::new, |first| format!("{}{}.", first.to_uppercase(), chars.as_str()))
+}

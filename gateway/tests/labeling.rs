@@ -1,0 +1,258 @@
+//! Labeling over HTTP: who may see what, and queues that fill themselves.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking; the lint knows test functions only")]
+
+mod support;
+
+use axum::Router;
+use axum::body::Body;
+use hyper::Request;
+use serde_json::{Map, Value, json};
+use std::time::{Duration, Instant};
+use support::{MODEL, Reply, Setup, get, post, send};
+use tidemill::http::{App, router};
+use tidemill::labeling::filler::keep_filling;
+use tidemill_store::records::{Choice, Feedback, Inference, Kind, Status, TargetKind};
+use tidemill_store::{Scope, Store};
+use uuid::Uuid;
+
+async fn with_key(router: &Router, method: &str, path: &str, key: &str, body: Value) -> Reply {
+    let request = Request::builder().method(method).uri(path).header("authorization", format!("Bearer {key}"));
+    send(router, request.body(Body::from(body.to_string())).unwrap()).await
+}
+
+fn pair(source: &str) -> Value {
+    json!({"source": source, "prompt": "Why?", "answer_a": "because", "answer_b": "why not"})
+}
+
+fn answered(store: &Store, texts: &[&str], mean_logprob: f64) -> Inference {
+    let id = store.issue_id();
+    let choice = |(at, text): (usize, &&str)| Choice {
+        id: if at == 0 { id } else { store.issue_id() },
+        finish_reason: Some("stop".into()),
+        output_text: Some((*text).to_owned()),
+        output_ids: vec![1],
+        logprobs: vec![-1.0],
+        raw_logprobs: vec![-1.0],
+        mean_logprob: Some(mean_logprob),
+        tokens: 1,
+    };
+    Inference {
+        id,
+        created: tidemill::labeling::filler::now(),
+        endpoint: "chat".into(),
+        model: MODEL.into(),
+        adapter: 0,
+        variant: None,
+        conversation: None,
+        key_id: None,
+        user_key: Some("u1".into()),
+        status: Status::Ok,
+        compare: texts.len() > 1,
+        prompt_tokens: 1,
+        cached_tokens: 0,
+        output_tokens: 1,
+        first_token_us: None,
+        duration_us: 1,
+        config_hash: "c".into(),
+        metadata: Map::new(),
+        params: None,
+        messages: Some(json!([{"role": "user", "content": "hello"}])),
+        prompt_text: None,
+        prompt_ids: vec![1],
+        choices: texts.iter().enumerate().map(choice).collect(),
+    }
+}
+
+fn thumb(store: &Store, target: Uuid, up: bool) -> Feedback {
+    let now = tidemill::labeling::filler::now();
+    Feedback {
+        id: store.issue_id(),
+        created: now,
+        updated: now,
+        revision: 1,
+        withdrawn: false,
+        target: target.to_string(),
+        targets: vec![target.to_string()],
+        target_kind: TargetKind::Completion,
+        kind: Kind::Thumb,
+        metric: None,
+        value: json!(up),
+        number: Some(f64::from(u8::from(up))),
+        author: None,
+        source: Some("api".into()),
+        latency_ms: None,
+        tags: vec![],
+        key_id: None,
+        idempotency_key: None,
+        task_id: None,
+    }
+}
+
+async fn make(router: &Router, name: &str, rule: Value) -> String {
+    let reply = post(router, "/v1/labeling/queues", json!({"name": name, "rule": rule})).await;
+    assert_eq!(reply.status.as_u16(), 201, "{}", reply.json());
+    reply.json()["id"].as_str().unwrap().to_owned()
+}
+
+async fn tasks(router: &Router, queue: &str) -> Vec<Value> {
+    get(router, &format!("/v1/labeling/queues/{queue}/tasks")).await.json()["data"].as_array().unwrap().clone()
+}
+
+/// Lets the filler work until `ready` says so.
+async fn fill(app: &App, ready: impl AsyncFn() -> bool) {
+    let filler = tokio::spawn(keep_filling(app.clone()));
+    let start = Instant::now();
+    while !ready().await {
+        assert!(start.elapsed() < Duration::from_secs(20), "the queues did not fill");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    filler.abort();
+}
+
+#[tokio::test]
+async fn annotators_see_sides_and_nothing_that_tells_them_apart() {
+    let app = Setup::default().app();
+    let (_, label) = app.store.create_key("ann", &[Scope::Label]).await.unwrap();
+    let (_, train) = app.store.create_key("boss", &[Scope::Train]).await.unwrap();
+    let router = router(app);
+    assert_eq!(get(&router, "/v1/labeling/queues").await.error().0, 401);
+    let queue = json!({"name": "q", "guidelines": "Be fair.", "gold_share": 0.5, "overlap": 2});
+    assert_eq!(with_key(&router, "POST", "/v1/labeling/queues", &label, queue.clone()).await.error().0, 403);
+    let made = with_key(&router, "POST", "/v1/labeling/queues", &train, queue.clone()).await;
+    assert_eq!((made.status.as_u16(), made.json()["overlap"].as_u64()), (201, Some(2)));
+    let again = with_key(&router, "POST", "/v1/labeling/queues", &train, queue).await.error();
+    assert_eq!((again.0, again.1.as_deref(), again.2.as_deref()), (409, Some("name"), Some("name_taken")));
+    let mut gold = pair("g");
+    gold["gold"] = "a".into();
+    let added = with_key(&router, "POST", "/v1/labeling/queues/q/tasks", &train, json!({"tasks": [gold, pair("p")]})).await;
+    assert_eq!(added.json(), json!({"added": 2, "known": 0}));
+
+    for (method, path) in [("GET", "q"), ("GET", "q/tasks"), ("POST", "q/tasks"), ("GET", "q/statistics"), ("PATCH", "q")] {
+        let path = format!("/v1/labeling/queues/{path}");
+        assert_eq!(with_key(&router, method, &path, &label, json!({})).await.error().0, 403, "{method} {path}");
+    }
+    let me = with_key(&router, "GET", "/v1/labeling/me", &train, json!({})).await.json();
+    assert_eq!(me, json!({"annotator": "boss", "keyed": true, "operator": true}));
+    let list = with_key(&router, "GET", "/v1/labeling/queues", &label, json!({})).await.json();
+    let keys: Vec<&String> = list["data"][0].as_object().unwrap().keys().collect();
+    assert_eq!(keys, ["id", "name", "guidelines", "closed"]);
+    for _ in 0..2 {
+        let next = with_key(&router, "POST", "/v1/labeling/queues/q/next", &label, json!({})).await.json();
+        let keys: Vec<&String> = next["task"].as_object().unwrap().keys().collect();
+        assert_eq!(keys, ["assignment", "prompt", "left", "right"], "a gold task looks like any other");
+        let path = format!("/v1/labeling/assignments/{}/verdict", next["task"]["assignment"].as_str().unwrap());
+        let wrong = with_key(&router, "POST", &path, &label, json!({"choice": "middle"})).await.error();
+        assert_eq!((wrong.0, wrong.1.as_deref()), (400, Some("choice")));
+        assert_eq!(with_key(&router, "POST", &path, &train, json!({"choice": "tie"})).await.error().0, 403);
+        let before = next["progress"]["completed"].as_u64().unwrap();
+        let done = with_key(&router, "POST", &path, &label, json!({"choice": "tie", "next": true})).await.json();
+        assert_eq!(done["progress"]["completed"].as_u64().unwrap(), before + 1, "gold counts like any other");
+        let other = with_key(&router, "POST", &path, &label, json!({"choice": "left"})).await.error();
+        assert_eq!((other.0, other.2.as_deref()), (409, Some("already_judged")));
+    }
+    let end = with_key(&router, "POST", "/v1/labeling/queues/q/next", &label, json!({})).await.json();
+    assert_eq!((&end["task"], &end["why"]), (&Value::Null, &json!("yours_done")));
+    let statistics = with_key(&router, "GET", "/v1/labeling/queues/q/statistics", &train, json!({})).await.json();
+    assert_eq!(statistics["raters"][0]["annotator"], "ann");
+    assert_eq!(statistics["raters"][0]["gold"]["trials"], 1);
+}
+
+#[tokio::test]
+async fn a_wrong_field_is_named() {
+    let router = Setup::default().router();
+    for (body, param) in [
+        (json!({}), "name"),
+        (json!({"name": " "}), "name"),
+        (json!({"name": "q", "overlap": 0}), "overlap"),
+        (json!({"name": "q", "gold_share": 2}), "gold_share"),
+        (json!({"name": "q", "rule": {"from": "moon"}}), "rule"),
+        (json!({"name": "q", "rule": {"from": "traffic", "share": 0}}), "rule.share"),
+        (json!({"name": "q", "colour": 1}), "colour"),
+    ] {
+        let error = post(&router, "/v1/labeling/queues", body.clone()).await.error();
+        assert_eq!((error.0, error.1.as_deref()), (400, Some(param)), "{body}");
+    }
+    make(&router, "q", json!({"from": "upload"})).await;
+    let error = post(&router, "/v1/labeling/queues/q/tasks", json!({"tasks": [{"prompt": "a", "answer_a": "b"}]})).await.error();
+    assert_eq!((error.0, error.1.as_deref()), (400, Some("tasks.0.answer_b")));
+    let error = post(&router, "/v1/labeling/queues/q/prompts", json!({"prompts": ["a", ""]})).await.error();
+    assert_eq!((error.0, error.1.as_deref()), (400, Some("prompts.1")));
+    assert_eq!(post(&router, "/v1/labeling/queues/q/next", json!({})).await.error().1.as_deref(), Some("annotator"));
+    assert_eq!(post(&router, "/v1/labeling/queues/none/next", json!({"annotator": "a"})).await.error().0, 404);
+    assert_eq!(get(&router, "/v1/labeling/queues/q/tasks?limit=0").await.error().1.as_deref(), Some("limit"));
+}
+
+#[tokio::test]
+async fn each_rule_draws_its_own_traffic() {
+    let app = Setup::default().app();
+    let router = router(app.clone());
+    let sure = answered(&app.store, &["sure one", "sure two"], -0.2);
+    let unsure = answered(&app.store, &["unsure one", "unsure two"], -3.0);
+    let disliked = answered(&app.store, &["bad one", "bad two"], -0.2);
+    for answer in [&sure, &unsure, &disliked] {
+        app.store.record(answer.clone()).unwrap();
+    }
+    app.store.flush().await;
+    app.store.add_feedback(vec![thumb(&app.store, disliked.id, false), thumb(&app.store, sure.id, true)]).await.unwrap();
+    let all = make(&router, "all", json!({"from": "traffic"})).await;
+    let low = make(&router, "low", json!({"from": "traffic", "low_thumb": true})).await;
+    let uncertain = make(&router, "uncertain", json!({"from": "traffic", "mean_logprob_below": -1.0})).await;
+    let other = make(&router, "other", json!({"from": "traffic", "models": ["another"]})).await;
+    fill(&app, async || tasks(&router, &all).await.len() == 3 && tasks(&router, &low).await.len() == 1).await;
+    let sources = async |queue: &str| -> Vec<String> {
+        tasks(&router, queue).await.iter().map(|task| task["source"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(sources(&low).await, [disliked.id.to_string()]);
+    assert_eq!(sources(&uncertain).await, [unsure.id.to_string()]);
+    assert!(sources(&other).await.is_empty());
+    let task = &tasks(&router, &low).await[0];
+    assert_eq!((&task["answer_a"], &task["candidate_a"]), (&json!("bad one"), &json!(disliked.id)));
+    // What comes later enters, too; what is there does not enter twice.
+    let late = answered(&app.store, &["late one", "late two"], -0.2);
+    app.store.record(late.clone()).unwrap();
+    fill(&app, async || tasks(&router, &all).await.len() >= 4).await;
+    assert_eq!(tasks(&router, &all).await.len(), 4);
+}
+
+#[tokio::test]
+async fn a_lone_answer_gets_a_fresh_second_one_that_is_recorded_for_the_same_person() {
+    let app = Setup::default().app();
+    let router = router(app.clone());
+    let lone = answered(&app.store, &["what I said"], -0.2);
+    app.store.record(lone.clone()).unwrap();
+    app.store.flush().await;
+    let queue = make(&router, "q", json!({"from": "traffic"})).await;
+    fill(&app, async || !tasks(&router, &queue).await.is_empty()).await;
+    let task = &tasks(&router, &queue).await[0];
+    assert_eq!((&task["answer_a"], &task["answer_b"]), (&json!("what I said"), &json!("Hi 🌊!")));
+    let fresh: Uuid = task["candidate_b"].as_str().unwrap().parse().unwrap();
+    let recorded = app.store.inference(fresh).await.unwrap().unwrap();
+    assert_eq!(recorded.user_key.as_deref(), Some("u1"), "erasure must find it");
+    assert_eq!(recorded.choices[0].output_text.as_deref(), Some("Hi 🌊!"));
+    assert!(!recorded.choices[0].logprobs.is_empty());
+}
+
+#[tokio::test]
+async fn a_model_that_cannot_give_two_different_answers_is_said_to() {
+    let app = Setup::default().app();
+    let router = router(app.clone());
+    let queue = make(&router, "q", json!({"from": "upload"})).await;
+    let sent = post(&router, "/v1/labeling/queues/q/prompts", json!({"prompts": ["hello", "hello"]})).await;
+    assert_eq!((sent.status.as_u16(), sent.json()), (202, json!({"added": 1, "known": 1})));
+    let state = async || get(&router, &format!("/v1/labeling/queues/{queue}")).await.json();
+    fill(&app, async || state().await["progress"]["failed"] == 1).await;
+    assert!(state().await["failures"][0]["reason"].as_str().unwrap().contains("different"));
+}
+
+#[tokio::test]
+async fn the_pages_are_open_and_strict() {
+    let app = Setup::default().app();
+    app.store.create_key("ann", &[Scope::Label]).await.unwrap();
+    let router = router(app);
+    for path in ["/console/label", "/console/queues", "/console/label.js", "/console/console.css"] {
+        let page = get(&router, path).await;
+        assert_eq!(page.status.as_u16(), 200, "{path}");
+        let policy = page.headers["content-security-policy"].to_str().unwrap();
+        assert!(policy.starts_with("default-src 'none'") && !policy.contains("unsafe"), "{policy}");
+    }
+}
