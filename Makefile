@@ -14,10 +14,13 @@ BIN    := $(TARGET)/release/tidemill
 ARGS   ?=
 
 VENV       := $(CACHE)/test-venv
+# Each in a venv of its own: their pins and the tests' do not agree.
+LABEL_STUDIO := $(CACHE)/label-studio-venv
+ARGILLA      := $(CACHE)/argilla-venv
 TEST_DATA  := $(CACHE)/test-data
 TEST_MODEL := $(TEST_DATA)/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help serve build model test lint test-rust test-e2e bench oracle clean
+.PHONY: chromium help serve build model test lint test-rust test-e2e bench bench-store oracle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,22 +39,40 @@ lint:
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 
 test-rust: $(TEST_MODEL)
-	TIDEMILL_TEST_MODEL=$(TEST_MODEL) $(CARGO) test --workspace --locked
+	TIDEMILL_TEST_MODEL=$(TEST_MODEL) CACHE=$(CACHE) tests/postgres.sh $(CARGO) test --workspace --locked
 
-test-e2e: build $(TEST_MODEL) $(VENV)/ready
-	TIDEMILL_BIN=$(BIN) TIDEMILL_TEST_MODEL=$(TEST_MODEL) $(VENV)/bin/python -m pytest tests/e2e -q
+test-e2e: build $(TEST_MODEL) $(VENV)/ready chromium $(LABEL_STUDIO)/ready $(ARGILLA)/ready
+	TIDEMILL_BIN=$(BIN) TIDEMILL_TEST_MODEL=$(TEST_MODEL) \
+	TIDEMILL_LABEL_STUDIO=$(LABEL_STUDIO)/bin/label-studio TIDEMILL_ARGILLA_PYTHON=$(ARGILLA)/bin/python \
+	$(VENV)/bin/python -m pytest tests/e2e -q
 
 $(TEST_MODEL): | build
 	$(BIN) pull --data $(TEST_DATA)
 	@test -f $@
+
+# The labeling page is tested in a real browser.
+chromium:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } \
+		|| { echo "install chromium (Debian: apt-get install chromium)"; exit 1; }
 
 $(VENV)/ready: tests/e2e/requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
+# The real Label Studio (1 GB, about 80 s) and Argilla's SDK (450 MB, about 20 s).
+$(LABEL_STUDIO)/ready: tests/e2e/label_studio.lock
+$(ARGILLA)/ready: tests/e2e/argilla.lock
+$(LABEL_STUDIO)/ready $(ARGILLA)/ready:
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
 bench: build ## ours beside llama.cpp, vLLM and OpenVINO on this machine; rewrites docs/benchmarks.md (about an hour)
 	$(MAKE) -C loadtest/peers all
+
+bench-store: build $(TEST_MODEL) ## how fast feedback is taken through HTTP: 1, 16 and 64 connections, and batches
+	CARGO="$(CARGO)" tests/bench_feedback.sh $(BIN) $(TEST_MODEL)
 
 oracle: ## regenerate the expected values with transformers and torch
 	tests/oracle/run.sh

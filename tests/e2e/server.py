@@ -61,10 +61,11 @@ class Server:
 
     def __init__(self, folder: Path, models: dict[str, Path], *arguments: str):
         self.port = free_port()
+        self.data = folder / "data"
         self.log_path = folder / f"server-{self.port}.log"
         self.base_url = f"http://127.0.0.1:{self.port}/v1"
         self.model = next(iter(models))
-        command = [binary(), "serve", "--host", "127.0.0.1", "--port", str(self.port), "--data", folder / "data"]
+        command = [binary(), "serve", "--host", "127.0.0.1", "--port", str(self.port), "--data", self.data]
         for name, path in models.items():
             command += ["--model", f"{name}={path}"]
         # No variable of the surrounding shell and no tidemill.toml of the working directory has a say.

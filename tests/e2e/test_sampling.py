@@ -2,6 +2,7 @@
 
 import math
 
+import openai
 import pytest
 
 from conftest import MODEL
@@ -167,3 +168,21 @@ def test_logprob_bytes_are_exact_inside_characters(client):
     joined = b"".join(bytes(entry.bytes) for entry in answer.choices[0].logprobs.content)
     # The text shows the replacement character where the length ended it inside one.
     assert joined.decode(errors="replace").rstrip("\ufffd") == text_of(answer).rstrip("\ufffd")
+
+
+def test_log_probabilities_are_shown_raw_or_processed(client):
+    def content(mode):
+        extra = {"top_k": 2, "logprobs_mode": mode}
+        options = dict(temperature=0.5, top_p=1, seed=5, max_tokens=12, logprobs=True, top_logprobs=2, extra_body=extra)
+        return ask(client, LONG, **options).choices[0].logprobs.content
+
+    raw, processed = content("raw_logprobs"), content("processed_logprobs")
+    assert [entry.token for entry in raw] == [entry.token for entry in processed]
+    for before, after in zip(raw, processed):
+        # Two tokens remain, and all probability is theirs; at temperature ½ their distance doubles.
+        assert sum(math.exp(top.logprob) for top in after.top_logprobs) == pytest.approx(1, abs=1e-4)
+        distances = [abs(entry.top_logprobs[0].logprob - entry.top_logprobs[1].logprob) for entry in (before, after)]
+        assert distances[1] == pytest.approx(2 * distances[0], abs=1e-3)
+    with pytest.raises(openai.BadRequestError) as refused:
+        content("both")
+    assert refused.value.param == "logprobs_mode"
