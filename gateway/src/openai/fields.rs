@@ -177,7 +177,6 @@ impl<'a> Field<'a> {
     pub fn decimal(&self, range: RangeInclusive<f32>) -> Result<f32, ApiError> {
         let number = self.double(f64::from(*range.start())..=f64::from(*range.end()))?;
         // The range is checked in f64: here only precision is given up.
-        #[allow(clippy::cast_possible_truncation)]
         Ok(number as f32)
     }
 
@@ -212,9 +211,8 @@ impl<'a> Field<'a> {
             (Some(number), _) => number,
             (None, _) if number.is_u64() => return Err(above()),
             (None, Some(float)) if float.fract() == 0.0 && float.abs() < 9.0e15 => {
-                #[allow(clippy::cast_possible_truncation)] // whole and below 2^53
-                let whole = float as i64;
-                whole
+                // Whole and below 2^53: the cast loses nothing.
+                float as i64
             }
             // Whole, but far beyond any range.
             (None, Some(float)) if float.fract() == 0.0 => return Err(if float > 0.0 { above() } else { below() }),
