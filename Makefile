@@ -11,6 +11,8 @@ DATA   ?= ./data
 CACHE  ?= $(CURDIR)/.cache
 TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 BIN    := $(TARGET)/release/tidemill
+# What the tests start: built with checks of overflow and of our own invariants, and only once for all tests.
+TEST_BIN := $(TARGET)/debug/tidemill
 ARGS   ?=
 
 VENV       := $(CACHE)/test-venv
@@ -20,7 +22,7 @@ ARGILLA      := $(CACHE)/argilla-venv
 TEST_DATA  := $(CACHE)/test-data
 TEST_MODEL := $(TEST_DATA)/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: chromium help serve build model test lint test-rust test-e2e bench bench-store oracle clean
+.PHONY: chromium help serve build test lint test-build test-rust test-e2e bench bench-store oracle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,13 +43,16 @@ lint:
 test-rust: $(TEST_MODEL)
 	TIDEMILL_TEST_MODEL=$(TEST_MODEL) CACHE=$(CACHE) tests/postgres.sh $(CARGO) test --workspace --locked
 
-test-e2e: build $(TEST_MODEL) $(VENV)/ready chromium $(LABEL_STUDIO)/ready $(ARGILLA)/ready
-	TIDEMILL_BIN=$(BIN) TIDEMILL_TEST_MODEL=$(TEST_MODEL) \
+test-build:
+	$(CARGO) test --workspace --locked --no-run
+
+test-e2e: $(TEST_MODEL) $(VENV)/ready chromium $(LABEL_STUDIO)/ready $(ARGILLA)/ready
+	TIDEMILL_BIN=$(TEST_BIN) TIDEMILL_TEST_MODEL=$(TEST_MODEL) \
 	TIDEMILL_LABEL_STUDIO=$(LABEL_STUDIO)/bin/label-studio TIDEMILL_ARGILLA_PYTHON=$(ARGILLA)/bin/python \
 	$(VENV)/bin/python -m pytest tests/e2e -q
 
-$(TEST_MODEL): | build
-	$(BIN) pull --data $(TEST_DATA)
+$(TEST_MODEL): | test-build
+	$(TEST_BIN) pull --data $(TEST_DATA)
 	@test -f $@
 
 # The labeling page is tested in a real browser.

@@ -116,7 +116,7 @@ async fn annotators_see_sides_and_nothing_that_tells_them_apart() {
     let (_, train) = app.store.create_key("boss", &[Scope::Train]).await.unwrap();
     let router = router(app);
     assert_eq!(get(&router, "/v1/labeling/queues").await.error().0, 401);
-    let queue = json!({"name": "q", "guidelines": "Be fair.", "gold_share": 0.5, "overlap": 2});
+    let queue = json!({"name": "q", "guidelines": "Be fair.", "gold_share": 1.0, "overlap": 2});
     assert_eq!(with_key(&router, "POST", "/v1/labeling/queues", &label, queue.clone()).await.error().0, 403);
     let made = with_key(&router, "POST", "/v1/labeling/queues", &train, queue.clone()).await;
     assert_eq!((made.status.as_u16(), made.json()["overlap"].as_u64()), (201, Some(2)));
