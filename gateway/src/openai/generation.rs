@@ -130,6 +130,7 @@ impl Generation {
             skip_special_tokens: self.skip_special_tokens,
             logprobs,
             prompt_logprobs: self.prompt_logprobs,
+            grammar: None,
         }
     }
 }
