@@ -80,11 +80,8 @@ impl Snapshots {
             .execute(&mut *transaction)
             .await?;
         let all: Vec<(&str, &String)> = sources.iter().flat_map(|(kind, ids)| ids.iter().map(|id| (*kind, id))).collect();
-        let mut rest = all.as_slice();
-        for size in Insert::sizes(all.len()) {
-            let (part, behind) = rest.split_at(size);
-            rest = behind;
-            let mut query = sqlx::query(AssertSqlSafe(SOURCES.text(size)));
+        for part in Insert::parts(&all) {
+            let mut query = sqlx::query(AssertSqlSafe(SOURCES.text(part.len())));
             for (kind, source) in part {
                 query = query.bind(snapshot.id.to_string()).bind(*kind).bind(clean(source).into_owned());
             }

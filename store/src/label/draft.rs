@@ -47,11 +47,9 @@ impl Labels {
     /// Adds those drafts whose source the queue has seen neither as draft nor as task. Answers how many that were.
     pub async fn add_drafts(&self, queue_id: Uuid, drafts: &[NewDraft], now: i64) -> Result<u64, LabelError> {
         let mut transaction = self.database.write().begin().await?;
-        let (mut rest, mut added) = (drafts, 0_u64);
-        for size in Insert::sizes(drafts.len()) {
-            let (part, behind) = rest.split_at(size);
-            rest = behind;
-            let mut query = sqlx::query(sqlx::AssertSqlSafe(DRAFTS.text(size)));
+        let mut added = 0_u64;
+        for part in Insert::parts(drafts) {
+            let mut query = sqlx::query(sqlx::AssertSqlSafe(DRAFTS.text(part.len())));
             for draft in part {
                 query = query
                     .bind(Uuid::now_v7().to_string())
