@@ -249,7 +249,9 @@ impl Store {
     /// Removes a person; see [`crate::erasure`]. `user` is what `user_key` and `author` say.
     pub async fn erase_user(&self, user: &str) -> Result<Erasure, StoreError> {
         self.0.recorder.settle().await?;
-        crate::erasure::erase(&self.0.database, &self.0.ids, user, now_us(), self.issue_id()).await
+        let erasure = crate::erasure::erase(&self.0.database, &self.0.ids, user, now_us(), self.issue_id()).await?;
+        self.0.recorder.remove_damaged()?;
+        Ok(erasure)
     }
 
     /// Writes down who did what to what.

@@ -121,11 +121,17 @@ impl Labels {
         Ok(rows)
     }
 
-    /// Makes a draft a task. Whoever comes second, after a restart or on another gateway, changes nothing.
+    /// Makes a draft a task. Of a draft that is gone nothing is made: another gateway was faster, or its person has been erased while
+    /// the answer was generated.
     pub async fn finish_draft(&self, draft: &Draft, task: &NewTask, now: i64) -> Result<(), LabelError> {
         let mut transaction = self.database.write().begin().await?;
         super::task::insert(&mut transaction, draft.queue_id, std::slice::from_ref(task), now).await?;
-        sqlx::query("DELETE FROM label_drafts WHERE id = $1").bind(draft.id.to_string()).execute(&mut *transaction).await?;
+        let ours =
+            sqlx::query("DELETE FROM label_drafts WHERE id = $1").bind(draft.id.to_string()).execute(&mut *transaction).await?;
+        if ours.rows_affected() == 0 {
+            transaction.rollback().await?;
+            return Ok(());
+        }
         transaction.commit().await?;
         Ok(())
     }
