@@ -49,7 +49,7 @@ pub fn assess(rows: &[Row], options: &QualityOptions) -> QualityReport {
     let corpus = Corpus::new(rows, thresholds.cluster_similarity);
     let mut findings = Findings::new(rows);
     let users = share::users(rows);
-    let raters = share::raters(rows, &options.judgements);
+    let raters = share::raters(rows);
     let reliability = reliability::raters(&options.judgements);
 
     let mut checks = vec![size(rows)];

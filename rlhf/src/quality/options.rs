@@ -93,7 +93,7 @@ pub struct Thresholds {
     pub reliability: Limit,
     /// Largest share of the rows from one user's requests.
     pub user_share: Limit,
-    /// Largest share of the judgements by one rater.
+    /// Largest share of the rows that one rater judged.
     pub rater_share: Limit,
     /// Rows that hold an evaluation prompt.
     pub overlap: Limit,
