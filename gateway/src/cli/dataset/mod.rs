@@ -125,9 +125,9 @@ pub enum DatasetCommandError {
         /// Why not.
         source: std::io::Error,
     },
-    /// A query file that is none.
-    #[error("{} is no query: {reason}", path.display())]
-    Query {
+    /// A file that is not the JSON that was asked for.
+    #[error("{} is not what it should be: {reason}", path.display())]
+    Json {
         /// Which.
         path: PathBuf,
         /// Why not.
