@@ -2,11 +2,13 @@
 
 pub mod app;
 pub mod auth;
+pub mod chat;
+mod completions;
 mod datasets;
 pub mod drain;
 pub mod error;
 pub mod feedback;
-mod generate;
+pub mod generate;
 mod interchange;
 pub mod labeling;
 pub mod limits;

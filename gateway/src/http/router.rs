@@ -4,7 +4,7 @@ use crate::console;
 use crate::http::app::App;
 use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
-use crate::http::{datasets, feedback, generate, interchange, labeling, models, observe, probes, tokens};
+use crate::http::{chat, completions, datasets, feedback, interchange, labeling, models, observe, probes, tokens};
 use axum::Router;
 use axum::extract::Request;
 use axum::middleware::{from_fn, from_fn_with_state};
@@ -15,9 +15,9 @@ use tidemill_store::Scope;
 /// All routes. Whatever is not one answers in the error shape, too.
 pub fn router(app: App) -> Router {
     let auth = app.auth.clone();
-    let chat = Router::new()
-        .route("/v1/chat/completions", post(generate::chat))
-        .route("/v1/completions", post(generate::completions))
+    let generating = Router::new()
+        .route("/v1/chat/completions", post(chat::chat))
+        .route("/v1/completions", post(completions::completions))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .route_layer(require(Scope::Chat));
@@ -26,7 +26,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/feedback/{id}", get(feedback::get).patch(feedback::edit).delete(feedback::withdraw))
         .route_layer(require(Scope::Feedback));
     Router::new()
-        .merge(chat)
+        .merge(generating)
         .merge(judging)
         .merge(datasets::routes())
         .merge(labeling::routes())

@@ -1,7 +1,7 @@
 //! A chat answer as one JSON object.
 
+use crate::openai::chat_output::{ChatCollected, ChatFinish};
 use crate::openai::chat_stream::{ChatReport, OwnFields};
-use crate::openai::collected::Collected;
 use crate::openai::wire::{AnswerHead, TokenLogprob, UsageJson, finite, put};
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::Serialize;
@@ -13,7 +13,7 @@ struct Choice<'a> {
     index: usize,
     message: Message<'a>,
     logprobs: Option<Logprobs>,
-    finish_reason: Option<String>,
+    finish_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -35,22 +35,24 @@ struct Logprobs {
 }
 
 /// The body of the response.
-pub fn to_json(head: &AnswerHead, report: &ChatReport, tokenizer: &Tokenizer, collected: &Collected) -> Bytes {
+pub fn to_json(head: &AnswerHead, report: &ChatReport, tokenizer: &Tokenizer, collected: &ChatCollected) -> Bytes {
     let mut out = head.to_json_prefix();
     let echo = report.echo.as_deref().unwrap_or_default();
-    let choices = collected.prompts.iter().flat_map(|p| &p.choices);
-    for (index, choice) in choices.enumerate() {
+    for (index, choice) in collected.choices.iter().enumerate() {
         let content = format!("{echo}{}", choice.text);
         let logprobs = report.logprobs.map(|top| Logprobs {
-            content: choice.text_records().iter().map(|r| TokenLogprob::new(tokenizer, r, top)).collect(),
+            content: choice.records.iter().map(|r| TokenLogprob::new(tokenizer, r, top)).collect(),
             refusal: None,
         });
         let json = Choice {
             index,
             message: Message { role: "assistant", content: &content, refusal: None, annotations: [] },
             logprobs,
-            finish_reason: choice.finish.map(|reason| reason.to_string()),
-            token_ids: report.prompt_token_ids.is_some().then(|| choice.records.iter().map(|r| r.token).collect()),
+            finish_reason: choice.finish.map(ChatFinish::as_str),
+            token_ids: report
+                .prompt_token_ids
+                .is_some()
+                .then(|| choice.records.iter().map(|r| r.token).chain(choice.end_marker).collect()),
             tidemill: report.own_fields(index),
         };
         if index > 0 {
@@ -60,7 +62,7 @@ pub fn to_json(head: &AnswerHead, report: &ChatReport, tokenizer: &Tokenizer, co
     }
     out.put_slice(b"],\"usage\":");
     put(&mut out, &UsageJson::from(collected.usage));
-    if let Some(records) = collected.prompts.first().and_then(|p| p.logprobs.as_ref()) {
+    if let Some(records) = &collected.prompt_logprobs {
         put_field(&mut out, "prompt_logprobs", &prompt_logprobs(tokenizer, records));
     }
     if let Some(ids) = &report.prompt_token_ids {

@@ -3,11 +3,12 @@
 
 use crate::http::error::ApiError;
 use crate::http::sse::EventEncoder;
-use crate::openai::collected::{Flow, cancelled, is_end_marker};
+use crate::openai::chat_output::{ChatEvent, ChatFinish, ChatOutput, Delta, OutputFormat};
+use crate::openai::collected::Flow;
 use crate::openai::wire::{AnswerHead, TokenLogprob, UsageJson, put};
 use bytes::{BufMut, BytesMut};
 use serde::Serialize;
-use tidemill_engine::{Event, FinishReason, TokenRecord, Tokenizer};
+use tidemill_engine::{Event, TokenRecord, Tokenizer};
 
 /// What a chat answer reports beside text.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -32,6 +33,11 @@ pub struct OwnFields<'a> {
 }
 
 impl ChatReport {
+    /// Whether someone reads the tokens behind the text.
+    pub fn keeps_records(&self) -> bool {
+        self.logprobs.is_some() || self.prompt_token_ids.is_some()
+    }
+
     /// Beside choice `index`.
     pub fn own_fields(&self, index: usize) -> Option<OwnFields<'_>> {
         self.choice_ids.as_ref()?.get(index).map(|id| OwnFields { id })
@@ -40,27 +46,31 @@ impl ChatReport {
 
 /// Turns the events of one chat request into chunks.
 pub struct ChatStream {
+    output: ChatOutput,
+    writer: Writer,
+}
+
+/// Writes chunks.
+struct Writer {
     prefix: BytesMut,
     suffix: &'static [u8],
     tokenizer: Tokenizer,
     report: ChatReport,
-    /// Per choice: tokens whose text is not certain yet, kept only when they will be reported.
-    held: Vec<Vec<TokenRecord>>,
+    n: usize,
 }
 
 impl ChatStream {
     /// For an answer of `n` choices.
-    pub fn new(head: &AnswerHead, n: usize, report: ChatReport, tokenizer: Tokenizer) -> Self {
+    pub fn new(head: &AnswerHead, n: usize, report: ChatReport, format: OutputFormat, tokenizer: Tokenizer) -> Self {
         let mut prefix = BytesMut::from(&b"data: "[..]);
         prefix.extend_from_slice(&head.to_json_prefix());
         let suffix: &[u8] = if report.include_usage { b"],\"usage\":null}\n\n" } else { b"]}\n\n" };
-        Self { prefix, suffix, tokenizer, report, held: vec![Vec::new(); n] }
+        let output = ChatOutput::new(format, n, report.keeps_records());
+        Self { output, writer: Writer { prefix, suffix, tokenizer, report, n } }
     }
+}
 
-    fn keeps_records(&self) -> bool {
-        self.report.logprobs.is_some() || self.report.prompt_token_ids.is_some()
-    }
-
+impl Writer {
     fn open(&self, out: &mut BytesMut, choice: usize) {
         out.extend_from_slice(&self.prefix);
         out.put_slice(b"{\"index\":");
@@ -111,10 +121,10 @@ impl ChatStream {
         out.extend_from_slice(self.suffix);
     }
 
-    fn finish(&self, out: &mut BytesMut, choice: usize, reason: FinishReason, end_marker: Option<u32>) {
+    fn finish(&self, out: &mut BytesMut, choice: usize, reason: ChatFinish, end_marker: Option<u32>) {
         self.open(out, choice);
         out.put_slice(b"},\"logprobs\":null,\"finish_reason\":\"");
-        out.put_slice(reason.to_string().as_bytes());
+        out.put_slice(reason.as_str().as_bytes());
         out.put_slice(b"\"");
         if self.report.prompt_token_ids.is_some() {
             out.put_slice(b",\"token_ids\":");
@@ -127,40 +137,37 @@ impl ChatStream {
 
 impl EventEncoder for ChatStream {
     fn encode(&mut self, _prompt: usize, event: Event, out: &mut BytesMut) -> Result<Flow, ApiError> {
+        let Self { output, writer } = self;
+        let mut flow = Flow::More;
+        output.push(event, &mut |event| {
+            if writer.write(event, out) == Flow::End {
+                flow = Flow::End;
+            }
+        })?;
+        Ok(flow)
+    }
+}
+
+impl Writer {
+    fn write(&mut self, event: ChatEvent, out: &mut BytesMut) -> Flow {
         match event {
-            Event::Prompt { .. } => {
-                for choice in 0..self.held.len() {
+            ChatEvent::Prompt { .. } => {
+                for choice in 0..self.n {
                     self.role(out, choice);
                 }
                 if let Some(echo) = self.report.echo.take() {
-                    for choice in 0..self.held.len() {
+                    for choice in 0..self.n {
                         self.content(out, choice, &echo, &[]);
                     }
                 }
             }
-            Event::Token { choice, record, text } => {
-                if !self.keeps_records() {
-                    if !text.is_empty() {
-                        self.content(out, choice, &text, &[]);
-                    }
-                } else if let Some(held) = self.held.get_mut(choice) {
-                    held.push(record);
-                    if !text.is_empty() {
-                        let records = std::mem::take(held);
-                        self.content(out, choice, &text, &records);
-                    }
-                }
-            }
-            Event::Finished { reason: FinishReason::Cancelled, .. } => return Err(cancelled()),
-            Event::Finished { choice, reason, stop, text, .. } => {
-                let mut records = self.held.get_mut(choice).map(std::mem::take).unwrap_or_default();
-                let end_marker = records.pop_if(|last| is_end_marker(stop.as_ref(), last.token)).map(|last| last.token);
-                if !text.is_empty() || !records.is_empty() {
+            ChatEvent::Delta { choice, delta, records } => {
+                if let Delta::Text(text) = delta {
                     self.content(out, choice, &text, &records);
                 }
-                self.finish(out, choice, reason, end_marker);
             }
-            Event::Done(usage) => {
+            ChatEvent::Finished { choice, reason, end_marker, .. } => self.finish(out, choice, reason, end_marker),
+            ChatEvent::Done(usage) => {
                 if self.report.include_usage {
                     out.extend_from_slice(&self.prefix);
                     out.put_slice(b"],\"usage\":");
@@ -168,10 +175,9 @@ impl EventEncoder for ChatStream {
                     out.put_slice(b"}\n\n");
                 }
                 out.put_slice(b"data: [DONE]\n\n");
-                return Ok(Flow::End);
+                return Flow::End;
             }
-            Event::Failed(message) => return Err(ApiError::fault(message)),
         }
-        Ok(Flow::More)
+        Flow::More
     }
 }

@@ -3,6 +3,7 @@
 pub mod about;
 pub mod chat;
 pub mod chat_answer;
+pub mod chat_output;
 pub mod chat_stream;
 pub mod collected;
 pub mod completion_answer;

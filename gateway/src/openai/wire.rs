@@ -3,6 +3,7 @@
 //! A stream writes one chunk per token, thousands a second on the cores that also compute: the parts that never change are
 //! serialised once per request.
 
+use crate::openai::chat_output::ChatUsage;
 use bytes::{BufMut, BytesMut};
 use serde::Serialize;
 use serde_json::Value;
@@ -73,14 +74,20 @@ struct CompletionDetails {
 }
 
 impl From<Usage> for UsageJson {
-    fn from(usage: Usage) -> Self {
+    fn from(tokens: Usage) -> Self {
+        Self::from(ChatUsage { tokens, reasoning_tokens: 0 })
+    }
+}
+
+impl From<ChatUsage> for UsageJson {
+    fn from(ChatUsage { tokens: usage, reasoning_tokens }: ChatUsage) -> Self {
         Self {
             prompt_tokens: usage.prompt_tokens,
             completion_tokens: usage.completion_tokens,
             total_tokens: usage.prompt_tokens + usage.completion_tokens,
             prompt_tokens_details: PromptDetails { cached_tokens: usage.cached_tokens, audio_tokens: 0 },
             completion_tokens_details: CompletionDetails {
-                reasoning_tokens: 0,
+                reasoning_tokens,
                 audio_tokens: 0,
                 accepted_prediction_tokens: 0,
                 rejected_prediction_tokens: 0,

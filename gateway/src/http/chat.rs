@@ -1,0 +1,119 @@
+//! `POST /v1/chat/completions`, and the run that every endpoint with a conversation goes through.
+
+use crate::http::app::App;
+use crate::http::error::ApiError;
+use crate::http::generate::{Asked, Pending, engine_request, enter, head, json};
+use crate::http::limits::{LONG_WORK, off_path, parse_json};
+use crate::http::sse;
+use crate::openai::chat::ChatRequest;
+use crate::openai::chat_answer;
+use crate::openai::chat_output::{ChatCollected, OutputFormat};
+use crate::openai::chat_stream::{ChatReport, ChatStream};
+use crate::openai::wire::AnswerHead;
+use crate::recording::{Draft, Level};
+use crate::upstream::{Events, LocalModel, Upstream};
+use axum::extract::{Request, State};
+use axum::response::Response;
+use serde_json::Value;
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// `POST /v1/chat/completions`
+pub async fn chat(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
+    let (in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
+    let body = app.body.read(request).await?;
+    let PreparedChat { run, head, report, stream } =
+        off_path(body.len() > LONG_WORK, move || PreparedChat::new(asked, &body)).await??;
+    let (format, n, tokenizer) = (run.format, run.choice_ids.len(), run.model.tokenizer().clone());
+    let events = run.start()?;
+    if stream {
+        return Ok(sse::response(events, ChatStream::new(&head, n, report, format, tokenizer), in_flight));
+    }
+    let keep = report.keeps_records();
+    let collected = ChatCollected::of(events, format, n, keep).await?;
+    let body = off_path(keep, move || chat_answer::to_json(&head, &report, &tokenizer, &collected)).await?;
+    Ok(json(body))
+}
+
+/// A conversation that was checked, templated and tokenised, with its record prepared: ready for the engine.
+pub struct ChatRun {
+    /// Who answers.
+    pub model: Arc<LocalModel>,
+    /// The answer, which is also its first choice.
+    pub id: Uuid,
+    /// One per choice.
+    pub choice_ids: Vec<Uuid>,
+    /// How the model writes reasoning and tool calls.
+    pub format: OutputFormat,
+    request: tidemill_engine::Request,
+    processed: bool,
+    record: Option<Pending>,
+}
+
+impl ChatRun {
+    /// Everything that can be refused is refused here. `endpoint` is what the record calls it, such as `chat`.
+    pub fn prepare(asked: Asked, endpoint: &'static str, chat: &ChatRequest) -> Result<Self, ApiError> {
+        let Upstream::Local(model) = asked.app.registry.find(Some(&chat.model))?;
+        let generation = &chat.generation;
+        model.check_choices(generation.n, "n")?;
+        let (text, prompt) = model.chat_tokens(&chat.prompt)?;
+        model.check_fit(prompt.len(), generation.max_tokens, "messages")?;
+        let sampling = generation.sampling(model.defaults(), chat.logprobs);
+        if generation.about.compare && sampling.temperature == 0.0 {
+            let message = "Invalid 'tidemill.compare': at temperature 0 all choices are the same; raise 'temperature'.";
+            return Err(ApiError::invalid("tidemill.compare", "invalid_value", message));
+        }
+        let id = asked.app.store.issue_id();
+        let level = asked.level(endpoint, &model, id)?;
+        let choice_ids = asked.choice_ids(id, generation.n);
+        let request = engine_request(&model, id, prompt, sampling, generation);
+        let draft = || {
+            let mut inference = asked.inference(endpoint, &model, &request, &generation.about);
+            if level == Level::Full {
+                inference.messages = Some(Value::Array(chat.prompt.messages.clone()));
+                inference.prompt_text = Some(text);
+            }
+            Draft { inference, candidates: choice_ids.len(), choice_ids: choice_ids.clone(), prompt_only: false }
+        };
+        let drafts = (level != Level::Off).then(|| vec![draft()]);
+        let record = drafts.map(|drafts| asked.pending(level, drafts));
+        let processed = generation.processed_logprobs;
+        Ok(Self { model, id, choice_ids, format: OutputFormat::Plain, request, processed, record })
+    }
+
+    /// The prompt's tokens.
+    pub fn prompt_ids(&self) -> &[u32] {
+        &self.request.prompt
+    }
+
+    /// Hands it to the engine. The record begins once the engine has taken it: what is refused is no answer.
+    pub fn start(self) -> Result<Events, ApiError> {
+        let events = self.model.submit(vec![self.request])?;
+        Ok(events.recorded(self.record.map(Pending::start)).showing(self.processed))
+    }
+}
+
+struct PreparedChat {
+    run: ChatRun,
+    head: AnswerHead,
+    report: ChatReport,
+    stream: bool,
+}
+
+impl PreparedChat {
+    fn new(asked: Asked, body: &[u8]) -> Result<Self, ApiError> {
+        let chat = ChatRequest::parse(&parse_json(body)?)?;
+        let run = ChatRun::prepare(asked, "chat", &chat)?;
+        let generation = &chat.generation;
+        let object = if generation.stream { "chat.completion.chunk" } else { "chat.completion" };
+        let choice_ids = || run.choice_ids.iter().map(|id| format!("chatcmpl-{id}")).collect();
+        let report = ChatReport {
+            logprobs: chat.logprobs,
+            prompt_token_ids: generation.return_token_ids.then(|| run.prompt_ids().to_vec()),
+            include_usage: generation.include_usage,
+            echo: chat.echoed_text().map(str::to_owned),
+            choice_ids: generation.about.compare.then(choice_ids),
+        };
+        Ok(Self { head: head(&run.model, run.id, "chatcmpl", object), report, stream: generation.stream, run })
+    }
+}

@@ -1,0 +1,113 @@
+//! `POST /v1/completions`: from a body to a stream of events or one JSON object.
+
+use crate::http::app::App;
+use crate::http::error::ApiError;
+use crate::http::generate::{Asked, Pending, collect, engine_request, enter, head, json};
+use crate::http::limits::{LONG_WORK, off_path, parse_json};
+use crate::http::sse;
+use crate::openai::collected::Collected;
+use crate::openai::completion_answer::{self, CompletionReport, PromptEcho};
+use crate::openai::completion_stream::CompletionStream;
+use crate::openai::completions::{CompletionRequest, PromptInput};
+use crate::openai::wire::AnswerHead;
+use crate::recording::{Draft, Level};
+use crate::upstream::{LocalModel, Upstream};
+use axum::extract::{Request, State};
+use axum::response::Response;
+use std::sync::Arc;
+
+/// `POST /v1/completions`
+pub async fn completions(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
+    let (in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
+    let body = app.body.read(request).await?;
+    let prepared = off_path(body.len() > LONG_WORK, move || PreparedCompletion::new(asked, &body)).await??;
+    let prompts = prepared.requests.len();
+    let events =
+        prepared.model.submit(prepared.requests)?.recorded(prepared.record.map(Pending::start)).showing(prepared.processed);
+    let tokenizer = prepared.model.tokenizer();
+    if prepared.stream {
+        let encoder = CompletionStream::new(&prepared.head, prepared.n, prepared.report, tokenizer);
+        return Ok(sse::response(events, encoder, in_flight));
+    }
+    let keep = prepared.report.logprobs.is_some() || prepared.report.token_ids;
+    let collected = collect(events, Collected::new(prompts, prepared.best_of, keep)).await?;
+    let (tokenizer, n) = (tokenizer.clone(), prepared.n);
+    let body =
+        off_path(keep, move || completion_answer::to_json(&prepared.head, &prepared.report, &tokenizer, &collected, n)).await?;
+    Ok(json(body))
+}
+
+struct PreparedCompletion {
+    model: Arc<LocalModel>,
+    head: AnswerHead,
+    requests: Vec<tidemill_engine::Request>,
+    report: CompletionReport,
+    n: usize,
+    best_of: usize,
+    stream: bool,
+    processed: bool,
+    record: Option<Pending>,
+}
+
+impl PreparedCompletion {
+    fn new(asked: Asked, body: &[u8]) -> Result<Self, ApiError> {
+        let completion = CompletionRequest::parse(&parse_json(body)?)?;
+        let Upstream::Local(model) = asked.app.registry.find(Some(&completion.model))?;
+        let generation = &completion.generation;
+        model.check_choices(completion.best_of, if completion.best_of > generation.n { "best_of" } else { "n" })?;
+        model.check_prompts(completion.prompts.len())?;
+        let mut sampling = generation.sampling(model.defaults(), completion.logprobs);
+        sampling.n = completion.best_of;
+        let prompt_only = sampling.max_tokens == Some(0);
+        if prompt_only {
+            // The engine always generates: one token is the least, and it is not shown.
+            sampling.max_tokens = Some(1);
+        }
+        if completion.echo && completion.logprobs.is_some() {
+            sampling.prompt_logprobs = sampling.prompt_logprobs.max(completion.logprobs);
+        }
+        let id = asked.app.store.issue_id();
+        let level = asked.level("completion", &model, id)?;
+        let mut requests = Vec::with_capacity(completion.prompts.len());
+        let mut echoes = Vec::with_capacity(completion.prompts.len());
+        let mut drafts = Vec::new();
+        for (at, prompt) in completion.prompts.iter().enumerate() {
+            let tokens = model.prompt_tokens(prompt, completion.add_special_tokens)?;
+            model.check_fit(tokens.len(), generation.max_tokens, "prompt")?;
+            let text = || match prompt {
+                PromptInput::Text(text) => text.clone(),
+                PromptInput::Tokens(tokens) => model.tokenizer().decode(tokens, false),
+            };
+            // The first prompt carries the answer's id; each has a record of its own.
+            let own = if at == 0 { id } else { asked.app.store.issue_id() };
+            let request = engine_request(&model, own, tokens.clone(), sampling.clone(), generation);
+            if level != Level::Off {
+                let mut inference = asked.inference("completion", &model, &request, &generation.about);
+                inference.prompt_text = (level == Level::Full).then(text);
+                let choice_ids = asked.choice_ids(own, generation.n);
+                drafts.push(Draft { inference, choice_ids, candidates: completion.best_of, prompt_only });
+            }
+            requests.push(request);
+            echoes.push(PromptEcho { text: completion.echo.then(text), tokens });
+        }
+        Ok(Self {
+            head: head(&model, id, "cmpl", "text_completion"),
+            report: CompletionReport {
+                logprobs: completion.logprobs,
+                prompt_logprobs: generation.prompt_logprobs.is_some(),
+                token_ids: generation.return_token_ids,
+                include_usage: generation.include_usage,
+                skip_special_tokens: sampling.skip_special_tokens,
+                prompt_only,
+                prompts: echoes,
+            },
+            n: generation.n,
+            best_of: completion.best_of,
+            stream: generation.stream,
+            processed: generation.processed_logprobs,
+            record: (level != Level::Off).then(|| asked.pending(level, drafts)),
+            requests,
+            model,
+        })
+    }
+}

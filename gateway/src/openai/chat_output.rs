@@ -1,0 +1,269 @@
+//! What a chat answer is made of: the engine's text, split into reasoning, content and tool calls.
+//!
+//! Every endpoint that converses (chat, responses, messages) writes these same events in its own form.
+
+use crate::http::error::ApiError;
+use crate::openai::collected::{cancelled, is_end_marker};
+use crate::upstream::Events;
+use tidemill_engine::{Event, FinishReason, StopCause, TokenRecord, Usage};
+
+/// How a model writes reasoning and tool calls into its text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OutputFormat {
+    /// Neither: all is content.
+    #[default]
+    Plain,
+}
+
+/// A piece of an answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Delta {
+    /// More of the model's reasoning.
+    Reasoning(String),
+    /// More content.
+    Text(String),
+    /// A tool call begins.
+    Call {
+        /// Which of the choice's calls, from 0.
+        index: usize,
+        /// Its id, `call_…`.
+        id: String,
+        /// The function's name, whole.
+        name: String,
+    },
+    /// More of a call's arguments, which are JSON text.
+    Arguments {
+        /// Which call.
+        index: usize,
+        /// What is added.
+        text: String,
+    },
+}
+
+/// Why a choice ended, as the API says it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChatFinish {
+    /// By itself, or at a stop string or token.
+    Stop,
+    /// At a limit.
+    Length,
+    /// To have tools called.
+    ToolCalls,
+}
+
+impl ChatFinish {
+    /// OpenAI's word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::ToolCalls => "tool_calls",
+        }
+    }
+}
+
+/// Counts of an answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ChatUsage {
+    /// The engine's counts.
+    pub tokens: Usage,
+    /// Of the generated tokens, those of reasoning.
+    pub reasoning_tokens: usize,
+}
+
+/// What happens to a chat answer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ChatEvent {
+    /// The prompt is computed.
+    Prompt {
+        /// Log-probabilities of its tokens when asked for.
+        logprobs: Option<Vec<Option<TokenRecord>>>,
+    },
+    /// A choice goes on.
+    Delta {
+        /// Which choice.
+        choice: usize,
+        /// With what.
+        delta: Delta,
+        /// The tokens that became certain with it, when they are kept.
+        records: Vec<TokenRecord>,
+    },
+    /// A choice ended.
+    Finished {
+        /// Which choice.
+        choice: usize,
+        /// Why.
+        reason: ChatFinish,
+        /// What stopped it.
+        stop: Option<StopCause>,
+        /// The token that only ended it, when tokens are kept.
+        end_marker: Option<u32>,
+    },
+    /// The answer is complete.
+    Done(ChatUsage),
+}
+
+/// Splits the text of one choice.
+#[derive(Debug)]
+struct Parser {
+    format: OutputFormat,
+    /// Tokens whose text is not certain yet.
+    held: Vec<TokenRecord>,
+    called: bool,
+}
+
+impl Parser {
+    fn push(&mut self, text: String, last: bool, deltas: &mut Vec<Delta>) {
+        match self.format {
+            OutputFormat::Plain => {
+                if !text.is_empty() || (last && !self.held.is_empty()) {
+                    deltas.push(Delta::Text(text));
+                }
+            }
+        }
+        self.called |= deltas.iter().any(|delta| matches!(delta, Delta::Call { .. }));
+    }
+}
+
+/// Turns the engine's events for one conversation into those of its answer.
+#[derive(Debug)]
+pub struct ChatOutput {
+    choices: Vec<Parser>,
+    keep_records: bool,
+    deltas: Vec<Delta>,
+}
+
+impl ChatOutput {
+    /// For an answer of `n` choices; tokens are kept only where someone reports them.
+    pub fn new(format: OutputFormat, n: usize, keep_records: bool) -> Self {
+        let parser = || Parser { format, held: Vec::new(), called: false };
+        Self { choices: (0..n).map(|_| parser()).collect(), keep_records, deltas: Vec::new() }
+    }
+
+    /// Calls `sink` with what `event` makes. The error becomes the answer's end.
+    pub fn push(&mut self, event: Event, sink: &mut impl FnMut(ChatEvent)) -> Result<(), ApiError> {
+        match event {
+            Event::Prompt { logprobs, .. } => sink(ChatEvent::Prompt { logprobs }),
+            Event::Token { choice, record, text } => {
+                let Some(parser) = self.choices.get_mut(choice) else { return Ok(()) };
+                if self.keep_records {
+                    parser.held.push(record);
+                }
+                parser.push(text, false, &mut self.deltas);
+                self.emit(choice, sink);
+            }
+            Event::Finished { reason: FinishReason::Cancelled, .. } => return Err(cancelled()),
+            Event::Finished { choice, reason, stop, text, .. } => {
+                let Some(parser) = self.choices.get_mut(choice) else { return Ok(()) };
+                let end_marker = parser.held.pop_if(|last| is_end_marker(stop.as_ref(), last.token)).map(|last| last.token);
+                parser.push(text, true, &mut self.deltas);
+                let reason = match reason {
+                    FinishReason::Length => ChatFinish::Length,
+                    _ if parser.called => ChatFinish::ToolCalls,
+                    _ => ChatFinish::Stop,
+                };
+                self.emit(choice, sink);
+                sink(ChatEvent::Finished { choice, reason, stop, end_marker });
+            }
+            Event::Done(tokens) => sink(ChatEvent::Done(ChatUsage { tokens, reasoning_tokens: 0 })),
+            Event::Failed(message) => return Err(ApiError::fault(message)),
+        }
+        Ok(())
+    }
+
+    /// Passes the deltas on; the first takes all tokens that waited for their text.
+    fn emit(&mut self, choice: usize, sink: &mut impl FnMut(ChatEvent)) {
+        for delta in self.deltas.drain(..) {
+            let records = self.choices.get_mut(choice).map(|parser| std::mem::take(&mut parser.held)).unwrap_or_default();
+            sink(ChatEvent::Delta { choice, delta, records });
+        }
+    }
+}
+
+/// A call that a model wants made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ToolCall {
+    /// `call_…`
+    pub id: String,
+    /// The function.
+    pub name: String,
+    /// JSON text.
+    pub arguments: String,
+}
+
+/// One whole choice.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ChatChoice {
+    /// Content.
+    pub text: String,
+    /// Reasoning.
+    pub reasoning: String,
+    /// Calls, in order.
+    pub calls: Vec<ToolCall>,
+    /// The tokens that all this is made of, when they are kept.
+    pub records: Vec<TokenRecord>,
+    /// The token that only ended the choice.
+    pub end_marker: Option<u32>,
+    /// Why it ended.
+    pub finish: Option<ChatFinish>,
+    /// What stopped it.
+    pub stop: Option<StopCause>,
+}
+
+/// A whole answer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ChatCollected {
+    /// In order.
+    pub choices: Vec<ChatChoice>,
+    /// Counts.
+    pub usage: ChatUsage,
+    /// Of the prompt, when asked for.
+    pub prompt_logprobs: Option<Vec<Option<TokenRecord>>>,
+}
+
+impl ChatCollected {
+    /// Waits for the whole answer.
+    pub async fn of(mut events: Events, format: OutputFormat, n: usize, keep_records: bool) -> Result<Self, ApiError> {
+        let mut output = ChatOutput::new(format, n, keep_records);
+        let mut collected = Self { choices: vec![ChatChoice::default(); n], ..Self::default() };
+        let mut done = false;
+        while let Some((_, event)) = events.next().await {
+            output.push(event, &mut |event| done |= collected.take(event))?;
+            if done {
+                return Ok(collected);
+            }
+        }
+        Err(ApiError::fault("The engine stopped before the answer was complete."))
+    }
+
+    /// Adds an event; `true` when it was the last.
+    fn take(&mut self, event: ChatEvent) -> bool {
+        match event {
+            ChatEvent::Prompt { logprobs } => self.prompt_logprobs = logprobs,
+            ChatEvent::Delta { choice, delta, records } => {
+                let Some(choice) = self.choices.get_mut(choice) else { return false };
+                choice.records.extend(records);
+                match delta {
+                    Delta::Text(text) => choice.text.push_str(&text),
+                    Delta::Reasoning(text) => choice.reasoning.push_str(&text),
+                    Delta::Call { id, name, .. } => choice.calls.push(ToolCall { id, name, arguments: String::new() }),
+                    Delta::Arguments { index, text } => {
+                        if let Some(call) = choice.calls.get_mut(index) {
+                            call.arguments.push_str(&text);
+                        }
+                    }
+                }
+            }
+            ChatEvent::Finished { choice, reason, stop, end_marker } => {
+                if let Some(choice) = self.choices.get_mut(choice) {
+                    (choice.finish, choice.stop, choice.end_marker) = (Some(reason), stop, end_marker);
+                }
+            }
+            ChatEvent::Done(usage) => {
+                self.usage = usage;
+                return true;
+            }
+        }
+        false
+    }
+}
