@@ -143,7 +143,12 @@ pub enum DatasetCommandError {
 
 /// Runs the command; the exit status is the gate's, where one was asked for.
 pub fn run(args: &DatasetArgs) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    let gate = matches!(&args.command, Command::Report(report) if report.gate);
+    let gate = match &args.command {
+        Command::Build(build) => build.quality.gate,
+        Command::Import(import) => import.quality.gate,
+        Command::Report(report) => report.gate,
+        Command::List { .. } | Command::Show { .. } | Command::Export(_) => false,
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     match runtime.block_on(command(args)) {
         Err(error) if gate => {
