@@ -117,7 +117,8 @@ impl Database {
     }
 }
 
-const MIGRATIONS: &[(i64, &str, &str)] = &[(1, "records", include_str!("../migrations/0001_records.sql"))];
+const MIGRATIONS: &[(i64, &str, &str)] =
+    &[(1, "records", include_str!("../migrations/0001_records.sql")), (3, "files", include_str!("../migrations/0003_files.sql"))];
 
 fn without_password(url: &str) -> String {
     match (url.find("://"), url.rfind('@')) {
