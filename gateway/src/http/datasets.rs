@@ -5,6 +5,7 @@ use crate::http::app::App;
 use crate::http::auth::{Caller, require};
 use crate::http::error::ApiError;
 use crate::http::generate::json as json_bytes;
+use crate::http::query::{number, parameters};
 use axum::body::Body;
 use axum::extract::{Path, RawQuery, Request, State};
 use axum::response::{IntoResponse, Response};
@@ -173,36 +174,12 @@ fn shown(snapshot: &Snapshot, whole: bool) -> Value {
     value
 }
 
-/// The parameters of a query string, each at most once.
-fn parameters(query: Option<String>, known: &[&'static str]) -> Result<Map<String, Value>, ApiError> {
-    let mut found = Map::new();
-    for (key, value) in form_urlencoded::parse(query.unwrap_or_default().as_bytes()) {
-        if !known.contains(&key.as_ref()) {
-            let shown: String = key.chars().take(100).collect();
-            return Err(ApiError::invalid(shown, "unknown_parameter", format!("Known here are: {}.", known.join(", "))));
-        }
-        found.insert(key.into_owned(), Value::String(value.into_owned()));
-    }
-    Ok(found)
-}
-
 fn choice<T: DeserializeOwned>(parameters: &Map<String, Value>, key: &'static str, choices: &str) -> Result<Option<T>, ApiError> {
     match parameters.get(key) {
         None => Ok(None),
         Some(value) => serde_json::from_value(value.clone())
             .map(Some)
             .map_err(|_| ApiError::invalid(key, "invalid_value", format!("'{key}' must be one of {choices}."))),
-    }
-}
-
-fn number(parameters: &Map<String, Value>, key: &'static str, default: usize, most: usize) -> Result<usize, ApiError> {
-    match parameters.get(key).and_then(Value::as_str) {
-        None => Ok(default),
-        Some(text) => text
-            .parse()
-            .ok()
-            .filter(|number| *number <= most)
-            .ok_or_else(|| ApiError::invalid(key, "invalid_value", format!("'{key}' must be a number from 0 to {most}."))),
     }
 }
 

@@ -2,12 +2,14 @@
 
 pub mod app;
 pub mod auth;
+mod batches;
 pub mod chat;
 mod completions;
 mod datasets;
 pub mod drain;
 pub mod error;
 pub mod feedback;
+mod files;
 pub mod generate;
 mod interchange;
 pub mod labeling;
@@ -15,10 +17,12 @@ pub mod limits;
 mod models;
 mod observe;
 mod probes;
+mod query;
 mod router;
 pub mod server;
 pub mod sse;
 mod tokens;
+mod upload;
 
 pub use app::App;
 pub use auth::{Auth, Caller, require};

@@ -4,7 +4,9 @@ use crate::console;
 use crate::http::app::App;
 use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
-use crate::http::{chat, completions, datasets, feedback, interchange, labeling, models, observe, probes, tokens};
+use crate::http::{
+    batches, chat, completions, datasets, feedback, files, interchange, labeling, models, observe, probes, tokens,
+};
 use axum::Router;
 use axum::extract::Request;
 use axum::middleware::{from_fn, from_fn_with_state};
@@ -29,6 +31,8 @@ pub fn router(app: App) -> Router {
         .merge(generating)
         .merge(judging)
         .merge(datasets::routes())
+        .merge(files::routes())
+        .merge(batches::routes())
         .merge(labeling::routes())
         .merge(interchange::routes())
         .merge(console::routes())
