@@ -54,6 +54,9 @@ pub(super) struct Runner {
     leaving: watch::Receiver<bool>,
 }
 
+/// A line's place among those that run, and room for its bytes.
+type Permits = (OwnedSemaphorePermit, OwnedSemaphorePermit);
+
 /// A fault that passes: the batch goes on later.
 #[derive(Debug, thiserror::Error)]
 enum Trouble {
@@ -157,7 +160,7 @@ impl Runner {
         let mut ahead: VecDeque<RawLine> = VecDeque::new();
         let (mut exhausted, mut interrupted) = (false, false);
         // Dropped with whatever still runs in it, which cancels that in the engine.
-        let mut running: JoinSet<Option<Written>> = JoinSet::new();
+        let mut running: JoinSet<(Option<Written>, Permits)> = JoinSet::new();
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut ticks = 0_u64;
@@ -175,9 +178,13 @@ impl Runner {
             tokio::select! {
                 Some(ended) = running.join_next(), if !running.is_empty() => {
                     let mut ended = Some(ended);
+                    // Given back when the rows are on the disk: a kill never costs more answers than there are places.
+                    let mut places = Vec::new();
                     while let Some(one) = ended {
                         // A task that broke off leaves its line undone, to be run by the next attempt.
-                        match one.map_err(io::Error::other)? {
+                        let (written, permits) = one.map_err(io::Error::other)?;
+                        places.push(permits);
+                        match written {
                             Some(written) => results.push(&written),
                             None => interrupted = true,
                         }
@@ -209,10 +216,7 @@ impl Runner {
                     if let (Some(permits), Some(line)) = (permits, ahead.pop_front()) {
                         let work = Work { router: self.router.clone(), app: self.app.clone(), caller: caller.clone() };
                         let (batch, endpoint) = (batch.draft.id, batch.draft.endpoint.clone());
-                        running.spawn(async move {
-                            let _permits = permits;
-                            work.answer(batch, &endpoint, line).await
-                        });
+                        running.spawn(async move { (work.answer(batch, &endpoint, line).await, permits) });
                     }
                 }
             }
@@ -230,7 +234,7 @@ impl Runner {
     }
 
     /// A place and room for a line.
-    async fn permits(&self, line: Option<&RawLine>) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
+    async fn permits(&self, line: Option<&RawLine>) -> Option<Permits> {
         let bytes = line.and_then(|line| line.text.as_ref()).map_or(0, Vec::len);
         let kib = u32::try_from(bytes / 1024).unwrap_or(u32::MAX).clamp(1, RUNNING_KIB);
         let slot = self.slots.clone().acquire_owned().await.ok()?;

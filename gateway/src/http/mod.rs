@@ -7,6 +7,7 @@ pub mod chat;
 mod completions;
 mod datasets;
 pub mod drain;
+mod embeddings;
 pub mod error;
 pub mod feedback;
 mod files;

@@ -5,7 +5,7 @@ use crate::http::app::App;
 use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
 use crate::http::{
-    batches, chat, completions, datasets, feedback, files, interchange, labeling, models, observe, probes, tokens,
+    batches, chat, completions, datasets, embeddings, feedback, files, interchange, labeling, models, observe, probes, tokens,
 };
 use axum::Router;
 use axum::extract::Request;
@@ -20,6 +20,8 @@ pub fn router(app: App) -> Router {
     let generating = Router::new()
         .route("/v1/chat/completions", post(chat::chat))
         .route("/v1/completions", post(completions::completions))
+        .route("/v1/embeddings", post(embeddings::embeddings))
+        .route("/v1/moderations", post(embeddings::moderations))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .route_layer(require(Scope::Chat));

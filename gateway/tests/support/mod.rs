@@ -205,6 +205,7 @@ impl Setup {
                 chat_template: self.template.map(|source| ChatTemplate::new(source, None, Map::new()).unwrap()),
                 generation_defaults: GenerationDefaults::default(),
                 end_of_turn: vec![END],
+                pooling: Ok(tidemill_engine::Pooling::default()),
             },
             context: 512,
             description: "parrot".into(),
