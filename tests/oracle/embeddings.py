@@ -40,7 +40,7 @@ def main() -> None:
     goldens = Path(sys.argv[1])
     for family in sys.argv[2:] or FAMILIES:
         folder = goldens / family
-        write_json(folder / "embeddings.json", {"versions": versions(), "texts": pooled(folder)})
+        write_json(folder / "embeddings.json", {"made_with": versions(), "texts": pooled(folder)})
         print(family, flush=True)
 
 
