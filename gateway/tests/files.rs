@@ -111,7 +111,8 @@ async fn what_is_wrong_with_a_form_is_said_and_leaves_nothing_on_the_disk() {
         (form(&[batch, ("colour", "red")], file), Some("colour")),
         (form(&[batch, anchor], file), Some("expires_after[seconds]")),
         (form(&[batch, anchor, ("expires_after[seconds]", "60")], file), Some("expires_after[seconds]")),
-        (form(&[batch], Some(("a\u{7}", b"x"))), Some("file")),
+        (form(&[batch], Some((&"x".repeat(600), b"x"))), Some("file")),
+        (form(&[batch], Some(("a\u{7}", b"x"))), None),
         (b"--frontier\r\nnonsense".to_vec(), None),
     ] {
         let (status, named, _) = upload(&router, body, None).await.error();
