@@ -6,6 +6,7 @@ use crate::client;
 use crate::core::{Command, Core, Flow, Status, Submission};
 use crate::embedding::{EmbedRequest, Embedding, Pooled};
 use crate::generation_defaults::GenerationDefaults;
+use crate::grammar::{Compiler, Constraint, Grammar, GrammarError};
 use crate::memory;
 use crate::model::{Decoder, Model};
 use crate::model_files::{Frontend, ModelFiles};
@@ -38,6 +39,7 @@ struct Inner {
     limits: EngineLimits,
     memory: MemoryReport,
     frontend: Frontend,
+    compiler: Compiler,
     description: String,
     width: usize,
     commands: Sender<Command>,
@@ -169,7 +171,20 @@ impl Engine {
         // The standard library's hasher is seeded by the system: enough for seeds nobody asked to repeat.
         let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one(0u64));
         let seeds = AtomicU64::new(0);
-        let inner = Inner { options, limits, memory, frontend, description, width, commands, status, ended, seed, seeds };
+        let inner = Inner {
+            options,
+            limits,
+            memory,
+            frontend,
+            compiler: Compiler,
+            description,
+            width,
+            commands,
+            status,
+            ended,
+            seed,
+            seeds,
+        };
         Ok(Engine { inner: Arc::new(inner) })
     }
 
@@ -222,6 +237,12 @@ impl Engine {
                 })
             }
         }
+    }
+
+    /// Compiles a constraint for this model's vocabulary. Takes milliseconds of computing, bounded: call it from a thread that may
+    /// block, and keep the result for the requests that ask for the same.
+    pub fn compile(&self, constraint: &Constraint) -> Result<Arc<Grammar>, GrammarError> {
+        self.inner.compiler.compile(constraint)
     }
 
     /// What requests must keep to.

@@ -1,5 +1,7 @@
 //! `/v1/batches` through the real router and runner.
 
+#![cfg(test)]
+
 mod support;
 
 use axum::Router;

@@ -1,5 +1,7 @@
 //! `/v1/files` through the real router: streamed to the disk, bounded, and each key's own.
 
+#![cfg(test)]
+
 mod support;
 
 use axum::Router;

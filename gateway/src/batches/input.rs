@@ -41,7 +41,7 @@ impl<R: BufRead> Lines<R> {
     }
 
     /// The next line that is not empty; `None` at the end.
-    pub fn next(&mut self) -> io::Result<Option<RawLine>> {
+    pub fn read(&mut self) -> io::Result<Option<RawLine>> {
         loop {
             let mut text = Vec::new();
             let most = self.longest as u64 + 1;
@@ -84,7 +84,7 @@ impl<R: BufRead> Lines<R> {
     pub fn some(&mut self, lines: usize, bytes: usize, wanted: impl Fn(usize) -> bool) -> io::Result<Vec<RawLine>> {
         let (mut found, mut size) = (Vec::new(), 0);
         while found.len() < lines && size < bytes {
-            let Some(line) = self.next()? else { break };
+            let Some(line) = self.read()? else { break };
             if wanted(line.number) {
                 size += line.text.as_ref().map_or(0, Vec::len);
                 found.push(line);
@@ -110,7 +110,7 @@ pub fn validate<R: BufRead>(lines: &mut Lines<R>, endpoint: &str) -> io::Result<
     let mut seen: HashSet<[u8; 16]> = HashSet::new();
     let mut models: Option<Option<String>> = None;
     let mut total = 0;
-    while let Some(RawLine { number, text }) = lines.next()? {
+    while let Some(RawLine { number, text }) = lines.read()? {
         total += 1;
         if total > MAX_LINES {
             let message = format!("The input has more than {MAX_LINES} requests, the most that a batch takes; split it.");
@@ -173,7 +173,7 @@ mod tests {
         let text = format!("\u{feff}{}\r\n\n  \n{}", line("a", "m"), line("b", "m"));
         assert_eq!(check(&text, 1000), Ok(Valid { total: 2, model: Some("m".into()) }));
         let mut lines = Lines::new(text.as_bytes(), 1000);
-        let numbers: Vec<usize> = std::iter::from_fn(|| lines.next().unwrap()).map(|line| line.number).collect();
+        let numbers: Vec<usize> = std::iter::from_fn(|| lines.read().unwrap()).map(|line| line.number).collect();
         assert_eq!(numbers, [1, 4]);
         let two = format!("{}\n{}\n{}", line("a", "m"), line("b", "n"), line("c", "n"));
         assert_eq!(check(&two, 1000), Ok(Valid { total: 3, model: None }));

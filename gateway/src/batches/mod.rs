@@ -11,7 +11,7 @@ pub mod results;
 mod runner;
 
 use crate::batches::runner::Runner;
-use crate::datasets::now;
+use crate::clock::now;
 use crate::http::App;
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -3,7 +3,7 @@
 use crate::batches::input::{Lines, RawLine, validate};
 use crate::batches::line::{self, Line, LineResult, Problem, Row, Tokens};
 use crate::batches::results::{Results, Written};
-use crate::datasets::now;
+use crate::clock::now;
 use crate::http::error::ApiError;
 use crate::http::generate::Background;
 use crate::http::{App, Caller, router};

@@ -1,14 +1,14 @@
 //! `/v1/batches`: requests in a file, answered in the background.
 
-use crate::datasets::now;
+use crate::clock::now;
+use crate::http::answer::answer;
 use crate::http::app::App;
 use crate::http::auth::{Caller, require};
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
-use crate::http::files::{self, after, answer, list_of};
+use crate::http::files::{self, after, list_of};
 use crate::http::generate::enter;
-use crate::http::limits::parse_json;
-use crate::http::query::{number, parameters};
+use crate::http::query::parameters;
 use crate::http::upload::KEEP;
 use crate::openai::about;
 use crate::openai::fields::Fields;
@@ -42,7 +42,7 @@ pub fn routes() -> Router<App> {
 
 async fn create(State(app): State<App>, Extension(caller): Extension<Caller>, request: Request) -> Result<Response, ApiError> {
     let _in_flight = enter(&app)?;
-    let body = parse_json(&app.body.read(request).await?)?;
+    let body = app.body.json(request).await?;
     let mut fields = Fields::root(&body)?;
     let input = fields.require("input_file_id")?.string()?;
     let endpoint = fields.require("endpoint")?.one_of(&ENDPOINTS)?;
@@ -92,7 +92,7 @@ async fn create(State(app): State<App>, Extension(caller): Extension<Caller>, re
         return Err(ApiError::invalid("input_file_id", "file_not_found", message));
     }
     app.batches.wake();
-    Ok(answer(&shown(&find(&app, &caller, &name(draft.id)).await?)))
+    Ok(answer(StatusCode::OK, &shown(&find(&app, &caller, &name(draft.id)).await?)))
 }
 
 async fn list(
@@ -100,11 +100,15 @@ async fn list(
     Extension(caller): Extension<Caller>,
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
-    let parameters = parameters(query, &["after", "limit"])?;
-    let limit = number(&parameters, "limit", 20, MAX_LIST)?.max(1);
-    let after = after(&parameters, "batch_")?;
-    let page = app.batches.rows().list(&caller.viewer(), after, limit).await.map_err(unavailable)?;
-    Ok(answer(&list_of(page.items.iter().map(shown).collect(), page.has_more)))
+    let (mut last, mut limit) = (None, 20);
+    for parameter in parameters(query.as_deref(), &["after", "limit"])? {
+        match parameter.name.as_ref() {
+            "after" => last = Some(after(&parameter, "batch_")?),
+            _ => limit = parameter.number(1..=MAX_LIST)?,
+        }
+    }
+    let page = app.batches.rows().list(&caller.viewer(), last, limit).await.map_err(unavailable)?;
+    Ok(answer(StatusCode::OK, &list_of(page.items.iter().map(shown).collect(), page.has_more)))
 }
 
 async fn show(
@@ -112,7 +116,7 @@ async fn show(
     Extension(caller): Extension<Caller>,
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
-    Ok(answer(&shown(&find(&app, &caller, &id).await?)))
+    Ok(answer(StatusCode::OK, &shown(&find(&app, &caller, &id).await?)))
 }
 
 async fn cancel(
@@ -129,7 +133,7 @@ async fn cancel(
             return Err(ApiError::invalid("id", "batch_ended", message));
         }
     }
-    Ok(answer(&shown(&find(&app, &caller, &id).await?)))
+    Ok(answer(StatusCode::OK, &shown(&find(&app, &caller, &id).await?)))
 }
 
 fn name(id: Uuid) -> String {

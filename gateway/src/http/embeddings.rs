@@ -1,9 +1,10 @@
 //! `POST /v1/embeddings`, and the honest answer of `POST /v1/moderations`.
 
+use crate::http::answer::json;
 use crate::http::app::App;
 use crate::http::error::ApiError;
-use crate::http::generate::{Asked, enter, json};
-use crate::http::limits::{LONG_WORK, off_path, parse_json};
+use crate::http::generate::{Asked, enter};
+use crate::http::limits::{LONG_WORK, off_path};
 use crate::openai::collected::cancelled;
 use crate::openai::completions::PromptInput;
 use crate::openai::embeddings::{self, EmbeddingsRequest};
@@ -13,6 +14,7 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 use futures_util::stream::{StreamExt, TryStreamExt};
 use hyper::StatusCode;
+use serde_json::Value;
 use std::sync::Arc;
 use tidemill_engine::{EmbedError, EmbedRequest, RequestId};
 
@@ -22,9 +24,7 @@ const AT_ONCE: usize = 32;
 /// `POST /v1/embeddings`
 pub async fn embeddings(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let (_in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
-    let body = app.body.read(request).await?;
-    let long = body.len() > LONG_WORK;
-    let Prepared { model, texts, asked: wanted } = off_path(long, move || Prepared::new(&asked, &body)).await??;
+    let Prepared { model, texts, asked: wanted } = app.body.parsed(request, move |body| Prepared::new(&asked, &body)).await?;
     let pooling = model.engine().pooling().clone().map_err(|why| no_embeddings(&model, &why))?;
     let tokens = texts.iter().map(|text| text.tokens.len()).sum();
     let at_once = model.engine().limits().max_seqs.min(AT_ONCE);
@@ -48,8 +48,8 @@ struct Prepared {
 
 impl Prepared {
     /// Everything that can be refused is refused here.
-    fn new(asked: &Asked, body: &[u8]) -> Result<Self, ApiError> {
-        let request = EmbeddingsRequest::parse(&parse_json(body)?)?;
+    fn new(asked: &Asked, body: &Value) -> Result<Self, ApiError> {
+        let request = EmbeddingsRequest::parse(body)?;
         let Upstream::Local(model) = asked.app.registry.find(Some(&request.model))?;
         let engine = model.engine();
         let pooling = engine.pooling().as_ref().map_err(|why| no_embeddings(&model, why))?;
@@ -97,7 +97,7 @@ fn failed(error: EmbedError) -> ApiError {
 
 /// `POST /v1/moderations`: no model that this server can load classifies, and a guess would be worse than no answer.
 pub async fn moderations(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
-    let body = parse_json(&app.body.read(request).await?)?;
+    let body = app.body.json(request).await?;
     let mut fields = Fields::root(&body)?;
     let model = fields.string("model")?.unwrap_or("omni-moderation-latest");
     fields.require("input")?;

@@ -1,22 +1,22 @@
 //! `/v1/files`: what clients upload, and what batches make.
 
-use crate::datasets::now;
+use crate::clock::now;
+use crate::http::answer::answer;
 use crate::http::app::App;
 use crate::http::auth::{Caller, require};
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
-use crate::http::generate::{enter, json as json_bytes};
-use crate::http::query::{number, parameters};
+use crate::http::generate::enter;
+use crate::http::query::{Parameter, parameters};
 use crate::http::upload::Upload;
 use axum::body::Body;
 use axum::extract::{Path, RawQuery, Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Router};
-use bytes::Bytes;
 use hyper::StatusCode;
 use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tidemill_store::{FileDraft, FileRecord, Order, Scope};
 use tokio::io::AsyncReadExt;
 use uuid::Uuid;
@@ -50,7 +50,7 @@ async fn create(State(app): State<App>, Extension(caller): Extension<Caller>, re
         expires: keep.map(|seconds| now + seconds * 1_000_000),
     };
     let file = upload.content.finish(draft, now).await.map_err(unavailable)?;
-    Ok(answer(&shown(&file)))
+    Ok(answer(StatusCode::OK, &shown(&file)))
 }
 
 async fn list(
@@ -58,17 +58,17 @@ async fn list(
     Extension(caller): Extension<Caller>,
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
-    let parameters = parameters(query, &["after", "limit", "order", "purpose"])?;
-    let text = |key: &str| parameters.get(key).and_then(Value::as_str);
-    let limit = number(&parameters, "limit", MAX_LIST, MAX_LIST)?.max(1);
-    let order = match text("order") {
-        None | Some("desc") => Order::NewestFirst,
-        Some("asc") => Order::OldestFirst,
-        Some(_) => return Err(ApiError::invalid("order", "invalid_value", "'order' must be one of asc, desc.")),
-    };
-    let after = after(&parameters, "file-")?;
-    let page = app.files.list(&caller.viewer(), text("purpose"), after, limit, order, now()).await.map_err(unavailable)?;
-    Ok(answer(&list_of(page.items.iter().map(shown).collect(), page.has_more)))
+    let (mut purpose, mut last, mut limit, mut order) = (None, None, MAX_LIST, Order::NewestFirst);
+    for parameter in parameters(query.as_deref(), &["after", "limit", "order", "purpose"])? {
+        match parameter.name.as_ref() {
+            "after" => last = Some(after(&parameter, "file-")?),
+            "limit" => limit = parameter.number(1..=MAX_LIST)?,
+            "order" => order = parameter.one_of(&[("asc", Order::OldestFirst), ("desc", Order::NewestFirst)])?,
+            _ => purpose = Some(parameter.value.into_owned()),
+        }
+    }
+    let page = app.files.list(&caller.viewer(), purpose.as_deref(), last, limit, order, now()).await.map_err(unavailable)?;
+    Ok(answer(StatusCode::OK, &list_of(page.items.iter().map(shown).collect(), page.has_more)))
 }
 
 async fn show(
@@ -76,7 +76,7 @@ async fn show(
     Extension(caller): Extension<Caller>,
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
-    Ok(answer(&shown(&find(&app, &caller, &id, StatusCode::NOT_FOUND, "id").await?)))
+    Ok(answer(StatusCode::OK, &shown(&find(&app, &caller, &id, StatusCode::NOT_FOUND, "id").await?)))
 }
 
 async fn delete(
@@ -89,7 +89,7 @@ async fn delete(
         let message = format!("The file `{}` is the input of a batch that runs; cancel the batch first.", name(file.id));
         return Err(ApiError::invalid("id", "file_in_use", message));
     }
-    Ok(answer(&json!({ "id": name(file.id), "object": "file", "deleted": true })))
+    Ok(answer(StatusCode::OK, &json!({ "id": name(file.id), "object": "file", "deleted": true })))
 }
 
 async fn content(
@@ -152,10 +152,9 @@ pub fn name(id: Uuid) -> String {
 }
 
 /// The id behind which a list goes on.
-pub fn after(parameters: &Map<String, Value>, prefix: &str) -> Result<Option<Uuid>, ApiError> {
-    let Some(text) = parameters.get("after").and_then(Value::as_str) else { return Ok(None) };
-    let bad = || ApiError::invalid("after", "invalid_value", "'after' must be the id of an object of this list.");
-    text.strip_prefix(prefix).and_then(|id| Uuid::try_parse(id).ok()).map(Some).ok_or_else(bad)
+pub fn after(parameter: &Parameter<'_>, prefix: &str) -> Result<Uuid, ApiError> {
+    let id = parameter.value.strip_prefix(prefix).and_then(|id| Uuid::try_parse(id).ok());
+    id.ok_or_else(|| parameter.invalid("the id of an object of this list"))
 }
 
 /// A list in the form of the API.
@@ -163,11 +162,6 @@ pub fn list_of(data: Vec<Value>, has_more: bool) -> Value {
     let id = |value: Option<&Value>| value.map(|value| value["id"].clone());
     let (first_id, last_id) = (id(data.first()), id(data.last()));
     json!({ "object": "list", "data": data, "first_id": first_id, "last_id": last_id, "has_more": has_more })
-}
-
-/// A 200 with a JSON body.
-pub fn answer(value: &Value) -> Response {
-    json_bytes(Bytes::from(value.to_string()))
 }
 
 fn shown(file: &FileRecord) -> Value {

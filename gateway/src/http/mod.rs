@@ -1,5 +1,6 @@
 //! The front door: routes, limits, error shape, streaming, shutdown.
 
+mod answer;
 pub mod app;
 pub mod auth;
 mod batches;
@@ -18,7 +19,7 @@ pub mod limits;
 mod models;
 mod observe;
 mod probes;
-mod query;
+pub mod query;
 mod router;
 pub mod server;
 pub mod sse;

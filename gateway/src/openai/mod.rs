@@ -13,4 +13,5 @@ pub mod embeddings;
 pub mod fields;
 pub mod generation;
 pub mod messages;
+pub mod response_format;
 pub mod wire;
