@@ -137,6 +137,11 @@ pub(crate) async fn find(database: &Database, hash: &str) -> Result<Option<ApiKe
     sqlx::query(text).bind(hash.to_owned()).fetch_optional(database.read()).await?.as_ref().map(read).transpose()
 }
 
+pub(crate) async fn find_by_id(database: &Database, id: &str) -> Result<Option<ApiKey>, StoreError> {
+    let text = "SELECT * FROM api_keys WHERE id = $1 AND revoked IS NULL";
+    sqlx::query(text).bind(id.to_owned()).fetch_optional(database.read()).await?.as_ref().map(read).transpose()
+}
+
 pub(crate) async fn any(database: &Database) -> Result<bool, StoreError> {
     let text = "SELECT 1 FROM api_keys WHERE revoked IS NULL LIMIT 1";
     Ok(sqlx::query(text).fetch_optional(database.read()).await?.is_some())

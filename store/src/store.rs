@@ -228,6 +228,11 @@ impl Store {
         }
     }
 
+    /// The key of this id, if it is not revoked: for work that goes on after the request that began it.
+    pub async fn key(&self, id: &str) -> Result<Option<ApiKey>, StoreError> {
+        patiently(keys::find_by_id(&self.0.database, id)).await
+    }
+
     /// Whether there is any key that works; without one, everything is open.
     pub async fn any_key(&self) -> Result<bool, StoreError> {
         let known = *lock(&self.0.any_key);

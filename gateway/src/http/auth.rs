@@ -11,7 +11,7 @@ use std::convert::Infallible;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tidemill_store::{ApiKey, Scope, Store, StoreError};
+use tidemill_store::{ApiKey, Scope, Store, StoreError, Viewer};
 use tower::{Layer, Service};
 
 /// Paths that need no key: probes, and the console's pages, whose data does need one.
@@ -40,6 +40,19 @@ impl Caller {
     /// The caller of a request that passed [`authenticate`].
     pub fn of(request: &Request) -> Self {
         request.extensions().get::<Self>().cloned().unwrap_or(Self { key: None, open: false })
+    }
+
+    /// Whoever holds `key`, or anyone on a server without keys: for work that goes on after the request that began it.
+    pub fn later(key: Option<Arc<ApiKey>>) -> Self {
+        Self { open: key.is_none(), key }
+    }
+
+    /// Whose files and batches the caller sees: all of them without keys and with an `admin` key, else those of the key.
+    pub fn viewer(&self) -> Viewer {
+        match &self.key {
+            Some(key) if !key.allows(Scope::Admin) => Viewer::Key(key.id.to_string()),
+            _ => Viewer::Anyone,
+        }
     }
 
     /// Whether the caller may do this.
@@ -115,6 +128,10 @@ fn unauthorized(message: &str) -> ApiError {
 
 /// Middleware over all routes: lets a request through with its [`Caller`], or answers 401.
 pub async fn authenticate(State(auth): State<Auth>, mut request: Request, next: Next) -> Response {
+    // A request of this process, such as a batch's, brings its caller along; nothing that comes over a socket can.
+    if request.extensions().get::<Caller>().is_some() {
+        return next.run(request).await;
+    }
     let path = request.uri().path();
     let open = OPEN.iter().any(|open| path.strip_prefix(open).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')));
     let authorization = request.headers().get(AUTHORIZATION).cloned();

@@ -68,7 +68,7 @@ impl ChatRun {
         let id = asked.app.store.issue_id();
         let level = asked.level(endpoint, &model, id)?;
         let choice_ids = asked.choice_ids(id, generation.n);
-        let request = engine_request(&model, id, prompt, sampling, generation);
+        let request = engine_request(&asked, &model, id, prompt, sampling, generation);
         let draft = || {
             let mut inference = asked.inference(endpoint, &model, &request, &generation.about);
             if let Some(constrained) = &chat.constraint {

@@ -87,7 +87,7 @@ impl PreparedCompletion {
             };
             // The first prompt carries the answer's id; each has a record of its own.
             let own = if at == 0 { id } else { asked.app.store.issue_id() };
-            let request = engine_request(&model, own, tokens.clone(), sampling.clone(), generation);
+            let request = engine_request(&asked, &model, own, tokens.clone(), sampling.clone(), generation);
             if level != Level::Off {
                 let mut inference = asked.inference("completion", &model, &request, &generation.about);
                 if let Some(constrained) = &completion.constraint {

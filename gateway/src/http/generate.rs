@@ -47,6 +47,7 @@ pub fn head(model: &LocalModel, id: Uuid, prefix: &str, object: &'static str) ->
 
 /// The engine's form of a request.
 pub fn engine_request(
+    asked: &Asked,
     model: &LocalModel,
     id: Uuid,
     prompt: Vec<u32>,
@@ -59,7 +60,7 @@ pub fn engine_request(
         id: RequestId(id.as_u128()),
         prompt,
         sampling,
-        priority: generation.priority,
+        priority: asked.priority(generation.priority),
         cache_salt: generation.cache_salt.clone(),
         adapter: AdapterGeneration::default(),
     }
@@ -73,12 +74,24 @@ pub struct Asked {
     pub caller: Caller,
     /// When the request came.
     pub arrived: Instant,
+    /// Nobody waits for the answer.
+    pub background: bool,
 }
+
+/// An extension of requests that a batch sends: whatever anybody waits for goes before them.
+#[derive(Clone, Copy, Debug)]
+pub struct Background;
 
 impl Asked {
     /// Of a request whose body is not read yet.
     pub fn new(app: &App, request: &Request) -> Self {
-        Self { app: app.clone(), caller: Caller::of(request), arrived: Instant::now() }
+        let background = request.extensions().get::<Background>().is_some();
+        Self { app: app.clone(), caller: Caller::of(request), arrived: Instant::now(), background }
+    }
+
+    /// The priority in the engine of a request that asks for `own`; lower runs first.
+    pub fn priority(&self, own: i32) -> i32 {
+        if self.background { i32::MAX } else { own }
     }
 
     /// How much of the answer is recorded; 503 when there is no room for what should be.

@@ -3,12 +3,15 @@
 mod answer;
 pub mod app;
 pub mod auth;
+mod batches;
 pub mod chat;
 mod completions;
 mod datasets;
 pub mod drain;
+mod embeddings;
 pub mod error;
 pub mod feedback;
+mod files;
 pub mod generate;
 mod interchange;
 pub mod labeling;
@@ -21,6 +24,7 @@ mod router;
 pub mod server;
 pub mod sse;
 mod tokens;
+mod upload;
 
 pub use app::App;
 pub use auth::{Auth, Caller, require};
