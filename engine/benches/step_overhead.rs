@@ -94,6 +94,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     priority: 0,
                     cache_salt: None,
                     adapter: AdapterGeneration(0),
+                    tenant: Tenant::default(),
+                    deadline: None,
                 };
                 engine.submit(request)
             })

@@ -46,7 +46,8 @@ pub use model_config::{Family, ModelConfig, RopeScaling};
 pub use model_files::{Frontend, ModelFiles};
 pub use options::{EngineOptions, StartError};
 pub use request::{
-    AdapterGeneration, Event, FinishReason, Request, RequestId, SamplingParams, StopCause, SubmitError, TokenRecord, Usage,
+    AdapterGeneration, Event, FinishReason, Request, RequestId, SamplingParams, StopCause, SubmitError, Tenant, TokenRecord,
+    Usage,
 };
 pub use stats::Stats;
 pub use tokenizer::{EncodeError, SpecialTokens, Tokenizer};

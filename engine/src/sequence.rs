@@ -208,11 +208,20 @@ impl PenaltyHistory {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::request::{AdapterGeneration, RequestId, SamplingParams};
+    use crate::request::{AdapterGeneration, RequestId, SamplingParams, Tenant};
 
     pub(crate) fn request(prompt: Vec<u32>, sampling: SamplingParams) -> Request {
         let adapter = AdapterGeneration(0);
-        Request { id: RequestId(0), prompt, sampling, priority: 0, cache_salt: None, adapter }
+        Request {
+            id: RequestId(0),
+            prompt,
+            sampling,
+            priority: 0,
+            cache_salt: None,
+            adapter,
+            tenant: Tenant::default(),
+            deadline: None,
+        }
     }
 
     fn leader(pool: &SharedPool, prompt: usize) -> Sequence {

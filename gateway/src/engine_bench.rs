@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tidemill_engine::{AdapterGeneration, Engine, Event, Request, RequestId, SamplingParams, SubmitError};
+use tidemill_engine::{AdapterGeneration, Engine, Event, Request, RequestId, SamplingParams, SubmitError, Tenant};
 
 /// One load: `streams` at a time, each request `prompt` tokens in and `generate` out, greedy, all prompts different.
 #[derive(Clone, Copy, Debug)]
@@ -102,6 +102,8 @@ fn one(engine: &Engine, load: Load, index: usize, mut times: Times) -> Result<Ti
         priority: 0,
         cache_salt: Some(format!("bench-{index}")),
         adapter: AdapterGeneration(0),
+        tenant: Tenant::default(),
+        deadline: None,
     })?;
     let mut last: Option<Instant> = None;
     while let Ok(event) = events.recv_timeout(Duration::from_secs(600)) {
@@ -116,6 +118,7 @@ fn one(engine: &Engine, load: Load, index: usize, mut times: Times) -> Result<Ti
                 times.tokens += 1;
             }
             Event::Failed(reason) => return Err(BenchError::Failed(reason)),
+            Event::Expired => return Err(BenchError::Failed("its deadline passed".into())),
             Event::Done(_) => return Ok(times),
             Event::Prompt { .. } | Event::Finished { .. } => {}
         }

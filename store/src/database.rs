@@ -117,10 +117,8 @@ impl Database {
     }
 }
 
-const MIGRATIONS: &[(i64, &str, &str)] = &[
-    (1, "records", include_str!("../migrations/0001_records.sql")),
-    (4, "keys", include_str!("../migrations/0004_keys.sql")),
-];
+const MIGRATIONS: &[(i64, &str, &str)] =
+    &[(1, "records", include_str!("../migrations/0001_records.sql")), (4, "keys", include_str!("../migrations/0004_keys.sql"))];
 
 fn without_password(url: &str) -> String {
     match (url.find("://"), url.rfind('@')) {

@@ -11,7 +11,7 @@ impl Money {
     /// Of an amount in dollars, to the nearest billionth; `None` when it is negative, no number, or beyond nine billion.
     pub fn of_dollars(dollars: f64) -> Option<Self> {
         let nano = (dollars * 1e9).round();
-        (nano >= 0.0 && nano < 9.0e18).then_some(Self(nano as i64))
+        (0.0..9.0e18).contains(&nano).then_some(Self(nano as i64))
     }
 
     /// In dollars.

@@ -75,17 +75,6 @@ pub struct ApiKey {
     pub terms: KeyTerms,
 }
 
-/// What may change of a key.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct KeyChange {
-    /// What it may do.
-    pub scopes: Option<Vec<Scope>>,
-    /// When it ends by itself; `Some(None)` is never.
-    pub expires: Option<Option<i64>>,
-    /// Models, limits, urgency.
-    pub terms: Option<KeyTerms>,
-}
-
 impl ApiKey {
     /// Whether it has ended by itself at `now`, in microseconds since 1970.
     pub fn has_expired(&self, now: i64) -> bool {
@@ -129,7 +118,8 @@ pub(crate) async fn insert(database: &Database, key: &ApiKey, secret: &str) -> R
     if taken.fetch_optional(database.write()).await?.is_some() {
         return Err(StoreError::KeyName(key.name.clone()));
     }
-    let text = "INSERT INTO api_keys (id, created, name, prefix, hash, scopes, expires, terms) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)";
+    let text =
+        "INSERT INTO api_keys (id, created, name, prefix, hash, scopes, expires, terms) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)";
     sqlx::query(text)
         .bind(key.id.to_string())
         .bind(key.created)
@@ -144,24 +134,26 @@ pub(crate) async fn insert(database: &Database, key: &ApiKey, secret: &str) -> R
     Ok(())
 }
 
-/// Changes the key of this id or name that is in use.
-pub(crate) async fn change(database: &Database, id_or_name: &str, change: &KeyChange) -> Result<Option<ApiKey>, StoreError> {
+/// Changes scopes, end and terms of the key of this id or name that is in use.
+pub(crate) async fn change(
+    database: &Database,
+    id_or_name: &str,
+    change: impl FnOnce(&mut ApiKey) + Send,
+) -> Result<Option<ApiKey>, StoreError> {
     let mut transaction = database.write().begin().await?;
     let text = "SELECT * FROM api_keys WHERE revoked IS NULL AND (id = $1 OR name = $1)";
     let found = sqlx::query(text).bind(clean(id_or_name).into_owned()).fetch_optional(&mut *transaction).await?;
     let Some(mut key) = found.as_ref().map(read).transpose()? else { return Ok(None) };
-    key.scopes = change.scopes.clone().unwrap_or(key.scopes);
-    key.expires = change.expires.unwrap_or(key.expires);
-    key.terms = change.terms.clone().unwrap_or(key.terms);
-    sqlx::query("UPDATE api_keys SET scopes = $2, expires = $3, terms = $4 WHERE id = $1")
+    change(&mut key);
+    let row = sqlx::query("UPDATE api_keys SET scopes = $2, expires = $3, terms = $4 WHERE id = $1 RETURNING *")
         .bind(key.id.to_string())
         .bind(json(&key.scopes))
         .bind(key.expires)
         .bind(json(&key.terms))
-        .execute(&mut *transaction)
+        .fetch_one(&mut *transaction)
         .await?;
     transaction.commit().await?;
-    Ok(Some(key))
+    Ok(Some(read(&row)?))
 }
 
 /// Gives the key of this id or name another secret; the one it had works until `overlap_ends`. Earlier ones that still work keep

@@ -41,7 +41,7 @@ pub use job::{Job, JobState, Jobs};
 pub use judged::{JudgedAnswer, JudgedTask, judged_answers, judged_tasks};
 pub use judgements::{Acknowledged, FeedbackChange, FeedbackFilter};
 pub use key_terms::{KeyTerms, Limits, MAX_WEIGHT, Money, Tier};
-pub use keys::{ApiKey, KeyChange, Scope};
+pub use keys::{ApiKey, Scope};
 pub use model_record::{ModelFile, ModelRecord};
 pub use page::{MAX_PAGE, Order, Page};
 pub use snapshot::{Snapshot, Snapshots, Sources};

@@ -12,7 +12,7 @@ use crate::ids::IdKey;
 use crate::inferences::{self, InferenceFilter, json};
 use crate::judgements::{self, Acknowledged, FeedbackChange, FeedbackFilter};
 use crate::key_terms::KeyTerms;
-use crate::keys::{self, ApiKey, KeyChange, Scope};
+use crate::keys::{self, ApiKey, Scope};
 use crate::page::Page;
 use crate::recorder::Recorder;
 use crate::records::{Feedback, Inference};
@@ -197,8 +197,13 @@ impl Store {
         patiently(keys::list(&self.0.database)).await
     }
 
-    /// Changes the key of this id or name. `None`: no key that works is called so.
-    pub async fn change_key(&self, id_or_name: &str, change: &KeyChange) -> Result<Option<ApiKey>, StoreError> {
+    /// Changes scopes, end and terms of the key of this id or name; nothing else of it can change. `None`: no key that works is called
+    /// so.
+    pub async fn change_key(
+        &self,
+        id_or_name: &str,
+        change: impl FnOnce(&mut ApiKey) + Send,
+    ) -> Result<Option<ApiKey>, StoreError> {
         let changed = patiently(keys::change(&self.0.database, id_or_name, change)).await?;
         self.keys_changed();
         Ok(changed)

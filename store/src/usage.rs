@@ -70,12 +70,7 @@ pub(crate) async fn write(
 }
 
 /// What all others than `except` have written.
-pub(crate) async fn read(
-    database: &Database,
-    except: Option<UsageWriter>,
-    subject: &str,
-    day: i64,
-) -> Result<Usage, StoreError> {
+pub(crate) async fn read(database: &Database, except: Option<UsageWriter>, subject: &str, day: i64) -> Result<Usage, StoreError> {
     // A sum of integers is a decimal in Postgres, and nothing over no rows.
     let sums: Vec<String> = ["requests", "input_tokens", "cached_tokens", "output_tokens", "cost"]
         .iter()

@@ -4,24 +4,28 @@ mod file;
 mod layer;
 pub mod model_spec;
 mod tables;
-mod value;
+pub mod value;
 
 pub use layer::{Layer, Origin};
 pub use model_spec::{DEFAULT_MODEL, ModelSpec, models_dir};
 
 use crate::feedback::Metrics;
+use crate::http::auth::DEFAULT_GRACE;
+use crate::limits::Prices;
 use crate::recording::{Level, Recording};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tidemill_engine::EngineOptions;
 use tidemill_kernels::{KvDtype, WeightFormat};
+use tidemill_store::Limits;
 
 /// Where the configuration is looked for when nobody names a file.
 pub const DEFAULT_FILE: &str = "tidemill.toml";
 
 /// Every setting, by its name in the file. The flag is the same with dashes, the variable the same in capitals after `TIDEMILL_`.
-pub const KEYS: [&str; 27] = [
+pub const KEYS: [&str; 28] = [
     "model",
     "host",
     "port",
@@ -40,6 +44,7 @@ pub const KEYS: [&str; 27] = [
     "drain_timeout",
     "max_body",
     "max_connections",
+    "auth_grace",
     "database",
     "datasets",
     "record",
@@ -155,6 +160,12 @@ pub struct Config {
     pub max_body: usize,
     /// Most connections at once.
     pub max_connections: usize,
+    /// How long a key that was seen is believed while the database is away.
+    pub auth_grace: Duration,
+    /// What each model may be used, over all callers.
+    pub model_limits: BTreeMap<String, Limits>,
+    /// What tokens cost, by model.
+    pub prices: Prices,
     /// A Postgres URL; `None` is SQLite in the data directory.
     pub database: Option<String>,
     /// Folder or URL of the datasets' tables; `None` is a folder in the data directory.
@@ -232,6 +243,9 @@ impl Config {
             drain_timeout: get("drain_timeout").map_or(Ok(Duration::from_secs(30)), |s| s.parse(value::duration))?,
             max_body: get("max_body").map_or(Ok(10 << 20), |s| s.parse(value::size))?,
             max_connections: count("max_connections", 1)?.unwrap_or(4096),
+            auth_grace: get("auth_grace").map_or(Ok(DEFAULT_GRACE), |s| s.parse(value::duration))?,
+            model_limits: tables::limits(layers)?,
+            prices: tables::prices(layers)?,
             database: get("database").map(|s| s.text.clone()),
             datasets: get("datasets").map(|s| s.text.clone()),
             recording: Recording {

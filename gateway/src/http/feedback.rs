@@ -276,7 +276,8 @@ pub fn unavailable(error: StoreError) -> ApiError {
     }
 }
 
-fn answer(status: StatusCode, body: &Value) -> Response {
+/// A status with a JSON body.
+pub fn answer(status: StatusCode, body: &Value) -> Response {
     let mut response = json(Bytes::from(body.to_string()));
     *response.status_mut() = status;
     response

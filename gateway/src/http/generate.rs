@@ -2,22 +2,27 @@
 
 use crate::http::app::App;
 use crate::http::auth::Caller;
+use crate::http::deadline;
 use crate::http::drain::InFlight;
 use crate::http::error::ApiError;
+use crate::http::tier;
+use crate::limits::Meter;
+use crate::limits::headers::RateSlot;
 use crate::openai::about::About;
 use crate::openai::collected::{Collected, Flow};
 use crate::openai::generation::Generation;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{self, Draft, Level, Recorder};
-use crate::upstream::{Events, LocalModel};
+use crate::upstream::{Events, LocalModel, Upstream};
 use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
+use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
-use tidemill_engine::{AdapterGeneration, RequestId, SamplingParams};
-use tidemill_store::Store;
+use tidemill_engine::{AdapterGeneration, RequestId, SamplingParams, Tenant};
 use tidemill_store::records::{Inference, Status};
+use tidemill_store::{Store, Tier};
 use uuid::Uuid;
 
 /// Lets a request in, unless the server is leaving.
@@ -52,6 +57,7 @@ pub fn head(model: &LocalModel, id: Uuid, prefix: &str, object: &'static str) ->
         created,
         model: model.name().to_owned(),
         system_fingerprint: model.fingerprint().to_owned(),
+        service_tier: Tier::Default,
     }
 }
 
@@ -72,6 +78,8 @@ pub fn engine_request(
         priority: generation.priority,
         cache_salt: generation.cache_salt.clone(),
         adapter: AdapterGeneration::default(),
+        tenant: Tenant::default(),
+        deadline: None,
     }
 }
 
@@ -83,12 +91,48 @@ pub struct Asked {
     pub caller: Caller,
     /// When the request came.
     pub arrived: Instant,
+    /// When the answer is of no more use.
+    pub deadline: Option<Instant>,
+    /// Where the levels of its limits are left for the response.
+    rate: RateSlot,
 }
 
 impl Asked {
     /// Of a request whose body is not read yet.
     pub fn new(app: &App, request: &Request) -> Self {
-        Self { app: app.clone(), caller: Caller::of(request), arrived: Instant::now() }
+        let arrived = Instant::now();
+        let rate = request.extensions().get::<RateSlot>().cloned().unwrap_or_default();
+        let deadline = deadline::of(request.headers(), arrived);
+        Self { app: app.clone(), caller: Caller::of(request), arrived, deadline, rate }
+    }
+
+    /// The model of this name, if the caller may use it.
+    pub fn model(&self, name: &str) -> Result<Arc<LocalModel>, ApiError> {
+        // First of all: what exists here is not everybody's business.
+        self.caller.check_model(name)?;
+        let Upstream::Local(model) = self.app.registry.find(Some(name))?;
+        Ok(model)
+    }
+
+    /// Lets a request in whose prompts have so many tokens each, or says which limit it would break. The place within the limits is
+    /// held until the meter is dropped: give it to the events with [`Events::metered`].
+    pub fn admit(&self, model: &LocalModel, inputs: Vec<usize>) -> Result<Meter, ApiError> {
+        let (admitted, levels) = self.app.limits.admit(self.caller.key.as_deref(), model.name(), inputs);
+        self.rate.set(levels);
+        admitted
+    }
+
+    /// The tier that a request gets.
+    pub fn tier(&self, generation: &Generation) -> Tier {
+        self.caller.tier(generation.about.tier)
+    }
+
+    /// The request with its place in line: whose it is, how urgent, until when.
+    pub fn placed(&self, mut request: tidemill_engine::Request, generation: &Generation) -> tidemill_engine::Request {
+        request.tenant = self.caller.tenant();
+        request.priority = tier::priority(self.tier(generation), generation.priority, self.caller.may_hurry());
+        request.deadline = self.deadline;
+        request
     }
 
     /// How much of the answer is recorded; 503 when there is no room for what should be.

@@ -1,10 +1,11 @@
 //! `GET /v1/models` and `GET /v1/models/{id}`.
 
 use crate::http::app::App;
+use crate::http::auth::Caller;
 use crate::http::error::ApiError;
 use crate::http::generate::json;
 use crate::upstream::{LoadState, Upstream};
-use axum::extract::{Path, State};
+use axum::extract::{Path, Request, State};
 use axum::response::Response;
 use bytes::Bytes;
 use serde::Serialize;
@@ -40,13 +41,16 @@ fn body(value: &impl Serialize) -> Result<Response, ApiError> {
     Ok(json(Bytes::from(bytes)))
 }
 
-/// `GET /v1/models`
-pub async fn list(State(app): State<App>) -> Result<Response, ApiError> {
-    body(&ModelList { object: "list", data: cards(&app).collect() })
+/// `GET /v1/models`: those that the caller may use.
+pub async fn list(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
+    let caller = Caller::of(&request);
+    let data = cards(&app).filter(|card| caller.check_model(&card.id).is_ok()).collect();
+    body(&ModelList { object: "list", data })
 }
 
 /// `GET /v1/models/{id}`; the id may hold slashes, plain or as `%2F`.
-pub async fn get(State(app): State<App>, Path(id): Path<String>) -> Result<Response, ApiError> {
+pub async fn get(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
+    Caller::of(&request).check_model(&id)?;
     let card = cards(&app).find(|card| card.id == id).ok_or_else(|| ApiError::model_not_found(&id))?;
     body(&card)
 }

@@ -4,7 +4,8 @@ use crate::console;
 use crate::http::app::App;
 use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
-use crate::http::{chat, completions, datasets, feedback, interchange, labeling, models, observe, probes, tokens};
+use crate::http::{chat, completions, datasets, feedback, interchange, keys, labeling, models, observe, probes, tokens};
+use crate::limits::shed;
 use axum::Router;
 use axum::extract::Request;
 use axum::middleware::{from_fn, from_fn_with_state};
@@ -20,6 +21,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/completions", post(completions::completions))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
+        .route_layer(from_fn_with_state(app.clone(), shed))
         .route_layer(require(Scope::Chat));
     let judging = Router::new()
         .route("/v1/feedback", post(feedback::create).get(feedback::list))
@@ -32,6 +34,7 @@ pub fn router(app: App) -> Router {
         .merge(labeling::routes())
         .merge(interchange::routes())
         .merge(console::routes())
+        .merge(keys::routes())
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::get))
         .route("/health", get(probes::health))
