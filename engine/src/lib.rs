@@ -6,6 +6,7 @@
 //! Invariants: `free + used = total` KV blocks after every step; a dropped receiver frees its sequences within one step; a streamed
 //! token never changes; a slow client never stalls the batch.
 
+pub mod backlog;
 pub mod batch;
 pub mod block_pool;
 pub mod block_table;
@@ -15,6 +16,7 @@ mod client;
 mod core;
 pub mod detokenizer;
 pub mod engine;
+pub mod fairness;
 pub mod generation_defaults;
 mod gguf;
 pub mod load_error;
