@@ -114,13 +114,9 @@ pub(crate) fn hash_of(secret: &str) -> String {
 }
 
 pub(crate) async fn insert(database: &Database, key: &ApiKey, secret: &str) -> Result<(), StoreError> {
-    let taken = sqlx::query("SELECT 1 FROM api_keys WHERE name = $1 AND revoked IS NULL").bind(key.name.clone());
-    if taken.fetch_optional(database.write()).await?.is_some() {
-        return Err(StoreError::KeyName(key.name.clone()));
-    }
-    let text =
-        "INSERT INTO api_keys (id, created, name, prefix, hash, scopes, expires, terms) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)";
-    sqlx::query(text)
+    let text = "INSERT INTO api_keys (id, created, name, prefix, hash, scopes, expires, terms) \
+                VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT DO NOTHING";
+    let made = sqlx::query(text)
         .bind(key.id.to_string())
         .bind(key.created)
         .bind(clean(&key.name).into_owned())
@@ -131,6 +127,9 @@ pub(crate) async fn insert(database: &Database, key: &ApiKey, secret: &str) -> R
         .bind(json(&key.terms))
         .execute(database.write())
         .await?;
+    if made.rows_affected() == 0 {
+        return Err(StoreError::KeyName(key.name.clone()));
+    }
     Ok(())
 }
 

@@ -1,7 +1,6 @@
 //! `tidemill key`
 
 use std::io::Write;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Subcommand;
 use serde_json::json;
@@ -9,6 +8,7 @@ use tidemill_store::{ApiKey, KeyTerms, Limits, MAX_WEIGHT, Scope, Tier};
 
 use crate::cli::store_args::{StoreArgs, StoreCommandError};
 use crate::cli::when;
+use crate::clock::now;
 use crate::config::value::choice;
 use crate::keys::{KeySpec, check_name, parse_moment, set_limit, span};
 
@@ -93,8 +93,6 @@ struct TermArgs {
 
 impl TermArgs {
     fn spec(&self) -> Result<KeySpec, String> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
-        let now = i64::try_from(now).unwrap_or(i64::MAX);
         let in_flag = |flag: &'static str| move |why: String| format!("{flag}: {why}");
         let tiers = Tier::ALL.map(|tier| (tier.as_str(), tier));
         if self.weight.is_some_and(|weight| weight == 0 || weight > MAX_WEIGHT) {
@@ -102,7 +100,7 @@ impl TermArgs {
         }
         Ok(KeySpec {
             scopes: None,
-            expires: self.expires.as_deref().map(|text| parse_moment(text, now)).transpose().map_err(in_flag("--expires"))?,
+            expires: self.expires.as_deref().map(|text| parse_moment(text, now())).transpose().map_err(in_flag("--expires"))?,
             models: self.models.as_ref().map(|models| (models.as_slice() != ["all"]).then(|| models.clone())),
             limits: self.limits.as_deref().map(limits).transpose().map_err(in_flag("--limit"))?,
             model_limits: self.model_limits.as_deref().map(by_model).transpose().map_err(in_flag("--model-limit"))?,

@@ -1,15 +1,17 @@
 //! `POST /v1/chat/completions`, and the run that every endpoint with a conversation goes through.
 
+use crate::http::answer::json;
 use crate::http::app::App;
 use crate::http::error::ApiError;
-use crate::http::generate::{Asked, Pending, engine_request, enter, head, json};
-use crate::http::limits::{LONG_WORK, off_path, parse_json};
+use crate::http::generate::{Asked, Pending, engine_request, enter, head};
+use crate::http::limits::off_path;
 use crate::http::sse;
 use crate::limits::Meter;
 use crate::openai::chat::ChatRequest;
 use crate::openai::chat_answer;
 use crate::openai::chat_output::{ChatCollected, OutputFormat};
 use crate::openai::chat_stream::{ChatReport, ChatStream};
+use crate::openai::response_format::Constrained;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{Draft, Level};
 use crate::upstream::{Events, LocalModel};
@@ -23,11 +25,10 @@ use uuid::Uuid;
 /// `POST /v1/chat/completions`
 pub async fn chat(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let (in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
-    let body = app.body.read(request).await?;
     let PreparedChat { run, head, report, stream } =
-        off_path(body.len() > LONG_WORK, move || PreparedChat::new(asked, &body)).await??;
+        app.body.parsed(request, move |body| PreparedChat::new(asked, &body)).await?;
     let (format, n, tokenizer) = (run.format, run.choice_ids.len(), run.model.tokenizer().clone());
-    let events = run.start()?;
+    let events = run.start().await?;
     if stream {
         return Ok(sse::response(events, ChatStream::new(&head, n, report, format, tokenizer), in_flight));
     }
@@ -51,6 +52,7 @@ pub struct ChatRun {
     pub tier: Tier,
     request: tidemill_engine::Request,
     meter: Meter,
+    constraint: Option<Constrained>,
     processed: bool,
     record: Option<Pending>,
 }
@@ -83,8 +85,9 @@ impl ChatRun {
         };
         let drafts = (level != Level::Off).then(|| vec![draft()]);
         let record = drafts.map(|drafts| asked.pending(level, drafts));
-        let processed = generation.processed_logprobs;
-        Ok(Self { model, id, choice_ids, format: OutputFormat::Plain, tier, request, meter, processed, record })
+        let (processed, constraint) = (generation.processed_logprobs, chat.constraint.clone());
+        let format = OutputFormat::Plain;
+        Ok(Self { model, id, choice_ids, format, tier, request, meter, constraint, processed, record })
     }
 
     /// The prompt's tokens.
@@ -92,8 +95,12 @@ impl ChatRun {
         &self.request.prompt
     }
 
-    /// Hands it to the engine. The record begins once the engine has taken it: what is refused is no answer.
-    pub fn start(self) -> Result<Events, ApiError> {
+    /// Compiles its constraint, if it has one, and hands it to the engine. The record begins once the engine has taken it: what is
+    /// refused is no answer.
+    pub async fn start(mut self) -> Result<Events, ApiError> {
+        if let Some(constraint) = &self.constraint {
+            self.request.sampling.grammar = Some(self.model.grammar(constraint).await?);
+        }
         let events = self.model.submit(vec![self.request])?;
         Ok(events.recorded(self.record.map(Pending::start)).metered(self.meter).showing(self.processed))
     }
@@ -107,8 +114,8 @@ struct PreparedChat {
 }
 
 impl PreparedChat {
-    fn new(asked: Asked, body: &[u8]) -> Result<Self, ApiError> {
-        let chat = ChatRequest::parse(&parse_json(body)?)?;
+    fn new(asked: Asked, body: &Value) -> Result<Self, ApiError> {
+        let chat = ChatRequest::parse(body)?;
         let run = ChatRun::prepare(asked, "chat", &chat)?;
         let generation = &chat.generation;
         let object = if generation.stream { "chat.completion.chunk" } else { "chat.completion" };

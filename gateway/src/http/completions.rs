@@ -1,28 +1,34 @@
 //! `POST /v1/completions`: from a body to a stream of events or one JSON object.
 
+use crate::http::answer::json;
 use crate::http::app::App;
 use crate::http::error::ApiError;
-use crate::http::generate::{Asked, Pending, collect, engine_request, enter, head, json};
-use crate::http::limits::{LONG_WORK, off_path, parse_json};
+use crate::http::generate::{Asked, Pending, collect, engine_request, enter, head};
+use crate::http::limits::off_path;
 use crate::http::sse;
 use crate::limits::Meter;
 use crate::openai::collected::Collected;
 use crate::openai::completion_answer::{self, CompletionReport, PromptEcho};
 use crate::openai::completion_stream::CompletionStream;
 use crate::openai::completions::{CompletionRequest, PromptInput};
+use crate::openai::response_format::Constrained;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{Draft, Level};
 use crate::upstream::LocalModel;
 use axum::extract::{Request, State};
 use axum::response::Response;
+use serde_json::Value;
 use std::sync::Arc;
 
 /// `POST /v1/completions`
 pub async fn completions(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let (in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
-    let body = app.body.read(request).await?;
-    let prepared = off_path(body.len() > LONG_WORK, move || PreparedCompletion::new(asked, &body)).await??;
+    let mut prepared = app.body.parsed(request, move |body| PreparedCompletion::new(asked, &body)).await?;
     let prompts = prepared.requests.len();
+    if let Some(constraint) = &prepared.constraint {
+        let grammar = prepared.model.grammar(constraint).await?;
+        prepared.requests.iter_mut().for_each(|request| request.sampling.grammar = Some(grammar.clone()));
+    }
     let events = prepared
         .model
         .submit(prepared.requests)?
@@ -50,14 +56,15 @@ struct PreparedCompletion {
     n: usize,
     best_of: usize,
     stream: bool,
+    constraint: Option<Constrained>,
     processed: bool,
     record: Option<Pending>,
     meter: Meter,
 }
 
 impl PreparedCompletion {
-    fn new(asked: Asked, body: &[u8]) -> Result<Self, ApiError> {
-        let completion = CompletionRequest::parse(&parse_json(body)?)?;
+    fn new(asked: Asked, body: &Value) -> Result<Self, ApiError> {
+        let completion = CompletionRequest::parse(body)?;
         let model = asked.model(&completion.model)?;
         let generation = &completion.generation;
         model.check_choices(completion.best_of, if completion.best_of > generation.n { "best_of" } else { "n" })?;
@@ -114,6 +121,7 @@ impl PreparedCompletion {
             n: generation.n,
             best_of: completion.best_of,
             stream: generation.stream,
+            constraint: completion.constraint.clone(),
             processed: generation.processed_logprobs,
             record: (level != Level::Off).then(|| asked.pending(level, drafts)),
             requests,

@@ -1,9 +1,10 @@
 //! `/v1/admin/keys`: what `tidemill key` does, over HTTP.
 
+use crate::http::answer::answer;
 use crate::http::app::App;
 use crate::http::auth::{Caller, require};
 use crate::http::error::ApiError;
-use crate::http::feedback::{answer, unavailable};
+use crate::http::feedback::unavailable;
 use crate::http::limits::parse_json;
 use crate::keys::{self, KeySpec};
 use crate::limits::{Subject, today};
@@ -33,7 +34,7 @@ pub fn routes() -> Router<App> {
 
 async fn create(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let actor = actor(&request);
-    let body = parse_json(&app.body.read(request).await?)?;
+    let body = app.body.json(request).await?;
     let mut fields = Fields::root(&body)?;
     let name = fields.require("name")?;
     let Some(name) = keys::check_name(name.string()?) else {
@@ -76,7 +77,7 @@ async fn one(State(app): State<App>, Path(id): Path<String>) -> Result<Response,
 
 async fn change(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
     let actor = actor(&request);
-    let body = parse_json(&app.body.read(request).await?)?;
+    let body = app.body.json(request).await?;
     let mut fields = Fields::root(&body)?;
     let spec = KeySpec::parse(&body, &mut fields)?;
     fields.finish()?;

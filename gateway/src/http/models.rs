@@ -1,13 +1,13 @@
 //! `GET /v1/models` and `GET /v1/models/{id}`.
 
+use crate::http::answer::answer;
 use crate::http::app::App;
 use crate::http::auth::Caller;
 use crate::http::error::ApiError;
-use crate::http::generate::json;
 use crate::upstream::{LoadState, Upstream};
 use axum::extract::{Path, Request, State};
 use axum::response::Response;
-use bytes::Bytes;
+use hyper::StatusCode;
 use serde::Serialize;
 
 #[derive(Serialize)]
@@ -36,21 +36,16 @@ fn cards(app: &App) -> impl Iterator<Item = ModelCard> {
     })
 }
 
-fn body(value: &impl Serialize) -> Result<Response, ApiError> {
-    let bytes = serde_json::to_vec(value).map_err(|error| ApiError::fault(error.to_string()))?;
-    Ok(json(Bytes::from(bytes)))
-}
-
 /// `GET /v1/models`: those that the caller may use.
-pub async fn list(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
+pub async fn list(State(app): State<App>, request: Request) -> Response {
     let caller = Caller::of(&request);
     let data = cards(&app).filter(|card| caller.check_model(&card.id).is_ok()).collect();
-    body(&ModelList { object: "list", data })
+    answer(StatusCode::OK, &ModelList { object: "list", data })
 }
 
 /// `GET /v1/models/{id}`; the id may hold slashes, plain or as `%2F`.
 pub async fn get(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
     Caller::of(&request).check_model(&id)?;
     let card = cards(&app).find(|card| card.id == id).ok_or_else(|| ApiError::model_not_found(&id))?;
-    body(&card)
+    Ok(answer(StatusCode::OK, &card))
 }

@@ -4,9 +4,10 @@
 //! at most what runs at that moment, on all servers, and what they spent in about a second and a half. A process that is killed loses the
 //! half second that it had not written.
 
+use crate::clock::now;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use tidemill_store::{Money, Store, StoreError, Usage, UsageWriter};
 
 /// How often counts are written.
@@ -41,8 +42,7 @@ struct Entry {
 
 /// Days since 1970 in universal time.
 pub fn today() -> i64 {
-    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    i64::try_from(seconds / 86_400).unwrap_or(i64::MAX)
+    now().div_euclid(86_400_000_000)
 }
 
 impl Ledger {

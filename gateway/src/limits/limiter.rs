@@ -1,5 +1,6 @@
 //! The gates of all subjects.
 
+use crate::clock;
 use crate::http::error::ApiError;
 use crate::limits::gate::{Gate, Level, Rate, Refusal};
 use crate::limits::headers::RateLevels;
@@ -9,7 +10,7 @@ use crate::limits::price::Prices;
 use hyper::StatusCode;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use tidemill_store::{ApiKey, Limits, Store, Usage};
 use uuid::Uuid;
 
@@ -224,8 +225,7 @@ fn refused(subject: &Subject, model: &str, refusal: &Refusal) -> ApiError {
             ApiError { retry_after: Some(1), ..error("requests", "rate_limit_exceeded", message) }
         }
         Refusal::Cost { limit } => {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-            let hours = (86_400 - now % 86_400).div_ceil(3600);
+            let hours = 24 - clock::now().div_euclid(3_600_000_000).rem_euclid(24);
             let message = format!(
                 "You exceeded the quota of {whose}: {limit} per day. The next day begins at midnight UTC, in less than {hours} h; an administrator can raise the limit."
             );
