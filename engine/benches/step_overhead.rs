@@ -8,7 +8,7 @@ use std::time::Instant;
 use tidemill_engine::model::Model;
 use tidemill_engine::{
     AdapterGeneration, Engine, EngineOptions, Event, Frontend, GenerationDefaults, Request, RequestId, SamplingParams,
-    ServedModel, Tokenizer,
+    ServedModel, Tenant, Tokenizer,
 };
 use tidemill_kernels::{KernelError, KvDtype, MemoryUse, Sampled, StepBatch, StepOutput};
 
@@ -95,6 +95,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     priority: 0,
                     cache_salt: None,
                     adapter: AdapterGeneration(0),
+                    tenant: Tenant::default(),
+                    deadline: None,
                 };
                 engine.submit(request)
             })

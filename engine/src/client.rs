@@ -152,6 +152,11 @@ impl Client {
         self.send(Event::Done(usage));
     }
 
+    /// The deadline has passed.
+    pub(crate) fn expire(&mut self) {
+        self.send(Event::Expired);
+    }
+
     pub(crate) fn fail(&mut self, message: String) {
         self.send(Event::Failed(message));
     }

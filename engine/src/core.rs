@@ -1,5 +1,6 @@
 //! The step loop, on a thread of its own.
 
+use crate::backlog::Backlog;
 use crate::client::Client;
 use crate::embedding::Pooled;
 use crate::engine::Health;
@@ -45,11 +46,17 @@ pub(crate) struct Status {
     pub(crate) cancel_all: AtomicBool,
     /// Mean time between two finished requests, in microseconds; 0 when unknown.
     pub(crate) finish_interval_us: AtomicU64,
+    pub(crate) backlog: Mutex<Backlog>,
     stats: Mutex<Stats>,
     stopped: Mutex<Option<String>>,
 }
 
 impl Status {
+    /// Of an engine that runs `slots` sequences at once.
+    pub(crate) fn new(slots: usize) -> Self {
+        Self { backlog: Mutex::new(Backlog::new(slots)), ..Self::default() }
+    }
+
     pub(crate) fn stats(&self) -> Stats {
         *lock(&self.stats)
     }
@@ -63,8 +70,8 @@ impl Status {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // The values are replaced whole, so one that a panic left behind is sound.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // The values are replaced whole or are counts, so one that a panic left behind is sound.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -127,6 +134,7 @@ impl Core {
             self.tend_clients();
             let start = Instant::now();
             let tokens = self.scheduler.schedule(&mut self.flow.batch);
+            let prompt_tokens = tokens.saturating_sub(self.flow.batch.samples.len());
             self.flow.stalled = tokens == 0;
             if tokens == 0 {
                 self.publish(0);
@@ -140,6 +148,7 @@ impl Core {
                 Ok(()) => self.emit(now),
                 Err(error) => self.fail_step(&error),
             }
+            lock(&self.status.backlog).step(prompt_tokens, now - start);
             self.flow.stats.model_time += now - scheduled;
             self.flow.stats.overhead += (scheduled - start) + now.elapsed();
             self.publish(tokens);
@@ -194,8 +203,9 @@ impl Core {
     /// Forgets the clients that left, pauses those that do not keep up, resumes those that do again.
     fn tend_clients(&mut self) {
         let mut left = std::mem::take(&mut self.flow.scratch);
+        let now = Instant::now();
         for (key, client) in &mut self.flow.clients {
-            if client.has_left() {
+            if client.has_left() || client.request.deadline.is_some_and(|deadline| deadline <= now) {
                 left.push(*key);
             } else if client.is_behind() != client.paused {
                 client.paused = !client.paused;
@@ -203,7 +213,9 @@ impl Core {
             }
         }
         for key in left.drain(..) {
-            if let Some(client) = self.flow.clients.get(&key) {
+            if let Some(client) = self.flow.clients.get_mut(&key) {
+                // Who has left does not hear it.
+                client.expire();
                 self.scheduler.cancel(key, client.request.priority);
                 self.metrics.finished_choice(FinishReason::Cancelled);
             }
@@ -217,6 +229,7 @@ impl Core {
             if let Some(client) = self.flow.clients.get_mut(key) {
                 client.admitted = Some(now);
                 self.status.waiting.fetch_sub(1, Ordering::AcqRel);
+                lock(&self.status.backlog).run(&client.request);
                 self.metrics.queued(now.saturating_duration_since(client.arrived));
             }
         }
@@ -249,7 +262,9 @@ impl Core {
             match outcome {
                 Outcome::Prompt { request, cached_tokens, logprobs } => {
                     if let Some(client) = self.flow.clients.get_mut(&request) {
-                        self.flow.stats.prompt_tokens += client.usage().prompt_tokens as u64;
+                        let prompt_tokens = client.usage().prompt_tokens;
+                        self.flow.stats.prompt_tokens += prompt_tokens as u64;
+                        lock(&self.status.backlog).prompt(prompt_tokens, cached_tokens);
                         if let Some(pooled) = self.flow.pooled.get(&request) {
                             pooled.send();
                         }
@@ -321,11 +336,17 @@ impl Core {
     fn forget(&mut self, key: RequestKey) {
         self.flow.pooled.remove(&key);
         let Some(client) = self.flow.clients.remove(&key) else { return };
-        if client.admitted.is_none() {
-            self.status.waiting.fetch_sub(1, Ordering::AcqRel);
+        let now = Instant::now();
+        match client.admitted {
+            Some(admitted) => {
+                lock(&self.status.backlog).end(&client.request, now.saturating_duration_since(admitted), client.is_finished());
+            }
+            None => {
+                self.status.waiting.fetch_sub(1, Ordering::AcqRel);
+                lock(&self.status.backlog).stop_waiting(&client.request);
+            }
         }
         self.flow.stats.finished += 1;
-        let now = Instant::now();
         if let Some(last) = self.flow.last_finish.replace(now) {
             let interval = (now - last).as_micros().min(60_000_000) as u64;
             let mean = self.status.finish_interval_us.load(Ordering::Relaxed);

@@ -3,8 +3,9 @@
 //! It runs in the same batch as requests that generate. The engine always generates, so it draws one token, too, which nobody sees.
 
 use crate::pooling::{Accumulator, PoolingMode};
-use crate::request::{AdapterGeneration, Event, FinishReason, Request, RequestId, SamplingParams};
+use crate::request::{AdapterGeneration, Event, FinishReason, Request, RequestId, SamplingParams, Tenant};
 use flume::{Receiver, Sender};
+use std::time::Instant;
 
 /// A text whose vector is wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +16,10 @@ pub struct EmbedRequest {
     pub tokens: Vec<u32>,
     /// Lower runs first.
     pub priority: i32,
+    /// Whose it is.
+    pub tenant: Tenant,
+    /// When the vector is of no more use.
+    pub deadline: Option<Instant>,
 }
 
 impl EmbedRequest {
@@ -28,6 +33,8 @@ impl EmbedRequest {
             priority: self.priority,
             cache_salt,
             adapter: AdapterGeneration::default(),
+            tenant: self.tenant,
+            deadline: self.deadline,
         }
     }
 }
@@ -38,6 +45,9 @@ pub enum EmbedError {
     /// The server is shutting down.
     #[error("the server is shutting down and ended this request early; send it again")]
     Cancelled,
+    /// Its deadline passed.
+    #[error("the deadline passed before the vector was complete")]
+    Expired,
     /// A fault of ours; the text is fit for the client.
     #[error("{0}")]
     Failed(String),
@@ -61,6 +71,7 @@ impl Embedding {
         loop {
             match self.events.recv_async().await.map_err(|_| gone())? {
                 Event::Finished { reason: FinishReason::Cancelled, .. } => return Err(EmbedError::Cancelled),
+                Event::Expired => return Err(EmbedError::Expired),
                 Event::Failed(message) => return Err(EmbedError::Failed(message)),
                 Event::Done(_) => return self.vector.try_recv().map_err(|_| gone()),
                 Event::Prompt { .. } | Event::Token { .. } | Event::Finished { .. } => {}

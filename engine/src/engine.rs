@@ -3,7 +3,7 @@
 use crate::block_pool::{BLOCK_SIZE, SharedPool};
 use crate::chat_template::ChatTemplate;
 use crate::client;
-use crate::core::{Command, Core, Flow, Status, Submission};
+use crate::core::{Command, Core, Flow, Status, Submission, lock};
 use crate::embedding::{EmbedRequest, Embedding, Pooled};
 use crate::generation_defaults::GenerationDefaults;
 use crate::grammar::{Compiler, Constraint, Grammar, GrammarError};
@@ -149,7 +149,7 @@ impl Engine {
         };
         // Submissions are bounded by `max_waiting`; the rest is for wake-ups.
         let (commands, inbox) = flume::bounded(options.max_waiting.saturating_add(64));
-        let status = Arc::new(Status::default());
+        let status = Arc::new(Status::new(options.max_seqs));
         let scheduling = SchedulerLimits {
             max_seqs: options.max_seqs,
             max_batch_tokens: options.max_batch_tokens,
@@ -172,20 +172,8 @@ impl Engine {
         // The standard library's hasher is seeded by the system: enough for seeds nobody asked to repeat.
         let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one(0u64));
         let seeds = AtomicU64::new(0);
-        let inner = Inner {
-            options,
-            limits,
-            memory,
-            frontend,
-            compiler,
-            description,
-            width,
-            commands,
-            status,
-            ended,
-            seed,
-            seeds,
-        };
+        let inner =
+            Inner { options, limits, memory, frontend, compiler, description, width, commands, status, ended, seed, seeds };
         Ok(Engine { inner: Arc::new(inner) })
     }
 
@@ -214,6 +202,7 @@ impl Engine {
             Health::Draining => return Err(SubmitError::Draining),
             Health::Stopped(reason) => return Err(SubmitError::Stopped(reason)),
         }
+        self.check_deadline(&request)?;
         let limit = inner.limits.max_waiting;
         let one_more = |waiting| (waiting < limit).then_some(waiting + 1);
         if let Err(waiting) = inner.status.waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more) {
@@ -221,7 +210,10 @@ impl Engine {
         }
         let seed = request.sampling.seed.unwrap_or_else(|| self.draw_seed());
         let (events, receiver) = flume::bounded(client::capacity(request.sampling.n));
-        let submission = Submission { request: Arc::new(request), seed, events, arrived: Instant::now(), pooled };
+        let request = Arc::new(request);
+        // Before the engine's thread can say that it runs.
+        lock(&inner.status.backlog).wait(&request);
+        let submission = Submission { request: Arc::clone(&request), seed, events, arrived: Instant::now(), pooled };
         match inner.commands.try_send(Command::Submit(submission)) {
             // An engine that stopped meanwhile emptied its inbox before this request came; nobody would ever answer.
             Ok(()) => match self.health() {
@@ -230,6 +222,7 @@ impl Engine {
             },
             Err(error) => {
                 inner.status.waiting.fetch_sub(1, Ordering::AcqRel);
+                lock(&inner.status.backlog).stop_waiting(&request);
                 Err(match error {
                     TrySendError::Full(_) => {
                         SubmitError::QueueFull { waiting: limit, limit, retry_after_s: self.retry_after(limit) }
@@ -238,6 +231,19 @@ impl Engine {
                 })
             }
         }
+    }
+
+    /// Fails when the first token could not come before the deadline.
+    fn check_deadline(&self, request: &Request) -> Result<(), SubmitError> {
+        let Some(deadline) = request.deadline else { return Ok(()) };
+        let left = deadline.saturating_duration_since(Instant::now());
+        let expected = lock(&self.inner.status.backlog).estimate(request);
+        if expected <= left && !left.is_zero() {
+            return Ok(());
+        }
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let retry_after_s = expected.saturating_sub(left).as_secs().saturating_add(1).min(60) as u32;
+        Err(SubmitError::TooLate { expected_ms: ms(expected), left_ms: ms(left), retry_after_s })
     }
 
     /// Compiles a constraint for this model's vocabulary. Takes milliseconds of computing, bounded: call it from a thread that may

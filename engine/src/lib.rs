@@ -6,6 +6,7 @@
 //! Invariants: `free + used = total` KV blocks after every step; a dropped receiver frees its sequences within one step; a streamed
 //! token never changes; a slow client never stalls the batch.
 
+pub mod backlog;
 pub mod batch;
 pub mod block_pool;
 pub mod block_table;
@@ -16,6 +17,7 @@ mod core;
 pub mod detokenizer;
 pub mod embedding;
 pub mod engine;
+pub mod fairness;
 pub mod generation_defaults;
 mod gguf;
 pub mod grammar;
@@ -52,7 +54,8 @@ pub use model_files::{Frontend, ModelFiles};
 pub use options::{EngineOptions, StartError};
 pub use pooling::{Cut, Pooling, PoolingMode};
 pub use request::{
-    AdapterGeneration, Event, FinishReason, Request, RequestId, SamplingParams, StopCause, SubmitError, TokenRecord, Usage,
+    AdapterGeneration, Event, FinishReason, Request, RequestId, SamplingParams, StopCause, SubmitError, Tenant, TokenRecord,
+    Usage,
 };
 pub use stats::Stats;
 pub use tokenizer::{EncodeError, SpecialTokens, Tokenizer};

@@ -4,7 +4,7 @@ use crate::block_pool::{BLOCK_SIZE, SharedPool};
 use crate::block_table::BlockTable;
 use crate::grammar::Follower;
 use crate::prefix_cache::BlockHash;
-use crate::request::Request;
+use crate::request::{Request, Tenant};
 use std::collections::HashMap;
 use std::sync::Arc;
 use tidemill_kernels::TokenCount;
@@ -49,6 +49,8 @@ pub struct Sequence {
     pub paused: bool,
     /// It was preempted before.
     pub preempted: bool,
+    /// Leading tokens of the prompt that its tenant has been charged for.
+    pub charged: usize,
     /// Names of the leading full blocks, as far as they were needed.
     hashes: Vec<BlockHash>,
     /// Leading blocks that are findable under their names.
@@ -68,6 +70,7 @@ impl Sequence {
             slots: request.sampling.n,
             paused: false,
             preempted: false,
+            charged: 0,
             hashes: Vec::new(),
             cached_blocks: 0,
             request,
@@ -90,6 +93,7 @@ impl Sequence {
             slots: 1,
             paused: self.paused,
             preempted: self.preempted,
+            charged: prompt,
             hashes: self.hashes.iter().take(prompt / BLOCK_SIZE).copied().collect(),
             cached_blocks: self.cached_blocks.min(prompt / BLOCK_SIZE),
         }
@@ -157,6 +161,19 @@ impl Sequence {
         }
     }
 
+    /// Whose it is.
+    pub fn tenant(&self) -> Tenant {
+        self.request.tenant
+    }
+
+    /// Prompt tokens among the next `rows` rows that were not charged before; from now on they are.
+    pub fn charge(&mut self, rows: usize) -> usize {
+        let end = (self.computed + rows).min(self.prompt_len());
+        let new = end.saturating_sub(self.charged.max(self.computed));
+        self.charged = self.charged.max(end);
+        new
+    }
+
     /// Gives all blocks back; the tokens stay and are computed again later.
     pub fn release(&mut self) {
         self.table.clear();
@@ -221,7 +238,16 @@ pub(crate) mod tests {
 
     pub(crate) fn request(prompt: Vec<u32>, sampling: SamplingParams) -> Request {
         let adapter = AdapterGeneration(0);
-        Request { id: RequestId(0), prompt, sampling, priority: 0, cache_salt: None, adapter }
+        Request {
+            id: RequestId(0),
+            prompt,
+            sampling,
+            priority: 0,
+            cache_salt: None,
+            adapter,
+            tenant: Tenant::default(),
+            deadline: None,
+        }
     }
 
     fn leader(pool: &SharedPool, prompt: usize) -> Sequence {

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use std::sync::Arc;
-use tidemill_engine::{AdapterGeneration, Engine, Event, Grammar, Request, RequestId, SamplingParams, SubmitError};
+use tidemill_engine::{AdapterGeneration, Engine, Event, Grammar, Request, RequestId, SamplingParams, SubmitError, Tenant};
 
 /// One load: `streams` at a time, each request `prompt` tokens in and `generate` out, greedy, all prompts different.
 #[derive(Clone, Copy, Debug)]
@@ -104,6 +104,8 @@ fn one(engine: &Engine, load: Load, index: usize, grammar: Option<&Arc<Grammar>>
         priority: 0,
         cache_salt: Some(format!("bench-{index}")),
         adapter: AdapterGeneration(0),
+        tenant: Tenant::default(),
+        deadline: None,
     })?;
     let mut last: Option<Instant> = None;
     while let Ok(event) = events.recv_timeout(Duration::from_secs(600)) {
@@ -118,6 +120,7 @@ fn one(engine: &Engine, load: Load, index: usize, grammar: Option<&Arc<Grammar>>
                 times.tokens += 1;
             }
             Event::Failed(reason) => return Err(BenchError::Failed(reason)),
+            Event::Expired => return Err(BenchError::Failed("its deadline passed".into())),
             Event::Done(_) => return Ok(times),
             Event::Prompt { .. } | Event::Finished { .. } => {}
         }

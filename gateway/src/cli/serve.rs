@@ -9,6 +9,7 @@ use crate::http::drain::Drain;
 use crate::http::limits::BodyLimits;
 use crate::http::server::Server;
 use crate::http::{App, Auth};
+use crate::limits::Limiter;
 use crate::telemetry::{self, TelemetryError};
 use crate::upstream::{LocalModel, Registry, Upstream};
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -86,6 +87,9 @@ pub struct ServeArgs {
     /// Connections at once; more wait [default: 4096]
     #[arg(long, value_name = "N")]
     max_connections: Option<String>,
+    /// How long a key that was seen is believed while the database is away [default: 1h]
+    #[arg(long, value_name = "TIME")]
+    auth_grace: Option<String>,
     /// Where records are kept: postgres://USER:PASSWORD@HOST/NAME [default: SQLite in the data directory]
     #[arg(long, value_name = "URL")]
     database: Option<String>,
@@ -144,6 +148,7 @@ impl ServeArgs {
             ("max_file", &self.max_file),
             ("max_files", &self.max_files),
             ("max_connections", &self.max_connections),
+            ("auth_grace", &self.auth_grace),
             ("database", &self.database),
             ("datasets", &self.datasets),
             ("record", &self.record),
@@ -218,10 +223,14 @@ pub fn run(args: &ServeArgs) -> Result<(), ServeError> {
     let result = runtime.block_on(async {
         let app = open(&config, &models, metrics).await?;
         let (store, datasets, batches) = (app.store.clone(), app.datasets.clone(), app.batches.clone());
+        let limits = Arc::clone(&app.limits);
         tokio::spawn(batches.clone().run(app.clone(), config.retention_age));
         let result = serve(config, models, app).await;
         batches.close().await;
         datasets.close().await;
+        if let Err(error) = limits.ledger().flush().await {
+            tracing::error!(%error, "what keys have used in the last moment is lost");
+        }
         // Last of all: answers that were cut off on the way out are records, too.
         store.close().await;
         result
@@ -248,7 +257,8 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle) 
         drain: Drain::default(),
         body: BodyLimits { bytes: config.max_body, ..BodyLimits::default() },
         metrics: Some(metrics),
-        auth: Auth::new(store.clone(), has_key),
+        auth: Auth::with_grace(store.clone(), has_key, config.auth_grace),
+        limits: Arc::new(Limiter::new(store.clone(), config.model_limits.clone(), config.prices.clone())),
         datasets: DatasetJobs::new(store.clone(), &config.datasets_root()),
         files,
         file_limits: config.file_limits,
@@ -295,6 +305,7 @@ async fn serve(config: Config, models: Vec<ModelSpec>, app: App) -> Result<(), S
     if let Some(metrics) = app.metrics.clone() {
         tokio::spawn(fold_metrics(metrics));
     }
+    tokio::spawn(Arc::clone(app.limits.ledger()).keep_writing());
     tokio::spawn(crate::labeling::filler::keep_filling(app.clone()));
     std::thread::Builder::new().name("tidemill-load".into()).spawn(loader).map_err(ServeError::Threads)?;
     let (ended, result) = oneshot::channel();

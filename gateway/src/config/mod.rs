@@ -4,25 +4,29 @@ mod file;
 mod layer;
 pub mod model_spec;
 mod tables;
-mod value;
+pub mod value;
 
 pub use layer::{Layer, Origin};
 pub use model_spec::{DEFAULT_MODEL, ModelSpec, models_dir};
 
 use crate::feedback::Metrics;
+use crate::http::auth::DEFAULT_GRACE;
 use crate::http::limits::FileLimits;
+use crate::limits::Prices;
 use crate::recording::{Level, Recording};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tidemill_engine::EngineOptions;
 use tidemill_kernels::{KvDtype, WeightFormat};
+use tidemill_store::Limits;
 
 /// Where the configuration is looked for when nobody names a file.
 pub const DEFAULT_FILE: &str = "tidemill.toml";
 
 /// Every setting, by its name in the file. The flag is the same with dashes, the variable the same in capitals after `TIDEMILL_`.
-pub const KEYS: [&str; 29] = [
+pub const KEYS: [&str; 30] = [
     "model",
     "host",
     "port",
@@ -43,6 +47,7 @@ pub const KEYS: [&str; 29] = [
     "max_file",
     "max_files",
     "max_connections",
+    "auth_grace",
     "database",
     "datasets",
     "record",
@@ -160,6 +165,12 @@ pub struct Config {
     pub file_limits: FileLimits,
     /// Most connections at once.
     pub max_connections: usize,
+    /// How long a key that was seen is believed while the database is away.
+    pub auth_grace: Duration,
+    /// What each model may be used, over all callers.
+    pub model_limits: BTreeMap<String, Limits>,
+    /// What tokens cost, by model.
+    pub prices: Prices,
     /// A Postgres URL; `None` is SQLite in the data directory.
     pub database: Option<String>,
     /// Folder or URL of the datasets' tables; `None` is a folder in the data directory.
@@ -242,6 +253,9 @@ impl Config {
                 total: get("max_files").map(|s| s.parse(value::size)).transpose()?.map_or(files.total, |bytes| bytes as u64),
             },
             max_connections: count("max_connections", 1)?.unwrap_or(4096),
+            auth_grace: get("auth_grace").map_or(Ok(DEFAULT_GRACE), |s| s.parse(value::duration))?,
+            model_limits: tables::limits(layers)?,
+            prices: tables::prices(layers)?,
             database: get("database").map(|s| s.text.clone()),
             datasets: get("datasets").map(|s| s.text.clone()),
             recording: Recording {

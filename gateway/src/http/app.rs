@@ -6,6 +6,7 @@ use crate::feedback::Metrics;
 use crate::http::auth::Auth;
 use crate::http::drain::Drain;
 use crate::http::limits::{BodyLimits, FileLimits};
+use crate::limits::Limiter;
 use crate::recording::Recording;
 use crate::upstream::Registry;
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -27,6 +28,8 @@ pub struct App {
     pub store: Store,
     /// Keys.
     pub auth: Auth,
+    /// What keys and models may be used.
+    pub limits: Arc<Limiter>,
     /// Which answers are recorded.
     pub recording: Arc<Recording>,
     /// Datasets, and the builds under way.

@@ -2,14 +2,16 @@
 
 use crate::http::answer::json;
 use crate::http::app::App;
+use crate::http::deadline;
 use crate::http::error::ApiError;
 use crate::http::generate::{Asked, enter};
 use crate::http::limits::{LONG_WORK, off_path};
+use crate::limits::Meter;
 use crate::openai::collected::cancelled;
 use crate::openai::completions::PromptInput;
 use crate::openai::embeddings::{self, EmbeddingsRequest};
 use crate::openai::fields::Fields;
-use crate::upstream::{LocalModel, Upstream};
+use crate::upstream::LocalModel;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use futures_util::stream::{StreamExt, TryStreamExt};
@@ -24,7 +26,8 @@ const AT_ONCE: usize = 32;
 /// `POST /v1/embeddings`
 pub async fn embeddings(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let (_in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
-    let Prepared { model, texts, asked: wanted } = app.body.parsed(request, move |body| Prepared::new(&asked, &body)).await?;
+    let Prepared { model, texts, asked: wanted, mut meter } =
+        app.body.parsed(request, move |body| Prepared::new(&asked, &body)).await?;
     let pooling = model.engine().pooling().clone().map_err(|why| no_embeddings(&model, &why))?;
     let tokens = texts.iter().map(|text| text.tokens.len()).sum();
     let at_once = model.engine().limits().max_seqs.min(AT_ONCE);
@@ -35,6 +38,7 @@ pub async fn embeddings(State(app): State<App>, request: Request) -> Result<Resp
         .map_ok(|vector| pooling.finish(vector, wanted.dimensions))
         .try_collect()
         .await?;
+    (0..vectors.len()).for_each(|text| meter.prompt(text, 0));
     let many = vectors.len() * model.engine().width() * 4 > LONG_WORK;
     let name = model.name().to_owned();
     Ok(json(off_path(many, move || embeddings::to_json(&name, &vectors, wanted.encoding, tokens)).await?))
@@ -44,13 +48,14 @@ struct Prepared {
     model: Arc<LocalModel>,
     texts: Vec<EmbedRequest>,
     asked: EmbeddingsRequest,
+    meter: Meter,
 }
 
 impl Prepared {
     /// Everything that can be refused is refused here.
     fn new(asked: &Asked, body: &Value) -> Result<Self, ApiError> {
         let request = EmbeddingsRequest::parse(body)?;
-        let Upstream::Local(model) = asked.app.registry.find(Some(&request.model))?;
+        let model = asked.model(&request.model)?;
         let engine = model.engine();
         let pooling = engine.pooling().as_ref().map_err(|why| no_embeddings(&model, why))?;
         if engine.width() == 0 {
@@ -76,10 +81,12 @@ impl Prepared {
             };
             model.check_fit(tokens.len(), None, "input")?;
             let id = RequestId(asked.app.store.issue_id().as_u128());
-            Ok(EmbedRequest { id, tokens, priority: asked.priority(request.priority) })
+            let priority = asked.priority(asked.caller.tier(None), request.priority);
+            Ok(EmbedRequest { id, tokens, priority, tenant: asked.caller.tenant(), deadline: asked.deadline })
         };
-        let texts = request.input.iter().map(text).collect::<Result<_, ApiError>>()?;
-        Ok(Self { model: model.clone(), texts, asked: request })
+        let texts = request.input.iter().map(text).collect::<Result<Vec<_>, ApiError>>()?;
+        let meter = asked.admit(&model, texts.iter().map(|text| text.tokens.len()).collect())?;
+        Ok(Self { model: model.clone(), texts, asked: request, meter })
     }
 }
 
@@ -91,6 +98,7 @@ fn no_embeddings(model: &LocalModel, why: &str) -> ApiError {
 fn failed(error: EmbedError) -> ApiError {
     match error {
         EmbedError::Cancelled => cancelled(),
+        EmbedError::Expired => deadline::expired(),
         EmbedError::Failed(message) => ApiError::fault(message),
     }
 }

@@ -102,7 +102,7 @@ impl BodyLimits {
 }
 
 /// Parses a body. Nesting deeper than 128 levels is refused by the parser.
-fn parse_json(body: &[u8]) -> Result<Value, ApiError> {
+pub fn parse_json(body: &[u8]) -> Result<Value, ApiError> {
     serde_json::from_slice(body)
         .map_err(|error| ApiError::bad_request(format!("We could not parse the JSON body of your request: {error}.")))
 }

@@ -5,8 +5,10 @@ use crate::http::app::App;
 use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
 use crate::http::{
-    batches, chat, completions, datasets, embeddings, feedback, files, interchange, labeling, models, observe, probes, tokens,
+    batches, chat, completions, datasets, embeddings, feedback, files, interchange, keys, labeling, models, observe, probes,
+    tokens,
 };
+use crate::limits::shed;
 use axum::Router;
 use axum::extract::Request;
 use axum::middleware::{Next, from_fn, from_fn_with_state};
@@ -26,6 +28,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/moderations", post(embeddings::moderations))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
+        .route_layer(from_fn_with_state(app.clone(), shed))
         .route_layer(require(Scope::Chat));
     let judging = Router::new()
         .route("/v1/feedback", post(feedback::create).get(feedback::list))
@@ -40,6 +43,7 @@ pub fn router(app: App) -> Router {
         .merge(labeling::routes())
         .merge(interchange::routes())
         .merge(console::routes())
+        .merge(keys::routes())
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::get))
         .route("/health", get(probes::health))

@@ -14,6 +14,7 @@ use http_body_util::BodyExt;
 use hyper::{HeaderMap, Request, StatusCode};
 use serde_json::{Map, Value, json};
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use tempfile::TempDir;
@@ -24,6 +25,7 @@ use tidemill::feedback::Metrics;
 use tidemill::http::drain::Drain;
 use tidemill::http::limits::{BodyLimits, FileLimits};
 use tidemill::http::{App, Auth, router};
+use tidemill::limits::{Limiter, Prices};
 use tidemill::recording::Recording;
 use tidemill::upstream::{LocalModel, Registry, Upstream};
 use tidemill_engine::model::Model;
@@ -31,7 +33,7 @@ use tidemill_engine::model_files::Frontend;
 use tidemill_engine::{ChatTemplate, Engine, EngineOptions, GenerationDefaults, ServedModel, Tokenizer};
 use tidemill_kernels::{KernelError, KvDtype, MemoryUse, Sampled, StepBatch, StepOutput};
 use tidemill_store::records::{Choice, Feedback, Inference, Kind, Status, TargetKind};
-use tidemill_store::{DataDir, Files, Store, StoreOptions};
+use tidemill_store::{DataDir, Files, Limits, Store, StoreOptions};
 use tokio::runtime::{Builder, Runtime};
 use tower::ServiceExt;
 use uuid::Uuid;
@@ -126,6 +128,8 @@ pub struct Setup {
     pub template: Option<&'static str>,
     pub recording: Recording,
     pub metrics: Metrics,
+    pub limits: BTreeMap<String, Limits>,
+    pub prices: Prices,
 }
 
 impl Default for Setup {
@@ -138,6 +142,8 @@ impl Default for Setup {
             template: Some(TEMPLATE),
             recording: Recording::default(),
             metrics: Metrics::new(),
+            limits: BTreeMap::new(),
+            prices: Prices::new(),
         }
     }
 }
@@ -223,6 +229,7 @@ impl Setup {
             body: BodyLimits::default(),
             metrics: None,
             auth: Auth::new(store.clone(), false),
+            limits: Arc::new(Limiter::new(store.clone(), self.limits, self.prices)),
             datasets: DatasetJobs::new(store.clone(), &folder()),
             files: wait(Files::open(store.database(), &DataDir::new(folder()))).unwrap(),
             file_limits: FileLimits { file: 1 << 20, total: 3 << 20 },
