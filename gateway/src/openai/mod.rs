@@ -12,4 +12,6 @@ pub mod completions;
 pub mod fields;
 pub mod generation;
 pub mod messages;
+pub mod parse;
+pub mod tools;
 pub mod wire;
