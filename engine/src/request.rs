@@ -1,5 +1,6 @@
 //! What goes into the engine and what comes out.
 
+use crate::grammar::Grammar;
 use std::fmt;
 use std::sync::Arc;
 
@@ -54,6 +55,8 @@ pub struct SamplingParams {
     pub logprobs: Option<u32>,
     /// The same for the prompt's tokens; the first has none.
     pub prompt_logprobs: Option<u32>,
+    /// What the text must look like. The choice ends when the grammar can only end; an end-of-turn token is not drawn before.
+    pub grammar: Option<Arc<Grammar>>,
 }
 
 impl Default for SamplingParams {
@@ -79,6 +82,7 @@ impl Default for SamplingParams {
             shown_special: Arc::default(),
             logprobs: None,
             prompt_logprobs: None,
+            grammar: None,
         }
     }
 }

@@ -4,6 +4,7 @@ use crate::http::error::ApiError;
 use crate::openai::fields::{Field, Fields};
 use crate::openai::generation::{Generation, MAX_TOP_LOGPROBS, count};
 use crate::openai::messages;
+use crate::openai::response_format::{self, Constrained};
 use crate::openai::tools::{self, Tool, ToolChoice, ToolUse};
 use serde_json::{Map, Value};
 
@@ -28,6 +29,8 @@ pub struct ChatRequest {
     pub parallel_tool_calls: bool,
     /// Calls are answered as the older `function_call`.
     pub legacy_calls: bool,
+    /// What the answer must look like.
+    pub constraint: Option<Constrained>,
 }
 
 /// The part of a chat request that makes its prompt; `/tokenize` takes the same.
@@ -62,6 +65,7 @@ impl ChatRequest {
         }
         let logprobs = logprobs(&mut fields)?;
         let echo = fields.bool_or("echo", false)?;
+        let constraint = response_format::parse(&mut fields)?;
         text_only(&mut fields)?;
         let ToolUse { tools, choice: tool_choice, parallel: parallel_tool_calls, legacy: legacy_calls } =
             tools::parse(&mut fields)?;
@@ -70,7 +74,7 @@ impl ChatRequest {
         }
         fields.ignore(&["prediction"]);
         fields.finish()?;
-        Ok(Self { model, prompt, generation, logprobs, echo, tools, tool_choice, parallel_tool_calls, legacy_calls })
+        Ok(Self { model, prompt, generation, logprobs, echo, tools, tool_choice, parallel_tool_calls, legacy_calls, constraint })
     }
 
     /// The tools that the model is told of: those that it may call. A named one is not told of alone, so that the prompt of a
@@ -143,19 +147,6 @@ fn logprobs(fields: &mut Fields<'_>) -> Result<Option<u32>, ApiError> {
 }
 
 fn text_only(fields: &mut Fields<'_>) -> Result<(), ApiError> {
-    if let Some(format) = fields.get("response_format") {
-        let mut inner = format.object()?;
-        let kind = inner.require("type")?;
-        match kind.one_of(&["text", "json_object", "json_schema"])? {
-            "text" => inner.finish()?,
-            _ => {
-                return Err(ApiError::unsupported(
-                    "response_format",
-                    "Unsupported parameter: 'response_format' can only be of type 'text': this server does not constrain output yet.",
-                ));
-            }
-        }
-    }
     if let Some(field) = fields.get("modalities") {
         for (i, value) in field.array(8)?.iter().enumerate() {
             let item = field.item(i, value);

@@ -4,12 +4,14 @@ use crate::http::error::ApiError;
 use crate::openai::chat::ChatPrompt;
 use crate::openai::completions::PromptInput;
 use crate::openai::parse::Parsers;
+use crate::openai::response_format::Constrained;
 use crate::openai::tools::Tool;
 use crate::upstream::Events;
+use crate::upstream::grammars::Grammars;
 use serde_json::Value;
 use std::borrow::Cow;
 use std::sync::Arc;
-use tidemill_engine::{ChatInput, ChatTemplate, Engine, GenerationDefaults, Request, TemplateError, Tokenizer};
+use tidemill_engine::{ChatInput, ChatTemplate, Engine, GenerationDefaults, Grammar, Request, TemplateError, Tokenizer};
 
 /// A loaded model.
 pub struct LocalModel {
@@ -19,6 +21,7 @@ pub struct LocalModel {
     engine: Engine,
     parsers: Parsers,
     shown_special: Arc<[u32]>,
+    grammars: Grammars,
 }
 
 impl LocalModel {
@@ -40,7 +43,7 @@ impl LocalModel {
         let marks = parsers.marks();
         let shown_special =
             marks.iter().filter_map(|mark| tokenizer.id(mark)).filter(|&token| tokenizer.is_special(token)).collect();
-        Self { name, fingerprint, created, parsers, shown_special, engine }
+        Self { name, fingerprint, created, parsers, shown_special, engine, grammars: Grammars::default() }
     }
 
     /// Name that clients use.
@@ -199,6 +202,11 @@ impl LocalModel {
             return Err(ApiError::invalid(param, "integer_above_max_value", message));
         }
         Ok(())
+    }
+
+    /// The constraint, compiled for this model: from memory when it was asked for before.
+    pub async fn grammar(&self, constrained: &Constrained) -> Result<Arc<Grammar>, ApiError> {
+        self.grammars.get(&self.engine, constrained).await
     }
 
     /// Hands the requests to the engine. When one is refused, those before it are cancelled.
