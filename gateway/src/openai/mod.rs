@@ -14,5 +14,7 @@ pub mod generation;
 pub mod messages;
 pub mod parse;
 pub mod response_format;
+pub mod tool_grammar;
+pub mod tool_prompt;
 pub mod tools;
 pub mod wire;
