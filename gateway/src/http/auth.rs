@@ -6,7 +6,7 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::Route;
 use hyper::StatusCode;
-use hyper::header::{AUTHORIZATION, HeaderValue, WWW_AUTHENTICATE};
+use hyper::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, WWW_AUTHENTICATE};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,6 +15,8 @@ use tower::{Layer, Service};
 
 /// Paths that need no key: probes, and the console's pages, whose data does need one.
 const OPEN: [&str; 5] = ["/health", "/ready", "/version", "/metrics", "/console"];
+
+const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
 /// Tells callers apart. Cloning is cheap.
 #[derive(Clone)]
@@ -78,17 +80,11 @@ impl Auth {
         Ok(any)
     }
 
-    async fn caller(&self, authorization: Option<HeaderValue>) -> Result<Caller, ApiError> {
+    async fn caller(&self, headers: &HeaderMap) -> Result<Caller, ApiError> {
         if !self.closed().await? {
             return Ok(Caller { key: None, open: true });
         }
-        let header = authorization.as_ref().map(HeaderValue::as_bytes).unwrap_or_default();
-        let secret = match header.split_at_checked(7) {
-            Some((scheme, secret)) if scheme.eq_ignore_ascii_case(b"bearer ") => {
-                std::str::from_utf8(secret).unwrap_or_default().trim()
-            }
-            _ => "",
-        };
+        let secret = secret(headers);
         if secret.is_empty() {
             let message =
                 "You did not provide an API key. Send it as `Authorization: Bearer KEY`; `tidemill key create` makes one.";
@@ -98,6 +94,15 @@ impl Auth {
             Some(key) => Ok(Caller { key: Some(Arc::new(key)), open: false }),
             None => Err(unauthorized("Incorrect API key provided: it is unknown or revoked. `tidemill key create` makes one.")),
         }
+    }
+}
+
+/// The key in `Authorization: Bearer KEY`, or in `x-api-key`, where Anthropic's clients put it; empty when there is none.
+fn secret(headers: &HeaderMap) -> &str {
+    let bearer = headers.get(AUTHORIZATION).and_then(|header| header.to_str().ok()?.split_at_checked(7));
+    match bearer {
+        Some((scheme, secret)) if scheme.eq_ignore_ascii_case("bearer ") => secret.trim(),
+        _ => headers.get(API_KEY).and_then(|header| header.to_str().ok()).unwrap_or_default().trim(),
     }
 }
 
@@ -114,8 +119,7 @@ fn unauthorized(message: &str) -> ApiError {
 pub async fn authenticate(State(auth): State<Auth>, mut request: Request, next: Next) -> Response {
     let path = request.uri().path();
     let open = OPEN.iter().any(|open| path.strip_prefix(open).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')));
-    let authorization = request.headers().get(AUTHORIZATION).cloned();
-    let caller = if open { Ok(Caller { key: None, open: false }) } else { auth.caller(authorization).await };
+    let caller = if open { Ok(Caller { key: None, open: false }) } else { auth.caller(request.headers()).await };
     match caller {
         Ok(caller) => {
             request.extensions_mut().insert(caller);
@@ -154,4 +158,26 @@ async fn check(State(scope): State<Scope>, request: Request, next: Next) -> Resp
         scope.as_str()
     );
     ApiError::client(StatusCode::FORBIDDEN, Some("insufficient_permissions"), message).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_comes_as_a_bearer_or_by_itself() {
+        let headers = |pairs: &[(HeaderName, &'static str)]| -> HeaderMap {
+            pairs.iter().map(|(name, value)| (name.clone(), HeaderValue::from_static(value))).collect()
+        };
+        for (pairs, expected) in [
+            (&[(AUTHORIZATION, "Bearer a ")][..], "a"),
+            (&[(AUTHORIZATION, "bearer a"), (API_KEY, "b")], "a"),
+            (&[(API_KEY, "b")], "b"),
+            (&[(AUTHORIZATION, "Basic a"), (API_KEY, "b")], "b"),
+            (&[(AUTHORIZATION, "Basic a")], ""),
+            (&[], ""),
+        ] {
+            assert_eq!(secret(&headers(pairs)), expected);
+        }
+    }
 }

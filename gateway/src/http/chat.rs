@@ -63,7 +63,7 @@ impl ChatRun {
         model.check_choices(generation.n, "n")?;
         let offered = chat.offered_tools();
         let (text, prompt) = model.chat_tokens(&chat.prompt, &offered)?;
-        model.check_fit(prompt.len(), generation.max_tokens, "messages")?;
+        model.check_fit(prompt.len(), generation.max_tokens.filter(|_| !generation.shorten), "messages")?;
         let mut sampling = generation.sampling(model.defaults(), chat.logprobs);
         sampling.shown_special = Arc::clone(model.shown_special());
         if generation.about.compare && sampling.temperature == 0.0 {

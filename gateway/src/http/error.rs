@@ -120,6 +120,8 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = self.retry_after {
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
+        // For those who say it in another API's words.
+        response.extensions_mut().insert(self);
         response
     }
 }

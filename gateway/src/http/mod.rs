@@ -13,6 +13,7 @@ pub mod generate;
 mod interchange;
 pub mod labeling;
 pub mod limits;
+mod messages;
 mod models;
 mod observe;
 mod probes;

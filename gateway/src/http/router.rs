@@ -1,10 +1,11 @@
 //! Which path goes where.
 
+use crate::anthropic::error::in_their_words;
 use crate::console;
 use crate::http::app::App;
 use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
-use crate::http::{chat, completions, datasets, feedback, interchange, labeling, models, observe, probes, tokens};
+use crate::http::{chat, completions, datasets, feedback, interchange, labeling, messages, models, observe, probes, tokens};
 use axum::Router;
 use axum::extract::Request;
 use axum::middleware::{from_fn, from_fn_with_state};
@@ -18,6 +19,8 @@ pub fn router(app: App) -> Router {
     let generating = Router::new()
         .route("/v1/chat/completions", post(chat::chat))
         .route("/v1/completions", post(completions::completions))
+        .route("/v1/messages", post(messages::create))
+        .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .route_layer(require(Scope::Chat));
@@ -42,6 +45,7 @@ pub fn router(app: App) -> Router {
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(auth, authenticate))
         .layer(from_fn(observe::observe))
+        .layer(from_fn(in_their_words))
         .with_state(app)
 }
 

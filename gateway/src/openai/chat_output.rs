@@ -70,6 +70,8 @@ pub struct ChatUsage {
 pub enum ChatEvent {
     /// The prompt is computed.
     Prompt {
+        /// Of its tokens, those found in the prefix cache.
+        cached_tokens: usize,
         /// Log-probabilities of its tokens when asked for.
         logprobs: Option<Vec<Option<TokenRecord>>>,
     },
@@ -119,7 +121,7 @@ impl ChatOutput {
     /// Calls `sink` with what `event` makes. The error becomes the answer's end.
     pub fn push(&mut self, event: Event, sink: &mut impl FnMut(ChatEvent)) -> Result<(), ApiError> {
         match event {
-            Event::Prompt { logprobs, .. } => sink(ChatEvent::Prompt { logprobs }),
+            Event::Prompt { cached_tokens, logprobs } => sink(ChatEvent::Prompt { cached_tokens, logprobs }),
             Event::Token { choice, record, text } => {
                 let Some(parser) = self.choices.get_mut(choice) else { return Ok(()) };
                 parser.token(record, self.keep_records, &text, &mut self.deltas);
@@ -232,7 +234,7 @@ impl ChatCollected {
     /// Adds an event; `true` when it was the last.
     fn take(&mut self, event: ChatEvent) -> bool {
         match event {
-            ChatEvent::Prompt { logprobs } => self.prompt_logprobs = logprobs,
+            ChatEvent::Prompt { logprobs, .. } => self.prompt_logprobs = logprobs,
             ChatEvent::Delta { choice, delta, records, marks } => {
                 let Some(choice) = self.choices.get_mut(choice) else { return false };
                 choice.token_ids.extend(marks);

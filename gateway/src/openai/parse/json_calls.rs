@@ -188,14 +188,8 @@ impl JsonSyntax {
         },
     };
     /// xLAM and others that write nothing but a list.
-    pub const XLAM: Self = Self {
-        name: "xlam",
-        open: &[],
-        close: &[],
-        named: None,
-        bare: true,
-        writing: Writing::list("[", "]"),
-    };
+    pub const XLAM: Self =
+        Self { name: "xlam", open: &[], close: &[], named: None, bare: true, writing: Writing::list("[", "]") };
 
     /// Every family of this kind.
     pub const ALL: [&'static Self; 12] = [
@@ -285,7 +279,7 @@ impl JsonCalls {
             Stage::Opened { written } => self.opened(pending, last, written, out),
             Stage::Arguments(value) => arguments(value, pending, out),
             Stage::Object(object) => self.object(object, pending, last, out),
-            Stage::Next { place } => next(pending, place),
+            Stage::Next { place } => next(pending, last, place),
             Stage::Between => self.between(pending, last),
             Stage::Broken => self.broken(pending, last),
         };
@@ -445,11 +439,11 @@ fn start(pending: &mut String, last: bool) -> (Stage, Advance) {
     (Stage::object(Place { in_list, marked: false }, written), Advance::Again)
 }
 
-fn next(pending: &mut String, place: Place) -> (Stage, Advance) {
+fn next(pending: &mut String, last: bool, place: Place) -> (Stage, Advance) {
     let text = pending.trim_start();
     let space = pending.len() - text.len();
     let separated = text.starts_with([',', ';']);
-    if text.is_empty() {
+    if text.is_empty() && !last {
         return (Stage::Next { place }, Advance::Wait);
     }
     if separated || (text.starts_with('{') && !place.in_list) {
