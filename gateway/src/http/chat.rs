@@ -10,6 +10,7 @@ use crate::openai::chat::ChatRequest;
 use crate::openai::chat_answer;
 use crate::openai::chat_output::{ChatCollected, OutputFormat};
 use crate::openai::chat_stream::{ChatReport, ChatStream};
+use crate::openai::parse::CallFormat;
 use crate::openai::response_format::Constrained;
 use crate::openai::tools::Tool;
 use crate::openai::wire::AnswerHead;
@@ -72,7 +73,11 @@ impl ChatRun {
         }
         let id = asked.app.store.issue_id();
         let single_call = !chat.parallel_tool_calls;
-        let format = OutputFormat { single_call, ..model.parsers().format(&text, &offered, id.as_u128()) };
+        let mut format = OutputFormat { single_call, ..model.parsers().format(&text, &offered, id.as_u128()) };
+        let calls = CallRules::of(chat, &format, &text);
+        if calls.is_some() {
+            format.calls = format.calls.map(|calls| CallFormat::Json(calls.constrained()));
+        }
         let level = asked.level(endpoint, &model, id)?;
         let choice_ids = asked.choice_ids(id, generation.n);
         let request = engine_request(&model, id, prompt, sampling, generation);
@@ -81,14 +86,13 @@ impl ChatRun {
             if level == Level::Full {
                 inference.messages = Some(Value::Array(chat.prompt.messages.clone()));
                 inference.params = inference.params.map(|params| with_tools(params, &offered));
-                inference.prompt_text = Some(text.clone());
+                inference.prompt_text = Some(text);
             }
             Draft { inference, candidates: choice_ids.len(), choice_ids: choice_ids.clone(), prompt_only: false }
         };
         let drafts = (level != Level::Off).then(|| vec![draft()]);
         let record = drafts.map(|drafts| asked.pending(level, drafts));
         let (processed, constraint) = (generation.processed_logprobs, chat.constraint.clone());
-        let calls = CallRules::of(chat, &format, &text);
         Ok(Self { model, id, choice_ids, format, request, constraint, calls, processed, record })
     }
 

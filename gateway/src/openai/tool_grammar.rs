@@ -32,10 +32,10 @@ pub struct Shape<'a> {
 /// A grammar in llguidance's Lark; `None` where `answer` is of a kind that cannot stand beside calls. `special` is the id of a mark
 /// that is a control token: no text matches it, only its id does.
 pub fn lark(shape: &Shape<'_>, functions: &[Signature], special: &dyn Fn(&str) -> Option<u32>) -> Option<String> {
-    let calls = shape.format.calls?;
-    let marks = calls.marks();
+    let syntax = shape.format.calls?.constrained();
+    let marks: Vec<&str> = syntax.marks().collect();
     let text = |text: &str| literal(text, &marks, special);
-    let Writing { start, before, between, after, separator, end } = calls.writing();
+    let Writing { start, before, between, after, separator, end } = &syntax.writing;
     let mut rules = vec!["%llguidance {}".to_owned()];
     let first = format!("{start}{before}");
     // The mark that announces a call: what precedes it is content.

@@ -1,6 +1,6 @@
 //! Which parsers fit a model: by what its chat template writes, or as the configuration says.
 
-use super::{CallFormat, JsonSyntax, OutputFormat, ReasoningTags};
+use super::{CallFormat, Function, JsonSyntax, OutputFormat, ReasoningTags, TaggedSyntax};
 use crate::openai::tools::Tool;
 
 /// How one model writes reasoning and calls.
@@ -22,11 +22,13 @@ pub struct ParserChoice {
 }
 
 /// What a template holds, and whose it is: the first match decides.
-const SIGNS: [(&str, CallFormat); 13] = [
+const SIGNS: [(&str, CallFormat); 17] = [
     ("<｜tool▁call▁begin｜>", CallFormat::Json(&JsonSyntax::DEEPSEEK_31)),
     ("<|tool_call_begin|>", CallFormat::Json(&JsonSyntax::KIMI)),
     ("[ARGS]", CallFormat::Json(&JsonSyntax::MISTRAL_11)),
     ("[TOOL_CALLS]", CallFormat::Json(&JsonSyntax::MISTRAL)),
+    ("<|python_start|>", CallFormat::Pythonic),
+    ("[func_name1(params_name1=params_value1", CallFormat::Pythonic),
     ("<|python_tag|>", CallFormat::Json(&JsonSyntax::LLAMA3)),
     ("{\"name\": function name, \"parameters\"", CallFormat::Json(&JsonSyntax::LLAMA3)),
     ("<|action_start|>", CallFormat::Json(&JsonSyntax::INTERNLM)),
@@ -34,6 +36,8 @@ const SIGNS: [(&str, CallFormat); 13] = [
     ("<|/tool_call|>", CallFormat::Json(&JsonSyntax::PHI4)),
     ("<tool_calls>", CallFormat::Json(&JsonSyntax::JAMBA)),
     ("<|tool_call|>", CallFormat::Json(&JsonSyntax::GRANITE)),
+    ("<function=", CallFormat::Tagged(&TaggedSyntax::QWEN3_CODER)),
+    ("<arg_key>", CallFormat::Tagged(&TaggedSyntax::GLM45)),
     ("<tool_call>", CallFormat::Json(&JsonSyntax::HERMES)),
     ("xLAM", CallFormat::Json(&JsonSyntax::XLAM)),
 ];
@@ -78,7 +82,8 @@ impl Parsers {
     /// How the answers to `prompt` are to be read.
     pub fn format(&self, prompt: &str, tools: &[&Tool], answer: u128) -> OutputFormat {
         let in_reasoning = self.reasoning.is_some_and(|tags| prompt.trim_end().ends_with(tags.open));
-        let functions = tools.iter().map(|tool| tool.name.clone()).collect();
+        let function = |tool: &&Tool| Function { name: tool.name.clone(), schema: tool.parameters.clone() };
+        let functions = tools.iter().map(function).collect();
         let calls = (!tools.is_empty()).then_some(self.calls);
         OutputFormat { reasoning: self.reasoning, in_reasoning, calls, functions, single_call: false, answer }
     }
@@ -103,6 +108,9 @@ mod tests {
             ),
             ("'<｜tool▁call▁begin｜>' + name + '<｜tool▁sep｜>'", "deepseek_v31", None),
             ("[TOOL_CALLS]' + name + '[ARGS]", "mistral_v11", None),
+            ("'<tool_call>\\n<function=' + tool_call.name", "qwen3_coder", None),
+            ("<tool_call>… <arg_key>… <think>", "glm45", Some("think")),
+            ("<|python_start|>[", "pythonic", None),
         ] {
             let parsers = Parsers::detect(template, template);
             assert_eq!((parsers.calls.name(), parsers.reasoning.map(|tags| tags.name)), (calls, reasoning), "{template}");

@@ -1,6 +1,7 @@
 //! Calls whose arguments are JSON, between marks: objects with name and arguments (Hermes, Qwen, Llama 3, Granite, Phi), or a
 //! name followed by the arguments alone (Mistral, DeepSeek, Kimi).
 
+use super::Function;
 use super::json_object::{CallObject, Read, Value};
 use super::marker::{Found, find};
 use super::piece::{Advance, Pieces};
@@ -218,7 +219,7 @@ impl JsonSyntax {
 #[derive(Debug)]
 pub(super) struct JsonCalls {
     syntax: &'static JsonSyntax,
-    functions: Arc<[String]>,
+    functions: Arc<[Function]>,
     stage: Stage,
 }
 
@@ -267,7 +268,7 @@ impl Stage {
 }
 
 impl JsonCalls {
-    pub(super) fn new(syntax: &'static JsonSyntax, functions: Arc<[String]>) -> Self {
+    pub(super) fn new(syntax: &'static JsonSyntax, functions: Arc<[Function]>) -> Self {
         Self { syntax, functions, stage: if syntax.bare { Stage::Start } else { Stage::Content } }
     }
 
@@ -304,7 +305,7 @@ impl JsonCalls {
     }
 
     fn object(&self, mut at: Box<InObject>, pending: &mut String, last: bool, out: &mut Pieces) -> (Stage, Advance) {
-        let accept = |name: &str| at.place.marked || self.functions.iter().any(|function| function == name);
+        let accept = |name: &str| at.place.marked || self.functions.iter().any(|function| function.name == name);
         let (read, taken) = at.object.read(pending, &accept, out);
         let begun = at.object.is_begun();
         if !begun {

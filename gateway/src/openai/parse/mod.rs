@@ -8,24 +8,44 @@ mod json_calls;
 mod json_object;
 mod marker;
 mod piece;
+mod python_literal;
+mod pythonic;
 mod reasoning;
+mod tagged;
 
 pub use detect::{ParserChoice, Parsers};
 pub use json_calls::{JsonSyntax, Writing};
 pub use reasoning::ReasoningTags;
+pub use tagged::TaggedSyntax;
 
 use crate::openai::chat_output::Delta;
 use json_calls::JsonCalls;
 use piece::{Advance, Piece, Pieces};
+use pythonic::PythonicCalls;
 use reasoning::Reasoning;
+use serde_json::Value;
 use std::sync::Arc;
+use tagged::TaggedCalls;
 use tidemill_engine::TokenRecord;
 
 /// How a model writes tool calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallFormat {
-    /// JSON objects with a name and arguments, between markers.
+    /// Arguments as JSON, between marks.
     Json(&'static JsonSyntax),
+    /// A list of Python calls.
+    Pythonic,
+    /// A tag for each argument.
+    Tagged(&'static TaggedSyntax),
+}
+
+/// A function that the model may call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Function {
+    /// Its name.
+    pub name: String,
+    /// The schema of its arguments.
+    pub schema: Option<Value>,
 }
 
 impl CallFormat {
@@ -33,19 +53,24 @@ impl CallFormat {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Json(syntax) => syntax.name,
+            Self::Pythonic => "pythonic",
+            Self::Tagged(syntax) => syntax.name,
         }
     }
 
-    /// How the model is made to write calls.
-    pub fn writing(&self) -> &'static Writing {
+    /// The form in which a grammar makes the model write calls: arguments in JSON, for only those can be held to a schema.
+    pub fn constrained(&self) -> &'static JsonSyntax {
         match self {
-            Self::Json(syntax) => &syntax.writing,
+            Self::Json(syntax) => syntax,
+            Self::Pythonic => &JsonSyntax::XLAM,
+            Self::Tagged(_) => &JsonSyntax::HERMES,
         }
     }
 
     /// Every family.
     pub fn all() -> impl Iterator<Item = Self> {
-        JsonSyntax::ALL.into_iter().map(Self::Json)
+        let tagged = TaggedSyntax::ALL.into_iter().map(Self::Tagged);
+        JsonSyntax::ALL.into_iter().map(Self::Json).chain([Self::Pythonic]).chain(tagged)
     }
 
     /// The family of that name.
@@ -57,6 +82,8 @@ impl CallFormat {
     pub fn marks(&self) -> Vec<&'static str> {
         match self {
             Self::Json(syntax) => syntax.marks().collect(),
+            Self::Pythonic => pythonic::MARKS.to_vec(),
+            Self::Tagged(syntax) => syntax.marks(),
         }
     }
 }
@@ -71,7 +98,7 @@ pub struct OutputFormat {
     /// `None` where the request offers no tools: then nothing is a call.
     pub calls: Option<CallFormat>,
     /// Functions that the model may call.
-    pub functions: Arc<[String]>,
+    pub functions: Arc<[Function]>,
     /// Only the first call counts.
     pub single_call: bool,
     /// The answer's id, of which those of its calls are made.
@@ -99,7 +126,9 @@ pub(super) struct Parser {
 enum Stage {
     Reasoning(Reasoning),
     Content,
-    Calls(JsonCalls),
+    Json(JsonCalls),
+    Pythonic(PythonicCalls),
+    Tagged(TaggedCalls),
 }
 
 impl Parser {
@@ -124,9 +153,12 @@ impl Parser {
 
     /// What follows the reasoning.
     fn answer(&self) -> Stage {
+        let functions = Arc::clone(&self.format.functions);
         match self.format.calls {
             None => Stage::Content,
-            Some(CallFormat::Json(syntax)) => Stage::Calls(JsonCalls::new(syntax, Arc::clone(&self.format.functions))),
+            Some(CallFormat::Json(syntax)) => Stage::Json(JsonCalls::new(syntax, functions)),
+            Some(CallFormat::Pythonic) => Stage::Pythonic(PythonicCalls::new(functions)),
+            Some(CallFormat::Tagged(syntax)) => Stage::Tagged(TaggedCalls::new(syntax, functions)),
         }
     }
 
@@ -187,7 +219,9 @@ impl Parser {
             let (pending, pieces) = (&mut self.pending, &mut self.pieces);
             let advance = match &mut self.stage {
                 Stage::Reasoning(reasoning) => reasoning.advance(pending, last, pieces),
-                Stage::Calls(calls) => calls.advance(pending, last, pieces),
+                Stage::Json(calls) => calls.advance(pending, last, pieces),
+                Stage::Pythonic(calls) => calls.advance(pending, last, pieces),
+                Stage::Tagged(calls) => calls.advance(pending, last, pieces),
                 Stage::Content => {
                     pieces.text(pending);
                     pending.clear();
