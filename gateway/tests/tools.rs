@@ -11,6 +11,11 @@ mod support;
 
 use serde_json::{Value, json};
 use support::{Setup, chat, post, says};
+use tidemill::openai::parse::{CallFormat, OutputFormat, ReasoningTags};
+use tidemill::openai::response_format::Constrained;
+use tidemill::openai::tool_grammar::{Shape, Signature, lark};
+use tidemill::upstream::Upstream;
+use tidemill_engine::Constraint;
 
 const CHAT: &str = "/v1/chat/completions";
 const CALLS: &str = "Both:\n<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Emden\"}}\n</tool_call>\n<tool_call>\n{\"name\": \"time\"}\n</tool_call>";
@@ -137,4 +142,29 @@ async fn reasoning_is_apart_from_content_and_counted() {
     assert_eq!((of("reasoning_content").as_str(), of("content").as_str()), ("Hm.", "Yes"));
     let ids: usize = chunks.iter().filter_map(|chunk| chunk["choices"][0]["token_ids"].as_array()).map(Vec::len).sum();
     assert_eq!(ids, choice["token_ids"].as_array().unwrap().len());
+}
+
+#[tokio::test]
+async fn every_familys_grammar_compiles() {
+    let app = setup("x").app();
+    let Upstream::Local(model) = app.registry.find(None).unwrap();
+    let schema = json!({"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": false});
+    let functions = ["weather", "time"].map(|name| Signature { name: name.into(), schema: schema.clone() });
+    let answer = Constraint::JsonObject;
+    for calls in CallFormat::all() {
+        for (reasoning, in_reasoning) in [(None, false), (Some(ReasoningTags::THINK), false), (Some(ReasoningTags::THINK), true)] {
+            let format = OutputFormat { reasoning, in_reasoning, calls: Some(calls), ..OutputFormat::default() };
+            for (forced, single, answer) in [(true, true, None), (true, false, None), (false, false, None), (false, true, Some(&answer))] {
+                let shape = Shape { format: &format, no_reasoning: false, forced, single, answer };
+                let special: [&dyn Fn(&str) -> Option<u32>; 2] = [&|_| None, &|_| Some(258)];
+                for special in special {
+                    let grammar = lark(&shape, &functions, special).unwrap();
+                    let constrained = Constrained { constraint: Constraint::Lark(grammar.clone()), param: "tools".into() };
+                    if let Err(error) = model.grammar(&constrained).await {
+                        panic!("{} {forced} {single}: {}\n{grammar}", calls.name(), error.message);
+                    }
+                }
+            }
+        }
+    }
 }

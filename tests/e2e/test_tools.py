@@ -40,7 +40,7 @@ QUESTION = [{"role": "user", "content": "What is the weather in Emden, in Celsiu
 
 def ask(client, **options):
     return client.chat.completions.create(
-        model=MODEL, messages=QUESTION, **{"temperature": 0, "max_tokens": 120, "tools": [WEATHER, ADD], **options}
+        **{"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 120, "tools": [WEATHER, ADD], **options}
     )
 
 
@@ -149,3 +149,18 @@ def test_a_strict_schema_that_cannot_be_honoured_is_refused(client):
     with pytest.raises(openai.BadRequestError) as raised:
         ask(client, tools=[tool])
     assert raised.value.param.startswith("tools.0.function.parameters")
+
+
+def test_a_strict_tool_leaves_the_model_free_to_answer_in_words(client):
+    choice = ask(client, tool_choice="auto", max_tokens=20).choices[0]
+    assert choice.message.content or choice.message.tool_calls
+
+
+def test_an_answer_may_have_to_be_a_call_or_json(client):
+    schema = {"type": "object", "properties": {"answer": {"type": "boolean"}}, "required": ["answer"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
+    message = ask(client, response_format=form, parallel_tool_calls=False).choices[0].message
+    if message.tool_calls:
+        assert message.tool_calls[0].function.name in ["get_weather", "add"]
+    else:
+        assert set(json.loads(message.content)) == {"answer"}
