@@ -11,6 +11,7 @@
 pub mod anthropic;
 pub mod chat;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod console;
 pub mod datasets;

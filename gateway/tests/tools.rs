@@ -152,9 +152,12 @@ async fn every_familys_grammar_compiles() {
     let functions = ["weather", "time"].map(|name| Signature { name: name.into(), schema: schema.clone() });
     let answer = Constraint::JsonObject;
     for calls in CallFormat::all() {
-        for (reasoning, in_reasoning) in [(None, false), (Some(ReasoningTags::THINK), false), (Some(ReasoningTags::THINK), true)] {
+        for (reasoning, in_reasoning) in [(None, false), (Some(ReasoningTags::THINK), false), (Some(ReasoningTags::THINK), true)]
+        {
             let format = OutputFormat { reasoning, in_reasoning, calls: Some(calls), ..OutputFormat::default() };
-            for (forced, single, answer) in [(true, true, None), (true, false, None), (false, false, None), (false, true, Some(&answer))] {
+            for (forced, single, answer) in
+                [(true, true, None), (true, false, None), (false, false, None), (false, true, Some(&answer))]
+            {
                 let shape = Shape { format: &format, no_reasoning: false, forced, single, answer };
                 let special: [&dyn Fn(&str) -> Option<u32>; 2] = [&|_| None, &|_| Some(258)];
                 for special in special {

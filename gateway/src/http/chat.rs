@@ -1,10 +1,11 @@
 //! `POST /v1/chat/completions`, and the run that every endpoint with a conversation goes through.
 
+use crate::http::answer::json;
 use crate::http::app::App;
 use crate::http::call_rules::CallRules;
 use crate::http::error::ApiError;
-use crate::http::generate::{Asked, Pending, engine_request, enter, head, json};
-use crate::http::limits::{LONG_WORK, off_path, parse_json};
+use crate::http::generate::{Asked, Pending, engine_request, enter, head};
+use crate::http::limits::off_path;
 use crate::http::sse;
 use crate::openai::chat::ChatRequest;
 use crate::openai::chat_answer;
@@ -14,7 +15,7 @@ use crate::openai::parse::CallFormat;
 use crate::openai::response_format::Constrained;
 use crate::openai::tools::Tool;
 use crate::openai::wire::AnswerHead;
-use crate::recording::{Draft, Level};
+use crate::recording::{self, Draft, Level};
 use crate::upstream::{Events, LocalModel, Upstream};
 use axum::extract::{Request, State};
 use axum::response::Response;
@@ -25,9 +26,8 @@ use uuid::Uuid;
 /// `POST /v1/chat/completions`
 pub async fn chat(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let (in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
-    let body = app.body.read(request).await?;
     let PreparedChat { run, head, report, stream } =
-        off_path(body.len() > LONG_WORK, move || PreparedChat::new(asked, &body)).await??;
+        app.body.parsed(request, move |body| PreparedChat::new(asked, &body)).await?;
     let (format, n, tokenizer) = (run.format.clone(), run.choice_ids.len(), run.model.tokenizer().clone());
     let events = run.start().await?;
     if stream {
@@ -83,6 +83,9 @@ impl ChatRun {
         let request = engine_request(&model, id, prompt, sampling, generation);
         let draft = || {
             let mut inference = asked.inference(endpoint, &model, &request, &generation.about);
+            if let Some(constrained) = &chat.constraint {
+                recording::constrained(&mut inference.params, &constrained.constraint);
+            }
             if level == Level::Full {
                 inference.messages = Some(Value::Array(chat.prompt.messages.clone()));
                 inference.params = inference.params.map(|params| with_tools(params, &offered));
@@ -132,8 +135,8 @@ struct PreparedChat {
 }
 
 impl PreparedChat {
-    fn new(asked: Asked, body: &[u8]) -> Result<Self, ApiError> {
-        let chat = ChatRequest::parse(&parse_json(body)?)?;
+    fn new(asked: Asked, body: &Value) -> Result<Self, ApiError> {
+        let chat = ChatRequest::parse(body)?;
         let run = ChatRun::prepare(asked, "chat", &chat)?;
         let generation = &chat.generation;
         let object = if generation.stream { "chat.completion.chunk" } else { "chat.completion" };

@@ -1,30 +1,29 @@
 //! `POST /v1/messages` and `POST /v1/messages/count_tokens`, Anthropic's API.
 
 use crate::anthropic::{CountRequest, Head, MessageStream, MessagesRequest, to_json};
+use crate::http::answer::json;
 use crate::http::app::App;
 use crate::http::chat::ChatRun;
 use crate::http::error::ApiError;
-use crate::http::generate::{Asked, enter, json};
-use crate::http::limits::{LONG_WORK, off_path, parse_json};
+use crate::http::generate::{Asked, enter};
 use crate::http::sse;
 use crate::openai::chat_output::ChatCollected;
 use crate::upstream::Upstream;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use bytes::Bytes;
+use serde_json::Value;
 use std::sync::Arc;
 
 /// A message, streamed or whole.
 pub async fn create(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let (in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
-    let body = app.body.read(request).await?;
-    let long = body.len() > LONG_WORK;
-    let prepare = move || {
-        let request = MessagesRequest::parse(&parse_json(&body)?)?;
+    let prepare = move |body: Value| {
+        let request = MessagesRequest::parse(&body)?;
         let run = ChatRun::prepare(asked, "messages", &request.chat)?;
-        Ok::<_, ApiError>((request, run))
+        Ok((request, run))
     };
-    let (request, run) = off_path(long, prepare).await??;
+    let (request, run) = app.body.parsed(request, prepare).await?;
     let head = Head { id: format!("msg_{}", run.id.simple()), model: run.model.name().to_owned() };
     let (format, prompt_tokens) = (run.format.clone(), run.prompt_ids().len());
     let MessagesRequest { stream, thinking, max_tokens, .. } = request;
@@ -38,15 +37,13 @@ pub async fn create(State(app): State<App>, request: Request) -> Result<Response
 
 /// How many tokens a conversation is.
 pub async fn count_tokens(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
-    let body = app.body.read(request).await?;
     let registry = Arc::clone(&app.registry);
-    let long = body.len() > LONG_WORK;
-    let count = move || {
-        let CountRequest(chat) = CountRequest::parse(&parse_json(&body)?)?;
+    let count = move |body: Value| {
+        let CountRequest(chat) = CountRequest::parse(&body)?;
         let Upstream::Local(model) = registry.find(Some(&chat.model))?;
         let (_, tokens) = model.chat_tokens(&chat.prompt, &chat.offered_tools())?;
-        Ok::<_, ApiError>(tokens.len())
+        Ok(tokens.len())
     };
-    let tokens = off_path(long, count).await??;
+    let tokens = app.body.parsed(request, count).await?;
     Ok(json(Bytes::from(serde_json::json!({"input_tokens": tokens}).to_string())))
 }
