@@ -117,7 +117,10 @@ impl Database {
     }
 }
 
-const MIGRATIONS: &[(i64, &str, &str)] = &[(1, "records", include_str!("../migrations/0001_records.sql"))];
+const MIGRATIONS: &[(i64, &str, &str)] = &[
+    (1, "records", include_str!("../migrations/0001_records.sql")),
+    (2, "responses", include_str!("../migrations/0002_responses.sql")),
+];
 
 fn without_password(url: &str) -> String {
     match (url.find("://"), url.rfind('@')) {
