@@ -21,5 +21,6 @@ pub mod labeling;
 pub mod openai;
 pub mod pull;
 pub mod recording;
+pub mod responses;
 pub mod telemetry;
 pub mod upstream;

@@ -102,7 +102,6 @@ async fn what_does_not_exist_yet_is_refused_by_name() {
             unsupported(json!({"tool_choice": "required"}), "tool_choice"),
             unsupported(json!({"response_format": {"type": "json_object"}}), "response_format"),
             unsupported(json!({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}), "response_format"),
-            unsupported(json!({"store": true}), "store"),
             unsupported(json!({"modalities": ["text", "audio"]}), "modalities"),
             unsupported(json!({"audio": {"voice": "x"}}), "audio"),
             unsupported(json!({"web_search_options": {}}), "web_search_options"),

@@ -6,6 +6,7 @@ use crate::config::{Config, ConfigError, Layer, ModelSpec, Origin};
 use crate::datasets::DatasetJobs;
 use crate::http::drain::Drain;
 use crate::http::limits::BodyLimits;
+use crate::http::responses::background::Background;
 use crate::http::server::Server;
 use crate::http::{App, Auth};
 use crate::telemetry::{self, TelemetryError};
@@ -239,6 +240,7 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle) 
         auth: Auth::new(store.clone(), has_key),
         datasets: DatasetJobs::new(store.clone(), &config.datasets_root()),
         store,
+        background: Background::default(),
         recording: Arc::new(config.recording.clone()),
         feedback_metrics: Arc::new(config.metrics.clone()),
     })

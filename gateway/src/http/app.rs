@@ -5,6 +5,7 @@ use crate::feedback::Metrics;
 use crate::http::auth::Auth;
 use crate::http::drain::Drain;
 use crate::http::limits::BodyLimits;
+use crate::http::responses::background::Background;
 use crate::recording::Recording;
 use crate::upstream::Registry;
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -30,6 +31,8 @@ pub struct App {
     pub recording: Arc<Recording>,
     /// Datasets, and the builds under way.
     pub datasets: DatasetJobs,
+    /// Responses that are made while nobody waits.
+    pub background: Background,
     /// Metrics that feedback may name.
     pub feedback_metrics: Arc<Metrics>,
 }

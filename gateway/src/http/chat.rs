@@ -5,6 +5,7 @@ use crate::http::error::ApiError;
 use crate::http::generate::{Asked, Pending, engine_request, enter, head, json};
 use crate::http::limits::{LONG_WORK, off_path, parse_json};
 use crate::http::sse;
+use crate::http::stored_chats::KeptChat;
 use crate::openai::chat::ChatRequest;
 use crate::openai::chat_answer;
 use crate::openai::chat_output::{ChatCollected, OutputFormat};
@@ -16,22 +17,30 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 use serde_json::Value;
 use std::sync::Arc;
+use tidemill_engine::SamplingParams;
 use uuid::Uuid;
 
 /// `POST /v1/chat/completions`
 pub async fn chat(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let (in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
     let body = app.body.read(request).await?;
-    let PreparedChat { run, head, report, stream } =
+    let PreparedChat { run, head, report, stream, keep } =
         off_path(body.len() > LONG_WORK, move || PreparedChat::new(asked, &body)).await??;
     let (format, n, tokenizer) = (run.format, run.choice_ids.len(), run.model.tokenizer().clone());
     let events = run.start()?;
     if stream {
-        return Ok(sse::response(events, ChatStream::new(&head, n, report, format, tokenizer), in_flight));
+        let mut stream = ChatStream::new(&head, n, report, format, tokenizer);
+        if let Some(keep) = keep {
+            stream = stream.keeping(|collected| Box::pin(keep.save(collected)));
+        }
+        return Ok(sse::response(events, stream, in_flight));
     }
-    let keep = report.keeps_records();
-    let collected = ChatCollected::of(events, format, n, keep).await?;
-    let body = off_path(keep, move || chat_answer::to_json(&head, &report, &tokenizer, &collected)).await?;
+    let records = report.keeps_records();
+    let collected = ChatCollected::of(events, format, n, records).await?;
+    let body = off_path(records, move || chat_answer::to_json(&head, &report, &tokenizer, &collected)).await?;
+    if let Some(keep) = keep {
+        keep.save_body(&body).await?;
+    }
     Ok(json(body))
 }
 
@@ -81,6 +90,11 @@ impl ChatRun {
         Ok(Self { model, id, choice_ids, format: OutputFormat::Plain, request, processed, record })
     }
 
+    /// How it is sampled, defaults included.
+    pub fn sampling(&self) -> &SamplingParams {
+        &self.request.sampling
+    }
+
     /// The prompt's tokens.
     pub fn prompt_ids(&self) -> &[u32] {
         &self.request.prompt
@@ -98,12 +112,14 @@ struct PreparedChat {
     head: AnswerHead,
     report: ChatReport,
     stream: bool,
+    keep: Option<KeptChat>,
 }
 
 impl PreparedChat {
     fn new(asked: Asked, body: &[u8]) -> Result<Self, ApiError> {
-        let chat = ChatRequest::parse(&parse_json(body)?)?;
-        let run = ChatRun::prepare(asked, "chat", &chat)?;
+        let body = parse_json(body)?;
+        let chat = ChatRequest::parse(&body)?;
+        let run = ChatRun::prepare(asked.clone(), "chat", &chat)?;
         let generation = &chat.generation;
         let object = if generation.stream { "chat.completion.chunk" } else { "chat.completion" };
         let choice_ids = || run.choice_ids.iter().map(|id| format!("chatcmpl-{id}")).collect();
@@ -114,6 +130,7 @@ impl PreparedChat {
             echo: chat.echoed_text().map(str::to_owned),
             choice_ids: generation.about.compare.then(choice_ids),
         };
-        Ok(Self { head: head(&run.model, run.id, "chatcmpl", object), report, stream: generation.stream, run })
+        let keep = chat.store.then(|| KeptChat::new(&asked, &body, &generation.about, &run, &report)).transpose()?;
+        Ok(Self { head: head(&run.model, run.id, "chatcmpl", object), report, stream: generation.stream, keep, run })
     }
 }

@@ -15,9 +15,11 @@ pub mod limits;
 mod models;
 mod observe;
 mod probes;
+pub mod responses;
 mod router;
 pub mod server;
 pub mod sse;
+mod stored_chats;
 mod tokens;
 
 pub use app::App;

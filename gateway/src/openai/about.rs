@@ -32,7 +32,7 @@ impl About {
         if let Some(tier) = fields.get("service_tier") {
             tier.one_of(&["auto", "default", "flex", "scale", "priority"])?;
         }
-        let metadata = metadata(fields)?;
+        let metadata = Self::metadata(fields)?;
         let named = metadata.get("conversation_id").and_then(Value::as_str).filter(|id| !id.is_empty()).map(str::to_owned);
         let mut about = Self { user_key: safety_identifier.or(user), metadata, conversation: named, compare: false };
         if let Some(own) = fields.get("tidemill") {
@@ -50,23 +50,25 @@ impl About {
         }
         Ok(about)
     }
-}
 
-fn metadata(fields: &mut Fields<'_>) -> Result<Map<String, Value>, ApiError> {
-    let Some(metadata) = fields.get("metadata") else { return Ok(Map::new()) };
-    let map = metadata.map()?;
-    if map.len() > 16 {
-        let why = format!("too many properties. Expected an object with at most 16 properties, but got {} instead.", map.len());
-        return Err(metadata.invalid("object_above_max_properties", why));
-    }
-    for (key, value) in map {
-        let entry = metadata.entry(key, value);
-        if key.chars().count() > 64 {
-            return Err(entry.invalid("string_above_max_length", "key too long. Expected at most 64 characters."));
+    /// `metadata`: at most 16 texts under names of the caller's own.
+    pub fn metadata(fields: &mut Fields<'_>) -> Result<Map<String, Value>, ApiError> {
+        let Some(metadata) = fields.get("metadata") else { return Ok(Map::new()) };
+        let map = metadata.map()?;
+        if map.len() > 16 {
+            let why =
+                format!("too many properties. Expected an object with at most 16 properties, but got {} instead.", map.len());
+            return Err(metadata.invalid("object_above_max_properties", why));
         }
-        entry.short_string(512)?;
+        for (key, value) in map {
+            let entry = metadata.entry(key, value);
+            if key.chars().count() > 64 {
+                return Err(entry.invalid("string_above_max_length", "key too long. Expected at most 64 characters."));
+            }
+            entry.short_string(512)?;
+        }
+        Ok(map.clone())
     }
-    Ok(map.clone())
 }
 
 #[cfg(test)]

@@ -11,5 +11,6 @@ pub mod completion_stream;
 pub mod completions;
 pub mod fields;
 pub mod generation;
+pub mod listing;
 pub mod messages;
 pub mod wire;

@@ -21,6 +21,7 @@ use tidemill::datasets::DatasetJobs;
 use tidemill::feedback::Metrics;
 use tidemill::http::drain::Drain;
 use tidemill::http::limits::BodyLimits;
+use tidemill::http::responses::background::Background;
 use tidemill::http::{App, Auth, router};
 use tidemill::recording::Recording;
 use tidemill::upstream::{LocalModel, Registry, Upstream};
@@ -216,6 +217,7 @@ impl Setup {
             auth: Auth::new(store.clone(), false),
             datasets: DatasetJobs::new(store.clone(), &folder()),
             store,
+            background: Background::default(),
             recording: Arc::new(self.recording),
             feedback_metrics: Arc::new(self.metrics),
         }
@@ -282,6 +284,18 @@ pub async fn post(router: &Router, path: &str, body: Value) -> Reply {
 
 pub async fn get(router: &Router, path: &str) -> Reply {
     send(router, Request::get(path).body(Body::empty()).unwrap()).await
+}
+
+/// Any request, by the owner of `key`.
+pub async fn send_as(router: &Router, key: &str, method: &str, path: &str, body: Option<Value>) -> Reply {
+    let request = Request::builder().method(method).uri(path).header("authorization", format!("Bearer {key}"));
+    send(router, request.body(body.map_or_else(Body::empty, |body| Body::from(body.to_string()))).unwrap()).await
+}
+
+/// The same, without a key.
+pub async fn call(router: &Router, method: &str, path: &str, body: Option<Value>) -> Reply {
+    let request = Request::builder().method(method).uri(path);
+    send(router, request.body(body.map_or_else(Body::empty, |body| Body::from(body.to_string()))).unwrap()).await
 }
 
 /// A chat request with `extra` fields.
