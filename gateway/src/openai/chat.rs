@@ -4,6 +4,7 @@ use crate::http::error::ApiError;
 use crate::openai::fields::{Field, Fields};
 use crate::openai::generation::{Generation, MAX_TOP_LOGPROBS, count};
 use crate::openai::messages;
+use crate::openai::response_format::{self, Constrained};
 use serde_json::{Map, Value};
 
 /// How much a model may think, as the API says it.
@@ -24,6 +25,8 @@ pub struct ChatRequest {
     pub echo: bool,
     /// Keep the answer, to be read again under its id.
     pub store: bool,
+    /// What the answer must look like.
+    pub constraint: Option<Constrained>,
 }
 
 /// The part of a chat request that makes its prompt; `/tokenize` takes the same.
@@ -59,6 +62,7 @@ impl ChatRequest {
         let logprobs = logprobs(&mut fields)?;
         let echo = fields.bool_or("echo", false)?;
         let store = fields.bool_or("store", false)?;
+        let constraint = response_format::parse(&mut fields)?;
         text_only(&mut fields)?;
         no_tools(&mut fields)?;
         if let Some(field) = fields.get("verbosity") {
@@ -66,7 +70,7 @@ impl ChatRequest {
         }
         fields.ignore(&["prediction"]);
         fields.finish()?;
-        Ok(Self { model, prompt, generation, logprobs, echo, store })
+        Ok(Self { model, prompt, generation, logprobs, echo, store, constraint })
     }
 
     /// With `echo`: what the answer starts with.
@@ -131,19 +135,6 @@ fn logprobs(fields: &mut Fields<'_>) -> Result<Option<u32>, ApiError> {
 }
 
 fn text_only(fields: &mut Fields<'_>) -> Result<(), ApiError> {
-    if let Some(format) = fields.get("response_format") {
-        let mut inner = format.object()?;
-        let kind = inner.require("type")?;
-        match kind.one_of(&["text", "json_object", "json_schema"])? {
-            "text" => inner.finish()?,
-            _ => {
-                return Err(ApiError::unsupported(
-                    "response_format",
-                    "Unsupported parameter: 'response_format' can only be of type 'text': this server does not constrain output yet.",
-                ));
-            }
-        }
-    }
     if let Some(field) = fields.get("modalities") {
         for (i, value) in field.array(8)?.iter().enumerate() {
             let item = field.item(i, value);

@@ -13,4 +13,5 @@ pub mod fields;
 pub mod generation;
 pub mod listing;
 pub mod messages;
+pub mod response_format;
 pub mod wire;
