@@ -74,9 +74,7 @@ REJECTED = [
 
 # What does not exist yet is refused by name instead of being answered as if it did.
 UNSUPPORTED = [
-    ("tools", body(tools=[{"type": "function", "function": {"name": "f"}}]), "tools"),
-    ("functions", body(functions=[{"name": "f"}]), "functions"),
-    ("tool_choice", body(tool_choice="required"), "tool_choice"),
+    ("custom tools", body(tools=[{"type": "custom", "custom": {"name": "f"}}]), "tools.0.type"),
     ("json mode", body(response_format={"type": "json_object"}), "response_format"),
     ("json schema", body(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}), "response_format"),
     ("audio", body(modalities=["text", "audio"]), "modalities"),

@@ -11,6 +11,7 @@ use crate::openai::chat_answer;
 use crate::openai::chat_output::{ChatCollected, OutputFormat};
 use crate::openai::chat_stream::{ChatReport, ChatStream};
 use crate::openai::response_format::Constrained;
+use crate::openai::tools::Tool;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{Draft, Level};
 use crate::upstream::{Events, LocalModel, Upstream};
@@ -27,7 +28,7 @@ pub async fn chat(State(app): State<App>, request: Request) -> Result<Response, 
     let body = app.body.read(request).await?;
     let PreparedChat { run, head, report, stream, keep } =
         off_path(body.len() > LONG_WORK, move || PreparedChat::new(asked, &body)).await??;
-    let (format, n, tokenizer) = (run.format, run.choice_ids.len(), run.model.tokenizer().clone());
+    let (format, n, tokenizer) = (run.format.clone(), run.choice_ids.len(), run.model.tokenizer().clone());
     let events = run.start().await?;
     if stream {
         let mut stream = ChatStream::new(&head, n, report, format, tokenizer);
@@ -67,14 +68,23 @@ impl ChatRun {
         let Upstream::Local(model) = asked.app.registry.find(Some(&chat.model))?;
         let generation = &chat.generation;
         model.check_choices(generation.n, "n")?;
-        let (text, prompt) = model.chat_tokens(&chat.prompt)?;
+        let offered = chat.offered_tools();
+        let (text, prompt) = model.chat_tokens(&chat.prompt, &offered)?;
         model.check_fit(prompt.len(), generation.max_tokens, "messages")?;
-        let sampling = generation.sampling(model.defaults(), chat.logprobs);
+        if chat.tool_choice.is_forced() {
+            let why = "Unsupported parameter: 'tool_choice' cannot demand a call yet.";
+            return Err(ApiError::unsupported("tool_choice", why));
+        }
+        let mut sampling = generation.sampling(model.defaults(), chat.logprobs);
+        sampling.shown_special = Arc::clone(model.shown_special());
         if generation.about.compare && sampling.temperature == 0.0 {
             let message = "Invalid 'tidemill.compare': at temperature 0 all choices are the same; raise 'temperature'.";
             return Err(ApiError::invalid("tidemill.compare", "invalid_value", message));
         }
         let id = asked.app.store.issue_id();
+        let functions = offered.iter().map(|tool| tool.name.clone()).collect();
+        let single_call = !chat.parallel_tool_calls;
+        let format = OutputFormat { single_call, ..model.parsers().format(&text, functions, id.as_u128()) };
         let level = asked.level(endpoint, &model, id)?;
         let choice_ids = asked.choice_ids(id, generation.n);
         let request = engine_request(&model, id, prompt, sampling, generation);
@@ -82,6 +92,7 @@ impl ChatRun {
             let mut inference = asked.inference(endpoint, &model, &request, &generation.about);
             if level == Level::Full {
                 inference.messages = Some(Value::Array(chat.prompt.messages.clone()));
+                inference.params = inference.params.map(|params| with_tools(params, &offered));
                 inference.prompt_text = Some(text);
             }
             Draft { inference, candidates: choice_ids.len(), choice_ids: choice_ids.clone(), prompt_only: false }
@@ -89,7 +100,7 @@ impl ChatRun {
         let drafts = (level != Level::Off).then(|| vec![draft()]);
         let record = drafts.map(|drafts| asked.pending(level, drafts));
         let (processed, constraint) = (generation.processed_logprobs, chat.constraint.clone());
-        Ok(Self { model, id, choice_ids, format: OutputFormat::Plain, request, constraint, processed, record })
+        Ok(Self { model, id, choice_ids, format, request, constraint, processed, record })
     }
 
     /// How it is sampled, defaults included.
@@ -111,6 +122,14 @@ impl ChatRun {
         let events = self.model.submit(vec![self.request])?;
         Ok(events.recorded(self.record.map(Pending::start)).showing(self.processed))
     }
+}
+
+/// Parameters for the record, with the tools that the model was told of.
+fn with_tools(mut params: Value, offered: &[&Tool]) -> Value {
+    if let (Some(params), false) = (params.as_object_mut(), offered.is_empty()) {
+        params.insert("tools".into(), offered.iter().map(|tool| tool.to_template()).collect());
+    }
+    params
 }
 
 struct PreparedChat {
@@ -135,6 +154,7 @@ impl PreparedChat {
             include_usage: generation.include_usage,
             echo: chat.echoed_text().map(str::to_owned),
             choice_ids: generation.about.compare.then(choice_ids),
+            legacy_calls: chat.legacy_calls,
         };
         let keep = chat.store.then(|| KeptChat::new(&asked, &body, &generation.about, &run, &report)).transpose()?;
         Ok(Self { head: head(&run.model, run.id, "chatcmpl", object), report, stream: generation.stream, keep, run })

@@ -141,6 +141,7 @@ impl Generation {
             include_stop_str_in_output: self.include_stop_str_in_output,
             ignore_eos: self.ignore_eos,
             skip_special_tokens: self.skip_special_tokens,
+            shown_special: off.shown_special,
             logprobs,
             prompt_logprobs: self.prompt_logprobs,
             grammar: None,

@@ -13,5 +13,7 @@ pub mod fields;
 pub mod generation;
 pub mod listing;
 pub mod messages;
+pub mod parse;
 pub mod response_format;
+pub mod tools;
 pub mod wire;

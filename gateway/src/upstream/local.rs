@@ -3,13 +3,15 @@
 use crate::http::error::ApiError;
 use crate::openai::chat::ChatPrompt;
 use crate::openai::completions::PromptInput;
+use crate::openai::parse::Parsers;
 use crate::openai::response_format::Constrained;
+use crate::openai::tools::Tool;
 use crate::upstream::Events;
 use crate::upstream::grammars::Grammars;
 use serde_json::Value;
 use std::borrow::Cow;
 use std::sync::Arc;
-use tidemill_engine::{ChatInput, Engine, GenerationDefaults, Grammar, Request, TemplateError, Tokenizer};
+use tidemill_engine::{ChatInput, ChatTemplate, Engine, GenerationDefaults, Grammar, Request, TemplateError, Tokenizer};
 
 /// A loaded model.
 pub struct LocalModel {
@@ -17,6 +19,8 @@ pub struct LocalModel {
     fingerprint: String,
     created: u64,
     engine: Engine,
+    parsers: Parsers,
+    shown_special: Arc<[u32]>,
     grammars: Grammars,
 }
 
@@ -33,13 +37,13 @@ impl LocalModel {
             options.kv_dtype,
             env!("CARGO_PKG_VERSION")
         );
-        Self {
-            name: options.served_name.clone(),
-            fingerprint: fingerprint(&configuration),
-            created,
-            engine,
-            grammars: Grammars::default(),
-        }
+        let (name, fingerprint) = (options.served_name.clone(), fingerprint(&configuration));
+        let parsers = Parsers::detect(engine.chat_template().map_or("", ChatTemplate::source));
+        let tokenizer = engine.tokenizer();
+        let marks = parsers.marks();
+        let shown_special =
+            marks.iter().filter_map(|mark| tokenizer.id(mark)).filter(|&token| tokenizer.is_special(token)).collect();
+        Self { name, fingerprint, created, parsers, shown_special, engine, grammars: Grammars::default() }
     }
 
     /// Name that clients use.
@@ -72,13 +76,23 @@ impl LocalModel {
         self.engine.generation_defaults()
     }
 
+    /// How the model writes reasoning and calls.
+    pub fn parsers(&self) -> &Parsers {
+        &self.parsers
+    }
+
+    /// Control tokens that the parsers need to see.
+    pub fn shown_special(&self) -> &Arc<[u32]> {
+        &self.shown_special
+    }
+
     /// Most tokens of prompt and output together.
     pub fn context(&self) -> usize {
         self.engine.limits().max_model_len
     }
 
     /// The conversation as the model's template writes it.
-    pub fn render(&self, prompt: &ChatPrompt) -> Result<String, ApiError> {
+    pub fn render(&self, prompt: &ChatPrompt, tools: &[&Tool]) -> Result<String, ApiError> {
         let Some(template) = self.engine.chat_template() else {
             let message = format!("The model `{}` has no chat template: use /v1/completions.", self.name);
             return Err(ApiError::invalid("messages", "unsupported_parameter", message));
@@ -92,9 +106,10 @@ impl LocalModel {
             }
             variables.to_mut().insert("reasoning_effort".into(), Value::from(effort.as_str()));
         }
+        let tools: Vec<Value> = tools.iter().map(|tool| tool.to_template()).collect();
         let input = ChatInput {
             messages: &prompt.messages,
-            tools: None,
+            tools: (!tools.is_empty()).then_some(tools.as_slice()),
             documents: None,
             add_generation_prompt: prompt.add_generation_prompt,
             continue_final_message: prompt.continue_final_message,
@@ -111,8 +126,8 @@ impl LocalModel {
     }
 
     /// The conversation as text and as tokens.
-    pub fn chat_tokens(&self, prompt: &ChatPrompt) -> Result<(String, Vec<u32>), ApiError> {
-        let text = self.render(prompt)?;
+    pub fn chat_tokens(&self, prompt: &ChatPrompt, tools: &[&Tool]) -> Result<(String, Vec<u32>), ApiError> {
+        let text = self.render(prompt, tools)?;
         // The template writes the BOS token itself: a second one would change the answer.
         let tokens = self.encode(&text, false, "messages")?;
         Ok((text, tokens))
