@@ -88,7 +88,10 @@ async fn a_response_has_everything_and_is_kept() {
         assert_eq!(made[key], value, "{key}");
     }
     let message = &made["output"][0];
-    assert_eq!((&message["type"], &message["role"], &message["status"]), (&json!("message"), &json!("assistant"), &json!("completed")));
+    assert_eq!(
+        (&message["type"], &message["role"], &message["status"]),
+        (&json!("message"), &json!("assistant"), &json!("completed"))
+    );
     assert_eq!(message["content"][0]["text"], "Hi 🌊!");
     assert_eq!(message["content"][0]["logprobs"][0]["token"], "H");
     let usage = &made["usage"];
@@ -96,8 +99,9 @@ async fn a_response_has_everything_and_is_kept() {
     assert!(usage["input_tokens_details"]["cached_tokens"].is_u64() && usage["output_tokens_details"]["reasoning_tokens"] == 0);
     assert_eq!(get(&router, &path(&made)).await.json(), made);
 
-    let counted = post(&router, &format!("{RESPONSES}/input_tokens"), json!({"model": MODEL, "input": "hello", "instructions": "be brief"}));
-    assert_eq!(counted.await.json(), json!({"object": "response.input_tokens", "input_tokens": usage["input_tokens"]}));
+    let counting = format!("{RESPONSES}/input_tokens");
+    let counted = post(&router, &counting, json!({"model": MODEL, "input": "hello", "instructions": "be brief"})).await;
+    assert_eq!(counted.json(), json!({"object": "response.input_tokens", "input_tokens": usage["input_tokens"]}));
 }
 
 #[tokio::test]
@@ -148,14 +152,8 @@ async fn a_conversation_goes_on_from_a_response() {
     let record = store.inference(id).await.unwrap().unwrap();
     let said = |role: &str, text: &str| json!({"role": role, "content": text});
     let answer = said("assistant", "Hi 🌊!");
-    let expected = json!([
-        said("system", "now"),
-        said("user", "one"),
-        answer,
-        said("user", "two"),
-        answer,
-        said("user", "three"),
-    ]);
+    let expected =
+        json!([said("system", "now"), said("user", "one"), answer, said("user", "two"), answer, said("user", "three"),]);
     assert_eq!((record.messages, record.endpoint.as_str()), (Some(expected), "response"));
 
     let items = get(&router, &format!("{}/input_items?order=asc", path(&third))).await.json();
@@ -383,4 +381,60 @@ async fn bad_requests_are_refused_by_the_name_of_the_field() {
     for (query, param) in [("stream=true", "stream"), ("colour=red", "colour")] {
         assert_eq!(get(&router, &format!("{}?{query}", path(&made))).await.error().1.as_deref(), Some(param));
     }
+}
+
+/// Writes tools and reasons, as Qwen 3's does in essence.
+const CALLING_TEMPLATE: &str = "{% for tool in tools or [] %}<tool_call>: {{ tool | tojson }}\n{% endfor %}\
+    {% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
+    {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{# <think> #}";
+const CALLS: &str = "<think>\nhm\n</think>\nBoth:\n<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Emden\"}}\n</tool_call>\n\
+    <tool_call>\n{\"name\": \"time\"}\n</tool_call>";
+
+#[tokio::test]
+async fn reasoning_text_and_calls_are_items_and_go_back_as_such() {
+    let app = Setup { script: says(CALLS), template: Some(CALLING_TEMPLATE), ..Setup::default() }.app();
+    let (store, router) = (app.store.clone(), router(app));
+    let function = |name: &str| json!({"type": "function", "name": name, "parameters": {"type": "object"}, "strict": false});
+    let tools = json!([function("weather"), function("time")]);
+    let made = post(&router, RESPONSES, asking(json!({"tools": tools}))).await.json();
+    assert_eq!((&made["status"], &made["tools"]), (&json!("completed"), &tools));
+    let output = made["output"].as_array().unwrap();
+    let types: Vec<&str> = output.iter().map(|item| item["type"].as_str().unwrap()).collect();
+    assert_eq!(types, ["reasoning", "message", "function_call", "function_call"]);
+    assert!(output[0]["content"][0]["text"].as_str().unwrap().contains("hm"));
+    assert_eq!((&output[2]["name"], &output[2]["arguments"]), (&json!("weather"), &json!("{\"city\": \"Emden\"}")));
+    assert!(output.iter().all(|item| item["status"] == "completed"));
+
+    let results: Vec<Value> = output[2..]
+        .iter()
+        .map(|call| json!({"type": "function_call_output", "call_id": call["call_id"], "output": [{"type": "input_text", "text": "ok"}]}))
+        .collect();
+    let without = post(&router, RESPONSES, asking(json!({"tools": tools, "previous_response_id": made["id"]}))).await;
+    assert_eq!(without.error(), (400, Some("input".into()), None));
+    let second = json!({"tools": tools, "previous_response_id": made["id"], "input": results, "stream": true});
+    let events = events(&post(&router, RESPONSES, asking(second)).await);
+    let last = &events.last().unwrap()["response"];
+    let of = |kind: &'static str| events.iter().filter(move |event| event["type"] == kind);
+    assert_eq!(of("response.output_item.added").count(), 4);
+    for (at, done) in of("response.function_call_arguments.done").enumerate() {
+        let pieces = of("response.function_call_arguments.delta").filter(|event| event["item_id"] == done["item_id"]);
+        let pieces: String = pieces.map(|event| event["delta"].as_str().unwrap()).collect();
+        assert_eq!((pieces.as_str(), &done["item_id"]), (done["arguments"].as_str().unwrap(), &last["output"][at + 2]["id"]));
+    }
+    let thought: String = of("response.reasoning_text.delta").map(|event| event["delta"].as_str().unwrap()).collect();
+    assert_eq!(last["output"][0]["content"][0]["text"], thought);
+    let items: Vec<&Value> = of("response.output_item.done").map(|event| &event["item"]).collect();
+    assert_eq!(json!(items), last["output"]);
+
+    store.flush().await;
+    let id = Uuid::parse_str(last["id"].as_str().unwrap().strip_prefix("resp_").unwrap()).unwrap();
+    let messages = store.inference(id).await.unwrap().unwrap().messages.unwrap();
+    let roles: Vec<&str> = messages.as_array().unwrap().iter().map(|message| message["role"].as_str().unwrap()).collect();
+    assert_eq!(roles, ["user", "assistant", "tool", "tool"]);
+    let answer = &messages[1];
+    assert_eq!(answer["tool_calls"][0]["function"], json!({"name": "weather", "arguments": {"city": "Emden"}}));
+    assert!(
+        answer["reasoning_content"].as_str().unwrap().contains("hm") && answer["content"].as_str().unwrap().contains("Both:")
+    );
+    assert_eq!((&messages[2]["content"], &messages[2]["tool_call_id"]), (&json!("ok"), &output[2]["call_id"]));
 }

@@ -1,5 +1,6 @@
 //! The query string of a list.
 
+use crate::feedback::submission::bare;
 use crate::http::error::ApiError;
 use tidemill_store::records::Kind;
 use tidemill_store::{FeedbackFilter, MAX_PAGE, Order};
@@ -15,8 +16,7 @@ pub fn parse(query: &str) -> Result<FeedbackFilter, ApiError> {
         match key.as_ref() {
             // Records hold bare ids.
             "target" => {
-                let bare = value.strip_prefix("chatcmpl-").or_else(|| value.strip_prefix("cmpl-")).unwrap_or(&value);
-                filter.target = Some(bare.to_owned());
+                filter.target = Some(bare(&value).map_or_else(|| value.clone().into_owned(), |id| id.to_string()));
             }
             "kind" => {
                 let kinds = Kind::ALL.map(Kind::as_str).join(", ");

@@ -7,6 +7,7 @@ pub mod object;
 pub mod output;
 pub mod request;
 pub mod stream;
+pub mod tools;
 
 pub use object::{Ending, Template};
 pub use output::Output;

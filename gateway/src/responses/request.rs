@@ -1,11 +1,13 @@
 //! `POST /v1/responses`: the request.
 
 use crate::http::error::ApiError;
-use crate::openai::chat::REASONING_EFFORTS;
-use crate::openai::fields::{Field, Fields};
+use crate::openai::chat::{ChatPrompt, REASONING_EFFORTS};
+use crate::openai::fields::Fields;
 use crate::openai::generation::{Generation, MAX_TOP_LOGPROBS};
-use crate::responses::{id, item};
-use serde_json::{Map, Value, json};
+use crate::openai::response_format::Constrained;
+use crate::openai::tools::{Tool, ToolChoice};
+use crate::responses::{id, item, tools};
+use serde_json::{Map, Value};
 use uuid::Uuid;
 
 /// What an answer can hold beyond itself. Only the first exists here; the others belong to tools that this server does not have, or,
@@ -43,6 +45,14 @@ pub struct ResponseRequest {
     pub reasoning_effort: Option<String>,
     /// More variables for the template.
     pub template_kwargs: Map<String, Value>,
+    /// What the model may call.
+    pub tools: Vec<Tool>,
+    /// Whether it may or must, and what.
+    pub tool_choice: ToolChoice,
+    /// Several calls in one answer.
+    pub parallel_tool_calls: bool,
+    /// What the text must look like.
+    pub constraint: Option<Constrained>,
     /// Leave out the beginning of a conversation that has grown too long.
     pub truncate: bool,
     /// Keep the response, if the request says so.
@@ -95,13 +105,13 @@ impl ResponseRequest {
         let top = fields.integer("top_logprobs", 0..=MAX_TOP_LOGPROBS)?.and_then(|top| u32::try_from(top).ok());
         let logprobs = if included { Some(top.unwrap_or(0)) } else { top.filter(|top| *top > 0) };
         let reasoning_effort = reasoning(&mut fields)?;
-        let text = text(&mut fields)?;
-        no_tools(&mut fields)?;
+        let (constraint, text) = tools::text(&mut fields)?;
+        let (tools, tool_choice, parallel_tool_calls) = tools::parse(&mut fields)?;
         let truncate = match fields.get("truncation") {
             None => false,
             Some(field) => field.one_of(&["auto", "disabled"])? == "auto",
         };
-        let template_kwargs = crate::openai::chat::ChatPrompt::template_kwargs(&mut fields)?;
+        let template_kwargs = ChatPrompt::template_kwargs(&mut fields)?;
         fields.finish()?;
         for key in [
             "instructions",
@@ -135,6 +145,10 @@ impl ResponseRequest {
             logprobs,
             reasoning_effort,
             template_kwargs,
+            tools,
+            tool_choice,
+            parallel_tool_calls,
+            constraint,
             truncate,
             store,
             background,
@@ -207,51 +221,10 @@ fn reasoning(fields: &mut Fields<'_>) -> Result<Option<String>, ApiError> {
     Ok(effort.map(str::to_owned))
 }
 
-/// `text`, as the response repeats it.
-fn text(fields: &mut Fields<'_>) -> Result<Value, ApiError> {
-    let (mut format, mut verbosity) = (json!({"type": "text"}), "medium");
-    if let Some(field) = fields.get("text") {
-        let mut fields = field.object()?;
-        if let Some(asked) = fields.get("format") {
-            text_format(&asked)?;
-            format = asked.value.clone();
-        }
-        if let Some(asked) = fields.get("verbosity") {
-            verbosity = asked.one_of(&["low", "medium", "high"])?;
-        }
-        fields.finish()?;
-    }
-    Ok(json!({"format": format, "verbosity": verbosity}))
-}
-
-fn text_format(field: &Field<'_>) -> Result<(), ApiError> {
-    let mut fields = field.object()?;
-    match fields.require("type")?.one_of(&["text", "json_object", "json_schema"])? {
-        "text" => fields.finish(),
-        _ => Err(field.unsupported("can only be of type 'text': this server does not constrain output yet.")),
-    }
-}
-
-/// Tools do not exist here yet. A request that merely says "no tools" is served.
-fn no_tools(fields: &mut Fields<'_>) -> Result<(), ApiError> {
-    const WHY: &str = "is not supported: this server does not call tools yet.";
-    if let Some(field) = fields.get("tools")
-        && !field.array(128)?.is_empty()
-    {
-        return Err(field.unsupported(WHY));
-    }
-    if let Some(field) = fields.get("tool_choice")
-        && !matches!(field.value.as_str(), Some("none" | "auto"))
-    {
-        return Err(field.unsupported(WHY));
-    }
-    fields.bool_or("parallel_tool_calls", true)?;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     fn parse(extra: Value) -> Result<ResponseRequest, ApiError> {
         let mut body = json!({"model": "m", "input": "hi"});
@@ -296,8 +269,6 @@ mod tests {
             (json!({"truncation": "some"}), "truncation", "invalid_value"),
             (json!({"reasoning": {"effort": "huge"}}), "reasoning.effort", "invalid_value"),
             (json!({"reasoning": {"depth": 1}}), "reasoning.depth", "unknown_parameter"),
-            (json!({"text": {"format": {"type": "xml"}}}), "text.format.type", "invalid_value"),
-            (json!({"text": {"tone": "warm"}}), "text.tone", "unknown_parameter"),
             (json!({"conversation": "conv_1"}), "conversation", "unsupported_parameter"),
             (json!({"prompt": {"id": "p"}}), "prompt", "unsupported_parameter"),
             (json!({"background": true, "store": false}), "background", "invalid_value"),

@@ -61,10 +61,10 @@ impl Background {
         let body = work.template.in_progress();
         let row = StoredResponse { body: body.clone(), alive_until: Some(belief()), ..row };
         let Work { run, output, template } = work;
-        let format = run.format;
+        let format = run.format.clone();
         let keep_records = output.has_logprobs();
         // First the engine, which may refuse; then the row. Whatever follows is the task's.
-        let events = run.start().map_err(in_our_words)?;
+        let events = run.start().await.map_err(in_our_words)?;
         store.save_response(&row).await.map_err(unavailable)?;
         let stop = Arc::new(Notify::new());
         self.lock().insert(row.id, stop.clone());

@@ -47,8 +47,8 @@ pub async fn create(State(app): State<App>, request: Request) -> Result<Response
         let work = background::Work { run: prepared.run, output: prepared.output, template: prepared.template };
         return Ok(answer(&app.background.begin(&app.store, work, row, in_flight).await?));
     }
-    let format = prepared.run.format;
-    let events = prepared.run.start().map_err(in_our_words)?;
+    let format = prepared.run.format.clone();
+    let events = prepared.run.start().await.map_err(in_our_words)?;
     if prepared.stream {
         let row = prepared.row;
         let save = row.map(|row| -> crate::responses::stream::Save {
@@ -80,7 +80,7 @@ pub async fn input_tokens(State(app): State<App>, request: Request) -> Result<Re
     let count = move || {
         let Upstream::Local(model) = asked.app.registry.find(Some(&request.model))?;
         let chat = chat_request(&model, request, &context.items)?;
-        model.chat_tokens(&chat.prompt).map(|(_, tokens)| tokens.len()).map_err(in_our_words)
+        model.chat_tokens(&chat.prompt, &chat.offered_tools()).map(|(_, tokens)| tokens.len()).map_err(in_our_words)
     };
     let tokens = off_path(long, count).await??;
     Ok(answer(&json!({"object": "response.input_tokens", "input_tokens": tokens})))
@@ -162,42 +162,48 @@ impl Prepared {
 /// The conversation of `items`, without its beginning where the request allows that and it has to be.
 fn chat_request(model: &LocalModel, request: ResponseRequest, items: &[Value]) -> Result<ChatRequest, ApiError> {
     let instructions = request.instructions.as_deref();
-    let prompt = |messages| ChatPrompt {
-        messages,
-        add_generation_prompt: true,
-        continue_final_message: false,
-        template_kwargs: request.template_kwargs.clone(),
-        reasoning_effort: request.reasoning_effort.clone(),
-    };
-    let mut chosen = prompt(conversation::messages(instructions, items)?);
-    if request.truncate {
-        let room = request.generation.max_tokens.unwrap_or(ANSWER_ROOM);
-        let fits = |prompt: &ChatPrompt| -> Result<bool, ApiError> {
-            let (_, tokens) = model.chat_tokens(prompt).map_err(in_our_words)?;
-            Ok(tokens.len().saturating_add(room) <= model.context())
-        };
-        if !fits(&chosen)? {
-            // The earliest place to begin from which all that follows fits; when none does, the last, and the error says how long it is.
-            let cuts = conversation::cuts(items);
-            let (mut low, mut high) = (0, cuts.len().saturating_sub(1));
-            while low < high {
-                let middle = low.midpoint(high);
-                let messages = conversation::messages(instructions, &conversation::after(items, cuts[middle]))?;
-                if fits(&prompt(messages))? { high = middle } else { low = middle + 1 }
-            }
-            if let Some(cut) = cuts.get(low) {
-                chosen = prompt(conversation::messages(instructions, &conversation::after(items, *cut))?);
-            }
-        }
-    }
-    Ok(ChatRequest {
+    let mut chat = ChatRequest {
+        prompt: ChatPrompt {
+            messages: conversation::messages(instructions, items)?,
+            add_generation_prompt: true,
+            continue_final_message: false,
+            template_kwargs: request.template_kwargs,
+            reasoning_effort: request.reasoning_effort,
+        },
         model: request.model,
-        prompt: chosen,
-        logprobs: request.logprobs,
         generation: request.generation,
+        logprobs: request.logprobs,
         echo: false,
         store: false,
-    })
+        tools: request.tools,
+        tool_choice: request.tool_choice,
+        parallel_tool_calls: request.parallel_tool_calls,
+        legacy_calls: false,
+        constraint: request.constraint,
+    };
+    if request.truncate && !fits(model, &chat)? {
+        // The earliest place to begin from which all that follows fits; when none does, the last, and the error says how long it is.
+        let cuts = conversation::cuts(items);
+        let (mut low, mut high) = (0, cuts.len().saturating_sub(1));
+        let from = |place: usize| {
+            let cut = cuts.get(place).copied().unwrap_or_default();
+            conversation::messages(instructions, &conversation::after(items, cut))
+        };
+        while low < high {
+            let middle = low.midpoint(high);
+            chat.prompt.messages = from(middle)?;
+            if fits(model, &chat)? { high = middle } else { low = middle + 1 }
+        }
+        chat.prompt.messages = from(low)?;
+    }
+    Ok(chat)
+}
+
+/// Whether the conversation leaves room for an answer.
+fn fits(model: &LocalModel, chat: &ChatRequest) -> Result<bool, ApiError> {
+    let room = chat.generation.max_tokens.unwrap_or(ANSWER_ROOM);
+    let (_, tokens) = model.chat_tokens(&chat.prompt, &chat.offered_tools()).map_err(in_our_words)?;
+    Ok(tokens.len().saturating_add(room) <= model.context())
 }
 
 /// A conversation's error under the names that this endpoint has.
