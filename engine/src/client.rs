@@ -125,6 +125,13 @@ impl Client {
         }
     }
 
+    /// Ends a choice whose text is whole.
+    pub(crate) fn complete(&mut self, index: usize, metrics: &Metrics) {
+        let Some(Some(choice)) = self.choices.get_mut(index) else { return };
+        let end = choice.text.end(FinishReason::Stop, None);
+        self.end_choice(index, end, metrics);
+    }
+
     /// Ends all choices that are left, for a reason from outside.
     pub(crate) fn cancel(&mut self, metrics: &Metrics) {
         if !self.prompt_sent {

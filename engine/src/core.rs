@@ -241,6 +241,16 @@ impl Core {
                         }
                     }
                 }
+                Outcome::Complete { id } => {
+                    let Some(client) = self.flow.clients.get_mut(&id.request) else { continue };
+                    client.complete(id.choice as usize, &self.metrics);
+                    self.scheduler.finish(id);
+                    if client.is_finished() {
+                        client.done(now, &self.metrics);
+                        self.forget(id.request);
+                    }
+                }
+                Outcome::Stuck { id, message } => self.fail(id.request, message),
             }
         }
     }
@@ -250,12 +260,17 @@ impl Core {
         tracing::error!(error, "a step failed");
         let keys: Vec<RequestKey> = self.scheduler.in_step().collect();
         for key in keys {
-            let Some(client) = self.flow.clients.get_mut(&key) else { continue };
-            client.fail(format!("the model failed: {error}"));
-            self.scheduler.cancel(key, client.request.priority);
-            self.metrics.failed();
-            self.forget(key);
+            self.fail(key, format!("the model failed: {error}"));
         }
+    }
+
+    /// Ends a request with all its choices.
+    fn fail(&mut self, key: RequestKey, message: String) {
+        let Some(client) = self.flow.clients.get_mut(&key) else { return };
+        client.fail(message);
+        self.scheduler.cancel(key, client.request.priority);
+        self.metrics.failed();
+        self.forget(key);
     }
 
     /// Ends everything that was submitted so far.

@@ -153,6 +153,7 @@ impl Engine {
             prefix_caching: options.prefix_caching,
             end_of_turn: frontend.end_of_turn.clone(),
         };
+        let compiler = Compiler::new(frontend.tokenizer.clone(), frontend.end_of_turn.clone(), limits.vocabulary);
         let (alive, ended) = flume::bounded::<()>(1);
         let (tokenizer, end_of_turn) = (frontend.tokenizer.clone(), frontend.end_of_turn.clone());
         let (name, shared) = (options.served_name.clone(), Arc::clone(&status));
@@ -167,8 +168,7 @@ impl Engine {
         // The standard library's hasher is seeded by the system: enough for seeds nobody asked to repeat.
         let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one(0u64));
         let seeds = AtomicU64::new(0);
-        let inner =
-            Inner { options, limits, memory, frontend, compiler: Compiler, description, commands, status, ended, seed, seeds };
+        let inner = Inner { options, limits, memory, frontend, compiler, description, commands, status, ended, seed, seeds };
         Ok(Engine { inner: Arc::new(inner) })
     }
 

@@ -8,6 +8,7 @@
 
 use crate::batch::{self, Share};
 use crate::block_pool::{BLOCK_SIZE, BlockId, SharedPool};
+use crate::grammar::{Follower, Verdict};
 use crate::request::{Request, TokenRecord};
 use crate::sequence::{RequestKey, Sequence, SequenceId};
 use std::collections::{BTreeMap, HashMap};
@@ -48,6 +49,18 @@ pub enum Outcome {
         id: SequenceId,
         /// The token.
         sampled: Sampled,
+    },
+    /// A choice's text is whole by its grammar, and the model has no token that ends a turn.
+    Complete {
+        /// The sequence.
+        id: SequenceId,
+    },
+    /// A choice cannot go on within its grammar.
+    Stuck {
+        /// The sequence.
+        id: SequenceId,
+        /// Fit for the client.
+        message: String,
     },
 }
 
@@ -266,6 +279,17 @@ impl Scheduler {
         let mut forks: Vec<Sequence> = (1..draws as u32).map(|choice| sequence.fork(choice)).collect();
         for sequence in std::iter::once(sequence).chain(&mut forks) {
             let Some(sampled) = samples.next() else { return };
+            match sequence.follower.as_ref().and_then(Follower::verdict) {
+                None => {}
+                Some(Verdict::Complete) => {
+                    outcomes.push(Outcome::Complete { id: sequence.id });
+                    continue;
+                }
+                Some(Verdict::Failed(message)) => {
+                    outcomes.push(Outcome::Stuck { id: sequence.id, message });
+                    continue;
+                }
+            }
             sequence.push(sampled.token);
             outcomes.push(Outcome::Token { id: sequence.id, sampled });
         }

@@ -2,6 +2,7 @@
 
 use crate::block_pool::{BLOCK_SIZE, SharedPool};
 use crate::block_table::BlockTable;
+use crate::grammar::Follower;
 use crate::prefix_cache::BlockHash;
 use crate::request::Request;
 use std::collections::HashMap;
@@ -40,6 +41,8 @@ pub struct Sequence {
     pub table: BlockTable,
     /// Token counts for the penalties, kept only when one is active.
     pub history: Option<PenaltyHistory>,
+    /// Where it is in its grammar.
+    pub(crate) follower: Option<Follower>,
     /// Slots among the running sequences: `n` until the choices fork, then 1.
     pub slots: usize,
     /// The client reads too slowly: not scheduled.
@@ -61,6 +64,7 @@ impl Sequence {
             computed: 0,
             table: BlockTable::new(pool),
             history: PenaltyHistory::for_request(&request),
+            follower: request.sampling.grammar.as_ref().map(|grammar| Follower::start(grammar, &request)),
             slots: request.sampling.n,
             paused: false,
             preempted: false,
@@ -82,6 +86,7 @@ impl Sequence {
             computed: prompt,
             table: self.table.fork(prompt),
             history: PenaltyHistory::for_request(&self.request),
+            follower: self.follower.as_ref().map(Follower::fork_at_start),
             slots: 1,
             paused: self.paused,
             preempted: self.preempted,
@@ -115,6 +120,10 @@ impl Sequence {
         self.tokens.push(token);
         if let Some(history) = &mut self.history {
             history.generated(token);
+        }
+        let generated = self.generated();
+        if let Some(follower) = &mut self.follower {
+            follower.advance(token, generated);
         }
     }
 

@@ -87,6 +87,7 @@ impl Rig {
         self.check_pool();
         for outcome in outcomes {
             match outcome {
+                other @ (Outcome::Complete { .. } | Outcome::Stuck { .. }) => panic!("no grammar here, but {other:?}"),
                 Outcome::Prompt { request, cached_tokens, logprobs } => {
                     let logprobs = logprobs.map(|all| all.into_iter().map(|one| one.map(|record| record.logprob)).collect());
                     assert!(self.prompts.insert(request, (cached_tokens, logprobs)).is_none(), "one prompt event each");
