@@ -2,14 +2,17 @@
 
 mod file;
 mod layer;
+mod parsers;
 pub mod model_spec;
 mod tables;
 mod value;
 
 pub use layer::{Layer, Origin};
+pub use parsers::ParserConfig;
 pub use model_spec::{DEFAULT_MODEL, ModelSpec, models_dir};
 
 use crate::feedback::Metrics;
+use crate::openai::parse::ParserChoice;
 use crate::recording::{Level, Recording};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -21,7 +24,7 @@ use tidemill_kernels::{KvDtype, WeightFormat};
 pub const DEFAULT_FILE: &str = "tidemill.toml";
 
 /// Every setting, by its name in the file. The flag is the same with dashes, the variable the same in capitals after `TIDEMILL_`.
-pub const KEYS: [&str; 27] = [
+pub const KEYS: [&str; 29] = [
     "model",
     "host",
     "port",
@@ -40,6 +43,8 @@ pub const KEYS: [&str; 27] = [
     "drain_timeout",
     "max_body",
     "max_connections",
+    "tool_parser",
+    "reasoning_parser",
     "database",
     "datasets",
     "record",
@@ -155,6 +160,8 @@ pub struct Config {
     pub max_body: usize,
     /// Most connections at once.
     pub max_connections: usize,
+    /// How models write tool calls and reasoning.
+    pub parsers: ParserConfig,
     /// A Postgres URL; `None` is SQLite in the data directory.
     pub database: Option<String>,
     /// Folder or URL of the datasets' tables; `None` is a folder in the data directory.
@@ -232,6 +239,13 @@ impl Config {
             drain_timeout: get("drain_timeout").map_or(Ok(Duration::from_secs(30)), |s| s.parse(value::duration))?,
             max_body: get("max_body").map_or(Ok(10 << 20), |s| s.parse(value::size))?,
             max_connections: count("max_connections", 1)?.unwrap_or(4096),
+            parsers: ParserConfig {
+                default: ParserChoice {
+                    calls: get("tool_parser").map_or(Ok(None), |s| s.parse(parsers::tool_parser))?,
+                    reasoning: get("reasoning_parser").map_or(Ok(None), |s| s.parse(parsers::reasoning_parser))?,
+                },
+                models: parsers::tables(layers)?,
+            },
             database: get("database").map(|s| s.text.clone()),
             datasets: get("datasets").map(|s| s.text.clone()),
             recording: Recording {

@@ -1,4 +1,4 @@
-//! The tables of `tidemill.toml`: `[metrics.NAME]` and `[recording.NAME]`.
+//! The tables of `tidemill.toml`: `[metrics.NAME]` and `[recording.NAME]`; `parsers` reads `[parsers.NAME]`.
 
 use crate::config::ConfigError;
 use crate::config::layer::{Layer, NamedTable};
@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use tidemill_store::records::TargetKind;
 
 /// Every table that has named tables in it.
-pub const TABLES: [&str; 2] = ["metrics", "recording"];
+pub const TABLES: [&str; 3] = ["metrics", "recording", "parsers"];
 
 /// How much of an answer is recorded.
 pub fn level(text: &str) -> Result<Level, String> {
@@ -69,11 +69,12 @@ fn number(text: &str) -> Result<f64, String> {
 }
 
 /// Only a file has tables, so there is nothing to merge.
-fn tables<'a>(layers: &'a [Layer], table: &'static str) -> impl Iterator<Item = &'a NamedTable> {
+pub(super) fn tables<'a>(layers: &'a [Layer], table: &'static str) -> impl Iterator<Item = &'a NamedTable> {
     layers.iter().flat_map(|layer| &layer.tables).filter(move |found| found.table == table)
 }
 
-fn known(table: &NamedTable, keys: &[&str]) -> Result<(), ConfigError> {
+/// Fails on a key that is none of `keys`.
+pub(super) fn known(table: &NamedTable, keys: &[&str]) -> Result<(), ConfigError> {
     match table.settings.iter().find(|(key, _)| !keys.contains(&key.as_str())) {
         None => Ok(()),
         Some((key, setting)) => Err(ConfigError::UnknownKey {

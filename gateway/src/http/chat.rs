@@ -1,6 +1,7 @@
 //! `POST /v1/chat/completions`, and the run that every endpoint with a conversation goes through.
 
 use crate::http::app::App;
+use crate::http::call_rules::CallRules;
 use crate::http::error::ApiError;
 use crate::http::generate::{Asked, Pending, engine_request, enter, head, json};
 use crate::http::limits::{LONG_WORK, off_path, parse_json};
@@ -58,6 +59,7 @@ pub struct ChatRun {
     pub format: OutputFormat,
     request: tidemill_engine::Request,
     constraint: Option<Constrained>,
+    calls: Option<CallRules>,
     processed: bool,
     record: Option<Pending>,
 }
@@ -71,10 +73,6 @@ impl ChatRun {
         let offered = chat.offered_tools();
         let (text, prompt) = model.chat_tokens(&chat.prompt, &offered)?;
         model.check_fit(prompt.len(), generation.max_tokens, "messages")?;
-        if chat.tool_choice.is_forced() {
-            let why = "Unsupported parameter: 'tool_choice' cannot demand a call yet.";
-            return Err(ApiError::unsupported("tool_choice", why));
-        }
         let mut sampling = generation.sampling(model.defaults(), chat.logprobs);
         sampling.shown_special = Arc::clone(model.shown_special());
         if generation.about.compare && sampling.temperature == 0.0 {
@@ -82,9 +80,8 @@ impl ChatRun {
             return Err(ApiError::invalid("tidemill.compare", "invalid_value", message));
         }
         let id = asked.app.store.issue_id();
-        let functions = offered.iter().map(|tool| tool.name.clone()).collect();
         let single_call = !chat.parallel_tool_calls;
-        let format = OutputFormat { single_call, ..model.parsers().format(&text, functions, id.as_u128()) };
+        let format = OutputFormat { single_call, ..model.parsers().format(&text, &offered, id.as_u128()) };
         let level = asked.level(endpoint, &model, id)?;
         let choice_ids = asked.choice_ids(id, generation.n);
         let request = engine_request(&model, id, prompt, sampling, generation);
@@ -93,14 +90,15 @@ impl ChatRun {
             if level == Level::Full {
                 inference.messages = Some(Value::Array(chat.prompt.messages.clone()));
                 inference.params = inference.params.map(|params| with_tools(params, &offered));
-                inference.prompt_text = Some(text);
+                inference.prompt_text = Some(text.clone());
             }
             Draft { inference, candidates: choice_ids.len(), choice_ids: choice_ids.clone(), prompt_only: false }
         };
         let drafts = (level != Level::Off).then(|| vec![draft()]);
         let record = drafts.map(|drafts| asked.pending(level, drafts));
         let (processed, constraint) = (generation.processed_logprobs, chat.constraint.clone());
-        Ok(Self { model, id, choice_ids, format, request, constraint, processed, record })
+        let calls = CallRules::of(chat, &format, &text);
+        Ok(Self { model, id, choice_ids, format, request, constraint, calls, processed, record })
     }
 
     /// How it is sampled, defaults included.
@@ -116,7 +114,11 @@ impl ChatRun {
     /// Compiles its constraint, if it has one, and hands it to the engine. The record begins once the engine has taken it: what is
     /// refused is no answer.
     pub async fn start(mut self) -> Result<Events, ApiError> {
-        if let Some(constraint) = &self.constraint {
+        let constraint = match &self.calls {
+            Some(calls) => Some(calls.constraint(&self.model, &self.format, self.constraint.as_ref()).await?),
+            None => self.constraint,
+        };
+        if let Some(constraint) = &constraint {
             self.request.sampling.grammar = Some(self.model.grammar(constraint).await?);
         }
         let events = self.model.submit(vec![self.request])?;

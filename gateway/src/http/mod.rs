@@ -2,6 +2,7 @@
 
 pub mod app;
 pub mod auth;
+mod call_rules;
 pub mod chat;
 mod completions;
 mod datasets;

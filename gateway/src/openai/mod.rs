@@ -15,5 +15,7 @@ pub mod listing;
 pub mod messages;
 pub mod parse;
 pub mod response_format;
+pub mod tool_grammar;
+pub mod tool_prompt;
 pub mod tools;
 pub mod wire;

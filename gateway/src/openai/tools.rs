@@ -20,6 +20,8 @@ pub struct Tool {
     pub parameters: Option<Value>,
     /// Arguments must fit the schema.
     pub strict: bool,
+    /// The field of the request that holds the schema, for errors.
+    pub param: String,
 }
 
 /// Whether and what the model may call.
@@ -78,10 +80,11 @@ impl Tool {
     pub fn parse(mut fields: Fields<'_>) -> Result<Self, ApiError> {
         let name = name(&fields.require("name")?)?.to_owned();
         let description = fields.string("description")?.map(str::to_owned);
+        let param = fields.path("parameters").into_owned();
         let parameters = fields.get("parameters").map(|field| schema(&field)).transpose()?;
         let strict = fields.bool_or("strict", false)?;
         fields.finish()?;
-        Ok(Self { name, description, parameters, strict })
+        Ok(Self { name, description, parameters, strict, param })
     }
 
     /// As chat templates read it.
@@ -275,7 +278,8 @@ mod tests {
         let function = json!({"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": true});
         let new = run(json!({"tools": [{"type": "function", "function": function}], "tool_choice": {"type": "function", "function": {"name": "f"}}})).unwrap();
         let old = run(json!({"functions": [function], "function_call": {"name": "f"}})).unwrap();
-        assert_eq!((&new.tools, &new.choice), (&old.tools, &old.choice));
+        assert_eq!((new.tools[0].param.as_str(), old.tools[0].param.as_str()), ("tools.0.function.parameters", "functions.0.parameters"));
+        assert_eq!((new.tools[0].to_template(), &new.choice), (old.tools[0].to_template(), &old.choice));
         assert_eq!((new.parallel, new.legacy, old.parallel, old.legacy), (true, false, false, true));
         assert!(new.tools[0].strict && new.choice == ToolChoice::Named("f".into()));
         assert_eq!(

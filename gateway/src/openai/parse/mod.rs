@@ -10,8 +10,8 @@ mod marker;
 mod piece;
 mod reasoning;
 
-pub use detect::Parsers;
-pub use json_calls::JsonSyntax;
+pub use detect::{ParserChoice, Parsers};
+pub use json_calls::{JsonSyntax, Writing};
 pub use reasoning::ReasoningTags;
 
 use crate::openai::chat_output::Delta;
@@ -29,10 +29,34 @@ pub enum CallFormat {
 }
 
 impl CallFormat {
-    /// The marks of the family.
-    pub fn marks(&self) -> impl Iterator<Item = &'static str> {
+    /// Its name in the configuration.
+    pub fn name(&self) -> &'static str {
         match self {
-            Self::Json(syntax) => syntax.open.iter().copied().chain(syntax.close),
+            Self::Json(syntax) => syntax.name,
+        }
+    }
+
+    /// How the model is made to write calls.
+    pub fn writing(&self) -> &'static Writing {
+        match self {
+            Self::Json(syntax) => &syntax.writing,
+        }
+    }
+
+    /// Every family.
+    pub fn all() -> impl Iterator<Item = Self> {
+        JsonSyntax::ALL.into_iter().map(Self::Json)
+    }
+
+    /// The family of that name.
+    pub fn by_name(name: &str) -> Option<Self> {
+        Self::all().find(|format| format.name() == name)
+    }
+
+    /// The family's marks.
+    pub fn marks(&self) -> Vec<&'static str> {
+        match self {
+            Self::Json(syntax) => syntax.marks().collect(),
         }
     }
 }

@@ -6,6 +6,8 @@ use super::piece::{Advance, Pieces};
 /// Marks around reasoning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReasoningTags {
+    /// Name in the configuration.
+    pub name: &'static str,
     /// Begins it.
     pub open: &'static str,
     /// Ends it.
@@ -14,7 +16,18 @@ pub struct ReasoningTags {
 
 impl ReasoningTags {
     /// DeepSeek R1, Qwen 3, QwQ, SmolLM 3 and most others.
-    pub const THINK: Self = Self { open: "<think>", close: "</think>" };
+    pub const THINK: Self = Self { name: "think", open: "<think>", close: "</think>" };
+    /// Magistral.
+    pub const MAGISTRAL: Self = Self { name: "magistral", open: "[THINK]", close: "[/THINK]" };
+    /// Seed OSS.
+    pub const SEED: Self = Self { name: "seed", open: "<seed:think>", close: "</seed:think>" };
+    /// EXAONE Deep.
+    pub const THOUGHT: Self = Self { name: "thought", open: "<thought>", close: "</thought>" };
+    /// Kimi VL.
+    pub const KIMI_VL: Self = Self { name: "kimi_vl", open: "◁think▷", close: "◁/think▷" };
+
+    /// Every pair, those first that only a reasoning model's template holds.
+    pub const ALL: [Self; 5] = [Self::SEED, Self::MAGISTRAL, Self::KIMI_VL, Self::THINK, Self::THOUGHT];
 }
 
 /// Splits off the reasoning; is over when the rest is the answer.
@@ -46,7 +59,7 @@ impl Reasoning {
     }
 
     pub(super) fn advance(&mut self, pending: &mut String, last: bool, out: &mut Pieces) -> Advance {
-        let ReasoningTags { open, close } = self.tags;
+        let ReasoningTags { open, close, .. } = self.tags;
         match self.stage {
             Stage::Start => {
                 let text = pending.trim_start();
