@@ -105,8 +105,13 @@ WEATHER = {
 }
 
 
+class Weather(BaseModel):
+    city: Literal["Oslo", "Rome"]
+
+
 def test_a_function_is_called_and_its_result_goes_back(strict):
-    called = ask(strict, input="What is the weather in Rome?", tools=[WEATHER], tool_choice="required", max_output_tokens=200)
+    options = {"input": "What is the weather in Rome?", "tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 200}
+    called = ask(strict, tools=[WEATHER], **options)
     assert called.status == "completed", called
     calls = [item for item in called.output if item.type == "function_call"]
     assert calls and all(call.name == "weather" and json.loads(call.arguments)["city"] in ("Oslo", "Rome") for call in calls)
@@ -117,11 +122,14 @@ def test_a_function_is_called_and_its_result_goes_back(strict):
         ask(strict, input="Well?", previous_response_id=called.id, tools=[WEATHER])
     assert "No tool output found" in refused.value.message
 
-    events = list(ask(strict, input="What is the weather in Rome?", tools=[WEATHER], tool_choice="required", max_output_tokens=200, stream=True))
+    events = list(ask(strict, tools=[WEATHER], stream=True, **options))
     done = [event for event in events if event.type == "response.function_call_arguments.done"]
     pieces = "".join(event.delta for event in events
                      if event.type == "response.function_call_arguments.delta" and event.item_id == done[0].item_id)
     assert pieces == done[0].arguments == calls[0].arguments
+
+    parsed = strict.responses.parse(model=MODEL, temperature=0, tools=[openai.pydantic_function_tool(Weather)], **options)
+    assert isinstance(next(item for item in parsed.output if item.type == "function_call").parsed_arguments, Weather)
 
 
 def test_work_in_the_background_is_fetched_later_and_can_be_called_off(strict):
