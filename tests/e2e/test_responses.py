@@ -215,7 +215,7 @@ def test_stored_chats_are_found_changed_and_deleted(server, strict):
         messages = list(client.chat.completions.messages.list(one.id))
     assert [(message.role, message.content) for message in messages] == [("user", QUESTION)]
     changed = strict.chat.completions.update(one.id, metadata={"topic": "new"})
-    assert changed.model_extra["metadata"] == {"topic": "new"}
+    assert changed.metadata == {"topic": "new"}
     for kept in [one, two, chunks[0]]:
         assert strict.chat.completions.delete(kept.id).deleted
     with pytest.raises(openai.NotFoundError):

@@ -2,14 +2,14 @@
 
 mod file;
 mod layer;
-mod parsers;
 pub mod model_spec;
+mod parsers;
 mod tables;
 mod value;
 
 pub use layer::{Layer, Origin};
-pub use parsers::ParserConfig;
 pub use model_spec::{DEFAULT_MODEL, ModelSpec, models_dir};
+pub use parsers::ParserConfig;
 
 use crate::feedback::Metrics;
 use crate::openai::parse::ParserChoice;

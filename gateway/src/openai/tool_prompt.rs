@@ -103,7 +103,9 @@ mod tests {
         let tools = [json!({"type": "function", "function": {"name": "weather"}})];
         let user = json!({"role": "user", "content": "Hi"});
         let out = without_tool_roles(&[json!({"role": "system", "content": "Be brief."}), user.clone()], &tools, true);
-        assert!(content(&out[0]).starts_with("Be brief.\n\n# Tools") && content(&out[0]).contains("\"weather\"") && out.len() == 2);
+        assert!(
+            content(&out[0]).starts_with("Be brief.\n\n# Tools") && content(&out[0]).contains("\"weather\"") && out.len() == 2
+        );
         let out = without_tool_roles(std::slice::from_ref(&user), &tools, true);
         assert!(out[0]["role"] == "system" && content(&out[0]).starts_with("# Tools") && out[1] == user);
         let out = without_tool_roles(&[user], &tools, false);

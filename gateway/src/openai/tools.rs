@@ -278,7 +278,10 @@ mod tests {
         let function = json!({"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": true});
         let new = run(json!({"tools": [{"type": "function", "function": function}], "tool_choice": {"type": "function", "function": {"name": "f"}}})).unwrap();
         let old = run(json!({"functions": [function], "function_call": {"name": "f"}})).unwrap();
-        assert_eq!((new.tools[0].param.as_str(), old.tools[0].param.as_str()), ("tools.0.function.parameters", "functions.0.parameters"));
+        assert_eq!(
+            (new.tools[0].param.as_str(), old.tools[0].param.as_str()),
+            ("tools.0.function.parameters", "functions.0.parameters")
+        );
         assert_eq!((new.tools[0].to_template(), &new.choice), (old.tools[0].to_template(), &old.choice));
         assert_eq!((new.parallel, new.legacy, old.parallel, old.legacy), (true, false, false, true));
         assert!(new.tools[0].strict && new.choice == ToolChoice::Named("f".into()));

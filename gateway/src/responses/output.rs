@@ -63,13 +63,13 @@ struct Piece<'a> {
     place: Place<'a>,
     delta: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
-    logprobs: Option<&'a [TokenLogprob]>,
+    logprobs: Option<&'a [Value]>,
 }
 
 /// The item that is being made.
 enum Open {
     Reasoning(String),
-    Message(String, Vec<TokenLogprob>),
+    Message(String, Vec<Value>),
     Call { id: String, name: String, arguments: String },
 }
 
@@ -104,8 +104,14 @@ fn reasoning_part(text: &str) -> Value {
     json!({"type": "reasoning_text", "text": text})
 }
 
-fn text_part(text: &str, logprobs: &[TokenLogprob]) -> Value {
+fn text_part(text: &str, logprobs: &[Value]) -> Value {
     json!({"type": "output_text", "annotations": [], "logprobs": logprobs, "text": text})
+}
+
+/// By way of its text, which gives a number the fewest digits that name it: it is the same wherever it is written, and when it is read
+/// back from the store.
+fn value_of(logprob: &TokenLogprob) -> Value {
+    serde_json::to_string(logprob).and_then(|text| serde_json::from_str(&text)).unwrap_or_default()
 }
 
 /// Gathers the items of one response.
@@ -179,8 +185,10 @@ impl Output {
                 log.put("response.reasoning_text.delta", Piece { place, delta: &more, logprobs: None });
             }
             Delta::Text(more) => {
-                let made: Vec<TokenLogprob> = match self.logprobs {
-                    Some(top) => records.iter().map(|record| TokenLogprob::new(&self.tokenizer, record, top)).collect(),
+                let made: Vec<Value> = match self.logprobs {
+                    Some(top) => {
+                        records.iter().map(|record| value_of(&TokenLogprob::new(&self.tokenizer, record, top))).collect()
+                    }
                     None => Vec::new(),
                 };
                 if more.is_empty() && made.is_empty() {

@@ -40,7 +40,8 @@ impl LocalModel {
         );
         let (name, fingerprint) = (options.served_name.clone(), fingerprint(&configuration));
         let parsers = Parsers::default();
-        let model = Self { name, fingerprint, created, parsers, shown_special: Arc::default(), engine, grammars: Grammars::default() };
+        let model =
+            Self { name, fingerprint, created, parsers, shown_special: Arc::default(), engine, grammars: Grammars::default() };
         model.reading_as(ParserChoice::default())
     }
 

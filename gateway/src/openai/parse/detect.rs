@@ -96,7 +96,11 @@ mod tests {
             ("{{- '<|python_tag|>' + tool_call.name + '.call(' }}", "llama3_json", None),
             ("[AVAILABLE_TOOLS] … [TOOL_CALLS]", "mistral", None),
             ("[TOOL_CALLS] … [THINK]", "mistral", Some("magistral")),
-            ("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + tool['type'] … '```json' … '</think>'", "deepseek_v3", Some("think")),
+            (
+                "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + tool['type'] … '```json' … '</think>'",
+                "deepseek_v3",
+                Some("think"),
+            ),
             ("'<｜tool▁call▁begin｜>' + name + '<｜tool▁sep｜>'", "deepseek_v31", None),
             ("[TOOL_CALLS]' + name + '[ARGS]", "mistral_v11", None),
         ] {

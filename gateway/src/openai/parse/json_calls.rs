@@ -188,14 +188,8 @@ impl JsonSyntax {
         },
     };
     /// xLAM and others that write nothing but a list.
-    pub const XLAM: Self = Self {
-        name: "xlam",
-        open: &[],
-        close: &[],
-        named: None,
-        bare: true,
-        writing: Writing::list("[", "]"),
-    };
+    pub const XLAM: Self =
+        Self { name: "xlam", open: &[], close: &[], named: None, bare: true, writing: Writing::list("[", "]") };
 
     /// Every family of this kind.
     pub const ALL: [&'static Self; 12] = [
