@@ -79,7 +79,6 @@ UNSUPPORTED = [
     ("json schema", body(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}), "response_format"),
     ("audio", body(modalities=["text", "audio"]), "modalities"),
     ("web search", body(web_search_options={}), "web_search_options"),
-    ("store", body(store=True), "store"),
     ("guided_json", body(guided_json={}), "guided_json"),
     ("image part", body(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), "messages.0.content.0.type"),
 ]

@@ -7,6 +7,7 @@ use crate::responses::id::{self, ItemId};
 use hyper::StatusCode;
 use serde_json::Value;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use tidemill_store::{MAX_CHAIN, ResponseStatus, Store, StoredResponse};
 use uuid::Uuid;
 
@@ -101,11 +102,14 @@ async fn resolved(store: &Store, owner: &str, items: &[Value]) -> Result<Vec<Val
             ApiError { param: Some(format!("input.{index}.id")), ..error }
         };
         let response = ItemId::response_of(wanted).ok_or_else(not_found)?;
-        if !known.contains_key(&response) {
-            let found = store.response(owner, response).await.map_err(unavailable)?;
-            known.insert(response, found.map(|found| items_of(&[found])).unwrap_or_default());
-        }
-        let found = known.get(&response).and_then(|items| items.iter().find(|item| item["id"] == wanted));
+        let there = match known.entry(response) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(unknown) => {
+                let found = store.response(owner, response).await.map_err(unavailable)?;
+                unknown.insert(found.map(|found| items_of(&[found])).unwrap_or_default())
+            }
+        };
+        let found = there.iter().find(|item| item["id"] == wanted);
         resolved.push(found.ok_or_else(not_found)?.clone());
     }
     Ok(resolved)
