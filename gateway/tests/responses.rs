@@ -12,7 +12,7 @@ mod support;
 use axum::Router;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
-use support::{MODEL, Reply, Setup, call, get, post, says, send_as};
+use support::{MODEL, Reply, Setup, ask, get, post, says};
 use tidemill::http::{Auth, router};
 use tidemill::recording::{Level, Recording};
 use tidemill_store::{ResponseStatus, Scope, StoredResponse};
@@ -164,7 +164,7 @@ async fn a_conversation_goes_on_from_a_response() {
     let next = get(&router, &format!("{}/input_items?limit=1&after={}", path(&third), latest["last_id"].as_str().unwrap())).await;
     assert_eq!(next.json()["data"][0]["role"], "assistant");
 
-    let deleted = call(&router, "DELETE", &path(&first), None).await.json();
+    let deleted = ask(&router, "DELETE", &path(&first), None, Value::Null).await.json();
     assert_eq!(deleted, json!({"id": first["id"], "object": "response", "deleted": true}));
     assert_eq!(get(&router, &path(&first)).await.error(), (404, Some("response_id".into()), Some("not_found".into())));
     let broken = post(&router, RESPONSES, asking(json!({"previous_response_id": third["id"]}))).await;
@@ -277,13 +277,13 @@ async fn a_response_in_the_background_is_fetched_when_it_has_ended() {
     assert_eq!((&begun["status"], &begun["background"], &begun["output"]), (&json!("in_progress"), &json!(true), &json!([])));
     let made = ended(&router, &path(&begun)).await;
     assert_eq!((&made["status"], &made["output"][0]["content"][0]["text"]), (&json!("completed"), &json!("Hi 🌊!")));
-    let again = call(&router, "POST", &format!("{}/cancel", path(&begun)), None).await.json();
+    let again = ask(&router, "POST", &format!("{}/cancel", path(&begun)), None, Value::Null).await.json();
     assert_eq!(again, made, "what has ended stays as it is");
     while background.running() > 0 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     let sync = post(&router, RESPONSES, asking(json!({}))).await.json();
-    let reply = call(&router, "POST", &format!("{}/cancel", path(&sync)), None).await;
+    let reply = ask(&router, "POST", &format!("{}/cancel", path(&sync)), None, Value::Null).await;
     assert_eq!(reply.error(), (400, Some("response_id".into()), Some("invalid_value".into())));
 }
 
@@ -302,13 +302,13 @@ async fn a_cancelled_or_deleted_response_frees_its_place() {
     let begun = post(&router, RESPONSES, asking(json!({"background": true}))).await.json();
     let going_on = post(&router, RESPONSES, asking(json!({"previous_response_id": begun["id"]}))).await;
     assert_eq!(going_on.error().2.as_deref(), Some("response_in_progress"));
-    let cancelled = call(&router, "POST", &format!("{}/cancel", path(&begun)), None).await.json();
+    let cancelled = ask(&router, "POST", &format!("{}/cancel", path(&begun)), None, Value::Null).await.json();
     assert_eq!(cancelled["status"], "cancelled");
     idle().await;
     assert_eq!(get(&router, &path(&begun)).await.json()["status"], "cancelled");
 
     let begun = post(&router, RESPONSES, asking(json!({"background": true}))).await.json();
-    assert_eq!(call(&router, "DELETE", &path(&begun), None).await.json()["deleted"], true);
+    assert_eq!(ask(&router, "DELETE", &path(&begun), None, Value::Null).await.json()["deleted"], true);
     idle().await;
     assert_eq!(get(&router, &path(&begun)).await.error().0, 404);
 }
@@ -343,7 +343,7 @@ async fn another_key_sees_nothing_of_it() {
     let (_, other) = app.store.create_key("other", &[Scope::Admin]).await.unwrap();
     app.auth = Auth::new(app.store.clone(), true);
     let router = router(app);
-    let made = send_as(&router, &mine, "POST", RESPONSES, Some(asking(json!({})))).await.json();
+    let made = ask(&router, "POST", RESPONSES, Some(&mine), asking(json!({}))).await.json();
     let path = path(&made);
     for (method, path) in [
         ("GET", path.clone()),
@@ -351,16 +351,16 @@ async fn another_key_sees_nothing_of_it() {
         ("POST", format!("{path}/cancel")),
         ("DELETE", path.clone()),
     ] {
-        assert_eq!(send_as(&router, &other, method, &path, None).await.error().0, 404, "{method} {path}");
+        assert_eq!(ask(&router, method, &path, Some(&other), Value::Null).await.error().0, 404, "{method} {path}");
     }
     let reference = json!([{"type": "item_reference", "id": made["output"][0]["id"]}]);
-    let reply = send_as(&router, &other, "POST", RESPONSES, Some(asking(json!({"input": reference})))).await;
+    let reply = ask(&router, "POST", RESPONSES, Some(&other), asking(json!({"input": reference}))).await;
     assert_eq!(reply.error().0, 404);
     let going_on = asking(json!({"previous_response_id": made["id"]}));
-    let reply = send_as(&router, &other, "POST", RESPONSES, Some(going_on.clone())).await;
+    let reply = ask(&router, "POST", RESPONSES, Some(&other), going_on.clone()).await;
     assert_eq!(reply.error().2.as_deref(), Some("previous_response_not_found"));
-    assert_eq!(send_as(&router, &mine, "POST", RESPONSES, Some(going_on)).await.status.as_u16(), 200);
-    assert_eq!(send_as(&router, &mine, "GET", &path, None).await.json(), made);
+    assert_eq!(ask(&router, "POST", RESPONSES, Some(&mine), going_on).await.status.as_u16(), 200);
+    assert_eq!(ask(&router, "GET", &path, Some(&mine), Value::Null).await.json(), made);
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@
 mod support;
 
 use serde_json::{Value, json};
-use support::{Setup, call, chat, get, post, send_as};
+use support::{Setup, ask, chat, get, post};
 use tidemill::http::{Auth, router};
 use tidemill_store::Scope;
 
@@ -81,9 +81,9 @@ async fn chats_are_listed_in_pages_changed_and_deleted() {
     assert_eq!(post(&router, &path, json!({})).await.error().2.as_deref(), Some("missing_required_parameter"));
     assert_eq!(post(&router, &path, json!({"metadata": {}, "model": "m"})).await.error().1.as_deref(), Some("model"));
 
-    let deleted = call(&router, "DELETE", &path, None).await.json();
+    let deleted = ask(&router, "DELETE", &path, None, Value::Null).await.json();
     assert_eq!(deleted, json!({"object": "chat.completion.deleted", "id": ids[0], "deleted": true}));
-    assert_eq!(call(&router, "DELETE", &path, None).await.error().0, 404);
+    assert_eq!(ask(&router, "DELETE", &path, None, Value::Null).await.error().0, 404);
     assert_eq!(listed("").await.0, ids[1..]);
 }
 
@@ -94,18 +94,18 @@ async fn another_key_sees_nothing_of_it() {
     let (_, other) = app.store.create_key("other", &[Scope::Admin]).await.unwrap();
     app.auth = Auth::new(app.store.clone(), true);
     let router = router(app);
-    let answer = send_as(&router, &mine, "POST", CHAT, Some(chat(json!({"store": true})))).await.json();
+    let answer = ask(&router, "POST", CHAT, Some(&mine), chat(json!({"store": true}))).await.json();
     let path = format!("{CHAT}/{}", answer["id"].as_str().unwrap());
-    assert_eq!(send_as(&router, &mine, "GET", &path, None).await.json()["id"], answer["id"]);
-    assert_eq!(send_as(&router, &other, "GET", CHAT, None).await.json()["data"], json!([]));
+    assert_eq!(ask(&router, "GET", &path, Some(&mine), Value::Null).await.json()["id"], answer["id"]);
+    assert_eq!(ask(&router, "GET", CHAT, Some(&other), Value::Null).await.json()["data"], json!([]));
     let metadata = json!({"metadata": {"a": "b"}});
     for (method, path, body) in [
-        ("GET", path.clone(), None),
-        ("GET", format!("{path}/messages"), None),
-        ("POST", path.clone(), Some(metadata)),
-        ("DELETE", path.clone(), None),
+        ("GET", path.clone(), Value::Null),
+        ("GET", format!("{path}/messages"), Value::Null),
+        ("POST", path.clone(), metadata),
+        ("DELETE", path.clone(), Value::Null),
     ] {
-        assert_eq!(send_as(&router, &other, method, &path, body).await.error().0, 404, "{method} {path}");
+        assert_eq!(ask(&router, method, &path, Some(&other), body).await.error().0, 404, "{method} {path}");
     }
-    assert_eq!(send_as(&router, &mine, "GET", &path, None).await.json()["metadata"], json!({}));
+    assert_eq!(ask(&router, "GET", &path, Some(&mine), Value::Null).await.json()["metadata"], json!({}));
 }

@@ -6,8 +6,8 @@
 //!   left: a judgement without its answer teaches nothing. The size is that of text and tokens; the files are larger, and SQLite's file
 //!   keeps its length and fills the gaps.
 //! - **Never**: feedback, which is small and somebody's work (withdrawing and erasure remove it), labeling tasks, which hold their own
-//!   copy of both answers until their queue is deleted, and snapshots, which hold their own copy of their rows. The lineage of a
-//!   snapshot keeps the ids of answers that are gone.
+//!   copy of both answers, and snapshots, which hold their own copy of their rows. The lineage of a snapshot keeps the ids of answers
+//!   that are gone.
 //!
 //! Deleted in small transactions with pauses: on SQLite, feedback waits behind each of them.
 
@@ -19,11 +19,13 @@ use tokio::sync::watch;
 use crate::error::StoreError;
 use crate::statement::list;
 use crate::store::now_us;
-use crate::{Database, Retention};
+use crate::{Database, Dialect, Retention};
 
 const PART: i64 = 200;
 const PAUSE: Duration = Duration::from_millis(20);
 const INTERVAL: Duration = Duration::from_secs(60);
+/// The name of the lock: "tm" and "ret" in ASCII.
+const LOCK: i64 = 0x746d_0072_6574;
 
 const JUDGED: &str = "EXISTS (SELECT 1 FROM choices JOIN feedback_targets ON feedback_targets.target = choices.id \
                       WHERE choices.inference_id = inferences.id)";
@@ -46,7 +48,20 @@ pub(crate) async fn run(database: Database, retention: Retention, mut closing: w
 }
 
 /// Deletes what is beyond the limits at `now`, in microseconds since 1970, and says how many answers, stored chats and responses that were.
+/// On Postgres one gateway at a time does so: two that count down from the same total side by side would delete more than is too much.
 pub async fn apply(database: &Database, retention: Retention, now: i64) -> Result<u64, StoreError> {
+    if database.dialect() == Dialect::Sqlite {
+        return apply_alone(database, retention, now).await;
+    }
+    let mut lock = database.write().begin().await?;
+    let text = "SELECT CASE WHEN pg_try_advisory_xact_lock($1) THEN 1 ELSE 0 END";
+    let (ours,): (i32,) = sqlx::query_as(text).bind(LOCK).fetch_one(&mut *lock).await?;
+    let deleted = if ours == 1 { apply_alone(database, retention, now).await } else { Ok(0) };
+    lock.commit().await?;
+    deleted
+}
+
+async fn apply_alone(database: &Database, retention: Retention, now: i64) -> Result<u64, StoreError> {
     let mut deleted = 0;
     if let Some(age) = retention.max_age {
         let before = now.saturating_sub(i64::try_from(age.as_micros()).unwrap_or(i64::MAX));
@@ -123,11 +138,11 @@ impl Place {
         }
     }
 
-    /// What is deleted, by the column that holds the thing's id; the thing itself is last.
+    /// What is deleted, by the column that holds the thing's id; the thing itself is first.
     fn deletions(self) -> &'static [&'static str] {
         match self {
-            Self::Answers => &["DELETE FROM choices WHERE inference_id IN", "DELETE FROM inferences WHERE id IN"],
-            Self::Chats => &["DELETE FROM stored_chat_metadata WHERE chat_id IN", "DELETE FROM stored_chats WHERE id IN"],
+            Self::Answers => &["DELETE FROM inferences WHERE id IN", "DELETE FROM choices WHERE inference_id IN"],
+            Self::Chats => &["DELETE FROM stored_chats WHERE id IN", "DELETE FROM stored_chat_metadata WHERE chat_id IN"],
             Self::Responses => &["DELETE FROM responses WHERE id IN"],
         }
     }
@@ -140,12 +155,15 @@ async fn delete(database: &Database, place: Place, ids: &[String]) -> Result<u64
     let mut connection = database.write().acquire().await?;
     let mut transaction = connection.begin().await?;
     let mut deleted = 0;
-    for column in place.deletions() {
-        let mut query = sqlx::query(AssertSqlSafe(format!("{column} {}", list(1, ids.len()))));
+    // In the order in which answers are written and erased: on Postgres these meet.
+    for (index, text) in place.deletions().iter().enumerate() {
+        let counts = index == 0;
+        let mut query = sqlx::query(AssertSqlSafe(format!("{text} {}", list(1, ids.len()))));
         for id in ids {
             query = query.bind(id.clone());
         }
-        deleted = query.execute(&mut *transaction).await?.rows_affected();
+        let gone = query.execute(&mut *transaction).await?.rows_affected();
+        deleted += if counts { gone } else { 0 };
     }
     transaction.commit().await?;
     drop(connection);

@@ -1,5 +1,6 @@
 //! The front door: routes, limits, error shape, streaming, shutdown.
 
+mod answer;
 pub mod app;
 pub mod auth;
 mod call_rules;
@@ -16,6 +17,7 @@ pub mod limits;
 mod models;
 mod observe;
 mod probes;
+pub mod query;
 pub mod responses;
 mod router;
 pub mod server;

@@ -9,9 +9,11 @@ use crate::http::{
 };
 use axum::Router;
 use axum::extract::Request;
-use axum::middleware::{from_fn, from_fn_with_state};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use hyper::StatusCode;
+use percent_encoding::percent_decode_str;
 use tidemill_store::Scope;
 
 /// All routes. Whatever is not one answers in the error shape, too.
@@ -50,8 +52,17 @@ pub fn router(app: App) -> Router {
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(auth, authenticate))
+        .layer(from_fn(readable))
         .layer(from_fn(observe::observe))
         .with_state(app)
+}
+
+/// What stands in a path is text; the parts of one that is not would be refused by the framework, in a shape of its own.
+async fn readable(request: Request, next: Next) -> Response {
+    match percent_decode_str(request.uri().path()).decode_utf8() {
+        Ok(_) => next.run(request).await,
+        Err(_) => unknown_path(request).await.into_response(),
+    }
 }
 
 async fn unknown_path(request: Request) -> ApiError {

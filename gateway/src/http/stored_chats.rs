@@ -1,12 +1,12 @@
 //! Chat answers that were asked to be kept: `store: true`, and reading, changing and deleting them afterwards.
 
+use crate::http::answer::answer;
 use crate::http::app::App;
 use crate::http::auth::Caller;
 use crate::http::chat::ChatRun;
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
-use crate::http::generate::{Asked, enter, head, json};
-use crate::http::limits::parse_json;
+use crate::http::generate::{Asked, enter, head};
 use crate::openai::about::About;
 use crate::openai::chat_answer;
 use crate::openai::chat_output::ChatCollected;
@@ -15,9 +15,8 @@ use crate::openai::fields::Fields;
 use crate::openai::listing::{Extra, Listing, invalid};
 use crate::openai::wire::AnswerHead;
 use crate::recording;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Path, RawQuery, Request, State};
 use axum::response::Response;
-use bytes::Bytes;
 use hyper::StatusCode;
 use serde_json::{Map, Value, json};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -105,8 +104,8 @@ impl KeptChat {
 }
 
 /// `GET /v1/chat/completions`
-pub async fn list(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
-    let listing = Listing::parse(request.uri().query().unwrap_or_default(), Order::OldestFirst, Extra::Chats)?;
+pub async fn list(State(app): State<App>, RawQuery(query): RawQuery, request: Request) -> Result<Response, ApiError> {
+    let listing = Listing::parse(query.as_deref(), Order::OldestFirst, Extra::Chats)?;
     let after = match &listing.after {
         None => None,
         Some(id) => Some(bare(id).ok_or_else(|| invalid("after", "expected the id of a chat completion"))?),
@@ -126,12 +125,17 @@ pub async fn list(State(app): State<App>, request: Request) -> Result<Response, 
 /// `GET /v1/chat/completions/{id}`
 pub async fn get(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
     let owner = owner(&Caller::of(&request));
-    Ok(answer(&shown(find(&app, &owner, &id).await?)))
+    Ok(answer(StatusCode::OK, &shown(find(&app, &owner, &id).await?)))
 }
 
 /// `GET /v1/chat/completions/{id}/messages`: what was asked, without the answer.
-pub async fn messages(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
-    let listing = Listing::parse(request.uri().query().unwrap_or_default(), Order::OldestFirst, Extra::Messages)?;
+pub async fn messages(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    RawQuery(query): RawQuery,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let listing = Listing::parse(query.as_deref(), Order::OldestFirst, Extra::Messages)?;
     let owner = owner(&Caller::of(&request));
     let chat = find(&app, &owner, &id).await?;
     let sent = chat.messages.as_array().cloned().unwrap_or_default();
@@ -144,7 +148,7 @@ pub async fn messages(State(app): State<App>, Path(id): Path<String>, request: R
 pub async fn update(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
     let _in_flight = enter(&app)?;
     let owner = owner(&Caller::of(&request));
-    let body = parse_json(&app.body.read(request).await?)?;
+    let body = app.body.json(request).await?;
     let mut fields = Fields::root(&body)?;
     if body.get("metadata").is_none() {
         fields.require("metadata")?;
@@ -153,7 +157,7 @@ pub async fn update(State(app): State<App>, Path(id): Path<String>, request: Req
     fields.finish()?;
     let Some(bare) = bare(&id) else { return Err(unknown(&id)) };
     let changed = app.store.set_chat_metadata(&owner, bare, &metadata).await.map_err(unavailable)?;
-    Ok(answer(&shown(changed.ok_or_else(|| unknown(&id))?)))
+    Ok(answer(StatusCode::OK, &shown(changed.ok_or_else(|| unknown(&id))?)))
 }
 
 /// `DELETE /v1/chat/completions/{id}`
@@ -164,7 +168,7 @@ pub async fn delete(State(app): State<App>, Path(id): Path<String>, request: Req
     if !app.store.delete_chat(&owner, bare).await.map_err(unavailable)? {
         return Err(unknown(&id));
     }
-    Ok(answer(&json!({"object": "chat.completion.deleted", "id": id, "deleted": true})))
+    Ok(answer(StatusCode::OK, &json!({"object": "chat.completion.deleted", "id": id, "deleted": true})))
 }
 
 async fn find(app: &App, owner: &str, id: &str) -> Result<StoredChat, ApiError> {
@@ -219,12 +223,7 @@ fn id_of(item: &Value) -> String {
 pub fn list_of(items: Vec<Value>, has_more: bool) -> Response {
     let id = |item: Option<&Value>| item.map_or(Value::Null, |item| item["id"].clone());
     let (first, last) = (id(items.first()), id(items.last()));
-    answer(&json!({"object": "list", "data": items, "first_id": first, "last_id": last, "has_more": has_more}))
-}
-
-/// 200 with a JSON body.
-pub fn answer(body: &Value) -> Response {
-    json(Bytes::from(body.to_string()))
+    answer(StatusCode::OK, &json!({"object": "list", "data": items, "first_id": first, "last_id": last, "has_more": has_more}))
 }
 
 #[cfg(test)]

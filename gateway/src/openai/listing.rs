@@ -1,6 +1,7 @@
 //! The query string of OpenAI's lists: `after`, `limit`, `order`, and what else a list takes.
 
 use crate::http::error::ApiError;
+use crate::http::query::parameters;
 use tidemill_store::Order;
 
 /// Most items of a page.
@@ -33,33 +34,28 @@ pub enum Extra {
 }
 
 impl Listing {
-    /// Checks the parameters; an unknown one is refused, so that a mistyped filter does not list everything.
-    pub fn parse(query: &str, order: Order, extra: Extra) -> Result<Self, ApiError> {
+    /// Checks the parameters.
+    pub fn parse(query: Option<&str>, order: Order, extra: Extra) -> Result<Self, ApiError> {
         let mut listing = Self { after: None, limit: 20, order, model: None, metadata: Vec::new() };
-        for (key, value) in form_urlencoded::parse(query.as_bytes()) {
-            let name = key.strip_prefix("metadata[").and_then(|rest| rest.strip_suffix(']'));
-            match (key.as_ref(), extra, name) {
-                ("after", ..) => listing.after = Some(value.into_owned()),
-                ("limit", ..) => {
-                    let limit = value.parse().ok().filter(|limit| (1..=MAX_LIMIT).contains(limit));
-                    let expected = || invalid("limit", &format!("expected a whole number from 1 to {MAX_LIMIT}"));
-                    listing.limit = limit.ok_or_else(expected)?;
-                }
-                ("order", ..) => {
-                    listing.order = match value.as_ref() {
-                        "asc" => Order::OldestFirst,
-                        "desc" => Order::NewestFirst,
-                        _ => return Err(invalid("order", "expected asc or desc")),
-                    };
-                }
-                ("model", Extra::Chats, _) => listing.model = Some(value.into_owned()),
-                (_, Extra::Chats, Some(name)) => listing.metadata.push((name.to_owned(), value.into_owned())),
-                // What can be included with an item is there anyway.
-                ("include" | "include[]", Extra::Items, _) => {}
-                _ => {
-                    let shown: String = key.chars().take(100).collect();
-                    let message = format!("Unknown parameter: '{shown}'.");
-                    return Err(ApiError::invalid(shown, "unknown_parameter", message));
+        let names = form_urlencoded::parse(query.unwrap_or_default().as_bytes());
+        let metadata: Vec<_> = names.map(|(name, _)| name).filter(|name| metadata_key(name).is_some()).collect();
+        let mut known = vec!["after", "limit", "order"];
+        match extra {
+            Extra::Chats => known.extend(["model"].into_iter().chain(metadata.iter().map(|name| name.as_ref()))),
+            Extra::Messages => {}
+            // What can be included with an item is there anyway.
+            Extra::Items => known.extend(["include", "include[]"]),
+        }
+        for parameter in parameters(query, &known)? {
+            match parameter.name.as_ref() {
+                "after" => listing.after = Some(parameter.value.into_owned()),
+                "limit" => listing.limit = parameter.number(1..=MAX_LIMIT)?,
+                "order" => listing.order = parameter.one_of(&[("asc", Order::OldestFirst), ("desc", Order::NewestFirst)])?,
+                "model" => listing.model = Some(parameter.value.into_owned()),
+                name => {
+                    if let Some(key) = metadata_key(name) {
+                        listing.metadata.push((key.to_owned(), parameter.value.into_owned()));
+                    }
                 }
             }
         }
@@ -82,6 +78,11 @@ impl Listing {
     }
 }
 
+/// The key in `metadata[key]`.
+fn metadata_key(name: &str) -> Option<&str> {
+    name.strip_prefix("metadata[")?.strip_suffix(']')
+}
+
 /// A 400 about a parameter of the query.
 pub fn invalid(param: &'static str, why: &str) -> ApiError {
     ApiError::invalid(param, "invalid_value", format!("Invalid '{param}': {why}."))
@@ -93,7 +94,7 @@ mod tests {
 
     #[test]
     fn each_list_takes_its_own_parameters() {
-        let chats = Listing::parse("after=x&limit=7&order=desc&model=m&metadata%5Ba%20b%5D=c", Order::OldestFirst, Extra::Chats);
+        let chats = Listing::parse(Some("after=x&limit=7&order=desc&model=m&metadata%5Ba%20b%5D=c"), Order::OldestFirst, Extra::Chats);
         let expected = Listing {
             after: Some("x".into()),
             limit: 7,
@@ -102,7 +103,7 @@ mod tests {
             metadata: vec![("a b".into(), "c".into())],
         };
         assert_eq!(chats.unwrap(), expected);
-        assert!(Listing::parse("include[]=reasoning.encrypted_content", Order::NewestFirst, Extra::Items).is_ok());
+        assert!(Listing::parse(Some("include[]=reasoning.encrypted_content"), Order::NewestFirst, Extra::Items).is_ok());
         for (query, extra, param) in [
             ("limit=0", Extra::Chats, "limit"),
             ("limit=101", Extra::Items, "limit"),
@@ -111,14 +112,14 @@ mod tests {
             ("metadata=m", Extra::Chats, "metadata"),
             ("include=x", Extra::Chats, "include"),
         ] {
-            assert_eq!(Listing::parse(query, Order::OldestFirst, extra).unwrap_err().param.as_deref(), Some(param), "{query}");
+            assert_eq!(Listing::parse(Some(query), Order::OldestFirst, extra).unwrap_err().param.as_deref(), Some(param), "{query}");
         }
     }
 
     #[test]
     fn pages_follow_each_other_from_either_end() {
         let page = |query: &str| {
-            let listing = Listing::parse(query, Order::OldestFirst, Extra::Messages).unwrap();
+            let listing = Listing::parse(Some(query), Order::OldestFirst, Extra::Messages).unwrap();
             listing.page(vec![1, 2, 3, 4, 5], |n| n.to_string())
         };
         assert_eq!(page("limit=2").unwrap(), (vec![1, 2], true));

@@ -6,14 +6,15 @@ mod stored;
 
 pub use stored::{cancel, delete, get, input_items};
 
+use crate::http::answer::answer;
 use crate::http::app::App;
 use crate::http::chat::ChatRun;
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
 use crate::http::generate::{Asked, enter};
-use crate::http::limits::{LONG_WORK, off_path, parse_json};
+use crate::http::limits::{LONG_WORK, off_path};
 use crate::http::sse;
-use crate::http::stored_chats::{answer, can_store, owner};
+use crate::http::stored_chats::{can_store, owner};
 use crate::openai::chat::{ChatPrompt, ChatRequest};
 use crate::openai::chat_output::{ChatOutput, OutputFormat};
 use crate::recording::Level;
@@ -24,6 +25,7 @@ use crate::upstream::{Events, LocalModel, Upstream};
 use axum::extract::{Request, State};
 use axum::response::Response;
 use context::Context;
+use hyper::StatusCode;
 use serde_json::{Value, json};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tidemill_store::{ResponseStatus, StoredResponse};
@@ -36,16 +38,14 @@ const ANSWER_ROOM: usize = 16;
 /// `POST /v1/responses`
 pub async fn create(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let (in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
-    let body = app.body.read(request).await?;
-    let long = body.len() > LONG_WORK;
-    let request = off_path(long, move || ResponseRequest::parse(&parse_json(&body)?)).await??;
+    let request = app.body.parsed(request, |body| ResponseRequest::parse(&body)).await?;
     let context = Context::of(&app.store, &owner(&asked.caller), &request).await?;
-    let long = long || context.bytes > LONG_WORK;
+    let long = context.bytes > LONG_WORK;
     let prepared = off_path(long, move || Prepared::new(asked, request, context)).await??;
     if prepared.background {
         let Some(row) = prepared.row else { return Err(ApiError::fault("A response in the background is always stored.")) };
         let work = background::Work { run: prepared.run, output: prepared.output, template: prepared.template };
-        return Ok(answer(&app.background.begin(&app.store, work, row, in_flight).await?));
+        return Ok(answer(StatusCode::OK, &app.background.begin(&app.store, work, row, in_flight).await?));
     }
     let format = prepared.run.format.clone();
     let events = prepared.run.start().await.map_err(in_our_words)?;
@@ -66,24 +66,22 @@ pub async fn create(State(app): State<App>, request: Request) -> Result<Response
         let row = StoredResponse { status: ending.status(), body: body.clone(), ..row };
         app.store.save_response(&row).await.map_err(unavailable)?;
     }
-    Ok(answer(&body))
+    Ok(answer(StatusCode::OK, &body))
 }
 
 /// `POST /v1/responses/input_tokens`: how many tokens a request's input has, without an answer.
 pub async fn input_tokens(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let (_in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
-    let body = app.body.read(request).await?;
-    let long = body.len() > LONG_WORK;
-    let request = off_path(long, move || ResponseRequest::parse(&parse_json(&body)?)).await??;
+    let request = app.body.parsed(request, |body| ResponseRequest::parse(&body)).await?;
     let context = Context::of(&app.store, &owner(&asked.caller), &request).await?;
-    let long = long || context.bytes > LONG_WORK;
+    let long = context.bytes > LONG_WORK;
     let count = move || {
         let Upstream::Local(model) = asked.app.registry.find(Some(&request.model))?;
         let chat = chat_request(&model, request, &context.items)?;
         model.chat_tokens(&chat.prompt, &chat.offered_tools()).map(|(_, tokens)| tokens.len()).map_err(in_our_words)
     };
     let tokens = off_path(long, count).await??;
-    Ok(answer(&json!({"object": "response.input_tokens", "input_tokens": tokens})))
+    Ok(answer(StatusCode::OK, &json!({"object": "response.input_tokens", "input_tokens": tokens})))
 }
 
 /// Waits for the whole response.

@@ -1,40 +1,44 @@
 //! Reading, cancelling and deleting responses that were stored.
 
+use crate::http::answer::answer;
 use crate::http::app::App;
 use crate::http::auth::Caller;
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
 use crate::http::generate::enter;
+use crate::http::query::parameters;
 use crate::http::responses::context::items_of;
 use crate::http::responses::seconds;
-use crate::http::stored_chats::{answer, list_of, owner};
+use crate::http::stored_chats::{list_of, owner};
 use crate::openai::listing::{Extra, Listing};
 use crate::responses::{Ending, id, object};
-use axum::extract::{Path, Request, State};
+use axum::extract::{Path, RawQuery, Request, State};
 use axum::response::Response;
 use hyper::StatusCode;
 use serde_json::json;
 use tidemill_store::{Order, ResponseStatus, StoredResponse};
 
 /// `GET /v1/responses/{id}`
-pub async fn get(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
-    for (key, value) in form_urlencoded::parse(request.uri().query().unwrap_or_default().as_bytes()) {
-        match key.as_ref() {
-            // What can be included is there when it was asked for at first.
-            "include" | "include[]" | "include_obfuscation" => {}
-            "stream" if value == "false" => {}
-            "stream" | "starting_after" => {
-                let message = format!("Unsupported parameter: '{key}' is not supported: fetch the response until it has ended.");
-                return Err(ApiError::unsupported(key.into_owned(), message));
-            }
-            _ => {
-                let shown: String = key.chars().take(100).collect();
-                let message = format!("Unknown parameter: '{shown}'.");
-                return Err(ApiError::invalid(shown, "unknown_parameter", message));
-            }
+pub async fn get(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    RawQuery(query): RawQuery,
+    request: Request,
+) -> Result<Response, ApiError> {
+    // What can be included is there when it was asked for at first.
+    let known = ["stream", "starting_after", "include", "include[]", "include_obfuscation"];
+    for parameter in parameters(query.as_deref(), &known)? {
+        let wanted = match parameter.name.as_ref() {
+            "stream" => parameter.one_of(&[("true", true), ("false", false)])?,
+            name => name == "starting_after",
+        };
+        if wanted {
+            let name = parameter.name.into_owned();
+            let message = format!("Unsupported parameter: '{name}' is not supported: fetch the response until it has ended.");
+            return Err(ApiError::unsupported(name, message));
         }
     }
-    Ok(answer(&find(&app, &owner(&Caller::of(&request)), &id).await?.body))
+    Ok(answer(StatusCode::OK, &find(&app, &owner(&Caller::of(&request)), &id).await?.body))
 }
 
 /// `DELETE /v1/responses/{id}`: what is still being made is called off.
@@ -46,7 +50,7 @@ pub async fn delete(State(app): State<App>, Path(id): Path<String>, request: Req
         return Err(unknown(&id));
     }
     app.background.stop(bare);
-    Ok(answer(&json!({"id": id, "object": "response", "deleted": true})))
+    Ok(answer(StatusCode::OK, &json!({"id": id, "object": "response", "deleted": true})))
 }
 
 /// `POST /v1/responses/{id}/cancel`: for a response in the background; one that has ended stays as it is.
@@ -67,12 +71,17 @@ pub async fn cancel(State(app): State<App>, Path(id): Path<String>, request: Req
             found = find(&app, &owner, &id).await?;
         }
     }
-    Ok(answer(&found.body))
+    Ok(answer(StatusCode::OK, &found.body))
 }
 
 /// `GET /v1/responses/{id}/input_items`: everything that the response was made from, earlier responses included.
-pub async fn input_items(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
-    let listing = Listing::parse(request.uri().query().unwrap_or_default(), Order::NewestFirst, Extra::Items)?;
+pub async fn input_items(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    RawQuery(query): RawQuery,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let listing = Listing::parse(query.as_deref(), Order::NewestFirst, Extra::Items)?;
     let owner = owner(&Caller::of(&request));
     let Some(bare) = id::parse(&id) else { return Err(unknown(&id)) };
     let mut chain = app.store.response_chain(&owner, bare).await.map_err(unavailable)?;
