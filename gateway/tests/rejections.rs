@@ -102,6 +102,8 @@ async fn what_does_not_exist_yet_is_refused_by_name() {
             unsupported(json!({"modalities": ["text", "audio"]}), "modalities"),
             unsupported(json!({"audio": {"voice": "x"}}), "audio"),
             unsupported(json!({"web_search_options": {}}), "web_search_options"),
+            unsupported(json!({"structured_outputs": {"structural_tag": {}}}), "structured_outputs.structural_tag"),
+            unsupported(json!({"guided_whitespace_pattern": " "}), "guided_whitespace_pattern"),
             unsupported(json!({"reasoning_effort": "low"}), "reasoning_effort"),
             unsupported(
                 json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]}),
@@ -110,6 +112,32 @@ async fn what_does_not_exist_yet_is_refused_by_name() {
         ],
     )
     .await;
+}
+
+#[tokio::test]
+async fn constraints_that_cannot_be_honoured_are_refused_by_the_keyword() {
+    let bad = |extra: Value, param: &'static str, code: &'static str| (chat(extra), 400, Some(param), Some(code));
+    let format = |schema: Value, strict: bool| json!({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": strict}}});
+    let object = json!({"type": "object", "properties": {"a": {"not": {}}}});
+    refused(
+        CHAT,
+        vec![
+            bad(json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema", "missing_required_parameter"),
+            bad(format(object, false), "response_format.json_schema.schema.properties.a.not", "invalid_json_schema"),
+            bad(
+                format(json!({"type": "object"}), true),
+                "response_format.json_schema.schema.additionalProperties",
+                "invalid_json_schema",
+            ),
+            bad(json!({"guided_json": {"minLength": "x"}}), "guided_json.minLength", "invalid_json_schema"),
+            bad(json!({"guided_regex": "a("}), "guided_regex", "invalid_grammar"),
+            bad(json!({"structured_outputs": {"grammar": "root ::= x"}}), "structured_outputs.grammar", "invalid_grammar"),
+            bad(json!({"guided_regex": "a", "response_format": {"type": "json_object"}}), "guided_regex", "invalid_value"),
+        ],
+    )
+    .await;
+    let both = json!({"prompt": "a", "guided_choice": ["a"], "guided_regex": "b"});
+    refused(COMPLETIONS, vec![(completion(both), 400, Some("guided_choice"), Some("invalid_value"))]).await;
 }
 
 #[tokio::test]

@@ -75,11 +75,8 @@ REJECTED = [
 # What does not exist yet is refused by name instead of being answered as if it did.
 UNSUPPORTED = [
     ("custom tools", body(tools=[{"type": "custom", "custom": {"name": "f"}}]), "tools.0.type"),
-    ("json mode", body(response_format={"type": "json_object"}), "response_format"),
-    ("json schema", body(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}), "response_format"),
     ("audio", body(modalities=["text", "audio"]), "modalities"),
     ("web search", body(web_search_options={}), "web_search_options"),
-    ("guided_json", body(guided_json={}), "guided_json"),
     ("image part", body(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), "messages.0.content.0.type"),
 ]
 

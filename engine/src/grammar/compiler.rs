@@ -91,7 +91,7 @@ impl Inner {
         let parser = match constraint {
             Constraint::JsonSchema { schema, strict } => tools.schema(schema, *strict)?,
             Constraint::JsonObject => tools.schema(&serde_json::json!({"type": "object"}), false)?,
-            Constraint::Regex(regex) => tools.parser(TopLevelGrammar::from_regex(&text::whole_match(regex)?))?,
+            Constraint::Regex(regex) => tools.parser(TopLevelGrammar::from_lark(text::regular(regex)?))?,
             Constraint::Choice(choices) => tools.parser(TopLevelGrammar::from_lark(text::one_of(choices)?))?,
             Constraint::Lark(grammar) => {
                 let lark = if gbnf::is_gbnf(grammar) { gbnf::to_lark(grammar)? } else { grammar.clone() };

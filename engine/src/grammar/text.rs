@@ -7,7 +7,7 @@ use regex_syntax::ast::{AssertionKind, Ast, parse::Parser};
 const DEEPEST: usize = 200;
 
 /// The expression without anchors at its ends, which say nothing where the whole text must match anyway.
-pub(super) fn whole_match(regex: &str) -> Result<String, GrammarError> {
+fn whole_match(regex: &str) -> Result<String, GrammarError> {
     let ast = Parser::new().parse(regex).map_err(|error| {
         let at = error.span().start.offset;
         GrammarError::whole(format!("not a regular expression: {} at byte {at}", error.kind()))
@@ -30,6 +30,11 @@ pub(super) fn whole_match(regex: &str) -> Result<String, GrammarError> {
         end = span.start.offset;
     }
     Ok(regex.get(start..end).unwrap_or(regex).to_owned())
+}
+
+/// A grammar of one terminal that is the expression. `\d` and `\w` are ASCII, as in schemas and in JavaScript.
+pub(super) fn regular(regex: &str) -> Result<String, GrammarError> {
+    Ok(format!("start: /{}/", llguidance::regex_to_lark(&whole_match(regex)?, "dw")))
 }
 
 /// A grammar of one terminal that is one of the texts.

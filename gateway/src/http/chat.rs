@@ -15,7 +15,7 @@ use crate::openai::chat_stream::{ChatReport, ChatStream};
 use crate::openai::response_format::Constrained;
 use crate::openai::tools::Tool;
 use crate::openai::wire::AnswerHead;
-use crate::recording::{Draft, Level};
+use crate::recording::{self, Draft, Level};
 use crate::upstream::{Events, LocalModel, Upstream};
 use axum::extract::{Request, State};
 use axum::response::Response;
@@ -87,6 +87,9 @@ impl ChatRun {
         let request = engine_request(&model, id, prompt, sampling, generation);
         let draft = || {
             let mut inference = asked.inference(endpoint, &model, &request, &generation.about);
+            if let Some(constrained) = &chat.constraint {
+                recording::constrained(&mut inference.params, &constrained.constraint);
+            }
             if level == Level::Full {
                 inference.messages = Some(Value::Array(chat.prompt.messages.clone()));
                 inference.params = inference.params.map(|params| with_tools(params, &offered));

@@ -12,7 +12,7 @@ use crate::openai::completion_stream::CompletionStream;
 use crate::openai::completions::{CompletionRequest, PromptInput};
 use crate::openai::response_format::Constrained;
 use crate::openai::wire::AnswerHead;
-use crate::recording::{Draft, Level};
+use crate::recording::{self, Draft, Level};
 use crate::upstream::{LocalModel, Upstream};
 use axum::extract::{Request, State};
 use axum::response::Response;
@@ -90,6 +90,9 @@ impl PreparedCompletion {
             let request = engine_request(&model, own, tokens.clone(), sampling.clone(), generation);
             if level != Level::Off {
                 let mut inference = asked.inference("completion", &model, &request, &generation.about);
+                if let Some(constrained) = &completion.constraint {
+                    recording::constrained(&mut inference.params, &constrained.constraint);
+                }
                 inference.prompt_text = (level == Level::Full).then(text);
                 let choice_ids = asked.choice_ids(own, generation.n);
                 drafts.push(Draft { inference, choice_ids, candidates: completion.best_of, prompt_only });

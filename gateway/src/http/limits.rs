@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 
 /// Bodies above this are parsed and tokenised away from the threads that move bytes.
-const LONG_WORK: usize = 64 * 1024;
+pub const LONG_WORK: usize = 64 * 1024;
 /// What a client may still send after its body was found too large, so that it gets to read the answer instead of a reset.
 const DISCARD: usize = 64 * 1024 * 1024;
 

@@ -1,7 +1,7 @@
 //! Which keyword of a schema llguidance could not take.
 
 use super::references::number;
-use super::{Checked, children, refused};
+use super::{Checked, children, joined, refused};
 use crate::grammar::GrammarError;
 use serde_json::Value;
 
@@ -44,8 +44,4 @@ pub(in crate::grammar) fn blame(checked: &Checked, mut fails: impl FnMut(Value) 
         Some(keyword) => refused(&path, &keyword, error.message),
         None => GrammarError { path, ..error },
     })
-}
-
-fn joined(path: &str, steps: &str) -> String {
-    if path.is_empty() { steps.to_owned() } else { format!("{path}.{steps}") }
 }

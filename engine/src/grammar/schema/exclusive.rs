@@ -1,7 +1,7 @@
 //! `oneOf`, where no value can satisfy two of its schemas: then it says the same as `anyOf`, which an automaton can follow.
 
 use super::references::number;
-use super::{Checked, refused, rewritten};
+use super::{Checked, children, joined, refused, rewritten};
 use crate::grammar::GrammarError;
 use serde_json::{Map, Value, json};
 
@@ -12,46 +12,37 @@ const MOST_OPTIONS: usize = 500;
 
 /// Rewrites every `oneOf` whose schemas exclude each other, and refuses the others.
 pub(super) fn rewrite(checked: &mut Checked) -> Result<(), GrammarError> {
-    let before = checked.clone();
-    let mut one = |map: Map<String, Value>| -> Result<Value, ()> {
-        let Some(Value::Array(options)) = map.get("oneOf") else { return Ok(Value::Object(map)) };
-        let disjoint = |a: &Value, b: &Value| before.disjoint(a, b, 0);
-        let pairs = || options.iter().enumerate().flat_map(|(at, a)| options[at + 1..].iter().map(move |b| (a, b)));
-        if options.len() > MOST_OPTIONS || !pairs().all(|(a, b)| disjoint(a, b)) {
-            return Err(());
-        }
-        let mut out = Map::new();
-        for (keyword, value) in map {
-            match keyword.as_str() {
-                // Both may be there: then both hold.
-                "oneOf" => merge(&mut out, json!({"anyOf": value})),
-                "anyOf" | "allOf" if out.contains_key("allOf") => merge(&mut out, json!({keyword: value})),
-                _ => drop(out.insert(keyword, value)),
-            }
-        }
-        Ok(Value::Object(out))
-    };
-    let message = "the schemas of oneOf must exclude each other, by type or by different constants of a required property; \
-                   use anyOf where several may hold";
-    let named = |path: &str| refused(path, "oneOf", message);
-    checked.root = rewritten(before.root.clone(), &mut one).map_err(|()| named(""))?;
-    for (definition, (schema, path)) in checked.definitions.iter_mut().zip(&before.definitions) {
-        definition.0 = rewritten(schema.clone(), &mut one).map_err(|()| named(path))?;
+    checked.check_options(&checked.root, "")?;
+    for (schema, path) in &checked.definitions {
+        checked.check_options(schema, path)?;
+    }
+    checked.root = rewritten(std::mem::take(&mut checked.root), &mut as_any_of);
+    for (schema, _) in &mut checked.definitions {
+        *schema = rewritten(std::mem::take(schema), &mut as_any_of);
     }
     Ok(())
 }
 
+/// `oneOf` as `anyOf`, beside another of which it becomes a part of `allOf`.
+fn as_any_of(map: Map<String, Value>) -> Value {
+    if !map.contains_key("oneOf") {
+        return Value::Object(map);
+    }
+    let mut out = Map::new();
+    for (keyword, value) in map {
+        match keyword.as_str() {
+            "oneOf" => both(&mut out, json!({"anyOf": value})),
+            "allOf" => both(&mut out, json!({"allOf": value})),
+            _ => drop(out.insert(keyword, value)),
+        }
+    }
+    Value::Object(out)
+}
+
 /// Adds a schema that must hold too.
-fn merge(map: &mut Map<String, Value>, schema: Value) {
+fn both(map: &mut Map<String, Value>, schema: Value) {
     match map.get_mut("allOf") {
-        Some(Value::Array(list)) => match schema {
-            Value::Object(mut more) if more.contains_key("allOf") => {
-                if let Some(Value::Array(more)) = more.remove("allOf") {
-                    list.extend(more);
-                }
-            }
-            schema => list.push(schema),
-        },
+        Some(Value::Array(list)) => list.push(schema),
         _ => drop(map.insert("allOf".into(), json!([schema]))),
     }
 }
@@ -63,6 +54,21 @@ struct Says<'a> {
 }
 
 impl Checked {
+    /// Refuses a `oneOf` in or below `schema` of which two may hold.
+    fn check_options(&self, schema: &Value, path: &str) -> Result<(), GrammarError> {
+        if let Some(Value::Array(options)) = schema.get("oneOf") {
+            let mut pairs = options.iter().enumerate().flat_map(|(at, a)| options[at + 1..].iter().map(move |b| (a, b)));
+            if options.len() > MOST_OPTIONS || !pairs.all(|(a, b)| self.disjoint(a, b, 0)) {
+                let message = "its schemas must exclude each other, by type or by different constants of a required property; \
+                               use anyOf where several may hold";
+                return Err(refused(path, "oneOf", message));
+            }
+        }
+        let mut inside = Vec::new();
+        children(schema, &mut |steps, schema| inside.push((joined(path, &steps), schema)));
+        inside.into_iter().try_for_each(|(path, schema)| self.check_options(schema, &path))
+    }
+
     /// Whether surely no value satisfies both.
     fn disjoint(&self, a: &Value, b: &Value, depth: usize) -> bool {
         if depth > DEEPEST {

@@ -79,8 +79,7 @@ pub fn for_lark(schema: &Value, strict: bool) -> Result<String, GrammarError> {
 
 /// A keyword's place and what is wrong with it.
 fn refused(path: &str, keyword: &str, message: impl Into<String>) -> GrammarError {
-    let path = if path.is_empty() { keyword.to_owned() } else { format!("{path}.{keyword}") };
-    GrammarError { path, keyword: Some(keyword.to_owned()), message: message.into() }
+    GrammarError { path: joined(path, keyword), keyword: Some(keyword.to_owned()), message: message.into() }
 }
 
 /// The state of one check.
@@ -169,26 +168,27 @@ fn children<'v>(schema: &'v Value, visit: &mut dyn FnMut(String, &'v Value)) {
 }
 
 /// Rewrites a schema and all schemas inside it, the innermost first.
-fn rewritten<E>(schema: Value, rewrite: &mut dyn FnMut(Map<String, Value>) -> Result<Value, E>) -> Result<Value, E> {
-    let Value::Object(map) = schema else { return Ok(schema) };
+fn rewritten(schema: Value, rewrite: &mut dyn FnMut(Map<String, Value>) -> Value) -> Value {
+    let Value::Object(map) = schema else { return schema };
     let mut out = Map::new();
     for (keyword, value) in map {
         let value = match (keyword.as_str(), value) {
             ("properties" | "patternProperties", Value::Object(named)) => {
-                let named: Result<Map<_, _>, E> =
-                    named.into_iter().map(|(name, schema)| Ok((name, rewritten(schema, rewrite)?))).collect();
-                Value::Object(named?)
+                Value::Object(named.into_iter().map(|(name, schema)| (name, rewritten(schema, rewrite))).collect())
             }
             ("prefixItems" | "allOf" | "anyOf" | "oneOf", Value::Array(list)) => {
-                let list: Result<Vec<_>, E> = list.into_iter().map(|schema| rewritten(schema, rewrite)).collect();
-                Value::Array(list?)
+                Value::Array(list.into_iter().map(|schema| rewritten(schema, rewrite)).collect())
             }
-            ("items" | "additionalProperties", schema) => rewritten(schema, rewrite)?,
+            ("items" | "additionalProperties", schema) => rewritten(schema, rewrite),
             (_, value) => value,
         };
         out.insert(keyword, value);
     }
     rewrite(out)
+}
+
+fn joined(path: &str, steps: &str) -> String {
+    if path.is_empty() { steps.to_owned() } else { format!("{path}.{steps}") }
 }
 
 #[cfg(test)]
