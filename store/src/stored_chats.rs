@@ -80,7 +80,7 @@ impl Store {
             select.text_option("model = ?", filter.model.as_deref());
             for (name, value) in &filter.metadata {
                 let one = "EXISTS (SELECT 1 FROM stored_chat_metadata WHERE chat_id = stored_chats.id AND pair = ?)";
-                select.text(one, pair(name, value));
+                select.text(one, &pair(name, value));
             }
             select.text_option(&filter.order.after("id"), filter.after.map(|id| id.to_string()).as_deref());
             select.end(&format!(" ORDER BY id {} LIMIT {}", filter.order.sql(), limit + 1));

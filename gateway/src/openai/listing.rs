@@ -94,7 +94,8 @@ mod tests {
 
     #[test]
     fn each_list_takes_its_own_parameters() {
-        let chats = Listing::parse(Some("after=x&limit=7&order=desc&model=m&metadata%5Ba%20b%5D=c"), Order::OldestFirst, Extra::Chats);
+        let chats =
+            Listing::parse(Some("after=x&limit=7&order=desc&model=m&metadata%5Ba%20b%5D=c"), Order::OldestFirst, Extra::Chats);
         let expected = Listing {
             after: Some("x".into()),
             limit: 7,
@@ -112,7 +113,11 @@ mod tests {
             ("metadata=m", Extra::Chats, "metadata"),
             ("include=x", Extra::Chats, "include"),
         ] {
-            assert_eq!(Listing::parse(Some(query), Order::OldestFirst, extra).unwrap_err().param.as_deref(), Some(param), "{query}");
+            assert_eq!(
+                Listing::parse(Some(query), Order::OldestFirst, extra).unwrap_err().param.as_deref(),
+                Some(param),
+                "{query}"
+            );
         }
     }
 
