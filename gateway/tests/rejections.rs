@@ -198,7 +198,7 @@ async fn models_paths_and_methods_that_are_not_there() {
     assert_eq!(post(&router, CHAT, chat(json!({"model": "gpt-9"}))).await.error(), (404, Some("model".into()), unknown.clone()));
     assert_eq!(get(&router, "/v1/models/gpt-9").await.error(), (404, Some("model".into()), unknown));
     assert_eq!(get(&router, "/v1/nothing").await.error().0, 404);
-    assert_eq!(get(&router, CHAT).await.error().0, 405);
+    assert_eq!(get(&router, COMPLETIONS).await.error().0, 405);
     let delete = Request::delete("/health").body(axum::body::Body::empty()).unwrap();
     assert_eq!(send(&router, delete).await.error().0, 405);
 }
@@ -206,7 +206,15 @@ async fn models_paths_and_methods_that_are_not_there() {
 #[tokio::test]
 async fn a_path_that_is_no_text_is_refused_in_the_same_shape() {
     let router = Setup::default().router();
-    for path in ["/v1/models/%ff", "/v1/feedback/%c3%28", "/v1/datasets/%ff/rows", "/v1/labeling/queues/%ff", "/%ff"] {
+    for path in [
+        "/v1/models/%ff",
+        "/v1/responses/%ff",
+        "/v1/chat/completions/%ff",
+        "/v1/feedback/%c3%28",
+        "/v1/datasets/%ff/rows",
+        "/v1/labeling/queues/%ff",
+        "/%ff",
+    ] {
         assert_eq!(get(&router, path).await.error(), (404, None, Some("unknown_url".into())), "{path}");
     }
 }
