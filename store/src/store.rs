@@ -98,6 +98,16 @@ impl Store {
         &self.0.database
     }
 
+    /// The secret behind ids and pseudonyms.
+    pub(crate) fn ids(&self) -> &IdKey {
+        &self.0.ids
+    }
+
+    /// Whether the database did not answer when it was last needed.
+    pub fn is_away(&self) -> bool {
+        self.0.recorder.away()
+    }
+
     /// A new id; every replica on this database recognises it.
     pub fn issue_id(&self) -> Uuid {
         let mut random = [0; 4];
@@ -339,7 +349,7 @@ async fn connect(data: &DataDir, url: Option<&str>) -> Result<(Database, IdKey),
 }
 
 /// An answer in good time, or [`StoreError::Away`].
-async fn patiently<T>(work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+pub(crate) async fn patiently<T>(work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
     within(PATIENCE, work).await
 }
 

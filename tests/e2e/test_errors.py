@@ -77,7 +77,6 @@ UNSUPPORTED = [
     ("custom tools", body(tools=[{"type": "custom", "custom": {"name": "f"}}]), "tools.0.type"),
     ("audio", body(modalities=["text", "audio"]), "modalities"),
     ("web search", body(web_search_options={}), "web_search_options"),
-    ("store", body(store=True), "store"),
     ("image part", body(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), "messages.0.content.0.type"),
 ]
 
