@@ -309,4 +309,6 @@ impl Engine {
 }
 
 #[cfg(test)]
+mod grammar_tests;
+#[cfg(test)]
 mod tests;
