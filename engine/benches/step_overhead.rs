@@ -75,6 +75,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             chat_template: None,
             generation_defaults: GenerationDefaults::default(),
             end_of_turn: vec![0],
+            pooling: Ok(tidemill_engine::Pooling::default()),
         };
         let served = ServedModel { model: Box::new(Instantly), frontend, context: 8192, description: String::new() };
         let options = EngineOptions { kv_memory: Some(20_000), ..EngineOptions::new("bench") };

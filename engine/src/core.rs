@@ -1,6 +1,7 @@
 //! The step loop, on a thread of its own.
 
 use crate::client::Client;
+use crate::embedding::Pooled;
 use crate::engine::Health;
 use crate::model::Model;
 use crate::request::{Event, FinishReason, Request};
@@ -14,7 +15,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tidemill_kernels::{StepBatch, StepOutput};
+use tidemill_kernels::{KernelError, StepBatch, StepOutput};
 
 /// How often to look whether slow clients have caught up, when there is nothing else to do.
 const PAUSED_POLL: Duration = Duration::from_millis(2);
@@ -31,6 +32,8 @@ pub(crate) struct Submission {
     pub(crate) seed: u64,
     pub(crate) events: Sender<Event>,
     pub(crate) arrived: Instant,
+    /// Set for a text whose vector is wanted.
+    pub(crate) pooled: Option<Pooled>,
 }
 
 /// What the loop and the handles share.
@@ -81,6 +84,8 @@ pub(crate) struct Core {
 #[derive(Default)]
 pub(crate) struct Flow {
     clients: HashMap<RequestKey, Client>,
+    /// Texts whose vectors are wanted; each has a client, too.
+    pooled: HashMap<RequestKey, Pooled>,
     arrivals: u64,
     batch: StepBatch,
     out: StepOutput,
@@ -129,7 +134,7 @@ impl Core {
             }
             self.note_admitted(start);
             let scheduled = Instant::now();
-            let computed = self.model.forward(&self.flow.batch, &mut self.flow.out);
+            let computed = self.compute();
             let now = Instant::now();
             match computed.map_err(|error| error.to_string()).and_then(|()| self.apply()) {
                 Ok(()) => self.emit(now),
@@ -177,11 +182,12 @@ impl Core {
     }
 
     fn accept(&mut self, submission: Submission) {
-        let Submission { request, seed, events, arrived } = submission;
+        let Submission { request, seed, events, arrived, pooled } = submission;
         let key = RequestKey(self.flow.arrivals);
         self.flow.arrivals += 1;
         let client = Client::new(Arc::clone(&request), events, arrived, &self.tokenizer, self.max_model_len);
         self.flow.clients.insert(key, client);
+        self.flow.pooled.extend(pooled.map(|pooled| (key, pooled)));
         self.scheduler.add(key, request, seed);
     }
 
@@ -216,6 +222,23 @@ impl Core {
         }
     }
 
+    /// Runs the model over the batch. Hidden states are asked for only in steps that have a text whose vector is wanted.
+    fn compute(&mut self) -> Result<(), KernelError> {
+        let Flow { batch, out, pooled, .. } = &mut self.flow;
+        if pooled.is_empty() || !self.scheduler.in_step().any(|key| pooled.contains_key(&key)) {
+            return self.model.forward(batch, out);
+        }
+        let (hidden, width) = (self.model.forward_hidden(batch, out)?, self.model.width());
+        for (key, span) in self.scheduler.in_step().zip(&batch.sequences) {
+            if let Some(pooled) = pooled.get_mut(&key) {
+                let (first, rows) = (span.first_row as usize, span.rows as usize);
+                let states = hidden.get(first * width..(first + rows) * width).unwrap_or_default();
+                pooled.take((span.context_len - span.rows) as usize, states, width);
+            }
+        }
+        Ok(())
+    }
+
     fn apply(&mut self) -> Result<(), String> {
         self.scheduler.apply(&mut self.flow.out, &mut self.flow.outcomes).map_err(|error| error.to_string())
     }
@@ -227,12 +250,16 @@ impl Core {
                 Outcome::Prompt { request, cached_tokens, logprobs } => {
                     if let Some(client) = self.flow.clients.get_mut(&request) {
                         self.flow.stats.prompt_tokens += client.usage().prompt_tokens as u64;
+                        if let Some(pooled) = self.flow.pooled.get(&request) {
+                            pooled.send();
+                        }
                         client.prompt(cached_tokens, logprobs);
                     }
                 }
                 Outcome::Token { id, sampled } => {
                     let Some(client) = self.flow.clients.get_mut(&id.request) else { continue };
-                    self.flow.stats.generation_tokens += 1;
+                    // The engine always generates; of a text whose vector is wanted, nobody sees the one token.
+                    self.flow.stats.generation_tokens += u64::from(!self.flow.pooled.contains_key(&id.request));
                     if client.token(id.choice as usize, record(sampled), &self.end_of_turn, now, &self.metrics) {
                         self.scheduler.finish(id);
                         if client.is_finished() {
@@ -292,6 +319,7 @@ impl Core {
     }
 
     fn forget(&mut self, key: RequestKey) {
+        self.flow.pooled.remove(&key);
         let Some(client) = self.flow.clients.remove(&key) else { return };
         if client.admitted.is_none() {
             self.status.waiting.fetch_sub(1, Ordering::AcqRel);

@@ -4,12 +4,14 @@ use crate::block_pool::{BLOCK_SIZE, SharedPool};
 use crate::chat_template::ChatTemplate;
 use crate::client;
 use crate::core::{Command, Core, Flow, Status, Submission};
+use crate::embedding::{EmbedRequest, Embedding, Pooled};
 use crate::generation_defaults::GenerationDefaults;
 use crate::grammar::{Compiler, Constraint, Grammar, GrammarError};
 use crate::memory;
 use crate::model::{Decoder, Model};
 use crate::model_files::{Frontend, ModelFiles};
 use crate::options::{EngineOptions, StartError};
+use crate::pooling::Pooling;
 use crate::request::{Event, Request, SubmitError};
 use crate::scheduler::{Scheduler, SchedulerLimits};
 use crate::stats::{Metrics, Stats};
@@ -39,6 +41,7 @@ struct Inner {
     frontend: Frontend,
     compiler: Compiler,
     description: String,
+    width: usize,
     commands: Sender<Command>,
     status: Arc<Status>,
     /// Disconnected when the thread has ended.
@@ -134,6 +137,7 @@ impl Engine {
             max_waiting: options.max_waiting,
             vocabulary: model.vocabulary(),
         };
+        let width = model.width();
         let held = model.memory();
         let memory = MemoryReport {
             weights: held.weights,
@@ -168,13 +172,29 @@ impl Engine {
         // The standard library's hasher is seeded by the system: enough for seeds nobody asked to repeat.
         let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one(0u64));
         let seeds = AtomicU64::new(0);
-        let inner = Inner { options, limits, memory, frontend, compiler, description, commands, status, ended, seed, seeds };
+        let inner =
+            Inner { options, limits, memory, frontend, compiler, description, width, commands, status, ended, seed, seeds };
         Ok(Engine { inner: Arc::new(inner) })
     }
 
     /// Takes a request. Dropping the receiver cancels it within one step. A receiver that disconnects before `Done` or `Failed`
     /// means that the engine is gone.
     pub fn submit(&self, request: Request) -> Result<Receiver<Event>, SubmitError> {
+        self.send(request, None)
+    }
+
+    /// Takes a text whose vector is wanted. Dropping what it returns cancels it within one step.
+    pub fn embed(&self, request: EmbedRequest) -> Result<Embedding, SubmitError> {
+        let pooling = self
+            .pooling()
+            .as_ref()
+            .map_err(|why| SubmitError::Invalid { param: "model", message: format!("this model gives no embeddings: {why}") })?;
+        let (pooled, vector) = Pooled::new(pooling.mode);
+        let events = self.send(request.into_request(pooling.mode), Some(pooled))?;
+        Ok(Embedding::new(events, vector))
+    }
+
+    fn send(&self, request: Request, pooled: Option<Pooled>) -> Result<Receiver<Event>, SubmitError> {
         let inner = &*self.inner;
         validate(&request, &inner.limits)?;
         match self.health() {
@@ -189,7 +209,7 @@ impl Engine {
         }
         let seed = request.sampling.seed.unwrap_or_else(|| self.draw_seed());
         let (events, receiver) = flume::bounded(client::capacity(request.sampling.n));
-        let submission = Submission { request: Arc::new(request), seed, events, arrived: Instant::now() };
+        let submission = Submission { request: Arc::new(request), seed, events, arrived: Instant::now(), pooled };
         match inner.commands.try_send(Command::Submit(submission)) {
             // An engine that stopped meanwhile emptied its inbox before this request came; nobody would ever answer.
             Ok(()) => match self.health() {
@@ -247,6 +267,16 @@ impl Engine {
     /// Every token that ends a turn.
     pub fn end_of_turn(&self) -> &[u32] {
         &self.inner.frontend.end_of_turn
+    }
+
+    /// How vectors of texts are made, or why they cannot be.
+    pub fn pooling(&self) -> &Result<Pooling, String> {
+        &self.inner.frontend.pooling
+    }
+
+    /// Numbers of a text's vector.
+    pub fn width(&self) -> usize {
+        self.inner.width
     }
 
     /// For people: family, parameters, size.

@@ -14,6 +14,7 @@ pub mod choice;
 mod client;
 mod core;
 pub mod detokenizer;
+pub mod embedding;
 pub mod engine;
 pub mod generation_defaults;
 mod gguf;
@@ -24,6 +25,7 @@ pub mod model;
 pub mod model_config;
 pub mod model_files;
 pub mod options;
+pub mod pooling;
 pub mod prefix_cache;
 #[cfg(test)]
 mod recall_model;
@@ -39,6 +41,7 @@ pub mod validate;
 
 pub use chat_template::{ChatInput, ChatTemplate, TemplateError};
 pub use detokenizer::Detokenizer;
+pub use embedding::{EmbedError, EmbedRequest, Embedding};
 pub use engine::{Engine, EngineLimits, Health, MemoryReport, ServedModel};
 pub use generation_defaults::GenerationDefaults;
 pub use grammar::{Constraint, ConstraintKey, Grammar, GrammarError};
@@ -47,6 +50,7 @@ pub use model::Decoder;
 pub use model_config::{Family, ModelConfig, RopeScaling};
 pub use model_files::{Frontend, ModelFiles};
 pub use options::{EngineOptions, StartError};
+pub use pooling::{Cut, Pooling, PoolingMode};
 pub use request::{
     AdapterGeneration, Event, FinishReason, Request, RequestId, SamplingParams, StopCause, SubmitError, TokenRecord, Usage,
 };

@@ -8,8 +8,10 @@
 //! receiver, which frees its sequences; nothing here computes on tokio's threads beyond parsing and short prompts; no text of a
 //! prompt or answer is logged.
 
+pub mod batches;
 pub mod chat;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod console;
 pub mod datasets;

@@ -104,11 +104,9 @@ pub(crate) fn hash_of(secret: &str) -> String {
 }
 
 pub(crate) async fn insert(database: &Database, key: &ApiKey, secret: &str) -> Result<(), StoreError> {
-    let taken = sqlx::query("SELECT 1 FROM api_keys WHERE name = $1 AND revoked IS NULL").bind(key.name.clone());
-    if taken.fetch_optional(database.write()).await?.is_some() {
-        return Err(StoreError::KeyName(key.name.clone()));
-    }
-    sqlx::query("INSERT INTO api_keys (id, created, name, prefix, hash, scopes) VALUES ($1, $2, $3, $4, $5, $6)")
+    let text =
+        "INSERT INTO api_keys (id, created, name, prefix, hash, scopes) VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING";
+    let made = sqlx::query(text)
         .bind(key.id.to_string())
         .bind(key.created)
         .bind(clean(&key.name).into_owned())
@@ -117,6 +115,9 @@ pub(crate) async fn insert(database: &Database, key: &ApiKey, secret: &str) -> R
         .bind(json(&key.scopes))
         .execute(database.write())
         .await?;
+    if made.rows_affected() == 0 {
+        return Err(StoreError::KeyName(key.name.clone()));
+    }
     Ok(())
 }
 
@@ -134,6 +135,11 @@ pub(crate) async fn revoke(database: &Database, id_or_name: &str, now: i64) -> R
 pub(crate) async fn find(database: &Database, hash: &str) -> Result<Option<ApiKey>, StoreError> {
     let text = "SELECT * FROM api_keys WHERE hash = $1 AND revoked IS NULL";
     sqlx::query(text).bind(hash.to_owned()).fetch_optional(database.read()).await?.as_ref().map(read).transpose()
+}
+
+pub(crate) async fn find_by_id(database: &Database, id: &str) -> Result<Option<ApiKey>, StoreError> {
+    let text = "SELECT * FROM api_keys WHERE id = $1 AND revoked IS NULL";
+    sqlx::query(text).bind(id.to_owned()).fetch_optional(database.read()).await?.as_ref().map(read).transpose()
 }
 
 pub(crate) async fn any(database: &Database) -> Result<bool, StoreError> {

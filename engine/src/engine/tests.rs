@@ -29,8 +29,13 @@ pub(super) fn start_with(end_of_turn: Vec<u32>, options: EngineOptions) -> Engin
 fn launch(pace: Duration, end_of_turn: Vec<u32>, options: EngineOptions) -> Engine {
     let mut model = RecallModel::new(VOCABULARY, options.max_batch_tokens, options.max_seqs);
     model.pace = pace;
-    let frontend =
-        Frontend { tokenizer: letters(), chat_template: None, generation_defaults: GenerationDefaults::default(), end_of_turn };
+    let frontend = Frontend {
+        tokenizer: letters(),
+        chat_template: None,
+        generation_defaults: GenerationDefaults::default(),
+        end_of_turn,
+        pooling: Ok(crate::Pooling::default()),
+    };
     let description = "recall".into();
     Engine::with_model(ServedModel { model: Box::new(model), frontend, context: 1024, description }, options).unwrap()
 }

@@ -1,5 +1,6 @@
 //! `tidemill serve`
 
+use crate::batches::Batches;
 use crate::cli::banner;
 use crate::cli::shutdown::{Ended, leave_in_good_order};
 use crate::config::{Config, ConfigError, Layer, ModelSpec, Origin};
@@ -17,7 +18,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tidemill_engine::{Engine, StartError};
-use tidemill_store::{DataDir, Retention, Store, StoreOptions};
+use tidemill_store::{DataDir, Files, Retention, Store, StoreOptions};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
@@ -76,6 +77,12 @@ pub struct ServeArgs {
     /// Largest request body [default: 10MiB]
     #[arg(long, value_name = "SIZE")]
     max_body: Option<String>,
+    /// Largest file that can be uploaded [default: 200MiB]
+    #[arg(long, value_name = "SIZE")]
+    max_file: Option<String>,
+    /// Room for all files together [default: 16GiB]
+    #[arg(long, value_name = "SIZE")]
+    max_files: Option<String>,
     /// Connections at once; more wait [default: 4096]
     #[arg(long, value_name = "N")]
     max_connections: Option<String>,
@@ -134,6 +141,8 @@ impl ServeArgs {
             ("device", &self.device),
             ("drain_timeout", &self.drain_timeout),
             ("max_body", &self.max_body),
+            ("max_file", &self.max_file),
+            ("max_files", &self.max_files),
             ("max_connections", &self.max_connections),
             ("database", &self.database),
             ("datasets", &self.datasets),
@@ -208,8 +217,10 @@ pub fn run(args: &ServeArgs) -> Result<(), ServeError> {
         .map_err(ServeError::Threads)?;
     let result = runtime.block_on(async {
         let app = open(&config, &models, metrics).await?;
-        let (store, datasets) = (app.store.clone(), app.datasets.clone());
+        let (store, datasets, batches) = (app.store.clone(), app.datasets.clone(), app.batches.clone());
+        tokio::spawn(batches.clone().run(app.clone(), config.retention_age));
         let result = serve(config, models, app).await;
+        batches.close().await;
         datasets.close().await;
         // Last of all: answers that were cut off on the way out are records, too.
         store.close().await;
@@ -231,6 +242,7 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle) 
     if !has_key && !config.host.is_loopback() {
         return Err(ServeError::NoKey(config.host));
     }
+    let files = Files::open(store.database(), &DataDir::new(&config.data)).await?;
     Ok(App {
         registry: Arc::new(Registry::new(models.iter().map(|model| model.name.clone()))),
         drain: Drain::default(),
@@ -238,6 +250,9 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle) 
         metrics: Some(metrics),
         auth: Auth::new(store.clone(), has_key),
         datasets: DatasetJobs::new(store.clone(), &config.datasets_root()),
+        files,
+        file_limits: config.file_limits,
+        batches: Batches::new(&store),
         store,
         recording: Arc::new(config.recording.clone()),
         feedback_metrics: Arc::new(config.metrics.clone()),

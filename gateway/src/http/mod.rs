@@ -1,13 +1,17 @@
 //! The front door: routes, limits, error shape, streaming, shutdown.
 
+mod answer;
 pub mod app;
 pub mod auth;
+mod batches;
 pub mod chat;
 mod completions;
 mod datasets;
 pub mod drain;
+mod embeddings;
 pub mod error;
 pub mod feedback;
+mod files;
 pub mod generate;
 mod interchange;
 pub mod labeling;
@@ -15,10 +19,12 @@ pub mod limits;
 mod models;
 mod observe;
 mod probes;
+pub mod query;
 mod router;
 pub mod server;
 pub mod sse;
 mod tokens;
+mod upload;
 
 pub use app::App;
 pub use auth::{Auth, Caller, require};

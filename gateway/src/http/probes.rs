@@ -1,8 +1,8 @@
 //! `/health`, `/ready`, `/version`, `/metrics`.
 
+use crate::http::answer::{answer, json};
 use crate::http::app::App;
 use crate::http::error::ApiError;
-use crate::http::generate::json;
 use crate::upstream::{LoadState, Upstream};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -53,9 +53,7 @@ pub async fn ready(State(app): State<App>) -> Response {
         "stopped"
     };
     let code = if status == "ready" { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let mut response = json(Bytes::from(json!({"status": status, "models": models}).to_string()));
-    *response.status_mut() = code;
-    response
+    answer(code, &json!({"status": status, "models": models}))
 }
 
 /// The server's version.

@@ -4,12 +4,16 @@ use crate::console;
 use crate::http::app::App;
 use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
-use crate::http::{chat, completions, datasets, feedback, interchange, labeling, models, observe, probes, tokens};
+use crate::http::{
+    batches, chat, completions, datasets, embeddings, feedback, files, interchange, labeling, models, observe, probes, tokens,
+};
 use axum::Router;
 use axum::extract::Request;
-use axum::middleware::{from_fn, from_fn_with_state};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use hyper::StatusCode;
+use percent_encoding::percent_decode_str;
 use tidemill_store::Scope;
 
 /// All routes. Whatever is not one answers in the error shape, too.
@@ -18,6 +22,8 @@ pub fn router(app: App) -> Router {
     let generating = Router::new()
         .route("/v1/chat/completions", post(chat::chat))
         .route("/v1/completions", post(completions::completions))
+        .route("/v1/embeddings", post(embeddings::embeddings))
+        .route("/v1/moderations", post(embeddings::moderations))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .route_layer(require(Scope::Chat));
@@ -29,6 +35,8 @@ pub fn router(app: App) -> Router {
         .merge(generating)
         .merge(judging)
         .merge(datasets::routes())
+        .merge(files::routes())
+        .merge(batches::routes())
         .merge(labeling::routes())
         .merge(interchange::routes())
         .merge(console::routes())
@@ -41,8 +49,17 @@ pub fn router(app: App) -> Router {
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(auth, authenticate))
+        .layer(from_fn(readable))
         .layer(from_fn(observe::observe))
         .with_state(app)
+}
+
+/// What stands in a path is text; the parts of one that is not would be refused by the framework, in a shape of its own.
+async fn readable(request: Request, next: Next) -> Response {
+    match percent_decode_str(request.uri().path()).decode_utf8() {
+        Ok(_) => next.run(request).await,
+        Err(_) => unknown_path(request).await.into_response(),
+    }
 }
 
 async fn unknown_path(request: Request) -> ApiError {

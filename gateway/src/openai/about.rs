@@ -1,7 +1,7 @@
 //! What a request says about its caller and its place: recorded, and without influence on the tokens.
 
 use crate::http::error::ApiError;
-use crate::openai::fields::Fields;
+use crate::openai::fields::{Field, Fields};
 use serde_json::{Map, Value};
 
 /// Longest id of a conversation, in characters.
@@ -32,7 +32,7 @@ impl About {
         if let Some(tier) = fields.get("service_tier") {
             tier.one_of(&["auto", "default", "flex", "scale", "priority"])?;
         }
-        let metadata = metadata(fields)?;
+        let metadata = fields.get("metadata").map_or(Ok(Map::new()), |field| metadata(&field))?;
         let named = metadata.get("conversation_id").and_then(Value::as_str).filter(|id| !id.is_empty()).map(str::to_owned);
         let mut about = Self { user_key: safety_identifier.or(user), metadata, conversation: named, compare: false };
         if let Some(own) = fields.get("tidemill") {
@@ -52,8 +52,8 @@ impl About {
     }
 }
 
-fn metadata(fields: &mut Fields<'_>) -> Result<Map<String, Value>, ApiError> {
-    let Some(metadata) = fields.get("metadata") else { return Ok(Map::new()) };
+/// A client's own pairs: at most 16, keys of at most 64 characters, values of at most 512.
+pub fn metadata(metadata: &Field<'_>) -> Result<Map<String, Value>, ApiError> {
     let map = metadata.map()?;
     if map.len() > 16 {
         let why = format!("too many properties. Expected an object with at most 16 properties, but got {} instead.", map.len());
