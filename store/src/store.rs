@@ -270,9 +270,10 @@ impl Store {
         patiently(usage::read(&self.0.database, except, subject, day)).await
     }
 
-    /// The key of this id, if it is not revoked: for work that goes on after the request that began it.
+    /// The key of this id, if it is neither revoked nor expired: for work that goes on after the request that began it.
     pub async fn key(&self, id: &str) -> Result<Option<ApiKey>, StoreError> {
-        patiently(keys::find_by_id(&self.0.database, id)).await
+        let found = patiently(keys::find_by_id(&self.0.database, id)).await?;
+        Ok(found.filter(|key| !key.has_expired(now_us())))
     }
 
     /// Whether there is any key that works; without one, everything is open.
