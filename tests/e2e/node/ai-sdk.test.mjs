@@ -73,7 +73,7 @@ for (const [name, languageModel] of Object.entries(providers)) {
     test('a named tool is called, and the answer goes on from its result', async () => {
       const calls = []
       const { steps } = await generateText({
-        ...options, prompt: 'What is the weather in Emden?', maxOutputTokens: 200,
+        ...options, prompt: 'What is the weather in Emden?', maxOutputTokens: 80,
         tools: { weather: tool({ description: 'The weather', inputSchema: Place, execute: (place) => (calls.push(place), { sky: 'rain' }) }) },
         prepareStep: ({ stepNumber }) => ({ toolChoice: stepNumber === 0 ? { type: 'tool', toolName: 'weather' } : 'none' }),
         stopWhen: isStepCount(2),
@@ -87,7 +87,7 @@ for (const [name, languageModel] of Object.entries(providers)) {
 
     test('a required tool in a stream', async () => {
       const stream = streamText({
-        ...options, prompt: 'What is the weather in Emden?', maxOutputTokens: 200, toolChoice: 'required',
+        ...options, prompt: 'What is the weather in Emden?', maxOutputTokens: 80, toolChoice: 'required',
         tools: { weather: tool({ description: 'The weather', inputSchema: Place }) }, onError: ({ error }) => assert.fail(error),
       })
       const calls = await stream.toolCalls
