@@ -124,6 +124,13 @@ impl Client {
         }
     }
 
+    /// Ends a choice whose text is whole.
+    pub(crate) fn complete(&mut self, index: usize, metrics: &Metrics) {
+        let Some(Some(choice)) = self.choices.get_mut(index) else { return };
+        let end = choice.text.end(FinishReason::Stop, None);
+        self.end_choice(index, end, metrics);
+    }
+
     /// Ends all choices that are left, for a reason from outside.
     pub(crate) fn cancel(&mut self, metrics: &Metrics) {
         if !self.prompt_sent {
@@ -143,6 +150,11 @@ impl Client {
         let (prompt_tokens, generated) = (usage.prompt_tokens, usage.completion_tokens);
         metrics.ended(&Ended { arrived: self.arrived, admitted: self.admitted, first_token, prompt_tokens, generated }, now);
         self.send(Event::Done(usage));
+    }
+
+    /// The deadline has passed.
+    pub(crate) fn expire(&mut self) {
+        self.send(Event::Expired);
     }
 
     pub(crate) fn fail(&mut self, message: String) {

@@ -8,6 +8,7 @@
 //! receiver, which frees its sequences; nothing here computes on tokio's threads beyond parsing and short prompts; no text of a
 //! prompt or answer is logged.
 
+pub mod batches;
 pub mod chat;
 pub mod cli;
 pub mod clock;
@@ -18,7 +19,9 @@ pub mod engine_bench;
 pub mod feedback;
 pub mod http;
 pub mod interchange;
+pub mod keys;
 pub mod labeling;
+pub mod limits;
 pub mod openai;
 pub mod pull;
 pub mod recording;

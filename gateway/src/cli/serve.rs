@@ -1,5 +1,6 @@
 //! `tidemill serve`
 
+use crate::batches::Batches;
 use crate::cli::banner;
 use crate::cli::shutdown::{Ended, leave_in_good_order};
 use crate::config::{Config, ConfigError, Layer, ModelSpec, Origin};
@@ -8,6 +9,7 @@ use crate::http::drain::Drain;
 use crate::http::limits::BodyLimits;
 use crate::http::server::Server;
 use crate::http::{App, Auth};
+use crate::limits::Limiter;
 use crate::telemetry::{self, TelemetryError};
 use crate::upstream::{LocalModel, Registry, Upstream};
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -17,7 +19,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tidemill_engine::{Engine, StartError};
-use tidemill_store::{DataDir, Retention, Store, StoreOptions};
+use tidemill_store::{DataDir, Files, Retention, Store, StoreOptions};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
@@ -76,9 +78,18 @@ pub struct ServeArgs {
     /// Largest request body [default: 10MiB]
     #[arg(long, value_name = "SIZE")]
     max_body: Option<String>,
+    /// Largest file that can be uploaded [default: 200MiB]
+    #[arg(long, value_name = "SIZE")]
+    max_file: Option<String>,
+    /// Room for all files together [default: 16GiB]
+    #[arg(long, value_name = "SIZE")]
+    max_files: Option<String>,
     /// Connections at once; more wait [default: 4096]
     #[arg(long, value_name = "N")]
     max_connections: Option<String>,
+    /// How long a key that was seen is believed while the database is away [default: 1h]
+    #[arg(long, value_name = "TIME")]
+    auth_grace: Option<String>,
     /// Where records are kept: postgres://USER:PASSWORD@HOST/NAME [default: SQLite in the data directory]
     #[arg(long, value_name = "URL")]
     database: Option<String>,
@@ -134,7 +145,10 @@ impl ServeArgs {
             ("device", &self.device),
             ("drain_timeout", &self.drain_timeout),
             ("max_body", &self.max_body),
+            ("max_file", &self.max_file),
+            ("max_files", &self.max_files),
             ("max_connections", &self.max_connections),
+            ("auth_grace", &self.auth_grace),
             ("database", &self.database),
             ("datasets", &self.datasets),
             ("record", &self.record),
@@ -208,9 +222,15 @@ pub fn run(args: &ServeArgs) -> Result<(), ServeError> {
         .map_err(ServeError::Threads)?;
     let result = runtime.block_on(async {
         let app = open(&config, &models, metrics).await?;
-        let (store, datasets) = (app.store.clone(), app.datasets.clone());
+        let (store, datasets, batches) = (app.store.clone(), app.datasets.clone(), app.batches.clone());
+        let limits = Arc::clone(&app.limits);
+        tokio::spawn(batches.clone().run(app.clone(), config.retention_age));
         let result = serve(config, models, app).await;
+        batches.close().await;
         datasets.close().await;
+        if let Err(error) = limits.ledger().flush().await {
+            tracing::error!(%error, "what keys have used in the last moment is lost");
+        }
         // Last of all: answers that were cut off on the way out are records, too.
         store.close().await;
         result
@@ -231,13 +251,18 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle) 
     if !has_key && !config.host.is_loopback() {
         return Err(ServeError::NoKey(config.host));
     }
+    let files = Files::open(store.database(), &DataDir::new(&config.data)).await?;
     Ok(App {
         registry: Arc::new(Registry::new(models.iter().map(|model| model.name.clone()))),
         drain: Drain::default(),
         body: BodyLimits { bytes: config.max_body, ..BodyLimits::default() },
         metrics: Some(metrics),
-        auth: Auth::new(store.clone(), has_key),
+        auth: Auth::with_grace(store.clone(), has_key, config.auth_grace),
+        limits: Arc::new(Limiter::new(store.clone(), config.model_limits.clone(), config.prices.clone())),
         datasets: DatasetJobs::new(store.clone(), &config.datasets_root()),
+        files,
+        file_limits: config.file_limits,
+        batches: Batches::new(&store),
         store,
         recording: Arc::new(config.recording.clone()),
         feedback_metrics: Arc::new(config.metrics.clone()),
@@ -280,6 +305,7 @@ async fn serve(config: Config, models: Vec<ModelSpec>, app: App) -> Result<(), S
     if let Some(metrics) = app.metrics.clone() {
         tokio::spawn(fold_metrics(metrics));
     }
+    tokio::spawn(Arc::clone(app.limits.ledger()).keep_writing());
     tokio::spawn(crate::labeling::filler::keep_filling(app.clone()));
     std::thread::Builder::new().name("tidemill-load".into()).spawn(loader).map_err(ServeError::Threads)?;
     let (ended, result) = oneshot::channel();

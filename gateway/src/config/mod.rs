@@ -4,24 +4,29 @@ mod file;
 mod layer;
 pub mod model_spec;
 mod tables;
-mod value;
+pub mod value;
 
 pub use layer::{Layer, Origin};
 pub use model_spec::{DEFAULT_MODEL, ModelSpec, models_dir};
 
 use crate::feedback::Metrics;
+use crate::http::auth::DEFAULT_GRACE;
+use crate::http::limits::FileLimits;
+use crate::limits::Prices;
 use crate::recording::{Level, Recording};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tidemill_engine::EngineOptions;
 use tidemill_kernels::{KvDtype, WeightFormat};
+use tidemill_store::Limits;
 
 /// Where the configuration is looked for when nobody names a file.
 pub const DEFAULT_FILE: &str = "tidemill.toml";
 
 /// Every setting, by its name in the file. The flag is the same with dashes, the variable the same in capitals after `TIDEMILL_`.
-pub const KEYS: [&str; 27] = [
+pub const KEYS: [&str; 30] = [
     "model",
     "host",
     "port",
@@ -39,7 +44,10 @@ pub const KEYS: [&str; 27] = [
     "device",
     "drain_timeout",
     "max_body",
+    "max_file",
+    "max_files",
     "max_connections",
+    "auth_grace",
     "database",
     "datasets",
     "record",
@@ -153,8 +161,16 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// Most bytes of a request's body.
     pub max_body: usize,
+    /// Bounds on files that clients upload.
+    pub file_limits: FileLimits,
     /// Most connections at once.
     pub max_connections: usize,
+    /// How long a key that was seen is believed while the database is away.
+    pub auth_grace: Duration,
+    /// What each model may be used, over all callers.
+    pub model_limits: BTreeMap<String, Limits>,
+    /// What tokens cost, by model.
+    pub prices: Prices,
     /// A Postgres URL; `None` is SQLite in the data directory.
     pub database: Option<String>,
     /// Folder or URL of the datasets' tables; `None` is a folder in the data directory.
@@ -199,6 +215,7 @@ impl Config {
         let get = |key: &'static str| layers.iter().find_map(|layer| layer.get(key));
         let count = |key, least| get(key).map(|s| s.parse(|text| value::count(text, least))).transpose();
         let base = EngineOptions::new("");
+        let files = FileLimits::default();
         Ok(Self {
             models: layers.iter().map(Layer::models).find(|m| !m.is_empty()).unwrap_or_default(),
             host: get("host").map_or(Ok(IpAddr::from([127, 0, 0, 1])), |s| s.parse(value::host))?,
@@ -231,7 +248,14 @@ impl Config {
             device: get("device").map_or(Ok(Device::Auto), |s| s.parse(value::device))?,
             drain_timeout: get("drain_timeout").map_or(Ok(Duration::from_secs(30)), |s| s.parse(value::duration))?,
             max_body: get("max_body").map_or(Ok(10 << 20), |s| s.parse(value::size))?,
+            file_limits: FileLimits {
+                file: get("max_file").map(|s| s.parse(value::size)).transpose()?.map_or(files.file, |bytes| bytes as u64),
+                total: get("max_files").map(|s| s.parse(value::size)).transpose()?.map_or(files.total, |bytes| bytes as u64),
+            },
             max_connections: count("max_connections", 1)?.unwrap_or(4096),
+            auth_grace: get("auth_grace").map_or(Ok(DEFAULT_GRACE), |s| s.parse(value::duration))?,
+            model_limits: tables::limits(layers)?,
+            prices: tables::prices(layers)?,
             database: get("database").map(|s| s.text.clone()),
             datasets: get("datasets").map(|s| s.text.clone()),
             recording: Recording {

@@ -6,18 +6,20 @@ use crate::http::error::ApiError;
 use crate::http::generate::{Asked, Pending, engine_request, enter, head};
 use crate::http::limits::off_path;
 use crate::http::sse;
+use crate::limits::Meter;
 use crate::openai::chat::ChatRequest;
 use crate::openai::chat_answer;
 use crate::openai::chat_output::{ChatCollected, OutputFormat};
 use crate::openai::chat_stream::{ChatReport, ChatStream};
 use crate::openai::response_format::Constrained;
 use crate::openai::wire::AnswerHead;
-use crate::recording::{Draft, Level};
-use crate::upstream::{Events, LocalModel, Upstream};
+use crate::recording::{self, Draft, Level};
+use crate::upstream::{Events, LocalModel};
 use axum::extract::{Request, State};
 use axum::response::Response;
 use serde_json::Value;
 use std::sync::Arc;
+use tidemill_store::Tier;
 use uuid::Uuid;
 
 /// `POST /v1/chat/completions`
@@ -46,7 +48,10 @@ pub struct ChatRun {
     pub choice_ids: Vec<Uuid>,
     /// How the model writes reasoning and tool calls.
     pub format: OutputFormat,
+    /// The tier that the request was given.
+    pub tier: Tier,
     request: tidemill_engine::Request,
+    meter: Meter,
     constraint: Option<Constrained>,
     processed: bool,
     record: Option<Pending>,
@@ -55,7 +60,7 @@ pub struct ChatRun {
 impl ChatRun {
     /// Everything that can be refused is refused here. `endpoint` is what the record calls it, such as `chat`.
     pub fn prepare(asked: Asked, endpoint: &'static str, chat: &ChatRequest) -> Result<Self, ApiError> {
-        let Upstream::Local(model) = asked.app.registry.find(Some(&chat.model))?;
+        let model = asked.model(&chat.model)?;
         let generation = &chat.generation;
         model.check_choices(generation.n, "n")?;
         let (text, prompt) = model.chat_tokens(&chat.prompt)?;
@@ -68,9 +73,13 @@ impl ChatRun {
         let id = asked.app.store.issue_id();
         let level = asked.level(endpoint, &model, id)?;
         let choice_ids = asked.choice_ids(id, generation.n);
-        let request = engine_request(&model, id, prompt, sampling, generation);
+        let request = asked.placed(engine_request(&model, id, prompt, sampling, generation), generation);
+        let (tier, meter) = (asked.tier(generation), asked.admit(&model, vec![request.prompt.len()])?);
         let draft = || {
             let mut inference = asked.inference(endpoint, &model, &request, &generation.about);
+            if let Some(constrained) = &chat.constraint {
+                recording::constrained(&mut inference.params, &constrained.constraint);
+            }
             if level == Level::Full {
                 inference.messages = Some(Value::Array(chat.prompt.messages.clone()));
                 inference.prompt_text = Some(text);
@@ -80,7 +89,8 @@ impl ChatRun {
         let drafts = (level != Level::Off).then(|| vec![draft()]);
         let record = drafts.map(|drafts| asked.pending(level, drafts));
         let (processed, constraint) = (generation.processed_logprobs, chat.constraint.clone());
-        Ok(Self { model, id, choice_ids, format: OutputFormat::Plain, request, constraint, processed, record })
+        let format = OutputFormat::Plain;
+        Ok(Self { model, id, choice_ids, format, tier, request, meter, constraint, processed, record })
     }
 
     /// The prompt's tokens.
@@ -95,7 +105,7 @@ impl ChatRun {
             self.request.sampling.grammar = Some(self.model.grammar(constraint).await?);
         }
         let events = self.model.submit(vec![self.request])?;
-        Ok(events.recorded(self.record.map(Pending::start)).showing(self.processed))
+        Ok(events.recorded(self.record.map(Pending::start)).metered(self.meter).showing(self.processed))
     }
 }
 
@@ -120,6 +130,7 @@ impl PreparedChat {
             echo: chat.echoed_text().map(str::to_owned),
             choice_ids: generation.about.compare.then(choice_ids),
         };
-        Ok(Self { head: head(&run.model, run.id, "chatcmpl", object), report, stream: generation.stream, run })
+        let head = AnswerHead { service_tier: run.tier, ..head(&run.model, run.id, "chatcmpl", object) };
+        Ok(Self { head, report, stream: generation.stream, run })
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::http::answer::answer;
 use crate::http::app::App;
+use crate::http::auth::Caller;
 use crate::http::error::ApiError;
 use crate::openai::chat::ChatPrompt;
 use crate::openai::fields::Fields;
@@ -14,7 +15,8 @@ use std::sync::Arc;
 
 /// A text or a conversation to token ids.
 pub async fn tokenize(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
-    with_body(app, request, |registry, body| {
+    let caller = Caller::of(&request);
+    with_body(app, request, move |registry, body| {
         let mut fields = Fields::root(body)?;
         let model = fields.string("model")?;
         let with_texts = fields.bool_or("return_token_strs", false)?;
@@ -28,6 +30,7 @@ pub async fn tokenize(State(app): State<App>, request: Request) -> Result<Respon
         };
         fields.finish()?;
         let Upstream::Local(model) = registry.find(model)?;
+        caller.check_model(model.name())?;
         let tokens = match &chat {
             Some(chat) => model.encode(&model.render(chat)?, add_special, "messages")?,
             None => model.encode(text.unwrap_or_default(), add_special, "prompt")?,
@@ -41,12 +44,14 @@ pub async fn tokenize(State(app): State<App>, request: Request) -> Result<Respon
 
 /// Token ids to text.
 pub async fn detokenize(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
-    with_body(app, request, |registry, body| {
+    let caller = Caller::of(&request);
+    with_body(app, request, move |registry, body| {
         let mut fields = Fields::root(body)?;
         let model = fields.string("model")?;
         let tokens = fields.require("tokens")?.token_ids(usize::MAX)?;
         fields.finish()?;
         let Upstream::Local(model) = registry.find(model)?;
+        caller.check_model(model.name())?;
         model.check_tokens(&tokens, "tokens")?;
         Ok(json!({"prompt": model.tokenizer().decode(&tokens, false)}))
     })

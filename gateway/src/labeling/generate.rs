@@ -10,13 +10,13 @@ use hyper::StatusCode;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidemill_engine::{AdapterGeneration, FinishReason, RequestId};
+use tidemill_engine::{AdapterGeneration, FinishReason, RequestId, Tenant};
 use tidemill_store::label::{Draft, NewTask};
 use tidemill_store::records::{Inference, Status};
 use uuid::Uuid;
 
 /// Requests of people have 0 unless they say otherwise; lower runs first.
-const PRIORITY: i32 = 1_000_000;
+const PRIORITY: i32 = crate::http::tier::BATCH_PRIORITY;
 /// Longest answer.
 const MAX_TOKENS: usize = 1024;
 /// Models whose own default is lower are asked with this temperature.
@@ -154,6 +154,8 @@ fn prepare(
         priority: PRIORITY,
         cache_salt: None,
         adapter: AdapterGeneration::default(),
+        tenant: Tenant::default(),
+        deadline: None,
     };
     Ok((request, Record { inference, choice_ids: ids, candidates: n, prompt_only: false }))
 }

@@ -2,6 +2,7 @@
 //!
 //! Every endpoint that converses (chat, responses, messages) writes these same events in its own form.
 
+use crate::http::deadline;
 use crate::http::error::ApiError;
 use crate::openai::collected::{cancelled, is_end_marker};
 use crate::upstream::Events;
@@ -167,6 +168,7 @@ impl ChatOutput {
             }
             Event::Done(tokens) => sink(ChatEvent::Done(ChatUsage { tokens, reasoning_tokens: 0 })),
             Event::Failed(message) => return Err(ApiError::fault(message)),
+            Event::Expired => return Err(deadline::expired()),
         }
         Ok(())
     }

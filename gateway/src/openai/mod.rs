@@ -9,6 +9,7 @@ pub mod collected;
 pub mod completion_answer;
 pub mod completion_stream;
 pub mod completions;
+pub mod embeddings;
 pub mod fields;
 pub mod generation;
 pub mod messages;
