@@ -53,6 +53,7 @@ impl Client {
         let limit = sampling.max_tokens.unwrap_or(usize::MAX).min(max_model_len.saturating_sub(request.prompt.len()));
         let choice = || {
             let stream = Detokenizer::continuing(tokenizer, sampling.skip_special_tokens, &request.prompt);
+            let stream = stream.showing(&sampling.shown_special);
             Some(Choice { text: ChoiceText::new(stream, sampling, limit), last: None })
         };
         let choices = (0..sampling.n).map(|_| choice()).collect();

@@ -50,6 +50,8 @@ pub struct SamplingParams {
     pub ignore_eos: bool,
     /// Leave special tokens out of the text.
     pub skip_special_tokens: bool,
+    /// Special tokens that stay in the text all the same: marks that someone downstream reads.
+    pub shown_special: Arc<[u32]>,
     /// `Some(n)`: log-probabilities of sampled tokens with the n likeliest. (The sampled token's own is always recorded.)
     pub logprobs: Option<u32>,
     /// The same for the prompt's tokens; the first has none.
@@ -78,6 +80,7 @@ impl Default for SamplingParams {
             include_stop_str_in_output: false,
             ignore_eos: false,
             skip_special_tokens: true,
+            shown_special: Arc::default(),
             logprobs: None,
             prompt_logprobs: None,
             grammar: None,

@@ -85,6 +85,8 @@ async fn chat_requests_out_of_range_or_of_the_wrong_type() {
             ),
             bad(json!({"reasoning_effort": "enormous"}), "reasoning_effort", "invalid_value"),
             bad(json!({"max_token": 5}), "max_token", "unknown_parameter"),
+            bad(json!({"tools": [{"type": "function", "function": {"name": "a b"}}]}), "tools.0.function.name", "invalid_value"),
+            bad(json!({"tool_choice": "required"}), "tool_choice", "invalid_value"),
         ],
     )
     .await;
@@ -93,13 +95,10 @@ async fn chat_requests_out_of_range_or_of_the_wrong_type() {
 #[tokio::test]
 async fn what_does_not_exist_yet_is_refused_by_name() {
     let unsupported = |extra: Value, param: &'static str| (chat(extra), 400, Some(param), Some("unsupported_parameter"));
-    let function = json!([{"type": "function", "function": {"name": "f"}}]);
     refused(
         CHAT,
         vec![
-            unsupported(json!({"tools": function}), "tools"),
-            unsupported(json!({"functions": [{"name": "f"}]}), "functions"),
-            unsupported(json!({"tool_choice": "required"}), "tool_choice"),
+            unsupported(json!({"tools": [{"type": "custom", "custom": {"name": "f"}}]}), "tools.0.type"),
             unsupported(json!({"store": true}), "store"),
             unsupported(json!({"modalities": ["text", "audio"]}), "modalities"),
             unsupported(json!({"audio": {"voice": "x"}}), "audio"),

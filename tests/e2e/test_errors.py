@@ -74,9 +74,7 @@ REJECTED = [
 
 # What does not exist yet is refused by name instead of being answered as if it did.
 UNSUPPORTED = [
-    ("tools", body(tools=[{"type": "function", "function": {"name": "f"}}]), "tools"),
-    ("functions", body(functions=[{"name": "f"}]), "functions"),
-    ("tool_choice", body(tool_choice="required"), "tool_choice"),
+    ("custom tools", body(tools=[{"type": "custom", "custom": {"name": "f"}}]), "tools.0.type"),
     ("audio", body(modalities=["text", "audio"]), "modalities"),
     ("web search", body(web_search_options={}), "web_search_options"),
     ("store", body(store=True), "store"),

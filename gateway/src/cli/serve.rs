@@ -90,6 +90,12 @@ pub struct ServeArgs {
     /// How long a key that was seen is believed while the database is away [default: 1h]
     #[arg(long, value_name = "TIME")]
     auth_grace: Option<String>,
+    /// How models write tool calls: auto, hermes, llama3_json, mistral, ... [default: auto, by the chat template]
+    #[arg(long, value_name = "FAMILY")]
+    tool_parser: Option<String>,
+    /// How models mark their reasoning: auto, none, think, magistral, ... [default: auto, by the chat template]
+    #[arg(long, value_name = "FAMILY")]
+    reasoning_parser: Option<String>,
     /// Where records are kept: postgres://USER:PASSWORD@HOST/NAME [default: SQLite in the data directory]
     #[arg(long, value_name = "URL")]
     database: Option<String>,
@@ -149,6 +155,8 @@ impl ServeArgs {
             ("max_files", &self.max_files),
             ("max_connections", &self.max_connections),
             ("auth_grace", &self.auth_grace),
+            ("tool_parser", &self.tool_parser),
+            ("reasoning_parser", &self.reasoning_parser),
             ("database", &self.database),
             ("datasets", &self.datasets),
             ("record", &self.record),
@@ -334,7 +342,7 @@ fn load_all(config: &Config, models: &[ModelSpec], app: &App, address: SocketAdd
         let engine = Engine::start(config.engine_options(model, models.len()), &mut |_, _| {})
             .map_err(|source| ServeError::Load { name: model.name.clone(), source })?;
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        let loaded = LocalModel::new(engine, created);
+        let loaded = LocalModel::new(engine, created).reading_as(config.parsers.of(&model.name));
         banner::loaded(&loaded, &model.path, start.elapsed());
         app.registry.loaded(&model.name, Upstream::Local(Arc::new(loaded)));
     }

@@ -3,16 +3,19 @@
 mod file;
 mod layer;
 pub mod model_spec;
+mod parsers;
 mod tables;
 pub mod value;
 
 pub use layer::{Layer, Origin};
 pub use model_spec::{DEFAULT_MODEL, ModelSpec, models_dir};
+pub use parsers::ParserConfig;
 
 use crate::feedback::Metrics;
 use crate::http::auth::DEFAULT_GRACE;
 use crate::http::limits::FileLimits;
 use crate::limits::Prices;
+use crate::openai::parse::ParserChoice;
 use crate::recording::{Level, Recording};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -26,7 +29,7 @@ use tidemill_store::Limits;
 pub const DEFAULT_FILE: &str = "tidemill.toml";
 
 /// Every setting, by its name in the file. The flag is the same with dashes, the variable the same in capitals after `TIDEMILL_`.
-pub const KEYS: [&str; 30] = [
+pub const KEYS: [&str; 32] = [
     "model",
     "host",
     "port",
@@ -48,6 +51,8 @@ pub const KEYS: [&str; 30] = [
     "max_files",
     "max_connections",
     "auth_grace",
+    "tool_parser",
+    "reasoning_parser",
     "database",
     "datasets",
     "record",
@@ -171,6 +176,8 @@ pub struct Config {
     pub model_limits: BTreeMap<String, Limits>,
     /// What tokens cost, by model.
     pub prices: Prices,
+    /// How models write tool calls and reasoning.
+    pub parsers: ParserConfig,
     /// A Postgres URL; `None` is SQLite in the data directory.
     pub database: Option<String>,
     /// Folder or URL of the datasets' tables; `None` is a folder in the data directory.
@@ -256,6 +263,13 @@ impl Config {
             auth_grace: get("auth_grace").map_or(Ok(DEFAULT_GRACE), |s| s.parse(value::duration))?,
             model_limits: tables::limits(layers)?,
             prices: tables::prices(layers)?,
+            parsers: ParserConfig {
+                default: ParserChoice {
+                    calls: get("tool_parser").map_or(Ok(None), |s| s.parse(parsers::tool_parser))?,
+                    reasoning: get("reasoning_parser").map_or(Ok(None), |s| s.parse(parsers::reasoning_parser))?,
+                },
+                models: parsers::tables(layers)?,
+            },
             database: get("database").map(|s| s.text.clone()),
             datasets: get("datasets").map(|s| s.text.clone()),
             recording: Recording {

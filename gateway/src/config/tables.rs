@@ -1,4 +1,5 @@
-//! The tables of `tidemill.toml`: `[metrics.NAME]`, `[recording.NAME]`, `[limits.MODEL]` and `[prices.MODEL]`.
+//! The tables of `tidemill.toml`: `[metrics.NAME]`, `[recording.NAME]`, `[limits.MODEL]` and `[prices.MODEL]`; `parsers` reads
+//! `[parsers.NAME]`.
 
 use crate::config::ConfigError;
 use crate::config::layer::{Layer, NamedTable};
@@ -12,7 +13,7 @@ use tidemill_store::Limits;
 use tidemill_store::records::TargetKind;
 
 /// Every table that has named tables in it.
-pub const TABLES: [&str; 4] = ["metrics", "recording", "limits", "prices"];
+pub const TABLES: [&str; 5] = ["metrics", "recording", "limits", "prices", "parsers"];
 
 /// How much of an answer is recorded.
 pub fn level(text: &str) -> Result<Level, String> {
@@ -106,11 +107,12 @@ fn number(text: &str) -> Result<f64, String> {
 }
 
 /// Only a file has tables, so there is nothing to merge.
-fn tables<'a>(layers: &'a [Layer], table: &'static str) -> impl Iterator<Item = &'a NamedTable> {
+pub(super) fn tables<'a>(layers: &'a [Layer], table: &'static str) -> impl Iterator<Item = &'a NamedTable> {
     layers.iter().flat_map(|layer| &layer.tables).filter(move |found| found.table == table)
 }
 
-fn known(table: &NamedTable, keys: &[&str]) -> Result<(), ConfigError> {
+/// Fails on a key that is none of `keys`.
+pub(super) fn known(table: &NamedTable, keys: &[&str]) -> Result<(), ConfigError> {
     match table.settings.iter().find(|(key, _)| !keys.contains(&key.as_str())) {
         None => Ok(()),
         Some((key, setting)) => Err(ConfigError::UnknownKey {

@@ -21,6 +21,7 @@ use tower::{Layer, Service};
 /// Paths that need no key: probes, and the console's pages, whose data does need one.
 const OPEN: [&str; 5] = ["/health", "/ready", "/version", "/metrics", "/console"];
 
+const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
 /// How long a key that was seen is believed while the database is away, unless the configuration says otherwise.
@@ -144,17 +145,11 @@ impl Auth {
         Ok(any)
     }
 
-    async fn caller(&self, authorization: Option<HeaderValue>) -> Result<Caller, ApiError> {
+    async fn caller(&self, headers: &HeaderMap) -> Result<Caller, ApiError> {
         if !self.closed().await? {
             return Ok(Caller { key: None, open: true });
         }
-        let header = authorization.as_ref().map(HeaderValue::as_bytes).unwrap_or_default();
-        let secret = match header.split_at_checked(7) {
-            Some((scheme, secret)) if scheme.eq_ignore_ascii_case(b"bearer ") => {
-                std::str::from_utf8(secret).unwrap_or_default().trim()
-            }
-            _ => "",
-        };
+        let secret = secret(headers);
         if secret.is_empty() {
             let message =
                 "You did not provide an API key. Send it as `Authorization: Bearer KEY`; `tidemill key create` makes one.";
@@ -170,6 +165,15 @@ impl Auth {
                 Err(unauthorized(message))
             }
         }
+    }
+}
+
+/// The key in `Authorization: Bearer KEY`, or in `x-api-key`, where Anthropic's clients put it; empty when there is none.
+fn secret(headers: &HeaderMap) -> &str {
+    let bearer = headers.get(AUTHORIZATION).and_then(|header| header.to_str().ok()?.split_at_checked(7));
+    match bearer {
+        Some((scheme, secret)) if scheme.eq_ignore_ascii_case("bearer ") => secret.trim(),
+        _ => headers.get(API_KEY).and_then(|header| header.to_str().ok()).unwrap_or_default().trim(),
     }
 }
 
@@ -190,8 +194,7 @@ pub async fn authenticate(State(auth): State<Auth>, mut request: Request, next: 
     }
     let path = request.uri().path();
     let open = OPEN.iter().any(|open| path.strip_prefix(open).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')));
-    let authorization = request.headers().get(AUTHORIZATION).cloned();
-    let caller = if open { Ok(Caller { key: None, open: false }) } else { auth.caller(authorization).await };
+    let caller = if open { Ok(Caller { key: None, open: false }) } else { auth.caller(request.headers()).await };
     match caller {
         Ok(caller) => {
             if let Some(error) = foreign(request.method(), request.headers()).filter(|_| caller.open) {
@@ -315,6 +318,23 @@ mod tests {
             let expected = across.then_some("foreign_origin");
             assert_eq!(refused(Method::POST, &[host.clone(), header.clone()]).as_deref(), expected, "{header:?}");
             assert_eq!(refused(Method::GET, &[host.clone(), header.clone()]), None, "{header:?}");
+        }
+    }
+
+    #[test]
+    fn a_key_comes_as_a_bearer_or_by_itself() {
+        let headers = |pairs: &[(HeaderName, &'static str)]| -> HeaderMap {
+            pairs.iter().map(|(name, value)| (name.clone(), HeaderValue::from_static(value))).collect()
+        };
+        for (pairs, expected) in [
+            (&[(AUTHORIZATION, "Bearer a ")][..], "a"),
+            (&[(AUTHORIZATION, "bearer a"), (API_KEY, "b")], "a"),
+            (&[(API_KEY, "b")], "b"),
+            (&[(AUTHORIZATION, "Basic a"), (API_KEY, "b")], "b"),
+            (&[(AUTHORIZATION, "Basic a")], ""),
+            (&[], ""),
+        ] {
+            assert_eq!(secret(&headers(pairs)), expected);
         }
     }
 }

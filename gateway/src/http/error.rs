@@ -126,6 +126,8 @@ impl IntoResponse for ApiError {
         if self.no_retry {
             headers.insert(HeaderName::from_static("x-should-retry"), HeaderValue::from_static("false"));
         }
+        // For those who say it in another API's words.
+        response.extensions_mut().insert(self);
         response
     }
 }

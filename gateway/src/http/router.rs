@@ -1,12 +1,13 @@
 //! Which path goes where.
 
+use crate::anthropic::error::in_their_words;
 use crate::console;
 use crate::http::app::App;
 use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
 use crate::http::{
-    batches, chat, completions, datasets, embeddings, feedback, files, interchange, keys, labeling, models, observe, probes,
-    tokens,
+    batches, chat, completions, datasets, embeddings, feedback, files, interchange, keys, labeling, messages, models, observe,
+    probes, tokens,
 };
 use crate::limits::shed;
 use axum::Router;
@@ -26,6 +27,8 @@ pub fn router(app: App) -> Router {
         .route("/v1/completions", post(completions::completions))
         .route("/v1/embeddings", post(embeddings::embeddings))
         .route("/v1/moderations", post(embeddings::moderations))
+        .route("/v1/messages", post(messages::create))
+        .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .route_layer(from_fn_with_state(app.clone(), shed))
@@ -55,6 +58,7 @@ pub fn router(app: App) -> Router {
         .layer(from_fn_with_state(auth, authenticate))
         .layer(from_fn(readable))
         .layer(from_fn(observe::observe))
+        .layer(from_fn(in_their_words))
         .with_state(app)
 }
 

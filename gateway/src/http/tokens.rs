@@ -6,6 +6,7 @@ use crate::http::auth::Caller;
 use crate::http::error::ApiError;
 use crate::openai::chat::ChatPrompt;
 use crate::openai::fields::Fields;
+use crate::openai::tools::{self, Tool};
 use crate::upstream::{Registry, Upstream};
 use axum::extract::{Request, State};
 use axum::response::Response;
@@ -25,14 +26,17 @@ pub async fn tokenize(State(app): State<App>, request: Request) -> Result<Respon
         let add_special = fields.bool_or("add_special_tokens", text.is_some())?;
         let chat = match text {
             Some(_) => None,
-            None if body.get("messages").is_some() => Some(ChatPrompt::parse(&mut fields)?),
+            None if body.get("messages").is_some() => Some((ChatPrompt::parse(&mut fields)?, tools::parse(&mut fields)?.tools)),
             None => return Err(fields.require("prompt").err().unwrap_or_else(|| ApiError::fault("prompt was there"))),
         };
         fields.finish()?;
         let Upstream::Local(model) = registry.find(model)?;
         caller.check_model(model.name())?;
         let tokens = match &chat {
-            Some(chat) => model.encode(&model.render(chat)?, add_special, "messages")?,
+            Some((chat, tools)) => {
+                let tools: Vec<&Tool> = tools.iter().collect();
+                model.encode(&model.render(chat, &tools)?, add_special, "messages")?
+            }
             None => model.encode(text.unwrap_or_default(), add_special, "prompt")?,
         };
         let spelt = |id: &u32| model.tokenizer().token(*id).unwrap_or_default();

@@ -118,7 +118,7 @@ fn prepare(
     }
     let mut chat = ChatRequest::parse(&body)?;
     model.check_choices(n, "n")?;
-    let (prompt_text, prompt) = model.chat_tokens(&chat.prompt)?;
+    let (prompt_text, prompt) = model.chat_tokens(&chat.prompt, &chat.offered_tools())?;
     model.check_fit(prompt.len(), None, "messages")?;
     chat.generation.max_tokens = Some(MAX_TOKENS.min(model.context().saturating_sub(prompt.len())));
     let sampling = chat.generation.sampling(model.defaults(), None);
