@@ -7,7 +7,7 @@ use crate::openai::response_format::Constrained;
 use crate::openai::tool_grammar::{Shape, Signature, lark};
 use crate::openai::tools::{Tool, ToolChoice};
 use crate::upstream::LocalModel;
-use serde_json::json;
+use serde_json::{Value, json};
 use tidemill_engine::Constraint;
 
 /// Calls that are demanded, or whose arguments must fit, or that stand beside an answer that must.
@@ -58,7 +58,7 @@ impl CallRules {
 
 /// The schema of a function's arguments. One that cannot be honoured is refused when the tool is strict; else any object will do.
 async fn signature(model: &LocalModel, tool: &Tool) -> Result<Signature, ApiError> {
-    let schema = tool.schema();
+    let schema = if tool.strict { tool.schema() } else { closed(tool.schema()) };
     let constraint = Constraint::JsonSchema { schema: schema.clone(), strict: tool.strict };
     let alone = Constrained { constraint, param: tool.param.clone() };
     let name = tool.name.clone();
@@ -66,5 +66,44 @@ async fn signature(model: &LocalModel, tool: &Tool) -> Result<Signature, ApiErro
         Ok(_) => Ok(Signature { name, schema }),
         Err(error) if tool.strict || error.status.is_server_error() => Err(error),
         Err(_) => Ok(Signature { name, schema: json!({"type": "object"}) }),
+    }
+}
+
+/// A function takes the arguments that it names: where its schema does not speak of others, none are written.
+fn closed(mut schema: Value) -> Value {
+    const SPEAK: [&str; 8] =
+        ["$ref", "additionalProperties", "allOf", "anyOf", "if", "oneOf", "patternProperties", "unevaluatedProperties"];
+    let named = schema.get("properties").and_then(Value::as_object);
+    let required = schema.get("required").and_then(Value::as_array).into_iter().flatten();
+    let complete = named.is_some_and(|named| required.filter_map(Value::as_str).all(|key| named.contains_key(key)));
+    if complete
+        && let Some(schema) = schema.as_object_mut()
+        && !SPEAK.iter().any(|key| schema.contains_key(*key))
+    {
+        schema.insert("additionalProperties".into(), false.into());
+    }
+    schema
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_function_that_names_its_arguments_takes_no_others() {
+        let names = json!({"type": "object", "properties": {"a": {}}, "required": ["a"]});
+        assert_eq!(closed(names.clone())["additionalProperties"], false);
+        assert_eq!(closed(json!({"properties": {}}))["additionalProperties"], false);
+        for (key, value) in [
+            ("additionalProperties", json!({"type": "string"})),
+            ("patternProperties", json!({"^x": {}})),
+            ("allOf", json!([{"properties": {"b": {}}}])),
+            ("required", json!(["b"])),
+        ] {
+            let mut open = names.clone();
+            open[key] = value;
+            assert_eq!(closed(open.clone()), open);
+        }
+        assert_eq!(closed(json!({"type": "object"})), json!({"type": "object"}));
     }
 }

@@ -32,6 +32,8 @@ impl About {
         for key in ["prompt_cache_key", "prompt_cache_retention"] {
             fields.string(key)?;
         }
+        // Hints for a cache that needs none.
+        fields.ignore(&["prompt_cache_options"]);
         let tier = match fields.get("service_tier") {
             // OpenAI's scale tier is bought by contract; here it is whatever the key has.
             Some(field) => match field.one_of(&["auto", "default", "flex", "scale", "priority"])? {
