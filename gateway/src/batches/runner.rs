@@ -230,7 +230,8 @@ impl Runner {
     /// Who the batch's requests come from; `None` when the key does not work any more.
     async fn caller(&self, batch: &Batch) -> Result<Option<Caller>, Trouble> {
         let Some(id) = &batch.draft.key_id else { return Ok(Some(Caller::later(None))) };
-        Ok(self.app.store.key(id).await?.map(|key| Caller::later(Some(Arc::new(key)))))
+        let key = self.app.store.key(id).await?.filter(|key| !key.has_expired(now()));
+        Ok(key.map(|key| Caller::later(Some(Arc::new(key)))))
     }
 
     /// A place and room for a line.
