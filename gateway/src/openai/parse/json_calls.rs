@@ -343,7 +343,7 @@ impl JsonCalls {
             written.extend(pending.drain(..taken));
             return (Stage::Opened { written }, Advance::Again);
         }
-        if !last && self.syntax.open.iter().any(|mark| mark.starts_with(text)) || (text.is_empty() && !last) {
+        if !last && (text.is_empty() || self.syntax.open.iter().any(|mark| mark.starts_with(text))) {
             return (Stage::Opened { written }, Advance::Wait);
         }
         let place = Place { in_list: text.starts_with('['), marked: true };
