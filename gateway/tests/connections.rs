@@ -32,7 +32,7 @@ async fn start(app: App) -> Running {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (leave, left) = oneshot::channel();
-    let server = tokio::spawn(Server::new(listener, app, 64).run(async move { drop(left.await) }));
+    let server = tokio::spawn(Server::new(listener, app, 64, None).run(async move { drop(left.await) }));
     Running { address, leave, server }
 }
 

@@ -7,6 +7,7 @@ use crate::datasets::DatasetJobs;
 use crate::http::drain::Drain;
 use crate::http::limits::BodyLimits;
 use crate::http::server::Server;
+use crate::http::tls::{Tls, TlsError};
 use crate::http::{App, Auth};
 use crate::telemetry::{self, TelemetryError};
 use crate::upstream::{LocalModel, Registry, Upstream};
@@ -79,6 +80,15 @@ pub struct ServeArgs {
     /// Connections at once; more wait [default: 4096]
     #[arg(long, value_name = "N")]
     max_connections: Option<String>,
+    /// Certificate chain for TLS, a PEM file; read again when it changes [default: no TLS]
+    #[arg(long, value_name = "FILE")]
+    tls_certificate: Option<String>,
+    /// Private key of the certificate, a PEM file
+    #[arg(long, value_name = "FILE")]
+    tls_key: Option<String>,
+    /// Web pages that may call from a browser, such as https://app.example.com, separated by commas; * is every page [default: none]
+    #[arg(long, value_name = "ORIGINS")]
+    cors_origins: Option<String>,
     /// Where records are kept: postgres://USER:PASSWORD@HOST/NAME [default: SQLite in the data directory]
     #[arg(long, value_name = "URL")]
     database: Option<String>,
@@ -135,6 +145,9 @@ impl ServeArgs {
             ("drain_timeout", &self.drain_timeout),
             ("max_body", &self.max_body),
             ("max_connections", &self.max_connections),
+            ("tls_certificate", &self.tls_certificate),
+            ("tls_key", &self.tls_key),
+            ("cors_origins", &self.cors_origins),
             ("database", &self.database),
             ("datasets", &self.datasets),
             ("record", &self.record),
@@ -169,6 +182,9 @@ pub enum ServeError {
         "there is no API key yet, so this server may only listen on this machine, not on {0}; make a key with `tidemill key create --name NAME --scope chat,feedback`, or leave out --host"
     )]
     NoKey(IpAddr),
+    /// The certificate cannot be used.
+    #[error("{0}")]
+    Tls(#[from] TlsError),
     /// The system gives no threads.
     #[error("cannot start threads: {0}")]
     Threads(std::io::Error),
@@ -234,6 +250,7 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle) 
     Ok(App {
         registry: Arc::new(Registry::new(models.iter().map(|model| model.name.clone()))),
         drain: Drain::default(),
+        origins: config.origins.clone(),
         body: BodyLimits { bytes: config.max_body, ..BodyLimits::default() },
         metrics: Some(metrics),
         auth: Auth::new(store.clone(), has_key),
@@ -259,13 +276,17 @@ fn network_threads() -> usize {
 }
 
 async fn serve(config: Config, models: Vec<ModelSpec>, app: App) -> Result<(), ServeError> {
+    let tls = config.tls.as_ref().map(|(certificate, key)| Tls::open(certificate, key)).transpose()?;
     let address = SocketAddr::new(config.host, config.port);
     let listen = |source| ServeError::Listen { address, source };
     let listener = TcpListener::bind(address).await.map_err(listen)?;
     let address = listener.local_addr().map_err(listen)?;
     tracing::info!(%address, models = models.len(), "listening; loading models");
     let (failed, failure) = oneshot::channel();
-    let server = Server::new(listener, app.clone(), config.max_connections);
+    if let Some(tls) = &tls {
+        tokio::spawn(tls.clone().keep_fresh());
+    }
+    let server = Server::new(listener, app.clone(), config.max_connections, tls);
     let drain_timeout = config.drain_timeout;
     let loader = {
         let app = app.clone();
@@ -313,7 +334,7 @@ fn load_all(config: &Config, models: &[ModelSpec], app: &App, address: SocketAdd
         app.registry.loaded(&model.name, Upstream::Local(Arc::new(loaded)));
     }
     if let Some(first) = models.first() {
-        banner::ready(&first.name, address, app.auth.has_keys());
+        banner::ready(&first.name, address, app.auth.has_keys(), config.tls.is_some());
     }
     Ok(())
 }

@@ -6,10 +6,12 @@ pub mod model_spec;
 mod tables;
 mod value;
 
+use layer::Setting;
 pub use layer::{Layer, Origin};
 pub use model_spec::{DEFAULT_MODEL, ModelSpec, models_dir};
 
 use crate::feedback::Metrics;
+use crate::http::cors::Origins;
 use crate::recording::{Level, Recording};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -21,7 +23,7 @@ use tidemill_kernels::{KvDtype, WeightFormat};
 pub const DEFAULT_FILE: &str = "tidemill.toml";
 
 /// Every setting, by its name in the file. The flag is the same with dashes, the variable the same in capitals after `TIDEMILL_`.
-pub const KEYS: [&str; 27] = [
+pub const KEYS: [&str; 30] = [
     "model",
     "host",
     "port",
@@ -40,6 +42,9 @@ pub const KEYS: [&str; 27] = [
     "drain_timeout",
     "max_body",
     "max_connections",
+    "tls_certificate",
+    "tls_key",
+    "cors_origins",
     "database",
     "datasets",
     "record",
@@ -155,6 +160,10 @@ pub struct Config {
     pub max_body: usize,
     /// Most connections at once.
     pub max_connections: usize,
+    /// Certificate chain and private key, where TLS is spoken.
+    pub tls: Option<(PathBuf, PathBuf)>,
+    /// Web pages that may call.
+    pub origins: Origins,
     /// A Postgres URL; `None` is SQLite in the data directory.
     pub database: Option<String>,
     /// Folder or URL of the datasets' tables; `None` is a folder in the data directory.
@@ -232,6 +241,8 @@ impl Config {
             drain_timeout: get("drain_timeout").map_or(Ok(Duration::from_secs(30)), |s| s.parse(value::duration))?,
             max_body: get("max_body").map_or(Ok(10 << 20), |s| s.parse(value::size))?,
             max_connections: count("max_connections", 1)?.unwrap_or(4096),
+            tls: tls(get("tls_certificate"), get("tls_key"))?,
+            origins: get("cors_origins").map_or(Ok(Origins::default()), |s| s.parse(Origins::parse))?,
             database: get("database").map(|s| s.text.clone()),
             datasets: get("datasets").map(|s| s.text.clone()),
             recording: Recording {
@@ -272,6 +283,20 @@ impl Config {
             seed: self.seed,
             ..EngineOptions::new(&model.path)
         }
+    }
+}
+
+/// Both or neither.
+fn tls(certificate: Option<&Setting>, key: Option<&Setting>) -> Result<Option<(PathBuf, PathBuf)>, ConfigError> {
+    let alone = |setting: &Setting, other: &str| ConfigError::Value {
+        place: setting.origin.to_string(),
+        message: format!("needs `{other}` beside it"),
+    };
+    match (certificate, key) {
+        (None, None) => Ok(None),
+        (Some(certificate), Some(key)) => Ok(Some((PathBuf::from(&certificate.text), PathBuf::from(&key.text)))),
+        (Some(certificate), None) => Err(alone(certificate, "tls_key")),
+        (None, Some(key)) => Err(alone(key, "tls_certificate")),
     }
 }
 

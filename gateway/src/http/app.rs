@@ -3,6 +3,7 @@
 use crate::datasets::DatasetJobs;
 use crate::feedback::Metrics;
 use crate::http::auth::Auth;
+use crate::http::cors::Origins;
 use crate::http::drain::Drain;
 use crate::http::limits::BodyLimits;
 use crate::recording::Recording;
@@ -20,6 +21,8 @@ pub struct App {
     pub drain: Drain,
     /// Bounds on request bodies.
     pub body: BodyLimits,
+    /// Web pages that may call.
+    pub origins: Origins,
     /// Renders `/metrics`; absent where no recorder was installed.
     pub metrics: Option<PrometheusHandle>,
     /// Durable records.

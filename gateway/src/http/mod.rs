@@ -4,6 +4,8 @@ pub mod app;
 pub mod auth;
 pub mod chat;
 mod completions;
+mod connection;
+pub mod cors;
 mod datasets;
 pub mod drain;
 pub mod error;
@@ -18,6 +20,7 @@ mod probes;
 mod router;
 pub mod server;
 pub mod sse;
+pub mod tls;
 mod tokens;
 
 pub use app::App;

@@ -15,6 +15,7 @@ use tidemill_store::Scope;
 /// All routes. Whatever is not one answers in the error shape, too.
 pub fn router(app: App) -> Router {
     let auth = app.auth.clone();
+    let cors = app.origins.layer();
     let generating = Router::new()
         .route("/v1/chat/completions", post(chat::chat))
         .route("/v1/completions", post(completions::completions))
@@ -25,7 +26,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/feedback", post(feedback::create).get(feedback::list))
         .route("/v1/feedback/{id}", get(feedback::get).patch(feedback::edit).delete(feedback::withdraw))
         .route_layer(require(Scope::Feedback));
-    Router::new()
+    let router = Router::new()
         .merge(generating)
         .merge(judging)
         .merge(datasets::routes())
@@ -41,8 +42,10 @@ pub fn router(app: App) -> Router {
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(auth, authenticate))
-        .layer(from_fn(observe::observe))
-        .with_state(app)
+        // Around the keys: a browser asks for leave before it sends one, and may read why it was refused.
+        .layer(tower::util::option_layer(cors))
+        .layer(from_fn(observe::observe));
+    router.with_state(app)
 }
 
 async fn unknown_path(request: Request) -> ApiError {

@@ -19,6 +19,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tidemill::datasets::DatasetJobs;
 use tidemill::feedback::Metrics;
+use tidemill::http::cors::Origins;
 use tidemill::http::drain::Drain;
 use tidemill::http::limits::BodyLimits;
 use tidemill::http::{App, Auth, router};
@@ -211,6 +212,7 @@ impl Setup {
         App {
             registry: Arc::new(registry),
             drain: Drain::default(),
+            origins: Origins::default(),
             body: BodyLimits::default(),
             metrics: None,
             auth: Auth::new(store.clone(), false),
