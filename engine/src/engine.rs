@@ -5,6 +5,7 @@ use crate::chat_template::ChatTemplate;
 use crate::client;
 use crate::core::{Command, Core, Flow, Status, Submission};
 use crate::generation_defaults::GenerationDefaults;
+use crate::grammar::{Compiler, Constraint, Grammar, GrammarError};
 use crate::memory;
 use crate::model::{Decoder, Model};
 use crate::model_files::{Frontend, ModelFiles};
@@ -36,6 +37,7 @@ struct Inner {
     limits: EngineLimits,
     memory: MemoryReport,
     frontend: Frontend,
+    compiler: Compiler,
     description: String,
     commands: Sender<Command>,
     status: Arc<Status>,
@@ -165,7 +167,8 @@ impl Engine {
         // The standard library's hasher is seeded by the system: enough for seeds nobody asked to repeat.
         let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one(0u64));
         let seeds = AtomicU64::new(0);
-        let inner = Inner { options, limits, memory, frontend, description, commands, status, ended, seed, seeds };
+        let inner =
+            Inner { options, limits, memory, frontend, compiler: Compiler, description, commands, status, ended, seed, seeds };
         Ok(Engine { inner: Arc::new(inner) })
     }
 
@@ -203,6 +206,12 @@ impl Engine {
                 })
             }
         }
+    }
+
+    /// Compiles a constraint for this model's vocabulary. Takes milliseconds of computing, bounded: call it from a thread that may
+    /// block, and keep the result for the requests that ask for the same.
+    pub fn compile(&self, constraint: &Constraint) -> Result<Arc<Grammar>, GrammarError> {
+        self.inner.compiler.compile(constraint)
     }
 
     /// What requests must keep to.

@@ -1,6 +1,8 @@
 //! What goes into the engine and what comes out.
 
+use crate::grammar::Grammar;
 use std::fmt;
+use std::sync::Arc;
 
 /// Identity of a request: the bytes of the UUIDv7 that the API returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -51,6 +53,8 @@ pub struct SamplingParams {
     pub logprobs: Option<u32>,
     /// The same for the prompt's tokens; the first has none.
     pub prompt_logprobs: Option<u32>,
+    /// What the text must look like. The choice ends when the grammar can only end; an end-of-turn token is not drawn before.
+    pub grammar: Option<Arc<Grammar>>,
 }
 
 impl Default for SamplingParams {
@@ -75,6 +79,7 @@ impl Default for SamplingParams {
             skip_special_tokens: true,
             logprobs: None,
             prompt_logprobs: None,
+            grammar: None,
         }
     }
 }

@@ -3,6 +3,8 @@
 //! Δ is a completion's log-ratio: the sum over its tokens of (log π − log π_ref). A loss is a function of the two log-ratios of a
 //! pair, so its gradient with respect to them is all that a trainer needs to run backwards through the model.
 
+use crate::statistics::sigmoid;
+
 /// The two completions of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pair {
@@ -55,10 +57,6 @@ pub enum PairLoss {
 /// log σ(x), without overflow.
 fn log_sigmoid(x: f64) -> f64 {
     -(-x.abs()).exp().ln_1p() + x.min(0.0)
-}
-
-fn sigmoid(x: f64) -> f64 {
-    log_sigmoid(x).exp()
 }
 
 impl PairLoss {

@@ -35,7 +35,7 @@ enum Batch<'a> {
     Feedback(&'a [&'a Feedback]),
     /// The same out of the spill log: what is by, or about an answer to, a person erased since then is left out.
     LateFeedback(&'a IdKey, &'a [&'a Feedback]),
-    /// Nothing: does the database answer?
+    /// Nothing new: can the database be written? One that is full, or a standby, answers and cannot.
     Ping,
 }
 
@@ -66,7 +66,7 @@ impl Batch<'_> {
                 for row in rows {
                     let at = row.user_key.as_deref().and_then(|user| erased.get(&ids.pseudonym(user)));
                     let Some(at) = at.filter(|at| row.created <= **at) else { continue };
-                    for text in ["DELETE FROM choices WHERE inference_id = $1", "DELETE FROM inferences WHERE id = $1"] {
+                    for text in ["DELETE FROM inferences WHERE id = $1", "DELETE FROM choices WHERE inference_id = $1"] {
                         sqlx::query(text).bind(row.id.to_string()).execute(&mut *sql).await?;
                     }
                     // Feedback on it may wait behind it in the same log.
@@ -87,7 +87,7 @@ impl Batch<'_> {
                 judgements::insert(sql, &kept).await
             }
             Self::Ping => {
-                sqlx::query("SELECT 1").execute(sql).await?;
+                sqlx::query("UPDATE meta SET value = value WHERE name = 'id_key'").execute(sql).await?;
                 Ok(Vec::new())
             }
         }

@@ -1,11 +1,14 @@
-//! One pool of connections, to SQLite or Postgres, spoken to with the same statements.
+//! Pools of connections, one to read and one to write, to SQLite or Postgres, spoken to with the same statements.
 
 use crate::error::StoreError;
 use sqlx::any::AnyPoolOptions;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
-use sqlx::{AnyPool, AssertSqlSafe, SqlSafeStr};
+use sqlx::{AnyPool, AssertSqlSafe, Connection, SqlSafeStr};
 use std::path::Path;
 use std::time::Duration;
+
+/// How long closing waits for a pool.
+const LAST_WORDS: Duration = Duration::from_secs(10);
 
 /// Which SQL is spoken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,34 +38,47 @@ impl Database {
             _ => return Err(StoreError::Url(without_password(url))),
         };
         let pool = |connections: u32| {
-            AnyPoolOptions::new().max_connections(connections).acquire_timeout(patience).after_connect(move |connection, _| {
-                Box::pin(async move {
-                    if dialect == Dialect::Sqlite {
-                        // FULL: a commit is on the disk, not merely with the operating system, before it is acknowledged.
-                        for pragma in [
-                            "PRAGMA journal_mode = WAL",
-                            "PRAGMA synchronous = FULL",
-                            "PRAGMA busy_timeout = 10000",
-                            "PRAGMA temp_store = MEMORY",
-                            "PRAGMA cache_size = -32768",
-                        ] {
-                            sqlx::query(pragma).execute(&mut *connection).await?;
+            AnyPoolOptions::new()
+                .max_connections(connections)
+                .acquire_timeout(patience)
+                .after_connect(move |connection, _| {
+                    Box::pin(async move {
+                        if dialect == Dialect::Sqlite {
+                            // FULL: a commit is on the disk, not merely with the operating system, before it is acknowledged.
+                            for pragma in [
+                                "PRAGMA journal_mode = WAL",
+                                "PRAGMA synchronous = FULL",
+                                "PRAGMA busy_timeout = 10000",
+                                // What is deleted is overwritten, not merely forgotten.
+                                "PRAGMA secure_delete = ON",
+                                "PRAGMA temp_store = MEMORY",
+                                "PRAGMA cache_size = -32768",
+                            ] {
+                                sqlx::query(pragma).execute(&mut *connection).await?;
+                            }
                         }
-                    }
-                    Ok(())
+                        Ok(())
+                    })
                 })
-            })
+                // Before a connection goes back into the pool it is asked whether it is well. Without an end to waiting for that, each
+                // one that the network has swallowed would be missing from the pool until TCP gives up.
+                .after_release(move |connection, _| {
+                    Box::pin(async move {
+                        if dialect == Dialect::Sqlite {
+                            return Ok(true);
+                        }
+                        match tokio::time::timeout(patience, connection.ping()).await {
+                            Ok(answer) => answer.map(|()| true),
+                            Err(_) => Err(sqlx::Error::PoolTimedOut),
+                        }
+                    })
+                })
         };
         let database = match dialect {
             // SQLite has one writer at a time: waiting for it in the pool costs less than colliding at the file.
-            Dialect::Sqlite => {
-                let write = pool(1).connect(url).await?;
-                Self { dialect, read: pool(4).connect_lazy(url)?, write }
-            }
-            Dialect::Postgres => {
-                let both = pool(16).connect(url).await?;
-                Self { dialect, read: both.clone(), write: both }
-            }
+            Dialect::Sqlite => Self { dialect, read: pool(4).connect_lazy(url)?, write: pool(1).connect(url).await? },
+            // Two pools here, too: readers that are slow must not look to the recorder like a database that is away.
+            Dialect::Postgres => Self { dialect, read: pool(10).connect_lazy(url)?, write: pool(6).connect(url).await? },
         };
         database.migrate().await?;
         Ok(database)
@@ -110,14 +126,28 @@ impl Database {
         &self.write
     }
 
-    /// Waits until open connections are back and closes them.
+    /// Waits until open connections are back and closes them. Those that the network has swallowed are left to the system.
     pub async fn close(&self) {
-        self.write.close().await;
-        self.read.close().await;
+        for pool in [&self.write, &self.read] {
+            tokio::time::timeout(LAST_WORDS, pool.close()).await.ok();
+        }
+    }
+
+    /// SQLite: moves what is in the write-ahead log into the database file and cuts the log to nothing. `false`: readers or writers
+    /// were in the way for too long, and some of it is still in the log.
+    pub(crate) async fn empty_log(&self) -> Result<bool, sqlx::Error> {
+        if self.dialect != Dialect::Sqlite {
+            return Ok(true);
+        }
+        let (busy, _, _): (i64, i64, i64) = sqlx::query_as("PRAGMA wal_checkpoint(TRUNCATE)").fetch_one(&self.write).await?;
+        Ok(busy == 0)
     }
 }
 
-const MIGRATIONS: &[(i64, &str, &str)] = &[(1, "records", include_str!("../migrations/0001_records.sql"))];
+const MIGRATIONS: &[(i64, &str, &str)] = &[
+    (1, "records", include_str!("../migrations/0001_records.sql")),
+    (2, "indexes", include_str!("../migrations/0002_indexes.sql")),
+];
 
 fn without_password(url: &str) -> String {
     match (url.find("://"), url.rfind('@')) {

@@ -2,7 +2,10 @@
 //!
 //! Gone are their answers with prompts and choices, the feedback that they gave, anyone's feedback on their answers and conversations
 //! with its earlier forms, the labeling tasks made from their answers, and their own assignments as an annotator. Snapshots and
-//! adapters that were made from any of it are marked, not deleted: whether to rebuild or to withdraw them is for people to decide.
+//! adapters that were made from any of it are marked, not deleted: whether to rebuild or to withdraw them is for people to decide. The
+//! summary of such a snapshot's report goes, since it names people. So do damaged segments of this data directory's spill log.
+//!
+//! SQLite overwrites what it deletes (`secure_delete`), and its write-ahead log is emptied afterwards. Postgres does so when it vacuums.
 //!
 //! What remains is a pseudonym (a keyed hash) of the person and of each answer: in the audit, in place of their name in the lineage of
 //! snapshots, and in `erasures`, by which a record that waited elsewhere (the spill log of another gateway) is left out when it comes.
@@ -42,10 +45,15 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64
     let mut connection = database.write().acquire().await?;
     // The mark first, by itself: whoever writes an answer of theirs from here on sees it, and whoever wrote one before is seen below.
     mark(&mut connection, std::slice::from_ref(&pseudonym), now).await?;
-    let mut transaction = connection.begin().await?;
+    let mut transaction = match database.dialect() {
+        // SQLite lets nobody write who began by reading and was overtaken by another process: the server, where this is a command.
+        Dialect::Sqlite => connection.begin_with("BEGIN IMMEDIATE").await?,
+        Dialect::Postgres => connection.begin().await?,
+    };
     let sql = &mut *transaction;
     if database.dialect() == Dialect::Postgres {
-        let lock = "LOCK TABLE inferences, choices, feedback, feedback_targets IN SHARE ROW EXCLUSIVE MODE";
+        // In the order in which all others come to these tables: a verdict holds its task when it writes feedback.
+        let lock = "LOCK TABLE label_tasks, inferences, choices, feedback, feedback_targets IN SHARE ROW EXCLUSIVE MODE";
         sqlx::query(lock).execute(&mut *sql).await?;
     }
 
@@ -83,18 +91,24 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64
     let renamed = "UPDATE snapshot_sources SET source = $2 WHERE source = $1";
     sqlx::query(renamed).bind(user.clone()).bind(pseudonym.clone()).execute(&mut *sql).await?;
     for (table, column, keys) in [
+        ("label_tasks", "id", &tasks),
         ("label_assignments", "task_id", &tasks),
         ("label_external", "task_id", &tasks),
-        ("label_tasks", "id", &tasks),
         ("label_drafts", "candidate_a", &targets),
+        ("feedback", "id", &feedback),
         ("feedback_revisions", "feedback_id", &feedback),
         ("feedback_targets", "feedback_id", &feedback),
-        ("feedback", "id", &feedback),
-        ("choices", "inference_id", &answers),
         ("inferences", "id", &answers),
+        ("choices", "inference_id", &answers),
     ] {
         delete(sql, &format!("DELETE FROM {table} WHERE {column} IN"), keys).await?;
     }
+    // What they said before someone else was named as the author. A revision is JSON of ours: no value of it has an author inside.
+    let position = match database.dialect() {
+        Dialect::Sqlite => "DELETE FROM feedback_revisions WHERE instr(body, $1) > 0",
+        Dialect::Postgres => "DELETE FROM feedback_revisions WHERE strpos(body, $1) > 0",
+    };
+    sqlx::query(position).bind(format!("\"author\":{}", json!(user))).execute(&mut *sql).await?;
     crate::label::forget_annotator(sql, &user).await?;
     sqlx::query("INSERT INTO audit (id, at, actor, action, subject, detail) VALUES ($1, $2, 'operator', 'erase', $3, $4)")
         .bind(audit_id.to_string())
@@ -104,6 +118,13 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64
         .execute(&mut *sql)
         .await?;
     transaction.commit().await?;
+    // On SQLite there is no other connection to write with.
+    drop(connection);
+    if !database.empty_log().await? {
+        tracing::warn!(
+            "the database is too busy to empty its write-ahead log now; what was erased leaves it within the next writes"
+        );
+    }
     Ok(erasure)
 }
 
@@ -113,7 +134,7 @@ async fn taint(sql: &mut AnyConnection, ids: &BTreeSet<String>, reason: &str) ->
     let mut parents: Vec<String> = Vec::new();
     let trained = "UPDATE adapters SET tainted = COALESCE(tainted, $2) WHERE snapshot_id = $1 RETURNING name, generation";
     for id in ids {
-        let text = "UPDATE snapshots SET tainted = COALESCE(tainted, $2) WHERE id = $1 RETURNING name, version";
+        let text = "UPDATE snapshots SET tainted = COALESCE(tainted, $2), report = '{}' WHERE id = $1 RETURNING name, version";
         snapshots.extend(marked(sql, text, id, reason).await?);
         parents.extend(marked(sql, trained, id, reason).await?);
     }

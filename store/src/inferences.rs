@@ -89,11 +89,8 @@ const CHOICES: Insert = Insert {
 /// Writes the answers whose ids are not there yet, within the caller's transaction; returns how many were new.
 pub(crate) async fn insert(connection: &mut AnyConnection, rows: &[Inference]) -> Result<usize, sqlx::Error> {
     let mut new = 0;
-    let mut rest = rows;
-    for size in Insert::sizes(rows.len()) {
-        let (part, behind) = rest.split_at(size);
-        rest = behind;
-        let mut query = sqlx::query(AssertSqlSafe(INFERENCES.text(size)));
+    for part in Insert::parts(rows) {
+        let mut query = sqlx::query(AssertSqlSafe(INFERENCES.text(part.len())));
         for row in part {
             query = query
                 .bind(row.id.to_string())
@@ -124,11 +121,8 @@ pub(crate) async fn insert(connection: &mut AnyConnection, rows: &[Inference]) -
     }
     let choices: Vec<(Uuid, usize, &Choice)> =
         rows.iter().flat_map(|row| row.choices.iter().enumerate().map(|(position, choice)| (row.id, position, choice))).collect();
-    let mut rest = choices.as_slice();
-    for size in Insert::sizes(choices.len()) {
-        let (part, behind) = rest.split_at(size);
-        rest = behind;
-        let mut query = sqlx::query(AssertSqlSafe(CHOICES.text(size)));
+    for part in Insert::parts(&choices) {
+        let mut query = sqlx::query(AssertSqlSafe(CHOICES.text(part.len())));
         for (inference, position, choice) in part {
             query = query
                 .bind(choice.id.to_string())

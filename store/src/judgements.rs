@@ -100,11 +100,8 @@ const TARGETS: Insert = Insert { table: "feedback_targets", columns: &["feedback
 /// Writes what is not there yet, within the caller's transaction, and says in order what became of each.
 pub(crate) async fn insert(connection: &mut AnyConnection, rows: &[&Feedback]) -> Result<Vec<Acknowledged>, sqlx::Error> {
     let mut new: HashSet<String> = HashSet::with_capacity(rows.len());
-    let mut rest = rows;
-    for size in Insert::sizes(rows.len()) {
-        let (part, behind) = rest.split_at(size);
-        rest = behind;
-        let mut query = sqlx::query(AssertSqlSafe(FEEDBACK.text(size)));
+    for part in Insert::parts(rows) {
+        let mut query = sqlx::query(AssertSqlSafe(FEEDBACK.text(part.len())));
         for row in part {
             query = query
                 .bind(row.id.to_string())
@@ -165,11 +162,8 @@ pub(crate) async fn insert(connection: &mut AnyConnection, rows: &[&Feedback]) -
 }
 
 async fn insert_targets(connection: &mut AnyConnection, targets: &[(Uuid, &String)]) -> Result<(), sqlx::Error> {
-    let mut rest = targets;
-    for size in Insert::sizes(targets.len()) {
-        let (part, behind) = rest.split_at(size);
-        rest = behind;
-        let mut query = sqlx::query(AssertSqlSafe(TARGETS.text(size)));
+    for part in Insert::parts(targets) {
+        let mut query = sqlx::query(AssertSqlSafe(TARGETS.text(part.len())));
         for (id, target) in part {
             query = query.bind(id.to_string()).bind(clean(target).into_owned());
         }
@@ -180,12 +174,10 @@ async fn insert_targets(connection: &mut AnyConnection, targets: &[(Uuid, &Strin
 
 /// The feedback of this id.
 pub(crate) async fn find(database: &Database, id: Uuid) -> Result<Option<Feedback>, StoreError> {
-    let row = sqlx::query("SELECT * FROM feedback WHERE id = $1").bind(id.to_string()).fetch_optional(database.read()).await?;
+    let mut connection = database.read().acquire().await?;
+    let row = sqlx::query("SELECT * FROM feedback WHERE id = $1").bind(id.to_string()).fetch_optional(&mut *connection).await?;
     match row {
-        Some(row) => {
-            let mut connection = database.read().acquire().await?;
-            Ok(with_targets(&mut connection, vec![read(&row)?]).await?.pop())
-        }
+        Some(row) => Ok(with_targets(&mut connection, vec![read(&row)?]).await?.pop()),
         None => Ok(None),
     }
 }
@@ -211,9 +203,9 @@ pub(crate) async fn find_all(database: &Database, filter: &FeedbackFilter) -> Re
     select.integer("withdrawn = ?", filter.withdrawn.map(i64::from));
     select.text_option(&filter.order.after("id"), filter.after.map(|id| id.to_string()).as_deref());
     select.end(&format!(" ORDER BY id {} LIMIT {}", filter.order.sql(), limit + 1));
-    let rows = select.query().fetch_all(database.read()).await?;
-    let page = Page::of(rows.iter().map(read).collect::<Result<Vec<_>, _>>()?, limit);
     let mut connection = database.read().acquire().await?;
+    let rows = select.query().fetch_all(&mut *connection).await?;
+    let page = Page::of(rows.iter().map(read).collect::<Result<Vec<_>, _>>()?, limit);
     Ok(Page { items: with_targets(&mut connection, page.items).await?, has_more: page.has_more })
 }
 

@@ -104,11 +104,9 @@ pub(crate) fn hash_of(secret: &str) -> String {
 }
 
 pub(crate) async fn insert(database: &Database, key: &ApiKey, secret: &str) -> Result<(), StoreError> {
-    let taken = sqlx::query("SELECT 1 FROM api_keys WHERE name = $1 AND revoked IS NULL").bind(key.name.clone());
-    if taken.fetch_optional(database.write()).await?.is_some() {
-        return Err(StoreError::KeyName(key.name.clone()));
-    }
-    sqlx::query("INSERT INTO api_keys (id, created, name, prefix, hash, scopes) VALUES ($1, $2, $3, $4, $5, $6)")
+    let text =
+        "INSERT INTO api_keys (id, created, name, prefix, hash, scopes) VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING";
+    let made = sqlx::query(text)
         .bind(key.id.to_string())
         .bind(key.created)
         .bind(clean(&key.name).into_owned())
@@ -117,6 +115,9 @@ pub(crate) async fn insert(database: &Database, key: &ApiKey, secret: &str) -> R
         .bind(json(&key.scopes))
         .execute(database.write())
         .await?;
+    if made.rows_affected() == 0 {
+        return Err(StoreError::KeyName(key.name.clone()));
+    }
     Ok(())
 }
 

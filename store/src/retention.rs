@@ -4,8 +4,8 @@
 //! - **By size**: the oldest without feedback first, and judged ones only when no others are left: a judgement without its answer
 //!   teaches nothing. The size is that of text and tokens; the files are larger, and SQLite's file keeps its length and fills the gaps.
 //! - **Never**: feedback, which is small and somebody's work (withdrawing and erasure remove it), labeling tasks, which hold their own
-//!   copy of both answers until their queue is deleted, and snapshots, which hold their own copy of their rows. The lineage of a
-//!   snapshot keeps the ids of answers that are gone.
+//!   copy of both answers, and snapshots, which hold their own copy of their rows. The lineage of a snapshot keeps the ids of answers
+//!   that are gone.
 //!
 //! Deleted in small transactions with pauses: on SQLite, feedback waits behind each of them.
 
@@ -17,11 +17,13 @@ use tokio::sync::watch;
 use crate::error::StoreError;
 use crate::statement::list;
 use crate::store::now_us;
-use crate::{Database, Retention};
+use crate::{Database, Dialect, Retention};
 
 const PART: i64 = 200;
 const PAUSE: Duration = Duration::from_millis(20);
 const INTERVAL: Duration = Duration::from_secs(60);
+/// The name of the lock: "tm" and "ret" in ASCII.
+const LOCK: i64 = 0x746d_0072_6574;
 
 const JUDGED: &str = "EXISTS (SELECT 1 FROM choices JOIN feedback_targets ON feedback_targets.target = choices.id \
                       WHERE choices.inference_id = inferences.id)";
@@ -44,7 +46,20 @@ pub(crate) async fn run(database: Database, retention: Retention, mut closing: w
 }
 
 /// Deletes what is beyond the limits at `now`, in microseconds since 1970, and says how many answers that were.
+/// On Postgres one gateway at a time does so: two that count down from the same total side by side would delete more than is too much.
 pub async fn apply(database: &Database, retention: Retention, now: i64) -> Result<u64, StoreError> {
+    if database.dialect() == Dialect::Sqlite {
+        return apply_alone(database, retention, now).await;
+    }
+    let mut lock = database.write().begin().await?;
+    let text = "SELECT CASE WHEN pg_try_advisory_xact_lock($1) THEN 1 ELSE 0 END";
+    let (ours,): (i32,) = sqlx::query_as(text).bind(LOCK).fetch_one(&mut *lock).await?;
+    let deleted = if ours == 1 { apply_alone(database, retention, now).await } else { Ok(0) };
+    lock.commit().await?;
+    deleted
+}
+
+async fn apply_alone(database: &Database, retention: Retention, now: i64) -> Result<u64, StoreError> {
     let mut deleted = 0;
     if let Some(age) = retention.max_age {
         let before = now.saturating_sub(i64::try_from(age.as_micros()).unwrap_or(i64::MAX));
@@ -89,12 +104,14 @@ async fn delete(database: &Database, ids: &[String]) -> Result<u64, StoreError> 
     let mut connection = database.write().acquire().await?;
     let mut transaction = connection.begin().await?;
     let mut deleted = 0;
-    for column in ["DELETE FROM choices WHERE inference_id IN", "DELETE FROM inferences WHERE id IN"] {
-        let mut query = sqlx::query(AssertSqlSafe(format!("{column} {}", list(1, ids.len()))));
+    // In the order in which answers are written and erased: on Postgres these meet.
+    for (text, counts) in [("DELETE FROM inferences WHERE id IN", true), ("DELETE FROM choices WHERE inference_id IN", false)] {
+        let mut query = sqlx::query(AssertSqlSafe(format!("{text} {}", list(1, ids.len()))));
         for id in ids {
             query = query.bind(id.clone());
         }
-        deleted = query.execute(&mut *transaction).await?.rows_affected();
+        let gone = query.execute(&mut *transaction).await?.rows_affected();
+        deleted += if counts { gone } else { 0 };
     }
     transaction.commit().await?;
     drop(connection);

@@ -35,7 +35,7 @@ pub struct Snapshot {
     pub row_counts: Value,
     /// `pass`, `warn` or `fail`.
     pub verdict: String,
-    /// The quality report without its rows.
+    /// The quality report without its rows; empty after an erasure.
     pub report: Value,
     /// Why it must not be trained on any more, such as an erasure.
     pub tainted: Option<Value>,
@@ -80,11 +80,8 @@ impl Snapshots {
             .execute(&mut *transaction)
             .await?;
         let all: Vec<(&str, &String)> = sources.iter().flat_map(|(kind, ids)| ids.iter().map(|id| (*kind, id))).collect();
-        let mut rest = all.as_slice();
-        for size in Insert::sizes(all.len()) {
-            let (part, behind) = rest.split_at(size);
-            rest = behind;
-            let mut query = sqlx::query(AssertSqlSafe(SOURCES.text(size)));
+        for part in Insert::parts(&all) {
+            let mut query = sqlx::query(AssertSqlSafe(SOURCES.text(part.len())));
             for (kind, source) in part {
                 query = query.bind(snapshot.id.to_string()).bind(*kind).bind(clean(source).into_owned());
             }
@@ -93,7 +90,7 @@ impl Snapshots {
         // Erasure marks the snapshots that it finds; one that was not there yet has to look for itself.
         if from_feedback {
             sqlx::query(
-                "UPDATE snapshots SET tainted = $2 WHERE id = $1 AND tainted IS NULL AND EXISTS (
+                "UPDATE snapshots SET tainted = $2, report = '{}' WHERE id = $1 AND tainted IS NULL AND EXISTS (
                 SELECT 1 FROM snapshot_sources s WHERE s.snapshot_id = $1 AND s.kind = 'feedback'
                 AND NOT EXISTS (SELECT 1 FROM feedback f WHERE f.id = s.source))",
             )

@@ -16,14 +16,15 @@ pub(crate) struct Insert {
 const SIZES: [usize; 4] = [64, 16, 4, 1];
 
 impl Insert {
-    /// Lengths of the statements that together write `rows` rows.
-    pub(crate) fn sizes(mut rows: usize) -> Vec<usize> {
-        let mut sizes = Vec::new();
-        for size in SIZES {
-            sizes.extend(std::iter::repeat_n(size, rows / size));
-            rows %= size;
-        }
-        sizes
+    /// `rows` in the parts that one statement each writes.
+    pub(crate) fn parts<T>(rows: &[T]) -> impl Iterator<Item = &[T]> {
+        let mut rest = rows;
+        std::iter::from_fn(move || {
+            let size = SIZES.into_iter().find(|size| *size <= rest.len())?;
+            let (part, behind) = rest.split_at(size);
+            rest = behind;
+            Some(part)
+        })
     }
 
     /// The statement for `rows` rows.
@@ -146,9 +147,10 @@ mod tests {
             insert.text(2),
             "INSERT INTO t (id,x) VALUES ($1,NULLIF($2,'NaN')),($3,NULLIF($4,'NaN')) ON CONFLICT DO NOTHING RETURNING id"
         );
-        for rows in [0, 1, 3, 64, 150, 1000] {
-            assert_eq!(Insert::sizes(rows).iter().sum::<usize>(), rows);
-        }
+        let rows: Vec<usize> = (0..150).collect();
+        assert_eq!(Insert::parts(&rows).map(<[usize]>::len).collect::<Vec<_>>(), [64, 64, 16, 4, 1, 1]);
+        assert_eq!(Insert::parts(&rows).flatten().copied().collect::<Vec<_>>(), rows);
+        assert_eq!(Insert::parts::<usize>(&[]).count(), 0);
     }
 
     #[test]

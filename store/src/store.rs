@@ -20,6 +20,8 @@ use crate::{DataDir, Database, Erasure};
 
 /// How long a command or a read waits for the database.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long for a list, which may look at much.
+const LONG_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a key that was found is believed without asking again: a key revoked by another process works that much longer.
 const KEY_LIFE: Duration = Duration::from_secs(5);
 /// Most keys remembered.
@@ -136,7 +138,7 @@ impl Store {
 
     /// A page of feedback.
     pub async fn list_feedback(&self, filter: &FeedbackFilter) -> Result<Page<Feedback>, StoreError> {
-        judgements::find_all(&self.0.database, filter).await
+        within(LONG_PATIENCE, judgements::find_all(&self.0.database, filter)).await
     }
 
     /// Changes a feedback and keeps what it was as a revision; a change that changes nothing adds none. `None`: no such feedback.
@@ -156,7 +158,7 @@ impl Store {
 
     /// A page of answers.
     pub async fn list_inferences(&self, filter: &InferenceFilter) -> Result<Page<Inference>, StoreError> {
-        inferences::find_all(&self.0.database, filter).await
+        within(LONG_PATIENCE, inferences::find_all(&self.0.database, filter)).await
     }
 
     /// Whether an answer of this conversation is recorded.
@@ -247,7 +249,9 @@ impl Store {
     /// Removes a person; see [`crate::erasure`]. `user` is what `user_key` and `author` say.
     pub async fn erase_user(&self, user: &str) -> Result<Erasure, StoreError> {
         self.0.recorder.settle().await?;
-        crate::erasure::erase(&self.0.database, &self.0.ids, user, now_us(), self.issue_id()).await
+        let erasure = crate::erasure::erase(&self.0.database, &self.0.ids, user, now_us(), self.issue_id()).await?;
+        self.0.recorder.remove_damaged()?;
+        Ok(erasure)
     }
 
     /// Writes down who did what to what.
@@ -299,10 +303,11 @@ async fn connect(data: &DataDir, url: Option<&str>) -> Result<(Database, IdKey),
 
 /// An answer in good time, or [`StoreError::Away`].
 async fn patiently<T>(work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
-    match tokio::time::timeout(PATIENCE, work).await {
-        Ok(result) => result,
-        Err(_) => Err(StoreError::Away),
-    }
+    within(PATIENCE, work).await
+}
+
+async fn within<T>(patience: Duration, work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+    tokio::time::timeout(patience, work).await.unwrap_or(Err(StoreError::Away))
 }
 
 fn random_bytes() -> Result<[u8; 32], StoreError> {

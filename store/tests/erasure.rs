@@ -7,9 +7,10 @@ mod support;
 use std::time::Duration;
 
 use support::proxy::{Proxy, Wire, eventually};
-use support::{Place, answer, each, on_postgres, postgres, thumb};
-use tidemill_store::records::{Feedback, TargetKind};
-use tidemill_store::{FeedbackFilter, InferenceFilter, Retention, Store, StoreOptions, retention};
+use support::{Place, answer, each, on_postgres, on_sqlite, postgres, thumb};
+use tidemill_store::label::{Labels, NewDraft, NewQueue, NewTask, TaskState};
+use tidemill_store::records::{Feedback, Inference, TargetKind};
+use tidemill_store::{FeedbackChange, FeedbackFilter, InferenceFilter, Retention, Store, StoreOptions, retention};
 
 async fn run(store: &Store, text: &'static str, values: &[&str]) {
     let mut query = sqlx::query(text);
@@ -39,8 +40,11 @@ fn a_person_is_removed_everywhere_and_what_was_made_from_them_is_marked() {
             ..thumb(&store, hers.id, "rater")
         };
         let stays = thumb(&store, his.id, "rater");
-        store.add_feedback(vec![by_her.clone(), on_hers.clone(), on_her_talk, stays.clone()]).await.unwrap();
+        let handed_over = thumb(&store, his.id, "ann@example.org");
+        store.add_feedback(vec![by_her.clone(), on_hers.clone(), on_her_talk, stays.clone(), handed_over.clone()]).await.unwrap();
         store.withdraw_feedback(on_hers.id).await.unwrap();
+        let to_bob = FeedbackChange { author: Some("bob".into()), ..Default::default() };
+        let handed_over = store.edit_feedback(handed_over.id, to_bob).await.unwrap().unwrap();
 
         let task = "INSERT INTO label_tasks (id, queue_id, created, source, prompt, answer_a, answer_b, candidate_a, candidate_b, verdicts, done, \
                     leased_until) VALUES ($1, 'q', 1, $1, '[]', 'a', 'b', $2, $3, 0, 0, 0)";
@@ -52,7 +56,7 @@ fn a_person_is_removed_everywhere_and_what_was_made_from_them_is_marked() {
         run(&store, assignment, &["a2", "t2", "ann@example.org"]).await;
         run(&store, assignment, &["a3", "t2", "rater"]).await;
         let snapshot = "INSERT INTO snapshots (id, name, version, created, query, content_hash, location, table_version, row_counts, verdict, \
-                        report) VALUES ($1, $2, 1, 1, '', '', '', 1, '{}', '', '')";
+                        report) VALUES ($1, $2, 1, 1, '', '', '', 1, '{}', '', '{\"explanation\":\"ann@example.org has most\"}')";
         let source = "INSERT INTO snapshot_sources (snapshot_id, kind, source) VALUES ($1, $2, $3)";
         for (id, kind, of) in [
             ("s1", "inference", hers.id.to_string()),
@@ -78,14 +82,19 @@ fn a_person_is_removed_everywhere_and_what_was_made_from_them_is_marked() {
         let answers = store.list_inferences(&InferenceFilter::default()).await.unwrap().items;
         assert_eq!(answers, vec![his.clone()]);
         assert_eq!(store.inference(hers.choices[1].id).await.unwrap(), None);
-        assert_eq!(store.list_feedback(&FeedbackFilter::default()).await.unwrap().items, vec![stays]);
+        assert_eq!(store.list_feedback(&FeedbackFilter::default()).await.unwrap().items, vec![handed_over, stays]);
         let count = async |text| -> i64 { sqlx::query_as::<_, (i64,)>(text).fetch_one(store.database().read()).await.unwrap().0 };
         assert_eq!(count("SELECT COUNT(*) FROM feedback_revisions").await, 0);
-        assert_eq!(count("SELECT COUNT(*) FROM feedback_targets").await, 1);
+        assert_eq!(count("SELECT COUNT(*) FROM feedback_targets").await, 2);
         assert_eq!(count("SELECT COUNT(*) FROM choices").await, 2);
         assert_eq!(one(&store, "SELECT id FROM label_tasks").await, "t2");
         assert_eq!(one(&store, "SELECT id FROM label_assignments").await, "a3");
         assert_eq!(count("SELECT COUNT(*) FROM snapshots WHERE tainted IS NULL").await, 1);
+        assert_eq!(
+            count("SELECT COUNT(*) FROM snapshots WHERE report LIKE '%ann%'").await,
+            1,
+            "the report of what has none of her"
+        );
         assert_eq!(count("SELECT COUNT(*) FROM adapters WHERE tainted IS NULL").await, 1);
         let audit = one(&store, "SELECT subject || detail FROM audit WHERE action = 'erase'").await;
         assert!(!audit.contains("ann") && audit.contains("\"inferences\":1"), "{audit}");
@@ -93,8 +102,7 @@ fn a_person_is_removed_everywhere_and_what_was_made_from_them_is_marked() {
 
         // What comes late, out of a log, is left out; what comes anew is a new record.
         store.record(hers.clone()).unwrap();
-        let anew =
-            tidemill_store::records::Inference { id: store.issue_id(), created: i64::MAX, choices: vec![], ..hers.clone() };
+        let anew = Inference { id: store.issue_id(), created: i64::MAX, choices: vec![], ..hers.clone() };
         store.record(anew.clone()).unwrap();
         store.flush().await;
         assert_eq!(store.inference(hers.id).await.unwrap(), None);
@@ -155,7 +163,7 @@ fn age_takes_every_old_answer_and_size_spares_judged_ones_and_feedback_stays() {
     each(async |place| {
         let store = place.open().await;
         let hour = 3_600_000_000;
-        let make = |hours: i64| tidemill_store::records::Inference { created: hours * hour, ..answer(&store, "ann") };
+        let make = |hours: i64| Inference { created: hours * hour, ..answer(&store, "ann") };
         let (ancient, old, judged, middle, new) = (make(1), make(5), make(6), make(7), make(8));
         for one in [&ancient, &old, &judged, &middle, &new] {
             store.record(one.clone()).unwrap();
@@ -183,6 +191,180 @@ fn age_takes_every_old_answer_and_size_spares_judged_ones_and_feedback_stays() {
         assert_eq!(store.list_feedback(&FeedbackFilter::default()).await.unwrap().items.len(), 2);
         let (choices,): (i64,) = sqlx::query_as("SELECT COUNT(*) FROM choices").fetch_one(store.database().read()).await.unwrap();
         assert_eq!(choices, 0);
+        store.close().await;
+    });
+}
+
+#[test]
+fn retention_on_two_gateways_deletes_as_much_as_on_one() {
+    let Some(server) = postgres() else { return };
+    on_postgres(&server, &async |place: &Place| {
+        let (store, other) = (place.open().await, place.open().await);
+        let rows: Vec<Inference> = (0..3000).map(|n| Inference { created: n, ..answer(&store, "ann") }).collect();
+        for rows in rows.chunks(1000) {
+            rows.iter().for_each(|row| store.record(row.clone()).unwrap());
+            store.flush().await;
+        }
+        let bytes = "SELECT CAST(SUM(bytes) AS BIGINT) FROM inferences";
+        let total = async || -> i64 { sqlx::query_as::<_, (i64,)>(bytes).fetch_one(store.database().read()).await.unwrap().0 };
+        let most = total().await / 2;
+        let size = Retention { max_age: None, max_bytes: Some(most as u64) };
+        let late = async {
+            tokio::time::sleep(Duration::from_millis(40)).await;
+            retention::apply(other.database(), size, 0).await.unwrap()
+        };
+        let (first, second) = tokio::join!(async { retention::apply(store.database(), size, 0).await.unwrap() }, late);
+        assert_eq!(first + second, 1500);
+        assert!(total().await <= most);
+        store.close().await;
+        other.close().await;
+    });
+}
+
+#[test]
+fn erasure_by_a_command_succeeds_beside_a_server_that_writes_all_the_time() {
+    each(async |place| {
+        let store = place.open().await;
+        for person in 0..4 {
+            for _ in 0..300 {
+                store.record(answer(&store, &format!("p{person}"))).unwrap();
+            }
+            store.flush().await;
+        }
+        let writers: Vec<_> = (0..4)
+            .map(|_| {
+                let store = store.clone();
+                tokio::spawn(async move {
+                    loop {
+                        store.add_feedback(vec![thumb(&store, store.issue_id(), "rater")]).await.unwrap();
+                    }
+                })
+            })
+            .collect();
+        let command = Store::open_for_command(&place.data(), place.url.as_deref()).await.unwrap();
+        for person in 0..4 {
+            assert_eq!(command.erase_user(&format!("p{person}")).await.unwrap().inferences, 300);
+        }
+        writers.iter().for_each(tokio::task::JoinHandle::abort);
+        command.close().await;
+        store.close().await;
+    });
+}
+
+#[test]
+fn not_a_byte_of_an_erased_person_is_left_in_the_files() {
+    on_sqlite(&async |place: &Place| {
+        const WORDS: &str = "unmistakable words";
+        let text = |length: usize| format!("{WORDS} {}", "x".repeat(length));
+        let store = place.open().await;
+        for n in 0..200 {
+            let mut hers = answer(&store, WORDS);
+            hers.prompt_text = Some(text(n * 50));
+            hers.choices[0].output_text = Some(text(n));
+            let said = Feedback { value: text(n).into(), ..thumb(&store, hers.id, "rater") };
+            let id = said.id;
+            store.record(hers).unwrap();
+            store.record(answer(&store, "bob")).unwrap();
+            store.add_feedback(vec![said, thumb(&store, store.issue_id(), "rater")]).await.unwrap();
+            if n % 3 == 0 {
+                let shorter = FeedbackChange { value: Some((WORDS.into(), None)), ..Default::default() };
+                store.edit_feedback(id, shorter).await.unwrap();
+            }
+        }
+        let damaged = place.folder.path().join("spill/00000000000000ff.damaged");
+        std::fs::write(&damaged, WORDS).unwrap();
+        let found = || {
+            let files = [place.folder.path().to_owned(), place.folder.path().join("spill")];
+            let entries = files.iter().flat_map(|folder| std::fs::read_dir(folder).unwrap());
+            let with = |path: &std::path::PathBuf| {
+                let bytes = if path.is_file() { std::fs::read(path).unwrap() } else { Vec::new() };
+                bytes.windows(WORDS.len()).any(|window| window == WORDS.as_bytes())
+            };
+            entries.map(|entry| entry.unwrap().path()).filter(with).collect::<Vec<_>>()
+        };
+        store.flush().await;
+        assert!(found().len() >= 2, "in the database or its log, and in the damaged segment");
+        assert_eq!(store.erase_user(WORDS).await.unwrap().inferences, 200);
+        assert_eq!(found(), Vec::<std::path::PathBuf>::new());
+        assert_eq!(
+            store.list_inferences(&InferenceFilter { limit: Some(1000), ..Default::default() }).await.unwrap().items.len(),
+            200
+        );
+        store.close().await;
+    });
+}
+
+fn queue() -> NewQueue {
+    NewQueue {
+        name: "q".into(),
+        rule: serde_json::json!({}),
+        guidelines: String::new(),
+        overlap: 1,
+        gold_share: 0.0,
+        lease_seconds: 60,
+        filled_until: String::new(),
+    }
+}
+
+fn pair(a: &Inference) -> NewTask {
+    NewTask {
+        source: a.id.to_string(),
+        prompt: serde_json::json!([]),
+        answer_a: "first".into(),
+        answer_b: "second".into(),
+        candidate_a: Some(a.choices[0].id),
+        candidate_b: Some(a.choices[1].id),
+        gold: None,
+    }
+}
+
+#[test]
+fn a_draft_that_was_erased_while_its_answer_was_generated_becomes_no_task() {
+    each(async |place| {
+        let store = place.open().await;
+        let labels = Labels::new(store.database());
+        let queue = labels.create_queue(queue(), 1).await.unwrap();
+        let hers = answer(&store, "ann");
+        store.record(hers.clone()).unwrap();
+        store.flush().await;
+        let answer = Some(("first".to_owned(), hers.id));
+        let new = NewDraft { source: hers.id.to_string(), prompt: serde_json::json!(["hers"]), answer, model: None };
+        labels.add_drafts(queue.id, &[new], 1).await.unwrap();
+        let draft = labels.waiting_drafts(1).await.unwrap().remove(0);
+        store.erase_user("ann").await.unwrap();
+        labels.finish_draft(&draft, &pair(&hers), 2).await.unwrap();
+        assert!(labels.list_tasks(queue.id, TaskState::Any, None, 9).await.unwrap().is_empty());
+        store.close().await;
+    });
+}
+
+#[test]
+fn an_erasure_waits_for_a_verdict_that_is_being_written_and_neither_fails() {
+    let Some(server) = postgres() else { return };
+    on_postgres(&server, &async |place: &Place| {
+        let store = place.open().await;
+        let labels = Labels::new(store.database());
+        let queue = labels.create_queue(queue(), 1).await.unwrap();
+        let hers = answer(&store, "ann");
+        store.record(hers.clone()).unwrap();
+        store.flush().await;
+        labels.add_tasks(queue.id, &[pair(&hers)], 1).await.unwrap();
+        // Half of what `submit` does, in its order.
+        let mut verdict = store.database().write().begin().await.unwrap();
+        sqlx::query("UPDATE label_tasks SET verdicts = 1").execute(&mut *verdict).await.unwrap();
+        let erasing = tokio::spawn({
+            let store = store.clone();
+            async move { store.erase_user("ann").await }
+        });
+        let waiting = "SELECT COUNT(*) FROM pg_locks WHERE NOT granted";
+        eventually("the erasure waits", async || {
+            sqlx::query_as::<_, (i64,)>(waiting).fetch_one(store.database().read()).await.unwrap().0 > 0
+        })
+        .await;
+        let text = "INSERT INTO feedback_targets (feedback_id, target) VALUES ('f', 't')";
+        sqlx::query(text).execute(&mut *verdict).await.unwrap();
+        verdict.commit().await.unwrap();
+        assert_eq!(erasing.await.unwrap().unwrap().labels, 1);
         store.close().await;
     });
 }

@@ -4,8 +4,8 @@
 mod support;
 
 use std::collections::HashSet;
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Command, Stdio};
+use std::io::{BufRead, BufReader, Lines, Write};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use support::proxy::{Proxy, Wire, eventually};
@@ -37,29 +37,44 @@ fn writer() {
     });
 }
 
-/// Starts the writer, lets it acknowledge something, kills it at a random moment, and returns what it had acknowledged.
-fn write_and_kill(place: &Place, url: Option<&str>, at_least: Duration) -> HashSet<Uuid> {
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "writer", "--ignored", "--nocapture"]).env("TIDEMILL_TEST_FOLDER", place.folder.path());
-    if let Some(url) = url {
-        command.env("TIDEMILL_TEST_URL", url);
-    }
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-    let output = BufReader::new(child.stdout.take().unwrap());
-    let reader = std::thread::spawn(move || {
-        let mut acknowledged = HashSet::new();
-        for line in output.lines() {
-            if let Some(id) = line.unwrap().strip_prefix("acknowledged ").and_then(|id| id.parse().ok()) {
-                acknowledged.insert(id);
-            }
+/// The writer as a process, and what it has acknowledged.
+struct Writer {
+    process: Child,
+    output: Lines<BufReader<ChildStdout>>,
+    acknowledged: HashSet<Uuid>,
+}
+
+impl Writer {
+    fn start(place: &Place, url: Option<&str>) -> Self {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "writer", "--ignored", "--nocapture"]).env("TIDEMILL_TEST_FOLDER", place.folder.path());
+        if let Some(url) = url {
+            command.env("TIDEMILL_TEST_URL", url);
         }
-        acknowledged
-    });
-    let random = Duration::from_micros((Uuid::now_v7().as_u128() % 400_000) as u64);
-    std::thread::sleep(at_least + random);
-    child.kill().unwrap();
-    child.wait().unwrap();
-    reader.join().unwrap()
+        let mut process = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let output = BufReader::new(process.stdout.take().unwrap()).lines();
+        Self { process, output, acknowledged: HashSet::new() }
+    }
+
+    /// Waits until so many more are acknowledged; fewer only when the process ends.
+    fn acknowledges(&mut self, more: usize) {
+        let enough = self.acknowledged.len().saturating_add(more);
+        while self.acknowledged.len() < enough
+            && let Some(line) = self.output.next()
+        {
+            self.acknowledged.extend(line.unwrap().strip_prefix("acknowledged ").and_then(|id| id.parse::<Uuid>().ok()));
+        }
+    }
+
+    /// Kills it at a random moment within the next few transactions and returns all that it had acknowledged.
+    fn kill(mut self) -> HashSet<Uuid> {
+        let random = (Uuid::now_v7().as_u128() % 10_000) as u64;
+        std::thread::sleep(Duration::from_micros(random));
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+        self.acknowledges(usize::MAX);
+        self.acknowledged
+    }
 }
 
 async fn rows(store: &Store) -> Vec<Uuid> {
@@ -83,11 +98,13 @@ async fn all_are_there_once(place: &Place, acknowledged: &HashSet<Uuid>) {
 fn a_killed_process_loses_no_acknowledged_feedback() {
     each(async |place| {
         let mut acknowledged = HashSet::new();
-        for _ in 0..8 {
-            acknowledged.extend(write_and_kill(place, place.url.as_deref(), Duration::from_millis(400)));
+        for round in 0..8 {
+            let mut writer = Writer::start(place, place.url.as_deref());
+            writer.acknowledges(1 + 40 * round);
+            acknowledged.extend(writer.kill());
             all_are_there_once(place, &acknowledged).await;
         }
-        assert!(acknowledged.len() > 500, "{}", acknowledged.len());
+        assert!(acknowledged.len() > 1000, "{}", acknowledged.len());
     });
 }
 
@@ -96,26 +113,21 @@ fn a_process_killed_while_its_database_is_away_loses_none_either() {
     let Some(server) = postgres() else { return };
     on_postgres(&server, &async |place: &Place| {
         let mut acknowledged = HashSet::new();
-        for _ in 0..4 {
+        for round in 0..4 {
             let proxy = Proxy::to(place.url.as_deref().unwrap()).await;
-            let url = proxy.address.clone();
             // Up, away, back: killed somewhere in the replay.
-            let switch = async {
-                tokio::time::sleep(Duration::from_millis(500)).await;
-                proxy.set(Wire::Cut);
-                tokio::time::sleep(Duration::from_millis(1900)).await;
-                proxy.set(Wire::Up);
-            };
             let killed = tokio::task::block_in_place(|| {
-                std::thread::scope(|scope| {
-                    let writer = scope.spawn(|| write_and_kill(place, Some(&url), Duration::from_millis(2300)));
-                    tokio::runtime::Handle::current().block_on(switch);
-                    writer.join().unwrap()
-                })
+                let mut writer = Writer::start(place, Some(&proxy.address));
+                writer.acknowledges(100);
+                proxy.set(Wire::Cut);
+                writer.acknowledges(500);
+                proxy.set(Wire::Up);
+                writer.acknowledges(100 * round);
+                writer.kill()
             });
             acknowledged.extend(killed);
             all_are_there_once(place, &acknowledged).await;
         }
-        assert!(acknowledged.len() > 500, "{}", acknowledged.len());
+        assert!(acknowledged.len() > 2400, "{}", acknowledged.len());
     });
 }

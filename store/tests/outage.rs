@@ -6,7 +6,7 @@ mod support;
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use sqlx::Connection;
@@ -63,11 +63,12 @@ async fn count(store: &Store, table: &str) -> (i64, HashSet<Uuid>) {
     (rows.len() as i64, rows.iter().map(|(id,)| id.parse().unwrap()).collect())
 }
 
-/// Four applications and a stream of answers, until told to stop; returns what was accepted and the slowest `record`.
-async fn load(store: Store, stop: Arc<AtomicBool>) -> (HashSet<Uuid>, HashSet<Uuid>, Duration) {
+/// Four applications and a stream of answers, until told to stop; returns what was accepted and the slowest `record`. `sent` counts
+/// the feedback as it is acknowledged.
+async fn load(store: Store, stop: Arc<AtomicBool>, sent: Arc<AtomicUsize>) -> (HashSet<Uuid>, HashSet<Uuid>, Duration) {
     let mut senders = Vec::new();
     for _ in 0..4 {
-        let (store, stop) = (store.clone(), stop.clone());
+        let (store, stop, sent) = (store.clone(), stop.clone(), sent.clone());
         senders.push(tokio::spawn(async move {
             let mut acknowledged = HashSet::new();
             while !stop.load(Ordering::Relaxed) {
@@ -75,6 +76,7 @@ async fn load(store: Store, stop: Arc<AtomicBool>) -> (HashSet<Uuid>, HashSet<Uu
                 let id = one.id;
                 store.add_feedback(vec![one]).await.unwrap();
                 acknowledged.insert(id);
+                sent.fetch_add(1, Ordering::Relaxed);
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
             acknowledged
@@ -106,10 +108,13 @@ fn records_go_on_and_are_there_once(wire: Wire) {
         // A queue so small that the spill log is used from within `record`, too.
         let store = Store::open(StoreOptions { queue: 64, ..options }).await.unwrap();
         let stop = Arc::new(AtomicBool::new(false));
-        let load = tokio::spawn(load(store.clone(), stop.clone()));
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        let sent = Arc::new(AtomicUsize::new(0));
+        let load = tokio::spawn(load(store.clone(), stop.clone(), sent.clone()));
+        eventually("feedback is acknowledged", async || sent.load(Ordering::Relaxed) > 20).await;
         outage.begin(wire).await;
+        let before = sent.load(Ordering::Relaxed);
         tokio::time::sleep(Duration::from_secs(8)).await;
+        let during = sent.load(Ordering::Relaxed) - before;
         outage.end().await;
         tokio::time::sleep(Duration::from_secs(1)).await;
         stop.store(true, Ordering::Relaxed);
@@ -123,8 +128,9 @@ fn records_go_on_and_are_there_once(wire: Wire) {
         assert_eq!(count(&store, "inferences").await, (answers.len() as i64, answers.clone()));
         assert_eq!(count(&store, "feedback").await, (feedback.len() as i64, feedback.clone()));
         assert_eq!(count(&store, "choices").await.0, 2 * answers.len() as i64);
-        assert!(feedback.len() > 500, "feedback was accepted during the outage, too: {}", feedback.len());
-        assert!(slowest < Duration::from_millis(500), "recording never waits for the database: {slowest:?}");
+        // Those that wait for the database wait five seconds, each sender once; a disk that is busy may take a while.
+        assert!(during > 20, "feedback was accepted during the outage, too: {during}");
+        assert!(slowest < Duration::from_secs(4), "recording never waits for the database: {slowest:?}");
         eventually("the spill log is empty", async || std::fs::read_dir(place.folder.path().join("spill")).unwrap().count() == 0)
             .await;
         store.close().await;
@@ -209,8 +215,16 @@ fn feedback_with_an_idempotency_key_is_refused_while_duplicates_cannot_be_known_
         store.add_feedback(vec![plain.clone()]).await.unwrap();
         outage.end().await;
         eventually("the late one is there", async || store.feedback(plain.id).await.unwrap() == Some(plain.clone())).await;
-        // Twice in one request, and again in the next.
-        let sent = store.add_feedback(vec![keyed(), keyed()]).await.unwrap();
+        // Twice in one request, and again in the next. The row is there a moment before the store believes that the database is.
+        let mut sent = Vec::new();
+        eventually("keyed feedback is taken", async || match store.add_feedback(vec![keyed(), keyed()]).await {
+            Ok(acknowledged) => {
+                sent = acknowledged;
+                true
+            }
+            Err(_) => false,
+        })
+        .await;
         assert!(sent.iter().all(|one| one.duplicate && one.id == first.id));
         let same = keyed();
         let pair = [same.clone(), same.clone()]
@@ -255,6 +269,86 @@ fn what_waits_in_the_spill_log_survives_a_restart_and_keys_are_known_without_the
         .await;
         assert_eq!(store.inference(one.id).await.unwrap().unwrap(), one);
         assert_eq!(store.feedback(judged.id).await.unwrap().unwrap(), judged);
+        store.close().await;
+    });
+}
+
+#[test]
+fn when_the_spill_log_cannot_be_written_new_requests_are_turned_away() {
+    each(async |place| {
+        let (mut outage, options) = Outage::of(place).await;
+        let store = Store::open(StoreOptions { queue: 64, ..options }).await.unwrap();
+        let spill = place.folder.path().join("spill");
+        std::fs::remove_dir(&spill).unwrap();
+        outage.begin(Wire::Cut).await;
+        let mut taken = HashSet::new();
+        let mut lost = 0;
+        for _ in 0..1000 {
+            if !store.has_room() {
+                break;
+            }
+            let one = answer(&store, "ann");
+            let id = one.id;
+            match store.record(one) {
+                Ok(()) => assert!(taken.insert(id)),
+                Err(_) => lost += 1,
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert!(!store.has_room());
+        assert!(lost <= 1, "the first write that fails tells: {lost}");
+        std::fs::create_dir(&spill).unwrap();
+        outage.end().await;
+        eventually("every record is in the database", async || count(&store, "inferences").await.1 == taken).await;
+        assert!(store.has_room());
+        store.close().await;
+    });
+}
+
+#[test]
+fn readers_that_hold_every_connection_are_no_outage() {
+    each(async |place| {
+        let store = place.open().await;
+        let mut held = Vec::new();
+        while let Ok(Ok(connection)) = tokio::time::timeout(Duration::from_secs(1), store.database().read().acquire()).await {
+            held.push(connection);
+        }
+        let one = tidemill_store::records::Feedback { idempotency_key: Some("k".into()), ..thumb(&store, store.issue_id(), "a") };
+        store.add_feedback(vec![one]).await.unwrap();
+        drop(held);
+        assert_eq!(count(&store, "feedback").await.0, 1);
+        store.close().await;
+    });
+}
+
+#[test]
+fn connections_that_the_network_has_swallowed_are_given_up() {
+    let Some(server) = postgres() else { return };
+    on_postgres(&server, &async |place: &Place| {
+        let proxy = Proxy::to(place.url.as_deref().unwrap()).await;
+        let store = Store::open(StoreOptions { url: Some(proxy.address.clone()), ..place.options() }).await.unwrap();
+        let sixteen_reads = async || {
+            let reads: Vec<_> = (0..16)
+                .map(|_| {
+                    let store = store.clone();
+                    tokio::spawn(async move { store.feedback(store.issue_id()).await.is_ok() })
+                })
+                .collect();
+            let mut answered = 0;
+            for read in reads {
+                answered += usize::from(read.await.unwrap());
+            }
+            answered
+        };
+        assert_eq!(sixteen_reads().await, 16);
+        proxy.set(Wire::Lost);
+        assert_eq!(sixteen_reads().await, 0);
+        let one = answer(&store, "ann");
+        store.record(one.clone()).unwrap();
+        store.flush().await;
+        proxy.set(Wire::Up);
+        eventually("reads are answered again", async || sixteen_reads().await == 16).await;
+        eventually("what was recorded is there", async || store.inference(one.id).await.is_ok_and(|found| found.is_some())).await;
         store.close().await;
     });
 }

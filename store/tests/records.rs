@@ -5,7 +5,7 @@ mod support;
 use serde_json::json;
 use support::{answer, each, thumb};
 use tidemill_store::records::{Feedback, Kind};
-use tidemill_store::{FeedbackChange, FeedbackFilter, InferenceFilter, Order};
+use tidemill_store::{FeedbackChange, FeedbackFilter, InferenceFilter, Order, Scope, StoreError};
 
 #[test]
 fn an_answer_comes_back_as_it_was_by_its_id_and_by_its_choices() {
@@ -106,5 +106,22 @@ fn feedback_comes_back_edits_keep_what_was_and_a_withdrawal_only_marks() {
         );
         assert!(list(FeedbackFilter { until: Some(plain.created), ..any() }).await.is_empty());
         store.close().await;
+    });
+}
+
+#[test]
+fn of_two_keys_that_are_made_at_once_one_gets_the_name() {
+    each(async |place| {
+        let (store, other) = (place.open().await, place.open().await);
+        for round in 0..8 {
+            let name = format!("app{round}");
+            let (one, two) = tokio::join!(store.create_key(&name, &[Scope::Chat]), other.create_key(&name, &[Scope::Chat]));
+            assert_eq!(usize::from(one.is_ok()) + usize::from(two.is_ok()), 1);
+            assert!(matches!(one.and(two), Err(StoreError::KeyName(taken)) if taken == name));
+            store.revoke_key(&name).await.unwrap().unwrap();
+            other.create_key(&name, &[Scope::Chat]).await.unwrap();
+        }
+        store.close().await;
+        other.close().await;
     });
 }

@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-START_SECONDS = 180
+START_SECONDS = 600
 OWNER = "owner@example.com"
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
 

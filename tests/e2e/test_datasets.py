@@ -159,6 +159,16 @@ def test_a_pipeline_can_gate_on_the_report(tidemill, tmp_path):
     assert tidemill("export", "broken").stdout == ""
 
 
+def test_four_rows_do_not_pass_unless_thresholds_say_so(tidemill, tmp_path):
+    file = write(tmp_path / "few.jsonl", [pair(number) for number in range(4)])
+    assert "fail  size: To train on: 4 preferences (500 wanted, 50 needed)" in tidemill("import", "few", file, "--gate", status=2).stdout
+    thresholds = tmp_path / "thresholds.json"
+    thresholds.write_text(json.dumps({"size": {"preferences": {"warn": 4, "fail": 2}}}))
+    tidemill("import", "few", file, "--gate", "--thresholds", thresholds)
+    thresholds.write_text(json.dumps({"sizes": {}}))
+    assert "unknown field `sizes`" in tidemill("import", "few", file, "--gate", "--thresholds", thresholds, status=3).stderr
+
+
 def test_the_api_builds_a_dataset_from_feedback(start):
     server = start()
     ask = {"model": server.model, "messages": [{"role": "user", "content": "Name a colour."}], "n": 2, "max_tokens": 12, "seed": 5, "user": "ann"}

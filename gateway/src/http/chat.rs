@@ -9,6 +9,7 @@ use crate::openai::chat::ChatRequest;
 use crate::openai::chat_answer;
 use crate::openai::chat_output::{ChatCollected, OutputFormat};
 use crate::openai::chat_stream::{ChatReport, ChatStream};
+use crate::openai::response_format::Constrained;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{Draft, Level};
 use crate::upstream::{Events, LocalModel, Upstream};
@@ -25,7 +26,7 @@ pub async fn chat(State(app): State<App>, request: Request) -> Result<Response, 
     let PreparedChat { run, head, report, stream } =
         off_path(body.len() > LONG_WORK, move || PreparedChat::new(asked, &body)).await??;
     let (format, n, tokenizer) = (run.format, run.choice_ids.len(), run.model.tokenizer().clone());
-    let events = run.start()?;
+    let events = run.start().await?;
     if stream {
         return Ok(sse::response(events, ChatStream::new(&head, n, report, format, tokenizer), in_flight));
     }
@@ -46,6 +47,7 @@ pub struct ChatRun {
     /// How the model writes reasoning and tool calls.
     pub format: OutputFormat,
     request: tidemill_engine::Request,
+    constraint: Option<Constrained>,
     processed: bool,
     record: Option<Pending>,
 }
@@ -77,8 +79,8 @@ impl ChatRun {
         };
         let drafts = (level != Level::Off).then(|| vec![draft()]);
         let record = drafts.map(|drafts| asked.pending(level, drafts));
-        let processed = generation.processed_logprobs;
-        Ok(Self { model, id, choice_ids, format: OutputFormat::Plain, request, processed, record })
+        let (processed, constraint) = (generation.processed_logprobs, chat.constraint.clone());
+        Ok(Self { model, id, choice_ids, format: OutputFormat::Plain, request, constraint, processed, record })
     }
 
     /// The prompt's tokens.
@@ -86,8 +88,12 @@ impl ChatRun {
         &self.request.prompt
     }
 
-    /// Hands it to the engine. The record begins once the engine has taken it: what is refused is no answer.
-    pub fn start(self) -> Result<Events, ApiError> {
+    /// Compiles its constraint, if it has one, and hands it to the engine. The record begins once the engine has taken it: what is
+    /// refused is no answer.
+    pub async fn start(mut self) -> Result<Events, ApiError> {
+        if let Some(constraint) = &self.constraint {
+            self.request.sampling.grammar = Some(self.model.grammar(constraint).await?);
+        }
         let events = self.model.submit(vec![self.request])?;
         Ok(events.recorded(self.record.map(Pending::start)).showing(self.processed))
     }

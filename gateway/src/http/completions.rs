@@ -9,6 +9,7 @@ use crate::openai::collected::Collected;
 use crate::openai::completion_answer::{self, CompletionReport, PromptEcho};
 use crate::openai::completion_stream::CompletionStream;
 use crate::openai::completions::{CompletionRequest, PromptInput};
+use crate::openai::response_format::Constrained;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{Draft, Level};
 use crate::upstream::{LocalModel, Upstream};
@@ -20,8 +21,12 @@ use std::sync::Arc;
 pub async fn completions(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let (in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
     let body = app.body.read(request).await?;
-    let prepared = off_path(body.len() > LONG_WORK, move || PreparedCompletion::new(asked, &body)).await??;
+    let mut prepared = off_path(body.len() > LONG_WORK, move || PreparedCompletion::new(asked, &body)).await??;
     let prompts = prepared.requests.len();
+    if let Some(constraint) = &prepared.constraint {
+        let grammar = prepared.model.grammar(constraint).await?;
+        prepared.requests.iter_mut().for_each(|request| request.sampling.grammar = Some(grammar.clone()));
+    }
     let events =
         prepared.model.submit(prepared.requests)?.recorded(prepared.record.map(Pending::start)).showing(prepared.processed);
     let tokenizer = prepared.model.tokenizer();
@@ -45,6 +50,7 @@ struct PreparedCompletion {
     n: usize,
     best_of: usize,
     stream: bool,
+    constraint: Option<Constrained>,
     processed: bool,
     record: Option<Pending>,
 }
@@ -104,6 +110,7 @@ impl PreparedCompletion {
             n: generation.n,
             best_of: completion.best_of,
             stream: generation.stream,
+            constraint: completion.constraint.clone(),
             processed: generation.processed_logprobs,
             record: (level != Level::Off).then(|| asked.pending(level, drafts)),
             requests,

@@ -4,6 +4,7 @@ use crate::http::error::ApiError;
 use crate::openai::fields::{Field, Fields};
 use crate::openai::generation::{Generation, MAX_TOP_LOGPROBS, count};
 use crate::openai::messages;
+use crate::openai::response_format::{self, Constrained};
 use serde_json::{Map, Value};
 
 /// A chat request whose every field was checked.
@@ -19,6 +20,8 @@ pub struct ChatRequest {
     pub logprobs: Option<u32>,
     /// Start the answer with the last message's text when that message is the assistant's.
     pub echo: bool,
+    /// What the answer must look like.
+    pub constraint: Option<Constrained>,
 }
 
 /// The part of a chat request that makes its prompt; `/tokenize` takes the same.
@@ -53,6 +56,7 @@ impl ChatRequest {
         }
         let logprobs = logprobs(&mut fields)?;
         let echo = fields.bool_or("echo", false)?;
+        let constraint = response_format::parse(&mut fields)?;
         text_only(&mut fields)?;
         no_tools(&mut fields)?;
         if let Some(field) = fields.get("verbosity") {
@@ -60,7 +64,7 @@ impl ChatRequest {
         }
         fields.ignore(&["prediction"]);
         fields.finish()?;
-        Ok(Self { model, prompt, generation, logprobs, echo })
+        Ok(Self { model, prompt, generation, logprobs, echo, constraint })
     }
 
     /// With `echo`: what the answer starts with.
@@ -123,19 +127,6 @@ fn logprobs(fields: &mut Fields<'_>) -> Result<Option<u32>, ApiError> {
 }
 
 fn text_only(fields: &mut Fields<'_>) -> Result<(), ApiError> {
-    if let Some(format) = fields.get("response_format") {
-        let mut inner = format.object()?;
-        let kind = inner.require("type")?;
-        match kind.one_of(&["text", "json_object", "json_schema"])? {
-            "text" => inner.finish()?,
-            _ => {
-                return Err(ApiError::unsupported(
-                    "response_format",
-                    "Unsupported parameter: 'response_format' can only be of type 'text': this server does not constrain output yet.",
-                ));
-            }
-        }
-    }
     if let Some(field) = fields.get("modalities") {
         for (i, value) in field.array(8)?.iter().enumerate() {
             let item = field.item(i, value);

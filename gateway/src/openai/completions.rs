@@ -3,6 +3,7 @@
 use crate::http::error::ApiError;
 use crate::openai::fields::{Field, Fields};
 use crate::openai::generation::{Generation, MAX_TOP_LOGPROBS, count};
+use crate::openai::response_format::{self, Constrained};
 use serde_json::Value;
 
 /// OpenAI's default.
@@ -36,6 +37,8 @@ pub struct CompletionRequest {
     pub echo: bool,
     /// Put what the model wants around a text (a BOS token) around prompts given as text.
     pub add_special_tokens: bool,
+    /// What each completion must look like.
+    pub constraint: Option<Constrained>,
 }
 
 impl CompletionRequest {
@@ -58,13 +61,9 @@ impl CompletionRequest {
         let best_of = best_of(&mut fields, &generation)?;
         let add_special_tokens = fields.bool_or("add_special_tokens", true)?;
         fields.refuse("suffix", "is not supported: no model here fills in the middle.")?;
-        if let Some(format) = fields.get("response_format")
-            && format.value.get("type").and_then(Value::as_str) != Some("text")
-        {
-            return Err(format.unsupported("can only be of type 'text': this server does not constrain output yet."));
-        }
+        let constraint = response_format::parse(&mut fields)?;
         fields.finish()?;
-        Ok(Self { model, prompts, generation, best_of, logprobs, echo, add_special_tokens })
+        Ok(Self { model, prompts, generation, best_of, logprobs, echo, add_special_tokens, constraint })
     }
 }
 

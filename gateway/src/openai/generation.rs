@@ -66,7 +66,6 @@ impl Generation {
             ));
         }
         let about = About::parse(fields)?;
-        refuse_missing_features(fields)?;
         Ok(Self {
             n: count(fields, "n", 1..=MAX_N)?.unwrap_or(1),
             max_tokens: None,
@@ -130,6 +129,7 @@ impl Generation {
             skip_special_tokens: self.skip_special_tokens,
             logprobs,
             prompt_logprobs: self.prompt_logprobs,
+            grammar: None,
         }
     }
 }
@@ -154,22 +154,6 @@ fn stream_options(fields: &mut Fields<'_>, stream: bool) -> Result<bool, ApiErro
     options.bool_or("include_obfuscation", false)?;
     options.finish()?;
     Ok(include_usage)
-}
-
-fn refuse_missing_features(fields: &mut Fields<'_>) -> Result<(), ApiError> {
-    const GUIDED: [&str; 7] = [
-        "structured_outputs",
-        "guided_json",
-        "guided_regex",
-        "guided_choice",
-        "guided_grammar",
-        "guided_decoding_backend",
-        "guided_whitespace_pattern",
-    ];
-    for key in GUIDED {
-        fields.refuse(key, "is not supported: this server does not constrain output to a grammar yet.")?;
-    }
-    Ok(())
 }
 
 fn cache_salt(fields: &mut Fields<'_>) -> Result<Option<String>, ApiError> {

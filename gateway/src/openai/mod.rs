@@ -12,4 +12,5 @@ pub mod completions;
 pub mod fields;
 pub mod generation;
 pub mod messages;
+pub mod response_format;
 pub mod wire;

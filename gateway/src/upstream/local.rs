@@ -3,10 +3,13 @@
 use crate::http::error::ApiError;
 use crate::openai::chat::ChatPrompt;
 use crate::openai::completions::PromptInput;
+use crate::openai::response_format::Constrained;
 use crate::upstream::Events;
+use crate::upstream::grammars::Grammars;
 use serde_json::Value;
 use std::borrow::Cow;
-use tidemill_engine::{ChatInput, Engine, GenerationDefaults, Request, TemplateError, Tokenizer};
+use std::sync::Arc;
+use tidemill_engine::{ChatInput, Engine, GenerationDefaults, Grammar, Request, TemplateError, Tokenizer};
 
 /// A loaded model.
 pub struct LocalModel {
@@ -14,6 +17,7 @@ pub struct LocalModel {
     fingerprint: String,
     created: u64,
     engine: Engine,
+    grammars: Grammars,
 }
 
 impl LocalModel {
@@ -29,7 +33,13 @@ impl LocalModel {
             options.kv_dtype,
             env!("CARGO_PKG_VERSION")
         );
-        Self { name: options.served_name.clone(), fingerprint: fingerprint(&configuration), created, engine }
+        Self {
+            name: options.served_name.clone(),
+            fingerprint: fingerprint(&configuration),
+            created,
+            engine,
+            grammars: Grammars::default(),
+        }
     }
 
     /// Name that clients use.
@@ -177,6 +187,11 @@ impl LocalModel {
             return Err(ApiError::invalid(param, "integer_above_max_value", message));
         }
         Ok(())
+    }
+
+    /// The constraint, compiled for this model: from memory when it was asked for before.
+    pub async fn grammar(&self, constrained: &Constrained) -> Result<Arc<Grammar>, ApiError> {
+        self.grammars.get(&self.engine, constrained).await
     }
 
     /// Hands the requests to the engine. When one is refused, those before it are cancelled.

@@ -1,6 +1,7 @@
 //! What answers a request: an engine in this process.
 
 mod events;
+mod grammars;
 mod local;
 mod registry;
 

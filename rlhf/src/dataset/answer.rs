@@ -54,6 +54,8 @@ pub enum Target {
     Answer(Answer),
     /// An answer whose texts were not recorded.
     NotRecorded,
+    /// An answer in a conversation that holds more than text, such as an image.
+    NotText,
     /// A text completion: it has no messages to teach.
     TextCompletion,
 }
@@ -76,6 +78,7 @@ pub fn target(judged: JudgedAnswer, prompts: &mut HashMap<String, Option<Arc<Pro
         let value = serde_json::from_str(judged.messages.as_deref()?).ok()?;
         format::messages(&value).map(|messages| Arc::new(Prompt::new(messages)))
     });
+    let recorded = judged.messages.is_some();
     let target = match (prompt, judged.text) {
         (Some(prompt), Some(text)) => Target::Answer(Answer {
             id: judged.inference,
@@ -87,6 +90,7 @@ pub fn target(judged: JudgedAnswer, prompts: &mut HashMap<String, Option<Arc<Pro
             whole: judged.status == "ok",
             cut_off: judged.finish_reason.as_deref() == Some("length"),
         }),
+        (None, Some(_)) if recorded => Target::NotText,
         _ => Target::NotRecorded,
     };
     (judged.id, target)
@@ -96,7 +100,7 @@ pub fn target(judged: JudgedAnswer, prompts: &mut HashMap<String, Option<Arc<Pro
 pub fn task_targets(task: JudgedTask) -> [(String, Target); 2] {
     let prompt = format::messages(&task.prompt).map(|messages| Arc::new(Prompt::new(messages)));
     let target = |id: &str, text: String| match &prompt {
-        None => Target::NotRecorded,
+        None => Target::NotText,
         Some(prompt) => Target::Answer(Answer {
             id: id.to_owned(),
             prompt: prompt.clone(),

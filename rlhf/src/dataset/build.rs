@@ -9,7 +9,8 @@
 //! - **Corrections** are preferred over the original, and are demonstrations.
 //! - **Ratings** of one text are averaged over their raters; two texts under one prompt whose means differ by the margin make a pair.
 //! - **Thumbs** vote on a text; an even split makes no row. **Metrics** that the query names do the same through their mean.
-//! - Of several judgements by one person on one thing, the last counts. Withdrawn ones count nowhere.
+//! - Of several judgements by one person on one thing, the last counts; the same text under another id is the same thing, and an edit
+//!   is a new word. Withdrawn ones count nowhere.
 //! - Rows that teach the same are one row with the union of their origins, unless the query wants each judgement.
 //! - Rows are in the order of time, then id: the same query over the same data gives the same bytes.
 
@@ -43,6 +44,8 @@ pub enum LeftOut {
     UnknownAnswer,
     /// The answer's texts were not recorded.
     NotRecorded,
+    /// The conversation holds more than text, such as an image.
+    NotText,
     /// The answer is to a text prompt, without messages.
     TextCompletion,
     /// By another model or variant, or to a person whom the query leaves out.
@@ -150,7 +153,7 @@ impl<'a> Builder<'a> {
         let mut last: BTreeMap<Matter<'_>, &Feedback> = BTreeMap::new();
         let mut selected = Vec::new();
         let mut feedback: Vec<&Feedback> = self.gathered.feedback.iter().filter(|feedback| asked_for(feedback, query)).collect();
-        feedback.sort_by_key(|feedback| (feedback.created, feedback.id));
+        feedback.sort_by_key(|feedback| (feedback.updated, feedback.id));
         for feedback in feedback {
             if feedback.withdrawn {
                 self.leave(LeftOut::Withdrawn, 1);
@@ -169,7 +172,7 @@ impl<'a> Builder<'a> {
             }
         }
         selected.extend(last.into_values());
-        selected.sort_by_key(|feedback| (feedback.created, feedback.id));
+        selected.sort_by_key(|feedback| (feedback.updated, feedback.id));
         selected
     }
 
@@ -177,6 +180,7 @@ impl<'a> Builder<'a> {
         let answer = match self.gathered.targets.get(id) {
             None => return Err(LeftOut::UnknownAnswer),
             Some(Target::NotRecorded) => return Err(LeftOut::NotRecorded),
+            Some(Target::NotText) => return Err(LeftOut::NotText),
             Some(Target::TextCompletion) => return Err(LeftOut::TextCompletion),
             Some(Target::Answer(answer)) => answer,
         };
@@ -219,7 +223,8 @@ impl<'a> Builder<'a> {
                 }
             }
         }
-        for (index, pair) in pairs.into_values().enumerate() {
+        for (index, mut pair) in pairs.into_values().enumerate() {
+            self.leave(LeftOut::Superseded, last_words(&mut pair.ballots, |ballot| ballot.feedback));
             let item = format!("pair-{index}");
             for ballot in &pair.ballots {
                 if let Some(rater) = &ballot.feedback.author {
@@ -341,6 +346,12 @@ impl<'a> Builder<'a> {
                 }
             }
         }
+        // A metric is a measurement of each answer and nobody's vote.
+        if kind != Kind::Metric {
+            for said in found.values_mut() {
+                self.leave(LeftOut::Superseded, last_words(said, |said| said.feedback));
+            }
+        }
         let few: Vec<_> = found
             .iter()
             .filter(|(_, said)| raters(said.iter().map(|said| said.feedback)) < self.query.min_raters)
@@ -360,22 +371,32 @@ impl<'a> Builder<'a> {
             prompts.entry(prompt).or_default().push((text, mean(&said), said));
         }
         for texts in prompts.into_values() {
-            let mut pairs = Vec::new();
+            let mut ascending: Vec<usize> = (0..texts.len()).collect();
+            ascending.sort_by(|a, b| texts[*a].1.total_cmp(&texts[*b].1));
+            // Ratings are halves, fifths and tenths: a margin that they meet exactly is met.
+            let apart = |better: usize, worse: usize| {
+                Some(texts[better].1 - texts[worse].1).filter(|apart| *apart >= self.query.margin - 1e-9)
+            };
             let mut unfit: BTreeMap<usize, LeftOut> = BTreeMap::new();
-            for (better, (_, high, said)) in texts.iter().enumerate() {
+            let mut good = Vec::new();
+            for better in ascending.iter().rev().copied().take_while(|better| apart(*better, ascending[0]).is_some()) {
+                let said = &texts[better].2;
                 let ids: Vec<&str> = said.iter().map(|said| said.feedback.target.as_str()).collect();
-                for (worse, (_, low, _)) in texts.iter().enumerate() {
-                    // Ratings are halves, fifths and tenths: a margin that they meet exactly is met.
-                    if high - low >= self.query.margin - 1e-9 {
-                        match self.good(said[0].answer, &ids) {
-                            Ok(()) => pairs.push((high - low, better, worse)),
-                            Err(reason) => drop(unfit.insert(better, reason)),
-                        }
-                    }
+                match self.good(said[0].answer, &ids) {
+                    Ok(()) => good.push(better),
+                    Err(reason) => drop(unfit.insert(better, reason)),
                 }
             }
+            // Not all with all: of the `most` widest pairs, the one of the i-th best and the j-th worst has i·j at least as wide, itself
+            // among them, so it can be one of them only where i·j is no more than `most`.
+            let most = self.query.max_pairs_per_prompt;
+            let mut pairs = Vec::new();
+            for (place, better) in good.into_iter().enumerate().take(most) {
+                let worst = ascending.iter().take(most / (place + 1));
+                pairs.extend(worst.map_while(|worse| apart(better, *worse).map(|apart| (apart, better, *worse))));
+            }
             pairs.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
-            pairs.truncate(self.query.max_pairs_per_prompt);
+            pairs.truncate(most);
             let behind: BTreeSet<usize> = pairs.iter().flat_map(|(_, better, worse)| [*better, *worse]).collect();
             for (index, (_, _, said)) in texts.iter().enumerate() {
                 if behind.contains(&index) {
@@ -542,6 +563,16 @@ fn raters<'f>(feedback: impl Iterator<Item = &'f Feedback>) -> usize {
         }
     }
     named.len() + anonymous
+}
+
+/// Keeps the last word of each person, of words in the order of time, and says how many went. Whoever gave no name keeps all.
+fn last_words<'f, T>(words: &mut Vec<T>, feedback: impl Fn(&T) -> &'f Feedback) -> usize {
+    let before = words.len();
+    let mut seen = BTreeSet::new();
+    words.reverse();
+    words.retain(|word| feedback(word).author.as_ref().is_none_or(|author| seen.insert(author)));
+    words.reverse();
+    before - words.len()
 }
 
 fn mean(said: &[Said<'_>]) -> f64 {

@@ -12,10 +12,12 @@ use crate::quality::{Keep, Split};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
-    /// TRL and Hugging Face: `{prompt, chosen, rejected}`, `{prompt, completion, label}`, `{prompt, completion}`, all conversational.
+    /// TRL and Hugging Face: `{prompt, chosen, rejected}`, `{prompt, completion, label}`, `{prompt, completion}`, all conversational,
+    /// with `tools` where a conversation has them.
     #[default]
     Trl,
-    /// OpenAI fine-tuning: `{messages}`, and `{input, preferred_output, non_preferred_output}`. It has no form for thumbs.
+    /// OpenAI fine-tuning: `{messages}`, and `{input, preferred_output, non_preferred_output}`. It has no form for thumbs, and no keys
+    /// but its own. Of a conversation it would learn every answer, so those that are context have weight 0.
     Openai,
     /// Every column, lineage included: what `tidemill dataset import` takes back without loss.
     Tidemill,
@@ -35,37 +37,53 @@ pub struct BadLine {
 /// What is wrong with a line, and what to do about it.
 type Wrong = (String, &'static str);
 
-const ROLES: &[&str] = &["system", "developer", "user", "assistant", "tool", "function"];
+const ROLES: &[&str] = &["system", "developer", "user", "assistant", "tool"];
 
 /// A row in a form; none when the form has no place for it.
 pub fn line(stored: &StoredRow, format: Format) -> Option<Map<String, Value>> {
     let example = &stored.row.example;
     let value = match format {
         Format::Tidemill => return Some(stored::to_object(stored)),
-        Format::Trl => match example {
-            Example::Preference { prompt, chosen, rejected } => {
-                json!({ "prompt": prompt, "chosen": chosen, "rejected": rejected })
+        Format::Trl => {
+            let (prompt, carried) = lift(example.prompt());
+            let mut line = match example {
+                Example::Preference { chosen, rejected, .. } => {
+                    json!({ "prompt": prompt, "chosen": chosen, "rejected": rejected })
+                }
+                Example::Unpaired { completion, label, .. } => {
+                    json!({ "prompt": prompt, "completion": completion, "label": label })
+                }
+                Example::Demonstration { completion, .. } => json!({ "prompt": prompt, "completion": completion }),
+            };
+            put(&mut line, carried);
+            line
+        }
+        Format::Openai => {
+            let (mut prompt, carried) = lift(example.prompt());
+            keep_known(&mut prompt);
+            let known = |answer: &[Message]| {
+                let mut answer = answer.to_vec();
+                keep_known(&mut answer);
+                answer
+            };
+            match example {
+                Example::Preference { chosen, rejected, .. } => {
+                    let mut input = json!({ "messages": prompt });
+                    put(&mut input, carried);
+                    json!({ "input": input, "preferred_output": known(chosen), "non_preferred_output": known(rejected) })
+                }
+                Example::Unpaired { .. } => return None,
+                Example::Demonstration { completion, .. } => {
+                    for context in prompt.iter_mut().filter(|message| message.role == "assistant") {
+                        context.extra.entry(WEIGHT).or_insert(json!(0));
+                    }
+                    prompt.extend(known(completion));
+                    let mut line = json!({ "messages": prompt });
+                    put(&mut line, carried);
+                    line
+                }
             }
-            Example::Unpaired { prompt, completion, label } => {
-                json!({ "prompt": prompt, "completion": completion, "label": label })
-            }
-            Example::Demonstration { prompt, completion } => json!({ "prompt": prompt, "completion": completion }),
-        },
-        Format::Openai => match example {
-            Example::Preference { prompt, chosen, rejected } => {
-                let (messages, carried) = lift(prompt);
-                let mut input = json!({ "messages": messages });
-                put(&mut input, carried);
-                json!({ "input": input, "preferred_output": chosen, "non_preferred_output": rejected })
-            }
-            Example::Unpaired { .. } => return None,
-            Example::Demonstration { prompt, completion } => {
-                let (messages, carried) = lift(&[prompt.as_slice(), completion].concat());
-                let mut line = json!({ "messages": messages });
-                put(&mut line, carried);
-                line
-            }
-        },
+        }
     };
     match value {
         Value::Object(object) => Some(object),
@@ -73,7 +91,16 @@ pub fn line(stored: &StoredRow, format: Format) -> Option<Map<String, Value>> {
     }
 }
 
-/// Keys of OpenAI's lines that belong to the whole conversation; here its first message carries them.
+/// Whether an answer in a conversation is learnt, in OpenAI's lines: 1, as without it, or 0.
+const WEIGHT: &str = "weight";
+/// Keys that a message of OpenAI's lines may have beside its role and content; its reader refuses a file with any other.
+const KNOWN: [&str; 6] = ["name", "tool_calls", "tool_call_id", "function_call", "refusal", WEIGHT];
+
+fn keep_known(messages: &mut [Message]) {
+    messages.iter_mut().for_each(|message| message.extra.retain(|key, _| KNOWN.contains(&key.as_str())));
+}
+
+/// Keys of a line that belong to the whole conversation; here its first message carries them.
 const CARRIED: [&str; 2] = ["tools", "parallel_tool_calls"];
 
 fn lift(messages: &[Message]) -> (Vec<Message>, Vec<(&'static str, Value)>) {
@@ -132,38 +159,51 @@ fn example(object: &Map<String, Value>) -> Result<Example, Wrong> {
     }
     if has("messages") {
         let mut messages = list(object.get("messages"), "messages")?;
-        let Some(answer) = messages.pop().filter(|last| last.role == "assistant") else {
+        let Some(mut answer) = messages.pop().filter(|last| last.role == "assistant") else {
             return Err(("'messages' does not end with an assistant's message".to_owned(), "end with the answer to learn"));
         };
-        if answer.extra.get("weight").and_then(Value::as_i64) == Some(0) {
+        let weighs = |message: &Message, weight| message.extra.get(WEIGHT).and_then(Value::as_i64) == Some(weight);
+        if weighs(&answer, 0) {
             return Err((
                 "the last message has weight 0".to_owned(),
                 "give it weight 1, or remove the line: nothing is learnt from it",
             ));
+        }
+        // What a row here means without saying so: the last answer is learnt, and what comes before is context.
+        if weighs(&answer, 1) {
+            answer.extra.shift_remove(WEIGHT);
+        }
+        for context in messages.iter_mut().filter(|message| message.role == "assistant" && weighs(message, 0)) {
+            context.extra.shift_remove(WEIGHT);
         }
         let mut completion = vec![answer];
         carry(object, &mut messages, &mut completion);
         return Ok(Example::Demonstration { prompt: messages, completion });
     }
     if has("chosen") || has("rejected") {
-        let (chosen, rejected) = (answer(object, "chosen")?, answer(object, "rejected")?);
-        if has("prompt") {
-            return Ok(Example::Preference { prompt: prompt(object)?, chosen, rejected });
+        let (mut chosen, rejected) = (answer(object, "chosen")?, answer(object, "rejected")?);
+        let shared = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
+        // UltraFeedback and its like name the prompt once more beside whole conversations that begin with it.
+        let again = object.get("prompt").and_then(Value::as_str).is_some_and(|prompt| {
+            chosen[0].role != "assistant" && chosen[..shared].iter().any(|message| message.content == prompt)
+        });
+        if has("prompt") && !again {
+            let mut prompt = prompt(object)?;
+            carry(object, &mut prompt, &mut chosen);
+            return Ok(Example::Preference { prompt, chosen, rejected });
         }
         // TRL's implicit prompt: both are whole conversations, and the prompt is what they share.
-        let shared = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
         if shared == 0 {
             return Err(("there is no 'prompt', and 'chosen' and 'rejected' begin differently".to_owned(), "add 'prompt'"));
         }
         let shared = shared.min(chosen.len() - 1).min(rejected.len() - 1);
-        return Ok(Example::Preference {
-            prompt: chosen[..shared].to_vec(),
-            chosen: chosen[shared..].to_vec(),
-            rejected: rejected[shared..].to_vec(),
-        });
+        let (mut prompt, mut chosen) = (chosen[..shared].to_vec(), chosen[shared..].to_vec());
+        carry(object, &mut prompt, &mut chosen);
+        return Ok(Example::Preference { prompt, chosen, rejected: rejected[shared..].to_vec() });
     }
     if has("completion") {
-        let (prompt, completion) = (prompt(object)?, answer(object, "completion")?);
+        let (mut prompt, mut completion) = (prompt(object)?, answer(object, "completion")?);
+        carry(object, &mut prompt, &mut completion);
         return match object.get("label").unwrap_or(&Value::Null) {
             Value::Null => Ok(Example::Demonstration { prompt, completion }),
             Value::Bool(label) => Ok(Example::Unpaired { prompt, completion, label: *label }),

@@ -221,7 +221,8 @@ impl Reading {
             Open::Jsonl { reader, line } => {
                 let mut portion = Portion::default();
                 let mut text = Vec::new();
-                while portion.rows.len() < BATCH {
+                // By bytes too: five hundred of the longest lines are gigabytes.
+                while portion.rows.len() < BATCH && portion.bytes < MAX_LINE as u64 {
                     let wrong = |source| DatasetError::File { path: PathBuf::from(name), source };
                     let (bytes, whole) = next_line(reader, &mut text).map_err(wrong)?;
                     if bytes == 0 {

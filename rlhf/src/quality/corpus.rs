@@ -87,6 +87,11 @@ impl Findings {
         found.reasons.push(Reason { check: check.to_owned(), detail: detail.into() });
     }
 
+    /// What is to be done with a row, by what was found so far.
+    pub fn verdict(&self, row: usize) -> Keep {
+        self.rows[row].verdict
+    }
+
     /// The rows in which a check found something.
     pub fn of(&self, check: &str) -> Vec<usize> {
         let has = |row: &RowVerdict| row.reasons.iter().any(|reason| reason.check == check);

@@ -9,7 +9,7 @@ use super::{
     report::{Check, Keep},
     words::{pairs, similarity},
 };
-use crate::dataset::{Example, Message};
+use crate::dataset::{Example, Message, Row};
 
 const EXACT: &str = "exact_duplicates";
 const NEAR: &str = "near_duplicates";
@@ -20,13 +20,15 @@ const CONTRADICTION: &str = "contradictions";
 /// Exact: equal but for white space; all but the first are dropped. Near: both the prompt and each answer are alike; all but the
 /// first are for review. A contradiction is a near or exact duplicate with the opposite preference; all its rows are for review,
 /// since nobody but a person can say which is right.
+///
+/// A query may ask for a row of each judgement; what two people said about the same answers is none of these.
 pub(super) fn check(corpus: &Corpus<'_>, thresholds: &Thresholds, seed: u64, findings: &mut Findings) -> [Check; 3] {
     let size = corpus.rows.len();
     let mut first: HashMap<blake3::Hash, usize> = HashMap::new();
     let mut repeats = vec![false; size];
     for (index, row) in corpus.rows.iter().enumerate() {
         let earlier = *first.entry(address(&row.example)).or_insert(index);
-        if earlier != index {
+        if earlier != index && !is_each(&corpus.rows[earlier], row) {
             repeats[index] = true;
             findings.add(index, EXACT, Keep::Drop, format!("the same as row number {earlier} ({})", corpus.rows[earlier].id));
         }
@@ -37,6 +39,9 @@ pub(super) fn check(corpus: &Corpus<'_>, thresholds: &Thresholds, seed: u64, fin
     let mut groups = minhash::group(&sets, seed, |earlier, later| {
         let prompts = similarity(&corpus.prompt_pairs[earlier], &corpus.prompt_pairs[later]);
         if prompts < thresholds.near_similarity || similarity(&sets[earlier], &sets[later]) < thresholds.near_similarity {
+            return false;
+        }
+        if is_each(&corpus.rows[earlier], &corpus.rows[later]) {
             return false;
         }
         let Some(opposite) = relation(corpus, earlier, later, thresholds.near_similarity) else { return false };
@@ -84,6 +89,21 @@ pub(super) fn check(corpus: &Corpus<'_>, thresholds: &Thresholds, seed: u64, fin
             format!("Prefer the answer that another row, about the same two, rejects: {found}. Decide which holds.")
         }),
     ]
+}
+
+/// Whether two rows are two judgements of the same thing, each with a row of its own: the same texts, from the same kind of feedback,
+/// and yet from different feedback. Where judgements are joined, rows of one kind about the same texts are one row.
+fn is_each(left: &Row, right: &Row) -> bool {
+    let (a, b) = (&left.origin, &right.origin);
+    let apart = !a.feedback.is_empty() && !b.feedback.is_empty() && a.feedback.iter().all(|id| !b.feedback.contains(id));
+    if !apart || a.source != b.source || left.example.prompt() != right.example.prompt() {
+        return false;
+    }
+    let (one, mut other) = (left.example.answers(), right.example.answers());
+    one == other || {
+        other.reverse();
+        one == other
+    }
 }
 
 /// Two rows that are alike.
@@ -242,6 +262,20 @@ mod tests {
         assert_eq!(findings.of(CONTRADICTION), expected);
         assert_eq!(checks[2].status, Status::Warn);
         assert_eq!(checks[1].status, Status::Pass);
+    }
+
+    #[test]
+    fn a_row_of_each_judgement_repeats_and_contradicts_nothing() {
+        // Three raters on each pair, of whom the third disagrees.
+        let mut rows: Vec<Row> =
+            generate::clean(200, 10).iter().flat_map(|row| [row.clone(), row.clone(), generate::flipped(row)]).collect();
+        let (imported, _) = run(&rows);
+        assert!(imported.iter().all(|check| check.status != Status::Pass || check.name == NEAR), "{imported:?}");
+        for (number, row) in rows.iter_mut().enumerate() {
+            row.origin.feedback = vec![format!("feedback {number}")];
+        }
+        let (each, _) = run(&rows);
+        assert!(each.iter().all(|check| check.value == Some(0.0)), "{each:?}");
     }
 
     #[test]

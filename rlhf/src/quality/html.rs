@@ -126,10 +126,7 @@ impl QualityReport {
             ("Length: chosen less rejected, in characters", plot::lengths(&plots.length_differences)),
             ("Skill of raters", plot::reliability(raters, limit("reliability"))),
             ("Share of the rows per user", plot::shares(&plots.users, limit("user_share"), "Share of the rows per user")),
-            (
-                "Share of the judgements per rater",
-                plot::shares(&plots.raters, limit("rater_share"), "Share of the judgements per rater"),
-            ),
+            ("Share of the rows per rater", plot::shares(&plots.raters, limit("rater_share"), "Share of the rows per rater")),
         ];
         if figures.iter().any(|(_, svg)| !svg.is_empty()) {
             page.push_str("<h2>Plots</h2><div class=plots>");

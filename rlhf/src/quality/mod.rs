@@ -25,6 +25,7 @@ mod plot;
 pub mod reliability;
 mod report;
 pub mod share;
+mod size;
 pub mod split;
 #[cfg(test)]
 mod tests;
@@ -35,7 +36,7 @@ pub mod words;
 use std::collections::BTreeSet;
 
 pub use agreement::{Judgement, Level};
-pub use options::{Limit, QualityOptions, Thresholds};
+pub use options::{Limit, QualityOptions, Sizes, Thresholds};
 pub use report::{Bin, Check, Keep, Plots, QualityReport, Reason, RowVerdict, Status, Summary, Verdict};
 pub use share::Share;
 pub use split::Split;
@@ -49,10 +50,10 @@ pub fn assess(rows: &[Row], options: &QualityOptions) -> QualityReport {
     let corpus = Corpus::new(rows, thresholds.cluster_similarity);
     let mut findings = Findings::new(rows);
     let users = share::users(rows);
-    let raters = share::raters(rows, &options.judgements);
+    let raters = share::raters(rows);
     let reliability = reliability::raters(&options.judgements);
 
-    let mut checks = vec![size(rows)];
+    let mut checks = Vec::new();
     checks.extend(validity::check(&corpus, thresholds, &mut findings));
     checks.extend(duplicate::check(&corpus, thresholds, options.seed, &mut findings));
     checks.extend(bias::check(&corpus, options));
@@ -70,6 +71,8 @@ pub fn assess(rows: &[Row], options: &QualityOptions) -> QualityReport {
     checks.push(injection::check(&corpus, thresholds, &mut findings));
     checks.extend(diversity::check(&corpus, options));
     checks.push(drift::check(&corpus, options));
+    // Of what the others leave, and first to be read.
+    checks.insert(0, size::check(rows, thresholds, &findings));
 
     let verdicts = findings.into_rows();
     let verdict = verdict(&checks);
@@ -78,17 +81,6 @@ pub fn assess(rows: &[Row], options: &QualityOptions) -> QualityReport {
     let plots =
         Plots { length_differences: bias::length_differences(&corpus), users: first(users), raters: first(raters), reliability };
     QualityReport { verdict, summary, checks, rows: verdicts, plots }
-}
-
-/// The check that there is anything at all: a pipeline must not train on a query that found nothing.
-fn size(rows: &[Row]) -> Check {
-    let count = rows.len() as f64;
-    let text = if rows.is_empty() {
-        "The dataset has no rows; widen its query."
-    } else {
-        "Rows of the dataset; fewer than two teach nothing."
-    };
-    Check::held("size", count, count, Limit::new(2.0, 1.0), text)
 }
 
 /// People that the plots show.

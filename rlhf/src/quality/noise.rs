@@ -52,9 +52,9 @@ pub(super) fn check(corpus: &Corpus<'_>, options: &QualityOptions, findings: &mu
     let fit = Fit { size: FEATURES, passes: 3, rate: 0.2, decay: 1e-4 };
     let margins = out_of_fold(&data, &folds, fit, options.seed);
     // A cluster that fills most of the dataset leaves nothing to learn from; its rows have no prediction, and a margin of zero.
-    let told = margins.iter().filter(|margin| **margin != 0.0);
-    let right = told.clone().filter(|margin| **margin > 0.0).count() as u64;
-    let Some(accuracy) = Proportion::new(right, told.count() as u64).filter(|accuracy| accuracy.trials >= fewest as u64) else {
+    let told: Vec<f64> = margins.iter().copied().filter(|margin| *margin != 0.0).collect();
+    let right = told.iter().filter(|margin| **margin > 0.0).count() as u64;
+    let Some(accuracy) = Proportion::new(right, told.len() as u64).filter(|accuracy| accuracy.trials >= fewest as u64) else {
         return Check::not_applicable(NAME, "Too few comparisons of other prompts to learn from.");
     };
     if accuracy.interval.low <= 0.5 {
@@ -74,7 +74,7 @@ pub(super) fn check(corpus: &Corpus<'_>, options: &QualityOptions, findings: &mu
         }
         return check;
     }
-    let flips = Flips::fit(margins.iter().copied().filter(|margin| *margin != 0.0));
+    let flips = Flips::fit(told.iter().copied());
     for (row, margin) in rows.iter().zip(&margins) {
         let wrong = flips.wrong(*margin);
         if wrong > 1.0 - thresholds.confident {
@@ -87,7 +87,7 @@ pub(super) fn check(corpus: &Corpus<'_>, options: &QualityOptions, findings: &mu
         }
     }
     let mut random = Random::new(options.seed);
-    let sample: Vec<f64> = random.sample(margins.len(), RESAMPLED).into_iter().map(|row| margins[row]).collect();
+    let sample: Vec<f64> = random.sample(told.len(), RESAMPLED).into_iter().map(|row| told[row]).collect();
     let interval =
         bootstrap(sample.len(), ROUNDS, &mut random, |rows| Some(Flips::fit(rows.iter().map(|row| sample[*row])).rate));
     let found = findings.of(NAME);

@@ -22,13 +22,13 @@ pub struct Rater {
     pub rater: String,
     /// Labels that they gave on items that others judged too.
     pub judgements: usize,
-    /// Expected share of their labels that are right, by what the others' labels make of the truth. The others err too, so with one
-    /// other rater per item this is lower than the rater deserves.
+    /// Share of their labels that are right: chance + skill · (1 − chance).
     pub accuracy: f64,
-    /// (accuracy − chance) / (1 − chance), chance from how often they and the truth use each label: 1 is always right, 0 is
-    /// guessing, below 0 is against the truth.
+    /// (right − chance) / (best − chance), from −1 to 1. Right is the expected share of their labels that are so by what the others'
+    /// labels make of the truth, chance what guessing with their habits would get, best what the truth itself would get: the others
+    /// err too, and who disagrees with one who errs is not wrong for it. 1 is always right, 0 is guessing, below 0 is against the truth.
     pub skill: f64,
-    /// 95 % interval of the skill.
+    /// 95 % interval of the skill; wide where the others cannot tell right from wrong themselves.
     pub interval: Interval,
 }
 
@@ -49,7 +49,7 @@ pub struct Estimate {
 const MOST_CELLS: usize = 10_000_000;
 /// Rounds after which the estimate is taken as it stands.
 const ROUNDS: usize = 100;
-/// Largest change of a prevalence at which the estimate has settled.
+/// Largest change of an item's probability at which the estimate has settled.
 const SETTLED: f64 = 1e-6;
 /// Weight of the prior count on each label that keeps a rater with few judgements from certainty.
 const SMOOTHING: f64 = 0.01;
@@ -82,7 +82,6 @@ pub fn dawid_skene(judgements: &[Judgement], smoothing: f64) -> Option<Estimate>
     let mut prevalence = vec![0.0; size];
     let mut confusion = vec![vec![vec![0.0; size]; size]; raters.len()];
     for _ in 0..ROUNDS {
-        let before = prevalence.clone();
         prevalence.iter_mut().enumerate().for_each(|(label, share)| *share = truth.iter().map(|row| row[label]).sum());
         normalise(&mut prevalence);
         confusion.iter_mut().flatten().flatten().for_each(|cell| *cell = smoothing);
@@ -94,18 +93,21 @@ pub fn dawid_skene(judgements: &[Judgement], smoothing: f64) -> Option<Estimate>
         confusion.iter_mut().flatten().for_each(|row| normalise(row));
         // In logarithms: a thousand raters on one item would underflow a product.
         let prior: Vec<f64> = prevalence.iter().map(|share| share.ln()).collect();
-        truth.iter_mut().for_each(|row| row.copy_from_slice(&prior));
+        let mut next = vec![prior; items.len()];
         for (item, rater, label) in &given {
-            for (row, chance) in truth[*item].iter_mut().zip(&confusion[*rater]) {
+            for (row, chance) in next[*item].iter_mut().zip(&confusion[*rater]) {
                 *row += chance[*label].ln();
             }
         }
-        for row in &mut truth {
+        for row in &mut next {
             let top = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             row.iter_mut().for_each(|value| *value = (*value - top).exp());
             normalise(row);
         }
-        if before.iter().zip(&prevalence).all(|(old, new)| (old - new).abs() < SETTLED) {
+        // Of the items and not of the prevalence, which stands still from the start where the labels are in balance.
+        let settled = truth.iter().flatten().zip(next.iter().flatten()).all(|(old, new)| (old - new).abs() < SETTLED);
+        truth = next;
+        if settled {
             break;
         }
     }
@@ -143,6 +145,7 @@ pub fn raters(judgements: &[Judgement]) -> Vec<Rater> {
         let tally = tallies.entry(&judgement.rater).or_insert_with(|| Tally::new(size));
         tally.count += 1;
         tally.right += others[label];
+        tally.best += others.iter().map(|chance| chance * chance).sum::<f64>();
         tally.given[label] += 1.0;
         tally.truth.iter_mut().zip(&others).for_each(|(sum, chance)| *sum += chance);
     }
@@ -155,35 +158,39 @@ pub fn raters(judgements: &[Judgement]) -> Vec<Rater> {
 struct Tally {
     count: usize,
     right: f64,
+    best: f64,
     given: Vec<f64>,
     truth: Vec<f64>,
 }
 
 impl Tally {
     fn new(size: usize) -> Self {
-        Self { count: 0, right: 0.0, given: vec![0.0; size], truth: vec![0.0; size] }
+        Self { count: 0, right: 0.0, best: 0.0, given: vec![0.0; size], truth: vec![0.0; size] }
     }
 
     fn rater(&self, name: &str) -> Rater {
         let n = self.count as f64;
-        let accuracy = self.right / n;
+        let (right, best) = (self.right / n, self.best / n);
         let chance: f64 = self.given.iter().zip(&self.truth).map(|(given, truth)| given * truth).sum::<f64>() / (n * n);
-        // One label only, by the rater and in truth: nothing tells skill from habit.
-        let skill = |accuracy: f64| if chance < 1.0 - 1e-9 { (accuracy - chance) / (1.0 - chance) } else { 1.0 };
-        let (z2, share) = (Z95 * Z95, accuracy.clamp(0.0, 1.0));
+        // Where the truth itself would do no better than habit, as with one label only, nothing tells skill from it.
+        let skill = |right: f64| {
+            if best - chance > 1e-9 { ((right - chance) / (best - chance)).clamp(-1.0, 1.0) } else { 1.0 }
+        };
+        let (z2, share) = (Z95 * Z95, right.clamp(0.0, 1.0));
         let half = Z95 * (share * (1.0 - share) / n + z2 / (4.0 * n * n)).sqrt();
         let end = |sign: f64| skill(((share + z2 / (2.0 * n) + sign * half) / (1.0 + z2 / n)).clamp(0.0, 1.0));
         Rater {
             rater: name.to_owned(),
             judgements: self.count,
-            accuracy,
-            skill: skill(accuracy),
+            accuracy: (chance + skill(right) * (1.0 - chance)).clamp(0.0, 1.0),
+            skill: skill(right),
             interval: Interval { low: end(-1.0), high: end(1.0) },
         }
     }
 }
 
-/// The check over all raters with enough judgements. Rows that only unreliable raters judged are for review.
+/// The check over all raters with enough judgements. Rows that only unreliable raters judged are for review. The explanation names
+/// nobody: it is kept where a person's erasure does not reach.
 pub(super) fn check(raters: &[Rater], rows: &[Row], thresholds: &Thresholds, findings: &mut Findings) -> Check {
     const NAME: &str = "reliability";
     let enough = || raters.iter().filter(|rater| rater.judgements >= thresholds.minimum);
@@ -201,9 +208,8 @@ pub(super) fn check(raters: &[Rater], rows: &[Row], thresholds: &Thresholds, fin
         }
     }
     let explanation = format!(
-        "Skill of {}, the least reliable of {} raters, by Dawid-Skene: 1 is always right, 0 is guessing, below 0 is against the \
-         others. Unreliable are {}; the upper end of the interval is held against the threshold.",
-        worst.rater,
+        "Skill of the least reliable of {} raters, by Dawid-Skene: 1 is always right, 0 is guessing, below 0 is against the others. \
+         Unreliable are {}; the upper end of the interval is held against the threshold.",
         enough().count(),
         unreliable.len()
     );
@@ -290,7 +296,34 @@ mod tests {
         let lying = panel(200, &[0.9, 0.9, 0.85, 0.1]);
         let (check, found) = run(&lying, &rows);
         assert_eq!((check.status, found), (Status::Fail, vec![0]));
-        assert!(check.value.unwrap() < -0.5 && check.explanation.contains("rater3"), "{check:?}");
+        assert!(check.value.unwrap() < -0.5 && !check.explanation.contains("rater3"), "{check:?}");
+    }
+
+    #[test]
+    fn two_raters_who_err_alike_are_not_blamed_for_each_other() {
+        let two = panel(3000, &[0.85, 0.85]);
+        for rater in raters(&two) {
+            assert!((rater.skill - 0.7).abs() < 0.06 && (rater.accuracy - 0.85).abs() < 0.03, "{rater:?}");
+        }
+        assert_eq!(run(&two, &[]).0.status, Status::Pass);
+        // With three who know something, each gets what is theirs, whoever else guesses.
+        let four = raters(&panel(3000, &[0.9, 0.8, 0.7, 0.5]));
+        for (rater, truth) in four.iter().zip([0.0, 0.4, 0.6, 0.8]) {
+            assert!((rater.skill - truth).abs() < 0.1, "{four:?}");
+        }
+    }
+
+    #[test]
+    fn labels_in_balance_are_estimated_to_the_end() {
+        // With each item its mirror image, so that every prevalence is one half in every round.
+        let drawn = panel(1500, &[0.95, 0.65, 0.65, 0.65, 0.65]);
+        let mirrored = drawn.iter().map(|judgement| {
+            let label = if judgement.label == "0" { "1" } else { "0" };
+            Judgement::new(&judgement.rater, format!("mirror of {}", judgement.item), label)
+        });
+        let estimate = dawid_skene(&drawn.iter().cloned().chain(mirrored).collect::<Vec<_>>(), SMOOTHING).unwrap();
+        assert!((estimate.prevalence[0] - 0.5).abs() < 1e-9);
+        assert!((estimate.confusion["rater0"][0][0] - 0.95).abs() < 0.03, "{:?}", estimate.confusion["rater0"]);
     }
 
     #[test]

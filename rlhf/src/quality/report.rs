@@ -135,7 +135,7 @@ pub struct Plots {
     pub length_differences: Vec<Bin>,
     /// Share of the rows per user, largest first, the first twenty.
     pub users: Vec<Share>,
-    /// Share of the judgements per rater, largest first, the first twenty.
+    /// Share of the rows per rater, largest first, the first twenty.
     pub raters: Vec<Share>,
     /// Raters by skill, worst first.
     pub reliability: Vec<Rater>,

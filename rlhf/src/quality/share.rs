@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Judgement, Limit, QualityOptions, Thresholds,
+    Limit, QualityOptions, Thresholds,
     corpus::Findings,
     report::{Check, Keep},
 };
@@ -30,13 +30,9 @@ pub fn users(rows: &[Row]) -> Vec<Share> {
     shares(rows.iter().map(|row| row.origin.users.as_slice()))
 }
 
-/// Shares of the raters, largest first: of the raw judgements when there are any, else of the rows.
-pub fn raters(rows: &[Row], judgements: &[Judgement]) -> Vec<Share> {
-    if judgements.is_empty() {
-        shares(rows.iter().map(|row| row.origin.raters.as_slice()))
-    } else {
-        shares(judgements.iter().map(|judgement| std::slice::from_ref(&judgement.rater)))
-    }
+/// Shares of the raters, largest first.
+pub fn raters(rows: &[Row]) -> Vec<Share> {
+    shares(rows.iter().map(|row| row.origin.raters.as_slice()))
 }
 
 fn shares<'a>(people: impl Iterator<Item = &'a [String]>) -> Vec<Share> {
@@ -103,15 +99,14 @@ pub(super) fn mark_surplus(rows: &[Row], users: &[Share], options: &QualityOptio
     }
 }
 
-/// The check over one kind of people.
+/// The check over one kind of people. It names nobody: the explanation is kept where a person's erasure does not reach.
 pub(super) fn check(name: &str, who: &str, shares: &[Share], limit: Limit, thresholds: &Thresholds) -> Check {
     let total: f64 = shares.iter().map(|share| share.rows).sum();
     match shares.first() {
         Some(first) if total >= thresholds.minimum as f64 => {
             let explanation = format!(
-                "The largest share of one {who}: {} of {} have {:.0} of {total:.0}. One person must not steer the model; collect from \
-                 more people, or cap what one person gives.",
-                first.person,
+                "Of {} {who}s, one has {:.0} of {total:.0} rows. One person must not steer the model; collect from more people, or cap \
+                 what one person gives.",
                 shares.len(),
                 first.rows
             );
@@ -145,12 +140,11 @@ mod tests {
         let mut rows = rows(&[("u", 3)]);
         rows[0].origin.raters = vec!["a".into(), "b".into()];
         rows[1].origin.raters = vec!["a".into()];
-        let shares = raters(&rows, &[]);
+        let shares = raters(&rows);
         assert_eq!(
             shares.iter().map(|share| (share.person.as_str(), share.share)).collect::<Vec<_>>(),
             [("a", 0.75), ("b", 0.25)]
         );
-        assert_eq!(raters(&rows, &[Judgement::new("c", "1", "x")])[0].share, 1.0);
     }
 
     #[test]
@@ -173,12 +167,14 @@ mod tests {
     fn one_person_with_most_rows_fails_and_many_people_pass() {
         use crate::quality::report::Status;
         let thresholds = Thresholds::default();
-        let status = |counts: &[(&str, usize)]| {
-            check("user_share", "user", &users(&rows(counts)), thresholds.user_share, &thresholds).status
-        };
+        let check =
+            |counts: &[(&str, usize)]| check("user_share", "user", &users(&rows(counts)), thresholds.user_share, &thresholds);
+        let status = |counts: &[(&str, usize)]| check(counts).status;
         assert_eq!(status(&[("a", 60), ("b", 40)]), Status::Fail);
         assert_eq!(status(&[("a", 30), ("b", 25), ("c", 25), ("d", 20)]), Status::Warn);
         assert_eq!(status(&[("a", 20), ("b", 20), ("c", 20), ("d", 20), ("e", 20)]), Status::Pass);
         assert_eq!(status(&[("a", 5)]), Status::NotApplicable);
+        let named = check(&[("maria@lopez.es", 60), ("b", 40)]);
+        assert!(named.explanation.starts_with("Of 2 users, one has 60 of 100 rows."), "{}", named.explanation);
     }
 }

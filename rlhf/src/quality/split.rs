@@ -6,9 +6,12 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     minhash,
-    words::{pairs, spoken, words},
+    words::{pairs, sequence, spoken, words},
 };
-use crate::{dataset::Row, random::Random};
+use crate::{
+    dataset::Row,
+    random::{Random, mix},
+};
 
 /// The part of a split that a row belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,20 +28,36 @@ pub const SIMILARITY: f64 = 0.6;
 
 /// The part of each row: whole clusters of alike prompts are held out until `held_out_fraction` of the rows is reached.
 ///
-/// The same rows and seed give the same parts. Clusters that would overshoot by more than they help stay in training, so a giant
-/// cluster is not held out to meet a small fraction.
+/// The same rows and seed give the same parts, whatever the rows' order. Clusters are taken in the order of a hash of their words: when
+/// rows join the dataset, those that were held out stay so but for a few at the edge, and a model of the last version is not
+/// evaluated on what it has seen. Clusters that would overshoot by more than they help stay in training, so a giant cluster is not
+/// held out to meet a small fraction.
 pub fn by_prompt_cluster(rows: &[Row], held_out_fraction: f64, seed: u64) -> Vec<Split> {
-    by_cluster(&clusters(rows, SIMILARITY), held_out_fraction, seed)
+    let prompts: Vec<Vec<u32>> = rows.iter().map(|row| words(&spoken(row.example.prompt()))).collect();
+    let clusters = cluster_sets(&prompts.iter().map(|prompt| pairs(prompt)).collect::<Vec<_>>(), SIMILARITY);
+    // By cluster: the smallest hash of its prompts, and its size.
+    let mut found: BTreeMap<usize, (u64, usize)> = BTreeMap::new();
+    for (prompt, cluster) in prompts.iter().zip(&clusters) {
+        let (smallest, size) = found.entry(*cluster).or_insert((u64::MAX, 0));
+        *smallest = (*smallest).min(mix(sequence(prompt) ^ mix(seed)));
+        *size += 1;
+    }
+    let mut order: Vec<(u64, usize, usize)> = found.into_iter().map(|(cluster, (hash, size))| (hash, cluster, size)).collect();
+    order.sort_unstable();
+    let wanted = held_out_fraction.clamp(0.0, 1.0) * rows.len() as f64;
+    let mut held = 0.0;
+    let mut held_out = BTreeSet::new();
+    for (_, cluster, size) in order {
+        let size = size as f64;
+        if (held + size - wanted).abs() < wanted - held {
+            held += size;
+            held_out.insert(cluster);
+        }
+    }
+    clusters.iter().map(|cluster| if held_out.contains(cluster) { Split::HeldOut } else { Split::Train }).collect()
 }
 
-/// The cluster of each row's prompt, named by the index of its first row. The system's messages do not count. A row without words
-/// in its prompt stands alone.
-pub fn clusters(rows: &[Row], similarity: f64) -> Vec<usize> {
-    let prompts: Vec<Vec<u32>> = rows.iter().map(|row| pairs(&words(&spoken(row.example.prompt())))).collect();
-    cluster_sets(&prompts, similarity)
-}
-
-/// The same of sets of word pairs.
+/// The cluster of each prompt, given its word pairs, named by the index of its first row. A prompt without words stands alone.
 pub(super) fn cluster_sets(prompts: &[Vec<u32>], similarity: f64) -> Vec<usize> {
     // Equal prompts first: datasets hold many comparisons of one prompt, and one signature serves them all.
     let mut first: BTreeMap<&[u32], usize> = BTreeMap::new();
@@ -63,25 +82,6 @@ pub(super) fn cluster_sets(prompts: &[Vec<u32>], similarity: f64) -> Vec<usize> 
     // The hashes of the clusters are fixed: the same rows cluster alike whatever the split's seed.
     let roots = minhash::group_alike(&unique, similarity, 0).roots();
     place.into_iter().map(|place| owner[roots[place]]).collect()
-}
-
-/// The part of each row, given its cluster.
-pub(super) fn by_cluster(clusters: &[usize], held_out_fraction: f64, seed: u64) -> Vec<Split> {
-    let mut sizes: BTreeMap<usize, usize> = BTreeMap::new();
-    clusters.iter().for_each(|cluster| *sizes.entry(*cluster).or_default() += 1);
-    let mut order: Vec<(usize, usize)> = sizes.into_iter().collect();
-    Random::new(seed).shuffle(&mut order);
-    let wanted = held_out_fraction.clamp(0.0, 1.0) * clusters.len() as f64;
-    let mut held = 0.0;
-    let mut held_out = BTreeSet::new();
-    for (cluster, size) in order {
-        let size = size as f64;
-        if (held + size - wanted).abs() < wanted - held {
-            held += size;
-            held_out.insert(cluster);
-        }
-    }
-    clusters.iter().map(|cluster| if held_out.contains(cluster) { Split::HeldOut } else { Split::Train }).collect()
 }
 
 /// The fold of each row, whole clusters at a time, each to the fold that has fewest rows.
@@ -120,6 +120,20 @@ mod tests {
         }
         assert_eq!(split, by_prompt_cluster(&rows, 0.2, 9));
         assert_ne!(split, by_prompt_cluster(&rows, 0.2, 10));
+    }
+
+    #[test]
+    fn what_is_held_out_stays_so_when_rows_join_and_whatever_their_order() {
+        let rows = generate::clean(600, 4);
+        let before = by_prompt_cluster(&rows, 0.2, 9);
+        let mut more = generate::clean(60, 5);
+        more.extend(rows.clone());
+        let after = by_prompt_cluster(&more, 0.2, 9);
+        let held = (0..600).filter(|row| before[*row] == Split::HeldOut);
+        let (stayed, all) = (held.clone().filter(|row| after[60 + row] == Split::HeldOut).count(), held.count());
+        assert!(stayed * 10 >= all * 9, "{stayed} of {all}");
+        let backwards: Vec<Row> = rows.into_iter().rev().collect();
+        assert_eq!(by_prompt_cluster(&backwards, 0.2, 9).into_iter().rev().collect::<Vec<_>>(), before);
     }
 
     #[test]

@@ -81,6 +81,7 @@ fn every_planted_defect_is_found_in_one_report() {
         "label_noise",
         "reliability",
         "user_share",
+        "rater_share",
         "overlap",
         "personal_data",
         "secrets",
@@ -117,11 +118,14 @@ fn the_report_is_the_same_each_time_and_survives_json() {
 }
 
 #[test]
-fn no_rows_fail_and_one_row_is_no_trouble() {
+fn a_handful_of_rows_fails_for_its_size_and_nothing_else() {
     assert_eq!(assess(&[], &QualityOptions::default()).verdict, Verdict::Fail);
-    let one = assess(&generate::clean(1, 1), &QualityOptions::default());
-    assert_eq!(one.rows.len(), 1);
-    assert_ne!(one.verdict, Verdict::Fail);
+    for count in [1, 4] {
+        let report = assess(&generate::clean(count, 1), &QualityOptions::default());
+        assert_eq!((report.rows.len(), report.verdict), (count, Verdict::Fail));
+        let failed: Vec<_> = report.checks.iter().filter(|check| check.status == Status::Fail).map(|check| &check.name).collect();
+        assert_eq!(failed, ["size"]);
+    }
 }
 
 #[test]

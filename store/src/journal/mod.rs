@@ -9,7 +9,9 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use crate::error::StoreError;
 use crate::store::lock;
@@ -17,6 +19,8 @@ use frame::Contents;
 
 /// A segment longer than this is followed by a new one.
 const SEGMENT: u64 = 8 << 20;
+/// How long a disk that refused a write counts as full: whoever asks for room in the meantime is told that there is none.
+const REFUSAL: Duration = Duration::from_secs(5);
 
 pub(crate) struct Journal {
     folder: PathBuf,
@@ -30,12 +34,38 @@ struct State {
     sealed: BTreeMap<u64, u64>,
     bytes: u64,
     next: u64,
+    /// When the disk last refused a write and none has succeeded since.
+    refused: Option<Instant>,
 }
 
 struct Active {
     number: u64,
-    file: Arc<File>,
+    segment: Arc<Segment>,
     bytes: u64,
+}
+
+/// A file that frames are appended to.
+pub(crate) struct Segment {
+    file: File,
+    /// Held during a flush.
+    flushing: Mutex<()>,
+    broken: AtomicBool,
+}
+
+impl Segment {
+    fn new(file: File) -> Self {
+        Self { file, flushing: Mutex::default(), broken: AtomicBool::new(false) }
+    }
+
+    /// Brings what was appended to the disk. After a failure every later flush of this segment fails too: the system tells one caller
+    /// that pages were lost and then calls them clean, so the next one would hear that all is well.
+    pub(crate) fn sync(&self) -> std::io::Result<()> {
+        let _one_at_a_time = lock(&self.flushing);
+        if self.broken.load(Ordering::Relaxed) {
+            return Err(std::io::Error::other("an earlier flush of the same file failed"));
+        }
+        self.file.sync_data().inspect_err(|_| self.broken.store(true, Ordering::Relaxed))
+    }
 }
 
 /// Why records were not taken.
@@ -50,7 +80,12 @@ pub(crate) enum Refused {
 impl Journal {
     /// Opens the folder; what an earlier process left there is waiting.
     pub(crate) fn open(folder: PathBuf, limit: u64) -> Result<Self, StoreError> {
-        fs::create_dir_all(&folder).map_err(|error| StoreError::io("cannot create", &folder, error))?;
+        let create = || -> std::io::Result<()> {
+            fs::create_dir_all(&folder)?;
+            // The folder's own name has to survive the machine, like those of the segments.
+            folder.parent().filter(|parent| *parent != Path::new("")).map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+        };
+        create().map_err(|error| StoreError::io("cannot create", &folder, error))?;
         let (mut sealed, mut last) = (BTreeMap::new(), 0);
         let entries = fs::read_dir(&folder).map_err(|error| StoreError::io("cannot list", &folder, error))?;
         for entry in entries {
@@ -66,7 +101,7 @@ impl Journal {
         }
         let bytes = sealed.values().sum();
         let next = last + 1;
-        Ok(Self { folder, limit, state: Mutex::new(State { active: None, sealed, bytes, next }) })
+        Ok(Self { folder, limit, state: Mutex::new(State { active: None, sealed, bytes, next, refused: None }) })
     }
 
     fn path(&self, number: u64) -> PathBuf {
@@ -74,41 +109,55 @@ impl Journal {
     }
 
     /// Appends frames, all or none. The bytes are with the operating system: they survive the process, and the machine after
-    /// `sync_data` on the file that is returned.
-    pub(crate) fn append(&self, frames: &[u8]) -> Result<Arc<File>, Refused> {
+    /// `sync` of the segment that is returned.
+    pub(crate) fn append(&self, frames: &[u8]) -> Result<Arc<Segment>, Refused> {
         let state = &mut *lock(&self.state);
-        let length = frames.len() as u64;
-        if state.bytes + length > self.limit {
+        if state.bytes + frames.len() as u64 > self.limit {
             return Err(Refused::Full);
         }
-        if state.active.as_ref().is_some_and(|active| active.bytes >= SEGMENT) {
+        let written = self.write(state, frames);
+        state.refused = written.is_err().then(Instant::now);
+        written.map_err(|error| match error.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Refused::Full,
+            _ => Refused::Io(StoreError::io("cannot write to the spill log in", &self.folder, error)),
+        })
+    }
+
+    fn write(&self, state: &mut State, frames: &[u8]) -> std::io::Result<Arc<Segment>> {
+        let length = frames.len() as u64;
+        if state.active.as_ref().is_some_and(|active| active.bytes >= SEGMENT || active.segment.broken.load(Ordering::Relaxed)) {
             state.seal();
         }
         let active = match &mut state.active {
             Some(active) => active,
-            none => none.insert(self.create(&mut state.next).map_err(|error| refused(&self.folder, error))?),
+            none => none.insert(self.create(&mut state.next)?),
         };
-        if let Err(error) = (&*active.file).write_all(frames) {
+        if let Err(error) = (&active.segment.file).write_all(frames) {
             // Half a frame must not stand before whole ones. Reading would step over it, but would call it damage.
-            if active.file.set_len(active.bytes).is_err() {
+            if active.segment.file.set_len(active.bytes).is_err() {
                 state.bytes += length;
                 active.bytes += length;
                 state.seal();
             }
-            return Err(refused(&self.folder, error));
+            return Err(error);
         }
         active.bytes += length;
         state.bytes += length;
-        Ok(active.file.clone())
+        Ok(active.segment.clone())
     }
 
     fn create(&self, next: &mut u64) -> std::io::Result<Active> {
         let number = *next;
-        let file = OpenOptions::new().create_new(true).append(true).open(self.path(number))?;
-        // The name has to survive the machine, too.
-        File::open(&self.folder)?.sync_all()?;
+        // Used up even if this fails: a name that cannot be had must not be tried for ever.
         *next += 1;
-        Ok(Active { number, file: Arc::new(file), bytes: 0 })
+        let path = self.path(number);
+        let file = OpenOptions::new().create_new(true).append(true).open(&path)?;
+        // The name has to survive the machine, too.
+        if let Err(error) = File::open(&self.folder).and_then(|folder| folder.sync_all()) {
+            fs::remove_file(path).ok();
+            return Err(error);
+        }
+        Ok(Active { number, segment: Arc::new(Segment::new(file)), bytes: 0 })
     }
 
     /// The oldest segment that has to be replayed; from now on nothing is appended to it.
@@ -142,9 +191,11 @@ impl Journal {
         lock(&self.state).bytes
     }
 
-    /// Bytes that still fit.
+    /// Bytes that still fit; none while the disk refuses.
     pub(crate) fn room(&self) -> u64 {
-        self.limit.saturating_sub(self.bytes())
+        let state = lock(&self.state);
+        let refuses = state.refused.is_some_and(|at| at.elapsed() < REFUSAL);
+        if refuses { 0 } else { self.limit.saturating_sub(state.bytes) }
     }
 
     /// Nothing waits.
@@ -167,11 +218,20 @@ impl State {
     }
 }
 
-fn refused(folder: &Path, error: std::io::Error) -> Refused {
-    match error.kind() {
-        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Refused::Full,
-        _ => Refused::Io(StoreError::io("cannot write to the spill log in", folder, error)),
+/// Deletes the damaged segments of a spill folder: whom the bytes in them are about, nobody can say.
+pub(crate) fn remove_damaged(folder: &Path) -> Result<(), StoreError> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(StoreError::io("cannot list", folder, error)),
+    };
+    for entry in entries {
+        let path = entry.map_err(|error| StoreError::io("cannot list", folder, error))?.path();
+        if path.extension().is_some_and(|kind| kind == "damaged") {
+            fs::remove_file(&path).map_err(|error| StoreError::io("cannot remove", &path, error))?;
+        }
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -105,7 +105,7 @@ proptest! {
         let temp = tempfile::tempdir().unwrap();
         let journal = Journal::open(temp.path().into(), 1 << 30).unwrap();
         for entry in &written {
-            journal.append(&frame_of(entry)).unwrap().sync_data().unwrap();
+            journal.append(&frame_of(entry)).unwrap().sync().unwrap();
         }
         // A write of several records that was not acknowledged, cut off at any byte; file systems may leave zeros in its place.
         let unfinished: Vec<u8> = torn.iter().flat_map(frame_of).collect();
@@ -184,4 +184,49 @@ fn segments_follow_each_other_and_a_damaged_one_is_kept_aside() {
     assert!(temp.path().join(format!("{first:016x}.damaged")).exists());
     assert_eq!(drain(&journal).0.len(), 5);
     assert!(Journal::open(temp.path().into(), 1 << 30).unwrap().is_empty());
+}
+
+/// The device `path` in place of the segment that is appended to.
+fn put_in_place(journal: &Journal, path: &str) {
+    let file = OpenOptions::new().append(true).open(path).unwrap();
+    let state = &mut *lock(&journal.state);
+    state.active = Some(Active { number: state.next, segment: Arc::new(Segment::new(file)), bytes: 0 });
+    state.next += 1;
+}
+
+#[test]
+fn a_full_disk_leaves_no_room_until_a_write_succeeds() {
+    let temp = tempfile::tempdir().unwrap();
+    let journal = Journal::open(temp.path().into(), 1 << 30).unwrap();
+    let frame = frame_of(&feedback(1, "x"));
+    put_in_place(&journal, "/dev/full");
+    assert!(matches!(journal.append(&frame), Err(Refused::Full)));
+    assert_eq!(journal.room(), 0);
+    journal.append(&frame).unwrap();
+    assert!(journal.room() > 0);
+}
+
+#[test]
+fn after_a_failed_flush_no_flush_of_the_segment_succeeds_and_a_new_one_follows() {
+    let temp = tempfile::tempdir().unwrap();
+    let journal = Journal::open(temp.path().into(), 1 << 30).unwrap();
+    // It takes every byte and cannot be flushed.
+    put_in_place(&journal, "/dev/null");
+    let segment = journal.append(&frame_of(&feedback(1, "x"))).unwrap();
+    assert!(segment.sync().is_err());
+    assert!(segment.sync().unwrap_err().to_string().contains("earlier"));
+    let kept = feedback(2, "y");
+    journal.append(&frame_of(&kept)).unwrap().sync().unwrap();
+    let number = lock(&journal.state).active.as_ref().unwrap().number;
+    assert_eq!(journal.read(number).unwrap().entries, [kept]);
+}
+
+#[test]
+fn a_segments_name_that_cannot_be_had_is_passed_over() {
+    let temp = tempfile::tempdir().unwrap();
+    let journal = Journal::open(temp.path().into(), 1 << 30).unwrap();
+    std::fs::create_dir(journal.path(1)).unwrap();
+    let frame = frame_of(&feedback(1, "x"));
+    assert!(matches!(journal.append(&frame), Err(Refused::Io(_))));
+    journal.append(&frame).unwrap();
 }

@@ -47,11 +47,9 @@ impl Labels {
     /// Adds those drafts whose source the queue has seen neither as draft nor as task. Answers how many that were.
     pub async fn add_drafts(&self, queue_id: Uuid, drafts: &[NewDraft], now: i64) -> Result<u64, LabelError> {
         let mut transaction = self.database.write().begin().await?;
-        let (mut rest, mut added) = (drafts, 0_u64);
-        for size in Insert::sizes(drafts.len()) {
-            let (part, behind) = rest.split_at(size);
-            rest = behind;
-            let mut query = sqlx::query(sqlx::AssertSqlSafe(DRAFTS.text(size)));
+        let mut added = 0_u64;
+        for part in Insert::parts(drafts) {
+            let mut query = sqlx::query(sqlx::AssertSqlSafe(DRAFTS.text(part.len())));
             for draft in part {
                 query = query
                     .bind(Uuid::now_v7().to_string())
@@ -123,11 +121,17 @@ impl Labels {
         Ok(rows)
     }
 
-    /// Makes a draft a task. Whoever comes second, after a restart or on another gateway, changes nothing.
+    /// Makes a draft a task. Of a draft that is gone nothing is made: another gateway was faster, or its person has been erased while
+    /// the answer was generated.
     pub async fn finish_draft(&self, draft: &Draft, task: &NewTask, now: i64) -> Result<(), LabelError> {
         let mut transaction = self.database.write().begin().await?;
         super::task::insert(&mut transaction, draft.queue_id, std::slice::from_ref(task), now).await?;
-        sqlx::query("DELETE FROM label_drafts WHERE id = $1").bind(draft.id.to_string()).execute(&mut *transaction).await?;
+        let ours =
+            sqlx::query("DELETE FROM label_drafts WHERE id = $1").bind(draft.id.to_string()).execute(&mut *transaction).await?;
+        if ours.rows_affected() == 0 {
+            transaction.rollback().await?;
+            return Ok(());
+        }
         transaction.commit().await?;
         Ok(())
     }

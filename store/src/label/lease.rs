@@ -40,8 +40,8 @@ impl Labels {
         if let Some(current) = self.renewed(queue, annotator, until).await? {
             return Ok(current);
         }
-        let (finished, gold, plain) = self.tally(queue, annotator).await?;
-        let gold_first = gold > 0 && (plain == 0 || gold_turn(queue.id, annotator, finished, queue.gold_share));
+        let finished = self.finished_by(queue.id, annotator).await?;
+        let gold_first = gold_turn(queue.id, annotator, finished, queue.gold_share) || !self.has_plain(queue).await?;
         if gold_first && let Some(work) = self.take(queue, annotator, true, now, until).await? {
             return Ok(work);
         }
@@ -81,20 +81,10 @@ impl Labels {
         Ok(Lease::Work(Box::new(task), assignment))
     }
 
-    /// How many tasks the person has finished, and how many gold and plain ones the queue has.
-    async fn tally(&self, queue: &Queue, annotator: &str) -> Result<(u64, i64, i64), LabelError> {
-        let (finished,): (i64,) = sqlx::query_as(
-            "SELECT COUNT(*) FROM label_assignments WHERE queue_id = $1 AND annotator = $2 AND finished IS NOT NULL",
-        )
-        .bind(queue.id.to_string())
-        .bind(annotator)
-        .fetch_one(self.database.read())
-        .await?;
-        let (gold, all): (i64, i64) = sqlx::query_as("SELECT COUNT(gold), COUNT(*) FROM label_tasks WHERE queue_id = $1")
-            .bind(queue.id.to_string())
-            .fetch_one(self.database.read())
-            .await?;
-        Ok((u64::try_from(finished).unwrap_or(0), gold, all - gold))
+    /// Whether the queue has any task that is not gold.
+    async fn has_plain(&self, queue: &Queue) -> Result<bool, LabelError> {
+        let sql = "SELECT 1 FROM label_tasks WHERE queue_id = $1 AND gold IS NULL LIMIT 1";
+        Ok(sqlx::query(sql).bind(queue.id.to_string()).fetch_optional(self.database.read()).await?.is_some())
     }
 
     async fn take(&self, queue: &Queue, annotator: &str, gold: bool, now: i64, until: i64) -> Result<Option<Lease>, LabelError> {

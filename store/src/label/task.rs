@@ -118,11 +118,9 @@ pub(super) async fn insert(
     tasks: &[NewTask],
     now: i64,
 ) -> Result<u64, LabelError> {
-    let (mut rest, mut added) = (tasks, 0);
-    for size in Insert::sizes(tasks.len()) {
-        let (part, behind) = rest.split_at(size);
-        rest = behind;
-        let mut query = sqlx::query(sqlx::AssertSqlSafe(TASKS.text(size)));
+    let mut added = 0;
+    for part in Insert::parts(tasks) {
+        let mut query = sqlx::query(sqlx::AssertSqlSafe(TASKS.text(part.len())));
         for task in part {
             query = query
                 .bind(Uuid::now_v7().to_string())

@@ -145,26 +145,28 @@ impl Labels {
         let (id,) = last.ok_or(LabelError::NothingToUndo)?;
         let own = self.own(super::task::uuid(&id)?, annotator).await?;
         let mut transaction = self.database.write().begin().await?;
+        // The task's row first, as whoever judges, imports or erases does: two that take locks in one order cannot block each other.
+        sqlx::query(
+            "UPDATE label_tasks SET verdicts = verdicts - $2,
+             done = CASE WHEN gold IS NULL AND verdicts - $2 >= $3 THEN 1 ELSE 0 END WHERE id = $1",
+        )
+        .bind(own.task_id.to_string())
+        .bind(i64::from(own.state == State::Done))
+        .bind(i64::from(queue.overlap))
+        .execute(&mut *transaction)
+        .await?;
         let taken_back = sqlx::query(
             "UPDATE label_assignments SET state = 'undone', verdict = NULL, reason = NULL, feedback_id = NULL, finished = NULL
-             WHERE id = $1 AND state IN ('done', 'skipped')",
+             WHERE id = $1 AND state = $2 AND COALESCE(feedback_id, '') = $3",
         )
         .bind(&id)
+        .bind(if own.state == State::Done { "done" } else { "skipped" })
+        .bind(own.feedback_id.map(|id| id.to_string()).unwrap_or_default())
         .execute(&mut *transaction)
         .await?;
         if taken_back.rows_affected() == 0 {
-            // A second press of the key was faster.
+            // Something was faster, such as a second press of the key.
             return Err(LabelError::NothingToUndo);
-        }
-        if own.state == State::Done {
-            sqlx::query(
-                "UPDATE label_tasks SET verdicts = verdicts - 1,
-                 done = CASE WHEN gold IS NULL AND verdicts - 1 >= $2 THEN 1 ELSE 0 END WHERE id = $1",
-            )
-            .bind(own.task_id.to_string())
-            .bind(i64::from(queue.overlap))
-            .execute(&mut *transaction)
-            .await?;
         }
         if let Some(feedback) = own.feedback_id {
             judgements::edit_within(&mut transaction, feedback, now, |feedback| feedback.withdrawn = true).await?;

@@ -121,10 +121,10 @@ pub(super) async fn store(shared: &Shared, rows: &[Inference]) -> Result<(), Str
 
 async fn spill(shared: &Arc<Shared>, rows: &[Inference]) -> Result<(), Refused> {
     let frames: Vec<u8> = rows.iter().flat_map(frame_answer).collect();
-    let file = shared.journal.append(&frames)?;
+    let segment = shared.journal.append(&frames)?;
     shared.spilled(rows.len() as u64);
     shared.wake.notify_one();
     // A failed flush changes nothing here: the bytes are where they are, and a second copy would not be safer.
-    tokio::task::spawn_blocking(move || file.sync_data()).await.ok();
+    tokio::task::spawn_blocking(move || segment.sync()).await.ok();
     Ok(())
 }

@@ -16,6 +16,8 @@ use crate::records::Feedback;
 
 /// Most requests in one transaction.
 const BATCH: usize = 512;
+/// And most rows, unless one request alone has more: a transaction that takes too long looks like a database that is away.
+const ROWS: usize = 2048;
 
 pub(super) struct Sent {
     pub(super) feedback: Vec<Feedback>,
@@ -30,10 +32,31 @@ pub(super) async fn write(shared: Arc<Shared>, mut inbox: mpsc::Receiver<Sent>, 
             () = is_closing(&mut closing), if !inbox.is_closed() => inbox.close(),
             received = inbox.recv_many(&mut batch, BATCH) => if received == 0 { return },
         }
-        if !batch.is_empty() {
-            save(&shared, std::mem::take(&mut batch)).await;
+        let sizes: Vec<usize> = batch.iter().map(|sent: &Sent| sent.feedback.len()).collect();
+        for requests in transactions(&sizes) {
+            let part = batch.drain(..requests).collect();
+            save(&shared, part).await;
         }
     }
+}
+
+/// How many requests, of so many rows each, go into each transaction.
+fn transactions(rows: &[usize]) -> Vec<usize> {
+    let mut transactions: Vec<usize> = Vec::new();
+    let mut filled = 0;
+    for &rows in rows {
+        match transactions.last_mut() {
+            Some(requests) if filled + rows <= ROWS => {
+                *requests += 1;
+                filled += rows;
+            }
+            _ => {
+                transactions.push(1);
+                filled = rows;
+            }
+        }
+    }
+    transactions
 }
 
 /// One transaction for all that has gathered while the last one was written.
@@ -80,10 +103,10 @@ async fn spill(shared: &Arc<Shared>, batch: Vec<Sent>) {
     let records = plain.iter().map(|sent| sent.feedback.len() as u64).sum();
     let frames: Vec<u8> = plain.iter().flat_map(|sent| &sent.feedback).flat_map(frame_feedback).collect();
     let result = match shared.journal.append(&frames) {
-        Ok(file) => {
+        Ok(segment) => {
             shared.spilled(records);
             shared.wake.notify_one();
-            match tokio::task::spawn_blocking(move || file.sync_data()).await {
+            match tokio::task::spawn_blocking(move || segment.sync()).await {
                 Ok(Ok(())) => Ok(()),
                 Ok(Err(error)) => Err(format!("the spill log cannot be flushed: {error}")),
                 Err(error) => Err(error.to_string()),
@@ -103,5 +126,18 @@ async fn spill(shared: &Arc<Shared>, batch: Vec<Sent>) {
     for Sent { feedback, answer } in plain {
         let acknowledged = feedback.iter().map(|row| Acknowledged { id: row.id, duplicate: false }).collect();
         answer.send(result.as_ref().map(|()| acknowledged).map_err(|_| StoreError::Away)).ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_transaction_has_as_many_requests_as_fit_and_at_least_one() {
+        assert_eq!(transactions(&[]), Vec::<usize>::new());
+        assert_eq!(transactions(&[1; 512]), [512]);
+        assert_eq!(transactions(&[1000; 5]), [2, 2, 1]);
+        assert_eq!(transactions(&[1, 5000, 1, 0, 2047, 1]), [1, 1, 3, 1]);
     }
 }

@@ -13,7 +13,7 @@ mod answers;
 mod feedback;
 mod replay;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -29,7 +29,7 @@ use crate::journal::{Journal, Refused};
 use crate::judgements::Acknowledged;
 use crate::records::{Feedback, Inference};
 use crate::store::{StoreOptions, lock};
-use crate::{DataDir, Database, retention};
+use crate::{DataDir, Database, journal, retention};
 
 /// Most bytes of answers in the queue, whatever their number.
 const QUEUE_BYTES: usize = 256 << 20;
@@ -48,19 +48,18 @@ pub(crate) struct Shared {
     replaying: tokio::sync::Mutex<()>,
     queued: AtomicUsize,
     queued_bytes: AtomicUsize,
-    /// Since the start; for tests and for the log at the end.
-    spilled: AtomicU64,
 }
 
 pub(crate) struct Recorder {
     mode: Mode,
     database: Database,
     ids: IdKey,
+    data: DataDir,
 }
 
 enum Mode {
     Server { shared: Arc<Shared>, answers: mpsc::Sender<answers::Message>, feedback: mpsc::Sender<feedback::Sent>, tasks: Tasks },
-    Command { data: DataDir },
+    Command,
 }
 
 struct Tasks {
@@ -84,11 +83,11 @@ impl Recorder {
             handles.push(tokio::spawn(retention::run(database.clone(), options.retention, watch)));
         }
         let tasks = Tasks { closing, handles: Mutex::new(handles) };
-        Ok(Self { mode: Mode::Server { shared, answers, feedback, tasks }, database, ids })
+        Ok(Self { mode: Mode::Server { shared, answers, feedback, tasks }, database, ids, data: options.data.clone() })
     }
 
     pub(crate) fn direct(database: Database, ids: IdKey, data: DataDir) -> Self {
-        Self { mode: Mode::Command { data }, database, ids }
+        Self { mode: Mode::Command, database, ids, data }
     }
 
     pub(crate) fn record(&self, answer: Inference) -> Result<(), Full> {
@@ -139,7 +138,7 @@ impl Recorder {
     pub(crate) fn away(&self) -> bool {
         match &self.mode {
             Mode::Server { shared, .. } => shared.away.load(Ordering::Relaxed),
-            Mode::Command { .. } => false,
+            Mode::Command => false,
         }
     }
 
@@ -150,7 +149,7 @@ impl Recorder {
                 queue.send(feedback::Sent { feedback, answer }).await.map_err(|_| StoreError::Closed)?;
                 result.await.map_err(|_| StoreError::Closed)?
             }
-            Mode::Command { .. } => Ok(commit::feedback(&self.database, &feedback.iter().collect::<Vec<_>>()).await?),
+            Mode::Command => Ok(commit::feedback(&self.database, &feedback.iter().collect::<Vec<_>>()).await?),
         }
     }
 
@@ -162,14 +161,19 @@ impl Recorder {
                 Ok(replay::replay(shared).await?)
             }
             // A server that runs replays its own spill log, and leaves out what has been erased by then.
-            Mode::Command { data } => match data.lock() {
-                Ok(_lock) if spill_folder(data).exists() => {
-                    let journal = Journal::open(spill_folder(data), u64::MAX)?;
+            Mode::Command => match self.data.lock() {
+                Ok(_lock) if spill_folder(&self.data).exists() => {
+                    let journal = Journal::open(spill_folder(&self.data), u64::MAX)?;
                     Ok(replay::replay(&Shared::new(self.database.clone(), self.ids.clone(), journal)).await?)
                 }
                 _ => Ok(()),
             },
         }
+    }
+
+    /// Deletes what the spill log kept of damaged segments.
+    pub(crate) fn remove_damaged(&self) -> Result<(), StoreError> {
+        journal::remove_damaged(&spill_folder(&self.data))
     }
 
     pub(crate) async fn flush(&self) {
@@ -206,12 +210,10 @@ impl Shared {
             replaying: tokio::sync::Mutex::new(()),
             queued: AtomicUsize::new(0),
             queued_bytes: AtomicUsize::new(0),
-            spilled: AtomicU64::new(0),
         }
     }
 
     fn spilled(&self, records: u64) {
-        self.spilled.fetch_add(records, Ordering::Relaxed);
         metrics::counter!("tidemill:store_spilled_records_total").increment(records);
         metrics::gauge!("tidemill:store_spill_bytes").set(self.journal.bytes() as f64);
     }

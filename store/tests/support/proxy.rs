@@ -15,6 +15,8 @@ pub enum Wire {
     Cut,
     /// Connections stay open and nothing comes through, as from a server that hangs.
     Held,
+    /// The same, and connections with bytes under way never wake up: somewhere on the way they have been forgotten.
+    Lost,
 }
 
 pub struct Proxy {
@@ -74,8 +76,12 @@ async fn pump(
             Ok(0) | Err(_) => return,
             Ok(length) => length,
         };
-        if wire.wait_for(|wire| *wire != Wire::Held).await.is_err() {
-            return;
+        let state = match wire.wait_for(|wire| *wire != Wire::Held).await {
+            Ok(state) => *state,
+            Err(_) => return,
+        };
+        if state == Wire::Lost {
+            return std::future::pending().await;
         }
         if to.write_all(&buffer[..length]).await.is_err() {
             return;

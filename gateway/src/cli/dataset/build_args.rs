@@ -1,6 +1,6 @@
 //! The flags of a build as a query.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::Value;
@@ -90,9 +90,17 @@ pub struct QualityArgs {
     /// Prompts of evaluations, as JSONL with a 'prompt' or 'messages': rows that repeat them are found
     #[arg(long, value_name = "FILE")]
     evaluation_prompts: Option<PathBuf>,
+    /// When checks warn and fail, as JSON: {"size": {"preferences": {"warn": 500, "fail": 50}}, …}; what it leaves out stays
+    #[arg(long, value_name = "FILE")]
+    thresholds: Option<PathBuf>,
     /// Exit as `dataset report --gate` does
     #[arg(long)]
     pub gate: bool,
+}
+
+fn json_file<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, DatasetCommandError> {
+    let text = std::fs::read_to_string(path).map_err(|source| DatasetCommandError::File { path: path.to_owned(), source })?;
+    serde_json::from_str(&text).map_err(|error| DatasetCommandError::Json { path: path.to_owned(), reason: error.to_string() })
 }
 
 /// What a value of an enum is called in JSON, it is called here.
@@ -123,15 +131,7 @@ fn label(text: &str) -> Result<MetricLabel, String> {
 impl BuildArgs {
     /// The query of the file and the flags.
     pub fn query(&self) -> Result<Query, DatasetCommandError> {
-        let mut query = match &self.query {
-            None => Query::default(),
-            Some(path) => {
-                let text =
-                    std::fs::read_to_string(path).map_err(|source| DatasetCommandError::File { path: path.clone(), source })?;
-                serde_json::from_str(&text)
-                    .map_err(|error| DatasetCommandError::Query { path: path.clone(), reason: error.to_string() })?
-            }
-        };
+        let mut query = self.query.as_deref().map(json_file::<Query>).transpose()?.unwrap_or_default();
         query.rows.extend(&self.rows);
         query.from.extend(&self.from);
         query.models.extend(self.model.iter().cloned());
@@ -163,6 +163,9 @@ impl QualityArgs {
         if let Some(path) = &self.evaluation_prompts {
             let input = Input::Jsonl { path: path.clone() };
             options.evaluation_prompts = import::prompts(&input).await?;
+        }
+        if let Some(path) = &self.thresholds {
+            options.thresholds = json_file(path)?;
         }
         Ok(options)
     }

@@ -125,9 +125,9 @@ pub enum DatasetCommandError {
         /// Why not.
         source: std::io::Error,
     },
-    /// A query file that is none.
-    #[error("{} is no query: {reason}", path.display())]
-    Query {
+    /// A file that is not the JSON that was asked for.
+    #[error("{} is not what it should be: {reason}", path.display())]
+    Json {
         /// Which.
         path: PathBuf,
         /// Why not.
@@ -143,7 +143,12 @@ pub enum DatasetCommandError {
 
 /// Runs the command; the exit status is the gate's, where one was asked for.
 pub fn run(args: &DatasetArgs) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    let gate = matches!(&args.command, Command::Report(report) if report.gate);
+    let gate = match &args.command {
+        Command::Build(build) => build.quality.gate,
+        Command::Import(import) => import.quality.gate,
+        Command::Report(report) => report.gate,
+        Command::List { .. } | Command::Show { .. } | Command::Export(_) => false,
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     match runtime.block_on(command(args)) {
         Err(error) if gate => {

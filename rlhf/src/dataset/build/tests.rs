@@ -132,6 +132,49 @@ fn the_last_word_of_a_person_counts_and_what_is_withdrawn_does_not() {
 }
 
 #[test]
+fn one_person_has_one_word_on_a_text_under_however_many_ids() {
+    // Answers 11 to 13 say again what 1 and 2 say: one rater met them three times, two others once.
+    let mut given = gathered(vec![
+        comparison(1, "r1", &[&[1], &[2]]),
+        comparison(2, "r1", &[&[11], &[12]]),
+        comparison(3, "r1", &[&[13], &[2]]),
+        comparison(4, "r2", &[&[2], &[1]]),
+        comparison(5, "r3", &[&[2], &[1]]),
+        feedback(6, Kind::Thumb, "r1", &[1], json!(true)),
+        feedback(7, Kind::Thumb, "r1", &[11], json!(true)),
+        feedback(8, Kind::Thumb, "r1", &[13], json!(true)),
+        feedback(9, Kind::Thumb, "r2", &[1], json!(false)),
+        feedback(10, Kind::Thumb, "r3", &[11], json!(false)),
+        feedback(11, Kind::Rating, "r1", &[1], json!(1.0)),
+        feedback(12, Kind::Rating, "r1", &[11], json!(0.5)),
+        feedback(13, Kind::Rating, "r2", &[2], json!(0.0)),
+    ]);
+    given.targets.extend([answer(11, "ann", "p", "one"), answer(12, "bob", "p", "two"), answer(13, "ann", "p", "one")]);
+    let built = build(&given, &Query { margin: 0.5, ..Query::default() });
+    let found: Vec<_> = built.rows.iter().map(|row| (texts(row), row.origin.source.as_str())).collect();
+    let expected = [
+        (vec!["two".to_owned(), "one".to_owned()], "comparison"),
+        (vec!["one".to_owned()], "thumb"),
+        (vec!["one".to_owned(), "two".to_owned()], "rating"),
+    ];
+    assert_eq!(found, expected);
+    assert!(matches!(built.rows[1].example, Example::Unpaired { label: false, .. }));
+    assert_eq!(left_out(&built), [(LeftOut::Superseded, 5)]);
+    assert_eq!((built.judgements.len(), built.counts.used), (3, 8));
+    // The mean of one person's ratings would be 0.75.
+    let wide = build(&given, &Query { margin: 0.6, ..Query::default() });
+    assert_eq!(wide.rows.len(), 2);
+}
+
+#[test]
+fn an_edit_is_a_later_word_than_what_came_between() {
+    let mut edited = comparison(1, "r", &[&[1], &[2]]);
+    edited.updated = 5000;
+    let built = build(&gathered(vec![edited, comparison(2, "r", &[&[2], &[1]])]), &Query::default());
+    assert_eq!(built.rows.iter().map(texts).collect::<Vec<_>>(), [["one", "two"]]);
+}
+
+#[test]
 fn a_correction_is_a_pair_and_a_demonstration() {
     let same = feedback(2, Kind::Correction, "r", &[2], json!("two"));
     let empty = feedback(3, Kind::Correction, "r", &[3], json!(" "));
@@ -163,6 +206,48 @@ fn ratings_of_one_prompt_make_pairs_where_they_differ_enough() {
     assert_eq!(build(&given, &Query { margin: 0.25, ..Query::default() }).rows.len(), 3);
     let widest = build(&given, &Query { margin: 0.25, max_pairs_per_prompt: 1, ..Query::default() });
     assert_eq!(widest.rows.iter().map(texts).collect::<Vec<_>>(), [["one", "three"]]);
+}
+
+/// Answers to one prompt with these ratings.
+fn rated(means: &[f64]) -> Gathered {
+    let mut given = gathered(vec![]);
+    for (number, mean) in means.iter().enumerate() {
+        let target = 100 + number as u128;
+        given.targets.extend([answer(target, "ann", "p", &format!("answer {number:06}"))]);
+        given.feedback.push(feedback(10_000 + target, Kind::Rating, "r", &[target], json!(mean)));
+    }
+    given
+}
+
+proptest! {
+    #[test]
+    fn the_widest_pairs_of_ratings_are_found_without_comparing_all(
+        means in proptest::collection::vec(0..11_u8, 1..25), most in 1..12_usize, margin in 1..6_u8,
+    ) {
+        let means: Vec<f64> = means.into_iter().map(|mean| f64::from(mean) / 10.0).collect();
+        let margin = f64::from(margin) / 10.0;
+        let built = build(&rated(&means), &Query { margin, max_pairs_per_prompt: most, ..Query::default() });
+        let apart = |row: &Row| {
+            let mean = |text: &str| means[text["answer ".len()..].parse::<usize>().unwrap()];
+            let texts = texts(row);
+            ((mean(&texts[0]) - mean(&texts[1])) * 10.0).round() as i64
+        };
+        let mut found: Vec<i64> = built.rows.iter().map(apart).collect();
+        let all = means.iter().flat_map(|high| means.iter().map(move |low| high - low));
+        let mut widest: Vec<i64> = all.filter(|apart| *apart >= margin - 1e-9).map(|apart| (apart * 10.0).round() as i64).collect();
+        found.sort_unstable_by(|a, b| b.cmp(a));
+        widest.sort_unstable_by(|a, b| b.cmp(a));
+        widest.truncate(most);
+        prop_assert_eq!(found, widest);
+    }
+}
+
+#[test]
+fn many_rated_answers_to_one_prompt_are_not_paired_all_with_all() {
+    // All pairs of them would be ten gigabytes.
+    let means: Vec<f64> = (0..40_000).map(|number| f64::from(number % 1000) / 1000.0).collect();
+    let built = build(&rated(&means), &Query::default());
+    assert_eq!((built.rows.len(), built.counts.judgements), (8, 40_000));
 }
 
 #[test]
@@ -242,9 +327,11 @@ fn targets_that_cannot_be_used_are_counted_by_why() {
     given.feedback.push(conversation);
     given.targets.insert(id(7).to_string(), Target::NotRecorded);
     given.targets.insert(id(8).to_string(), Target::TextCompletion);
+    given.feedback.push(comparison(7, "r", &[&[1], &[10]]));
+    given.targets.insert(id(10).to_string(), Target::NotText);
     let reasons = left_out(&build(&given, &Query::default()));
     use LeftOut::*;
-    let expected = [Malformed, Conversation, UnknownAnswer, NotRecorded, TextCompletion, DifferentPrompts];
+    let expected = [Malformed, Conversation, UnknownAnswer, NotRecorded, NotText, TextCompletion, DifferentPrompts];
     assert_eq!(reasons, expected.map(|reason| (reason, 1)));
 }
 

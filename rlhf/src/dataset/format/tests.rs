@@ -72,7 +72,18 @@ proptest! {
         let examples = |rows: &[StoredRow]| rows.iter().map(|row| row.row.example.clone()).collect::<Vec<_>>();
         prop_assert_eq!(examples(&read(&lines(&rows, all, Format::Trl).bytes)), examples(&rows));
         let openai = lines(&rows, all, Format::Openai);
-        let with_a_form: Vec<StoredRow> = rows.iter().filter(|row| row.kind() != RowKind::Unpaired).cloned().collect();
+        let mut with_a_form: Vec<StoredRow> = rows.iter().filter(|row| row.kind() != RowKind::Unpaired).cloned().collect();
+        // It has no place for keys of others.
+        for row in &mut with_a_form {
+            let (Example::Preference { prompt, chosen: answer, .. } | Example::Demonstration { prompt, completion: answer } | Example::Unpaired { prompt, completion: answer, .. }) =
+                &mut row.row.example;
+            for message in prompt.iter_mut().chain(answer) {
+                message.extra.retain(|key, _| ["name", "tool_call_id", "tools"].contains(&key.as_str()));
+            }
+            if let Example::Preference { rejected, .. } = &mut row.row.example {
+                keep_known(rejected);
+            }
+        }
         prop_assert_eq!(examples(&read(&openai.bytes)), examples(&with_a_form));
         prop_assert_eq!(openai.no_form as usize, rows.len() - with_a_form.len());
     }
@@ -117,6 +128,8 @@ fn all_published_forms_are_read() {
         // OpenAI, both names.
         json!({"input": {"messages": [u]}, "preferred_output": [g], "non_preferred_output": [b]}),
         json!({"input": {"messages": [u]}, "preferred_completion": [g], "non_preferred_completion": [b]}),
+        // UltraFeedback: whole conversations, and the prompt once more.
+        json!({"prompt": "Hi", "chosen": [u, g], "rejected": [u, b]}),
         // Content in parts.
         json!({"prompt": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}], "chosen": "Hello.", "rejected": "No."}),
     ] {
@@ -140,6 +153,11 @@ fn a_bad_line_says_what_and_how_to_mend_it() {
         (json!({"prompt": "Hi"}), "its keys are: prompt"),
         (json!({"chosen": "a", "rejected": "b"}), "there is no 'prompt'"),
         (json!({"prompt": "Hi", "chosen": "a"}), "there is no 'rejected'"),
+        (json!({"prompt": "Ho", "chosen": [u, g], "rejected": [u, g]}), "does not begin with an assistant"),
+        (
+            json!({"prompt": [u, {"role": "function", "content": "4"}], "completion": "x"}),
+            "the role of 'prompt[1]' is 'function'",
+        ),
         (json!({"prompt": [], "chosen": "a", "rejected": "b"}), "'prompt' is empty"),
         (json!({"messages": [u]}), "does not end with an assistant"),
         (json!({"messages": [g]}), "the prompt is empty"),
@@ -186,4 +204,52 @@ fn lines_look_as_the_trainers_expect() {
     assert_eq!(lines([&dropped], Selection::default(), Format::Trl), Lines { dropped: 1, ..Lines::default() });
     let held_out = Selection { split: Some(Split::HeldOut), ..Selection::default() };
     assert_eq!(lines([&pair], held_out, Format::Trl), Lines::default());
+}
+
+#[test]
+fn tools_stand_beside_the_conversation_as_trl_and_openai_read_them() {
+    let tools = json!([{"type": "function", "function": {"name": "f"}}]);
+    let (u, g, b) = (json!({"role": "user", "content": "Hi"}), json!(says("assistant", "f()")), json!(says("assistant", "No.")));
+    for line in [
+        json!({"prompt": [u], "chosen": [g], "rejected": [b], "tools": tools}),
+        json!({"prompt": [u], "completion": [g], "label": true, "tools": tools}),
+        json!({"prompt": [u], "completion": [g], "tools": tools}),
+    ] {
+        let Value::Object(object) = line.clone() else { panic!("no object") };
+        let row = parse(object, "f:1").unwrap();
+        assert_eq!(row.row.example.prompt()[0].extra["tools"], tools);
+        assert_eq!(Value::Object(super::line(&row, Format::Trl).unwrap()), line);
+        if let Some(openai) = super::line(&row, Format::Openai) {
+            assert!(openai.get("tools").or(openai.get("input").and_then(|input| input.get("tools"))) == Some(&tools));
+        }
+    }
+    let implicit = json!({"chosen": [u, g], "rejected": [u, b], "tools": tools});
+    assert_eq!(from(implicit).unwrap().prompt()[0].extra["tools"], tools);
+}
+
+#[test]
+fn openai_learns_the_last_answer_only_and_meets_no_key_that_it_refuses() {
+    let mut odd = says("user", "Hi");
+    odd.extra.insert("cache_control".into(), json!({"type": "ephemeral"}));
+    odd.extra.insert("name".into(), json!("ann"));
+    let prompt = vec![odd, says("assistant", "Go away."), says("user", "Sorry?")];
+    let example = Example::Demonstration { prompt, completion: vec![says("assistant", "Hello.")] };
+    let row = StoredRow { row: Row::new(example, Origin::default()), split: Split::Train, verdict: None };
+    let line = Value::Object(super::line(&row, Format::Openai).unwrap());
+    assert_eq!(
+        line,
+        json!({"messages": [
+            {"role": "user", "content": "Hi", "name": "ann"},
+            {"role": "assistant", "content": "Go away.", "weight": 0},
+            {"role": "user", "content": "Sorry?"},
+            {"role": "assistant", "content": "Hello."},
+        ]})
+    );
+    // And back, with the weights that say what a row here means anyway.
+    let mut said = line.clone();
+    said["messages"][3]["weight"] = json!(1);
+    for line in [line, said] {
+        let back = from(line).unwrap();
+        assert!(back.prompt()[1].extra.is_empty() && back.answers()[0][0].extra.is_empty(), "{back:?}");
+    }
 }
