@@ -9,7 +9,7 @@ use crate::http::limits::BodyLimits;
 use crate::http::server::Server;
 use crate::http::tls::{Tls, TlsError};
 use crate::http::{App, Auth};
-use crate::telemetry::{self, TelemetryError};
+use crate::telemetry::{self, Observer, TelemetryError};
 use crate::upstream::{LocalModel, Registry, Upstream};
 use metrics_exporter_prometheus::PrometheusHandle;
 use std::net::{IpAddr, SocketAddr};
@@ -77,9 +77,15 @@ pub struct ServeArgs {
     /// Largest request body [default: 10MiB]
     #[arg(long, value_name = "SIZE")]
     max_body: Option<String>,
+    /// Time that a request's body may take [default: 30s]
+    #[arg(long, value_name = "TIME")]
+    body_timeout: Option<String>,
     /// Connections at once; more wait [default: 4096]
     #[arg(long, value_name = "N")]
     max_connections: Option<String>,
+    /// Connections without a request are closed after this time [default: 75s]
+    #[arg(long, value_name = "TIME")]
+    idle_timeout: Option<String>,
     /// Certificate chain for TLS, a PEM file; read again when it changes [default: no TLS]
     #[arg(long, value_name = "FILE")]
     tls_certificate: Option<String>,
@@ -116,6 +122,15 @@ pub struct ServeArgs {
     /// Log lines for people or for machines: text, json [default: text]
     #[arg(long, value_name = "FORMAT")]
     log_format: Option<String>,
+    /// Write prompts and answers to the log: true, false [default: false]
+    #[arg(long, value_name = "BOOL")]
+    log_content: Option<String>,
+    /// Send traces over OTLP/HTTP to this collector, such as http://localhost:4318 [default: none]
+    #[arg(long, value_name = "URL")]
+    otlp_endpoint: Option<String>,
+    /// Share of the traces begun here that is sent [default: 1]
+    #[arg(long, value_name = "0..1")]
+    trace_share: Option<String>,
     /// Configuration file [default: tidemill.toml where there is one]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -144,7 +159,9 @@ impl ServeArgs {
             ("device", &self.device),
             ("drain_timeout", &self.drain_timeout),
             ("max_body", &self.max_body),
+            ("body_timeout", &self.body_timeout),
             ("max_connections", &self.max_connections),
+            ("idle_timeout", &self.idle_timeout),
             ("tls_certificate", &self.tls_certificate),
             ("tls_key", &self.tls_key),
             ("cors_origins", &self.cors_origins),
@@ -157,6 +174,9 @@ impl ServeArgs {
             ("retention_size", &self.retention_size),
             ("log", &self.log),
             ("log_format", &self.log_format),
+            ("log_content", &self.log_content),
+            ("otlp_endpoint", &self.otlp_endpoint),
+            ("trace_share", &self.trace_share),
         ];
         for (key, text) in flags {
             layer.flag(key, text.as_ref());
@@ -214,6 +234,11 @@ pub fn run(args: &ServeArgs) -> Result<(), ServeError> {
     let config = Config::load(args.to_layer(), args.config.as_deref(), utf8_environment())?;
     telemetry::init_logs(&config.log, config.log_format)?;
     let metrics = telemetry::init_metrics()?;
+    let spans = match &config.otlp_endpoint {
+        Some(endpoint) => telemetry::exporting(endpoint, config.trace_share).map_err(TelemetryError::from)?,
+        None => telemetry::silent(),
+    };
+    let observer = Observer::new(spans, config.log_content);
     let models = config.resolve_models()?;
     let _lock = DataDir::new(&config.data).lock()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -223,7 +248,7 @@ pub fn run(args: &ServeArgs) -> Result<(), ServeError> {
         .build()
         .map_err(ServeError::Threads)?;
     let result = runtime.block_on(async {
-        let app = open(&config, &models, metrics).await?;
+        let app = open(&config, &models, metrics, observer.clone()).await?;
         let (store, datasets) = (app.store.clone(), app.datasets.clone());
         let result = serve(config, models, app).await;
         datasets.close().await;
@@ -231,13 +256,19 @@ pub fn run(args: &ServeArgs) -> Result<(), ServeError> {
         store.close().await;
         result
     });
+    observer.close();
     // Work that nobody waits for any more must not hold up the exit.
     runtime.shutdown_background();
     result
 }
 
 /// Opens the store and puts together what handlers see.
-async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle) -> Result<App, ServeError> {
+async fn open(
+    config: &Config,
+    models: &[ModelSpec],
+    metrics: PrometheusHandle,
+    observer: Observer,
+) -> Result<App, ServeError> {
     let data = DataDir::new(&config.data);
     let retention = Retention { max_age: config.retention_age, max_bytes: config.retention_size };
     let defaults = StoreOptions::new(data);
@@ -251,7 +282,8 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle) 
         registry: Arc::new(Registry::new(models.iter().map(|model| model.name.clone()))),
         drain: Drain::default(),
         origins: config.origins.clone(),
-        body: BodyLimits { bytes: config.max_body, ..BodyLimits::default() },
+        body: BodyLimits { bytes: config.max_body, time: config.body_timeout },
+        observer,
         metrics: Some(metrics),
         auth: Auth::new(store.clone(), has_key),
         datasets: DatasetJobs::new(store.clone(), &config.datasets_root()),
@@ -286,7 +318,7 @@ async fn serve(config: Config, models: Vec<ModelSpec>, app: App) -> Result<(), S
     if let Some(tls) = &tls {
         tokio::spawn(tls.clone().keep_fresh());
     }
-    let server = Server::new(listener, app.clone(), config.max_connections, tls);
+    let server = Server::new(listener, app.clone(), config.connections, tls);
     let drain_timeout = config.drain_timeout;
     let loader = {
         let app = app.clone();

@@ -12,6 +12,8 @@ pub use model_spec::{DEFAULT_MODEL, ModelSpec, models_dir};
 
 use crate::feedback::Metrics;
 use crate::http::cors::Origins;
+use crate::http::limits::BodyLimits;
+use crate::http::server::Bounds;
 use crate::recording::{Level, Recording};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -23,7 +25,7 @@ use tidemill_kernels::{KvDtype, WeightFormat};
 pub const DEFAULT_FILE: &str = "tidemill.toml";
 
 /// Every setting, by its name in the file. The flag is the same with dashes, the variable the same in capitals after `TIDEMILL_`.
-pub const KEYS: [&str; 30] = [
+pub const KEYS: [&str; 35] = [
     "model",
     "host",
     "port",
@@ -41,7 +43,9 @@ pub const KEYS: [&str; 30] = [
     "device",
     "drain_timeout",
     "max_body",
+    "body_timeout",
     "max_connections",
+    "idle_timeout",
     "tls_certificate",
     "tls_key",
     "cors_origins",
@@ -54,6 +58,9 @@ pub const KEYS: [&str; 30] = [
     "retention_size",
     "log",
     "log_format",
+    "log_content",
+    "otlp_endpoint",
+    "trace_share",
 ];
 
 /// Why there is no configuration.
@@ -158,8 +165,10 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// Most bytes of a request's body.
     pub max_body: usize,
-    /// Most connections at once.
-    pub max_connections: usize,
+    /// Most time from the first byte of a request's body to the last.
+    pub body_timeout: Duration,
+    /// Bounds on connections.
+    pub connections: Bounds,
     /// Certificate chain and private key, where TLS is spoken.
     pub tls: Option<(PathBuf, PathBuf)>,
     /// Web pages that may call.
@@ -182,6 +191,12 @@ pub struct Config {
     pub log: String,
     /// How log lines look.
     pub log_format: LogFormat,
+    /// Prompts and answers are written to the log.
+    pub log_content: bool,
+    /// Where spans are sent.
+    pub otlp_endpoint: Option<String>,
+    /// Share of the traces begun here that is sent.
+    pub trace_share: f64,
 }
 
 impl Config {
@@ -240,7 +255,12 @@ impl Config {
             device: get("device").map_or(Ok(Device::Auto), |s| s.parse(value::device))?,
             drain_timeout: get("drain_timeout").map_or(Ok(Duration::from_secs(30)), |s| s.parse(value::duration))?,
             max_body: get("max_body").map_or(Ok(10 << 20), |s| s.parse(value::size))?,
-            max_connections: count("max_connections", 1)?.unwrap_or(4096),
+            body_timeout: get("body_timeout").map_or(Ok(BodyLimits::default().time), |s| s.parse(value::some_time))?,
+            connections: Bounds {
+                connections: count("max_connections", 1)?.unwrap_or(Bounds::default().connections),
+                idle: get("idle_timeout").map_or(Ok(Bounds::default().idle), |s| s.parse(value::some_time))?,
+                ..Bounds::default()
+            },
             tls: tls(get("tls_certificate"), get("tls_key"))?,
             origins: get("cors_origins").map_or(Ok(Origins::default()), |s| s.parse(Origins::parse))?,
             database: get("database").map(|s| s.text.clone()),
@@ -258,6 +278,9 @@ impl Config {
             log_format: get("log_format").map_or(Ok(LogFormat::Text), |s| {
                 s.parse(|text| value::choice(text, &[("text", LogFormat::Text), ("json", LogFormat::Json)]))
             })?,
+            log_content: get("log_content").map_or(Ok(false), |s| s.parse(value::switch))?,
+            otlp_endpoint: get("otlp_endpoint").map(|s| s.parse(value::web_address)).transpose()?,
+            trace_share: get("trace_share").map_or(Ok(1.0), |s| s.parse(value::share))?,
         })
     }
 

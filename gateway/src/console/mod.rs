@@ -38,6 +38,11 @@ pub fn routes() -> Router<App> {
     pages.route("/console", get(|| async { Redirect::temporary("/console/label") }))
 }
 
+/// Paths and content types of all files.
+pub fn files() -> impl Iterator<Item = (&'static str, &'static str)> {
+    FILES.into_iter().map(|(path, kind, _)| (path, kind))
+}
+
 fn file(kind: &'static str, text: &'static str) -> Response {
     let headers: [(HeaderName, HeaderValue); 5] = [
         (CONTENT_TYPE, HeaderValue::from_static(kind)),

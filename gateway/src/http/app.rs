@@ -7,6 +7,7 @@ use crate::http::cors::Origins;
 use crate::http::drain::Drain;
 use crate::http::limits::BodyLimits;
 use crate::recording::Recording;
+use crate::telemetry::Observer;
 use crate::upstream::Registry;
 use metrics_exporter_prometheus::PrometheusHandle;
 use std::sync::Arc;
@@ -23,6 +24,8 @@ pub struct App {
     pub body: BodyLimits,
     /// Web pages that may call.
     pub origins: Origins,
+    /// Traces and logs requests.
+    pub observer: Observer,
     /// Renders `/metrics`; absent where no recorder was installed.
     pub metrics: Option<PrometheusHandle>,
     /// Durable records.

@@ -1,6 +1,7 @@
 //! Who is asking, and whether they may.
 
 use crate::http::error::ApiError;
+use crate::telemetry::Trail;
 use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -13,8 +14,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tidemill_store::{ApiKey, Scope, Store, StoreError};
 use tower::{Layer, Service};
 
-/// Paths that need no key: probes, and the console's pages, whose data does need one.
-const OPEN: [&str; 5] = ["/health", "/ready", "/version", "/metrics", "/console"];
+/// Paths that need no key: probes, the API's description, and the console's pages, whose data does need one.
+const OPEN: [&str; 6] = ["/health", "/ready", "/version", "/metrics", "/openapi.json", "/console"];
 
 /// Tells callers apart. Cloning is cheap.
 #[derive(Clone)]
@@ -118,6 +119,9 @@ pub async fn authenticate(State(auth): State<Auth>, mut request: Request, next: 
     let caller = if open { Ok(Caller { key: None, open: false }) } else { auth.caller(authorization).await };
     match caller {
         Ok(caller) => {
+            if let Some(trail) = request.extensions().get::<Trail>() {
+                trail.key(caller.key_id());
+            }
             request.extensions_mut().insert(caller);
             next.run(request).await
         }

@@ -12,6 +12,7 @@ use crate::openai::chat_stream::{ChatReport, ChatStream};
 use crate::openai::response_format::Constrained;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{Draft, Level};
+use crate::telemetry::Follower;
 use crate::upstream::{Events, LocalModel, Upstream};
 use axum::extract::{Request, State};
 use axum::response::Response;
@@ -50,6 +51,7 @@ pub struct ChatRun {
     constraint: Option<Constrained>,
     processed: bool,
     record: Option<Pending>,
+    follower: Option<Follower>,
 }
 
 impl ChatRun {
@@ -77,10 +79,11 @@ impl ChatRun {
             }
             Draft { inference, candidates: choice_ids.len(), choice_ids: choice_ids.clone(), prompt_only: false }
         };
+        let follower = asked.follow("chat", &model, std::slice::from_ref(&request));
         let drafts = (level != Level::Off).then(|| vec![draft()]);
         let record = drafts.map(|drafts| asked.pending(level, drafts));
         let (processed, constraint) = (generation.processed_logprobs, chat.constraint.clone());
-        Ok(Self { model, id, choice_ids, format: OutputFormat::Plain, request, constraint, processed, record })
+        Ok(Self { model, id, choice_ids, format: OutputFormat::Plain, request, constraint, processed, record, follower })
     }
 
     /// The prompt's tokens.
@@ -95,7 +98,7 @@ impl ChatRun {
             self.request.sampling.grammar = Some(self.model.grammar(constraint).await?);
         }
         let events = self.model.submit(vec![self.request])?;
-        Ok(events.recorded(self.record.map(Pending::start)).showing(self.processed))
+        Ok(events.recorded(self.record.map(Pending::start)).followed(self.follower).showing(self.processed))
     }
 }
 

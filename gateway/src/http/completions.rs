@@ -12,6 +12,7 @@ use crate::openai::completions::{CompletionRequest, PromptInput};
 use crate::openai::response_format::Constrained;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{Draft, Level};
+use crate::telemetry::Follower;
 use crate::upstream::{LocalModel, Upstream};
 use axum::extract::{Request, State};
 use axum::response::Response;
@@ -27,8 +28,8 @@ pub async fn completions(State(app): State<App>, request: Request) -> Result<Res
         let grammar = prepared.model.grammar(constraint).await?;
         prepared.requests.iter_mut().for_each(|request| request.sampling.grammar = Some(grammar.clone()));
     }
-    let events =
-        prepared.model.submit(prepared.requests)?.recorded(prepared.record.map(Pending::start)).showing(prepared.processed);
+    let events = prepared.model.submit(prepared.requests)?.recorded(prepared.record.map(Pending::start));
+    let events = events.followed(prepared.follower).showing(prepared.processed);
     let tokenizer = prepared.model.tokenizer();
     if prepared.stream {
         let encoder = CompletionStream::new(&prepared.head, prepared.n, prepared.report, tokenizer);
@@ -53,6 +54,7 @@ struct PreparedCompletion {
     constraint: Option<Constrained>,
     processed: bool,
     record: Option<Pending>,
+    follower: Option<Follower>,
 }
 
 impl PreparedCompletion {
@@ -112,6 +114,7 @@ impl PreparedCompletion {
             stream: generation.stream,
             constraint: completion.constraint.clone(),
             processed: generation.processed_logprobs,
+            follower: asked.follow("text_completion", &model, &requests),
             record: (level != Level::Off).then(|| asked.pending(level, drafts)),
             requests,
             model,

@@ -1,5 +1,6 @@
 //! One connection: HTTP/1.1 or HTTP/2, plain or over TLS, closed when nothing happens on it.
 
+use crate::http::server::Bounds;
 use crate::http::tls::Tls;
 use axum::Router;
 use axum::body::Body;
@@ -20,11 +21,6 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tower::ServiceExt;
 
-/// A request's head must be complete within this time, and a connection without requests is closed after it: connections that send
-/// nothing cost nothing for long.
-const QUIET_TIME: Duration = Duration::from_secs(30);
-/// A TLS handshake takes two round trips.
-const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 /// Most bytes of a request's head; hyper answers 431 beyond.
 const HEADER_BYTES: usize = 64 * 1024;
 /// Requests that one HTTP/2 connection may have under way.
@@ -37,21 +33,22 @@ const PING_EVERY: Duration = Duration::from_secs(20);
 pub struct Speaker {
     router: Router,
     tls: Option<Tls>,
+    bounds: Bounds,
     http: Arc<auto::Builder<TokioExecutor>>,
 }
 
 impl Speaker {
     /// With `tls`, nothing is answered in plain text.
-    pub fn new(router: Router, tls: Option<Tls>) -> Self {
+    pub fn new(router: Router, bounds: Bounds, tls: Option<Tls>) -> Self {
         let mut http = auto::Builder::new(TokioExecutor::new());
-        http.http1().timer(TokioTimer::new()).header_read_timeout(QUIET_TIME).max_buf_size(HEADER_BYTES);
+        http.http1().timer(TokioTimer::new()).header_read_timeout(bounds.idle).max_buf_size(HEADER_BYTES);
         http.http2()
             .timer(TokioTimer::new())
             .max_concurrent_streams(STREAMS)
             .max_header_list_size(HEADER_BYTES as u32)
             .keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_EVERY);
-        Self { router, tls, http: Arc::new(http) }
+        Self { router, tls, bounds, http: Arc::new(http) }
     }
 
     /// Serves the connection to its end. Once `leave` is true, requests under way are still answered and no more are taken.
@@ -62,7 +59,7 @@ impl Speaker {
         }
         match &self.tls {
             None => self.speak(stream, leave).await,
-            Some(tls) => match tokio::time::timeout(HANDSHAKE_TIME, tls.acceptor().accept(stream)).await {
+            Some(tls) => match tokio::time::timeout(self.bounds.handshake, tls.acceptor().accept(stream)).await {
                 Ok(Ok(stream)) => self.speak(stream, leave).await,
                 Ok(Err(error)) => tracing::debug!(%error, "TLS handshake failed"),
                 Err(_) => tracing::debug!("TLS handshake took too long"),
@@ -78,7 +75,7 @@ impl Speaker {
             async move { answer.await.map(|response| response.map(|body| Body::new(BusyBody { body, _busy: busy }))) }
         });
         let mut connection = pin!(self.http.serve_connection(TokioIo::new(stream), service));
-        let mut look = tokio::time::interval(QUIET_TIME / 4);
+        let mut look = tokio::time::interval((self.bounds.idle / 4).max(Duration::from_millis(1)));
         let mut told = pin!(async { leave.wait_for(|left| *left).await.is_ok() });
         let mut closing = false;
         let result = loop {
@@ -90,11 +87,11 @@ impl Speaker {
                 }
                 _ = look.tick() => {
                     let quiet = activity.quiet();
-                    if quiet > 2 * QUIET_TIME {
+                    if quiet > 2 * self.bounds.idle {
                         // It was told to close and does not.
                         return;
                     }
-                    if quiet > QUIET_TIME {
+                    if quiet > self.bounds.idle {
                         connection.as_mut().graceful_shutdown();
                         closing = true;
                     }

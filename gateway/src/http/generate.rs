@@ -9,6 +9,7 @@ use crate::openai::collected::{Collected, Flow};
 use crate::openai::generation::Generation;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{self, Draft, Level, Recorder};
+use crate::telemetry::{Follower, Trail};
 use crate::upstream::{Events, LocalModel};
 use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
@@ -83,12 +84,19 @@ pub struct Asked {
     pub caller: Caller,
     /// When the request came.
     pub arrived: Instant,
+    trail: Option<Trail>,
 }
 
 impl Asked {
     /// Of a request whose body is not read yet.
     pub fn new(app: &App, request: &Request) -> Self {
-        Self { app: app.clone(), caller: Caller::of(request), arrived: Instant::now() }
+        Self { app: app.clone(), caller: Caller::of(request), arrived: Instant::now(), trail: request.extensions().get().cloned() }
+    }
+
+    /// Follows the answers to `requests` for the log and the trace; give it to the events with [`Events::followed`]. `operation` is
+    /// `chat`, `text_completion` or `embeddings`.
+    pub fn follow(&self, operation: &'static str, model: &LocalModel, requests: &[tidemill_engine::Request]) -> Option<Follower> {
+        self.trail.as_ref().map(|trail| trail.follow(operation, model, requests))
     }
 
     /// How much of the answer is recorded; 503 when there is no room for what should be.

@@ -1,13 +1,14 @@
 //! Which path goes where.
 
 use crate::console;
+use crate::openapi;
 use crate::http::app::App;
 use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
 use crate::http::{chat, completions, datasets, feedback, interchange, labeling, models, observe, probes, tokens};
 use axum::Router;
 use axum::extract::Request;
-use axum::middleware::{from_fn, from_fn_with_state};
+use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
 use hyper::StatusCode;
 use tidemill_store::Scope;
@@ -39,12 +40,13 @@ pub fn router(app: App) -> Router {
         .route("/ready", get(probes::ready))
         .route("/version", get(probes::version))
         .route("/metrics", get(probes::metrics))
+        .route("/openapi.json", get(openapi::serve))
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(auth, authenticate))
         // Around the keys: a browser asks for leave before it sends one, and may read why it was refused.
         .layer(tower::util::option_layer(cors))
-        .layer(from_fn(observe::observe));
+        .layer(from_fn_with_state(app.observer.clone(), observe::observe));
     router.with_state(app)
 }
 

@@ -11,22 +11,41 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 /// After the last answer, connections get this long to take it from their buffers.
 const FLUSH_TIME: Duration = Duration::from_secs(2);
 
+/// Bounds on connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// Most at once; more wait in the system's queue.
+    pub connections: usize,
+    /// A request's head must be complete within this time, and a connection without requests is closed after it: connections that
+    /// send nothing cost nothing for long.
+    pub idle: Duration,
+    /// A TLS handshake takes two round trips; it must be over after this time.
+    pub handshake: Duration,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        // Load balancers keep connections for 60 s: who closes first decides which request meets a closed door.
+        Self { connections: 4096, idle: Duration::from_secs(75), handshake: Duration::from_secs(10) }
+    }
+}
+
 /// Serves connections until told to leave.
 pub struct Server {
     listener: TcpListener,
     speaker: Speaker,
     permits: Arc<Semaphore>,
-    max_connections: usize,
+    connections: usize,
     leave: watch::Sender<bool>,
 }
 
 impl Server {
-    /// Over a bound socket, with at most `max_connections` at once; more wait in the system's queue.
-    pub fn new(listener: TcpListener, app: App, max_connections: usize, tls: Option<Tls>) -> Self {
-        let permits = Arc::new(Semaphore::new(max_connections));
+    /// Over a bound socket.
+    pub fn new(listener: TcpListener, app: App, bounds: Bounds, tls: Option<Tls>) -> Self {
+        let permits = Arc::new(Semaphore::new(bounds.connections));
         let (leave, _) = watch::channel(false);
-        let speaker = Speaker::new(super::router(app), tls);
-        Self { listener, speaker, permits, max_connections, leave }
+        let speaker = Speaker::new(super::router(app), bounds, tls);
+        Self { listener, speaker, permits, connections: bounds.connections, leave }
     }
 
     /// Accepts and serves until `leave` resolves. Then no connection is accepted, idle ones are closed, and those that are still
@@ -53,7 +72,7 @@ impl Server {
         }
         drop(self.listener);
         self.leave.send_replace(true);
-        let everyone = u32::try_from(self.max_connections).unwrap_or(u32::MAX);
+        let everyone = u32::try_from(self.connections).unwrap_or(u32::MAX);
         if tokio::time::timeout(FLUSH_TIME, self.permits.acquire_many(everyone)).await.is_err() {
             tracing::warn!("some connections did not take their last bytes in time");
         }

@@ -1,6 +1,7 @@
 //! The events of a request's prompts as one stream.
 
 use crate::recording::Recorder;
+use crate::telemetry::Follower;
 use flume::r#async::RecvStream;
 use futures_core::Stream;
 use std::future::poll_fn;
@@ -15,6 +16,8 @@ pub struct Events {
     next: usize,
     /// Sees what passes.
     recorder: Option<Recorder>,
+    /// Counts what passes.
+    follower: Option<Follower>,
     /// Log-probabilities are shown as they were after processing.
     processed: bool,
 }
@@ -28,12 +31,17 @@ impl Events {
     /// Over the receivers that the engine gave, one per prompt.
     pub fn new(receivers: Vec<flume::Receiver<Event>>) -> Self {
         let sources = receivers.into_iter().map(|r| Source { stream: r.into_stream(), over: false }).collect();
-        Self { sources, next: 0, recorder: None, processed: false }
+        Self { sources, next: 0, recorder: None, follower: None, processed: false }
     }
 
     /// The same, with everything that passes shown to `recorder`. It is dropped with the events, which ends the record.
     pub fn recorded(self, recorder: Option<Recorder>) -> Self {
         Self { recorder, ..self }
+    }
+
+    /// The same, counted for the log and the trace.
+    pub fn followed(self, follower: Option<Follower>) -> Self {
+        Self { follower, ..self }
     }
 
     /// The same, with processed log-probabilities in the place of raw ones when `processed` says so. The record keeps both.
@@ -48,6 +56,9 @@ impl Events {
         if let Poll::Ready(Some((prompt, event))) = &mut next {
             if let Some(recorder) = &mut self.recorder {
                 recorder.see(*prompt, event);
+            }
+            if let Some(follower) = &mut self.follower {
+                follower.see(*prompt, event);
             }
             if let (true, Event::Token { record, .. }) = (self.processed, event) {
                 record.logprob = record.processed_logprob;

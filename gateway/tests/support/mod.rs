@@ -24,6 +24,7 @@ use tidemill::http::drain::Drain;
 use tidemill::http::limits::BodyLimits;
 use tidemill::http::{App, Auth, router};
 use tidemill::recording::Recording;
+use tidemill::telemetry::Observer;
 use tidemill::upstream::{LocalModel, Registry, Upstream};
 use tidemill_engine::model::Model;
 use tidemill_engine::model_files::Frontend;
@@ -214,6 +215,7 @@ impl Setup {
             drain: Drain::default(),
             origins: Origins::default(),
             body: BodyLimits::default(),
+            observer: Observer::default(),
             metrics: None,
             auth: Auth::new(store.clone(), false),
             datasets: DatasetJobs::new(store.clone(), &folder()),
