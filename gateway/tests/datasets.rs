@@ -4,77 +4,21 @@
 mod support;
 
 use axum::Router;
-use axum::body::Body;
-use hyper::{Request, StatusCode};
-use serde_json::{Map, Value, json};
+use hyper::StatusCode;
+use serde_json::{Value, json};
 use std::time::Duration;
-use support::{Setup, get, post, send};
+use support::{Setup, answered, ask, get, judged, post};
 use tidemill::http::{App, router};
 use tidemill_store::Scope;
-use tidemill_store::records::{Choice, Feedback, Inference, Kind, Status, TargetKind};
+use tidemill_store::records::Kind;
 
 /// An answer to `user`, and a better text by `r`.
 async fn corrected(app: &App, user: &str, prompt: &str) {
-    let id = app.store.issue_id();
-    let choice = Choice {
-        id,
-        finish_reason: Some("stop".into()),
-        output_text: Some("Helo.".into()),
-        output_ids: vec![1],
-        logprobs: vec![-0.5],
-        raw_logprobs: vec![-0.5],
-        mean_logprob: Some(-0.5),
-        tokens: 1,
-    };
-    let inference = Inference {
-        id,
-        created: 1_700_000_000_000_000,
-        endpoint: "chat".into(),
-        model: "small".into(),
-        adapter: 0,
-        variant: None,
-        conversation: None,
-        key_id: None,
-        user_key: Some(user.into()),
-        status: Status::Ok,
-        compare: false,
-        prompt_tokens: 1,
-        cached_tokens: 0,
-        output_tokens: 1,
-        first_token_us: None,
-        duration_us: 1,
-        config_hash: "c".into(),
-        metadata: Map::new(),
-        params: None,
-        messages: Some(json!([{"role": "user", "content": prompt}])),
-        prompt_text: None,
-        prompt_ids: vec![1],
-        choices: vec![choice],
-    };
-    app.store.record(inference).unwrap();
+    let answer = answered(&app.store, user, prompt, &["Helo."], -0.5);
+    let better = judged(&app.store, answer.id, Some("r"), Kind::Correction, json!(format!("Hello to {prompt}")));
+    app.store.record(answer).unwrap();
     app.store.flush().await;
-    let feedback = Feedback {
-        id: app.store.issue_id(),
-        created: 1_700_000_001_000_000,
-        updated: 1_700_000_001_000_000,
-        revision: 1,
-        withdrawn: false,
-        target: id.to_string(),
-        targets: vec![id.to_string()],
-        target_kind: TargetKind::Completion,
-        kind: Kind::Correction,
-        metric: None,
-        value: json!(format!("Hello to {prompt}")),
-        number: None,
-        author: Some("r".into()),
-        source: None,
-        latency_ms: None,
-        tags: vec![],
-        key_id: None,
-        idempotency_key: None,
-        task_id: None,
-    };
-    app.store.add_feedback(vec![feedback]).await.unwrap();
+    app.store.add_feedback(vec![better]).await.unwrap();
 }
 
 /// Builds and waits for the end.
@@ -174,11 +118,7 @@ async fn only_a_key_of_scope_train_may() {
     let (_, label) = app.store.create_key("annotator", &[Scope::Label]).await.unwrap();
     let (_, train) = app.store.create_key("trainer", &[Scope::Train]).await.unwrap();
     let router = router(app);
-    for (secret, status) in
-        [(label, StatusCode::FORBIDDEN), (train, StatusCode::OK), ("tm-no".to_owned(), StatusCode::UNAUTHORIZED)]
-    {
-        let request =
-            Request::get("/v1/datasets").header("authorization", format!("Bearer {secret}")).body(Body::empty()).unwrap();
-        assert_eq!(send(&router, request).await.status, status);
+    for (secret, status) in [(label.as_str(), 403), (&train, 200), ("tm-no", 401)] {
+        assert_eq!(ask(&router, "GET", "/v1/datasets", Some(secret), Value::Null).await.status.as_u16(), status);
     }
 }

@@ -13,7 +13,8 @@ use axum::Router;
 use axum::body::Body;
 use hyper::Request;
 use serde_json::{Value, json};
-use support::{Reply, Setup, chat, get, post, send};
+use std::time::{Duration, Instant};
+use support::{Reply, Setup, ask, chat, get, post, send};
 use tidemill::feedback::{Metric, MetricKind, Optimize};
 use tidemill::http::router;
 use tidemill_store::{Scope, Store};
@@ -36,10 +37,6 @@ fn setup() -> (Store, Router) {
 
 async fn answer(router: &Router, extra: Value) -> String {
     post(router, "/v1/chat/completions", chat(extra)).await.json()["id"].as_str().unwrap().to_owned()
-}
-
-async fn method(router: &Router, method: &str, path: &str, body: Value) -> Reply {
-    send(router, Request::builder().method(method).uri(path).body(Body::from(body.to_string())).unwrap()).await
 }
 
 #[tokio::test]
@@ -152,6 +149,17 @@ async fn a_batch_has_a_result_for_each_item() {
 }
 
 #[tokio::test]
+async fn a_batch_waits_once_for_conversations_that_may_be_on_their_way() {
+    let (_, router) = setup();
+    let item = |n: usize| json!({"target": format!("nobody-{n}"), "kind": "thumb", "value": true});
+    let start = Instant::now();
+    let reply = post(&router, FEEDBACK, (0..400).map(item).collect()).await;
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    let data = reply.json()["data"].as_array().unwrap().clone();
+    assert!(data.len() == 400 && data.iter().all(|item| item["error"]["code"] == "target_not_found"));
+}
+
+#[tokio::test]
 async fn the_same_idempotency_key_is_the_same_feedback() {
     let (_, router) = setup();
     let id = answer(&router, json!({})).await;
@@ -178,14 +186,17 @@ async fn feedback_can_be_edited_and_withdrawn() {
     let id = answer(&router, json!({})).await;
     let made = post(&router, FEEDBACK, json!({"target": id, "kind": "rating", "value": 0.5})).await.json();
     let path = format!("{FEEDBACK}/{}", made["id"].as_str().unwrap());
-    let edited = method(&router, "PATCH", &path, json!({"value": 3, "scale": [1, 5], "tags": ["second thought"]})).await.json();
+    let edited =
+        ask(&router, "PATCH", &path, None, json!({"value": 3, "scale": [1, 5], "tags": ["second thought"]})).await.json();
     assert_eq!((&edited["number"], &edited["revision"], &edited["tags"]), (&json!(0.5), &json!(2), &json!(["second thought"])));
-    assert_eq!(method(&router, "PATCH", &path, json!({"value": 3})).await.error().1.as_deref(), Some("value"));
+    let again = ask(&router, "PATCH", &path, None, json!({"value": 1})).await.json();
+    assert_eq!((&again["value"], &again["number"]), (&json!({"given": 1, "scale": [1, 5]}), &json!(0.0)), "on the same scale");
+    assert_eq!(ask(&router, "PATCH", &path, None, json!({"value": 6})).await.error().1.as_deref(), Some("value"));
     for _ in 0..2 {
-        let gone = method(&router, "DELETE", &path, json!({})).await;
+        let gone = ask(&router, "DELETE", &path, None, json!({})).await;
         assert_eq!((gone.status.as_u16(), gone.json()["withdrawn"].clone()), (200, json!(true)));
     }
-    assert_eq!(method(&router, "PATCH", &path, json!({"value": 1})).await.error(), (409, None, Some("withdrawn".into())));
+    assert_eq!(ask(&router, "PATCH", &path, None, json!({"value": 1})).await.error(), (409, None, Some("withdrawn".into())));
     assert_eq!(get(&router, "/v1/feedback?withdrawn=false").await.json()["data"], json!([]));
 }
 
@@ -197,11 +208,7 @@ async fn keys_open_what_their_scopes_say() {
     let (_, chatter) = store.create_key("app", &[Scope::Chat]).await.unwrap();
     let (judge_key, judge) = store.create_key("judge", &[Scope::Feedback]).await.unwrap();
     let (_, admin) = store.create_key("boss", &[Scope::Admin]).await.unwrap();
-    let with = |secret: &str, path: &str, body: &Value| {
-        let request = Request::post(path).header("authorization", format!("Bearer {secret}")).body(Body::from(body.to_string()));
-        let router = router.clone();
-        async move { send(&router, request.unwrap()).await }
-    };
+    let with = async |secret: &str, path: &str, body: &Value| ask(&router, "POST", path, Some(secret), body.clone()).await;
     let say = chat(json!({}));
     for secret in ["", "tm-wrong"] {
         let reply = with(secret, FEEDBACK, &thumb).await;

@@ -5,10 +5,8 @@
 mod support;
 
 use axum::Router;
-use axum::body::Body;
-use hyper::Request;
 use serde_json::{Value, json};
-use support::{Reply, Setup, get, post, post_bytes, send};
+use support::{Reply, Setup, ask, get, post, post_bytes};
 use tidemill::http::{App, router};
 use tidemill_store::label::{Labels, NewQueue, NewTask, Task, TaskState};
 use tidemill_store::{FeedbackFilter, Scope};
@@ -162,20 +160,13 @@ async fn an_export_needs_a_key_for_training_and_a_webhook_one_for_feedback() {
     for (name, scope) in [("boss", Scope::Train), ("hook", Scope::Feedback), ("ann", Scope::Label)] {
         keys.push(app.store.create_key(name, &[scope]).await.unwrap().1);
     }
-    let ask = |method: &str, path: &str, key: Option<&String>, body: Value| {
-        let mut request = Request::builder().method(method).uri(format!("{AT}/{path}"));
-        if let Some(key) = key {
-            request = request.header("authorization", format!("Bearer {key}"));
-        }
-        let request = request.body(Body::from(body.to_string())).unwrap();
-        let router = router.clone();
-        async move { send(&router, request).await.status.as_u16() }
-    };
+    let (out, back) = (format!("{AT}/label-studio/tasks"), format!("{AT}/label-studio/webhook"));
     for (key, export, hook) in
         [(None, 401, 401), (Some(&keys[0]), 200, 403), (Some(&keys[1]), 403, 200), (Some(&keys[2]), 403, 403)]
     {
-        assert_eq!(ask("GET", "label-studio/tasks", key, Value::Null).await, export, "{key:?}");
-        assert_eq!(ask("POST", "label-studio/webhook", key, about(&tasks[0], CREATED)).await, hook, "{key:?}");
+        let key = key.map(String::as_str);
+        assert_eq!(ask(&router, "GET", &out, key, Value::Null).await.status.as_u16(), export, "{key:?}");
+        assert_eq!(ask(&router, "POST", &back, key, about(&tasks[0], CREATED)).await.status.as_u16(), hook, "{key:?}");
     }
     let page = app.store.list_feedback(&FeedbackFilter::default()).await.unwrap();
     assert_eq!(page.items.len(), 1);

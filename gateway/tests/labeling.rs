@@ -4,88 +4,17 @@
 mod support;
 
 use axum::Router;
-use axum::body::Body;
-use hyper::Request;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::time::{Duration, Instant};
-use support::{MODEL, Reply, Setup, get, post, send};
+use support::{Setup, answered, ask, get, judged, post};
 use tidemill::http::{App, router};
 use tidemill::labeling::filler::keep_filling;
-use tidemill_store::records::{Choice, Feedback, Inference, Kind, Status, TargetKind};
-use tidemill_store::{Scope, Store};
+use tidemill_store::Scope;
+use tidemill_store::records::Kind;
 use uuid::Uuid;
-
-async fn with_key(router: &Router, method: &str, path: &str, key: &str, body: Value) -> Reply {
-    let request = Request::builder().method(method).uri(path).header("authorization", format!("Bearer {key}"));
-    send(router, request.body(Body::from(body.to_string())).unwrap()).await
-}
 
 fn pair(source: &str) -> Value {
     json!({"source": source, "prompt": "Why?", "answer_a": "because", "answer_b": "why not"})
-}
-
-fn answered(store: &Store, texts: &[&str], mean_logprob: f64) -> Inference {
-    let id = store.issue_id();
-    let choice = |(at, text): (usize, &&str)| Choice {
-        id: if at == 0 { id } else { store.issue_id() },
-        finish_reason: Some("stop".into()),
-        output_text: Some((*text).to_owned()),
-        output_ids: vec![1],
-        logprobs: vec![-1.0],
-        raw_logprobs: vec![-1.0],
-        mean_logprob: Some(mean_logprob),
-        tokens: 1,
-    };
-    Inference {
-        id,
-        created: tidemill::labeling::filler::now(),
-        endpoint: "chat".into(),
-        model: MODEL.into(),
-        adapter: 0,
-        variant: None,
-        conversation: None,
-        key_id: None,
-        user_key: Some("u1".into()),
-        status: Status::Ok,
-        compare: texts.len() > 1,
-        prompt_tokens: 1,
-        cached_tokens: 0,
-        output_tokens: 1,
-        first_token_us: None,
-        duration_us: 1,
-        config_hash: "c".into(),
-        metadata: Map::new(),
-        params: None,
-        messages: Some(json!([{"role": "user", "content": "hello"}])),
-        prompt_text: None,
-        prompt_ids: vec![1],
-        choices: texts.iter().enumerate().map(choice).collect(),
-    }
-}
-
-fn thumb(store: &Store, target: Uuid, up: bool) -> Feedback {
-    let now = tidemill::labeling::filler::now();
-    Feedback {
-        id: store.issue_id(),
-        created: now,
-        updated: now,
-        revision: 1,
-        withdrawn: false,
-        target: target.to_string(),
-        targets: vec![target.to_string()],
-        target_kind: TargetKind::Completion,
-        kind: Kind::Thumb,
-        metric: None,
-        value: json!(up),
-        number: Some(f64::from(u8::from(up))),
-        author: None,
-        source: Some("api".into()),
-        latency_ms: None,
-        tags: vec![],
-        key_id: None,
-        idempotency_key: None,
-        task_id: None,
-    }
 }
 
 async fn make(router: &Router, name: &str, rule: Value) -> String {
@@ -117,44 +46,44 @@ async fn annotators_see_sides_and_nothing_that_tells_them_apart() {
     let router = router(app);
     assert_eq!(get(&router, "/v1/labeling/queues").await.error().0, 401);
     let queue = json!({"name": "q", "guidelines": "Be fair.", "gold_share": 0.5, "overlap": 2});
-    assert_eq!(with_key(&router, "POST", "/v1/labeling/queues", &label, queue.clone()).await.error().0, 403);
-    let made = with_key(&router, "POST", "/v1/labeling/queues", &train, queue.clone()).await;
+    assert_eq!(ask(&router, "POST", "/v1/labeling/queues", Some(&label), queue.clone()).await.error().0, 403);
+    let made = ask(&router, "POST", "/v1/labeling/queues", Some(&train), queue.clone()).await;
     assert_eq!((made.status.as_u16(), made.json()["overlap"].as_u64()), (201, Some(2)));
-    let again = with_key(&router, "POST", "/v1/labeling/queues", &train, queue).await.error();
+    let again = ask(&router, "POST", "/v1/labeling/queues", Some(&train), queue).await.error();
     assert_eq!((again.0, again.1.as_deref(), again.2.as_deref()), (409, Some("name"), Some("name_taken")));
     let mut gold = pair("g");
     gold["gold"] = "a".into();
     // A gold task comes by chance: forty turns at one in two leave it out once in 10^12 runs.
     let tasks: Vec<Value> = std::iter::once(gold).chain((0..40).map(|n| pair(&format!("p{n}")))).collect();
-    let added = with_key(&router, "POST", "/v1/labeling/queues/q/tasks", &train, json!({ "tasks": tasks })).await;
+    let added = ask(&router, "POST", "/v1/labeling/queues/q/tasks", Some(&train), json!({ "tasks": tasks })).await;
     assert_eq!(added.json(), json!({"added": 41, "known": 0}));
 
     for (method, path) in [("GET", "q"), ("GET", "q/tasks"), ("POST", "q/tasks"), ("GET", "q/statistics"), ("PATCH", "q")] {
         let path = format!("/v1/labeling/queues/{path}");
-        assert_eq!(with_key(&router, method, &path, &label, json!({})).await.error().0, 403, "{method} {path}");
+        assert_eq!(ask(&router, method, &path, Some(&label), json!({})).await.error().0, 403, "{method} {path}");
     }
-    let me = with_key(&router, "GET", "/v1/labeling/me", &train, json!({})).await.json();
+    let me = ask(&router, "GET", "/v1/labeling/me", Some(&train), json!({})).await.json();
     assert_eq!(me, json!({"annotator": "boss", "keyed": true, "operator": true}));
-    let list = with_key(&router, "GET", "/v1/labeling/queues", &label, json!({})).await.json();
+    let list = ask(&router, "GET", "/v1/labeling/queues", Some(&label), json!({})).await.json();
     let keys: Vec<&String> = list["data"][0].as_object().unwrap().keys().collect();
     assert_eq!(keys, ["id", "name", "guidelines", "closed"]);
     for _ in 0..41 {
-        let next = with_key(&router, "POST", "/v1/labeling/queues/q/next", &label, json!({})).await.json();
+        let next = ask(&router, "POST", "/v1/labeling/queues/q/next", Some(&label), json!({})).await.json();
         let keys: Vec<&String> = next["task"].as_object().unwrap().keys().collect();
         assert_eq!(keys, ["assignment", "prompt", "left", "right"], "a gold task looks like any other");
         let path = format!("/v1/labeling/assignments/{}/verdict", next["task"]["assignment"].as_str().unwrap());
-        let wrong = with_key(&router, "POST", &path, &label, json!({"choice": "middle"})).await.error();
+        let wrong = ask(&router, "POST", &path, Some(&label), json!({"choice": "middle"})).await.error();
         assert_eq!((wrong.0, wrong.1.as_deref()), (400, Some("choice")));
-        assert_eq!(with_key(&router, "POST", &path, &train, json!({"choice": "tie"})).await.error().0, 403);
+        assert_eq!(ask(&router, "POST", &path, Some(&train), json!({"choice": "tie"})).await.error().0, 403);
         let before = next["progress"]["completed"].as_u64().unwrap();
-        let done = with_key(&router, "POST", &path, &label, json!({"choice": "tie", "next": true})).await.json();
+        let done = ask(&router, "POST", &path, Some(&label), json!({"choice": "tie", "next": true})).await.json();
         assert_eq!(done["progress"]["completed"].as_u64().unwrap(), before + 1, "gold counts like any other");
-        let other = with_key(&router, "POST", &path, &label, json!({"choice": "left"})).await.error();
+        let other = ask(&router, "POST", &path, Some(&label), json!({"choice": "left"})).await.error();
         assert_eq!((other.0, other.2.as_deref()), (409, Some("already_judged")));
     }
-    let end = with_key(&router, "POST", "/v1/labeling/queues/q/next", &label, json!({})).await.json();
+    let end = ask(&router, "POST", "/v1/labeling/queues/q/next", Some(&label), json!({})).await.json();
     assert_eq!((&end["task"], &end["why"]), (&Value::Null, &json!("yours_done")));
-    let statistics = with_key(&router, "GET", "/v1/labeling/queues/q/statistics", &train, json!({})).await.json();
+    let statistics = ask(&router, "GET", "/v1/labeling/queues/q/statistics", Some(&train), json!({})).await.json();
     assert_eq!(statistics["raters"][0]["annotator"], "ann");
     assert_eq!(statistics["raters"][0]["gold"]["trials"], 1);
 }
@@ -188,14 +117,20 @@ async fn a_wrong_field_is_named() {
 async fn each_rule_draws_its_own_traffic() {
     let app = Setup::default().app();
     let router = router(app.clone());
-    let sure = answered(&app.store, &["sure one", "sure two"], -0.2);
-    let unsure = answered(&app.store, &["unsure one", "unsure two"], -3.0);
-    let disliked = answered(&app.store, &["bad one", "bad two"], -0.2);
+    let sure = answered(&app.store, "u1", "hello", &["sure one", "sure two"], -0.2);
+    let unsure = answered(&app.store, "u1", "hello", &["unsure one", "unsure two"], -3.0);
+    let disliked = answered(&app.store, "u1", "hello", &["bad one", "bad two"], -0.2);
     for answer in [&sure, &unsure, &disliked] {
         app.store.record(answer.clone()).unwrap();
     }
     app.store.flush().await;
-    app.store.add_feedback(vec![thumb(&app.store, disliked.id, false), thumb(&app.store, sure.id, true)]).await.unwrap();
+    app.store
+        .add_feedback(vec![
+            judged(&app.store, disliked.id, None, Kind::Thumb, json!(false)),
+            judged(&app.store, sure.id, None, Kind::Thumb, json!(true)),
+        ])
+        .await
+        .unwrap();
     let all = make(&router, "all", json!({"from": "traffic"})).await;
     let low = make(&router, "low", json!({"from": "traffic", "low_thumb": true})).await;
     let uncertain = make(&router, "uncertain", json!({"from": "traffic", "mean_logprob_below": -1.0})).await;
@@ -210,7 +145,7 @@ async fn each_rule_draws_its_own_traffic() {
     let task = &tasks(&router, &low).await[0];
     assert_eq!((&task["answer_a"], &task["candidate_a"]), (&json!("bad one"), &json!(disliked.id)));
     // What comes later enters, too; what is there does not enter twice.
-    let late = answered(&app.store, &["late one", "late two"], -0.2);
+    let late = answered(&app.store, "u1", "hello", &["late one", "late two"], -0.2);
     app.store.record(late.clone()).unwrap();
     fill(&app, async || tasks(&router, &all).await.len() >= 4).await;
     assert_eq!(tasks(&router, &all).await.len(), 4);
@@ -220,7 +155,7 @@ async fn each_rule_draws_its_own_traffic() {
 async fn a_lone_answer_gets_a_fresh_second_one_that_is_recorded_for_the_same_person() {
     let app = Setup::default().app();
     let router = router(app.clone());
-    let lone = answered(&app.store, &["what I said"], -0.2);
+    let lone = answered(&app.store, "u1", "hello", &["what I said"], -0.2);
     app.store.record(lone.clone()).unwrap();
     app.store.flush().await;
     let queue = make(&router, "q", json!({"from": "traffic"})).await;

@@ -100,14 +100,10 @@ async fn what_does_not_exist_yet_is_refused_by_name() {
             unsupported(json!({"tools": function}), "tools"),
             unsupported(json!({"functions": [{"name": "f"}]}), "functions"),
             unsupported(json!({"tool_choice": "required"}), "tool_choice"),
-            unsupported(json!({"response_format": {"type": "json_object"}}), "response_format"),
-            unsupported(json!({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}), "response_format"),
             unsupported(json!({"store": true}), "store"),
             unsupported(json!({"modalities": ["text", "audio"]}), "modalities"),
             unsupported(json!({"audio": {"voice": "x"}}), "audio"),
             unsupported(json!({"web_search_options": {}}), "web_search_options"),
-            unsupported(json!({"guided_json": {}}), "guided_json"),
-            unsupported(json!({"structured_outputs": {}}), "structured_outputs"),
             unsupported(json!({"reasoning_effort": "low"}), "reasoning_effort"),
             unsupported(
                 json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]}),
@@ -179,6 +175,33 @@ async fn models_paths_and_methods_that_are_not_there() {
     assert_eq!(get(&router, CHAT).await.error().0, 405);
     let delete = Request::delete("/health").body(axum::body::Body::empty()).unwrap();
     assert_eq!(send(&router, delete).await.error().0, 405);
+}
+
+#[tokio::test]
+async fn a_path_that_is_no_text_is_refused_in_the_same_shape() {
+    let router = Setup::default().router();
+    for path in ["/v1/models/%ff", "/v1/feedback/%c3%28", "/v1/datasets/%ff/rows", "/v1/labeling/queues/%ff", "/%ff"] {
+        assert_eq!(get(&router, path).await.error(), (404, None, Some("unknown_url".into())), "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_without_keys_is_closed_to_pages_of_other_sites() {
+    let app = Setup::default().app();
+    let store = app.store.clone();
+    let router = tidemill::http::router(app);
+    let ask = |name: &'static str, value: &'static str, key: String| {
+        let request = Request::post(CHAT).header(name, value).header("authorization", format!("Bearer {key}"));
+        let router = router.clone();
+        async move { send(&router, request.body(chat(json!({})).to_string().into()).unwrap()).await }
+    };
+    for (name, value, code) in [("host", "evil.example", "foreign_host"), ("origin", "https://evil.example", "foreign_origin")] {
+        assert_eq!(ask(name, value, String::new()).await.error(), (403, None, Some(code.into())));
+    }
+    assert_eq!(ask("host", "localhost:8080", String::new()).await.status, 200);
+    let (_, key) = store.create_key("app", &[tidemill_store::Scope::Chat]).await.unwrap();
+    assert_eq!(ask("host", "tidemill.example", key.clone()).await.status, 200, "a key is proof enough");
+    assert_eq!(ask("origin", "https://app.example", key).await.status, 200);
 }
 
 #[tokio::test]
@@ -264,6 +287,58 @@ proptest! {
                     let (status, _, _) = reply.error();
                     assert!((400..500).contains(&status), "{path} {body} {status}");
                 }
+            }
+        });
+    }
+}
+
+const JUDGING: [&str; 21] = [
+    "target",
+    "kind",
+    "value",
+    "scale",
+    "shown",
+    "metric",
+    "tags",
+    "idempotency_key",
+    "name",
+    "query",
+    "rule",
+    "overlap",
+    "tasks",
+    "prompts",
+    "annotator",
+    "action",
+    "annotation",
+    "annotations",
+    "project",
+    "task",
+    "items",
+];
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn no_judgement_breaks_the_server(
+        fields in prop::collection::vec((prop::sample::select(&JUDGING[..]), any_json()), 0..8),
+        whole in any_json(),
+        wrapped in any::<bool>(),
+    ) {
+        let body = if wrapped { Value::Object(fields.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()) } else { whole };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            thread_local! { static ROUTER: axum::Router = Setup::default().router(); }
+            let router = ROUTER.with(Clone::clone);
+            post(&router, "/v1/labeling/queues", json!({"name": "q"})).await;
+            let queue = "/v1/labeling/queues/q";
+            let hook = format!("{queue}/label-studio/webhook");
+            let imports = ["label-studio", "argilla"].map(|tool| format!("{queue}/{tool}/import"));
+            let inside = ["tasks", "prompts", "next", "undo"].map(|what| format!("{queue}/{what}"));
+            let paths = ["/v1/feedback", "/v1/datasets", "/v1/labeling/queues"].map(str::to_owned);
+            for path in paths.into_iter().chain(inside).chain(imports).chain([hook]) {
+                let status = post(&router, &path, body.clone()).await.status;
+                assert!(status.as_u16() < 500, "{path} {body} {status}");
             }
         });
     }

@@ -146,7 +146,7 @@ impl Database {
 
 const MIGRATIONS: &[(i64, &str, &str)] = &[
     (1, "records", include_str!("../migrations/0001_records.sql")),
-    (2, "indexes", include_str!("../migrations/0002_indexes.sql")),
+    (5, "indexes", include_str!("../migrations/0005_indexes.sql")),
 ];
 
 fn without_password(url: &str) -> String {

@@ -97,9 +97,9 @@ impl Select {
         self.text.push_str(condition);
     }
 
-    /// A condition where `?` stands for a text.
-    pub(crate) fn text(&mut self, condition: &str, value: impl Into<String>) {
-        self.values.push(Value::Text(value.into()));
+    /// A condition where `?` stands for a text, as the database would hold it.
+    pub(crate) fn text(&mut self, condition: &str, value: &str) {
+        self.values.push(Value::Text(clean(value).into_owned()));
         self.condition(&condition.replace('?', &format!("${}", self.values.len())));
     }
 

@@ -100,6 +100,35 @@ fn a_task_is_with_one_person_at_a_time_and_comes_back_when_the_lease_runs_out() 
 }
 
 #[test]
+fn the_id_that_an_annotator_sees_does_not_tell_the_side() {
+    each(async |place| {
+        let store = place.open().await;
+        let labels = Labels::new(store.database());
+        let queue = queue_of(&labels, "q", 1, 64).await;
+        let mut told = 0;
+        for person in 0..64 {
+            let (_, own) = work(&labels, &queue, &format!("p{person}"), 0).await;
+            told += usize::from(own.a_is_left == a_is_left(own.id));
+        }
+        // By chance once in 2⁶⁴.
+        assert_ne!(told, 64);
+        store.close().await;
+    });
+}
+
+#[test]
+fn a_name_that_no_database_can_hold_is_not_found() {
+    each(async |place| {
+        let store = place.open().await;
+        let labels = Labels::new(store.database());
+        assert!(matches!(labels.queue("a\0b").await, Err(LabelError::NoQueue(_))));
+        let filter = FeedbackFilter { author: Some("a\0b".into()), ..FeedbackFilter::default() };
+        assert_eq!(store.list_feedback(&filter).await.unwrap().items, []);
+        store.close().await;
+    });
+}
+
+#[test]
 fn a_late_verdict_counts_where_nobody_took_the_task() {
     each(async |place| {
         let store = place.open().await;

@@ -367,7 +367,8 @@ RENDERED = [
     ("[x](javascript:alert(1)) <script>alert(1)</script>", "<p>[x](javascript:alert(1)) &lt;script&gt;alert(1)&lt;/script&gt;</p>"),
     ("![p](https://e.org/a.png)", '<p><a href="https://e.org/a.png" rel="noopener noreferrer nofollow" target="_blank" title="https://e.org/a.png">p</a></p>'),
 ]
-SLOW = ["**a " * 20000, "`a ``b " * 15000, "[" * 50000, "[a](" * 20000, ">" * 20000 + "x", "|" * 50000 + "\n|-|", "https://" + "a(" * 20000]
+SLOW = ["**a " * 20000, "`a ``b " * 15000, "[" * 50000, "[a](" * 20000, ">" * 20000 + "x", "|" * 50000 + "\n|-|", "https://" + "a(" * 20000,
+        "# a" + " " * 20000 + "b", "#" + " " * 20000 + "\u2028b", "a" + " " * 100000 + "b", "|a|\n" + " " * 50000 + "x-"]
 
 
 @pytest.mark.timeout(60)

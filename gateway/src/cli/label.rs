@@ -1,8 +1,8 @@
 //! `tidemill label`
 
 use crate::cli::store_args::{StoreArgs, StoreCommandError};
+use crate::clock::now;
 use crate::interchange::{Format, Summary, label_studio, take};
-use crate::labeling::filler::now;
 use serde_json::Value;
 use std::fmt::Display;
 use std::fs::File;

@@ -170,14 +170,18 @@ async function trouble(error) {
     notice(words);
     say(words);
     clearTimeout(state.retry);
-    state.retry = setTimeout(reconnect, state.wait);
+    state.retry = setTimeout(next, state.wait);
     state.wait = Math.min(state.wait * 2, 15000);
   } else if (error.status === 401 || error.status === 403) {
+    const before = session.annotator;
     session.wrong = error.message;
     session.keyed = true;
+    state.work = null;
     show("door");
     await signIn(doorParts());
-    setTimeout(reconnect, 0);
+    // Someone else has their own task and their own unsent verdicts.
+    if (session.annotator !== before) location.reload();
+    else setTimeout(next, 0);
   } else if (error.code === "lease_lost" || error.code === "already_judged" || error.status === 404) {
     notice(error.code === "lease_lost" ? "This task went to someone else while it was open, so your verdict was not needed. Here is the next one." : error.message);
     setTimeout(next, 0);
@@ -187,26 +191,21 @@ async function trouble(error) {
   }
 }
 
-function reconnect() {
-  return once(async () => {
-    const answer = await state.outbox.flush();
-    state.wait = 1000;
-    notice(null);
-    if (answer) arrive(answer);
-    else if (!state.work) arrive(await ask());
-  });
-}
-
 const who = () => ({ annotator: session.keyed ? undefined : session.annotator });
 const ask = () => call("POST", `/v1/labeling/queues/${state.queue.id}/next`, who());
+
+/** Sends what is waiting and, unless there is a task on the screen, brings one. */
+async function advance() {
+  const answer = await state.outbox.flush(state.queue.id);
+  if (answer || !state.work) arrive(answer ?? (await ask()));
+  state.wait = 1000;
+}
 
 function next() {
   return once(async () => {
     if (!state.queue && !(await queues())) return;
-    const kept = await state.outbox.flush();
-    arrive(kept ?? (await ask()));
-    state.wait = 1000;
-    if (!$("notice").classList.contains("good") && $("notice").textContent.startsWith("Offline")) notice(null);
+    await advance();
+    if ($("notice").textContent.startsWith("Offline")) notice(null);
   });
 }
 
@@ -216,14 +215,12 @@ function settle(what, body, words) {
   once(async () => {
     const { assignment } = state.work;
     const latency_ms = Math.round(performance.now() - state.shownAt);
-    state.outbox.add(`/v1/labeling/assignments/${assignment}/${what}`, { ...who(), ...body, latency_ms, next: true });
+    state.outbox.add(state.queue.id, `/v1/labeling/assignments/${assignment}/${what}`, { ...who(), ...body, latency_ms, next: true });
     // Written down: from here on the task counts as judged, whatever the network does.
     state.work = null;
     notice(null);
-    const answer = await state.outbox.flush();
-    say(`${words}. ${answer.task ? "Next task." : ""}`);
-    state.wait = 1000;
-    arrive(answer);
+    await advance();
+    say(`${words}. ${state.work ? "Next task." : ""}`);
   });
 }
 
@@ -314,7 +311,7 @@ function connect() {
   $("guide-toggle").addEventListener("click", toggleGuide);
   $("help-open").addEventListener("click", () => $("help").showModal());
   $("leave").addEventListener("click", () => session.leave());
-  addEventListener("online", reconnect);
+  addEventListener("online", next);
   REASONS.forEach((reason, at) => {
     const button = document.createElement("button");
     button.type = "button";

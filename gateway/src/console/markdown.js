@@ -18,11 +18,11 @@ function element(name, parent, text) {
 }
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)/;
-const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*\s*$/;
+const HEADING = /^ {0,3}(#{1,6})\s+([^]*)$/;
 const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
-const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
+const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+([^]*)$/;
 const QUOTE = /^ {0,3}> ?(.*)$/;
-const DELIMITER = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
+const DELIMITER = /^\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?$/;
 
 function blocks(lines, parent, depth) {
   let at = 0;
@@ -40,7 +40,7 @@ function blocks(lines, parent, depth) {
       element("code", element("pre", parent), body.join("\n"));
     } else if ((match = HEADING.exec(line))) {
       // The page has its own first and second level.
-      inline(match[2], element(`h${Math.min(6, match[1].length + 2)}`, parent), 0);
+      inline(closed(match[2]), element(`h${Math.min(6, match[1].length + 2)}`, parent), 0);
       at += 1;
     } else if (RULE.test(line)) {
       element("hr", parent);
@@ -54,7 +54,7 @@ function blocks(lines, parent, depth) {
       blocks(inner, element("blockquote", parent), depth + 1);
     } else if (ITEM.test(line) && depth < DEEPEST) {
       at = list(lines, at, parent, depth);
-    } else if (line.includes("|") && at + 1 < lines.length && lines[at + 1].includes("-") && DELIMITER.test(lines[at + 1])) {
+    } else if (line.includes("|") && at + 1 < lines.length && lines[at + 1].includes("-") && DELIMITER.test(lines[at + 1].trim())) {
       at = table(lines, at, parent);
     } else {
       const paragraph = [line];
@@ -63,6 +63,14 @@ function blocks(lines, parent, depth) {
       inline(paragraph.map((part) => part.trimStart()).join("\n"), element("p", parent), 0);
     }
   }
+}
+
+/** A heading's text without the number signs that may close it. By hand: a pattern would try every space of a long run. */
+function closed(heading) {
+  const text = heading.trimEnd();
+  let end = text.length;
+  while (text[end - 1] === "#") end -= 1;
+  return end === 0 || /\s/.test(text[end - 1]) ? text.slice(0, end).trimEnd() : text;
 }
 
 /** Whether a line ends the paragraph before it. A number does so only when it is 1: "in\n1984." is prose. */
@@ -142,7 +150,7 @@ const INLINE = new RegExp(
     /(?<![\w_])_(?=[^\s_])([^_]*?[^\s_])_(?!\w)/, // 9: emphasis
     /~~(?=\S)([^~]*?\S)~~/, // 10: struck
     /<?(https?:\/\/[^\s<>"'`]*[^\s<>"'`.,;:!?)\]*_~])>?/, // 11: address
-    /( {2,}|\\)?\n/, // line break
+    /(?<! ) {2,}\n|\\?\n/, // line break
   ].map((part) => part.source).join("|"),
   "gu",
 );

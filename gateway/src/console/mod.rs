@@ -7,6 +7,7 @@ use crate::http::App;
 use axum::Router;
 use axum::response::{IntoResponse, Redirect, Response};
 use axum::routing::get;
+use bytes::Bytes;
 use hyper::header::{
     CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
 };
@@ -18,9 +19,10 @@ const HTML: &str = "text/html; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 const STYLE: &str = "text/css; charset=utf-8";
 
-const FILES: [(&str, &str, &str); 9] = [
-    ("/console/label", HTML, include_str!("label.html")),
-    ("/console/queues", HTML, include_str!("queues.html")),
+const PAGES: [(&str, &str); 2] =
+    [("/console/label", include_str!("label.html")), ("/console/queues", include_str!("queues.html"))];
+
+const FILES: [(&str, &str, &str); 7] = [
     ("/console/console.css", STYLE, include_str!("console.css")),
     ("/console/label.js", SCRIPT, include_str!("label.js")),
     ("/console/queues.js", SCRIPT, include_str!("queues.js")),
@@ -32,18 +34,26 @@ const FILES: [(&str, &str, &str); 9] = [
 
 /// The pages' routes.
 pub fn routes() -> Router<App> {
-    let pages = FILES
-        .into_iter()
-        .fold(Router::new(), |router, (path, kind, text)| router.route(path, get(move || async move { file(kind, text) })));
-    pages.route("/console", get(|| async { Redirect::temporary("/console/label") }))
+    let pages = PAGES.map(|(path, text)| (path, HTML, page(text)));
+    let files = FILES.map(|(path, kind, text)| (path, kind, Bytes::from_static(text.as_bytes())));
+    let all = pages.into_iter().chain(files);
+    let routes =
+        all.fold(Router::new(), |router, (path, kind, text)| router.route(path, get(move || async move { file(kind, text) })));
+    routes.route("/console", get(|| async { Redirect::temporary("/console/label") }))
 }
 
-/// Paths and content types of all files.
+/// Paths and content types of all pages and files.
 pub fn files() -> impl Iterator<Item = (&'static str, &'static str)> {
-    FILES.into_iter().map(|(path, kind, _)| (path, kind))
+    PAGES.into_iter().map(|(path, _)| (path, HTML)).chain(FILES.into_iter().map(|(path, kind, _)| (path, kind)))
 }
 
-fn file(kind: &'static str, text: &'static str) -> Response {
+/// A page with what all of them share: the head, and the door where one signs in.
+fn page(text: &str) -> Bytes {
+    let shared = [("<!-- head -->\n", include_str!("head.html")), ("<!-- door -->\n", include_str!("door.html"))];
+    shared.into_iter().fold(text.to_owned(), |page, (place, part)| page.replace(place, part)).into()
+}
+
+fn file(kind: &'static str, text: Bytes) -> Response {
     let headers: [(HeaderName, HeaderValue); 5] = [
         (CONTENT_TYPE, HeaderValue::from_static(kind)),
         (CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY)),
@@ -61,7 +71,12 @@ mod tests {
 
     #[test]
     fn pages_load_nothing_from_elsewhere_and_never_write_html() {
-        for (path, _, text) in FILES {
+        let pages = PAGES.map(|(path, text)| (path, String::from_utf8(page(text).to_vec()).unwrap()));
+        for (path, text) in &pages {
+            assert!(text.starts_with("<!doctype html>") && text.contains("id=\"door-field\""), "{path} is whole");
+        }
+        let files = FILES.map(|(path, _, text)| (path, text.to_owned()));
+        for (path, text) in pages.into_iter().chain(files) {
             for forbidden in [
                 "innerHTML",
                 "outerHTML",

@@ -23,27 +23,34 @@ export class Outbox {
     else localStorage.removeItem(this.place);
   }
 
-  add(path, body) {
-    this.write([...this.items(), { path, body }]);
+  add(queue, path, body) {
+    this.write([...this.items(), { queue, path, body }]);
+  }
+
+  /** Takes this item out. Another tab may have sent it, too, and be further: what is in front now may not be sent yet. */
+  drop(item) {
+    const gone = JSON.stringify(item);
+    this.write(this.items().filter((kept) => JSON.stringify(kept) !== gone));
   }
 
   /**
-   * Sends what is waiting, in order. Resolves with the last answer, or throws: a passing error keeps everything, any other error
-   * means that the server has decided against this one, and it is dropped.
+   * Sends what is waiting, in order. Resolves with the last answer about this queue, if any, or throws: a passing error keeps
+   * everything, any other error means that the server has decided against this one, and it is dropped.
    */
-  async flush() {
-    let answer = null;
+  async flush(queue) {
+    let last = null;
     while (true) {
       const [first] = this.items();
-      if (!first) return answer;
+      if (!first) return last;
       try {
-        answer = await call("POST", first.path, first.body);
+        const answer = await call("POST", first.path, first.body);
+        if (first.queue === queue) last = answer;
       } catch (error) {
         const signIn = error.status === 401 || error.status === 403;
-        if (!passing(error) && !signIn) this.write(this.items().slice(1));
+        if (!passing(error) && !signIn) this.drop(first);
         throw error;
       }
-      this.write(this.items().slice(1));
+      this.drop(first);
     }
   }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tidemill_rlhf::dataset::{DatasetError, Datasets, Query, Stage, Watch};
@@ -11,6 +11,8 @@ use tidemill_rlhf::quality::QualityOptions;
 use tidemill_store::{Job, JobState, Jobs, Store, StoreError};
 use tokio::sync::Semaphore;
 use uuid::Uuid;
+
+use crate::clock::now;
 
 /// Builds that run or wait; more are refused.
 const MAX_BUILDS: usize = 8;
@@ -23,8 +25,27 @@ pub struct DatasetJobs {
     store: Store,
     datasets: Datasets,
     turn: Arc<Semaphore>,
-    running: Arc<Mutex<HashMap<Uuid, Arc<Watch>>>>,
+    running: Running,
     closed: Arc<AtomicBool>,
+}
+
+type Running = Arc<Mutex<HashMap<Uuid, Arc<Watch>>>>;
+
+/// A build's place among those that run or wait; free again when it is dropped, which also happens when whoever asked leaves before
+/// the build has begun.
+struct Place {
+    id: Uuid,
+    running: Running,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        lock(&self.running).remove(&self.id);
+    }
+}
+
+fn lock(running: &Running) -> MutexGuard<'_, HashMap<Uuid, Arc<Watch>>> {
+    running.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A build that was not taken.
@@ -57,8 +78,8 @@ impl DatasetJobs {
     pub async fn start(&self, name: String, query: Query, options: QualityOptions) -> Result<Job, Refused> {
         let id = self.store.issue_id();
         let watch = Arc::new(Watch::default());
-        {
-            let mut running = self.running();
+        let place = {
+            let mut running = lock(&self.running);
             if self.closed.load(Ordering::Acquire) {
                 return Err(Refused::Closing);
             }
@@ -66,27 +87,18 @@ impl DatasetJobs {
                 return Err(Refused::Full);
             }
             running.insert(id, watch.clone());
-        }
+            Place { id, running: self.running.clone() }
+        };
         let jobs = Jobs::new(self.store.database());
         let spec = json!({ "name": name, "query": query });
-        let written = jobs.insert(id, "dataset.build", &spec, now()).await;
-        let found = match written {
-            Ok(()) => jobs.find(id, now()).await,
-            Err(error) => Err(error),
-        };
-        match found {
-            Ok(Some(job)) => {
-                tokio::spawn(self.clone().run(id, name, query, options, watch));
-                Ok(job)
-            }
-            other => {
-                self.running().remove(&id);
-                Err(other.err().unwrap_or(StoreError::Closed).into())
-            }
-        }
+        jobs.insert(id, "dataset.build", &spec, now()).await?;
+        let job = jobs.find(id, now()).await?.ok_or(StoreError::Closed)?;
+        tokio::spawn(self.clone().run(place, name, query, options, watch));
+        Ok(job)
     }
 
-    async fn run(self, id: Uuid, name: String, query: Query, options: QualityOptions, watch: Arc<Watch>) {
+    async fn run(self, place: Place, name: String, query: Query, options: QualityOptions, watch: Arc<Watch>) {
+        let id = place.id;
         let jobs = Jobs::new(self.store.database());
         let work = {
             let (datasets, turn, watch) = (self.datasets.clone(), self.turn.clone(), watch.clone());
@@ -132,7 +144,6 @@ impl DatasetJobs {
         if let Err(error) = jobs.update(id, state, &progress, error.as_deref(), now()).await {
             tracing::error!(%id, %error, "cannot write down how a dataset build ended");
         }
-        self.running().remove(&id);
     }
 
     /// The job of this id.
@@ -142,20 +153,16 @@ impl DatasetJobs {
 
     /// Asks a build of this server to stop; whether there is one.
     pub fn cancel(&self, id: Uuid) -> bool {
-        self.running().get(&id).map(|watch| watch.stop()).is_some()
+        lock(&self.running).get(&id).map(|watch| watch.stop()).is_some()
     }
 
     /// Takes no more, stops those that run, and waits until they have said so.
     pub async fn close(&self) {
         self.closed.store(true, Ordering::Release);
-        self.running().values().for_each(|watch| watch.stop());
-        while !self.running().is_empty() {
+        lock(&self.running).values().for_each(|watch| watch.stop());
+        while !lock(&self.running).is_empty() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-    }
-
-    fn running(&self) -> MutexGuard<'_, HashMap<Uuid, Arc<Watch>>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -168,7 +175,24 @@ pub fn public(error: &DatasetError) -> String {
     }
 }
 
-/// Microseconds since 1970.
-pub fn now() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as i64)
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tidemill_store::{DataDir, StoreOptions};
+
+    #[tokio::test]
+    async fn who_leaves_before_a_build_has_begun_leaves_no_place_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(StoreOptions::new(DataDir::new(folder.path()))).await.unwrap();
+        let jobs = DatasetJobs::new(store.clone(), &folder.path().to_string_lossy());
+        // The job cannot be written down while this connection is out.
+        let held = store.database().write().acquire().await.unwrap();
+        for _ in 0..=MAX_BUILDS {
+            let start = jobs.start("d".into(), Query::default(), QualityOptions::default());
+            assert!(tokio::time::timeout(Duration::from_millis(20), start).await.is_err(), "it waits for the database");
+        }
+        drop(held);
+        tokio::time::timeout(Duration::from_secs(10), jobs.close()).await.unwrap();
+        store.close().await;
+    }
 }

@@ -2,4 +2,4 @@
 
 mod jobs;
 
-pub use jobs::{DatasetJobs, Refused, now, public};
+pub use jobs::{DatasetJobs, Refused, public};

@@ -26,14 +26,17 @@ impl Judgement {
         Self { value: value.into(), number, candidates: None }
     }
 
-    /// Reads `value`, and the fields that belong to it: `scale` of a rating, `shown` of a comparison.
+    /// Reads `value`, and the fields that belong to it: `scale` of a rating, `shown` of a comparison. An edit that leaves these out
+    /// means those of the value `before`.
     pub fn parse(
         fields: &mut Fields<'_>,
         value: &Field<'_>,
         kind: Kind,
         metric: Option<&Metric>,
         rules: &Rules<'_>,
+        before: Option<&Value>,
     ) -> Result<Self, ApiError> {
+        let earlier = |key: &'static str| Some(Field { value: before?.get(key)?, path: key.into() });
         let (scale, shown) = (fields.get("scale"), fields.get("shown"));
         if let Some(scale) = scale.as_ref().filter(|_| kind != Kind::Rating) {
             return Err(scale.invalid("invalid_value", "only allowed for the kind 'rating'."));
@@ -43,8 +46,8 @@ impl Judgement {
         }
         match kind {
             Kind::Thumb => thumb(value),
-            Kind::Rating => rating(value, scale.as_ref()),
-            Kind::Comparison => comparison(value, shown.as_ref(), rules),
+            Kind::Rating => rating(value, scale.or_else(|| earlier("scale")).as_ref()),
+            Kind::Comparison => comparison(value, shown.as_ref(), earlier("shown").as_ref(), rules),
             Kind::Correction | Kind::Comment => {
                 let text = value.string()?;
                 if text.trim().is_empty() && kind == Kind::Comment || text.is_empty() {
@@ -101,7 +104,12 @@ fn measured(value: &Field<'_>, metric: &Metric) -> Result<Judgement, ApiError> {
 }
 
 /// `candidates` with one of `ranking` (best first, ties in a list), `winner` or `tie`, or with `both_bad` alone or beside them.
-fn comparison(value: &Field<'_>, shown: Option<&Field<'_>>, rules: &Rules<'_>) -> Result<Judgement, ApiError> {
+fn comparison(
+    value: &Field<'_>,
+    shown: Option<&Field<'_>>,
+    earlier: Option<&Field<'_>>,
+    rules: &Rules<'_>,
+) -> Result<Judgement, ApiError> {
     let mut inner = value.object()?;
     let field = inner.require("candidates")?;
     let candidates = ids(&field, MAX_CANDIDATES, rules)?;
@@ -134,11 +142,14 @@ fn comparison(value: &Field<'_>, shown: Option<&Field<'_>>, rules: &Rules<'_>) -
     };
     inner.finish()?;
     let mut record = json!({"candidates": candidates, "ranking": ranking, "both_bad": both_bad});
+    let of_all = |order: &[Uuid]| order.len() == candidates.len() && order.iter().all(|id| candidates.contains(id));
     if let Some(field) = shown {
         let order = ids(&field, MAX_CANDIDATES, rules)?;
-        if order.len() != candidates.len() || order.iter().any(|id| !candidates.contains(id)) {
+        if !of_all(&order) {
             return Err(field.invalid("invalid_value", "expected every candidate once, in the order in which they were shown."));
         }
+        record["shown"] = json!(order);
+    } else if let Some(order) = earlier.and_then(|field| ids(field, MAX_CANDIDATES, rules).ok()).filter(|order| of_all(order)) {
         record["shown"] = json!(order);
     }
     Ok(Judgement { value: record, number: None, candidates: Some(candidates) })

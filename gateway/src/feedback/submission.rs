@@ -104,7 +104,7 @@ fn unknown_target(field: &Field<'_>, text: &str) -> ApiError {
 }
 
 /// The UUID in `chatcmpl-UUID`, `cmpl-UUID` or `UUID`.
-fn bare(text: &str) -> Option<Uuid> {
+pub(super) fn bare(text: &str) -> Option<Uuid> {
     let text = text.strip_prefix("chatcmpl-").or_else(|| text.strip_prefix("cmpl-")).unwrap_or(text);
     Uuid::try_parse(text).ok()
 }
@@ -123,7 +123,7 @@ impl Submission {
             (None, _) => None,
         };
         let value = fields.require("value")?;
-        let judgement = Judgement::parse(&mut fields, &value, kind, metric.map(|(_, metric)| metric), rules)?;
+        let judgement = Judgement::parse(&mut fields, &value, kind, metric.map(|(_, metric)| metric), rules, None)?;
         let target_kind = fields.get("target_kind").map(|field| field.one_of(&["completion", "conversation"])).transpose()?;
         let target = match &judgement.candidates {
             Some(candidates) => {
@@ -187,9 +187,16 @@ impl Edit {
     pub fn parse(mut fields: Fields<'_>, before: &Feedback, rules: &Rules<'_>) -> Result<Self, ApiError> {
         let metric = before.metric.as_ref().and_then(|name| rules.metrics.get(name));
         let judgement = match fields.get("value") {
-            Some(value) => Some(Judgement::parse(&mut fields, &value, before.kind, metric, rules)?),
+            Some(value) => Some(Judgement::parse(&mut fields, &value, before.kind, metric, rules, Some(&before.value))?),
             None => None,
         };
+        if judgement.is_none() {
+            for key in ["scale", "shown"] {
+                if let Some(field) = fields.get(key) {
+                    return Err(field.invalid("invalid_value", "says how 'value' is meant; send both."));
+                }
+            }
+        }
         for key in ["target", "target_kind", "kind", "metric", "idempotency_key"] {
             if let Some(field) = fields.get(key) {
                 return Err(field.invalid("invalid_value", "cannot be changed; withdraw this feedback and send another."));

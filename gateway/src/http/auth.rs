@@ -1,14 +1,16 @@
 //! Who is asking, and whether they may.
 
+use crate::http::cors::Origins;
 use crate::http::error::ApiError;
 use crate::telemetry::Trail;
 use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::Route;
-use hyper::StatusCode;
-use hyper::header::{AUTHORIZATION, HeaderValue, WWW_AUTHENTICATE};
+use hyper::header::{AUTHORIZATION, HOST, HeaderName, HeaderValue, ORIGIN, WWW_AUTHENTICATE};
+use hyper::{HeaderMap, Method, StatusCode};
 use std::convert::Infallible;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tidemill_store::{ApiKey, Scope, Store, StoreError};
@@ -16,6 +18,8 @@ use tower::{Layer, Service};
 
 /// Paths that need no key: probes, the API's description, and the console's pages, whose data does need one.
 const OPEN: [&str; 6] = ["/health", "/ready", "/version", "/metrics", "/openapi.json", "/console"];
+
+const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
 /// Tells callers apart. Cloning is cheap.
 #[derive(Clone)]
@@ -112,7 +116,7 @@ fn unauthorized(message: &str) -> ApiError {
 }
 
 /// Middleware over all routes: lets a request through with its [`Caller`], or answers 401.
-pub async fn authenticate(State(auth): State<Auth>, mut request: Request, next: Next) -> Response {
+pub async fn authenticate(State((auth, origins)): State<(Auth, Origins)>, mut request: Request, next: Next) -> Response {
     let path = request.uri().path();
     let open = OPEN.iter().any(|open| path.strip_prefix(open).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')));
     let authorization = request.headers().get(AUTHORIZATION).cloned();
@@ -121,6 +125,11 @@ pub async fn authenticate(State(auth): State<Auth>, mut request: Request, next: 
         Ok(caller) => {
             if let Some(trail) = request.extensions().get::<Trail>() {
                 trail.key(caller.key_id());
+            }
+            let welcome = origins.name(request.headers().get(ORIGIN));
+            let refused = foreign(request.method(), request.uri().host(), request.headers(), welcome);
+            if let Some(error) = refused.filter(|_| caller.open) {
+                return error.into_response();
             }
             request.extensions_mut().insert(caller);
             next.run(request).await
@@ -153,9 +162,95 @@ async fn check(State(scope): State<Scope>, request: Request, next: Next) -> Resp
     if request.extensions().get::<Caller>().is_some_and(|caller| caller.allows(scope)) {
         return next.run(request).await;
     }
+    forbidden(scope).into_response()
+}
+
+/// 403 for a key without the scope.
+pub fn forbidden(scope: Scope) -> ApiError {
     let message = format!(
         "This API key lacks the scope `{0}`. Use one that has it; `tidemill key create --name NAME --scope {0}` makes one.",
         scope.as_str()
     );
-    ApiError::client(StatusCode::FORBIDDEN, Some("insufficient_permissions"), message).into_response()
+    ApiError::client(StatusCode::FORBIDDEN, Some("insufficient_permissions"), message)
+}
+
+/// Why a server without keys refuses a request: a page of some website has the visitor's browser send it. Such a page reaches whatever
+/// listens on the visitor's machine, either across sites, or under a name of its own that it had resolve to this machine. An API key
+/// keeps both out; here only the headers do that a page cannot set.
+///
+/// `authority` is the host that HTTP/2 names instead of the header. `welcome`: the configuration names the page's origin.
+fn foreign(method: &Method, authority: Option<&str>, headers: &HeaderMap, welcome: bool) -> Option<ApiError> {
+    let text = |name| headers.get(name).map(|value: &HeaderValue| value.to_str().unwrap_or("?"));
+    let host = text(HOST).or(authority).map(host_of);
+    if let Some(host) = host.filter(|host| !names_this_network(host)) {
+        let shown: String = host.chars().take(100).collect();
+        let message = format!(
+            "This server has no API keys, so it answers only under an address or a local name, not as '{shown}'; `tidemill key create` makes a key."
+        );
+        return Some(ApiError::client(StatusCode::FORBIDDEN, Some("foreign_host"), message));
+    }
+    let across = match (text(SEC_FETCH_SITE), text(ORIGIN)) {
+        (Some(site), _) => site == "cross-site",
+        (None, Some(origin)) => Some(host_of(origin.split_once("://").map_or(origin, |(_, host)| host))) != host,
+        (None, None) => false,
+    };
+    // What is only read, a page of another site does not get to see.
+    let message = "This server has no API keys, so pages of other sites may not use it; `tidemill key create` makes a key.";
+    (across && !welcome && !method.is_safe()).then(|| ApiError::client(StatusCode::FORBIDDEN, Some("foreign_origin"), message))
+}
+
+/// `name` of `name:port`, and `::1` of `[::1]:port`.
+fn host_of(authority: &str) -> &str {
+    match authority.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        None => authority.split(':').next().unwrap_or_default(),
+    }
+}
+
+/// An address, or a name that the public DNS does not answer: no website can have it.
+fn names_this_network(host: &str) -> bool {
+    let local = |end: &str| host.len() > end.len() && host.to_ascii_lowercase().ends_with(end);
+    host.parse::<IpAddr>().is_ok() || !host.contains('.') || [".localhost", ".local", ".internal"].into_iter().any(local)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(method: Method, headers: &[(HeaderName, &'static str)]) -> Option<String> {
+        let headers = headers.iter().map(|(name, value)| (name.clone(), HeaderValue::from_static(value))).collect();
+        foreign(&method, None, &headers, false).and_then(|error| error.code).map(|code| code.into_owned())
+    }
+
+    #[test]
+    fn without_keys_a_server_answers_under_local_names_only() {
+        for host in
+            ["127.0.0.1:8080", "[::1]:8080", "192.168.1.4", "localhost:80", "LOCALHOST", "gateway", "host.docker.internal:1"]
+        {
+            assert_eq!(refused(Method::GET, &[(HOST, host)]), None, "{host}");
+        }
+        for host in ["evil.example:8080", "127.0.0.1.nip.io", "localhost.evil.example", ".internal.example", "a.b"] {
+            assert_eq!(refused(Method::GET, &[(HOST, host)]).as_deref(), Some("foreign_host"), "{host}");
+        }
+        assert_eq!(refused(Method::POST, &[]), None);
+    }
+
+    #[test]
+    fn without_keys_pages_of_other_sites_change_nothing() {
+        let host = (HOST, "localhost:8080");
+        for (header, across) in [
+            ((SEC_FETCH_SITE, "cross-site"), true),
+            ((SEC_FETCH_SITE, "same-origin"), false),
+            ((SEC_FETCH_SITE, "same-site"), false),
+            ((SEC_FETCH_SITE, "none"), false),
+            ((ORIGIN, "https://evil.example"), true),
+            ((ORIGIN, "http://localhost.evil.example:8080"), true),
+            ((ORIGIN, "null"), true),
+            ((ORIGIN, "http://localhost:3000"), false),
+        ] {
+            let expected = across.then_some("foreign_origin");
+            assert_eq!(refused(Method::POST, &[host.clone(), header.clone()]).as_deref(), expected, "{header:?}");
+            assert_eq!(refused(Method::GET, &[host.clone(), header.clone()]), None, "{header:?}");
+        }
+    }
 }

@@ -1,9 +1,10 @@
 //! `POST /v1/chat/completions`, and the run that every endpoint with a conversation goes through.
 
+use crate::http::answer::json;
 use crate::http::app::App;
 use crate::http::error::ApiError;
-use crate::http::generate::{Asked, Pending, engine_request, enter, head, json};
-use crate::http::limits::{LONG_WORK, off_path, parse_json};
+use crate::http::generate::{Asked, Pending, engine_request, enter, head};
+use crate::http::limits::off_path;
 use crate::http::sse;
 use crate::openai::chat::ChatRequest;
 use crate::openai::chat_answer;
@@ -23,9 +24,8 @@ use uuid::Uuid;
 /// `POST /v1/chat/completions`
 pub async fn chat(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let (in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
-    let body = app.body.read(request).await?;
     let PreparedChat { run, head, report, stream } =
-        off_path(body.len() > LONG_WORK, move || PreparedChat::new(asked, &body)).await??;
+        app.body.parsed(request, move |body| PreparedChat::new(asked, &body)).await?;
     let (format, n, tokenizer) = (run.format, run.choice_ids.len(), run.model.tokenizer().clone());
     let events = run.start().await?;
     if stream {
@@ -110,8 +110,8 @@ struct PreparedChat {
 }
 
 impl PreparedChat {
-    fn new(asked: Asked, body: &[u8]) -> Result<Self, ApiError> {
-        let chat = ChatRequest::parse(&parse_json(body)?)?;
+    fn new(asked: Asked, body: &Value) -> Result<Self, ApiError> {
+        let chat = ChatRequest::parse(body)?;
         let run = ChatRun::prepare(asked, "chat", &chat)?;
         let generation = &chat.generation;
         let object = if generation.stream { "chat.completion.chunk" } else { "chat.completion" };

@@ -1,9 +1,10 @@
 //! `POST /v1/completions`: from a body to a stream of events or one JSON object.
 
+use crate::http::answer::json;
 use crate::http::app::App;
 use crate::http::error::ApiError;
-use crate::http::generate::{Asked, Pending, collect, engine_request, enter, head, json};
-use crate::http::limits::{LONG_WORK, off_path, parse_json};
+use crate::http::generate::{Asked, Pending, collect, engine_request, enter, head};
+use crate::http::limits::off_path;
 use crate::http::sse;
 use crate::openai::collected::Collected;
 use crate::openai::completion_answer::{self, CompletionReport, PromptEcho};
@@ -16,13 +17,13 @@ use crate::telemetry::Follower;
 use crate::upstream::{LocalModel, Upstream};
 use axum::extract::{Request, State};
 use axum::response::Response;
+use serde_json::Value;
 use std::sync::Arc;
 
 /// `POST /v1/completions`
 pub async fn completions(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let (in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
-    let body = app.body.read(request).await?;
-    let mut prepared = off_path(body.len() > LONG_WORK, move || PreparedCompletion::new(asked, &body)).await??;
+    let mut prepared = app.body.parsed(request, move |body| PreparedCompletion::new(asked, &body)).await?;
     let prompts = prepared.requests.len();
     if let Some(constraint) = &prepared.constraint {
         let grammar = prepared.model.grammar(constraint).await?;
@@ -58,8 +59,8 @@ struct PreparedCompletion {
 }
 
 impl PreparedCompletion {
-    fn new(asked: Asked, body: &[u8]) -> Result<Self, ApiError> {
-        let completion = CompletionRequest::parse(&parse_json(body)?)?;
+    fn new(asked: Asked, body: &Value) -> Result<Self, ApiError> {
+        let completion = CompletionRequest::parse(body)?;
         let Upstream::Local(model) = asked.app.registry.find(Some(&completion.model))?;
         let generation = &completion.generation;
         model.check_choices(completion.best_of, if completion.best_of > generation.n { "best_of" } else { "n" })?;

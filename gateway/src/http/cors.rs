@@ -35,6 +35,11 @@ impl Origins {
         Ok(Self(origins))
     }
 
+    /// Whether pages of this origin may call.
+    pub fn name(&self, origin: Option<&HeaderValue>) -> bool {
+        origin.is_some_and(|origin| self.0.iter().any(|own| own == "*" || own == origin))
+    }
+
     /// Answers preflights and marks answers; `None` without origins. Keys travel in a header, never in a cookie, so that a page can
     /// only do what it has a key for.
     pub fn layer(&self) -> Option<CorsLayer> {

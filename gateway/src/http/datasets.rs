@@ -1,10 +1,14 @@
 //! `/v1/datasets`: building snapshots, and reading them.
 
+use crate::clock::now;
 use crate::datasets::{self, Refused};
+use crate::http::answer::{answer, json as json_bytes};
 use crate::http::app::App;
 use crate::http::auth::{Caller, require};
 use crate::http::error::ApiError;
-use crate::http::generate::json as json_bytes;
+use crate::http::limits::off_path_waiting;
+use crate::http::query::parameters;
+use crate::openai::fields::Fields;
 use axum::body::Body;
 use axum::extract::{Path, RawQuery, Request, State};
 use axum::response::{IntoResponse, Response};
@@ -13,8 +17,7 @@ use axum::{Extension, Router};
 use bytes::Bytes;
 use hyper::StatusCode;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
-use serde::de::DeserializeOwned;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tidemill_rlhf::dataset::format::{self, Format, Selection};
 use tidemill_rlhf::dataset::query::{RowKind, time};
 use tidemill_rlhf::dataset::{DatasetError, Query};
@@ -22,6 +25,10 @@ use tidemill_rlhf::quality::{QualityOptions, Split};
 use tidemill_store::{Job, JobState, Scope, Snapshot};
 use uuid::Uuid;
 
+const KINDS: [(&str, RowKind); 3] =
+    [("preference", RowKind::Preference), ("unpaired", RowKind::Unpaired), ("demonstration", RowKind::Demonstration)];
+const SPLITS: [(&str, Split); 2] = [("train", Split::Train), ("held_out", Split::HeldOut)];
+const FORMATS: [(&str, Format); 3] = [("trl", Format::Trl), ("openai", Format::Openai), ("tidemill", Format::Tidemill)];
 /// Most rows of one answer.
 const MAX_ROWS: usize = 1000;
 /// Most snapshots of one answer.
@@ -62,40 +69,15 @@ impl From<DatasetError> for ApiError {
     }
 }
 
-fn answer(status: StatusCode, value: &Value) -> Response {
-    let mut response = json_bytes(Bytes::from(value.to_string()));
-    *response.status_mut() = status;
-    response
-}
-
 async fn build(State(app): State<App>, Extension(caller): Extension<Caller>, request: Request) -> Result<Response, ApiError> {
-    let body = app.body.read(request).await?;
-    let mut body: Map<String, Value> = serde_json::from_slice(&body)
-        .map_err(|error| ApiError::bad_request(format!("The request body is no JSON object: {error}")))?;
-    let name = match body.remove("name") {
-        Some(Value::String(name)) => name,
-        Some(_) => return Err(ApiError::invalid("name", "invalid_type", "'name' must be a string.")),
-        None => {
-            return Err(ApiError::invalid(
-                "name",
-                "missing_required_parameter",
-                "'name' is missing: what the dataset is called.",
-            ));
-        }
-    };
-    let mut query = match body.remove("query") {
-        None | Some(Value::Null) => Map::new(),
-        Some(Value::Object(query)) => query,
-        Some(_) => return Err(ApiError::invalid("query", "invalid_type", "'query' must be an object.")),
-    };
-    if let Some(key) = body.keys().next() {
-        let shown: String = key.chars().take(100).collect();
-        return Err(ApiError::invalid(shown, "unknown_parameter", "Only 'name' and 'query' are known here."));
-    }
+    let body = app.body.json(request).await?;
+    let mut fields = Fields::root(&body)?;
+    let name = fields.require("name")?.string()?.to_owned();
+    let mut query = fields.get("query").map(|field| field.map().cloned()).transpose()?.unwrap_or_default();
+    fields.finish()?;
     for key in ["since", "until"] {
         if let Some(Value::String(text)) = query.get(key) {
-            let at =
-                time(text, datasets::now()).map_err(|why| ApiError::invalid(format!("query.{key}"), "invalid_value", why))?;
+            let at = time(text, now()).map_err(|why| ApiError::invalid(format!("query.{key}"), "invalid_value", why))?;
             query.insert(key.to_owned(), json!(at));
         }
     }
@@ -173,48 +155,16 @@ fn shown(snapshot: &Snapshot, whole: bool) -> Value {
     value
 }
 
-/// The parameters of a query string, each at most once.
-fn parameters(query: Option<String>, known: &[&'static str]) -> Result<Map<String, Value>, ApiError> {
-    let mut found = Map::new();
-    for (key, value) in form_urlencoded::parse(query.unwrap_or_default().as_bytes()) {
-        if !known.contains(&key.as_ref()) {
-            let shown: String = key.chars().take(100).collect();
-            return Err(ApiError::invalid(shown, "unknown_parameter", format!("Known here are: {}.", known.join(", "))));
-        }
-        found.insert(key.into_owned(), Value::String(value.into_owned()));
-    }
-    Ok(found)
-}
-
-fn choice<T: DeserializeOwned>(parameters: &Map<String, Value>, key: &'static str, choices: &str) -> Result<Option<T>, ApiError> {
-    match parameters.get(key) {
-        None => Ok(None),
-        Some(value) => serde_json::from_value(value.clone())
-            .map(Some)
-            .map_err(|_| ApiError::invalid(key, "invalid_value", format!("'{key}' must be one of {choices}."))),
-    }
-}
-
-fn number(parameters: &Map<String, Value>, key: &'static str, default: usize, most: usize) -> Result<usize, ApiError> {
-    match parameters.get(key).and_then(Value::as_str) {
-        None => Ok(default),
-        Some(text) => text
-            .parse()
-            .ok()
-            .filter(|number| *number <= most)
-            .ok_or_else(|| ApiError::invalid(key, "invalid_value", format!("'{key}' must be a number from 0 to {most}."))),
-    }
-}
-
 async fn list(State(app): State<App>, RawQuery(query): RawQuery) -> Result<Response, ApiError> {
-    let parameters = parameters(query, &["name", "after", "limit"])?;
-    let limit = number(&parameters, "limit", 20, MAX_LIST)?.max(1);
-    let name = parameters.get("name").and_then(Value::as_str);
-    let before = match parameters.get("after").and_then(Value::as_str) {
-        None => None,
-        Some(reference) => Some(app.datasets.datasets().find(reference).await?.id),
-    };
-    let mut found = app.datasets.datasets().list(name, before, limit + 1).await?;
+    let (mut name, mut before, mut limit) = (None, None, 20);
+    for parameter in parameters(query.as_deref(), &["name", "after", "limit"])? {
+        match parameter.name.as_ref() {
+            "name" => name = Some(parameter.value.into_owned()),
+            "after" => before = Some(app.datasets.datasets().find(&parameter.value).await?.id),
+            _ => limit = parameter.number(1..=MAX_LIST)?,
+        }
+    }
+    let mut found = app.datasets.datasets().list(name.as_deref(), before, limit + 1).await?;
     let has_more = found.len() > limit;
     found.truncate(limit);
     let data: Vec<Value> = found.iter().map(|snapshot| shown(snapshot, false)).collect();
@@ -230,46 +180,49 @@ async fn show(State(app): State<App>, Path(reference): Path<String>) -> Result<R
 }
 
 async fn rows(State(app): State<App>, Path(reference): Path<String>, RawQuery(query): RawQuery) -> Result<Response, ApiError> {
-    let parameters = parameters(query, &["offset", "limit", "kind", "split"])?;
-    let offset = number(&parameters, "offset", 0, usize::MAX)?;
-    let limit = number(&parameters, "limit", 20, MAX_ROWS)?;
-    let (kind, split) = selection(&parameters)?;
-    let snapshot = app.datasets.datasets().find(&reference).await?;
-    let mut stream = app.datasets.datasets().rows(&snapshot).await?;
-    let (mut data, mut seen, mut has_more) = (Vec::new(), 0, false);
-    'all: while let Some(rows) = stream.next_rows().await? {
-        for row in rows {
-            if kind.is_some_and(|kind| kind != row.kind()) || split.is_some_and(|split| split != row.split) {
-                continue;
-            }
-            if data.len() == limit {
-                has_more = true;
-                break 'all;
-            }
-            if seen >= offset {
-                data.push(json!(row));
-            }
-            seen += 1;
+    let (mut offset, mut limit, mut kind, mut split) = (0, 20, None, None);
+    for parameter in parameters(query.as_deref(), &["offset", "limit", "kind", "split"])? {
+        match parameter.name.as_ref() {
+            "offset" => offset = parameter.number(0..=usize::MAX)?,
+            "limit" => limit = parameter.number(0..=MAX_ROWS)?,
+            "kind" => kind = Some(parameter.one_of(&KINDS)?),
+            _ => split = Some(parameter.one_of(&SPLITS)?),
         }
     }
+    let datasets = app.datasets.datasets().clone();
+    let reading = off_path_waiting(async move {
+        let snapshot = datasets.find(&reference).await?;
+        let mut stream = datasets.rows(&snapshot).await?;
+        let (mut data, mut seen, mut has_more) = (Vec::new(), 0, false);
+        'all: while let Some(rows) = stream.next_rows().await? {
+            for row in rows {
+                if kind.is_some_and(|kind| kind != row.kind()) || split.is_some_and(|split| split != row.split) {
+                    continue;
+                }
+                if data.len() == limit {
+                    has_more = true;
+                    break 'all;
+                }
+                if seen >= offset {
+                    data.push(json!(row));
+                }
+                seen += 1;
+            }
+        }
+        Ok::<_, DatasetError>((data, has_more))
+    });
+    let (data, has_more) = reading.await??;
     Ok(answer(StatusCode::OK, &json!({ "object": "list", "data": data, "offset": offset, "has_more": has_more })))
 }
 
-fn selection(parameters: &Map<String, Value>) -> Result<(Option<RowKind>, Option<Split>), ApiError> {
-    let kind = choice(parameters, "kind", "preference, unpaired, demonstration")?;
-    Ok((kind, choice(parameters, "split", "train, held_out")?))
-}
-
 async fn report(State(app): State<App>, Path(reference): Path<String>, RawQuery(query): RawQuery) -> Result<Response, ApiError> {
-    let parameters = parameters(query, &["format"])?;
-    let page = match parameters.get("format").and_then(Value::as_str) {
-        None | Some("json") => false,
-        Some("html") => true,
-        Some(_) => return Err(ApiError::invalid("format", "invalid_value", "'format' must be one of json, html.")),
-    };
-    let snapshot = app.datasets.datasets().find(&reference).await?;
-    let bytes = app.datasets.datasets().report(&snapshot, page).await?;
-    let mut response = json_bytes(Bytes::from(bytes));
+    let mut page = false;
+    for parameter in parameters(query.as_deref(), &["format"])? {
+        page = parameter.one_of(&[("json", false), ("html", true)])?;
+    }
+    let datasets = app.datasets.datasets().clone();
+    let reading = off_path_waiting(async move { datasets.report(&datasets.find(&reference).await?, page).await });
+    let mut response = json_bytes(Bytes::from(reading.await??));
     if page {
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8"));
     }
@@ -277,10 +230,16 @@ async fn report(State(app): State<App>, Path(reference): Path<String>, RawQuery(
 }
 
 async fn export(State(app): State<App>, Path(reference): Path<String>, RawQuery(query): RawQuery) -> Result<Response, ApiError> {
-    let parameters = parameters(query, &["format", "kind", "split"])?;
-    let format: Format = choice(&parameters, "format", "trl, openai, tidemill")?.unwrap_or_default();
-    let (kind, split) = selection(&parameters)?;
-    let snapshot = app.datasets.datasets().find(&reference).await?;
+    let (mut format, mut kind, mut split) = (Format::default(), None, None);
+    for parameter in parameters(query.as_deref(), &["format", "kind", "split"])? {
+        match parameter.name.as_ref() {
+            "format" => format = parameter.one_of(&FORMATS)?,
+            "kind" => kind = Some(parameter.one_of(&KINDS)?),
+            _ => split = Some(parameter.one_of(&SPLITS)?),
+        }
+    }
+    let datasets = app.datasets.datasets().clone();
+    let snapshot = datasets.find(&reference).await?;
     if snapshot.tainted.is_some() {
         let message = "This snapshot holds rows of a person who was erased since; build the dataset again.";
         return Err(ApiError::client(StatusCode::GONE, Some("dataset_tainted"), message));
@@ -291,10 +250,13 @@ async fn export(State(app): State<App>, Path(reference): Path<String>, RawQuery(
         return Err(ApiError::invalid("kind", "missing_required_parameter", message));
     }
     let selection = Selection { kind, split, dropped: false };
-    let stream = app.datasets.datasets().rows(&snapshot).await?;
+    let stream = off_path_waiting(async move { datasets.rows(&snapshot).await }).await??;
     let body = futures_util::stream::try_unfold(stream, move |mut stream| async move {
-        let next = stream.next_rows().await.inspect_err(|error| tracing::error!(%error, "an export broke off"))?;
-        Ok::<_, DatasetError>(next.map(|rows| (Bytes::from(format::lines(&rows, selection, format).bytes), stream)))
+        let reading = off_path_waiting(async move {
+            let next = stream.next_rows().await.inspect_err(|error| tracing::error!(%error, "an export broke off"))?;
+            Ok::<_, DatasetError>(next.map(|rows| (Bytes::from(format::lines(&rows, selection, format).bytes), stream)))
+        });
+        reading.await.map_err(|error| std::io::Error::other(error.message))?.map_err(std::io::Error::other)
     });
     let mut response = Body::from_stream(body).into_response();
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/jsonl"));

@@ -1,19 +1,19 @@
 //! `/v1/feedback`: judgements in, acknowledged once they are durable, and out.
 
+use crate::clock::now;
 use crate::feedback::{self, Edit, Rules, Submission, Target};
+use crate::http::answer::answer;
 use crate::http::app::App;
 use crate::http::auth::Caller;
 use crate::http::error::ApiError;
-use crate::http::generate::{enter, json};
-use crate::http::limits::{LONG_WORK, off_path, parse_json};
+use crate::http::generate::enter;
 use crate::openai::fields::{Field, Fields};
-use axum::extract::{Path, Request, State};
+use axum::extract::{Path, RawQuery, Request, State};
 use axum::response::Response;
-use bytes::Bytes;
 use hyper::StatusCode;
 use serde_json::{Value, json};
 use std::collections::HashMap;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use tidemill_store::records::{Feedback, Inference};
 use tidemill_store::{Acknowledged, Store, StoreError};
 use uuid::Uuid;
@@ -27,9 +27,7 @@ const WRITE_TIME: Duration = Duration::from_millis(100);
 pub async fn create(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let _in_flight = enter(&app)?;
     let sender = Sender::of(&request)?;
-    let body = app.body.read(request).await?;
-    let body = off_path(body.len() > LONG_WORK, move || parse_json(&body)).await??;
-    match &body {
+    match &app.body.json(request).await? {
         Value::Array(items) => create_batch(&app, &sender, items).await,
         one => create_one(&app, &sender, one).await,
     }
@@ -37,7 +35,7 @@ pub async fn create(State(app): State<App>, request: Request) -> Result<Response
 
 async fn create_one(app: &App, sender: &Sender, body: &Value) -> Result<Response, ApiError> {
     let submission = sender.parse(app, Fields::root(body)?, None)?;
-    let made = admit(app, sender, submission, None).await?;
+    let made = admit(app, sender, submission, None, &mut false).await?;
     let acknowledged = app.store.add_feedback(vec![made.clone()]).await.map_err(unavailable)?;
     match acknowledged.first() {
         Some(Acknowledged { id, duplicate: true }) => {
@@ -58,11 +56,12 @@ async fn create_batch(app: &App, sender: &Sender, items: &[Value]) -> Result<Res
     }
     let mut results: Vec<Option<Value>> = vec![None; items.len()];
     let mut accepted = Vec::with_capacity(items.len());
+    let mut waited = false;
     for (index, value) in items.iter().enumerate() {
         let fields = Field { value, path: index.to_string().into() };
         let parsed = fields.object().and_then(|fields| sender.parse(app, fields, Some(index)));
         let admitted = match parsed {
-            Ok(submission) => admit(app, sender, submission, Some(index)).await,
+            Ok(submission) => admit(app, sender, submission, Some(index), &mut waited).await,
             Err(error) => Err(error),
         };
         match admitted {
@@ -98,8 +97,8 @@ pub async fn get(State(app): State<App>, Path(id): Path<String>) -> Result<Respo
 }
 
 /// `GET /v1/feedback`
-pub async fn list(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
-    let filter = feedback::filter(request.uri().query().unwrap_or_default())?;
+pub async fn list(State(app): State<App>, RawQuery(query): RawQuery) -> Result<Response, ApiError> {
+    let filter = feedback::filter(query.as_deref())?;
     let page = app.store.list_feedback(&filter).await.map_err(unavailable)?;
     let body = json!({
         "object": "list",
@@ -115,8 +114,7 @@ pub async fn list(State(app): State<App>, request: Request) -> Result<Response, 
 pub async fn edit(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
     let _in_flight = enter(&app)?;
     let id = feedback_id(&id)?;
-    let body = app.body.read(request).await?;
-    let body = off_path(body.len() > LONG_WORK, move || parse_json(&body)).await??;
+    let body = app.body.json(request).await?;
     let before = app.store.feedback(id).await.map_err(unavailable)?.ok_or_else(|| unknown(id))?;
     if before.withdrawn {
         let message = format!("The feedback `{id}` is withdrawn; send a new one.");
@@ -180,27 +178,35 @@ fn rules<'a>(app: &'a App, issued: &'a dyn Fn(Uuid) -> bool) -> Rules<'a> {
     Rules { metrics: &app.feedback_metrics, issued }
 }
 
-/// Asks the store what only the store knows, and makes the record.
-async fn admit(app: &App, sender: &Sender, submission: Submission, index: Option<usize>) -> Result<Feedback, ApiError> {
+/// Asks the store what only the store knows, and makes the record. `waited`: whether this request has given answers on their way the
+/// time to be written.
+async fn admit(
+    app: &App,
+    sender: &Sender,
+    submission: Submission,
+    index: Option<usize>,
+    waited: &mut bool,
+) -> Result<Feedback, ApiError> {
     match &submission.target {
         Target::Completion(_) => {}
         Target::Conversation(id) => {
-            if !conversation_exists(&app.store, id).await? {
+            if !conversation_exists(&app.store, id, waited).await? {
                 return Err(Submission::no_such_conversation(id, index));
             }
         }
         Target::Candidates(candidates) => same_prompt(&app.store, candidates, index).await?,
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let now = i64::try_from(now.as_micros()).unwrap_or(i64::MAX);
-    Ok(submission.into_feedback(app.store.issue_id(), now, sender.key_id.clone()))
+    Ok(submission.into_feedback(app.store.issue_id(), now(), sender.key_id.clone()))
 }
 
-async fn conversation_exists(store: &Store, id: &str) -> Result<bool, ApiError> {
-    if store.conversation_exists(id).await.map_err(unavailable)? {
-        return Ok(true);
+async fn conversation_exists(store: &Store, id: &str, waited: &mut bool) -> Result<bool, ApiError> {
+    if !*waited {
+        if store.conversation_exists(id).await.map_err(unavailable)? {
+            return Ok(true);
+        }
+        tokio::time::sleep(WRITE_TIME).await;
+        *waited = true;
     }
-    tokio::time::sleep(WRITE_TIME).await;
     store.conversation_exists(id).await.map_err(unavailable)
 }
 
@@ -274,10 +280,4 @@ pub fn unavailable(error: StoreError) -> ApiError {
             ApiError::unavailable(Some("store_unavailable"), message, 2)
         }
     }
-}
-
-fn answer(status: StatusCode, body: &Value) -> Response {
-    let mut response = json(Bytes::from(body.to_string()));
-    *response.status_mut() = status;
-    response
 }

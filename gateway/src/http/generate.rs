@@ -1,5 +1,6 @@
 //! What every endpoint that generates has in common: being let in, the record, the engine's request, waiting for the answer.
 
+use crate::clock::now;
 use crate::http::app::App;
 use crate::http::auth::Caller;
 use crate::http::drain::InFlight;
@@ -12,10 +13,7 @@ use crate::recording::{self, Draft, Level, Recorder};
 use crate::telemetry::{Follower, Trail};
 use crate::upstream::{Events, LocalModel};
 use axum::extract::Request;
-use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
-use hyper::header::{CONTENT_TYPE, HeaderValue};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 use tidemill_engine::{AdapterGeneration, RequestId, SamplingParams};
 use tidemill_store::Store;
 use tidemill_store::records::{Inference, Status};
@@ -37,20 +35,12 @@ pub async fn collect(mut events: Events, mut collected: Collected) -> Result<Col
     Err(ApiError::fault("The engine stopped before the answer was complete."))
 }
 
-/// A response with a JSON body.
-pub fn json(body: Bytes) -> Response {
-    let mut response = body.into_response();
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    response
-}
-
 /// What identifies the answer `id`.
 pub fn head(model: &LocalModel, id: Uuid, prefix: &str, object: &'static str) -> AnswerHead {
-    let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
     AnswerHead {
         id: format!("{prefix}-{id}"),
         object,
-        created,
+        created: now().unsigned_abs() / 1_000_000,
         model: model.name().to_owned(),
         system_fingerprint: model.fingerprint().to_owned(),
     }
@@ -117,10 +107,9 @@ impl Asked {
 
     /// What is known of an answer before its first token, without texts.
     pub fn inference(&self, endpoint: &str, model: &LocalModel, request: &tidemill_engine::Request, about: &About) -> Inference {
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Inference {
             id: Uuid::from_u128(request.id.0),
-            created: i64::try_from(created.as_micros()).unwrap_or(i64::MAX),
+            created: now(),
             endpoint: endpoint.to_owned(),
             model: model.name().to_owned(),
             adapter: request.adapter.0,

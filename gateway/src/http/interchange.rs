@@ -3,14 +3,16 @@
 //! Exports hand out a whole queue and need `train`, as all that operators of queues do. Webhooks and imports speak in the name of
 //! raters and set gold verdicts; they need `feedback`, which annotators' keys do not have.
 
+use crate::clock::now;
+use crate::http::answer::{answer, json};
 use crate::http::app::App;
 use crate::http::auth::{Caller, require};
 use crate::http::error::ApiError;
-use crate::http::generate::json;
-use crate::http::limits::{LONG_WORK, off_path, parse_json};
+use crate::http::labeling::TaskPage;
+use crate::http::limits::off_path;
+use crate::http::query::parameters;
 use crate::interchange::label_studio::{self, Event};
 use crate::interchange::{Format, Summary, take};
-use crate::labeling::filler::now;
 use axum::extract::{Path, Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -20,8 +22,7 @@ use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use hyper::{StatusCode, Uri};
 use serde_json::{Value, json};
 use tidemill_store::Scope;
-use tidemill_store::label::{Labels, Queue, TaskState};
-use uuid::Uuid;
+use tidemill_store::label::{Labels, Queue};
 
 /// Says where the next page begins; absent on the last.
 const NEXT: HeaderName = HeaderName::from_static("x-next-after");
@@ -54,11 +55,11 @@ async fn label_studio_config(State(app): State<App>, Path(queue): Path<String>) 
 }
 
 async fn label_studio_project(State(app): State<App>, Path(queue): Path<String>) -> Result<Response, ApiError> {
-    Ok(answer(&Format::LabelStudio.project(&find(&app, &queue).await?.1)))
+    Ok(answer(StatusCode::OK, &Format::LabelStudio.project(&find(&app, &queue).await?.1)))
 }
 
 async fn argilla_settings(State(app): State<App>, Path(queue): Path<String>) -> Result<Response, ApiError> {
-    Ok(answer(&Format::Argilla.project(&find(&app, &queue).await?.1)))
+    Ok(answer(StatusCode::OK, &Format::Argilla.project(&find(&app, &queue).await?.1)))
 }
 
 async fn label_studio_tasks(State(app): State<App>, Path(queue): Path<String>, uri: Uri) -> Result<Response, ApiError> {
@@ -89,12 +90,9 @@ async fn argilla_import(
 
 /// A page of tasks, in a form that the tool imports as it is.
 async fn tasks(app: &App, queue: &str, uri: &Uri, format: Format) -> Result<Response, ApiError> {
-    let page = Page::of(uri.query().unwrap_or_default())?;
+    let page = TaskPage::of(uri.query(), PAGE, MOST)?;
     let (labels, queue) = find(app, queue).await?;
-    // One more than asked for tells whether there is a next page.
-    let mut tasks = labels.list_tasks(queue.id, page.state, page.after, page.limit + 1).await?;
-    let more = tasks.len() > page.limit as usize;
-    tasks.truncate(page.limit as usize);
+    let (tasks, more) = page.fetch(&labels, &queue).await?;
     let next = tasks.last().filter(|_| more).map(|task| task.id);
     let body = off_path(tasks.len() > 10, move || {
         let exported: Vec<Value> = tasks.iter().map(|task| format.task(&queue, task)).collect();
@@ -108,18 +106,15 @@ async fn tasks(app: &App, queue: &str, uri: &Uri, format: Format) -> Result<Resp
 }
 
 async fn import(app: &App, queue: &str, caller: &Caller, request: Request, format: Format) -> Result<Response, ApiError> {
-    let all_submitted = match parameters(request.uri().query().unwrap_or_default(), &["all_submitted"])?.as_slice() {
-        [] => false,
-        [.., (_, "true")] => true,
-        [.., (_, "false")] => false,
-        _ => return Err(ApiError::invalid("all_submitted", "invalid_value", "Invalid 'all_submitted': use true or false.")),
-    };
+    let mut all_submitted = false;
+    for parameter in parameters(request.uri().query(), &["all_submitted"])? {
+        all_submitted = parameter.one_of(&[("true", true), ("false", false)])?;
+    }
     let (labels, queue) = find(app, queue).await?;
-    let body = app.body.read(request).await?;
-    let reading =
-        off_path(body.len() > LONG_WORK, move || format.read(&parse_json(&body)?, all_submitted).map_err(ApiError::bad_request));
-    let summary = take(&labels, &queue, reading.await??, now(), caller.key_id().as_deref()).await?;
-    Ok(answer(&json!(summary)))
+    let read = move |body| format.read(&body, all_submitted).map_err(ApiError::bad_request);
+    let reading = app.body.parsed(request, read).await?;
+    let summary = take(&labels, &queue, reading, now(), caller.key_id().as_deref()).await?;
+    Ok(answer(StatusCode::OK, &summary))
 }
 
 /// Label Studio waits one second for the answer and does not ask again; an import of its export brings what was missed.
@@ -130,10 +125,8 @@ async fn label_studio_webhook(
     request: Request,
 ) -> Result<Response, ApiError> {
     let (labels, queue) = find(&app, &queue).await?;
-    let body = app.body.read(request).await?;
-    let event =
-        off_path(body.len() > LONG_WORK, move || label_studio::read_event(&parse_json(&body)?).map_err(ApiError::bad_request));
-    let summary = match event.await?? {
+    let read = |body| label_studio::read_event(&body).map_err(ApiError::bad_request);
+    let summary = match app.body.parsed(request, read).await? {
         Event::Judged(reading) => take(&labels, &queue, reading, now(), caller.key_id().as_deref()).await?,
         Event::Deleted(ids) => {
             let mut summary = Summary::default();
@@ -141,7 +134,7 @@ async fn label_studio_webhook(
             applied.into_iter().for_each(|applied| summary.count(applied));
             summary
         }
-        Event::Other(action) => return Ok(answer(&json!({"ignored": action}))),
+        Event::Other(action) => return Ok(answer(StatusCode::OK, &json!({"ignored": action}))),
     };
     match summary.refusals.first() {
         // A single annotation that cannot be taken is the caller's error; a bulk action says what it did and what not.
@@ -149,7 +142,7 @@ async fn label_studio_webhook(
             let message = format!("{}: {}", refusal.place, refusal.message);
             Err(ApiError::client(StatusCode::UNPROCESSABLE_ENTITY, Some("annotation_refused"), message))
         }
-        _ => Ok(answer(&json!(summary))),
+        _ => Ok(answer(StatusCode::OK, &summary)),
     }
 }
 
@@ -157,80 +150,4 @@ async fn find(app: &App, queue: &str) -> Result<(Labels, Queue), ApiError> {
     let labels = Labels::new(app.store.database());
     let queue = labels.queue(queue).await?;
     Ok((labels, queue))
-}
-
-fn answer(value: &Value) -> Response {
-    json(Bytes::from(value.to_string()))
-}
-
-/// Which tasks.
-#[derive(Debug, PartialEq, Eq)]
-struct Page {
-    after: Option<Uuid>,
-    limit: u32,
-    state: TaskState,
-}
-
-impl Page {
-    fn of(query: &str) -> Result<Self, ApiError> {
-        let mut page = Self { after: None, limit: PAGE, state: TaskState::Any };
-        for (name, value) in parameters(query, &["after", "limit", "state"])? {
-            let invalid =
-                |expected: &str| ApiError::invalid(name, "invalid_value", format!("Invalid '{name}': expected {expected}."));
-            match name {
-                "after" => page.after = Some(value.parse().map_err(|_| invalid("the id of a task"))?),
-                "limit" => {
-                    let limit = value.parse().ok().filter(|limit| (1..=MOST).contains(limit));
-                    page.limit = limit.ok_or_else(|| invalid("a number from 1 to 10000"))?;
-                }
-                _ => {
-                    page.state = match value {
-                        "any" => TaskState::Any,
-                        "open" => TaskState::Open,
-                        "done" => TaskState::Done,
-                        _ => return Err(invalid("any, open or done")),
-                    }
-                }
-            }
-        }
-        Ok(page)
-    }
-}
-
-/// `name=value` pairs; every name must be known. No value that is taken here needs escapes.
-fn parameters<'a>(query: &'a str, known: &[&str]) -> Result<Vec<(&'a str, &'a str)>, ApiError> {
-    let pairs = query.split('&').filter(|pair| !pair.is_empty()).map(|pair| pair.split_once('=').unwrap_or((pair, "")));
-    pairs
-        .map(|(name, value)| {
-            if known.contains(&name) {
-                return Ok((name, value));
-            }
-            let shown: String = name.chars().take(50).collect();
-            let message = format!("Unknown parameter '{shown}'; known here: {}.", known.join(", "));
-            Err(ApiError::invalid(shown, "unknown_parameter", message))
-        })
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_page_says_what_is_wrong_with_it() {
-        let id = Uuid::from_u128(7);
-        let page = Page::of(&format!("limit=5&after={id}&state=open")).unwrap();
-        assert_eq!(page, Page { after: Some(id), limit: 5, state: TaskState::Open });
-        assert_eq!(Page::of("").unwrap(), Page { after: None, limit: PAGE, state: TaskState::Any });
-        for (query, param) in [
-            ("limit=0", "limit"),
-            ("limit=10001", "limit"),
-            ("limit", "limit"),
-            ("after=x", "after"),
-            ("state=new", "state"),
-            ("x=1", "x"),
-        ] {
-            assert_eq!(Page::of(query).unwrap_err().param.as_deref(), Some(param), "{query}");
-        }
-    }
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 
 /// Bodies above this are parsed and tokenised away from the threads that move bytes.
-pub const LONG_WORK: usize = 64 * 1024;
+const LONG_WORK: usize = 64 * 1024;
 /// What a client may still send after its body was found too large, so that it gets to read the answer instead of a reset.
 const DISCARD: usize = 64 * 1024 * 1024;
 
@@ -58,6 +58,21 @@ impl BodyLimits {
         })
     }
 
+    /// The whole body as JSON, which `take` makes something of; a long one where it is not in the way.
+    pub async fn parsed<T: Send + 'static>(
+        &self,
+        request: Request,
+        take: impl FnOnce(Value) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let body = self.read(request).await?;
+        off_path(body.len() > LONG_WORK, move || take(parse_json(&body)?)).await?
+    }
+
+    /// The whole body as JSON.
+    pub async fn json(&self, request: Request) -> Result<Value, ApiError> {
+        self.parsed(request, Ok).await
+    }
+
     async fn refuse(&self, body: &mut Body) -> Result<Bytes, ApiError> {
         let mut discarded = 0;
         while let Some(Ok(frame)) = body.frame().await {
@@ -72,7 +87,7 @@ impl BodyLimits {
 }
 
 /// Parses a body. Nesting deeper than 128 levels is refused by the parser.
-pub fn parse_json(body: &[u8]) -> Result<Value, ApiError> {
+fn parse_json(body: &[u8]) -> Result<Value, ApiError> {
     serde_json::from_slice(body)
         .map_err(|error| ApiError::bad_request(format!("We could not parse the JSON body of your request: {error}.")))
 }
@@ -90,4 +105,10 @@ pub async fn off_path<T: Send + 'static>(long: bool, work: impl FnOnce() -> T + 
     let span = tracing::Span::current();
     let done = tokio::task::spawn_blocking(move || span.in_scope(work)).await;
     done.map_err(|_| busy())
+}
+
+/// The same for long work that waits in between, such as reading a table: it decompresses and decodes as the bytes come.
+pub async fn off_path_waiting<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> Result<T, ApiError> {
+    let runtime = tokio::runtime::Handle::current();
+    off_path(true, move || runtime.block_on(work)).await
 }

@@ -1,5 +1,6 @@
 //! The front door: routes, limits, error shape, streaming, shutdown.
 
+mod answer;
 pub mod app;
 pub mod auth;
 pub mod chat;
@@ -17,6 +18,7 @@ pub mod limits;
 mod models;
 mod observe;
 mod probes;
+pub mod query;
 mod router;
 pub mod server;
 pub mod sse;

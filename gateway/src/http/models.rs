@@ -1,12 +1,12 @@
 //! `GET /v1/models` and `GET /v1/models/{id}`.
 
+use crate::http::answer::answer;
 use crate::http::app::App;
 use crate::http::error::ApiError;
-use crate::http::generate::json;
 use crate::upstream::{LoadState, Upstream};
 use axum::extract::{Path, State};
 use axum::response::Response;
-use bytes::Bytes;
+use hyper::StatusCode;
 use serde::Serialize;
 
 #[derive(Serialize)]
@@ -35,18 +35,13 @@ fn cards(app: &App) -> impl Iterator<Item = ModelCard> {
     })
 }
 
-fn body(value: &impl Serialize) -> Result<Response, ApiError> {
-    let bytes = serde_json::to_vec(value).map_err(|error| ApiError::fault(error.to_string()))?;
-    Ok(json(Bytes::from(bytes)))
-}
-
 /// `GET /v1/models`
-pub async fn list(State(app): State<App>) -> Result<Response, ApiError> {
-    body(&ModelList { object: "list", data: cards(&app).collect() })
+pub async fn list(State(app): State<App>) -> Response {
+    answer(StatusCode::OK, &ModelList { object: "list", data: cards(&app).collect() })
 }
 
 /// `GET /v1/models/{id}`; the id may hold slashes, plain or as `%2F`.
 pub async fn get(State(app): State<App>, Path(id): Path<String>) -> Result<Response, ApiError> {
     let card = cards(&app).find(|card| card.id == id).ok_or_else(|| ApiError::model_not_found(&id))?;
-    body(&card)
+    Ok(answer(StatusCode::OK, &card))
 }

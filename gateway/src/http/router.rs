@@ -1,16 +1,17 @@
 //! Which path goes where.
 
 use crate::console;
-use crate::openapi;
 use crate::http::app::App;
 use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
 use crate::http::{chat, completions, datasets, feedback, interchange, labeling, models, observe, probes, tokens};
 use axum::Router;
 use axum::extract::Request;
-use axum::middleware::from_fn_with_state;
+use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use hyper::StatusCode;
+use percent_encoding::percent_decode_str;
 use tidemill_store::Scope;
 
 /// All routes. Whatever is not one answers in the error shape, too.
@@ -27,7 +28,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/feedback", post(feedback::create).get(feedback::list))
         .route("/v1/feedback/{id}", get(feedback::get).patch(feedback::edit).delete(feedback::withdraw))
         .route_layer(require(Scope::Feedback));
-    let router = Router::new()
+    Router::new()
         .merge(generating)
         .merge(judging)
         .merge(datasets::routes())
@@ -40,14 +41,23 @@ pub fn router(app: App) -> Router {
         .route("/ready", get(probes::ready))
         .route("/version", get(probes::version))
         .route("/metrics", get(probes::metrics))
-        .route("/openapi.json", get(openapi::serve))
+        .route("/openapi.json", get(probes::description))
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
-        .layer(from_fn_with_state(auth, authenticate))
+        .layer(from_fn_with_state((auth, app.origins.clone()), authenticate))
+        .layer(from_fn(readable))
         // Around the keys: a browser asks for leave before it sends one, and may read why it was refused.
         .layer(tower::util::option_layer(cors))
-        .layer(from_fn_with_state(app.observer.clone(), observe::observe));
-    router.with_state(app)
+        .layer(from_fn_with_state(app.observer.clone(), observe::observe))
+        .with_state(app)
+}
+
+/// What stands in a path is text; the parts of one that is not would be refused by the framework, in a shape of its own.
+async fn readable(request: Request, next: Next) -> Response {
+    match percent_decode_str(request.uri().path()).decode_utf8() {
+        Ok(_) => next.run(request).await,
+        Err(_) => unknown_path(request).await.into_response(),
+    }
 }
 
 async fn unknown_path(request: Request) -> ApiError {

@@ -1,15 +1,14 @@
 //! `POST /tokenize` and `POST /detokenize`, in vLLM's shape.
 
+use crate::http::answer::answer;
 use crate::http::app::App;
 use crate::http::error::ApiError;
-use crate::http::generate::json;
-use crate::http::limits::{LONG_WORK, off_path, parse_json};
 use crate::openai::chat::ChatPrompt;
 use crate::openai::fields::Fields;
 use crate::upstream::{Registry, Upstream};
 use axum::extract::{Request, State};
 use axum::response::Response;
-use bytes::Bytes;
+use hyper::StatusCode;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -59,8 +58,7 @@ async fn with_body(
     request: Request,
     work: impl FnOnce(&Registry, &Value) -> Result<Value, ApiError> + Send + 'static,
 ) -> Result<Response, ApiError> {
-    let body = app.body.read(request).await?;
     let registry = Arc::clone(&app.registry);
-    let answer = off_path(body.len() > LONG_WORK, move || work(&registry, &parse_json(&body)?)).await??;
-    Ok(json(Bytes::from(answer.to_string())))
+    let value = app.body.parsed(request, move |body| work(&registry, &body)).await?;
+    Ok(answer(StatusCode::OK, &value))
 }

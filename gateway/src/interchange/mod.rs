@@ -12,7 +12,7 @@ mod format;
 pub mod label_studio;
 mod summary;
 mod timestamp;
-mod transcript;
+pub mod transcript;
 
 pub use format::{Format, take};
 pub use summary::{Refusal, Summary};

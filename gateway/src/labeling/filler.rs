@@ -8,9 +8,10 @@
 
 use super::generate::{self, Outcome};
 use super::rule::{Admitted, From, Rule};
+use crate::clock::now;
 use crate::http::App;
 use std::collections::HashMap;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use tidemill_store::label::{Draft, LabelError, Labels, NewDraft, NewTask, Queue};
 use tidemill_store::records::{Inference, Kind};
 use tidemill_store::{FeedbackFilter, InferenceFilter, Order, StoreError};
@@ -25,11 +26,6 @@ const PAGE: usize = 200;
 const PAGES: usize = 5;
 /// Pairs that are being generated at once.
 const GENERATING: u32 = 4;
-
-/// Microseconds since 1970.
-pub fn now() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| i64::try_from(time.as_micros()).unwrap_or(i64::MAX))
-}
 
 #[derive(Debug, thiserror::Error)]
 enum FillError {

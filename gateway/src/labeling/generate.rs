@@ -124,7 +124,7 @@ fn prepare(
     let sampling = chat.generation.sampling(model.defaults(), None);
     let inference = Inference {
         id,
-        created: crate::labeling::filler::now(),
+        created: crate::clock::now(),
         endpoint: "chat".into(),
         model: model.name().to_owned(),
         adapter: 0,

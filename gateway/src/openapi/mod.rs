@@ -9,13 +9,9 @@ mod operation;
 mod schema;
 mod service;
 
-use crate::http::generate::json as json_response;
-use axum::response::Response;
-use bytes::Bytes;
 use operation::Operation;
 use schema::{Object, nullable, text};
 use serde_json::{Map, Value, json};
-use std::sync::LazyLock;
 
 /// What a topic brings: its operations, and the schemas that they name.
 #[derive(Default)]
@@ -60,12 +56,6 @@ fn error() -> Value {
         .with("param", nullable(text()))
         .with("code", nullable(text()));
     Object::answer().with("error", body.schema()).schema()
-}
-
-/// `GET /openapi.json`
-pub async fn serve() -> Response {
-    static DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| Bytes::from(document().to_string()));
-    json_response(DOCUMENT.clone())
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use std::cell::RefCell;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use tempfile::TempDir;
+use tidemill::clock::now;
 use tidemill::datasets::DatasetJobs;
 use tidemill::feedback::Metrics;
 use tidemill::http::cors::Origins;
@@ -30,9 +31,11 @@ use tidemill_engine::model::Model;
 use tidemill_engine::model_files::Frontend;
 use tidemill_engine::{ChatTemplate, Engine, EngineOptions, GenerationDefaults, ServedModel, Tokenizer};
 use tidemill_kernels::{KernelError, KvDtype, MemoryUse, Sampled, StepBatch, StepOutput};
+use tidemill_store::records::{Choice, Feedback, Inference, Kind, Status, TargetKind};
 use tidemill_store::{DataDir, Store, StoreOptions};
 use tokio::runtime::{Builder, Runtime};
 use tower::ServiceExt;
+use uuid::Uuid;
 
 /// Name of the model.
 pub const MODEL: &str = "org/parrot";
@@ -286,6 +289,80 @@ pub async fn post(router: &Router, path: &str, body: Value) -> Reply {
 
 pub async fn get(router: &Router, path: &str) -> Reply {
     send(router, Request::get(path).body(Body::empty()).unwrap()).await
+}
+
+/// A request with a key, if any, and a JSON body.
+pub async fn ask(router: &Router, method: &str, path: &str, key: Option<&str>, body: Value) -> Reply {
+    let mut request = Request::builder().method(method).uri(path);
+    if let Some(key) = key {
+        request = request.header("authorization", format!("Bearer {key}"));
+    }
+    send(router, request.body(Body::from(body.to_string())).unwrap()).await
+}
+
+/// A recorded answer of `user` with these choices.
+pub fn answered(store: &Store, user: &str, prompt: &str, texts: &[&str], mean_logprob: f64) -> Inference {
+    let id = store.issue_id();
+    let choice = |(at, text): (usize, &&str)| Choice {
+        id: if at == 0 { id } else { store.issue_id() },
+        finish_reason: Some("stop".into()),
+        output_text: Some((*text).to_owned()),
+        output_ids: vec![1],
+        logprobs: vec![-1.0],
+        raw_logprobs: vec![-1.0],
+        mean_logprob: Some(mean_logprob),
+        tokens: 1,
+    };
+    Inference {
+        id,
+        created: now(),
+        endpoint: "chat".into(),
+        model: MODEL.into(),
+        adapter: 0,
+        variant: None,
+        conversation: None,
+        key_id: None,
+        user_key: Some(user.into()),
+        status: Status::Ok,
+        compare: texts.len() > 1,
+        prompt_tokens: 1,
+        cached_tokens: 0,
+        output_tokens: 1,
+        first_token_us: None,
+        duration_us: 1,
+        config_hash: "c".into(),
+        metadata: Map::new(),
+        params: None,
+        messages: Some(json!([{"role": "user", "content": prompt}])),
+        prompt_text: None,
+        prompt_ids: vec![1],
+        choices: texts.iter().enumerate().map(choice).collect(),
+    }
+}
+
+/// What `author` says about an answer.
+pub fn judged(store: &Store, target: Uuid, author: Option<&str>, kind: Kind, value: Value) -> Feedback {
+    Feedback {
+        id: store.issue_id(),
+        created: now(),
+        updated: now(),
+        revision: 1,
+        withdrawn: false,
+        target: target.to_string(),
+        targets: vec![target.to_string()],
+        target_kind: TargetKind::Completion,
+        kind,
+        metric: None,
+        number: value.as_bool().map(|up| f64::from(u8::from(up))),
+        value,
+        author: author.map(str::to_owned),
+        source: Some("api".into()),
+        latency_ms: None,
+        tags: vec![],
+        key_id: None,
+        idempotency_key: None,
+        task_id: None,
+    }
 }
 
 /// A chat request with `extra` fields.

@@ -49,10 +49,10 @@ pub struct Assignment {
     pub external: Option<String>,
 }
 
-/// Left and right by the id's own random bits: fair, and the same whenever the assignment is looked at. Mixed by splitmix64
-/// (Steele, Lea, Flood 2014), so that no single bit of a UUID decides.
-pub fn a_is_left(assignment: Uuid) -> bool {
-    let (high, low) = assignment.as_u64_pair();
+/// Left and right by an id's own random bits: fair, and the same whenever the id is looked at. Mixed by splitmix64 (Steele, Lea,
+/// Flood 2014), so that no single bit of a UUID decides. Whoever knows the id knows the side.
+pub fn a_is_left(id: Uuid) -> bool {
+    let (high, low) = id.as_u64_pair();
     mix(high ^ mix(low)) & 1 == 0
 }
 
@@ -144,7 +144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sides_are_fair_and_belong_to_the_assignment() {
+    fn sides_are_fair_and_belong_to_the_id() {
         let ids: Vec<Uuid> = (0..4000).map(|_| Uuid::now_v7()).collect();
         let left = ids.iter().filter(|&&id| a_is_left(id)).count();
         // Six standard deviations (31.6 each) around half.

@@ -140,6 +140,8 @@ impl Labels {
             return Ok(None);
         }
         let id = Uuid::now_v7();
+        // Drawn, not derived from the id: the person sees that one, and could work out which answer is which.
+        let a_is_left = a_is_left(Uuid::now_v7());
         // A person whose lease ran out, or who took the verdict back, goes on with the same assignment and the same sides.
         let (id,): (String,) = sqlx::query_as(
             "INSERT INTO label_assignments (id, queue_id, task_id, annotator, state, a_is_left, started)
@@ -151,7 +153,7 @@ impl Labels {
         .bind(queue_id.to_string())
         .bind(task_id)
         .bind(annotator)
-        .bind(i64::from(a_is_left(id)))
+        .bind(i64::from(a_is_left))
         .bind(now)
         .fetch_one(&mut *transaction)
         .await?;

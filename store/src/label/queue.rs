@@ -99,7 +99,8 @@ impl Labels {
     pub async fn queue(&self, id_or_name: &str) -> Result<Queue, LabelError> {
         let sql =
             sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM label_queues WHERE id = $1 OR name = $1 ORDER BY id = $1 DESC"));
-        let row: Option<Row> = sqlx::query_as(sql).bind(id_or_name).fetch_optional(self.database.read()).await?;
+        let row: Option<Row> =
+            sqlx::query_as(sql).bind(clean(id_or_name).into_owned()).fetch_optional(self.database.read()).await?;
         row.map_or_else(|| Err(LabelError::NoQueue(id_or_name.to_owned())), queue)
     }
 

@@ -10,7 +10,7 @@ use tidemill_rlhf::dataset::query::{Material, MetricLabel, MetricRange, Raters, 
 use tidemill_rlhf::quality::QualityOptions;
 
 use super::DatasetCommandError;
-use crate::datasets::now;
+use crate::clock::now;
 
 /// What `dataset build` is asked.
 #[derive(Debug, Args)]

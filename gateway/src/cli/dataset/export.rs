@@ -5,7 +5,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use tidemill_rlhf::dataset::Datasets;
 use tidemill_rlhf::dataset::format::{self, Format, Lines, Selection};
 use tidemill_rlhf::dataset::query::RowKind;
@@ -20,9 +20,9 @@ use super::{DatasetCommandError, say};
 pub struct ExportArgs {
     /// NAME (its newest) or NAME@VERSION
     dataset: String,
-    /// Form of the lines
-    #[arg(long, value_name = "FORM", default_value = "trl")]
-    format: FormatArg,
+    /// Form of the lines: trl (TRL and Hugging Face), openai (fine-tuning), tidemill (all columns with lineage)
+    #[arg(long, value_name = "FORM", default_value = "trl", value_parser = named::<Format>)]
+    format: Format,
     /// Folder to write to, one file per kind and part [default: standard output]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -40,25 +40,10 @@ pub struct ExportArgs {
     tainted: bool,
 }
 
-/// Forms of lines.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum FormatArg {
-    /// TRL and Hugging Face
-    Trl,
-    /// OpenAI fine-tuning
-    Openai,
-    /// All columns with lineage
-    Tidemill,
-}
-
 /// Writes rows, and says what became of the others.
 pub async fn export(datasets: &Datasets, args: &ExportArgs) -> Result<ExitCode, DatasetCommandError> {
     let snapshot = datasets.find(&args.dataset).await?;
-    let format = match args.format {
-        FormatArg::Trl => Format::Trl,
-        FormatArg::Openai => Format::Openai,
-        FormatArg::Tidemill => Format::Tidemill,
-    };
+    let format = args.format;
     let reference = format!("{}@{}", snapshot.name, snapshot.version);
     if snapshot.tainted.is_some() && !args.tainted {
         return Err(DatasetCommandError::Tainted(reference));

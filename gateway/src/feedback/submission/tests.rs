@@ -159,3 +159,27 @@ fn an_edit_keeps_to_the_kind_and_cannot_move_the_target() {
     assert_eq!(edit(&json!({"target": B})).unwrap_err().param.as_deref(), Some("target"));
     assert_eq!(edit(&json!({"kind": "rating"})).unwrap_err().param.as_deref(), Some("kind"));
 }
+
+#[test]
+fn an_edit_of_a_value_means_the_scale_and_the_order_that_it_had() {
+    let metrics = metrics();
+    let issued = |id| [A, B, C].contains(&id);
+    let rules = Rules { metrics: &metrics, issued: &issued };
+    let edit = |before: &Feedback, body: Value| -> Result<(Value, Option<f64>), ApiError> {
+        Ok(Edit::parse(Fields::root(&body).unwrap(), before, &rules)?.into_change().value.unwrap())
+    };
+    let stars = made(json!({"target": A, "kind": "rating", "value": 4, "scale": [1, 5]}));
+    assert_eq!(
+        edit(&stars, json!({"value": 1})).unwrap(),
+        (json!({"given": 1, "scale": [1, 5]}), Some(0.0)),
+        "one star is the worst"
+    );
+    assert_eq!(edit(&stars, json!({"value": 1, "scale": [0, 1]})).unwrap().1, Some(1.0));
+    assert_eq!(edit(&stars, json!({"value": 6})).unwrap_err().param.as_deref(), Some("value"));
+    assert_eq!(edit(&stars, json!({"scale": [0, 9]})).unwrap_err().code.as_deref(), Some("invalid_value"));
+    let compared = |candidates: Value, shown: Value| json!({"kind": "comparison", "value": {"candidates": candidates, "tie": true}, "shown": shown});
+    let pair = made(compared(json!([A, B]), json!([B, A])));
+    let again = |candidates: Value| edit(&pair, json!({"value": {"candidates": candidates, "winner": A}})).unwrap().0;
+    assert_eq!(again(json!([A, B]))["shown"], json!([B, A]));
+    assert_eq!(again(json!([A, C])).get("shown"), None, "other candidates were not shown in that order");
+}

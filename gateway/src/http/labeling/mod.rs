@@ -1,19 +1,18 @@
 //! `/v1/labeling/…`: queues for those who train, tasks for annotators.
 
+mod page;
 mod queues;
 mod work;
+
+pub use page::TaskPage;
 
 use crate::http::App;
 use crate::http::auth::{Caller, require};
 use crate::http::error::ApiError;
-use crate::http::generate::json;
 use crate::openai::fields::{Field, Fields};
 use axum::Router;
-use axum::response::Response;
 use axum::routing::{get, post};
 use hyper::StatusCode;
-use serde::Serialize;
-use std::borrow::Cow;
 use tidemill_store::Scope;
 use tidemill_store::label::LabelError;
 use uuid::Uuid;
@@ -43,19 +42,6 @@ fn is_operator(caller: &Caller) -> bool {
     caller.allows(Scope::Train)
 }
 
-fn forbidden(scope: Scope) -> ApiError {
-    let message = format!("This API key lacks the scope `{}`.", scope.as_str());
-    ApiError::client(StatusCode::FORBIDDEN, Some("insufficient_permissions"), message)
-}
-
-/// 200, or another status, with a JSON body.
-fn answer(status: StatusCode, body: &impl Serialize) -> Response {
-    // Values of ours, whose keys are strings: the serialiser cannot fail.
-    let mut response = json(serde_json::to_vec(body).unwrap_or_default().into());
-    *response.status_mut() = status;
-    response
-}
-
 /// Whose work it is: the key's name, or without keys the name that the page sends.
 fn annotator(caller: &Caller, given: Option<&str>) -> Result<String, ApiError> {
     if let Some(name) = caller.name() {
@@ -71,22 +57,6 @@ fn annotator(caller: &Caller, given: Option<&str>) -> Result<String, ApiError> {
 
 fn optional_text<'a>(fields: &mut Fields<'a>, key: &'static str, most: usize) -> Result<Option<&'a str>, ApiError> {
     fields.get(key).map(|field: Field<'a>| field.short_string(most)).transpose()
-}
-
-/// Names and values, decoded.
-type Pairs<'a> = Vec<(Cow<'a, str>, Cow<'a, str>)>;
-
-/// Parameters behind the question mark, those of them that are known.
-fn query<'a>(raw: Option<&'a str>, known: &[&str]) -> Result<Pairs<'a>, ApiError> {
-    let pairs: Vec<_> = form_urlencoded::parse(raw.unwrap_or_default().as_bytes()).collect();
-    match pairs.iter().find(|(key, _)| !known.contains(&key.as_ref())) {
-        None => Ok(pairs),
-        Some((key, _)) => {
-            let shown: String = key.chars().take(100).collect();
-            let message = format!("Unrecognized query parameter: '{shown}'. Supported: '{}'.", known.join("', '"));
-            Err(ApiError::invalid(shown, "unknown_parameter", message))
-        }
-    }
 }
 
 fn id(text: &str) -> Result<Uuid, ApiError> {

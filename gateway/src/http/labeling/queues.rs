@@ -1,11 +1,12 @@
 //! Making, filling and watching queues.
 
-use super::{answer, forbidden, is_operator, optional_text, query};
+use super::{TaskPage, is_operator, optional_text};
+use crate::clock::now;
 use crate::http::App;
-use crate::http::auth::Caller;
+use crate::http::answer::answer;
+use crate::http::auth::{Caller, forbidden};
 use crate::http::error::ApiError;
-use crate::http::limits::{off_path, parse_json};
-use crate::labeling::filler::now;
+use crate::http::limits::off_path;
 use crate::labeling::rule::{From as Source, Rule};
 use crate::labeling::statistics::statistics as compute;
 use crate::openai::fields::{Field, Fields};
@@ -16,7 +17,7 @@ use axum::response::Response;
 use hyper::StatusCode;
 use serde_json::{Value, json};
 use tidemill_store::Scope;
-use tidemill_store::label::{Labels, NewDraft, NewQueue, NewTask, Progress, Queue, TaskState, Verdict};
+use tidemill_store::label::{Labels, NewDraft, NewQueue, NewTask, Progress, Queue, Verdict};
 use uuid::Uuid;
 
 const MOST_ITEMS: usize = 10_000;
@@ -74,7 +75,7 @@ pub async fn create(
     if !is_operator(&caller) {
         return Err(forbidden(Scope::Train));
     }
-    let body = parse_json(&app.body.read(request).await?)?;
+    let body = app.body.json(request).await?;
     let mut fields = Fields::root(&body)?;
     let name = fields.require("name")?;
     let text = name.short_string(100)?.trim();
@@ -117,7 +118,7 @@ pub async fn show(State(app): State<App>, Path(queue): Path<String>) -> Result<R
 
 /// `PATCH /v1/labeling/queues/{queue}`: `closed`, `guidelines`.
 pub async fn change(State(app): State<App>, Path(queue): Path<String>, request: Request) -> Result<Response, ApiError> {
-    let body = parse_json(&app.body.read(request).await?)?;
+    let body = app.body.json(request).await?;
     let mut fields = Fields::root(&body)?;
     let labels = Labels::new(app.store.database());
     let queue = labels.queue(&queue).await?;
@@ -129,27 +130,11 @@ pub async fn change(State(app): State<App>, Path(queue): Path<String>, request: 
     Ok(answer(StatusCode::OK, &for_operators(&labels, &queue).await?))
 }
 
-/// `GET /v1/labeling/queues/{queue}/tasks?state=open|done&after=ID&limit=N`
+/// `GET /v1/labeling/queues/{queue}/tasks?state=any|open|done&after=ID&limit=N`
 pub async fn tasks(State(app): State<App>, Path(queue): Path<String>, RawQuery(raw): RawQuery) -> Result<Response, ApiError> {
     let labels = Labels::new(app.store.database());
     let queue = labels.queue(&queue).await?;
-    let (mut state, mut after, mut limit) = (TaskState::Any, None, 100);
-    for (key, value) in query(raw.as_deref(), &["state", "after", "limit"])? {
-        let wrong = |why: &str| ApiError::invalid(key.as_ref(), "invalid_value", format!("Invalid '{key}': expected {why}."));
-        match (key.as_ref(), value.as_ref()) {
-            ("state", "open") => state = TaskState::Open,
-            ("state", "done") => state = TaskState::Done,
-            ("state", _) => return Err(wrong("one of 'open' or 'done'")),
-            ("after", id) => after = Some(Uuid::parse_str(id).map_err(|_| wrong("the id of a task"))?),
-            (_, number) => match number.parse() {
-                Ok(number @ 1..=1000) => limit = number,
-                _ => return Err(wrong("an integer from 1 to 1000")),
-            },
-        }
-    }
-    let mut data = labels.list_tasks(queue.id, state, after, limit + 1).await?;
-    let has_more = data.len() > limit as usize;
-    data.truncate(limit as usize);
+    let (data, has_more) = TaskPage::of(raw.as_deref(), 100, 1000)?.fetch(&labels, &queue).await?;
     Ok(answer(StatusCode::OK, &json!({"object": "list", "data": data, "has_more": has_more})))
 }
 
@@ -157,14 +142,16 @@ pub async fn tasks(State(app): State<App>, Path(queue): Path<String>, RawQuery(r
 pub async fn add_tasks(State(app): State<App>, Path(queue): Path<String>, request: Request) -> Result<Response, ApiError> {
     let labels = Labels::new(app.store.database());
     let queue = labels.queue(&queue).await?;
-    let body = parse_json(&app.body.read(request).await?)?;
-    let mut fields = Fields::root(&body)?;
-    let field = fields.require("tasks")?;
-    let items = field.filled_array(MOST_ITEMS)?;
-    let tasks: Result<Vec<NewTask>, ApiError> =
-        items.iter().enumerate().map(|(i, value)| new_task(&field.item(i, value))).collect();
-    fields.finish()?;
-    let tasks = tasks?;
+    let read = |body: Value| {
+        let mut fields = Fields::root(&body)?;
+        let field = fields.require("tasks")?;
+        let items = field.filled_array(MOST_ITEMS)?;
+        let tasks: Result<Vec<NewTask>, ApiError> =
+            items.iter().enumerate().map(|(i, value)| new_task(&field.item(i, value))).collect();
+        fields.finish()?;
+        tasks
+    };
+    let tasks = app.body.parsed(request, read).await?;
     let added = labels.add_tasks(queue.id, &tasks, now()).await?;
     Ok(answer(StatusCode::CREATED, &json!({"added": added, "known": tasks.len() as u64 - added})))
 }
@@ -213,24 +200,27 @@ fn digest(parts: &[&str]) -> String {
 pub async fn add_prompts(State(app): State<App>, Path(queue): Path<String>, request: Request) -> Result<Response, ApiError> {
     let labels = Labels::new(app.store.database());
     let queue = labels.queue(&queue).await?;
-    let body = parse_json(&app.body.read(request).await?)?;
-    let mut fields = Fields::root(&body)?;
-    let model = optional_text(&mut fields, "model", 500)?;
-    if let Some(model) = model
-        && !app.registry.states().any(|(name, _)| name == model)
-    {
-        return Err(ApiError::model_not_found(model));
-    }
-    let field = fields.require("prompts")?;
-    let items = field.filled_array(MOST_ITEMS)?;
-    let draft = |(i, value)| {
-        let prompt = prompt(&field.item(i, value))?;
-        let source = digest(&[&prompt.to_string(), model.unwrap_or_default()]);
-        Ok(NewDraft { source, prompt, answer: None, model: model.map(str::to_owned) })
+    let registry = app.registry.clone();
+    let read = move |body: Value| {
+        let mut fields = Fields::root(&body)?;
+        let model = optional_text(&mut fields, "model", 500)?;
+        if let Some(model) = model
+            && !registry.states().any(|(name, _)| name == model)
+        {
+            return Err(ApiError::model_not_found(model));
+        }
+        let field = fields.require("prompts")?;
+        let items = field.filled_array(MOST_ITEMS)?;
+        let draft = |(i, value)| {
+            let prompt = prompt(&field.item(i, value))?;
+            let source = digest(&[&prompt.to_string(), model.unwrap_or_default()]);
+            Ok(NewDraft { source, prompt, answer: None, model: model.map(str::to_owned) })
+        };
+        let drafts: Result<Vec<NewDraft>, ApiError> = items.iter().enumerate().map(draft).collect();
+        fields.finish()?;
+        drafts
     };
-    let drafts: Result<Vec<NewDraft>, ApiError> = items.iter().enumerate().map(draft).collect();
-    fields.finish()?;
-    let drafts = drafts?;
+    let drafts = app.body.parsed(request, read).await?;
     if serde_json::from_value::<Rule>(queue.rule.clone()).is_ok_and(|rule| rule.from != Source::Upload) {
         let message = "Prompts go into a queue whose rule says `\"from\": \"upload\"`; this one fills itself from traffic.";
         return Err(ApiError::client(StatusCode::CONFLICT, Some("wrong_queue"), message));

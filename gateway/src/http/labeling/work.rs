@@ -1,11 +1,13 @@
 //! What an annotator's page asks for. Nothing here names a model, a variant or a gold task.
 
-use super::{annotator, answer, forbidden, id, is_operator, optional_text, query};
+use super::{annotator, id, is_operator, optional_text};
+use crate::clock::now;
 use crate::http::App;
-use crate::http::auth::Caller;
+use crate::http::answer::answer;
+use crate::http::auth::{Caller, forbidden};
 use crate::http::error::ApiError;
-use crate::http::limits::parse_json;
-use crate::labeling::filler::now;
+use crate::http::query::parameters;
+use crate::interchange::transcript;
 use crate::openai::fields::Fields;
 use axum::Extension;
 use axum::extract::{Path, RawQuery, Request, State};
@@ -13,20 +15,61 @@ use axum::response::Response;
 use hyper::StatusCode;
 use serde_json::{Value, json};
 use tidemill_store::Scope;
-use tidemill_store::label::{Assignment, Labels, Lease, Progress, Queue, Verdict};
+use tidemill_store::label::{Assignment, LabelError, Labels, Lease, Progress, Queue, Verdict};
 
 /// `GET /v1/labeling/me`: who the server takes the caller for; `annotator` is null when a name is still to be given.
 pub async fn me(Extension(caller): Extension<Caller>, RawQuery(raw): RawQuery) -> Result<Response, ApiError> {
     if !caller.allows(Scope::Label) && !is_operator(&caller) {
         return Err(forbidden(Scope::Label));
     }
-    let given = query(raw.as_deref(), &["annotator"])?.pop().map(|(_, name)| name);
+    let given = parameters(raw.as_deref(), &["annotator"])?.pop().map(|name| name.value);
     let name = match given {
         None if caller.name().is_none() => None,
         given => Some(annotator(&caller, given.as_deref())?),
     };
     let body = json!({"annotator": name, "keyed": caller.key.is_some(), "operator": is_operator(&caller)});
     Ok(answer(StatusCode::OK, &body))
+}
+
+/// Someone at work in a queue.
+struct Desk {
+    labels: Labels,
+    queue: Queue,
+    who: String,
+}
+
+impl Desk {
+    /// Of a request that says nothing but, without keys, who sends it.
+    async fn of(app: &App, caller: &Caller, queue: &str, request: Request) -> Result<Self, ApiError> {
+        let body = app.body.json(request).await?;
+        let mut fields = Fields::root(&body)?;
+        let who = annotator(caller, optional_text(&mut fields, "annotator", 400)?)?;
+        fields.finish()?;
+        let labels = Labels::new(app.store.database());
+        let queue = labels.queue(queue).await?;
+        Ok(Self { labels, queue, who })
+    }
+
+    async fn lease(&self) -> Result<Lease, LabelError> {
+        self.labels.lease(&self.queue, &self.who, now()).await
+    }
+
+    /// A task as the page gets it, with sides instead of candidates.
+    async fn given(&self, lease: Lease) -> Result<Value, LabelError> {
+        let progress = self.labels.progress(self.queue.id, now()).await?;
+        let mine = self.labels.finished_by(self.queue.id, &self.who).await?;
+        let shown = shown_progress(&self.queue, &progress, mine);
+        Ok(match lease {
+            Lease::Work(task, own) => {
+                let (left, right) = if own.a_is_left { (task.answer_a, task.answer_b) } else { (task.answer_b, task.answer_a) };
+                let turns = transcript::turns(&task.prompt).into_iter();
+                let prompt: Vec<Value> = turns.map(|(role, text)| json!({"role": role, "text": text})).collect();
+                let task = json!({"assignment": own.id, "prompt": prompt, "left": left, "right": right});
+                json!({"task": task, "progress": shown})
+            }
+            Lease::Empty => json!({"task": null, "why": why_empty(&self.queue, &progress), "progress": shown}),
+        })
+    }
 }
 
 /// `POST /v1/labeling/queues/{queue}/next`: a task for the caller, or why there is none.
@@ -36,40 +79,40 @@ pub async fn next(
     Path(queue): Path<String>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let body = parse_json(&app.body.read(request).await?)?;
-    let mut fields = Fields::root(&body)?;
-    let who = annotator(&caller, optional_text(&mut fields, "annotator", 400)?)?;
-    fields.finish()?;
-    let labels = Labels::new(app.store.database());
-    let queue = labels.queue(&queue).await?;
-    let lease = labels.lease(&queue, &who, now()).await?;
-    Ok(answer(StatusCode::OK, &given(&labels, &queue, &who, lease).await?))
+    let desk = Desk::of(&app, &caller, &queue, request).await?;
+    let lease = desk.lease().await?;
+    Ok(answer(StatusCode::OK, &desk.given(lease).await?))
 }
 
-/// A task as the page gets it, with sides instead of candidates.
-async fn given(labels: &Labels, queue: &Queue, who: &str, lease: Lease) -> Result<Value, ApiError> {
-    let progress = labels.progress(queue.id, now()).await?;
-    let mine = labels.finished_by(queue.id, who).await?;
-    let shown = shown_progress(queue, &progress, mine);
-    Ok(match lease {
-        Lease::Work(task, own) => {
-            let (left, right) = if own.a_is_left { (task.answer_a, task.answer_b) } else { (task.answer_b, task.answer_a) };
-            let task = json!({"assignment": own.id, "prompt": shown_prompt(&task.prompt), "left": left, "right": right});
-            json!({"task": task, "progress": shown})
-        }
-        Lease::Empty => json!({"task": null, "why": why_empty(queue, &progress), "progress": shown}),
-    })
+/// `POST /v1/labeling/queues/{queue}/undo`: takes the last judgement back and brings its task again, or another one when someone
+/// else has it now.
+pub async fn undo(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    Path(queue): Path<String>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let desk = Desk::of(&app, &caller, &queue, request).await?;
+    let undone = desk.labels.undo(&desk.queue, &desk.who, now()).await?;
+    let again = undone.again != Lease::Empty;
+    let lease = if again { undone.again } else { desk.lease().await? };
+    let mut body = desk.given(lease).await?;
+    body["again"] = again.into();
+    body["withdrawn"] = json!(undone.feedback_id);
+    Ok(answer(StatusCode::OK, &body))
 }
 
-/// Gold tasks count as any other here: a bar that stands still after one would give it away. What is wanted is what the queue's
-/// share of gold makes of it on average, so that it does not grow with each.
+/// Gold tasks count as any other here: a step that differs after one would give it away. What is wanted is what the queue's share of
+/// gold makes of it on average; people who have had more gold than that wait at the last step until the rest is done.
 fn shown_progress(queue: &Queue, progress: &Progress, mine: u64) -> Value {
     let plain = progress.tasks * u64::from(queue.overlap);
+    let given = progress.verdicts + progress.gold_verdicts;
     let share = if progress.gold > 0 { queue.gold_share.min(0.9) } else { 0.0 };
-    let expected = (plain as f64 / (1.0 - share)).round() as u64;
-    let left = plain.saturating_sub(progress.verdicts);
-    let completed = progress.verdicts + progress.gold_verdicts;
-    let wanted = if left == 0 { completed } else { expected.max(completed + left) };
+    let (completed, wanted) = match (plain as f64 / (1.0 - share)).round() as u64 {
+        0 => (given, given),
+        wanted if progress.verdicts >= plain => (wanted, wanted),
+        wanted => (given.min(wanted - 1), wanted),
+    };
     json!({"completed": completed, "wanted": wanted, "mine": mine})
 }
 
@@ -83,21 +126,6 @@ fn why_empty(queue: &Queue, progress: &Progress) -> &'static str {
     } else {
         "yours_done"
     }
-}
-
-/// Roles and texts.
-fn shown_prompt(prompt: &Value) -> Vec<Value> {
-    let turn = |message: &Value| {
-        let text = match message.get("content") {
-            Some(Value::String(text)) => text.clone(),
-            Some(Value::Array(parts)) => {
-                parts.iter().filter_map(|part| part.get("text")?.as_str()).collect::<Vec<_>>().join("\n")
-            }
-            _ => String::new(),
-        };
-        json!({"role": message.get("role").and_then(Value::as_str).unwrap_or("user"), "text": text})
-    };
-    prompt.as_array().map(|messages| messages.iter().map(turn).collect()).unwrap_or_default()
 }
 
 /// What both kinds of judgement send.
@@ -118,13 +146,9 @@ impl Sent {
 
     /// When the person decided: what the page measured, but never later than now. A verdict that waited for the network was made
     /// earlier.
-    async fn finished(&self, labels: &Labels, assignment: uuid::Uuid) -> Result<i64, ApiError> {
-        let now = now();
-        let own = labels.assignment(assignment).await?;
-        Ok(match (own, self.latency_ms) {
-            (Some(own), Some(latency)) => own.started.saturating_add(latency.saturating_mul(1000)).min(now),
-            _ => now,
-        })
+    fn finished(&self, own: &Assignment) -> i64 {
+        let decided = |latency: i64| own.started.saturating_add(latency.saturating_mul(1000));
+        self.latency_ms.map_or(i64::MAX, decided).min(now())
     }
 }
 
@@ -137,22 +161,21 @@ pub async fn verdict(
     request: Request,
 ) -> Result<Response, ApiError> {
     let assignment = id(&assignment)?;
-    let body = parse_json(&app.body.read(request).await?)?;
+    let body = app.body.json(request).await?;
     let mut fields = Fields::root(&body)?;
     let choice = fields.require("choice")?.one_of(&["left", "right", "tie", "both_bad"])?;
     let sent = Sent::parse(&mut fields, &caller)?;
     fields.finish()?;
     let labels = Labels::new(app.store.database());
-    let a_is_left = labels.assignment(assignment).await?.is_some_and(|own| own.a_is_left);
+    let own = labels.assignment(assignment).await?.ok_or(LabelError::NoAssignment(assignment))?;
     let verdict = match choice {
         "tie" => Verdict::Tie,
         "both_bad" => Verdict::BothBad,
-        side if (side == "left") == a_is_left => Verdict::A,
+        side if (side == "left") == own.a_is_left => Verdict::A,
         _ => Verdict::B,
     };
-    let finished = sent.finished(&labels, assignment).await?;
-    let own = labels.submit(assignment, &sent.who, verdict, finished, caller.key_id().as_deref()).await?;
-    settled(&labels, &own, &sent, json!({"assignment": own.id, "feedback": own.feedback_id})).await
+    let own = labels.submit(assignment, &sent.who, verdict, sent.finished(&own), caller.key_id().as_deref()).await?;
+    settled(labels, &own, sent, json!({"assignment": own.id, "feedback": own.feedback_id})).await
 }
 
 /// `POST /v1/labeling/assignments/{id}/skip`: `{"reason": "…"}`.
@@ -163,7 +186,7 @@ pub async fn skip(
     request: Request,
 ) -> Result<Response, ApiError> {
     let assignment = id(&assignment)?;
-    let body = parse_json(&app.body.read(request).await?)?;
+    let body = app.body.json(request).await?;
     let mut fields = Fields::root(&body)?;
     let field = fields.require("reason")?;
     let reason = field.short_string(500)?.trim();
@@ -173,44 +196,56 @@ pub async fn skip(
     let sent = Sent::parse(&mut fields, &caller)?;
     fields.finish()?;
     let labels = Labels::new(app.store.database());
-    let finished = sent.finished(&labels, assignment).await?;
-    let own = labels.skip(assignment, &sent.who, reason, finished).await?;
-    settled(&labels, &own, &sent, json!({"assignment": own.id})).await
+    let own = labels.assignment(assignment).await?.ok_or(LabelError::NoAssignment(assignment))?;
+    let own = labels.skip(assignment, &sent.who, reason, sent.finished(&own)).await?;
+    settled(labels, &own, sent, json!({"assignment": own.id})).await
 }
 
-async fn settled(labels: &Labels, own: &Assignment, sent: &Sent, mut body: Value) -> Result<Response, ApiError> {
+async fn settled(labels: Labels, own: &Assignment, sent: Sent, mut body: Value) -> Result<Response, ApiError> {
     if sent.next {
         let queue = labels.queue(&own.queue_id.to_string()).await?;
-        let lease = labels.lease(&queue, &sent.who, now()).await?;
-        let more = given(labels, &queue, &sent.who, lease).await?;
-        if let (Some(body), Value::Object(more)) = (body.as_object_mut(), more) {
+        let desk = Desk { labels, queue, who: sent.who };
+        let lease = desk.lease().await?;
+        if let (Some(body), Value::Object(more)) = (body.as_object_mut(), desk.given(lease).await?) {
             body.extend(more);
         }
     }
     Ok(answer(StatusCode::OK, &body))
 }
 
-/// `POST /v1/labeling/queues/{queue}/undo`: takes the last judgement back and brings its task again, or another one when someone
-/// else has it now.
-pub async fn undo(
-    State(app): State<App>,
-    Extension(caller): Extension<Caller>,
-    Path(queue): Path<String>,
-    request: Request,
-) -> Result<Response, ApiError> {
-    let body = parse_json(&app.body.read(request).await?)?;
-    let mut fields = Fields::root(&body)?;
-    let who = annotator(&caller, optional_text(&mut fields, "annotator", 400)?)?;
-    fields.finish()?;
-    let labels = Labels::new(app.store.database());
-    let queue = labels.queue(&queue).await?;
-    let undone = labels.undo(&queue, &who, now()).await?;
-    let again = undone.again != Lease::Empty;
-    let lease = if again { undone.again } else { labels.lease(&queue, &who, now()).await? };
-    let mut body = given(&labels, &queue, &who, lease).await?;
-    if let Some(map) = body.as_object_mut() {
-        map.insert("again".into(), again.into());
-        map.insert("withdrawn".into(), json!(undone.feedback_id));
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uuid::Uuid;
+
+    fn shown(tasks: u64, verdicts: u64, gold_verdicts: u64) -> (u64, u64) {
+        let queue = Queue {
+            id: Uuid::from_u128(1),
+            name: "q".into(),
+            created: 0,
+            closed: None,
+            rule: Value::Null,
+            guidelines: String::new(),
+            overlap: 2,
+            gold_share: 0.1,
+            lease_seconds: 60,
+            filled_until: String::new(),
+        };
+        let progress = Progress { tasks, verdicts, gold_verdicts, gold: 50, ..Progress::default() };
+        let shown = shown_progress(&queue, &progress, 0);
+        (shown["completed"].as_u64().unwrap(), shown["wanted"].as_u64().unwrap())
     }
-    Ok(answer(StatusCode::OK, &body))
+
+    #[test]
+    fn a_step_is_the_same_after_a_gold_task_and_after_a_plain_one() {
+        for verdicts in 0..18 {
+            for gold in 0..60 {
+                assert_eq!(shown(10, verdicts, gold + 1), shown(10, verdicts + 1, gold), "{verdicts} {gold}");
+                let (completed, wanted) = shown(10, verdicts, gold);
+                assert!(completed < wanted && wanted == 22, "{completed} of {wanted}");
+            }
+        }
+        assert_eq!((shown(10, 20, 0), shown(10, 20, 60)), ((22, 22), (22, 22)));
+        assert_eq!((shown(0, 0, 0), shown(0, 0, 3)), ((0, 0), (3, 3)));
+    }
 }

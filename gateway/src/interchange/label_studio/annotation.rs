@@ -3,6 +3,7 @@
 use crate::interchange::{Choice, Reading, Refusal, first_is_a, timestamp};
 use serde::Deserialize;
 use serde_json::Value;
+use std::collections::HashMap;
 use tidemill_store::label::{External, Outcome};
 use uuid::Uuid;
 
@@ -99,10 +100,12 @@ pub fn read_event(body: &Value) -> Result<Event, String> {
     match action {
         "ANNOTATION_CREATED" | "ANNOTATION_UPDATED" | "ANNOTATIONS_CREATED" => {
             let (annotations, tasks) = (many(field("annotation")?), many(field("task")?));
+            let number = |value: &Value, name: &str| value.get(name).and_then(Value::as_i64);
+            let by_number: HashMap<i64, &Value> = tasks.iter().filter_map(|task| Some((number(task, "id")?, task))).collect();
             let mut reading = Reading::default();
             for annotation in annotations {
+                let task = number(annotation, "task").and_then(|number| by_number.get(&number).copied());
                 let number = annotation.get("task");
-                let task = tasks.iter().find(|task| number.is_some() && task.get("id") == number);
                 let place = format!("task {}", number.unwrap_or(&Value::Null));
                 match task.ok_or_else(|| "The task is not in the payload.".to_owned()).and_then(about) {
                     Ok(about) => reading.add(&place, about, annotation),
