@@ -13,7 +13,9 @@ use support::{Setup, get, send};
 fn paths(router: &axum::Router) -> BTreeSet<String> {
     let shown = format!("{router:?}");
     let quoted = shown.split('"').skip(1).step_by(2);
-    quoted.filter(|text| text.starts_with('/')).map(str::to_owned).collect()
+    // What stands for "no route" has a route inside the framework: the root, and everything.
+    let own = quoted.filter(|text| text.starts_with('/') && *text != "/" && !text.contains("__private"));
+    own.map(str::to_owned).collect()
 }
 
 /// What a request to this path is sent to.
