@@ -8,7 +8,7 @@ use std::time::Instant;
 use tidemill_engine::model::Model;
 use tidemill_engine::{
     AdapterGeneration, Engine, EngineOptions, Event, Frontend, GenerationDefaults, Request, RequestId, SamplingParams,
-    ServedModel, Tokenizer,
+    ServedModel, Tenant, Tokenizer,
 };
 use tidemill_kernels::{KernelError, KvDtype, MemoryUse, Sampled, StepBatch, StepOutput};
 
@@ -75,6 +75,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             chat_template: None,
             generation_defaults: GenerationDefaults::default(),
             end_of_turn: vec![0],
+            pooling: Ok(tidemill_engine::Pooling::default()),
         };
         let served = ServedModel { model: Box::new(Instantly), frontend, context: 8192, description: String::new() };
         let options = EngineOptions { kv_memory: Some(20_000), ..EngineOptions::new("bench") };
@@ -94,6 +95,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     priority: 0,
                     cache_salt: None,
                     adapter: AdapterGeneration(0),
+                    tenant: Tenant::default(),
+                    deadline: None,
                 };
                 engine.submit(request)
             })

@@ -1,6 +1,7 @@
 //! Writes scheduled sequences into the flat batch of a step.
 
 use crate::block_pool::BLOCK_SIZE;
+use crate::grammar::Follower;
 use crate::sequence::Sequence;
 use tidemill_kernels::{SampleRow, SequenceSpan, StepBatch};
 
@@ -58,7 +59,8 @@ fn draw_row(batch: &mut StepBatch, sequence: &Sequence, row: u32, choice: usize,
     }
     let bias = batch.bias.len() as u32;
     batch.bias.extend_from_slice(&sampling.logit_bias);
-    if sequence.generated() < sampling.min_tokens {
+    // A grammar's mask knows of `min_tokens` itself: where it can only end, it does.
+    if sequence.follower.is_none() && sequence.generated() < sampling.min_tokens {
         let ends: &[u32] = if sampling.ignore_eos { &[] } else { end_of_turn };
         batch.bias.extend(ends.iter().chain(&sampling.stop_token_ids).map(|token| (*token, f32::NEG_INFINITY)));
     }
@@ -75,6 +77,7 @@ fn draw_row(batch: &mut StepBatch, sequence: &Sequence, row: u32, choice: usize,
         frequency_penalty: sampling.frequency_penalty,
         history: history..batch.history.len() as u32,
         bias: bias..batch.bias.len() as u32,
+        mask: sequence.follower.as_ref().map(Follower::mask),
         seed: stream_seed(sequence.seed, choice as u64),
         counter: sequence.generated() as u64,
         top_n: sampling.logprobs,

@@ -56,8 +56,8 @@ pub enum TemplateError {
 pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,
+    tool_source: Option<String>,
     variables: Map<String, Value>,
-    has_tool_template: bool,
 }
 
 /// What `raise_exception` was called with, on its way through the template engine.
@@ -89,12 +89,17 @@ impl ChatTemplate {
         for (name, source) in templates.into_iter().filter_map(|(name, source)| Some((name, source?))) {
             environment.add_template_owned(name, without_generation_tags(source)).map_err(|error| describe(&error))?;
         }
-        Ok(Self { environment, source: source.to_owned(), variables, has_tool_template: tool_use.is_some() })
+        Ok(Self { environment, source: source.to_owned(), tool_source: tool_use.map(str::to_owned), variables })
     }
 
     /// The template's text, as published.
     pub fn source(&self) -> &str {
         &self.source
+    }
+
+    /// The text of the template for conversations with tools, as published; `None` where no template knows of tools.
+    pub fn tool_source(&self) -> Option<&str> {
+        self.tool_source.as_deref().or_else(|| Some(self.source.as_str()).filter(|source| source.contains("tools")))
     }
 
     /// Renders a conversation to the text of a prompt, which is tokenised without adding special tokens.
@@ -103,7 +108,7 @@ impl ChatTemplate {
             let detail = "cannot be combined with add_generation_prompt, which begins a new message; set one of them to false";
             return Err(TemplateError::Continue(detail.to_owned()));
         }
-        let name = if input.tools.is_some() && self.has_tool_template { WITH_TOOLS } else { DEFAULT };
+        let name = if input.tools.is_some() && self.tool_source.is_some() { WITH_TOOLS } else { DEFAULT };
         let template = self.environment.get_template(name).map_err(|error| failure(&error))?;
         let rendered = template.render(self.context(input)).map_err(|error| failure(&error))?;
         if input.continue_final_message { cut_after_last_message(rendered, input.messages) } else { Ok(rendered) }

@@ -92,7 +92,7 @@ impl ChoiceText {
 fn stop_cause(token: u32, sampling: &SamplingParams, end_of_turn: &[u32]) -> Option<StopCause> {
     if sampling.stop_token_ids.contains(&token) {
         Some(StopCause::Token(token))
-    } else if !sampling.ignore_eos && end_of_turn.contains(&token) {
+    } else if (!sampling.ignore_eos || sampling.grammar.is_some()) && end_of_turn.contains(&token) {
         Some(StopCause::EndOfTurn(token))
     } else {
         None

@@ -53,6 +53,7 @@ impl Client {
         let limit = sampling.max_tokens.unwrap_or(usize::MAX).min(max_model_len.saturating_sub(request.prompt.len()));
         let choice = || {
             let stream = Detokenizer::continuing(tokenizer, sampling.skip_special_tokens, &request.prompt);
+            let stream = stream.showing(&sampling.shown_special);
             Some(Choice { text: ChoiceText::new(stream, sampling, limit), last: None })
         };
         let choices = (0..sampling.n).map(|_| choice()).collect();
@@ -124,6 +125,13 @@ impl Client {
         }
     }
 
+    /// Ends a choice whose text is whole.
+    pub(crate) fn complete(&mut self, index: usize, metrics: &Metrics) {
+        let Some(Some(choice)) = self.choices.get_mut(index) else { return };
+        let end = choice.text.end(FinishReason::Stop, None);
+        self.end_choice(index, end, metrics);
+    }
+
     /// Ends all choices that are left, for a reason from outside.
     pub(crate) fn cancel(&mut self, metrics: &Metrics) {
         if !self.prompt_sent {
@@ -143,6 +151,11 @@ impl Client {
         let (prompt_tokens, generated) = (usage.prompt_tokens, usage.completion_tokens);
         metrics.ended(&Ended { arrived: self.arrived, admitted: self.admitted, first_token, prompt_tokens, generated }, now);
         self.send(Event::Done(usage));
+    }
+
+    /// The deadline has passed.
+    pub(crate) fn expire(&mut self) {
+        self.send(Event::Expired);
     }
 
     pub(crate) fn fail(&mut self, message: String) {

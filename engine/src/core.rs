@@ -1,6 +1,8 @@
 //! The step loop, on a thread of its own.
 
+use crate::backlog::Backlog;
 use crate::client::Client;
+use crate::embedding::Pooled;
 use crate::engine::Health;
 use crate::model::Model;
 use crate::request::{Event, FinishReason, Request};
@@ -14,7 +16,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tidemill_kernels::{StepBatch, StepOutput};
+use tidemill_kernels::{KernelError, StepBatch, StepOutput};
 
 /// How often to look whether slow clients have caught up, when there is nothing else to do.
 const PAUSED_POLL: Duration = Duration::from_millis(2);
@@ -31,6 +33,8 @@ pub(crate) struct Submission {
     pub(crate) seed: u64,
     pub(crate) events: Sender<Event>,
     pub(crate) arrived: Instant,
+    /// Set for a text whose vector is wanted.
+    pub(crate) pooled: Option<Pooled>,
 }
 
 /// What the loop and the handles share.
@@ -42,11 +46,17 @@ pub(crate) struct Status {
     pub(crate) cancel_all: AtomicBool,
     /// Mean time between two finished requests, in microseconds; 0 when unknown.
     pub(crate) finish_interval_us: AtomicU64,
+    pub(crate) backlog: Mutex<Backlog>,
     stats: Mutex<Stats>,
     stopped: Mutex<Option<String>>,
 }
 
 impl Status {
+    /// Of an engine that runs `slots` sequences at once.
+    pub(crate) fn new(slots: usize) -> Self {
+        Self { backlog: Mutex::new(Backlog::new(slots)), ..Self::default() }
+    }
+
     pub(crate) fn stats(&self) -> Stats {
         *lock(&self.stats)
     }
@@ -60,8 +70,8 @@ impl Status {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // The values are replaced whole, so one that a panic left behind is sound.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // The values are replaced whole or are counts, so one that a panic left behind is sound.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -81,6 +91,8 @@ pub(crate) struct Core {
 #[derive(Default)]
 pub(crate) struct Flow {
     clients: HashMap<RequestKey, Client>,
+    /// Texts whose vectors are wanted; each has a client, too.
+    pooled: HashMap<RequestKey, Pooled>,
     arrivals: u64,
     batch: StepBatch,
     out: StepOutput,
@@ -122,6 +134,7 @@ impl Core {
             self.tend_clients();
             let start = Instant::now();
             let tokens = self.scheduler.schedule(&mut self.flow.batch);
+            let prompt_tokens = tokens.saturating_sub(self.flow.batch.samples.len());
             self.flow.stalled = tokens == 0;
             if tokens == 0 {
                 self.publish(0);
@@ -129,12 +142,13 @@ impl Core {
             }
             self.note_admitted(start);
             let scheduled = Instant::now();
-            let computed = self.model.forward(&self.flow.batch, &mut self.flow.out);
+            let computed = self.compute();
             let now = Instant::now();
             match computed.map_err(|error| error.to_string()).and_then(|()| self.apply()) {
                 Ok(()) => self.emit(now),
                 Err(error) => self.fail_step(&error),
             }
+            lock(&self.status.backlog).step(prompt_tokens, now - start);
             self.flow.stats.model_time += now - scheduled;
             self.flow.stats.overhead += (scheduled - start) + now.elapsed();
             self.publish(tokens);
@@ -177,19 +191,21 @@ impl Core {
     }
 
     fn accept(&mut self, submission: Submission) {
-        let Submission { request, seed, events, arrived } = submission;
+        let Submission { request, seed, events, arrived, pooled } = submission;
         let key = RequestKey(self.flow.arrivals);
         self.flow.arrivals += 1;
         let client = Client::new(Arc::clone(&request), events, arrived, &self.tokenizer, self.max_model_len);
         self.flow.clients.insert(key, client);
+        self.flow.pooled.extend(pooled.map(|pooled| (key, pooled)));
         self.scheduler.add(key, request, seed);
     }
 
     /// Forgets the clients that left, pauses those that do not keep up, resumes those that do again.
     fn tend_clients(&mut self) {
         let mut left = std::mem::take(&mut self.flow.scratch);
+        let now = Instant::now();
         for (key, client) in &mut self.flow.clients {
-            if client.has_left() {
+            if client.has_left() || client.request.deadline.is_some_and(|deadline| deadline <= now) {
                 left.push(*key);
             } else if client.is_behind() != client.paused {
                 client.paused = !client.paused;
@@ -197,7 +213,9 @@ impl Core {
             }
         }
         for key in left.drain(..) {
-            if let Some(client) = self.flow.clients.get(&key) {
+            if let Some(client) = self.flow.clients.get_mut(&key) {
+                // Who has left does not hear it.
+                client.expire();
                 self.scheduler.cancel(key, client.request.priority);
                 self.metrics.finished_choice(FinishReason::Cancelled);
             }
@@ -211,9 +229,27 @@ impl Core {
             if let Some(client) = self.flow.clients.get_mut(key) {
                 client.admitted = Some(now);
                 self.status.waiting.fetch_sub(1, Ordering::AcqRel);
+                lock(&self.status.backlog).run(&client.request);
                 self.metrics.queued(now.saturating_duration_since(client.arrived));
             }
         }
+    }
+
+    /// Runs the model over the batch. Hidden states are asked for only in steps that have a text whose vector is wanted.
+    fn compute(&mut self) -> Result<(), KernelError> {
+        let Flow { batch, out, pooled, .. } = &mut self.flow;
+        if pooled.is_empty() || !self.scheduler.in_step().any(|key| pooled.contains_key(&key)) {
+            return self.model.forward(batch, out);
+        }
+        let (hidden, width) = (self.model.forward_hidden(batch, out)?, self.model.width());
+        for (key, span) in self.scheduler.in_step().zip(&batch.sequences) {
+            if let Some(pooled) = pooled.get_mut(&key) {
+                let (first, rows) = (span.first_row as usize, span.rows as usize);
+                let states = hidden.get(first * width..(first + rows) * width).unwrap_or_default();
+                pooled.take((span.context_len - span.rows) as usize, states, width);
+            }
+        }
+        Ok(())
     }
 
     fn apply(&mut self) -> Result<(), String> {
@@ -226,13 +262,19 @@ impl Core {
             match outcome {
                 Outcome::Prompt { request, cached_tokens, logprobs } => {
                     if let Some(client) = self.flow.clients.get_mut(&request) {
-                        self.flow.stats.prompt_tokens += client.usage().prompt_tokens as u64;
+                        let prompt_tokens = client.usage().prompt_tokens;
+                        self.flow.stats.prompt_tokens += prompt_tokens as u64;
+                        lock(&self.status.backlog).prompt(prompt_tokens, cached_tokens);
+                        if let Some(pooled) = self.flow.pooled.get(&request) {
+                            pooled.send();
+                        }
                         client.prompt(cached_tokens, logprobs);
                     }
                 }
                 Outcome::Token { id, sampled } => {
                     let Some(client) = self.flow.clients.get_mut(&id.request) else { continue };
-                    self.flow.stats.generation_tokens += 1;
+                    // The engine always generates; of a text whose vector is wanted, nobody sees the one token.
+                    self.flow.stats.generation_tokens += u64::from(!self.flow.pooled.contains_key(&id.request));
                     if client.token(id.choice as usize, record(sampled), &self.end_of_turn, now, &self.metrics) {
                         self.scheduler.finish(id);
                         if client.is_finished() {
@@ -241,6 +283,16 @@ impl Core {
                         }
                     }
                 }
+                Outcome::Complete { id } => {
+                    let Some(client) = self.flow.clients.get_mut(&id.request) else { continue };
+                    client.complete(id.choice as usize, &self.metrics);
+                    self.scheduler.finish(id);
+                    if client.is_finished() {
+                        client.done(now, &self.metrics);
+                        self.forget(id.request);
+                    }
+                }
+                Outcome::Stuck { id, message } => self.fail(id.request, message),
             }
         }
     }
@@ -250,12 +302,17 @@ impl Core {
         tracing::error!(error, "a step failed");
         let keys: Vec<RequestKey> = self.scheduler.in_step().collect();
         for key in keys {
-            let Some(client) = self.flow.clients.get_mut(&key) else { continue };
-            client.fail(format!("the model failed: {error}"));
-            self.scheduler.cancel(key, client.request.priority);
-            self.metrics.failed();
-            self.forget(key);
+            self.fail(key, format!("the model failed: {error}"));
         }
+    }
+
+    /// Ends a request with all its choices.
+    fn fail(&mut self, key: RequestKey, message: String) {
+        let Some(client) = self.flow.clients.get_mut(&key) else { return };
+        client.fail(message);
+        self.scheduler.cancel(key, client.request.priority);
+        self.metrics.failed();
+        self.forget(key);
     }
 
     /// Ends everything that was submitted so far.
@@ -277,12 +334,19 @@ impl Core {
     }
 
     fn forget(&mut self, key: RequestKey) {
+        self.flow.pooled.remove(&key);
         let Some(client) = self.flow.clients.remove(&key) else { return };
-        if client.admitted.is_none() {
-            self.status.waiting.fetch_sub(1, Ordering::AcqRel);
+        let now = Instant::now();
+        match client.admitted {
+            Some(admitted) => {
+                lock(&self.status.backlog).end(&client.request, now.saturating_duration_since(admitted), client.is_finished());
+            }
+            None => {
+                self.status.waiting.fetch_sub(1, Ordering::AcqRel);
+                lock(&self.status.backlog).stop_waiting(&client.request);
+            }
         }
         self.flow.stats.finished += 1;
-        let now = Instant::now();
         if let Some(last) = self.flow.last_finish.replace(now) {
             let interval = (now - last).as_micros().min(60_000_000) as u64;
             let mean = self.status.finish_interval_us.load(Ordering::Relaxed);

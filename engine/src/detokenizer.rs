@@ -1,6 +1,7 @@
 //! Tokens to text, one at a time, never half a character.
 
 use crate::tokenizer::Tokenizer;
+use std::sync::Arc;
 
 /// The text side of one sequence. Pushing a token costs its own bytes, whatever came before; clone it to fork a sequence.
 ///
@@ -9,6 +10,8 @@ use crate::tokenizer::Tokenizer;
 pub struct Detokenizer {
     tokenizer: Tokenizer,
     skip_special: bool,
+    /// Special tokens that are not skipped.
+    shown_special: Arc<[u32]>,
     /// The start of a character whose other bytes have not come yet: at most 3 bytes.
     held: Vec<u8>,
     /// The next text is the first, whose leading space SentencePiece models do not mean.
@@ -19,7 +22,7 @@ impl Detokenizer {
     /// For a text that starts with the first token pushed.
     pub fn new(tokenizer: &Tokenizer, skip_special: bool) -> Self {
         let at_start = tokenizer.drops_leading_space();
-        Self { tokenizer: tokenizer.clone(), skip_special, held: Vec::with_capacity(4), at_start }
+        Self { tokenizer: tokenizer.clone(), skip_special, shown_special: Arc::default(), held: Vec::with_capacity(4), at_start }
     }
 
     /// For the continuation of a prompt: a leading space belongs to the text unless the prompt ended with a special token
@@ -32,10 +35,15 @@ impl Detokenizer {
         detokenizer
     }
 
+    /// The same with some special tokens in the text whatever holds for the others.
+    pub fn showing(self, tokens: &Arc<[u32]>) -> Self {
+        Self { shown_special: Arc::clone(tokens), ..self }
+    }
+
     /// Appends to `text` what `token` makes certain: whole characters only. Bytes that can never become a character turn into
     /// U+FFFD as soon as that is known.
     pub fn push(&mut self, token: u32, text: &mut String) {
-        if self.skip_special && self.tokenizer.is_special(token) {
+        if self.skip_special && self.tokenizer.is_special(token) && !self.shown_special.contains(&token) {
             return;
         }
         let mut bytes = self.tokenizer.token_bytes(token);
@@ -176,6 +184,8 @@ mod tests {
         let tokens = [1, tokenizer.id("▁a").unwrap(), 2];
         assert_eq!(increments(&mut Detokenizer::new(&tokenizer, true), &tokens), ["", "a", "", ""]);
         assert_eq!(increments(&mut Detokenizer::new(&tokenizer, false), &tokens), ["<s>", " a", "</s>", ""]);
+        let mut one_shown = Detokenizer::new(&tokenizer, true).showing(&[2].into());
+        assert_eq!(increments(&mut one_shown, &tokens), ["", "a", "</s>", ""]);
     }
 
     #[test]

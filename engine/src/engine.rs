@@ -3,13 +3,15 @@
 use crate::block_pool::{BLOCK_SIZE, SharedPool};
 use crate::chat_template::ChatTemplate;
 use crate::client;
-use crate::core::{Command, Core, Flow, Status, Submission};
+use crate::core::{Command, Core, Flow, Status, Submission, lock};
+use crate::embedding::{EmbedRequest, Embedding, Pooled};
 use crate::generation_defaults::GenerationDefaults;
 use crate::grammar::{Compiler, Constraint, Grammar, GrammarError};
 use crate::memory;
 use crate::model::{Decoder, Model};
 use crate::model_files::{Frontend, ModelFiles};
 use crate::options::{EngineOptions, StartError};
+use crate::pooling::Pooling;
 use crate::request::{Event, Request, SubmitError};
 use crate::scheduler::{Scheduler, SchedulerLimits};
 use crate::stats::{Metrics, Stats};
@@ -39,6 +41,7 @@ struct Inner {
     frontend: Frontend,
     compiler: Compiler,
     description: String,
+    width: usize,
     commands: Sender<Command>,
     status: Arc<Status>,
     /// Disconnected when the thread has ended.
@@ -134,6 +137,7 @@ impl Engine {
             max_waiting: options.max_waiting,
             vocabulary: model.vocabulary(),
         };
+        let width = model.width();
         let held = model.memory();
         let memory = MemoryReport {
             weights: held.weights,
@@ -145,7 +149,7 @@ impl Engine {
         };
         // Submissions are bounded by `max_waiting`; the rest is for wake-ups.
         let (commands, inbox) = flume::bounded(options.max_waiting.saturating_add(64));
-        let status = Arc::new(Status::default());
+        let status = Arc::new(Status::new(options.max_seqs));
         let scheduling = SchedulerLimits {
             max_seqs: options.max_seqs,
             max_batch_tokens: options.max_batch_tokens,
@@ -153,6 +157,7 @@ impl Engine {
             prefix_caching: options.prefix_caching,
             end_of_turn: frontend.end_of_turn.clone(),
         };
+        let compiler = Compiler::new(frontend.tokenizer.clone(), frontend.end_of_turn.clone(), limits.vocabulary);
         let (alive, ended) = flume::bounded::<()>(1);
         let (tokenizer, end_of_turn) = (frontend.tokenizer.clone(), frontend.end_of_turn.clone());
         let (name, shared) = (options.served_name.clone(), Arc::clone(&status));
@@ -168,13 +173,28 @@ impl Engine {
         let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one(0u64));
         let seeds = AtomicU64::new(0);
         let inner =
-            Inner { options, limits, memory, frontend, compiler: Compiler, description, commands, status, ended, seed, seeds };
+            Inner { options, limits, memory, frontend, compiler, description, width, commands, status, ended, seed, seeds };
         Ok(Engine { inner: Arc::new(inner) })
     }
 
     /// Takes a request. Dropping the receiver cancels it within one step. A receiver that disconnects before `Done` or `Failed`
     /// means that the engine is gone.
     pub fn submit(&self, request: Request) -> Result<Receiver<Event>, SubmitError> {
+        self.send(request, None)
+    }
+
+    /// Takes a text whose vector is wanted. Dropping what it returns cancels it within one step.
+    pub fn embed(&self, request: EmbedRequest) -> Result<Embedding, SubmitError> {
+        let pooling = self
+            .pooling()
+            .as_ref()
+            .map_err(|why| SubmitError::Invalid { param: "model", message: format!("this model gives no embeddings: {why}") })?;
+        let (pooled, vector) = Pooled::new(pooling.mode);
+        let events = self.send(request.into_request(pooling.mode), Some(pooled))?;
+        Ok(Embedding::new(events, vector))
+    }
+
+    fn send(&self, request: Request, pooled: Option<Pooled>) -> Result<Receiver<Event>, SubmitError> {
         let inner = &*self.inner;
         validate(&request, &inner.limits)?;
         match self.health() {
@@ -182,6 +202,7 @@ impl Engine {
             Health::Draining => return Err(SubmitError::Draining),
             Health::Stopped(reason) => return Err(SubmitError::Stopped(reason)),
         }
+        self.check_deadline(&request)?;
         let limit = inner.limits.max_waiting;
         let one_more = |waiting| (waiting < limit).then_some(waiting + 1);
         if let Err(waiting) = inner.status.waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more) {
@@ -189,7 +210,10 @@ impl Engine {
         }
         let seed = request.sampling.seed.unwrap_or_else(|| self.draw_seed());
         let (events, receiver) = flume::bounded(client::capacity(request.sampling.n));
-        let submission = Submission { request: Arc::new(request), seed, events, arrived: Instant::now() };
+        let request = Arc::new(request);
+        // Before the engine's thread can say that it runs.
+        lock(&inner.status.backlog).wait(&request);
+        let submission = Submission { request: Arc::clone(&request), seed, events, arrived: Instant::now(), pooled };
         match inner.commands.try_send(Command::Submit(submission)) {
             // An engine that stopped meanwhile emptied its inbox before this request came; nobody would ever answer.
             Ok(()) => match self.health() {
@@ -198,6 +222,7 @@ impl Engine {
             },
             Err(error) => {
                 inner.status.waiting.fetch_sub(1, Ordering::AcqRel);
+                lock(&inner.status.backlog).stop_waiting(&request);
                 Err(match error {
                     TrySendError::Full(_) => {
                         SubmitError::QueueFull { waiting: limit, limit, retry_after_s: self.retry_after(limit) }
@@ -206,6 +231,19 @@ impl Engine {
                 })
             }
         }
+    }
+
+    /// Fails when the first token could not come before the deadline.
+    fn check_deadline(&self, request: &Request) -> Result<(), SubmitError> {
+        let Some(deadline) = request.deadline else { return Ok(()) };
+        let left = deadline.saturating_duration_since(Instant::now());
+        let expected = lock(&self.inner.status.backlog).estimate(request);
+        if expected <= left && !left.is_zero() {
+            return Ok(());
+        }
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let retry_after_s = expected.saturating_sub(left).as_secs().saturating_add(1).min(60) as u32;
+        Err(SubmitError::TooLate { expected_ms: ms(expected), left_ms: ms(left), retry_after_s })
     }
 
     /// Compiles a constraint for this model's vocabulary. Takes milliseconds of computing, bounded: call it from a thread that may
@@ -247,6 +285,16 @@ impl Engine {
     /// Every token that ends a turn.
     pub fn end_of_turn(&self) -> &[u32] {
         &self.inner.frontend.end_of_turn
+    }
+
+    /// How vectors of texts are made, or why they cannot be.
+    pub fn pooling(&self) -> &Result<Pooling, String> {
+        &self.inner.frontend.pooling
+    }
+
+    /// Numbers of a text's vector.
+    pub fn width(&self) -> usize {
+        self.inner.width
     }
 
     /// For people: family, parameters, size.

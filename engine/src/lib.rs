@@ -6,6 +6,7 @@
 //! Invariants: `free + used = total` KV blocks after every step; a dropped receiver frees its sequences within one step; a streamed
 //! token never changes; a slow client never stalls the batch.
 
+pub mod backlog;
 pub mod batch;
 pub mod block_pool;
 pub mod block_table;
@@ -14,7 +15,9 @@ pub mod choice;
 mod client;
 mod core;
 pub mod detokenizer;
+pub mod embedding;
 pub mod engine;
+pub mod fairness;
 pub mod generation_defaults;
 mod gguf;
 pub mod grammar;
@@ -24,6 +27,7 @@ pub mod model;
 pub mod model_config;
 pub mod model_files;
 pub mod options;
+pub mod pooling;
 pub mod prefix_cache;
 #[cfg(test)]
 mod recall_model;
@@ -39,6 +43,7 @@ pub mod validate;
 
 pub use chat_template::{ChatInput, ChatTemplate, TemplateError};
 pub use detokenizer::Detokenizer;
+pub use embedding::{EmbedError, EmbedRequest, Embedding};
 pub use engine::{Engine, EngineLimits, Health, MemoryReport, ServedModel};
 pub use generation_defaults::GenerationDefaults;
 pub use grammar::{Constraint, ConstraintKey, Grammar, GrammarError};
@@ -47,8 +52,10 @@ pub use model::Decoder;
 pub use model_config::{Family, ModelConfig, RopeScaling};
 pub use model_files::{Frontend, ModelFiles};
 pub use options::{EngineOptions, StartError};
+pub use pooling::{Cut, Pooling, PoolingMode};
 pub use request::{
-    AdapterGeneration, Event, FinishReason, Request, RequestId, SamplingParams, StopCause, SubmitError, TokenRecord, Usage,
+    AdapterGeneration, Event, FinishReason, Request, RequestId, SamplingParams, StopCause, SubmitError, Tenant, TokenRecord,
+    Usage,
 };
 pub use stats::Stats;
 pub use tokenizer::{EncodeError, SpecialTokens, Tokenizer};

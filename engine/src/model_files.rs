@@ -12,6 +12,7 @@ use crate::generation_defaults::GenerationDefaults;
 use crate::load_error::LoadError;
 use crate::model::weight_names::{Naming, Weight};
 use crate::model_config::ModelConfig;
+use crate::pooling::Pooling;
 use crate::tensor_file::{Tensor, TensorFile};
 use crate::tokenizer::Tokenizer;
 
@@ -24,6 +25,7 @@ pub struct ModelFiles {
     chat_template: Option<ChatTemplate>,
     generation_defaults: GenerationDefaults,
     end_of_turn: Vec<u32>,
+    pooling: Result<Pooling, String>,
     weights: Weights,
 }
 
@@ -37,6 +39,8 @@ pub struct Frontend {
     pub generation_defaults: GenerationDefaults,
     /// Every token that ends a turn.
     pub end_of_turn: Vec<u32>,
+    /// How vectors of texts are made, or why they cannot be.
+    pub pooling: Result<Pooling, String>,
 }
 
 /// The mapped files and whose names their tensors have.
@@ -122,8 +126,8 @@ impl ModelFiles {
 
     /// Closes the weight files; what serving needs beside the weights is left.
     pub(crate) fn into_frontend(self) -> Frontend {
-        let Self { tokenizer, chat_template, generation_defaults, end_of_turn, .. } = self;
-        Frontend { tokenizer, chat_template, generation_defaults, end_of_turn }
+        let Self { tokenizer, chat_template, generation_defaults, end_of_turn, pooling, .. } = self;
+        Frontend { tokenizer, chat_template, generation_defaults, end_of_turn, pooling }
     }
 
     /// One line for the start-up text: family, parameters, storage, size.

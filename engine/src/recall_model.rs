@@ -86,7 +86,8 @@ impl Model for RecallModel {
             }
             assert_ne!(history[0], POISON, "poisoned, as the test wants it");
             let bias = &batch.bias[sample.bias.start as usize..sample.bias.end as usize];
-            out.samples.push(draw(&history, sample, bias, self.vocabulary));
+            let words = sample.mask.as_ref().map(|mask| mask.wait().to_vec());
+            out.samples.push(draw(&history, sample, bias, words.as_deref(), self.vocabulary));
         }
         Ok(())
     }
@@ -100,15 +101,19 @@ impl Model for RecallModel {
     }
 }
 
-fn draw(history: &[u32], sample: &SampleRow, bias: &[(u32, f32)], vocabulary: usize) -> Sampled {
+fn draw(history: &[u32], sample: &SampleRow, bias: &[(u32, f32)], words: Option<&[u32]>, vocabulary: usize) -> Sampled {
     let mut hash = history.iter().fold(0xcbf2_9ce4_8422_2325, |hash, token| mix(hash, u64::from(*token)));
     if sample.temperature > 0.0 && sample.score.is_none() {
         hash = mix(mix(hash, sample.seed), sample.counter);
     }
-    let banned = |token: u32| bias.iter().any(|(of, value)| *of == token && *value == f32::NEG_INFINITY);
+    let allowed =
+        |token: u32| words.is_none_or(|words| words.get(token as usize / 32).is_some_and(|word| word >> (token % 32) & 1 == 1));
+    let banned = |token: u32| !allowed(token) || bias.iter().any(|(of, value)| *of == token && *value == f32::NEG_INFINITY);
     let mut token = (hash >> 20) as u32 % vocabulary as u32;
-    while banned(token) {
-        token = (token + 1) % vocabulary as u32;
+    for _ in 0..vocabulary {
+        if banned(token) {
+            token = (token + 1) % vocabulary as u32;
+        }
     }
     let token = sample.score.unwrap_or(token);
     let logprob = -((mix(hash, u64::from(token)) >> 20) as u32 as f32) / 1e9;
@@ -144,7 +149,7 @@ pub(crate) fn expected(
             counter: generated as u64,
             ..scoring(None)
         };
-        let token = draw(&history, &row, &bias, vocabulary).token;
+        let token = draw(&history, &row, &bias, None, vocabulary).token;
         history.push(token);
         if end_of_turn.contains(&token) || sampling.stop_token_ids.contains(&token) {
             break;
@@ -155,7 +160,7 @@ pub(crate) fn expected(
 
 /// The log-probabilities that a prompt must get.
 pub(crate) fn expected_scores(prompt: &[u32], vocabulary: usize) -> Vec<Option<f32>> {
-    let score = |end: usize| draw(&prompt[..end], &scoring(Some(prompt[end])), &[], vocabulary).logprob;
+    let score = |end: usize| draw(&prompt[..end], &scoring(Some(prompt[end])), &[], None, vocabulary).logprob;
     std::iter::once(None).chain((1..prompt.len()).map(|end| Some(score(end)))).collect()
 }
 

@@ -3,6 +3,7 @@
 use crate::grammar::Grammar;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Identity of a request: the bytes of the UUIDv7 that the API returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -49,6 +50,8 @@ pub struct SamplingParams {
     pub ignore_eos: bool,
     /// Leave special tokens out of the text.
     pub skip_special_tokens: bool,
+    /// Special tokens that stay in the text all the same: marks that someone downstream reads.
+    pub shown_special: Arc<[u32]>,
     /// `Some(n)`: log-probabilities of sampled tokens with the n likeliest. (The sampled token's own is always recorded.)
     pub logprobs: Option<u32>,
     /// The same for the prompt's tokens; the first has none.
@@ -77,10 +80,26 @@ impl Default for SamplingParams {
             include_stop_str_in_output: false,
             ignore_eos: false,
             skip_special_tokens: true,
+            shown_special: Arc::default(),
             logprobs: None,
             prompt_logprobs: None,
             grammar: None,
         }
+    }
+}
+
+/// Whose request it is: those who share a full engine get equal parts of it, by weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tenant {
+    /// Identity; 0 is everybody who has none.
+    pub id: u64,
+    /// Share beside others, ≥ 1.
+    pub weight: u32,
+}
+
+impl Default for Tenant {
+    fn default() -> Self {
+        Self { id: 0, weight: 1 }
     }
 }
 
@@ -93,12 +112,16 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// Sampling.
     pub sampling: SamplingParams,
-    /// Lower runs first; equal priorities run in order of arrival.
+    /// Lower runs first; within a priority tenants share, and a tenant's requests run in order of arrival.
     pub priority: i32,
     /// Prefix-cache entries are shared only between equal salts.
     pub cache_salt: Option<String>,
     /// Weights.
     pub adapter: AdapterGeneration,
+    /// Whose it is.
+    pub tenant: Tenant,
+    /// When the answer is of no more use: it is refused if it cannot come in time, and ended when the time has passed.
+    pub deadline: Option<Instant>,
 }
 
 /// Why a choice ended.
@@ -160,7 +183,7 @@ pub struct Usage {
 }
 
 /// What the engine says about a request, in this order: one `Prompt`, then `Token`s and one `Finished` per choice, then one `Done`.
-/// `Failed` may come at any time and is the last.
+/// `Failed` or `Expired` may come at any time and is the last.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// The prompt is computed.
@@ -197,6 +220,8 @@ pub enum Event {
     Done(Usage),
     /// The request failed for a reason of ours; the text is fit for the client.
     Failed(String),
+    /// Its deadline passed; the last word.
+    Expired,
 }
 
 /// Why a request was not taken.
@@ -210,6 +235,18 @@ pub enum SubmitError {
         /// Most that may wait.
         limit: usize,
         /// A guess from the queue's speed.
+        retry_after_s: u32,
+    },
+    /// By the speed of the queue it would be too late.
+    #[error(
+        "the server is busy: an answer could begin in about {expected_ms} ms, the deadline is in {left_ms} ms; retry after {retry_after_s} s, or allow more time"
+    )]
+    TooLate {
+        /// Until the first token, by estimate.
+        expected_ms: u64,
+        /// Until the deadline.
+        left_ms: u64,
+        /// When the queue may be shorter.
         retry_after_s: u32,
     },
     /// The server finishes what it has and takes nothing new.

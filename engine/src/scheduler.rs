@@ -1,17 +1,21 @@
 //! Decides what each step computes. A state machine over values: no clock, no channel, no thread.
 //!
 //! There are no prefill and decode phases: every sequence has `computed` chasing `tokens.len()`, and a step spends a token budget,
-//! first on sequences that lack one token, then on chunks of those that lack more, then on newcomers; within each, by
-//! priority and arrival. When blocks run out, paused sequences give theirs back first, then the youngest of the lowest
-//! priority; they keep their tokens and their place in line and are computed again later. The first in line is never preempted for another, and
-//! any one sequence fits the pool alone, so every sequence gets on.
+//! first on sequences that lack one token, then on chunks of those that lack more, then on newcomers. Those are taken by priority;
+//! within one, the tenant that has been served least goes first ([`crate::fairness`]), and a tenant's requests go by arrival. A tenant
+//! that waits takes the place of one that holds more than its share.
+//!
+//! When blocks run out, paused sequences give theirs back first, then, of the lowest priority, the youngest of the tenant that holds
+//! most; they keep their tokens and their place in line and are computed again later. The first in line is never preempted for
+//! another of its priority, and any one sequence fits the pool alone, so every sequence gets on.
 
 use crate::batch::{self, Share};
 use crate::block_pool::{BLOCK_SIZE, BlockId, SharedPool};
+use crate::fairness::TokenCounters;
+use crate::grammar::{Follower, Verdict};
 use crate::request::{Request, TokenRecord};
 use crate::sequence::{RequestKey, Sequence, SequenceId};
 use std::collections::{BTreeMap, HashMap};
-use std::ops::Bound::{Excluded, Unbounded};
 use std::sync::Arc;
 use tidemill_kernels::{Sampled, StepBatch, StepOutput};
 
@@ -48,6 +52,18 @@ pub enum Outcome {
         id: SequenceId,
         /// The token.
         sampled: Sampled,
+    },
+    /// A choice's text is whole by its grammar, and the model has no token that ends a turn.
+    Complete {
+        /// The sequence.
+        id: SequenceId,
+    },
+    /// A choice cannot go on within its grammar.
+    Stuck {
+        /// The sequence.
+        id: SequenceId,
+        /// Fit for the client.
+        message: String,
     },
 }
 
@@ -96,6 +112,9 @@ pub struct Scheduler {
     plan: Vec<(SequenceId, Share)>,
     copies: Vec<(BlockId, BlockId)>,
     admitted: Vec<RequestKey>,
+    /// Preempted in the step that is being planned: they wait for the next.
+    set_back: Vec<SequenceId>,
+    counters: TokenCounters,
     scratch: Vec<SequenceId>,
     counts: SchedulerCounts,
     /// The first in line did not fit when this many blocks were free.
@@ -114,6 +133,8 @@ impl Scheduler {
             plan: Vec::new(),
             copies: Vec::new(),
             admitted: Vec::new(),
+            set_back: Vec::new(),
+            counters: TokenCounters::default(),
             scratch: Vec::new(),
             counts: SchedulerCounts::default(),
             blocked: None,
@@ -125,6 +146,7 @@ impl Scheduler {
         let live = request.sampling.n;
         self.requests.insert(key, RequestState { cached_tokens: 0, prompt_done: false, live, scores: Vec::new() });
         let sequence = Sequence::leader(key, request, seed, &self.pool);
+        self.counters.wait(sequence.tenant());
         self.waiting.insert(sequence.id, sequence);
     }
 
@@ -166,8 +188,15 @@ impl Scheduler {
     /// Stops or resumes scheduling of a request, because its client reads too slowly.
     pub fn set_paused(&mut self, request: RequestKey, priority: i32, paused: bool) {
         let range = choices(request, priority);
-        let (waiting, running) = (self.waiting.range_mut(range.clone()), self.running.range_mut(range));
-        for (_, sequence) in waiting.chain(running) {
+        for (_, sequence) in self.waiting.range_mut(range.clone()) {
+            match (std::mem::replace(&mut sequence.paused, paused), paused) {
+                // Who cannot run does not hold the others' counters down, and earns nothing by it.
+                (false, true) => self.counters.stop_waiting(sequence.tenant(), false),
+                (true, false) => self.counters.wait(sequence.tenant()),
+                _ => {}
+            }
+        }
+        for (_, sequence) in self.running.range_mut(range) {
             sequence.paused = paused;
         }
         self.blocked = None;
@@ -175,7 +204,7 @@ impl Scheduler {
 
     /// Forgets a choice that ended; its blocks are free at once.
     pub fn finish(&mut self, id: SequenceId) {
-        if self.running.remove(&id).or_else(|| self.waiting.remove(&id)).is_none() {
+        if !self.remove(id) {
             return;
         }
         if let Some(state) = self.requests.get_mut(&id.request) {
@@ -189,13 +218,24 @@ impl Scheduler {
     /// Forgets a request with all its choices.
     pub fn cancel(&mut self, request: RequestKey, priority: i32) {
         let range = choices(request, priority);
-        for sequences in [&mut self.waiting, &mut self.running] {
-            let ids: Vec<_> = sequences.range(range.clone()).map(|(id, _)| *id).collect();
-            for id in ids {
-                sequences.remove(&id);
-            }
+        let ids: Vec<_> =
+            [&self.waiting, &self.running].iter().flat_map(|line| line.range(range.clone())).map(|(id, _)| *id).collect();
+        for id in ids {
+            self.remove(id);
         }
         self.requests.remove(&request);
+    }
+
+    fn remove(&mut self, id: SequenceId) -> bool {
+        if let Some(sequence) = self.running.remove(&id) {
+            self.counters.free_slots(sequence.tenant(), sequence.slots);
+            return true;
+        }
+        let Some(sequence) = self.waiting.remove(&id) else { return false };
+        if !sequence.paused {
+            self.counters.stop_waiting(sequence.tenant(), false);
+        }
+        true
     }
 
     /// Plans a step and writes its batch; returns the number of tokens, 0 when nothing can run.
@@ -204,6 +244,7 @@ impl Scheduler {
         self.plan.clear();
         self.copies.clear();
         self.admitted.clear();
+        self.set_back.clear();
         let mut budget = Budget { tokens: self.limits.max_batch_tokens, samples: self.limits.max_samples };
         let preemptions = self.counts.preemptions;
         self.plan_all_running(&mut budget);
@@ -262,10 +303,23 @@ impl Scheduler {
             let logprobs = sequence.request.sampling.prompt_logprobs.map(|_| std::mem::take(&mut state.scores));
             outcomes.push(Outcome::Prompt { request: id.request, cached_tokens: state.cached_tokens, logprobs });
         }
+        // The places of a request with several choices become those of its forks.
         let draws = std::mem::replace(&mut sequence.slots, 1);
+        self.counters.charge(sequence.tenant(), 0, draws);
         let mut forks: Vec<Sequence> = (1..draws as u32).map(|choice| sequence.fork(choice)).collect();
         for sequence in std::iter::once(sequence).chain(&mut forks) {
             let Some(sampled) = samples.next() else { return };
+            match sequence.follower.as_ref().and_then(Follower::verdict) {
+                None => {}
+                Some(Verdict::Complete) => {
+                    outcomes.push(Outcome::Complete { id: sequence.id });
+                    continue;
+                }
+                Some(Verdict::Failed(message)) => {
+                    outcomes.push(Outcome::Stuck { id: sequence.id, message });
+                    continue;
+                }
+            }
             sequence.push(sampled.token);
             outcomes.push(Outcome::Token { id: sequence.id, sampled });
         }
@@ -281,6 +335,8 @@ impl Scheduler {
         let mut ids = std::mem::take(&mut self.scratch);
         ids.clear();
         ids.extend(self.running.values().filter(|s| !s.paused && lacks(s.pending())).map(|s| s.id));
+        // One long prompt after another would hold up a tenant with a short one.
+        ids.sort_by_cached_key(|id| (id.priority, self.running.get(id).map_or(0, |s| self.counters.served(s.tenant())), *id));
         for id in &ids {
             if budget.tokens == 0 || budget.samples == 0 {
                 break;
@@ -310,6 +366,8 @@ impl Scheduler {
             match room.and_then(|()| sequence.table.make_writable(first_block)) {
                 Ok(copy) => {
                     self.copies.extend(copy);
+                    let (tenant, prompt) = (sequence.tenant(), sequence.charge(share.rows));
+                    self.counters.charge(tenant, prompt, 0);
                     budget.tokens -= share.rows;
                     budget.samples -= batch::samples(sequence, share);
                     self.plan.push((id, share));
@@ -323,19 +381,32 @@ impl Scheduler {
         }
     }
 
+    /// Who is let in next: of the best priority that waits, the first in line of the tenant that was served least.
+    fn next_in_line(&self) -> Option<SequenceId> {
+        let mut best: Option<(i32, u64, u64, SequenceId)> = None;
+        for (id, sequence) in &self.waiting {
+            if best.is_some_and(|(priority, ..)| id.priority > priority) {
+                break;
+            }
+            if sequence.paused || self.set_back.contains(id) {
+                continue;
+            }
+            let tenant = sequence.tenant();
+            // Of two that were served alike, as one who just came and a flood, the one that holds less.
+            let key = (id.priority, self.counters.served(tenant), self.counters.held(tenant), *id);
+            if best.is_none_or(|best| key < best) {
+                best = Some(key);
+            }
+        }
+        best.map(|(.., id)| id)
+    }
+
     /// Lets newcomers in, in order, as long as there is budget, a place and room for all of their tokens.
     fn admit(&mut self, budget: &mut Budget) {
-        let mut last = None;
-        loop {
-            let mut line = match last {
-                None => self.waiting.range(..),
-                Some(id) => self.waiting.range((Excluded(id), Unbounded)),
-            };
-            let Some(id) = line.find(|(_, sequence)| !sequence.paused).map(|(id, _)| *id) else { return };
-            last = Some(id);
-            // With the budget spent, only a more urgent one gets a place, and is first in the next step.
+        while let Some(id) = self.next_in_line() {
+            // With the budget spent, only one who goes before those that spent it gets a place, and is first in the next step.
             let spent = budget.tokens == 0 || budget.samples == 0;
-            if spent && !self.is_more_urgent(id) {
+            if spent && !self.goes_before(id) {
                 return;
             }
             while !self.fits(id) {
@@ -347,6 +418,8 @@ impl Scheduler {
                 self.admitted.push(id.request);
                 self.counts.prefix_queries += sequence.prompt_len() as u64;
             }
+            self.counters.stop_waiting(sequence.tenant(), true);
+            self.counters.take_slots(sequence.tenant(), sequence.slots);
             self.running.insert(id, sequence);
             self.plan_one(id, budget);
         }
@@ -383,15 +456,44 @@ impl Scheduler {
         true
     }
 
-    /// Who gives up blocks so that `id` can go on: a paused sequence, else the last in line, which may be `id` itself.
+    /// Who gives up blocks so that `id` can go on: a paused sequence, else of the lowest priority the youngest of whoever holds most,
+    /// which may be `id` itself, but not the first in line.
     fn victim(&self, id: SequenceId) -> Option<SequenceId> {
-        self.paused_victim().filter(|victim| *victim != id).or_else(|| self.running.keys().next_back().copied())
+        let (first, last) = (self.running.keys().next().copied(), self.running.keys().next_back().copied());
+        let lowest = self.running.values().filter(|one| Some(one.id.priority) == last.map(|last| last.priority));
+        let others = lowest.filter(|one| Some(one.id) != first);
+        let holder = others.max_by_key(|one| (self.counters.held(one.tenant()), one.id));
+        self.paused_victim().filter(|victim| *victim != id).or(holder.map(|one| one.id)).or(last)
     }
 
-    /// Who gives up place and blocks to a newcomer: a paused sequence, or the last in line if its priority is worse.
+    /// Who gives up place and blocks to a newcomer: a paused sequence, the last in line if its priority is worse, or the youngest of a
+    /// tenant that holds more than its share.
     fn victim_for_newcomer(&self, id: SequenceId) -> Option<SequenceId> {
         let last = self.running.keys().next_back().copied();
-        self.paused_victim().or(last.filter(|_| self.is_more_urgent(id)))
+        self.paused_victim().or(last.filter(|_| self.is_more_urgent(id))).or_else(|| self.fair_victim(id))
+    }
+
+    /// A sequence of the same priority whose tenant holds more than its share beside the newcomer's.
+    fn fair_victim(&self, id: SequenceId) -> Option<SequenceId> {
+        let newcomer = self.waiting.get(&id)?;
+        let yields = |one: &&Sequence| {
+            one.id.priority == id.priority
+                && self.counters.should_yield(one.tenant(), one.slots, newcomer.tenant(), newcomer.slots)
+        };
+        let holder = self.running.values().filter(yields);
+        holder.max_by_key(|one| (self.counters.held(one.tenant()), one.id)).map(|one| one.id)
+    }
+
+    /// Whether `id` goes before one that runs: by priority, by its tenant's share of places, or because it would be the only prompt of
+    /// its tenant beside those of tenants that were served more.
+    fn goes_before(&self, id: SequenceId) -> bool {
+        let Some(newcomer) = self.waiting.get(&id) else { return false };
+        let served = self.counters.served(newcomer.tenant());
+        let mut prompts = self.running.values().filter(|one| one.pending() > 1 && one.id.priority == id.priority);
+        self.is_more_urgent(id)
+            || self.fair_victim(id).is_some()
+            || (prompts.clone().all(|one| one.tenant().id != newcomer.tenant().id)
+                && prompts.any(|one| !one.paused && self.counters.served(one.tenant()) > served))
     }
 
     /// Whether `id` has a better priority than the last in line.
@@ -410,6 +512,11 @@ impl Scheduler {
             budget.tokens += share.rows;
             budget.samples += batch::samples(&sequence, share);
         }
+        self.counters.free_slots(sequence.tenant(), sequence.slots);
+        if !sequence.paused {
+            self.counters.wait_again(sequence.tenant());
+        }
+        self.set_back.push(id);
         sequence.release();
         sequence.preempted = true;
         self.counts.preemptions += 1;

@@ -2,8 +2,9 @@
 
 use crate::block_pool::{BLOCK_SIZE, SharedPool};
 use crate::block_table::BlockTable;
+use crate::grammar::Follower;
 use crate::prefix_cache::BlockHash;
-use crate::request::Request;
+use crate::request::{Request, Tenant};
 use std::collections::HashMap;
 use std::sync::Arc;
 use tidemill_kernels::TokenCount;
@@ -40,12 +41,16 @@ pub struct Sequence {
     pub table: BlockTable,
     /// Token counts for the penalties, kept only when one is active.
     pub history: Option<PenaltyHistory>,
+    /// Where it is in its grammar.
+    pub(crate) follower: Option<Follower>,
     /// Slots among the running sequences: `n` until the choices fork, then 1.
     pub slots: usize,
     /// The client reads too slowly: not scheduled.
     pub paused: bool,
     /// It was preempted before.
     pub preempted: bool,
+    /// Leading tokens of the prompt that its tenant has been charged for.
+    pub charged: usize,
     /// Names of the leading full blocks, as far as they were needed.
     hashes: Vec<BlockHash>,
     /// Leading blocks that are findable under their names.
@@ -61,9 +66,11 @@ impl Sequence {
             computed: 0,
             table: BlockTable::new(pool),
             history: PenaltyHistory::for_request(&request),
+            follower: request.sampling.grammar.as_ref().map(|grammar| Follower::start(grammar, &request)),
             slots: request.sampling.n,
             paused: false,
             preempted: false,
+            charged: 0,
             hashes: Vec::new(),
             cached_blocks: 0,
             request,
@@ -82,9 +89,11 @@ impl Sequence {
             computed: prompt,
             table: self.table.fork(prompt),
             history: PenaltyHistory::for_request(&self.request),
+            follower: self.follower.as_ref().map(Follower::fork_at_start),
             slots: 1,
             paused: self.paused,
             preempted: self.preempted,
+            charged: prompt,
             hashes: self.hashes.iter().take(prompt / BLOCK_SIZE).copied().collect(),
             cached_blocks: self.cached_blocks.min(prompt / BLOCK_SIZE),
         }
@@ -116,6 +125,10 @@ impl Sequence {
         if let Some(history) = &mut self.history {
             history.generated(token);
         }
+        let generated = self.generated();
+        if let Some(follower) = &mut self.follower {
+            follower.advance(token, generated);
+        }
     }
 
     /// Takes computed blocks from the cache as far as they go, leaving at least the last token to compute, because its logits
@@ -146,6 +159,19 @@ impl Sequence {
             self.table.cache(self.cached_blocks, hash);
             self.cached_blocks += 1;
         }
+    }
+
+    /// Whose it is.
+    pub fn tenant(&self) -> Tenant {
+        self.request.tenant
+    }
+
+    /// Prompt tokens among the next `rows` rows that were not charged before; from now on they are.
+    pub fn charge(&mut self, rows: usize) -> usize {
+        let end = (self.computed + rows).min(self.prompt_len());
+        let new = end.saturating_sub(self.charged.max(self.computed));
+        self.charged = self.charged.max(end);
+        new
     }
 
     /// Gives all blocks back; the tokens stay and are computed again later.
@@ -212,7 +238,16 @@ pub(crate) mod tests {
 
     pub(crate) fn request(prompt: Vec<u32>, sampling: SamplingParams) -> Request {
         let adapter = AdapterGeneration(0);
-        Request { id: RequestId(0), prompt, sampling, priority: 0, cache_salt: None, adapter }
+        Request {
+            id: RequestId(0),
+            prompt,
+            sampling,
+            priority: 0,
+            cache_salt: None,
+            adapter,
+            tenant: Tenant::default(),
+            deadline: None,
+        }
     }
 
     fn leader(pool: &SharedPool, prompt: usize) -> Sequence {

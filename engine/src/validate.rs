@@ -99,6 +99,8 @@ mod tests {
             priority: 0,
             cache_salt: None,
             adapter: AdapterGeneration(0),
+            tenant: crate::request::Tenant::default(),
+            deadline: None,
         }
     }
 

@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 use std::time::Duration;
-use tidemill_engine::{AdapterGeneration, Engine, EngineOptions, Event, Request, RequestId, SamplingParams, Usage};
+use tidemill_engine::{AdapterGeneration, Engine, EngineOptions, Event, Request, RequestId, SamplingParams, Tenant, Usage};
 
 const TEXTS: [&str; 6] = [
     "The capital of France is",
@@ -43,7 +43,9 @@ fn submit(engine: &Engine, prompt: &[u32]) -> flume::Receiver<Event> {
     let sampling = SamplingParams { temperature: 0.0, max_tokens: Some(OUTPUT), ignore_eos: true, ..Default::default() };
     let adapter = AdapterGeneration(0);
     let prompt = prompt.to_vec();
-    engine.submit(Request { id: RequestId(0), prompt, sampling, priority: 0, cache_salt: None, adapter }).unwrap()
+    let (tenant, deadline) = (Tenant::default(), None);
+    let request = Request { id: RequestId(0), prompt, sampling, priority: 0, cache_salt: None, adapter, tenant, deadline };
+    engine.submit(request).unwrap()
 }
 
 fn tokens(receiver: &flume::Receiver<Event>) -> (Vec<u32>, Usage) {
@@ -53,6 +55,7 @@ fn tokens(receiver: &flume::Receiver<Event>) -> (Vec<u32>, Usage) {
             Event::Token { record, .. } => tokens.push(record.token),
             Event::Done(usage) => return (tokens, usage),
             Event::Failed(error) => panic!("{error}"),
+            Event::Expired => panic!("no deadline was set"),
             Event::Prompt { .. } | Event::Finished { .. } => {}
         }
     }

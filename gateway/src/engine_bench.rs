@@ -3,7 +3,8 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tidemill_engine::{AdapterGeneration, Engine, Event, Request, RequestId, SamplingParams, SubmitError};
+use std::sync::Arc;
+use tidemill_engine::{AdapterGeneration, Engine, Event, Grammar, Request, RequestId, SamplingParams, SubmitError, Tenant};
 
 /// One load: `streams` at a time, each request `prompt` tokens in and `generate` out, greedy, all prompts different.
 #[derive(Clone, Copy, Debug)]
@@ -54,8 +55,8 @@ struct Times {
     tokens: usize,
 }
 
-/// Runs a load to its end.
-pub fn run(engine: &Engine, load: Load) -> Result<Measured, BenchError> {
+/// Runs a load to its end, every answer within the grammar if there is one.
+pub fn run(engine: &Engine, load: Load, grammar: Option<&Arc<Grammar>>) -> Result<Measured, BenchError> {
     let started = Instant::now();
     let times = thread::scope(|scope| {
         let workers: Vec<_> = (0..load.streams)
@@ -63,7 +64,7 @@ pub fn run(engine: &Engine, load: Load) -> Result<Measured, BenchError> {
                 scope.spawn(move || {
                     (stream..load.requests)
                         .step_by(load.streams)
-                        .try_fold(Times::default(), |times, index| one(engine, load, index, times))
+                        .try_fold(Times::default(), |times, index| one(engine, load, index, grammar, times))
                 })
             })
             .collect();
@@ -88,7 +89,7 @@ pub fn run(engine: &Engine, load: Load) -> Result<Measured, BenchError> {
     })
 }
 
-fn one(engine: &Engine, load: Load, index: usize, mut times: Times) -> Result<Times, BenchError> {
+fn one(engine: &Engine, load: Load, index: usize, grammar: Option<&Arc<Grammar>>, mut times: Times) -> Result<Times, BenchError> {
     let submitted = Instant::now();
     let events = engine.submit(Request {
         id: RequestId(index as u128),
@@ -97,11 +98,14 @@ fn one(engine: &Engine, load: Load, index: usize, mut times: Times) -> Result<Ti
             temperature: 0.0,
             max_tokens: Some(load.generate),
             ignore_eos: true,
+            grammar: grammar.cloned(),
             ..SamplingParams::default()
         },
         priority: 0,
         cache_salt: Some(format!("bench-{index}")),
         adapter: AdapterGeneration(0),
+        tenant: Tenant::default(),
+        deadline: None,
     })?;
     let mut last: Option<Instant> = None;
     while let Ok(event) = events.recv_timeout(Duration::from_secs(600)) {
@@ -116,6 +120,7 @@ fn one(engine: &Engine, load: Load, index: usize, mut times: Times) -> Result<Ti
                 times.tokens += 1;
             }
             Event::Failed(reason) => return Err(BenchError::Failed(reason)),
+            Event::Expired => return Err(BenchError::Failed("its deadline passed".into())),
             Event::Done(_) => return Ok(times),
             Event::Prompt { .. } | Event::Finished { .. } => {}
         }

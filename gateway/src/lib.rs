@@ -1,6 +1,6 @@
-//! The front door of Tidemill: command line, configuration, HTTP in OpenAI's shape, telemetry.
+//! The front door of Tidemill: command line, configuration, HTTP in OpenAI's and Anthropic's shapes, telemetry.
 //!
-//! A request is parsed and checked field by field ([`openai`]), turned into tokens and handed to the engine ([`upstream`]), and its
+//! A request is parsed and checked field by field ([`openai`], [`anthropic`]), turned into tokens and handed to the engine ([`upstream`]), and its
 //! events are written back as server-sent events or as one JSON object ([`http`]). [`config`] merges flags, environment and file;
 //! [`cli`] is what a person types.
 //!
@@ -8,6 +8,8 @@
 //! receiver, which frees its sequences; nothing here computes on tokio's threads beyond parsing and short prompts; no text of a
 //! prompt or answer is logged unless `log_content` asks for it.
 
+pub mod anthropic;
+pub mod batches;
 pub mod chat;
 pub mod cli;
 pub mod clock;
@@ -18,7 +20,9 @@ pub mod engine_bench;
 pub mod feedback;
 pub mod http;
 pub mod interchange;
+pub mod keys;
 pub mod labeling;
+pub mod limits;
 pub mod openai;
 pub mod openapi;
 pub mod pull;

@@ -19,6 +19,8 @@ pub mod packed;
 pub mod random;
 pub mod reference;
 mod shapes;
+pub mod token_mask;
 
 pub use error::KernelError;
 pub use ops::*;
+pub use token_mask::{MaskPromise, TokenMask};

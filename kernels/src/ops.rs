@@ -7,6 +7,7 @@
 //! the model file and comes back as [`KernelError::Shape`] from [`Ops::finish`].
 
 use crate::error::KernelError;
+use crate::token_mask::TokenMask;
 
 /// An activation buffer, f32 `[rows, width]`, owned by the backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -243,9 +244,9 @@ pub struct TokenCount {
 
 /// What is wanted from one row of logits.
 ///
-/// Order of processing: logit bias, then repetition, frequency and presence penalties, then temperature, then top-k, top-p and
-/// min-p, then the draw. "Raw" log-probabilities are `log_softmax` of the logits as the model made them; "processed" ones are
-/// `log_softmax` over the tokens that remain after all steps (greedy: after bias and penalties, temperature 1).
+/// Order of processing: logit bias, then repetition, frequency and presence penalties, then the mask, then temperature, then top-k,
+/// top-p and min-p, then the draw. "Raw" log-probabilities are `log_softmax` of the logits as the model made them; "processed" ones
+/// are `log_softmax` over the tokens that remain after all steps (greedy: after bias, penalties and mask, temperature 1).
 #[derive(Clone, Debug, PartialEq)]
 pub struct SampleRow {
     /// Row of the flat batch whose logits are used. Several entries may name one row (n > 1).
@@ -270,6 +271,8 @@ pub struct SampleRow {
     pub history: std::ops::Range<u32>,
     /// Entries of [`StepBatch::bias`] that belong to this row.
     pub bias: std::ops::Range<u32>,
+    /// Draw one of these only; `None` is any token. The step waits for it when it comes to the draw.
+    pub mask: Option<TokenMask>,
     /// Random stream of the request (and choice). Together with `counter` it fixes the draw: same inputs, same token, whatever else is in the batch.
     pub seed: u64,
     /// Index of the token in the output.
@@ -293,6 +296,7 @@ impl SampleRow {
             frequency_penalty: 0.0,
             history: 0..0,
             bias: 0..0,
+            mask: None,
             seed: 0,
             counter: 0,
             top_n: None,

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use crate::Database;
 use crate::error::StoreError;
 use crate::inferences::{json, parse};
+use crate::key_terms::KeyTerms;
 use crate::statement::clean;
 
 /// What a key may do.
@@ -68,9 +69,18 @@ pub struct ApiKey {
     pub scopes: Vec<Scope>,
     /// When it was revoked, in microseconds since 1970.
     pub revoked: Option<i64>,
+    /// When it ends by itself, in microseconds since 1970.
+    pub expires: Option<i64>,
+    /// Models, limits, urgency.
+    pub terms: KeyTerms,
 }
 
 impl ApiKey {
+    /// Whether it has ended by itself at `now`, in microseconds since 1970.
+    pub fn has_expired(&self, now: i64) -> bool {
+        self.expires.is_some_and(|expires| expires <= now)
+    }
+
     /// Whether it may do this; `Admin` may do everything.
     pub fn allows(&self, scope: Scope) -> bool {
         self.revoked.is_none() && (self.scopes.contains(&scope) || self.scopes.contains(&Scope::Admin))
@@ -104,8 +114,8 @@ pub(crate) fn hash_of(secret: &str) -> String {
 }
 
 pub(crate) async fn insert(database: &Database, key: &ApiKey, secret: &str) -> Result<(), StoreError> {
-    let text =
-        "INSERT INTO api_keys (id, created, name, prefix, hash, scopes) VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING";
+    let text = "INSERT INTO api_keys (id, created, name, prefix, hash, scopes, expires, terms) \
+                VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT DO NOTHING";
     let made = sqlx::query(text)
         .bind(key.id.to_string())
         .bind(key.created)
@@ -113,12 +123,75 @@ pub(crate) async fn insert(database: &Database, key: &ApiKey, secret: &str) -> R
         .bind(key.prefix.clone())
         .bind(hash_of(secret))
         .bind(json(&key.scopes))
+        .bind(key.expires)
+        .bind(json(&key.terms))
         .execute(database.write())
         .await?;
     if made.rows_affected() == 0 {
         return Err(StoreError::KeyName(key.name.clone()));
     }
     Ok(())
+}
+
+/// Changes scopes, end and terms of the key of this id or name that is in use.
+pub(crate) async fn change(
+    database: &Database,
+    id_or_name: &str,
+    change: impl FnOnce(&mut ApiKey) + Send,
+) -> Result<Option<ApiKey>, StoreError> {
+    let mut transaction = database.write().begin().await?;
+    let text = "SELECT * FROM api_keys WHERE revoked IS NULL AND (id = $1 OR name = $1)";
+    let found = sqlx::query(text).bind(clean(id_or_name).into_owned()).fetch_optional(&mut *transaction).await?;
+    let Some(mut key) = found.as_ref().map(read).transpose()? else { return Ok(None) };
+    change(&mut key);
+    let row = sqlx::query("UPDATE api_keys SET scopes = $2, expires = $3, terms = $4 WHERE id = $1 RETURNING *")
+        .bind(key.id.to_string())
+        .bind(json(&key.scopes))
+        .bind(key.expires)
+        .bind(json(&key.terms))
+        .fetch_one(&mut *transaction)
+        .await?;
+    transaction.commit().await?;
+    Ok(Some(read(&row)?))
+}
+
+/// Gives the key of this id or name another secret; the one it had works until `overlap_ends`. Earlier ones that still work keep
+/// their end, or get this one if it comes sooner.
+pub(crate) async fn rotate(
+    database: &Database,
+    id_or_name: &str,
+    secret: &str,
+    now: i64,
+    overlap_ends: i64,
+) -> Result<Option<ApiKey>, StoreError> {
+    let mut transaction = database.write().begin().await?;
+    let text = "SELECT id, hash FROM api_keys WHERE revoked IS NULL AND (id = $1 OR name = $1)";
+    let found: Option<(String, String)> =
+        sqlx::query_as(text).bind(clean(id_or_name).into_owned()).fetch_optional(&mut *transaction).await?;
+    let Some((id, old)) = found else { return Ok(None) };
+    sqlx::query("UPDATE key_secrets SET expires = $2 WHERE key_id = $1 AND expires > $2")
+        .bind(id.clone())
+        .bind(overlap_ends)
+        .execute(&mut *transaction)
+        .await?;
+    sqlx::query("DELETE FROM key_secrets WHERE expires <= $1").bind(now).execute(&mut *transaction).await?;
+    sqlx::query("INSERT INTO key_secrets (hash, key_id, expires) VALUES ($1, $2, $3)")
+        .bind(old.clone())
+        .bind(id.clone())
+        .bind(overlap_ends)
+        .execute(&mut *transaction)
+        .await?;
+    // Of two rotations at once the later finds the hash changed and makes nothing.
+    let row = sqlx::query("UPDATE api_keys SET hash = $3, prefix = $4 WHERE id = $1 AND hash = $2 RETURNING *")
+        .bind(id)
+        .bind(old)
+        .bind(hash_of(secret))
+        .bind(secret[..8].to_owned())
+        .fetch_optional(&mut *transaction)
+        .await?;
+    let Some(row) = row else { return Ok(None) };
+    transaction.commit().await?;
+    Ok(Some(read(&row)?))
 }
 
 pub(crate) async fn list(database: &Database) -> Result<Vec<ApiKey>, StoreError> {
@@ -132,9 +205,26 @@ pub(crate) async fn revoke(database: &Database, id_or_name: &str, now: i64) -> R
     row.as_ref().map(read).transpose()
 }
 
-pub(crate) async fn find(database: &Database, hash: &str) -> Result<Option<ApiKey>, StoreError> {
+/// The key with this secret; an older secret of a rotated key counts until its overlap is over, and shows as the key's end.
+pub(crate) async fn find(database: &Database, hash: &str, now: i64) -> Result<Option<ApiKey>, StoreError> {
     let text = "SELECT * FROM api_keys WHERE hash = $1 AND revoked IS NULL";
-    sqlx::query(text).bind(hash.to_owned()).fetch_optional(database.read()).await?.as_ref().map(read).transpose()
+    let current = sqlx::query(text).bind(hash.to_owned()).fetch_optional(database.read()).await?;
+    if let Some(row) = current {
+        return Ok(Some(read(&row)?));
+    }
+    let text = "SELECT api_keys.*, key_secrets.expires AS overlap_ends FROM key_secrets JOIN api_keys ON api_keys.id = key_secrets.key_id \
+                WHERE key_secrets.hash = $1 AND key_secrets.expires > $2 AND api_keys.revoked IS NULL";
+    let query = sqlx::query(text).bind(hash.to_owned()).bind(now);
+    let Some(row) = query.fetch_optional(database.read()).await? else { return Ok(None) };
+    let mut key = read(&row)?;
+    let overlap_ends: i64 = row.try_get("overlap_ends")?;
+    key.expires = Some(key.expires.map_or(overlap_ends, |expires| expires.min(overlap_ends)));
+    Ok(Some(key))
+}
+
+pub(crate) async fn find_by_id(database: &Database, id: &str) -> Result<Option<ApiKey>, StoreError> {
+    let text = "SELECT * FROM api_keys WHERE id = $1 AND revoked IS NULL";
+    sqlx::query(text).bind(id.to_owned()).fetch_optional(database.read()).await?.as_ref().map(read).transpose()
 }
 
 pub(crate) async fn any(database: &Database) -> Result<bool, StoreError> {
@@ -152,6 +242,8 @@ fn read(row: &AnyRow) -> Result<ApiKey, StoreError> {
         prefix: row.try_get("prefix")?,
         scopes: parse(row, "scopes").map_err(|reason| bad(&reason))?.unwrap_or_default(),
         revoked: row.try_get("revoked")?,
+        expires: row.try_get("expires")?,
+        terms: parse(row, "terms").map_err(|reason| bad(&reason))?.unwrap_or_default(),
     })
 }
 
@@ -180,6 +272,8 @@ mod tests {
             prefix: "tm-".into(),
             scopes: scopes.to_vec(),
             revoked,
+            expires: None,
+            terms: KeyTerms::default(),
         };
         for scope in Scope::ALL {
             assert!(key(&[Scope::Admin], None).allows(scope));

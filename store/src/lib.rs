@@ -1,24 +1,28 @@
 //! What Tidemill keeps on disk.
 //!
 //! [`DataDir`] is the one directory that a server owns: it is locked while a server runs, so that two never share it. [`ModelRecord`]
-//! says which model a folder under `models/` holds, where it came from, and the checksum of every file. [`Database`] is SQLite or
+//! says which model a folder under `models/` holds, where it came from, and the checksum of every file. [`Files`] are what clients
+//! upload and batches make. [`Database`] is SQLite or
 //! Postgres behind one set of statements; [`records`] are its rows. [`Store`] is all of it for a server: answers leave the request
 //! path through a bounded queue, feedback is acknowledged when it is on the disk, and both outlive a database that goes away.
 //!
 //! Invariant: a record is either whole or absent. Files are written beside their place, flushed, and renamed into it; rows are
 //! written in transactions that are on the disk before they are acknowledged.
 
+mod batches;
 mod commit;
 mod data_dir;
 mod database;
 pub mod erasure;
 mod error;
+mod files;
 mod ids;
 mod inferences;
 mod job;
 mod journal;
 mod judged;
 mod judgements;
+mod key_terms;
 mod keys;
 pub mod label;
 mod model_record;
@@ -29,17 +33,22 @@ pub mod retention;
 mod snapshot;
 mod statement;
 mod store;
+mod usage;
 
+pub use batches::{Batch, BatchDraft, BatchOutcome, BatchProgress, BatchState, Batches};
 pub use data_dir::{DataDir, DataDirLock};
 pub use database::{Database, Dialect};
 pub use erasure::Erasure;
 pub use error::{Full, StoreError};
+pub use files::{FileDraft, FileRecord, Files, Incoming, Viewer};
 pub use inferences::InferenceFilter;
 pub use job::{Job, JobState, Jobs};
 pub use judged::{JudgedAnswer, JudgedTask, judged_answers, judged_tasks};
 pub use judgements::{Acknowledged, FeedbackChange, FeedbackFilter};
+pub use key_terms::{KeyTerms, Limits, MAX_WEIGHT, Money, Tier};
 pub use keys::{ApiKey, Scope};
 pub use model_record::{ModelFile, ModelRecord};
 pub use page::{MAX_PAGE, Order, Page};
 pub use snapshot::{Snapshot, Snapshots, Sources};
 pub use store::{Retention, Store, StoreOptions};
+pub use usage::{Usage, UsageWriter};

@@ -1,6 +1,6 @@
 //! The store as the rest of Tidemill sees it.
 
-use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -11,21 +11,19 @@ use crate::error::{Full, StoreError};
 use crate::ids::IdKey;
 use crate::inferences::{self, InferenceFilter, json};
 use crate::judgements::{self, Acknowledged, FeedbackChange, FeedbackFilter};
+use crate::key_terms::KeyTerms;
 use crate::keys::{self, ApiKey, Scope};
 use crate::page::Page;
 use crate::recorder::Recorder;
 use crate::records::{Feedback, Inference};
 use crate::statement::clean;
+use crate::usage::{self, Usage, UsageWriter};
 use crate::{DataDir, Database, Erasure};
 
 /// How long a command or a read waits for the database.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long for a list, which may look at much.
 const LONG_PATIENCE: Duration = Duration::from_secs(60);
-/// How long a key that was found is believed without asking again: a key revoked by another process works that much longer.
-const KEY_LIFE: Duration = Duration::from_secs(5);
-/// Most keys remembered.
-const KEYS_KEPT: usize = 4096;
 
 /// How a store is opened.
 #[derive(Clone, Debug)]
@@ -66,7 +64,7 @@ struct Inner {
     database: Database,
     ids: IdKey,
     recorder: Recorder,
-    keys: Mutex<HashMap<String, (ApiKey, Instant)>>,
+    key_changes: AtomicU64,
     any_key: Mutex<Option<(bool, Instant)>>,
 }
 
@@ -92,7 +90,7 @@ impl Store {
     }
 
     fn of(database: Database, ids: IdKey, recorder: Recorder) -> Self {
-        Self(Arc::new(Inner { database, ids, recorder, keys: Mutex::default(), any_key: Mutex::default() }))
+        Self(Arc::new(Inner { database, ids, recorder, key_changes: AtomicU64::new(0), any_key: Mutex::default() }))
     }
 
     /// For statements of other modules.
@@ -174,58 +172,97 @@ impl Store {
 
     /// Makes a key; the text is its secret, which is not kept.
     pub async fn create_key(&self, name: &str, scopes: &[Scope]) -> Result<(ApiKey, String), StoreError> {
+        self.create_key_with(name, scopes, None, KeyTerms::default()).await
+    }
+
+    /// The same, for a key that ends by itself at `expires` (microseconds since 1970) or is granted less, or more, than others.
+    pub async fn create_key_with(
+        &self,
+        name: &str,
+        scopes: &[Scope],
+        expires: Option<i64>,
+        terms: KeyTerms,
+    ) -> Result<(ApiKey, String), StoreError> {
         let secret = keys::secret_of(random_bytes()?);
         let mut scopes = scopes.to_vec();
         scopes.sort();
         scopes.dedup();
-        let prefix = secret[..8].to_owned();
-        let key = ApiKey { id: self.issue_id(), created: now_us(), name: name.to_owned(), prefix, scopes, revoked: None };
+        let (id, prefix) = (self.issue_id(), secret[..8].to_owned());
+        let key = ApiKey { id, created: now_us(), name: name.to_owned(), prefix, scopes, revoked: None, expires, terms };
         keys::insert(&self.0.database, &key, &secret).await?;
-        *lock(&self.0.any_key) = None;
+        self.keys_changed();
         Ok((key, secret))
     }
 
     /// All keys, revoked ones too, the oldest first.
     pub async fn list_keys(&self) -> Result<Vec<ApiKey>, StoreError> {
-        keys::list(&self.0.database).await
+        patiently(keys::list(&self.0.database)).await
+    }
+
+    /// Changes scopes, end and terms of the key of this id or name; nothing else of it can change. `None`: no key that works is called
+    /// so.
+    pub async fn change_key(
+        &self,
+        id_or_name: &str,
+        change: impl FnOnce(&mut ApiKey) + Send,
+    ) -> Result<Option<ApiKey>, StoreError> {
+        let changed = patiently(keys::change(&self.0.database, id_or_name, change)).await?;
+        self.keys_changed();
+        Ok(changed)
+    }
+
+    /// Gives the key of this id or name a new secret, which is returned and not kept; the old one works for `overlap` more.
+    pub async fn rotate_key(&self, id_or_name: &str, overlap: Duration) -> Result<Option<(ApiKey, String)>, StoreError> {
+        let secret = keys::secret_of(random_bytes()?);
+        let now = now_us();
+        let ends = now.saturating_add(i64::try_from(overlap.as_micros()).unwrap_or(i64::MAX));
+        let rotated = patiently(keys::rotate(&self.0.database, id_or_name, &secret, now, ends)).await?;
+        self.keys_changed();
+        Ok(rotated.map(|key| (key, secret)))
     }
 
     /// Revokes the key of this id or name. `None`: no key that works is called so.
     pub async fn revoke_key(&self, id_or_name: &str) -> Result<Option<ApiKey>, StoreError> {
         let revoked = keys::revoke(&self.0.database, id_or_name, now_us()).await?;
-        lock(&self.0.keys).clear();
-        *lock(&self.0.any_key) = None;
+        self.keys_changed();
         Ok(revoked)
     }
 
-    /// The key that has this secret and is not revoked. While the database is away, keys that were seen before are still known.
+    fn keys_changed(&self) {
+        self.0.key_changes.fetch_add(1, Ordering::AcqRel);
+        *lock(&self.0.any_key) = None;
+    }
+
+    /// How often this process has changed a key: who remembers keys forgets them when it has grown.
+    pub fn key_changes(&self) -> u64 {
+        self.0.key_changes.load(Ordering::Acquire)
+    }
+
+    /// The key that has this secret, is not revoked and has not expired, as the database has it now.
     pub async fn find_key(&self, secret: &str) -> Result<Option<ApiKey>, StoreError> {
-        let hash = keys::hash_of(secret);
-        let known = lock(&self.0.keys).get(&hash).cloned();
-        if let Some((key, seen)) = &known
-            && (seen.elapsed() < KEY_LIFE || self.0.recorder.away())
-        {
-            return Ok(Some(key.clone()));
-        }
-        match (patiently(keys::find(&self.0.database, &hash)).await, known) {
-            (Ok(Some(key)), _) => {
-                let mut kept = lock(&self.0.keys);
-                if kept.len() >= KEYS_KEPT {
-                    kept.clear();
-                }
-                kept.insert(hash, (key.clone(), Instant::now()));
-                Ok(Some(key))
-            }
-            (Ok(None), _) => {
-                lock(&self.0.keys).remove(&hash);
-                Ok(None)
-            }
-            (Err(error), Some((key, _))) => {
-                tracing::warn!(%error, "the database does not answer; a key that was known before is believed");
-                Ok(Some(key))
-            }
-            (Err(error), None) => Err(error),
-        }
+        let now = now_us();
+        let found = patiently(keys::find(&self.0.database, &keys::hash_of(secret), now)).await?;
+        Ok(found.filter(|key| !key.has_expired(now)))
+    }
+
+    /// Writes what `writer` has counted for `subject` on `day` (days since 1970) so far, in the place of what it wrote before, and
+    /// returns what all others have counted.
+    pub async fn write_usage(&self, writer: UsageWriter, subject: &str, day: i64, own: Usage) -> Result<Usage, StoreError> {
+        patiently(async {
+            usage::write(&self.0.database, writer, subject, day, own).await?;
+            usage::read(&self.0.database, Some(writer), subject, day).await
+        })
+        .await
+    }
+
+    /// What everybody but `except` has counted for `subject` on `day` (days since 1970).
+    pub async fn usage(&self, except: Option<UsageWriter>, subject: &str, day: i64) -> Result<Usage, StoreError> {
+        patiently(usage::read(&self.0.database, except, subject, day)).await
+    }
+
+    /// The key of this id, if it is not revoked: for work that goes on after the request that began it.
+    pub async fn key(&self, id: &str) -> Result<Option<ApiKey>, StoreError> {
+        patiently(keys::find_by_id(&self.0.database, id)).await
     }
 
     /// Whether there is any key that works; without one, everything is open.

@@ -237,12 +237,12 @@ fn feedback_with_an_idempotency_key_is_refused_while_duplicates_cannot_be_known_
 }
 
 #[test]
-fn what_waits_in_the_spill_log_survives_a_restart_and_keys_are_known_without_the_database() {
+fn what_waits_in_the_spill_log_survives_a_restart_and_that_there_are_keys_is_known_without_the_database() {
     each(async |place| {
         let (mut outage, options) = Outage::of(place).await;
         let store = Store::open(options.clone()).await.unwrap();
         let (key, secret) = store.create_key("app", &[tidemill_store::Scope::Chat]).await.unwrap();
-        assert_eq!(store.find_key(&secret).await.unwrap(), Some(key.clone()));
+        assert_eq!(store.find_key(&secret).await.unwrap(), Some(key));
         assert!(store.any_key().await.unwrap());
         outage.begin(Wire::Cut).await;
         let one = answer(&store, "ann");
@@ -250,7 +250,6 @@ fn what_waits_in_the_spill_log_survives_a_restart_and_keys_are_known_without_the
         let judged = thumb(&store, one.id, "rater");
         store.add_feedback(vec![judged.clone()]).await.unwrap();
         store.flush().await;
-        assert_eq!(store.find_key(&secret).await.unwrap(), Some(key));
         assert!(store.any_key().await.unwrap());
         if place.dialect == Dialect::Sqlite {
             // Closing checkpoints, which needs the lock.

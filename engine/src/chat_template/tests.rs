@@ -65,6 +65,12 @@ fn tools_choose_the_template_made_for_them() {
     assert_eq!(template.render(&ChatInput::default()).unwrap(), "plain");
     let tools = [json!({"type": "function"})];
     assert_eq!(template.render(&ChatInput { tools: Some(&tools), ..ChatInput::default() }).unwrap(), "1 tools");
+    assert_eq!(template.tool_source(), Some("{{ tools | length }} tools"));
+    let both = ChatTemplate::new("{% if tools %}{% endif %}", None, Map::new()).unwrap();
+    assert_eq!(
+        (both.tool_source(), ChatTemplate::new("plain", None, Map::new()).unwrap().tool_source()),
+        (Some(both.source()), None)
+    );
 }
 
 #[test]

@@ -26,6 +26,7 @@ fn start_at(pace: Duration, options: EngineOptions) -> Engine {
         chat_template: None,
         generation_defaults: GenerationDefaults::default(),
         end_of_turn: vec![END],
+        pooling: Ok(crate::Pooling::default()),
     };
     let description = "recall".into();
     Engine::with_model(ServedModel { model: Box::new(model), frontend, context: 1024, description }, options).unwrap()

@@ -103,6 +103,38 @@ impl Decoder {
         &self.config
     }
 
+    /// Records a step; with `all`, the norm behind the last layer runs over all rows and leaves them in `normed`.
+    fn step(&mut self, batch: &StepBatch, out: &mut StepOutput, all: bool) -> Result<(), KernelError> {
+        let Self { ops, config, shape, attention, weights, buffers: b, kv, .. } = self;
+        let kv = kv.ok_or_else(|| KernelError::Limit("the key-value cache was not reserved before the first step".to_owned()))?;
+        let eps = config.rms_eps;
+
+        ops.begin(batch)?;
+        ops.embedding(weights.embedding, b.hidden);
+        for (index, layer) in weights.layers.iter().enumerate() {
+            ops.rms_norm(b.hidden, layer.attention_norm, eps, b.normed);
+            ops.linear(b.normed, layer.qkv.weight, layer.qkv.bias, b.qkv, Store::Replace);
+            ops.rope_cache(b.qkv, *shape, layer.qk_norm, weights.rope, kv, index);
+            ops.paged_attention(b.qkv, *shape, *attention, kv, index, b.attended);
+            ops.linear(b.attended, layer.attention_output.weight, layer.attention_output.bias, b.hidden, Store::Add);
+
+            ops.rms_norm(b.hidden, layer.feed_forward_norm, eps, b.normed);
+            ops.linear(b.normed, layer.gate_up.weight, layer.gate_up.bias, b.gate_up, Store::Replace);
+            ops.silu_and_mul(b.gate_up, b.gated);
+            ops.linear(b.gated, layer.down.weight, layer.down.bias, b.hidden, Store::Add);
+        }
+        if all {
+            ops.rms_norm(b.hidden, weights.final_norm, eps, b.normed);
+        }
+        if !batch.samples.is_empty() {
+            ops.gather(b.hidden, b.last);
+            ops.rms_norm(b.last, weights.final_norm, eps, b.last_normed);
+            ops.linear(b.last_normed, weights.output, None, b.logits, Store::Replace);
+            ops.sample(b.logits, config.vocabulary);
+        }
+        ops.finish(out)
+    }
+
     fn kv_spec(&self, blocks: usize, block_size: usize, dtype: KvDtype) -> KvSpec {
         let HeadShape { kv_heads, head_dim, .. } = self.shape;
         KvSpec { layers: self.config.layers, blocks, block_size, kv_heads, head_dim, dtype }
@@ -124,31 +156,16 @@ impl Model for Decoder {
     }
 
     fn forward(&mut self, batch: &StepBatch, out: &mut StepOutput) -> Result<(), KernelError> {
-        let Self { ops, config, shape, attention, weights, buffers: b, kv, .. } = self;
-        let kv = kv.ok_or_else(|| KernelError::Limit("the key-value cache was not reserved before the first step".to_owned()))?;
-        let eps = config.rms_eps;
+        self.step(batch, out, false)
+    }
 
-        ops.begin(batch)?;
-        ops.embedding(weights.embedding, b.hidden);
-        for (index, layer) in weights.layers.iter().enumerate() {
-            ops.rms_norm(b.hidden, layer.attention_norm, eps, b.normed);
-            ops.linear(b.normed, layer.qkv.weight, layer.qkv.bias, b.qkv, Store::Replace);
-            ops.rope_cache(b.qkv, *shape, layer.qk_norm, weights.rope, kv, index);
-            ops.paged_attention(b.qkv, *shape, *attention, kv, index, b.attended);
-            ops.linear(b.attended, layer.attention_output.weight, layer.attention_output.bias, b.hidden, Store::Add);
+    fn forward_hidden(&mut self, batch: &StepBatch, out: &mut StepOutput) -> Result<Vec<f32>, KernelError> {
+        self.step(batch, out, true)?;
+        self.ops.read(self.buffers.normed)
+    }
 
-            ops.rms_norm(b.hidden, layer.feed_forward_norm, eps, b.normed);
-            ops.linear(b.normed, layer.gate_up.weight, layer.gate_up.bias, b.gate_up, Store::Replace);
-            ops.silu_and_mul(b.gate_up, b.gated);
-            ops.linear(b.gated, layer.down.weight, layer.down.bias, b.hidden, Store::Add);
-        }
-        if !batch.samples.is_empty() {
-            ops.gather(b.hidden, b.last);
-            ops.rms_norm(b.last, weights.final_norm, eps, b.last_normed);
-            ops.linear(b.last_normed, weights.output, None, b.logits, Store::Replace);
-            ops.sample(b.logits, config.vocabulary);
-        }
-        ops.finish(out)
+    fn width(&self) -> usize {
+        self.config.hidden
     }
 
     fn memory(&self) -> MemoryUse {

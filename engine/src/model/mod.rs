@@ -17,6 +17,14 @@ pub trait Model: Send {
     fn alloc_kv(&mut self, blocks: usize, block_size: usize, dtype: KvDtype) -> Result<(), KernelError>;
     /// Computes one step: writes keys and values of all rows, samples the rows asked for.
     fn forward(&mut self, batch: &StepBatch, out: &mut StepOutput) -> Result<(), KernelError>;
+    /// The same, and the hidden states `[tokens, width]` of all rows behind the last norm. A model that has none to give says so.
+    fn forward_hidden(&mut self, _batch: &StepBatch, _out: &mut StepOutput) -> Result<Vec<f32>, KernelError> {
+        Err(KernelError::Unsupported("this model gives no hidden states".to_owned()))
+    }
+    /// Numbers of one hidden state; 0 when it gives none.
+    fn width(&self) -> usize {
+        0
+    }
     /// Memory held, for the start-up lines.
     fn memory(&self) -> MemoryUse;
     /// Device, instruction path, weight format: for the start-up lines.

@@ -43,17 +43,27 @@ pub(crate) enum Part {
 pub(crate) enum Naming {
     /// `model.layers.0.self_attn.q_proj.weight`
     HuggingFace,
+    /// `layers.0.self_attn.q_proj.weight`, as a model is saved that was trained to embed.
+    HuggingFaceBare,
     /// `blk.0.attn_q.weight`
     Gguf,
 }
 
 impl Naming {
+    /// What Hugging Face's files with these tensors use.
+    pub fn of<'a>(mut tensors: impl Iterator<Item = &'a String>) -> Self {
+        let bare = Naming::HuggingFaceBare.name(Weight::Embedding);
+        if tensors.any(|name| *name == bare) { Naming::HuggingFaceBare } else { Naming::HuggingFace }
+    }
+
     /// The name of `weight`.
     pub fn name(self, weight: Weight) -> String {
         match (self, weight) {
             (Naming::HuggingFace, Weight::Embedding) => "model.embed_tokens.weight".to_owned(),
             (Naming::HuggingFace, Weight::FinalNorm) => "model.norm.weight".to_owned(),
-            (Naming::HuggingFace, Weight::Output) => "lm_head.weight".to_owned(),
+            (Naming::HuggingFaceBare, Weight::Embedding) => "embed_tokens.weight".to_owned(),
+            (Naming::HuggingFaceBare, Weight::FinalNorm) => "norm.weight".to_owned(),
+            (Naming::HuggingFace | Naming::HuggingFaceBare, Weight::Output) => "lm_head.weight".to_owned(),
             (Naming::Gguf, Weight::Embedding) => "token_embd.weight".to_owned(),
             (Naming::Gguf, Weight::FinalNorm) => "output_norm.weight".to_owned(),
             (Naming::Gguf, Weight::Output) => "output.weight".to_owned(),
@@ -63,6 +73,7 @@ impl Naming {
                 // Writing to a String cannot fail.
                 let _ = match self {
                     Naming::HuggingFace => write!(name, "model.layers.{layer}.{hugging_face}"),
+                    Naming::HuggingFaceBare => write!(name, "layers.{layer}.{hugging_face}"),
                     Naming::Gguf => write!(name, "blk.{layer}.{gguf}"),
                 };
                 name

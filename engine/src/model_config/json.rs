@@ -86,10 +86,10 @@ fn family(path: &Path, text: &[u8]) -> Result<Family, LoadError> {
         (None, None) => return Err(LoadError::invalid(path, "architectures", "missing; this is no model's config.json")),
     };
     Ok(match name.as_str() {
-        "LlamaForCausalLM" | "llama" => Family::Llama,
-        "MistralForCausalLM" | "mistral" => Family::Mistral,
-        "Qwen2ForCausalLM" | "qwen2" => Family::Qwen2,
-        "Qwen3ForCausalLM" | "qwen3" => Family::Qwen3,
+        "LlamaForCausalLM" | "LlamaModel" | "llama" => Family::Llama,
+        "MistralForCausalLM" | "MistralModel" | "mistral" => Family::Mistral,
+        "Qwen2ForCausalLM" | "Qwen2Model" | "qwen2" => Family::Qwen2,
+        "Qwen3ForCausalLM" | "Qwen3Model" | "qwen3" => Family::Qwen3,
         _ => return Err(LoadError::unsupported(path, field, format!("\"{name}\""), SUPPORTED_FAMILIES)),
     })
 }

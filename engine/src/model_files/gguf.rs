@@ -9,6 +9,7 @@ use crate::gguf::Gguf;
 use crate::load_error::LoadError;
 use crate::model::weight_names::Naming;
 use crate::model_config::ModelConfig;
+use crate::pooling::{Pooling, PoolingMode};
 use crate::tensor_file::TensorFile;
 use crate::tokenizer::Tokenizer;
 
@@ -38,6 +39,8 @@ pub(super) fn open(path: &Path) -> Result<ModelFiles, LoadError> {
     for key in named {
         ends.extend(first.token_id(key)?);
     }
+    let architecture = first.text("general.architecture")?.unwrap_or_default();
+    let pooling = PoolingMode::of_gguf(first.integer(&format!("{architecture}.pooling_type"))?.map(|number| number as u64));
     let name = match first.text("general.name")? {
         Some(name) if !name.trim().is_empty() => name.to_owned(),
         _ => name_of(path, true),
@@ -51,6 +54,7 @@ pub(super) fn open(path: &Path) -> Result<ModelFiles, LoadError> {
         chat_template,
         // Sampling only: which tokens end a turn, the GGUF file says itself.
         generation_defaults: GenerationDefaults::read(&path.with_file_name("generation_config.json"))?,
+        pooling: pooling.map(|mode| Pooling { mode, ..Pooling::default() }),
         weights: Weights::new(Naming::Gguf, std::iter::once(first.file).chain(parts).collect())?,
     })
 }

@@ -12,7 +12,9 @@ use crate::generation_defaults::GenerationDefaults;
 use crate::load_error::LoadError;
 use crate::model::weight_names::Naming;
 use crate::model_config::ModelConfig;
+use crate::pooling::Pooling;
 use crate::safetensors_file;
+use crate::tensor_file::TensorFile;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::json::content;
 
@@ -38,7 +40,8 @@ pub(super) fn open(directory: &Path) -> Result<ModelFiles, LoadError> {
     let chat_template = template(directory, &tokenizer_config)?;
 
     let paths = weight_files(directory)?;
-    let files = paths.iter().map(|path| safetensors_file::open(path)).collect::<Result<_, _>>()?;
+    let files: Vec<TensorFile> = paths.iter().map(|path| safetensors_file::open(path)).collect::<Result<_, _>>()?;
+    let naming = Naming::of(files.iter().flat_map(|file| file.tensors.keys()));
     Ok(ModelFiles {
         path: directory.to_owned(),
         name: name_of(&std::path::absolute(directory).map_err(|error| LoadError::io(directory, error))?, false),
@@ -47,7 +50,8 @@ pub(super) fn open(directory: &Path) -> Result<ModelFiles, LoadError> {
         tokenizer,
         chat_template,
         generation_defaults,
-        weights: Weights::new(Naming::HuggingFace, files)?,
+        pooling: Pooling::read(directory)?,
+        weights: Weights::new(naming, files)?,
     })
 }
 

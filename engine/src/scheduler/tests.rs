@@ -1,7 +1,10 @@
 use super::*;
+
+mod fairness;
+
 use crate::model::Model;
 use crate::recall_model::{RecallModel, expected, expected_scores};
-use crate::request::SamplingParams;
+use crate::request::{SamplingParams, Tenant};
 use crate::sequence::tests::request;
 use proptest::prelude::*;
 
@@ -87,6 +90,7 @@ impl Rig {
         self.check_pool();
         for outcome in outcomes {
             match outcome {
+                other @ (Outcome::Complete { .. } | Outcome::Stuck { .. }) => panic!("no grammar here, but {other:?}"),
                 Outcome::Prompt { request, cached_tokens, logprobs } => {
                     let logprobs = logprobs.map(|all| all.into_iter().map(|one| one.map(|record| record.logprob)).collect());
                     assert!(self.prompts.insert(request, (cached_tokens, logprobs)).is_none(), "one prompt event each");
@@ -164,6 +168,7 @@ enum Action {
         sampled: bool,
         scored: bool,
         salted: bool,
+        tenant: u64,
     },
     Cancel(usize),
     Pause(usize, bool),
@@ -171,8 +176,8 @@ enum Action {
 }
 
 fn action() -> impl Strategy<Value = Action> {
-    let submit = (0u32..3, 0usize..120, 1usize..60, 1usize..60, 1usize..5, -1i32..2, any::<[bool; 3]>(), 0u8..8).prop_map(
-        |(family, shared, own, max, n, priority, [sampled, salted, many], scored)| Action::Submit {
+    let submit = (0u32..3, 0usize..120, 1usize..60, 1usize..60, 1usize..5, -1i32..2, any::<[bool; 3]>(), 0u8..8, 0u64..3)
+        .prop_map(|(family, shared, own, max, n, priority, [sampled, salted, many], scored, tenant)| Action::Submit {
             family,
             shared,
             own,
@@ -182,8 +187,8 @@ fn action() -> impl Strategy<Value = Action> {
             sampled,
             scored: scored == 0,
             salted,
-        },
-    );
+            tenant,
+        });
     prop_oneof![
         4 => submit,
         1 => (0usize..50).prop_map(Action::Cancel),
@@ -204,7 +209,7 @@ proptest! {
         let mut cancelled = Vec::new();
         for action in actions {
             match action {
-                Action::Submit { family, shared, own, max, n, priority, sampled, scored, salted } => {
+                Action::Submit { family, shared, own, max, n, priority, sampled, scored, salted, tenant } => {
                     let mut tokens = prompt(family, shared);
                     tokens.extend(prompt(rig.asked.len() as u32 * 3 + 1, own));
                     let sampling = SamplingParams {
@@ -215,7 +220,8 @@ proptest! {
                         ..Default::default()
                     };
                     let cache_salt = salted.then(|| "salt".to_string());
-                    rig.submit(Request { priority, cache_salt, ..request(tokens, sampling) });
+                    let tenant = Tenant { id: tenant, weight: 1 + tenant as u32 };
+                    rig.submit(Request { priority, cache_salt, tenant, ..request(tokens, sampling) });
                 }
                 Action::Cancel(which) if which < rig.asked.len() => {
                     let key = RequestKey(which as u64);

@@ -3,7 +3,8 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use tidemill_engine::{Engine, EngineOptions, StartError};
+use serde_json::json;
+use tidemill_engine::{Constraint, Engine, EngineOptions, GrammarError, StartError};
 
 use crate::config::ConfigError;
 use crate::config::Origin;
@@ -34,6 +35,9 @@ pub struct BenchArgs {
     /// Requests per stream
     #[arg(long, value_name = "N", default_value_t = 4)]
     rounds: usize,
+    /// Measure each row once more with answers confined to a JSON schema
+    #[arg(long)]
+    constrained: bool,
 }
 
 /// Why there are no numbers.
@@ -48,6 +52,9 @@ pub enum BenchCommandError {
     /// A run broke off.
     #[error(transparent)]
     Run(#[from] BenchError),
+    /// The schema does not compile for this model.
+    #[error(transparent)]
+    Grammar(#[from] GrammarError),
     /// Numbers that make no sense together.
     #[error("{0}")]
     Usage(&'static str),
@@ -75,14 +82,15 @@ pub fn run(args: &BenchArgs) -> Result<(), BenchCommandError> {
     let engine = Engine::start(options, &mut |_, _| {})?;
     say(&format!("{} · {}", model.name, engine.memory().backend));
     // The first step touches memory that no step has touched.
-    engine_bench::run(&engine, Load { streams: 1, requests: 1, prompt: args.prompt, generate: 8 })?;
+    engine_bench::run(&engine, Load { streams: 1, requests: 1, prompt: args.prompt, generate: 8 }, None)?;
+    let grammar = if args.constrained { Some(engine.compile(&endless_records())?) } else { None };
     say(&format!(
         "{} tokens in, {} out\nstreams  output tok/s  total tok/s  first token p50  gap p50   gap p99",
         args.prompt, args.generate
     ));
     for &streams in &args.streams {
         let load = Load { streams, requests: streams * args.rounds, prompt: args.prompt, generate: args.generate };
-        let measured = engine_bench::run(&engine, load)?;
+        let measured = engine_bench::run(&engine, load, None)?;
         say(&format!(
             "{streams:7}  {:12.1}  {:11.1}  {:12.1} ms  {:5.2} ms  {:5.2} ms",
             measured.output_per_s,
@@ -91,8 +99,38 @@ pub fn run(args: &BenchArgs) -> Result<(), BenchCommandError> {
             measured.gap_p50 * 1e3,
             measured.gap_p99 * 1e3
         ));
+        if let Some(grammar) = &grammar {
+            let confined = engine_bench::run(&engine, load, Some(grammar))?;
+            let cost = (measured.output_per_s / confined.output_per_s - 1.0) * 100.0;
+            say(&format!(
+                "   json  {:12.1}  {:11.1}  {:12.1} ms  {:5.2} ms  {:5.2} ms  a token costs {cost:+.1} %",
+                confined.output_per_s,
+                confined.total_per_s,
+                confined.first_p50 * 1e3,
+                confined.gap_p50 * 1e3,
+                confined.gap_p99 * 1e3
+            ));
+        }
     }
     Ok(())
+}
+
+/// Records without end, so that every answer has its full length.
+fn endless_records() -> Constraint {
+    let record = json!({
+        "type": "object",
+        "properties": {
+            "id": {"type": "integer", "minimum": 0},
+            "name": {"type": "string", "maxLength": 40},
+            "kind": {"enum": ["red", "green", "blue"]},
+            "price": {"type": "number"},
+            "tags": {"type": "array", "items": {"type": "string", "pattern": "^[a-z]{1,12}$"}, "maxItems": 4},
+            "note": {"anyOf": [{"type": "string"}, {"type": "null"}]}
+        },
+        "required": ["id", "name", "kind", "price", "tags", "note"],
+        "additionalProperties": false
+    });
+    Constraint::JsonSchema { schema: json!({"type": "array", "items": record, "minItems": 10_000}), strict: false }
 }
 
 fn say(text: &str) {

@@ -1,5 +1,6 @@
 //! `tidemill serve`
 
+use crate::batches::Batches;
 use crate::cli::banner;
 use crate::cli::shutdown::{Ended, leave_in_good_order};
 use crate::config::{Config, ConfigError, Layer, ModelSpec, Origin};
@@ -9,6 +10,7 @@ use crate::http::limits::BodyLimits;
 use crate::http::server::Server;
 use crate::http::tls::{Tls, TlsError};
 use crate::http::{App, Auth};
+use crate::limits::Limiter;
 use crate::telemetry::{self, Observer, TelemetryError};
 use crate::upstream::{LocalModel, Registry, Upstream};
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -18,7 +20,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tidemill_engine::{Engine, StartError};
-use tidemill_store::{DataDir, Retention, Store, StoreOptions};
+use tidemill_store::{DataDir, Files, Retention, Store, StoreOptions};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
@@ -95,6 +97,21 @@ pub struct ServeArgs {
     /// Web pages that may call from a browser, such as https://app.example.com, separated by commas; * is every page [default: none]
     #[arg(long, value_name = "ORIGINS")]
     cors_origins: Option<String>,
+    /// Largest file that can be uploaded [default: 200MiB]
+    #[arg(long, value_name = "SIZE")]
+    max_file: Option<String>,
+    /// Room for all files together [default: 16GiB]
+    #[arg(long, value_name = "SIZE")]
+    max_files: Option<String>,
+    /// How long a key that was seen is believed while the database is away [default: 1h]
+    #[arg(long, value_name = "TIME")]
+    auth_grace: Option<String>,
+    /// How models write tool calls: auto, hermes, llama3_json, mistral, ... [default: auto, by the chat template]
+    #[arg(long, value_name = "FAMILY")]
+    tool_parser: Option<String>,
+    /// How models mark their reasoning: auto, none, think, magistral, ... [default: auto, by the chat template]
+    #[arg(long, value_name = "FAMILY")]
+    reasoning_parser: Option<String>,
     /// Where records are kept: postgres://USER:PASSWORD@HOST/NAME [default: SQLite in the data directory]
     #[arg(long, value_name = "URL")]
     database: Option<String>,
@@ -165,6 +182,11 @@ impl ServeArgs {
             ("tls_certificate", &self.tls_certificate),
             ("tls_key", &self.tls_key),
             ("cors_origins", &self.cors_origins),
+            ("max_file", &self.max_file),
+            ("max_files", &self.max_files),
+            ("auth_grace", &self.auth_grace),
+            ("tool_parser", &self.tool_parser),
+            ("reasoning_parser", &self.reasoning_parser),
             ("database", &self.database),
             ("datasets", &self.datasets),
             ("record", &self.record),
@@ -249,9 +271,15 @@ pub fn run(args: &ServeArgs) -> Result<(), ServeError> {
         .map_err(ServeError::Threads)?;
     let result = runtime.block_on(async {
         let app = open(&config, &models, metrics, observer.clone()).await?;
-        let (store, datasets) = (app.store.clone(), app.datasets.clone());
+        let (store, datasets, batches) = (app.store.clone(), app.datasets.clone(), app.batches.clone());
+        let limits = Arc::clone(&app.limits);
+        tokio::spawn(batches.clone().run(app.clone(), config.retention_age));
         let result = serve(config, models, app).await;
+        batches.close().await;
         datasets.close().await;
+        if let Err(error) = limits.ledger().flush().await {
+            tracing::error!(%error, "what keys have used in the last moment is lost");
+        }
         // Last of all: answers that were cut off on the way out are records, too.
         store.close().await;
         result
@@ -263,12 +291,7 @@ pub fn run(args: &ServeArgs) -> Result<(), ServeError> {
 }
 
 /// Opens the store and puts together what handlers see.
-async fn open(
-    config: &Config,
-    models: &[ModelSpec],
-    metrics: PrometheusHandle,
-    observer: Observer,
-) -> Result<App, ServeError> {
+async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle, observer: Observer) -> Result<App, ServeError> {
     let data = DataDir::new(&config.data);
     let retention = Retention { max_age: config.retention_age, max_bytes: config.retention_size };
     let defaults = StoreOptions::new(data);
@@ -278,6 +301,7 @@ async fn open(
     if !has_key && !config.host.is_loopback() {
         return Err(ServeError::NoKey(config.host));
     }
+    let files = Files::open(store.database(), &DataDir::new(&config.data)).await?;
     Ok(App {
         registry: Arc::new(Registry::new(models.iter().map(|model| model.name.clone()))),
         drain: Drain::default(),
@@ -285,8 +309,12 @@ async fn open(
         body: BodyLimits { bytes: config.max_body, time: config.body_timeout },
         observer,
         metrics: Some(metrics),
-        auth: Auth::new(store.clone(), has_key),
+        auth: Auth::with_grace(store.clone(), has_key, config.auth_grace),
+        limits: Arc::new(Limiter::new(store.clone(), config.model_limits.clone(), config.prices.clone())),
         datasets: DatasetJobs::new(store.clone(), &config.datasets_root()),
+        files,
+        file_limits: config.file_limits,
+        batches: Batches::new(&store),
         store,
         recording: Arc::new(config.recording.clone()),
         feedback_metrics: Arc::new(config.metrics.clone()),
@@ -333,6 +361,7 @@ async fn serve(config: Config, models: Vec<ModelSpec>, app: App) -> Result<(), S
     if let Some(metrics) = app.metrics.clone() {
         tokio::spawn(fold_metrics(metrics));
     }
+    tokio::spawn(Arc::clone(app.limits.ledger()).keep_writing());
     tokio::spawn(crate::labeling::filler::keep_filling(app.clone()));
     std::thread::Builder::new().name("tidemill-load".into()).spawn(loader).map_err(ServeError::Threads)?;
     let (ended, result) = oneshot::channel();
@@ -361,7 +390,7 @@ fn load_all(config: &Config, models: &[ModelSpec], app: &App, address: SocketAdd
         let engine = Engine::start(config.engine_options(model, models.len()), &mut |_, _| {})
             .map_err(|source| ServeError::Load { name: model.name.clone(), source })?;
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        let loaded = LocalModel::new(engine, created);
+        let loaded = LocalModel::new(engine, created).reading_as(config.parsers.of(&model.name));
         banner::loaded(&loaded, &model.path, start.elapsed());
         app.registry.loaded(&model.name, Upstream::Local(Arc::new(loaded)));
     }

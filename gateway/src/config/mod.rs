@@ -3,29 +3,36 @@
 mod file;
 mod layer;
 pub mod model_spec;
+mod parsers;
 mod tables;
-mod value;
+pub mod value;
 
 use layer::Setting;
 pub use layer::{Layer, Origin};
 pub use model_spec::{DEFAULT_MODEL, ModelSpec, models_dir};
+pub use parsers::ParserConfig;
 
 use crate::feedback::Metrics;
+use crate::http::auth::DEFAULT_GRACE;
 use crate::http::cors::Origins;
-use crate::http::limits::BodyLimits;
+use crate::http::limits::{BodyLimits, FileLimits};
 use crate::http::server::Bounds;
+use crate::limits::Prices;
+use crate::openai::parse::ParserChoice;
 use crate::recording::{Level, Recording};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tidemill_engine::EngineOptions;
 use tidemill_kernels::{KvDtype, WeightFormat};
+use tidemill_store::Limits;
 
 /// Where the configuration is looked for when nobody names a file.
 pub const DEFAULT_FILE: &str = "tidemill.toml";
 
 /// Every setting, by its name in the file. The flag is the same with dashes, the variable the same in capitals after `TIDEMILL_`.
-pub const KEYS: [&str; 35] = [
+pub const KEYS: [&str; 40] = [
     "model",
     "host",
     "port",
@@ -49,6 +56,11 @@ pub const KEYS: [&str; 35] = [
     "tls_certificate",
     "tls_key",
     "cors_origins",
+    "max_file",
+    "max_files",
+    "auth_grace",
+    "tool_parser",
+    "reasoning_parser",
     "database",
     "datasets",
     "record",
@@ -173,6 +185,16 @@ pub struct Config {
     pub tls: Option<(PathBuf, PathBuf)>,
     /// Web pages that may call.
     pub origins: Origins,
+    /// Bounds on files that clients upload.
+    pub file_limits: FileLimits,
+    /// How long a key that was seen is believed while the database is away.
+    pub auth_grace: Duration,
+    /// What each model may be used, over all callers.
+    pub model_limits: BTreeMap<String, Limits>,
+    /// What tokens cost, by model.
+    pub prices: Prices,
+    /// How models write tool calls and reasoning.
+    pub parsers: ParserConfig,
     /// A Postgres URL; `None` is SQLite in the data directory.
     pub database: Option<String>,
     /// Folder or URL of the datasets' tables; `None` is a folder in the data directory.
@@ -223,6 +245,7 @@ impl Config {
         let get = |key: &'static str| layers.iter().find_map(|layer| layer.get(key));
         let count = |key, least| get(key).map(|s| s.parse(|text| value::count(text, least))).transpose();
         let base = EngineOptions::new("");
+        let files = FileLimits::default();
         Ok(Self {
             models: layers.iter().map(Layer::models).find(|m| !m.is_empty()).unwrap_or_default(),
             host: get("host").map_or(Ok(IpAddr::from([127, 0, 0, 1])), |s| s.parse(value::host))?,
@@ -263,6 +286,20 @@ impl Config {
             },
             tls: tls(get("tls_certificate"), get("tls_key"))?,
             origins: get("cors_origins").map_or(Ok(Origins::default()), |s| s.parse(Origins::parse))?,
+            file_limits: FileLimits {
+                file: get("max_file").map(|s| s.parse(value::size)).transpose()?.map_or(files.file, |bytes| bytes as u64),
+                total: get("max_files").map(|s| s.parse(value::size)).transpose()?.map_or(files.total, |bytes| bytes as u64),
+            },
+            auth_grace: get("auth_grace").map_or(Ok(DEFAULT_GRACE), |s| s.parse(value::duration))?,
+            model_limits: tables::limits(layers)?,
+            prices: tables::prices(layers)?,
+            parsers: ParserConfig {
+                default: ParserChoice {
+                    calls: get("tool_parser").map_or(Ok(None), |s| s.parse(parsers::tool_parser))?,
+                    reasoning: get("reasoning_parser").map_or(Ok(None), |s| s.parse(parsers::reasoning_parser))?,
+                },
+                models: parsers::tables(layers)?,
+            },
             database: get("database").map(|s| s.text.clone()),
             datasets: get("datasets").map(|s| s.text.clone()),
             recording: Recording {

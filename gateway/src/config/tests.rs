@@ -77,6 +77,18 @@ fn tables_declare_metrics_and_what_is_recorded() {
 }
 
 #[test]
+fn tables_limit_models_and_price_their_tokens() {
+    let text = "[limits.\"org/m\"]\nconcurrent = 8\ncost_per_day = 2.5\n[prices.\"org/m\"]\ninput = 0.15\noutput = 1\n";
+    let (_folder, path) = written(text);
+    let config = Config::load(Layer::default(), Some(&path), env(&[("TIDEMILL_AUTH_GRACE", "5m")])).unwrap();
+    let limits = config.model_limits["org/m"];
+    assert_eq!((limits.concurrent, limits.cost_per_day.map(|cost| cost.0)), (Some(8), Some(2_500_000_000)));
+    let price = config.prices["org/m"];
+    assert_eq!((price.input, price.cached_input, price.output), (150, 150, 1000));
+    assert_eq!(config.auth_grace.as_secs(), 300);
+}
+
+#[test]
 fn a_wrong_table_names_its_line_and_key() {
     for (text, expected) in [
         ("[metrics.a]\ntype = \"text\"", "tidemill.toml:2: `metrics.a.type`: expected one of number, boolean"),
@@ -88,6 +100,9 @@ fn a_wrong_table_names_its_line_and_key() {
         ("[metrics.a]\ncolour = 1", "tidemill.toml:2: `metrics.a.colour`: unknown key `colour`"),
         ("[metrics]\na = 1", "tidemill.toml:2: `metrics.a`: expected a table"),
         ("[recording.chat]\nshare = 2", "tidemill.toml:2: `recording.chat.share`: expected a share"),
+        ("[limits.m]\nrequests = 1", "tidemill.toml:2: `limits.m.requests`: unknown key `requests`"),
+        ("[limits.m]\nconcurrent = -1", "tidemill.toml:2: `limits.m.concurrent`: expected a whole number"),
+        ("[prices.m]\noutput = 0.0001", "tidemill.toml:2: `prices.m.output`: expected dollars per million"),
         ("record = \"some\"", "tidemill.toml:1: `record`: expected one of full, metadata, off"),
     ] {
         let (_folder, path) = written(text);

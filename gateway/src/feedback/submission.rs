@@ -103,10 +103,17 @@ fn unknown_target(field: &Field<'_>, text: &str) -> ApiError {
     ApiError { status: StatusCode::NOT_FOUND, ..field.invalid("target_not_found", why) }
 }
 
-/// The UUID in `chatcmpl-UUID`, `cmpl-UUID` or `UUID`.
+/// What precedes the UUID in the ids of answers.
+const PREFIXES: [&str; 3] = ["chatcmpl-", "cmpl-", "msg_"];
+
+/// An answer's id as the API shows it, without its prefix; `None` where it has none.
+fn unprefixed(text: &str) -> Option<&str> {
+    PREFIXES.iter().find_map(|prefix| text.strip_prefix(prefix))
+}
+
+/// The UUID of an answer, with or without its prefix.
 pub(super) fn bare(text: &str) -> Option<Uuid> {
-    let text = text.strip_prefix("chatcmpl-").or_else(|| text.strip_prefix("cmpl-")).unwrap_or(text);
-    Uuid::try_parse(text).ok()
+    Uuid::try_parse(unprefixed(text).unwrap_or(text)).ok()
 }
 
 impl Submission {
@@ -249,7 +256,7 @@ fn kind(field: &Field<'_>) -> Result<Kind, ApiError> {
 /// An id of ours is an answer's; anything else can only be a conversation's.
 fn single_target(field: &Field<'_>, kind: Option<&str>, rules: &Rules<'_>) -> Result<Target, ApiError> {
     let text = filled(field, MAX_NAME)?;
-    let prefixed = text.starts_with("chatcmpl-") || text.starts_with("cmpl-");
+    let prefixed = unprefixed(&text).is_some();
     match kind {
         Some("completion") => rules.id(field).map(Target::Completion),
         Some(_) => Ok(Target::Conversation(text)),

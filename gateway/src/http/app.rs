@@ -1,17 +1,19 @@
 //! What every handler sees.
 
+use crate::batches::Batches;
 use crate::datasets::DatasetJobs;
 use crate::feedback::Metrics;
 use crate::http::auth::Auth;
 use crate::http::cors::Origins;
 use crate::http::drain::Drain;
-use crate::http::limits::BodyLimits;
+use crate::http::limits::{BodyLimits, FileLimits};
+use crate::limits::Limiter;
 use crate::recording::Recording;
 use crate::telemetry::Observer;
 use crate::upstream::Registry;
 use metrics_exporter_prometheus::PrometheusHandle;
 use std::sync::Arc;
-use tidemill_store::Store;
+use tidemill_store::{Files, Store};
 
 /// Shared state of the server; cloning is cheap.
 #[derive(Clone)]
@@ -32,10 +34,18 @@ pub struct App {
     pub store: Store,
     /// Keys.
     pub auth: Auth,
+    /// What keys and models may be used.
+    pub limits: Arc<Limiter>,
     /// Which answers are recorded.
     pub recording: Arc<Recording>,
     /// Datasets, and the builds under way.
     pub datasets: DatasetJobs,
+    /// What clients upload and batches make.
+    pub files: Files,
+    /// Bounds on files.
+    pub file_limits: FileLimits,
+    /// Requests that are answered in the background.
+    pub batches: Batches,
     /// Metrics that feedback may name.
     pub feedback_metrics: Arc<Metrics>,
 }

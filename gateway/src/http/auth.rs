@@ -1,7 +1,9 @@
 //! Who is asking, and whether they may.
 
+use crate::clock::now;
 use crate::http::cors::Origins;
 use crate::http::error::ApiError;
+use crate::keys::{KeyRing, Known};
 use crate::telemetry::Trail;
 use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn_with_state};
@@ -13,18 +15,25 @@ use std::convert::Infallible;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tidemill_store::{ApiKey, Scope, Store, StoreError};
+use std::time::Duration;
+use tidemill_engine::Tenant;
+use tidemill_store::{ApiKey, Scope, Store, StoreError, Tier, Viewer};
 use tower::{Layer, Service};
 
 /// Paths that need no key: probes, the API's description, and the console's pages, whose data does need one.
 const OPEN: [&str; 6] = ["/health", "/ready", "/version", "/metrics", "/openapi.json", "/console"];
 
+const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
+
+/// How long a key that was seen is believed while the database is away, unless the configuration says otherwise.
+pub const DEFAULT_GRACE: Duration = Duration::from_secs(3600);
 
 /// Tells callers apart. Cloning is cheap.
 #[derive(Clone)]
 pub struct Auth {
     store: Store,
+    ring: Arc<KeyRing>,
     /// Set for good by the first key: revoking the last one must not open a server that was closed.
     closed: Arc<AtomicBool>,
 }
@@ -44,6 +53,19 @@ impl Caller {
         request.extensions().get::<Self>().cloned().unwrap_or(Self { key: None, open: false })
     }
 
+    /// Whoever holds `key`, or anyone on a server without keys: for work that goes on after the request that began it.
+    pub fn later(key: Option<Arc<ApiKey>>) -> Self {
+        Self { open: key.is_none(), key }
+    }
+
+    /// Whose files and batches the caller sees: all of them without keys and with an `admin` key, else those of the key.
+    pub fn viewer(&self) -> Viewer {
+        match &self.key {
+            Some(key) if !key.allows(Scope::Admin) => Viewer::Key(key.id.to_string()),
+            _ => Viewer::Anyone,
+        }
+    }
+
     /// Whether the caller may do this.
     pub fn allows(&self, scope: Scope) -> bool {
         self.key.as_ref().map_or(self.open, |key| key.allows(scope))
@@ -52,6 +74,43 @@ impl Caller {
     /// The key's id, as records hold it.
     pub fn key_id(&self) -> Option<String> {
         self.key.as_ref().map(|key| key.id.to_string())
+    }
+
+    /// Who shares a full engine with others: the key, or everybody who has none.
+    pub fn tenant(&self) -> Tenant {
+        // A key's id ends in bits that are as good as random, and begins with the time: all of it, folded.
+        let fold = |key: &Arc<ApiKey>| {
+            let (high, low) = key.id.as_u64_pair();
+            Tenant { id: high.rotate_left(32) ^ low, weight: key.terms.weight }
+        };
+        self.key.as_ref().map_or_else(Tenant::default, fold)
+    }
+
+    /// The tier that a request gets that asks for `asked`, `None` being whatever the caller has. Nobody gets a more urgent one than
+    /// the key has.
+    pub fn tier(&self, asked: Option<Tier>) -> Tier {
+        match &self.key {
+            Some(key) => asked.unwrap_or(key.terms.tier).max(key.terms.tier),
+            None => asked.unwrap_or_default(),
+        }
+    }
+
+    /// Whether the caller may put its requests ahead of other callers'.
+    pub fn may_hurry(&self) -> bool {
+        self.allows(Scope::Admin)
+    }
+
+    /// Fails on a model that is not among the key's.
+    pub fn check_model(&self, model: &str) -> Result<(), ApiError> {
+        if self.key.as_ref().is_none_or(|key| key.terms.allows_model(model)) {
+            return Ok(());
+        }
+        let shown: String = model.chars().take(200).collect();
+        let message = format!("This API key may not use the model `{shown}`. GET /v1/models lists those that it may use.");
+        Err(ApiError {
+            param: Some("model".into()),
+            ..ApiError::client(StatusCode::FORBIDDEN, Some("model_not_allowed"), message)
+        })
     }
 
     /// The key's name, which for annotators is theirs.
@@ -63,7 +122,12 @@ impl Caller {
 impl Auth {
     /// Over a store. `closed`: demand a key from the first request on, as on an address that others reach.
     pub fn new(store: Store, closed: bool) -> Self {
-        Self { store, closed: Arc::new(AtomicBool::new(closed)) }
+        Self::with_grace(store, closed, DEFAULT_GRACE)
+    }
+
+    /// The same; `grace` is how long a key that was seen is believed while the database is away.
+    pub fn with_grace(store: Store, closed: bool, grace: Duration) -> Self {
+        Self { ring: Arc::new(KeyRing::new(store.clone(), grace)), store, closed: Arc::new(AtomicBool::new(closed)) }
     }
 
     /// Whether a key was needed when it was last looked at.
@@ -83,26 +147,35 @@ impl Auth {
         Ok(any)
     }
 
-    async fn caller(&self, authorization: Option<HeaderValue>) -> Result<Caller, ApiError> {
+    async fn caller(&self, headers: &HeaderMap) -> Result<Caller, ApiError> {
         if !self.closed().await? {
             return Ok(Caller { key: None, open: true });
         }
-        let header = authorization.as_ref().map(HeaderValue::as_bytes).unwrap_or_default();
-        let secret = match header.split_at_checked(7) {
-            Some((scheme, secret)) if scheme.eq_ignore_ascii_case(b"bearer ") => {
-                std::str::from_utf8(secret).unwrap_or_default().trim()
-            }
-            _ => "",
-        };
+        let secret = secret(headers);
         if secret.is_empty() {
             let message =
                 "You did not provide an API key. Send it as `Authorization: Bearer KEY`; `tidemill key create` makes one.";
             return Err(unauthorized(message));
         }
-        match self.store.find_key(secret).await.map_err(|error| unchecked(&error))? {
-            Some(key) => Ok(Caller { key: Some(Arc::new(key)), open: false }),
-            None => Err(unauthorized("Incorrect API key provided: it is unknown or revoked. `tidemill key create` makes one.")),
+        match self.ring.find(secret, now()).await.map_err(|error| unchecked(&error))? {
+            Known::Key(key) => Ok(Caller { key: Some(key), open: false }),
+            Known::Expired => {
+                Err(unauthorized("This API key has expired. `tidemill key rotate` or `tidemill key create` makes one."))
+            }
+            Known::Nobody => {
+                let message = "Incorrect API key provided: it is unknown, revoked or expired. `tidemill key create` makes one.";
+                Err(unauthorized(message))
+            }
         }
+    }
+}
+
+/// The key in `Authorization: Bearer KEY`, or in `x-api-key`, where Anthropic's clients put it; empty when there is none.
+fn secret(headers: &HeaderMap) -> &str {
+    let bearer = headers.get(AUTHORIZATION).and_then(|header| header.to_str().ok()?.split_at_checked(7));
+    match bearer {
+        Some((scheme, secret)) if scheme.eq_ignore_ascii_case("bearer ") => secret.trim(),
+        _ => headers.get(API_KEY).and_then(|header| header.to_str().ok()).unwrap_or_default().trim(),
     }
 }
 
@@ -117,10 +190,16 @@ fn unauthorized(message: &str) -> ApiError {
 
 /// Middleware over all routes: lets a request through with its [`Caller`], or answers 401.
 pub async fn authenticate(State((auth, origins)): State<(Auth, Origins)>, mut request: Request, next: Next) -> Response {
+    // A request of this process, such as a batch's, brings its caller along; nothing that comes over a socket can.
+    if let Some(caller) = request.extensions().get::<Caller>() {
+        if let Some(trail) = request.extensions().get::<Trail>() {
+            trail.key(caller.key_id());
+        }
+        return next.run(request).await;
+    }
     let path = request.uri().path();
     let open = OPEN.iter().any(|open| path.strip_prefix(open).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')));
-    let authorization = request.headers().get(AUTHORIZATION).cloned();
-    let caller = if open { Ok(Caller { key: None, open: false }) } else { auth.caller(authorization).await };
+    let caller = if open { Ok(Caller { key: None, open: false }) } else { auth.caller(request.headers()).await };
     match caller {
         Ok(caller) => {
             if let Some(trail) = request.extensions().get::<Trail>() {
@@ -251,6 +330,23 @@ mod tests {
             let expected = across.then_some("foreign_origin");
             assert_eq!(refused(Method::POST, &[host.clone(), header.clone()]).as_deref(), expected, "{header:?}");
             assert_eq!(refused(Method::GET, &[host.clone(), header.clone()]), None, "{header:?}");
+        }
+    }
+
+    #[test]
+    fn a_key_comes_as_a_bearer_or_by_itself() {
+        let headers = |pairs: &[(HeaderName, &'static str)]| -> HeaderMap {
+            pairs.iter().map(|(name, value)| (name.clone(), HeaderValue::from_static(value))).collect()
+        };
+        for (pairs, expected) in [
+            (&[(AUTHORIZATION, "Bearer a ")][..], "a"),
+            (&[(AUTHORIZATION, "bearer a"), (API_KEY, "b")], "a"),
+            (&[(API_KEY, "b")], "b"),
+            (&[(AUTHORIZATION, "Basic a"), (API_KEY, "b")], "b"),
+            (&[(AUTHORIZATION, "Basic a")], ""),
+            (&[], ""),
+        ] {
+            assert_eq!(secret(&headers(pairs)), expected);
         }
     }
 }

@@ -2,23 +2,28 @@
 
 use crate::http::answer::json;
 use crate::http::app::App;
+use crate::http::call_rules::CallRules;
 use crate::http::error::ApiError;
 use crate::http::generate::{Asked, Pending, engine_request, enter, head};
 use crate::http::limits::off_path;
 use crate::http::sse;
+use crate::limits::Meter;
 use crate::openai::chat::ChatRequest;
 use crate::openai::chat_answer;
 use crate::openai::chat_output::{ChatCollected, OutputFormat};
 use crate::openai::chat_stream::{ChatReport, ChatStream};
+use crate::openai::parse::CallFormat;
 use crate::openai::response_format::Constrained;
+use crate::openai::tools::Tool;
 use crate::openai::wire::AnswerHead;
-use crate::recording::{Draft, Level};
+use crate::recording::{self, Draft, Level};
 use crate::telemetry::Follower;
-use crate::upstream::{Events, LocalModel, Upstream};
+use crate::upstream::{Events, LocalModel};
 use axum::extract::{Request, State};
 use axum::response::Response;
 use serde_json::Value;
 use std::sync::Arc;
+use tidemill_store::Tier;
 use uuid::Uuid;
 
 /// `POST /v1/chat/completions`
@@ -26,7 +31,7 @@ pub async fn chat(State(app): State<App>, request: Request) -> Result<Response, 
     let (in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
     let PreparedChat { run, head, report, stream } =
         app.body.parsed(request, move |body| PreparedChat::new(asked, &body)).await?;
-    let (format, n, tokenizer) = (run.format, run.choice_ids.len(), run.model.tokenizer().clone());
+    let (format, n, tokenizer) = (run.format.clone(), run.choice_ids.len(), run.model.tokenizer().clone());
     let events = run.start().await?;
     if stream {
         return Ok(sse::response(events, ChatStream::new(&head, n, report, format, tokenizer), in_flight));
@@ -47,8 +52,12 @@ pub struct ChatRun {
     pub choice_ids: Vec<Uuid>,
     /// How the model writes reasoning and tool calls.
     pub format: OutputFormat,
+    /// The tier that the request was given.
+    pub tier: Tier,
     request: tidemill_engine::Request,
+    meter: Meter,
     constraint: Option<Constrained>,
+    calls: Option<CallRules>,
     processed: bool,
     record: Option<Pending>,
     follower: Option<Follower>,
@@ -57,24 +66,37 @@ pub struct ChatRun {
 impl ChatRun {
     /// Everything that can be refused is refused here. `endpoint` is what the record calls it, such as `chat`.
     pub fn prepare(asked: Asked, endpoint: &'static str, chat: &ChatRequest) -> Result<Self, ApiError> {
-        let Upstream::Local(model) = asked.app.registry.find(Some(&chat.model))?;
+        let model = asked.model(&chat.model)?;
         let generation = &chat.generation;
         model.check_choices(generation.n, "n")?;
-        let (text, prompt) = model.chat_tokens(&chat.prompt)?;
-        model.check_fit(prompt.len(), generation.max_tokens, "messages")?;
-        let sampling = generation.sampling(model.defaults(), chat.logprobs);
+        let offered = chat.offered_tools();
+        let (text, prompt) = model.chat_tokens(&chat.prompt, &offered)?;
+        model.check_fit(prompt.len(), generation.max_tokens.filter(|_| !generation.shorten), "messages")?;
+        let mut sampling = generation.sampling(model.defaults(), chat.logprobs);
+        sampling.shown_special = Arc::clone(model.shown_special());
         if generation.about.compare && sampling.temperature == 0.0 {
             let message = "Invalid 'tidemill.compare': at temperature 0 all choices are the same; raise 'temperature'.";
             return Err(ApiError::invalid("tidemill.compare", "invalid_value", message));
         }
         let id = asked.app.store.issue_id();
+        let single_call = !chat.parallel_tool_calls;
+        let mut format = OutputFormat { single_call, ..model.parsers().format(&text, &offered, id.as_u128()) };
+        let calls = CallRules::of(chat, &format, &text);
+        if calls.is_some() {
+            format.calls = format.calls.map(|calls| CallFormat::Json(calls.constrained()));
+        }
         let level = asked.level(endpoint, &model, id)?;
         let choice_ids = asked.choice_ids(id, generation.n);
-        let request = engine_request(&model, id, prompt, sampling, generation);
+        let request = asked.placed(engine_request(&model, id, prompt, sampling, generation), generation);
+        let (tier, meter) = (asked.tier(generation), asked.admit(&model, vec![request.prompt.len()])?);
         let draft = || {
             let mut inference = asked.inference(endpoint, &model, &request, &generation.about);
+            if let Some(constrained) = &chat.constraint {
+                recording::constrained(&mut inference.params, &constrained.constraint);
+            }
             if level == Level::Full {
                 inference.messages = Some(Value::Array(chat.prompt.messages.clone()));
+                inference.params = inference.params.map(|params| with_tools(params, &offered));
                 inference.prompt_text = Some(text);
             }
             Draft { inference, candidates: choice_ids.len(), choice_ids: choice_ids.clone(), prompt_only: false }
@@ -83,7 +105,7 @@ impl ChatRun {
         let drafts = (level != Level::Off).then(|| vec![draft()]);
         let record = drafts.map(|drafts| asked.pending(level, drafts));
         let (processed, constraint) = (generation.processed_logprobs, chat.constraint.clone());
-        Ok(Self { model, id, choice_ids, format: OutputFormat::Plain, request, constraint, processed, record, follower })
+        Ok(Self { model, id, choice_ids, format, tier, request, meter, constraint, calls, processed, record, follower })
     }
 
     /// The prompt's tokens.
@@ -94,12 +116,25 @@ impl ChatRun {
     /// Compiles its constraint, if it has one, and hands it to the engine. The record begins once the engine has taken it: what is
     /// refused is no answer.
     pub async fn start(mut self) -> Result<Events, ApiError> {
-        if let Some(constraint) = &self.constraint {
+        let constraint = match &self.calls {
+            Some(calls) => Some(calls.constraint(&self.model, &self.format, self.constraint.as_ref()).await?),
+            None => self.constraint,
+        };
+        if let Some(constraint) = &constraint {
             self.request.sampling.grammar = Some(self.model.grammar(constraint).await?);
         }
         let events = self.model.submit(vec![self.request])?;
-        Ok(events.recorded(self.record.map(Pending::start)).followed(self.follower).showing(self.processed))
+        let events = events.recorded(self.record.map(Pending::start)).metered(self.meter).followed(self.follower);
+        Ok(events.showing(self.processed))
     }
+}
+
+/// Parameters for the record, with the tools that the model was told of.
+fn with_tools(mut params: Value, offered: &[&Tool]) -> Value {
+    if let (Some(params), false) = (params.as_object_mut(), offered.is_empty()) {
+        params.insert("tools".into(), offered.iter().map(|tool| tool.to_template()).collect());
+    }
+    params
 }
 
 struct PreparedChat {
@@ -122,7 +157,9 @@ impl PreparedChat {
             include_usage: generation.include_usage,
             echo: chat.echoed_text().map(str::to_owned),
             choice_ids: generation.about.compare.then(choice_ids),
+            legacy_calls: chat.legacy_calls,
         };
-        Ok(Self { head: head(&run.model, run.id, "chatcmpl", object), report, stream: generation.stream, run })
+        let head = AnswerHead { service_tier: run.tier, ..head(&run.model, run.id, "chatcmpl", object) };
+        Ok(Self { head, report, stream: generation.stream, run })
     }
 }

@@ -6,15 +6,16 @@ use crate::http::error::ApiError;
 use crate::http::generate::{Asked, Pending, collect, engine_request, enter, head};
 use crate::http::limits::off_path;
 use crate::http::sse;
+use crate::limits::Meter;
 use crate::openai::collected::Collected;
 use crate::openai::completion_answer::{self, CompletionReport, PromptEcho};
 use crate::openai::completion_stream::CompletionStream;
 use crate::openai::completions::{CompletionRequest, PromptInput};
 use crate::openai::response_format::Constrained;
 use crate::openai::wire::AnswerHead;
-use crate::recording::{Draft, Level};
+use crate::recording::{self, Draft, Level};
 use crate::telemetry::Follower;
-use crate::upstream::{LocalModel, Upstream};
+use crate::upstream::LocalModel;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use serde_json::Value;
@@ -29,8 +30,13 @@ pub async fn completions(State(app): State<App>, request: Request) -> Result<Res
         let grammar = prepared.model.grammar(constraint).await?;
         prepared.requests.iter_mut().for_each(|request| request.sampling.grammar = Some(grammar.clone()));
     }
-    let events = prepared.model.submit(prepared.requests)?.recorded(prepared.record.map(Pending::start));
-    let events = events.followed(prepared.follower).showing(prepared.processed);
+    let events = prepared
+        .model
+        .submit(prepared.requests)?
+        .recorded(prepared.record.map(Pending::start))
+        .metered(prepared.meter)
+        .followed(prepared.follower)
+        .showing(prepared.processed);
     let tokenizer = prepared.model.tokenizer();
     if prepared.stream {
         let encoder = CompletionStream::new(&prepared.head, prepared.n, prepared.report, tokenizer);
@@ -56,12 +62,13 @@ struct PreparedCompletion {
     processed: bool,
     record: Option<Pending>,
     follower: Option<Follower>,
+    meter: Meter,
 }
 
 impl PreparedCompletion {
     fn new(asked: Asked, body: &Value) -> Result<Self, ApiError> {
         let completion = CompletionRequest::parse(body)?;
-        let Upstream::Local(model) = asked.app.registry.find(Some(&completion.model))?;
+        let model = asked.model(&completion.model)?;
         let generation = &completion.generation;
         model.check_choices(completion.best_of, if completion.best_of > generation.n { "best_of" } else { "n" })?;
         model.check_prompts(completion.prompts.len())?;
@@ -90,8 +97,12 @@ impl PreparedCompletion {
             // The first prompt carries the answer's id; each has a record of its own.
             let own = if at == 0 { id } else { asked.app.store.issue_id() };
             let request = engine_request(&model, own, tokens.clone(), sampling.clone(), generation);
+            let request = asked.placed(request, generation);
             if level != Level::Off {
                 let mut inference = asked.inference("completion", &model, &request, &generation.about);
+                if let Some(constrained) = &completion.constraint {
+                    recording::constrained(&mut inference.params, &constrained.constraint);
+                }
                 inference.prompt_text = (level == Level::Full).then(text);
                 let choice_ids = asked.choice_ids(own, generation.n);
                 drafts.push(Draft { inference, choice_ids, candidates: completion.best_of, prompt_only });
@@ -99,8 +110,11 @@ impl PreparedCompletion {
             requests.push(request);
             echoes.push(PromptEcho { text: completion.echo.then(text), tokens });
         }
+        let meter = asked.admit(&model, requests.iter().map(|request| request.prompt.len()).collect())?;
+        let head = head(&model, id, "cmpl", "text_completion");
         Ok(Self {
-            head: head(&model, id, "cmpl", "text_completion"),
+            head: AnswerHead { service_tier: asked.tier(generation), ..head },
+            meter,
             report: CompletionReport {
                 logprobs: completion.logprobs,
                 prompt_logprobs: generation.prompt_logprobs.is_some(),

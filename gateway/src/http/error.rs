@@ -3,7 +3,7 @@
 use axum::response::{IntoResponse, Response};
 use bytes::{BufMut, Bytes, BytesMut};
 use hyper::StatusCode;
-use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use serde::Serialize;
 use std::borrow::Cow;
 use tidemill_engine::SubmitError;
@@ -23,6 +23,8 @@ pub struct ApiError {
     pub code: Option<Cow<'static, str>>,
     /// Seconds, for `Retry-After`.
     pub retry_after: Option<u32>,
+    /// Sending the same again cannot help: clients that would retry by themselves are told not to.
+    pub no_retry: bool,
 }
 
 #[derive(Serialize)]
@@ -48,6 +50,7 @@ impl ApiError {
             param: None,
             code: None,
             retry_after: None,
+            no_retry: false,
         }
     }
 
@@ -120,6 +123,11 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = self.retry_after {
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
+        if self.no_retry {
+            headers.insert(HeaderName::from_static("x-should-retry"), HeaderValue::from_static("false"));
+        }
+        // For those who say it in another API's words.
+        response.extensions_mut().insert(self);
         response
     }
 }
@@ -129,6 +137,9 @@ impl From<SubmitError> for ApiError {
         match error {
             SubmitError::QueueFull { retry_after_s, .. } => {
                 Self::unavailable(Some("queue_full"), error.to_string(), retry_after_s)
+            }
+            SubmitError::TooLate { retry_after_s, .. } => {
+                Self::unavailable(Some("deadline_unreachable"), error.to_string(), retry_after_s)
             }
             SubmitError::Draining => Self::unavailable(Some("draining"), error.to_string(), 5),
             SubmitError::TooLong { prompt, limit } => Self::context_length(limit, prompt, None, "messages"),

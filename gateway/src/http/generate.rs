@@ -3,20 +3,25 @@
 use crate::clock::now;
 use crate::http::app::App;
 use crate::http::auth::Caller;
+use crate::http::deadline;
 use crate::http::drain::InFlight;
 use crate::http::error::ApiError;
+use crate::http::tier::{self, BATCH_PRIORITY};
+use crate::limits::Meter;
+use crate::limits::headers::RateSlot;
 use crate::openai::about::About;
 use crate::openai::collected::{Collected, Flow};
 use crate::openai::generation::Generation;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{self, Draft, Level, Recorder};
 use crate::telemetry::{Follower, Trail};
-use crate::upstream::{Events, LocalModel};
+use crate::upstream::{Events, LocalModel, Upstream};
 use axum::extract::Request;
+use std::sync::Arc;
 use std::time::Instant;
-use tidemill_engine::{AdapterGeneration, RequestId, SamplingParams};
-use tidemill_store::Store;
+use tidemill_engine::{AdapterGeneration, RequestId, SamplingParams, Tenant};
 use tidemill_store::records::{Inference, Status};
+use tidemill_store::{Store, Tier};
 use uuid::Uuid;
 
 /// Lets a request in, unless the server is leaving.
@@ -43,6 +48,7 @@ pub fn head(model: &LocalModel, id: Uuid, prefix: &str, object: &'static str) ->
         created: now().unsigned_abs() / 1_000_000,
         model: model.name().to_owned(),
         system_fingerprint: model.fingerprint().to_owned(),
+        service_tier: Tier::Default,
     }
 }
 
@@ -63,6 +69,8 @@ pub fn engine_request(
         priority: generation.priority,
         cache_salt: generation.cache_salt.clone(),
         adapter: AdapterGeneration::default(),
+        tenant: Tenant::default(),
+        deadline: None,
     }
 }
 
@@ -74,19 +82,75 @@ pub struct Asked {
     pub caller: Caller,
     /// When the request came.
     pub arrived: Instant,
+    /// Nobody waits for the answer.
+    pub background: bool,
+    /// When the answer is of no more use.
+    pub deadline: Option<Instant>,
+    /// Where the levels of its limits are left for the response.
+    rate: RateSlot,
     trail: Option<Trail>,
 }
+
+/// An extension of requests that a batch sends: whatever anybody waits for goes before them.
+#[derive(Clone, Copy, Debug)]
+pub struct Background;
 
 impl Asked {
     /// Of a request whose body is not read yet.
     pub fn new(app: &App, request: &Request) -> Self {
-        Self { app: app.clone(), caller: Caller::of(request), arrived: Instant::now(), trail: request.extensions().get().cloned() }
+        let background = request.extensions().get::<Background>().is_some();
+        let arrived = Instant::now();
+        let rate = request.extensions().get::<RateSlot>().cloned().unwrap_or_default();
+        let deadline = deadline::of(request.headers(), arrived);
+        Self {
+            app: app.clone(),
+            caller: Caller::of(request),
+            arrived,
+            background,
+            deadline,
+            rate,
+            trail: request.extensions().get().cloned(),
+        }
     }
 
     /// Follows the answers to `requests` for the log and the trace; give it to the events with [`Events::followed`]. `operation` is
     /// `chat`, `text_completion` or `embeddings`.
     pub fn follow(&self, operation: &'static str, model: &LocalModel, requests: &[tidemill_engine::Request]) -> Option<Follower> {
         self.trail.as_ref().map(|trail| trail.follow(operation, model, requests))
+    }
+
+    /// The model of this name, if the caller may use it.
+    pub fn model(&self, name: &str) -> Result<Arc<LocalModel>, ApiError> {
+        // First of all: what exists here is not everybody's business.
+        self.caller.check_model(name)?;
+        let Upstream::Local(model) = self.app.registry.find(Some(name))?;
+        Ok(model)
+    }
+
+    /// Lets a request in whose prompts have so many tokens each, or says which limit it would break. The place within the limits is
+    /// held until the meter is dropped: give it to the events with [`Events::metered`].
+    pub fn admit(&self, model: &LocalModel, inputs: Vec<usize>) -> Result<Meter, ApiError> {
+        let (admitted, levels) = self.app.limits.admit(self.caller.key.as_deref(), model.name(), inputs);
+        self.rate.set(levels);
+        admitted
+    }
+
+    /// The tier that a request gets.
+    pub fn tier(&self, generation: &Generation) -> Tier {
+        self.caller.tier(generation.about.tier)
+    }
+
+    /// The priority in the engine of a request that gives itself `own` within `tier`; lower runs first.
+    pub fn priority(&self, tier: Tier, own: i32) -> i32 {
+        if self.background { BATCH_PRIORITY } else { tier::priority(tier, own, self.caller.may_hurry()) }
+    }
+
+    /// The request with its place in line: whose it is, how urgent, until when.
+    pub fn placed(&self, mut request: tidemill_engine::Request, generation: &Generation) -> tidemill_engine::Request {
+        request.tenant = self.caller.tenant();
+        request.priority = self.priority(self.tier(generation), generation.priority);
+        request.deadline = self.deadline;
+        request
     }
 
     /// How much of the answer is recorded; 503 when there is no room for what should be.

@@ -12,9 +12,9 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 
 /// Bodies above this are parsed and tokenised away from the threads that move bytes.
-const LONG_WORK: usize = 64 * 1024;
+pub const LONG_WORK: usize = 64 * 1024;
 /// What a client may still send after its body was found too large, so that it gets to read the answer instead of a reset.
-const DISCARD: usize = 64 * 1024 * 1024;
+pub const DISCARD: usize = 64 * 1024 * 1024;
 
 /// Bounds on a request's body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +23,21 @@ pub struct BodyLimits {
     pub bytes: usize,
     /// Most time from the first byte to the last.
     pub time: Duration,
+}
+
+/// Bounds on files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileLimits {
+    /// Most bytes of one file.
+    pub file: u64,
+    /// Most bytes of all files in the data directory. What batches write counts, but is not refused.
+    pub total: u64,
+}
+
+impl Default for FileLimits {
+    fn default() -> Self {
+        Self { file: 200 << 20, total: 16 << 30 }
+    }
 }
 
 impl Default for BodyLimits {
@@ -87,7 +102,7 @@ impl BodyLimits {
 }
 
 /// Parses a body. Nesting deeper than 128 levels is refused by the parser.
-fn parse_json(body: &[u8]) -> Result<Value, ApiError> {
+pub fn parse_json(body: &[u8]) -> Result<Value, ApiError> {
     serde_json::from_slice(body)
         .map_err(|error| ApiError::bad_request(format!("We could not parse the JSON body of your request: {error}.")))
 }

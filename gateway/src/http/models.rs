@@ -2,9 +2,10 @@
 
 use crate::http::answer::answer;
 use crate::http::app::App;
+use crate::http::auth::Caller;
 use crate::http::error::ApiError;
 use crate::upstream::{LoadState, Upstream};
-use axum::extract::{Path, State};
+use axum::extract::{Path, Request, State};
 use axum::response::Response;
 use hyper::StatusCode;
 use serde::Serialize;
@@ -35,13 +36,16 @@ fn cards(app: &App) -> impl Iterator<Item = ModelCard> {
     })
 }
 
-/// `GET /v1/models`
-pub async fn list(State(app): State<App>) -> Response {
-    answer(StatusCode::OK, &ModelList { object: "list", data: cards(&app).collect() })
+/// `GET /v1/models`: those that the caller may use.
+pub async fn list(State(app): State<App>, request: Request) -> Response {
+    let caller = Caller::of(&request);
+    let data = cards(&app).filter(|card| caller.check_model(&card.id).is_ok()).collect();
+    answer(StatusCode::OK, &ModelList { object: "list", data })
 }
 
 /// `GET /v1/models/{id}`; the id may hold slashes, plain or as `%2F`.
-pub async fn get(State(app): State<App>, Path(id): Path<String>) -> Result<Response, ApiError> {
+pub async fn get(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
+    Caller::of(&request).check_model(&id)?;
     let card = cards(&app).find(|card| card.id == id).ok_or_else(|| ApiError::model_not_found(&id))?;
     Ok(answer(StatusCode::OK, &card))
 }

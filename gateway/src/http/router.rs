@@ -1,10 +1,15 @@
 //! Which path goes where.
 
+use crate::anthropic::error::in_their_words;
 use crate::console;
 use crate::http::app::App;
 use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
-use crate::http::{chat, completions, datasets, feedback, interchange, labeling, models, observe, probes, tokens};
+use crate::http::{
+    batches, chat, completions, datasets, embeddings, feedback, files, interchange, keys, labeling, messages, models, observe,
+    probes, tokens,
+};
+use crate::limits::shed;
 use axum::Router;
 use axum::extract::Request;
 use axum::middleware::{Next, from_fn, from_fn_with_state};
@@ -21,8 +26,13 @@ pub fn router(app: App) -> Router {
     let generating = Router::new()
         .route("/v1/chat/completions", post(chat::chat))
         .route("/v1/completions", post(completions::completions))
+        .route("/v1/embeddings", post(embeddings::embeddings))
+        .route("/v1/moderations", post(embeddings::moderations))
+        .route("/v1/messages", post(messages::create))
+        .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
+        .route_layer(from_fn_with_state(app.clone(), shed))
         .route_layer(require(Scope::Chat));
     let judging = Router::new()
         .route("/v1/feedback", post(feedback::create).get(feedback::list))
@@ -32,9 +42,12 @@ pub fn router(app: App) -> Router {
         .merge(generating)
         .merge(judging)
         .merge(datasets::routes())
+        .merge(files::routes())
+        .merge(batches::routes())
         .merge(labeling::routes())
         .merge(interchange::routes())
         .merge(console::routes())
+        .merge(keys::routes())
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::get))
         .route("/health", get(probes::health))
@@ -49,6 +62,7 @@ pub fn router(app: App) -> Router {
         // Around the keys: a browser asks for leave before it sends one, and may read why it was refused.
         .layer(tower::util::option_layer(cors))
         .layer(from_fn_with_state(app.observer.clone(), observe::observe))
+        .layer(from_fn(in_their_words))
         .with_state(app)
 }
 

@@ -2,9 +2,11 @@
 
 use crate::http::answer::answer;
 use crate::http::app::App;
+use crate::http::auth::Caller;
 use crate::http::error::ApiError;
 use crate::openai::chat::ChatPrompt;
 use crate::openai::fields::Fields;
+use crate::openai::tools::{self, Tool};
 use crate::upstream::{Registry, Upstream};
 use axum::extract::{Request, State};
 use axum::response::Response;
@@ -14,7 +16,8 @@ use std::sync::Arc;
 
 /// A text or a conversation to token ids.
 pub async fn tokenize(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
-    with_body(app, request, |registry, body| {
+    let caller = Caller::of(&request);
+    with_body(app, request, move |registry, body| {
         let mut fields = Fields::root(body)?;
         let model = fields.string("model")?;
         let with_texts = fields.bool_or("return_token_strs", false)?;
@@ -23,13 +26,17 @@ pub async fn tokenize(State(app): State<App>, request: Request) -> Result<Respon
         let add_special = fields.bool_or("add_special_tokens", text.is_some())?;
         let chat = match text {
             Some(_) => None,
-            None if body.get("messages").is_some() => Some(ChatPrompt::parse(&mut fields)?),
+            None if body.get("messages").is_some() => Some((ChatPrompt::parse(&mut fields)?, tools::parse(&mut fields)?.tools)),
             None => return Err(fields.require("prompt").err().unwrap_or_else(|| ApiError::fault("prompt was there"))),
         };
         fields.finish()?;
         let Upstream::Local(model) = registry.find(model)?;
+        caller.check_model(model.name())?;
         let tokens = match &chat {
-            Some(chat) => model.encode(&model.render(chat)?, add_special, "messages")?,
+            Some((chat, tools)) => {
+                let tools: Vec<&Tool> = tools.iter().collect();
+                model.encode(&model.render(chat, &tools)?, add_special, "messages")?
+            }
             None => model.encode(text.unwrap_or_default(), add_special, "prompt")?,
         };
         let spelt = |id: &u32| model.tokenizer().token(*id).unwrap_or_default();
@@ -41,12 +48,14 @@ pub async fn tokenize(State(app): State<App>, request: Request) -> Result<Respon
 
 /// Token ids to text.
 pub async fn detokenize(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
-    with_body(app, request, |registry, body| {
+    let caller = Caller::of(&request);
+    with_body(app, request, move |registry, body| {
         let mut fields = Fields::root(body)?;
         let model = fields.string("model")?;
         let tokens = fields.require("tokens")?.token_ids(usize::MAX)?;
         fields.finish()?;
         let Upstream::Local(model) = registry.find(model)?;
+        caller.check_model(model.name())?;
         model.check_tokens(&tokens, "tokens")?;
         Ok(json!({"prompt": model.tokenizer().decode(&tokens, false)}))
     })

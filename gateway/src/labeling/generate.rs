@@ -10,13 +10,13 @@ use hyper::StatusCode;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidemill_engine::{AdapterGeneration, FinishReason, RequestId};
+use tidemill_engine::{AdapterGeneration, FinishReason, RequestId, Tenant};
 use tidemill_store::label::{Draft, NewTask};
 use tidemill_store::records::{Inference, Status};
 use uuid::Uuid;
 
 /// Requests of people have 0 unless they say otherwise; lower runs first.
-const PRIORITY: i32 = 1_000_000;
+const PRIORITY: i32 = crate::http::tier::BATCH_PRIORITY;
 /// Longest answer.
 const MAX_TOKENS: usize = 1024;
 /// Models whose own default is lower are asked with this temperature.
@@ -118,7 +118,7 @@ fn prepare(
     }
     let mut chat = ChatRequest::parse(&body)?;
     model.check_choices(n, "n")?;
-    let (prompt_text, prompt) = model.chat_tokens(&chat.prompt)?;
+    let (prompt_text, prompt) = model.chat_tokens(&chat.prompt, &chat.offered_tools())?;
     model.check_fit(prompt.len(), None, "messages")?;
     chat.generation.max_tokens = Some(MAX_TOKENS.min(model.context().saturating_sub(prompt.len())));
     let sampling = chat.generation.sampling(model.defaults(), None);
@@ -154,6 +154,8 @@ fn prepare(
         priority: PRIORITY,
         cache_salt: None,
         adapter: AdapterGeneration::default(),
+        tenant: Tenant::default(),
+        deadline: None,
     };
     Ok((request, Record { inference, choice_ids: ids, candidates: n, prompt_only: false }))
 }

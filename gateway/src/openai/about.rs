@@ -1,8 +1,9 @@
-//! What a request says about its caller and its place: recorded, and without influence on the tokens.
+//! What a request says about its caller and its place: without influence on the tokens.
 
 use crate::http::error::ApiError;
-use crate::openai::fields::Fields;
+use crate::openai::fields::{Field, Fields};
 use serde_json::{Map, Value};
+use tidemill_store::Tier;
 
 /// Longest id of a conversation, in characters.
 const MAX_CONVERSATION: usize = 256;
@@ -18,6 +19,8 @@ pub struct About {
     pub conversation: Option<String>,
     /// `tidemill.compare`: the choices are made to be compared.
     pub compare: bool,
+    /// `service_tier`; `None` is whatever the caller has.
+    pub tier: Option<Tier>,
 }
 
 impl About {
@@ -29,12 +32,19 @@ impl About {
         for key in ["prompt_cache_key", "prompt_cache_retention"] {
             fields.string(key)?;
         }
-        if let Some(tier) = fields.get("service_tier") {
-            tier.one_of(&["auto", "default", "flex", "scale", "priority"])?;
-        }
-        let metadata = metadata(fields)?;
+        let tier = match fields.get("service_tier") {
+            // OpenAI's scale tier is bought by contract; here it is whatever the key has.
+            Some(field) => match field.one_of(&["auto", "default", "flex", "scale", "priority"])? {
+                "default" => Some(Tier::Default),
+                "flex" => Some(Tier::Flex),
+                "priority" => Some(Tier::Priority),
+                _ => None,
+            },
+            None => None,
+        };
+        let metadata = fields.get("metadata").map_or(Ok(Map::new()), |field| metadata(&field))?;
         let named = metadata.get("conversation_id").and_then(Value::as_str).filter(|id| !id.is_empty()).map(str::to_owned);
-        let mut about = Self { user_key: safety_identifier.or(user), metadata, conversation: named, compare: false };
+        let mut about = Self { user_key: safety_identifier.or(user), metadata, conversation: named, compare: false, tier };
         if let Some(own) = fields.get("tidemill") {
             let mut own = own.object()?;
             if let Some(conversation) = own.get("conversation") {
@@ -52,8 +62,8 @@ impl About {
     }
 }
 
-fn metadata(fields: &mut Fields<'_>) -> Result<Map<String, Value>, ApiError> {
-    let Some(metadata) = fields.get("metadata") else { return Ok(Map::new()) };
+/// A client's own pairs: at most 16, keys of at most 64 characters, values of at most 512.
+pub fn metadata(metadata: &Field<'_>) -> Result<Map<String, Value>, ApiError> {
     let map = metadata.map()?;
     if map.len() > 16 {
         let why = format!("too many properties. Expected an object with at most 16 properties, but got {} instead.", map.len());

@@ -5,6 +5,7 @@ use crate::openai::fields::{Field, Fields};
 use crate::openai::generation::{Generation, MAX_TOP_LOGPROBS, count};
 use crate::openai::messages;
 use crate::openai::response_format::{self, Constrained};
+use crate::openai::tools::{self, Tool, ToolChoice, ToolUse};
 use serde_json::{Map, Value};
 
 /// A chat request whose every field was checked.
@@ -20,6 +21,14 @@ pub struct ChatRequest {
     pub logprobs: Option<u32>,
     /// Start the answer with the last message's text when that message is the assistant's.
     pub echo: bool,
+    /// What the model may call.
+    pub tools: Vec<Tool>,
+    /// Whether it may or must, and what.
+    pub tool_choice: ToolChoice,
+    /// Several calls in one answer.
+    pub parallel_tool_calls: bool,
+    /// Calls are answered as the older `function_call`.
+    pub legacy_calls: bool,
     /// What the answer must look like.
     pub constraint: Option<Constrained>,
 }
@@ -58,13 +67,24 @@ impl ChatRequest {
         let echo = fields.bool_or("echo", false)?;
         let constraint = response_format::parse(&mut fields)?;
         text_only(&mut fields)?;
-        no_tools(&mut fields)?;
+        let ToolUse { tools, choice: tool_choice, parallel: parallel_tool_calls, legacy: legacy_calls } =
+            tools::parse(&mut fields)?;
         if let Some(field) = fields.get("verbosity") {
             field.one_of(&["low", "medium", "high"])?;
         }
         fields.ignore(&["prediction"]);
         fields.finish()?;
-        Ok(Self { model, prompt, generation, logprobs, echo, constraint })
+        Ok(Self { model, prompt, generation, logprobs, echo, tools, tool_choice, parallel_tool_calls, legacy_calls, constraint })
+    }
+
+    /// The tools that the model is told of: those that it may call. A named one is not told of alone, so that the prompt of a
+    /// conversation stays the same when one turn names its tool.
+    pub fn offered_tools(&self) -> Vec<&Tool> {
+        let offered = |tool: &&Tool| match &self.tool_choice {
+            ToolChoice::Named(_) => true,
+            choice => choice.allows(&tool.name),
+        };
+        self.tools.iter().filter(offered).collect()
     }
 
     /// With `echo`: what the answer starts with.
@@ -145,27 +165,5 @@ fn text_only(fields: &mut Fields<'_>) -> Result<(), ApiError> {
     {
         return Err(store.unsupported("is not supported: this server does not store completions yet."));
     }
-    Ok(())
-}
-
-/// Tools do not exist here yet. A request that merely says "no tools" is served; one that offers some is refused, because an
-/// answer that cannot call them would look like the model's choice.
-fn no_tools(fields: &mut Fields<'_>) -> Result<(), ApiError> {
-    const WHY: &str = "is not supported: this server does not call tools yet.";
-    for key in ["tools", "functions"] {
-        if let Some(field) = fields.get(key)
-            && !field.array(128)?.is_empty()
-        {
-            return Err(field.unsupported(WHY));
-        }
-    }
-    for key in ["tool_choice", "function_call"] {
-        if let Some(field) = fields.get(key)
-            && !matches!(field.value.as_str(), Some("none" | "auto"))
-        {
-            return Err(field.unsupported(WHY));
-        }
-    }
-    fields.bool_or("parallel_tool_calls", true)?;
     Ok(())
 }

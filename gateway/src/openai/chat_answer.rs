@@ -1,6 +1,6 @@
 //! A chat answer as one JSON object.
 
-use crate::openai::chat_output::{ChatCollected, ChatFinish};
+use crate::openai::chat_output::{ChatChoice, ChatCollected, ToolCall};
 use crate::openai::chat_stream::{ChatReport, OwnFields};
 use crate::openai::wire::{AnswerHead, TokenLogprob, UsageJson, finite, put};
 use bytes::{BufMut, Bytes, BytesMut};
@@ -15,7 +15,7 @@ struct Choice<'a> {
     logprobs: Option<Logprobs>,
     finish_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    token_ids: Option<Vec<u32>>,
+    token_ids: Option<&'a [u32]>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tidemill: Option<OwnFields<'a>>,
 }
@@ -23,9 +23,45 @@ struct Choice<'a> {
 #[derive(Serialize)]
 struct Message<'a> {
     role: &'static str,
-    content: &'a str,
+    /// Null where there are only calls.
+    content: Option<&'a str>,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    reasoning_content: &'a str,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<Call<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    function_call: Option<Function<'a>>,
     refusal: Option<()>,
     annotations: [(); 0],
+}
+
+#[derive(Serialize)]
+struct Call<'a> {
+    id: &'a str,
+    r#type: &'static str,
+    function: Function<'a>,
+}
+
+#[derive(Serialize)]
+struct Function<'a> {
+    name: &'a str,
+    arguments: &'a str,
+}
+
+impl<'a> Message<'a> {
+    fn new(content: &'a str, choice: &'a ChatChoice, legacy: bool) -> Self {
+        let function = |call: &'a ToolCall| Function { name: &call.name, arguments: &call.arguments };
+        let (older, calls) = if legacy { (choice.calls.first(), &[][..]) } else { (None, choice.calls.as_slice()) };
+        Self {
+            role: "assistant",
+            content: (!content.is_empty() || choice.calls.is_empty()).then_some(content),
+            reasoning_content: &choice.reasoning,
+            tool_calls: calls.iter().map(|call| Call { id: &call.id, r#type: "function", function: function(call) }).collect(),
+            function_call: older.map(function),
+            refusal: None,
+            annotations: [],
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -46,13 +82,10 @@ pub fn to_json(head: &AnswerHead, report: &ChatReport, tokenizer: &Tokenizer, co
         });
         let json = Choice {
             index,
-            message: Message { role: "assistant", content: &content, refusal: None, annotations: [] },
+            message: Message::new(&content, choice, report.legacy_calls),
             logprobs,
-            finish_reason: choice.finish.map(ChatFinish::as_str),
-            token_ids: report
-                .prompt_token_ids
-                .is_some()
-                .then(|| choice.records.iter().map(|r| r.token).chain(choice.end_marker).collect()),
+            finish_reason: choice.finish.map(|reason| report.finish_reason(reason)),
+            token_ids: report.prompt_token_ids.is_some().then_some(choice.token_ids.as_slice()),
             tidemill: report.own_fields(index),
         };
         if index > 0 {

@@ -2,18 +2,13 @@
 //!
 //! Every endpoint that converses (chat, responses, messages) writes these same events in its own form.
 
+use crate::http::deadline;
 use crate::http::error::ApiError;
 use crate::openai::collected::{cancelled, is_end_marker};
+pub use crate::openai::parse::OutputFormat;
+use crate::openai::parse::Parser;
 use crate::upstream::Events;
 use tidemill_engine::{Event, FinishReason, StopCause, TokenRecord, Usage};
-
-/// How a model writes reasoning and tool calls into its text.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OutputFormat {
-    /// Neither: all is content.
-    #[default]
-    Plain,
-}
 
 /// A piece of an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,6 +71,8 @@ pub struct ChatUsage {
 pub enum ChatEvent {
     /// The prompt is computed.
     Prompt {
+        /// Of its tokens, those found in the prefix cache.
+        cached_tokens: usize,
         /// Log-probabilities of its tokens when asked for.
         logprobs: Option<Vec<Option<TokenRecord>>>,
     },
@@ -87,6 +84,8 @@ pub enum ChatEvent {
         delta: Delta,
         /// The tokens that became certain with it, when they are kept.
         records: Vec<TokenRecord>,
+        /// Before them, tokens that only were marks, such as `<tool_call>`.
+        marks: Vec<u32>,
     },
     /// A choice ended.
     Finished {
@@ -96,33 +95,13 @@ pub enum ChatEvent {
         reason: ChatFinish,
         /// What stopped it.
         stop: Option<StopCause>,
+        /// Tokens since the last delta that only were marks, when tokens are kept.
+        marks: Vec<u32>,
         /// The token that only ended it, when tokens are kept.
         end_marker: Option<u32>,
     },
     /// The answer is complete.
     Done(ChatUsage),
-}
-
-/// Splits the text of one choice.
-#[derive(Debug)]
-struct Parser {
-    format: OutputFormat,
-    /// Tokens whose text is not certain yet.
-    held: Vec<TokenRecord>,
-    called: bool,
-}
-
-impl Parser {
-    fn push(&mut self, text: String, last: bool, deltas: &mut Vec<Delta>) {
-        match self.format {
-            OutputFormat::Plain => {
-                if !text.is_empty() || (last && !self.held.is_empty()) {
-                    deltas.push(Delta::Text(text));
-                }
-            }
-        }
-        self.called |= deltas.iter().any(|delta| matches!(delta, Delta::Call { .. }));
-    }
 }
 
 /// Turns the engine's events for one conversation into those of its answer.
@@ -136,37 +115,39 @@ pub struct ChatOutput {
 impl ChatOutput {
     /// For an answer of `n` choices; tokens are kept only where someone reports them.
     pub fn new(format: OutputFormat, n: usize, keep_records: bool) -> Self {
-        let parser = || Parser { format, held: Vec::new(), called: false };
-        Self { choices: (0..n).map(|_| parser()).collect(), keep_records, deltas: Vec::new() }
+        let choices = (0..n).map(|choice| Parser::new(&format, choice)).collect();
+        Self { choices, keep_records, deltas: Vec::new() }
     }
 
     /// Calls `sink` with what `event` makes. The error becomes the answer's end.
     pub fn push(&mut self, event: Event, sink: &mut impl FnMut(ChatEvent)) -> Result<(), ApiError> {
         match event {
-            Event::Prompt { logprobs, .. } => sink(ChatEvent::Prompt { logprobs }),
+            Event::Prompt { cached_tokens, logprobs } => sink(ChatEvent::Prompt { cached_tokens, logprobs }),
             Event::Token { choice, record, text } => {
                 let Some(parser) = self.choices.get_mut(choice) else { return Ok(()) };
-                if self.keep_records {
-                    parser.held.push(record);
-                }
-                parser.push(text, false, &mut self.deltas);
+                parser.token(record, self.keep_records, &text, &mut self.deltas);
                 self.emit(choice, sink);
             }
             Event::Finished { reason: FinishReason::Cancelled, .. } => return Err(cancelled()),
             Event::Finished { choice, reason, stop, text, .. } => {
                 let Some(parser) = self.choices.get_mut(choice) else { return Ok(()) };
-                let end_marker = parser.held.pop_if(|last| is_end_marker(stop.as_ref(), last.token)).map(|last| last.token);
-                parser.push(text, true, &mut self.deltas);
+                let end_marker = parser.take_end_marker(|token| is_end_marker(stop.as_ref(), token));
+                parser.end(&text, &mut self.deltas);
                 let reason = match reason {
                     FinishReason::Length => ChatFinish::Length,
-                    _ if parser.called => ChatFinish::ToolCalls,
+                    _ if parser.called() => ChatFinish::ToolCalls,
                     _ => ChatFinish::Stop,
                 };
                 self.emit(choice, sink);
-                sink(ChatEvent::Finished { choice, reason, stop, end_marker });
+                let marks = self.choices.get_mut(choice).map(|parser| parser.take_tokens().1).unwrap_or_default();
+                sink(ChatEvent::Finished { choice, reason, stop, marks, end_marker });
             }
-            Event::Done(tokens) => sink(ChatEvent::Done(ChatUsage { tokens, reasoning_tokens: 0 })),
+            Event::Done(tokens) => {
+                let reasoning_tokens = self.choices.iter().map(Parser::reasoning_tokens).sum();
+                sink(ChatEvent::Done(ChatUsage { tokens, reasoning_tokens }));
+            }
             Event::Failed(message) => return Err(ApiError::fault(message)),
+            Event::Expired => return Err(deadline::expired()),
         }
         Ok(())
     }
@@ -174,8 +155,8 @@ impl ChatOutput {
     /// Passes the deltas on; the first takes all tokens that waited for their text.
     fn emit(&mut self, choice: usize, sink: &mut impl FnMut(ChatEvent)) {
         for delta in self.deltas.drain(..) {
-            let records = self.choices.get_mut(choice).map(|parser| std::mem::take(&mut parser.held)).unwrap_or_default();
-            sink(ChatEvent::Delta { choice, delta, records });
+            let (records, marks) = self.choices.get_mut(choice).map(Parser::take_tokens).unwrap_or_default();
+            sink(ChatEvent::Delta { choice, delta, records, marks });
         }
     }
 }
@@ -200,14 +181,30 @@ pub struct ChatChoice {
     pub reasoning: String,
     /// Calls, in order.
     pub calls: Vec<ToolCall>,
-    /// The tokens that all this is made of, when they are kept.
+    /// The tokens that the content is made of, when they are kept.
     pub records: Vec<TokenRecord>,
-    /// The token that only ended the choice.
-    pub end_marker: Option<u32>,
+    /// All tokens, those of reasoning, calls and marks too, when they are kept.
+    pub token_ids: Vec<u32>,
     /// Why it ended.
     pub finish: Option<ChatFinish>,
     /// What stopped it.
     pub stop: Option<StopCause>,
+}
+
+impl ChatChoice {
+    /// Goes on with a delta.
+    pub fn add(&mut self, delta: Delta) {
+        match delta {
+            Delta::Text(text) => self.text.push_str(&text),
+            Delta::Reasoning(text) => self.reasoning.push_str(&text),
+            Delta::Call { id, name, .. } => self.calls.push(ToolCall { id, name, arguments: String::new() }),
+            Delta::Arguments { index, text } => {
+                if let Some(call) = self.calls.get_mut(index) {
+                    call.arguments.push_str(&text);
+                }
+            }
+        }
+    }
 }
 
 /// A whole answer.
@@ -239,24 +236,21 @@ impl ChatCollected {
     /// Adds an event; `true` when it was the last.
     fn take(&mut self, event: ChatEvent) -> bool {
         match event {
-            ChatEvent::Prompt { logprobs } => self.prompt_logprobs = logprobs,
-            ChatEvent::Delta { choice, delta, records } => {
+            ChatEvent::Prompt { logprobs, .. } => self.prompt_logprobs = logprobs,
+            ChatEvent::Delta { choice, delta, records, marks } => {
                 let Some(choice) = self.choices.get_mut(choice) else { return false };
-                choice.records.extend(records);
-                match delta {
-                    Delta::Text(text) => choice.text.push_str(&text),
-                    Delta::Reasoning(text) => choice.reasoning.push_str(&text),
-                    Delta::Call { id, name, .. } => choice.calls.push(ToolCall { id, name, arguments: String::new() }),
-                    Delta::Arguments { index, text } => {
-                        if let Some(call) = choice.calls.get_mut(index) {
-                            call.arguments.push_str(&text);
-                        }
-                    }
+                choice.token_ids.extend(marks);
+                choice.token_ids.extend(records.iter().map(|record| record.token));
+                if matches!(delta, Delta::Text(_)) {
+                    choice.records.extend(records);
                 }
+                choice.add(delta);
             }
-            ChatEvent::Finished { choice, reason, stop, end_marker } => {
+            ChatEvent::Finished { choice, reason, stop, marks, end_marker } => {
                 if let Some(choice) = self.choices.get_mut(choice) {
-                    (choice.finish, choice.stop, choice.end_marker) = (Some(reason), stop, end_marker);
+                    choice.token_ids.extend(marks);
+                    choice.token_ids.extend(end_marker);
+                    (choice.finish, choice.stop) = (Some(reason), stop);
                 }
             }
             ChatEvent::Done(usage) => {

@@ -8,6 +8,7 @@ use crate::openai::collected::Flow;
 use crate::openai::wire::{AnswerHead, TokenLogprob, UsageJson, put};
 use bytes::{BufMut, BytesMut};
 use serde::Serialize;
+use serde_json::{Value, json};
 use tidemill_engine::{Event, TokenRecord, Tokenizer};
 
 /// What a chat answer reports beside text.
@@ -23,6 +24,8 @@ pub struct ChatReport {
     pub echo: Option<String>,
     /// Ids of the choices, shown when they are made to be compared.
     pub choice_ids: Option<Vec<String>>,
+    /// Calls are written as the older `function_call`.
+    pub legacy_calls: bool,
 }
 
 /// What a choice carries that OpenAI's do not.
@@ -36,6 +39,14 @@ impl ChatReport {
     /// Whether someone reads the tokens behind the text.
     pub fn keeps_records(&self) -> bool {
         self.logprobs.is_some() || self.prompt_token_ids.is_some()
+    }
+
+    /// OpenAI's word for the end.
+    pub fn finish_reason(&self, reason: ChatFinish) -> &'static str {
+        match reason {
+            ChatFinish::ToolCalls if self.legacy_calls => "function_call",
+            other => other.as_str(),
+        }
     }
 
     /// Beside choice `index`.
@@ -97,42 +108,78 @@ impl Writer {
         }
     }
 
-    fn content(&self, out: &mut BytesMut, choice: usize, text: &str, records: &[TokenRecord]) {
+    fn content(&self, out: &mut BytesMut, choice: usize, text: &str, records: &[TokenRecord], marks: &[u32]) {
         self.open(out, choice);
         out.put_slice(b"\"content\":");
         put(out, text);
+        self.close(out, Some(records), records, marks);
+    }
+
+    fn reasoning(&self, out: &mut BytesMut, choice: usize, text: &str, records: &[TokenRecord], marks: &[u32]) {
+        self.open(out, choice);
+        out.put_slice(b"\"reasoning_content\":");
+        put(out, text);
+        self.close(out, None, records, marks);
+    }
+
+    fn call(&self, out: &mut BytesMut, choice: usize, delta: &Delta, records: &[TokenRecord], marks: &[u32]) {
+        self.open(out, choice);
+        match (delta, self.report.legacy_calls) {
+            (Delta::Call { name, .. }, true) => put_part(out, "function_call", &json!({"name": name, "arguments": ""})),
+            (Delta::Arguments { text, .. }, true) => put_part(out, "function_call", &json!({"arguments": text})),
+            (Delta::Call { index, id, name }, false) => {
+                let function = json!({"name": name, "arguments": ""});
+                put_part(out, "tool_calls", &json!([{"index": index, "id": id, "type": "function", "function": function}]));
+            }
+            (Delta::Arguments { index, text }, false) => {
+                put_part(out, "tool_calls", &json!([{"index": index, "function": {"arguments": text}}]));
+            }
+            (Delta::Text(_) | Delta::Reasoning(_), _) => {}
+        }
+        self.close(out, None, records, marks);
+    }
+
+    /// The rest of a delta's chunk: `reported` has log-probabilities, `records` and `marks` are all its tokens.
+    fn close(&self, out: &mut BytesMut, reported: Option<&[TokenRecord]>, records: &[TokenRecord], marks: &[u32]) {
         out.put_slice(b"},\"logprobs\":");
-        match self.report.logprobs {
+        match self.report.logprobs.zip(reported) {
             None => out.put_slice(b"null"),
-            Some(top) => {
-                let entries: Vec<_> = records.iter().map(|r| TokenLogprob::new(&self.tokenizer, r, top)).collect();
+            Some((top, reported)) => {
+                let entries: Vec<_> = reported.iter().map(|r| TokenLogprob::new(&self.tokenizer, r, top)).collect();
                 out.put_slice(b"{\"content\":");
                 put(out, &entries);
                 out.put_slice(b",\"refusal\":null}");
             }
         }
         out.put_slice(b",\"finish_reason\":null");
-        if self.report.prompt_token_ids.is_some() {
-            let ids: Vec<u32> = records.iter().map(|r| r.token).collect();
-            out.put_slice(b",\"token_ids\":");
-            put(out, &ids);
-        }
+        self.token_ids(out, marks.iter().copied().chain(records.iter().map(|record| record.token)));
         out.put_slice(b"}");
         out.extend_from_slice(self.suffix);
     }
 
-    fn finish(&self, out: &mut BytesMut, choice: usize, reason: ChatFinish, end_marker: Option<u32>) {
-        self.open(out, choice);
-        out.put_slice(b"},\"logprobs\":null,\"finish_reason\":\"");
-        out.put_slice(reason.as_str().as_bytes());
-        out.put_slice(b"\"");
+    fn token_ids(&self, out: &mut BytesMut, ids: impl Iterator<Item = u32>) {
         if self.report.prompt_token_ids.is_some() {
             out.put_slice(b",\"token_ids\":");
-            put(out, end_marker.as_slice());
+            put(out, &ids.collect::<Vec<u32>>());
         }
+    }
+
+    fn finish(&self, out: &mut BytesMut, choice: usize, reason: ChatFinish, marks: &[u32], end_marker: Option<u32>) {
+        self.open(out, choice);
+        out.put_slice(b"},\"logprobs\":null,\"finish_reason\":\"");
+        out.put_slice(self.report.finish_reason(reason).as_bytes());
+        out.put_slice(b"\"");
+        self.token_ids(out, marks.iter().copied().chain(end_marker));
         out.put_slice(b"}");
         out.extend_from_slice(self.suffix);
     }
+}
+
+/// One member of a delta.
+fn put_part(out: &mut BytesMut, name: &str, value: &Value) {
+    put(out, name);
+    out.put_u8(b':');
+    put(out, value);
 }
 
 impl EventEncoder for ChatStream {
@@ -157,16 +204,18 @@ impl Writer {
                 }
                 if let Some(echo) = self.report.echo.take() {
                     for choice in 0..self.n {
-                        self.content(out, choice, &echo, &[]);
+                        self.content(out, choice, &echo, &[], &[]);
                     }
                 }
             }
-            ChatEvent::Delta { choice, delta, records } => {
-                if let Delta::Text(text) = delta {
-                    self.content(out, choice, &text, &records);
-                }
+            ChatEvent::Delta { choice, delta, records, marks } => match &delta {
+                Delta::Text(text) => self.content(out, choice, text, &records, &marks),
+                Delta::Reasoning(text) => self.reasoning(out, choice, text, &records, &marks),
+                Delta::Call { .. } | Delta::Arguments { .. } => self.call(out, choice, &delta, &records, &marks),
+            },
+            ChatEvent::Finished { choice, reason, marks, end_marker, .. } => {
+                self.finish(out, choice, reason, &marks, end_marker);
             }
-            ChatEvent::Finished { choice, reason, end_marker, .. } => self.finish(out, choice, reason, end_marker),
             ChatEvent::Done(usage) => {
                 if self.report.include_usage {
                     out.extend_from_slice(&self.prefix);

@@ -1,5 +1,6 @@
 //! A whole answer, gathered from the engine's events.
 
+use crate::http::deadline;
 use crate::http::error::ApiError;
 use tidemill_engine::{Event, FinishReason, StopCause, TokenRecord, Usage};
 
@@ -103,6 +104,7 @@ impl Collected {
                 }
             }
             Event::Failed(message) => return Err(ApiError::fault(message)),
+            Event::Expired => return Err(deadline::expired()),
         }
         Ok(Flow::More)
     }

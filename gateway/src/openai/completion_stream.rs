@@ -1,5 +1,6 @@
 //! A text completion as server-sent events.
 
+use crate::http::deadline;
 use crate::http::error::ApiError;
 use crate::http::sse::EventEncoder;
 use crate::openai::collected::{Flow, add_usage, cancelled, is_end_marker};
@@ -157,6 +158,7 @@ impl EventEncoder for CompletionStream {
                 return Ok(Flow::End);
             }
             Event::Failed(message) => return Err(ApiError::fault(message)),
+            Event::Expired => return Err(deadline::expired()),
         }
         Ok(Flow::More)
     }

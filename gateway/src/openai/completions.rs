@@ -80,12 +80,15 @@ fn best_of(fields: &mut Fields<'_>, generation: &Generation) -> Result<usize, Ap
 }
 
 /// A string, strings, token ids, or lists of token ids.
-fn prompts(field: &Field<'_>) -> Result<Vec<PromptInput>, ApiError> {
+pub fn prompts(field: &Field<'_>) -> Result<Vec<PromptInput>, ApiError> {
     if let Value::String(text) = field.value {
         return Ok(vec![PromptInput::Text(text.clone())]);
     }
     let Value::Array(_) = field.value else {
-        let message = "Invalid type for 'prompt': expected one of a string, an array of strings, an array of token ids, or an array of arrays of token ids.";
+        let message = format!(
+            "Invalid type for '{}': expected one of a string, an array of strings, an array of token ids, or an array of arrays of token ids.",
+            field.path
+        );
         return Err(ApiError::invalid(field.path.clone(), "invalid_type", message));
     };
     let items = field.filled_array(usize::MAX)?;

@@ -33,7 +33,8 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn path(&self, key: &'static str) -> Cow<'static, str> {
+    /// Where a field of this object lies in the request.
+    pub fn path(&self, key: &'static str) -> Cow<'static, str> {
         match &self.prefix {
             None => Cow::Borrowed(key),
             Some(prefix) => Cow::Owned(format!("{prefix}.{key}")),

@@ -19,6 +19,8 @@ pub struct Generation {
     pub n: usize,
     /// Tokens to generate, if the request says so.
     pub max_tokens: Option<usize>,
+    /// `max_tokens` beyond the context means: up to the context. Otherwise such a request is refused.
+    pub shorten: bool,
     /// Send events as they come.
     pub stream: bool,
     /// End the stream with a usage chunk.
@@ -35,21 +37,55 @@ pub struct Generation {
     pub prompt_logprobs: Option<u32>,
     /// The caller, for the record.
     pub about: About,
-    temperature: Option<f32>,
-    top_p: Option<f32>,
-    top_k: Option<u32>,
-    min_p: Option<f32>,
-    repetition_penalty: Option<f32>,
-    presence_penalty: f32,
-    frequency_penalty: f32,
-    min_tokens: usize,
-    seed: Option<u64>,
-    stop: Vec<String>,
-    stop_token_ids: Vec<u32>,
-    include_stop_str_in_output: bool,
-    ignore_eos: bool,
-    skip_special_tokens: bool,
-    logit_bias: Vec<(u32, f32)>,
+    pub(crate) temperature: Option<f32>,
+    pub(crate) top_p: Option<f32>,
+    pub(crate) top_k: Option<u32>,
+    pub(crate) min_p: Option<f32>,
+    pub(crate) repetition_penalty: Option<f32>,
+    pub(crate) presence_penalty: f32,
+    pub(crate) frequency_penalty: f32,
+    pub(crate) min_tokens: usize,
+    pub(crate) seed: Option<u64>,
+    pub(crate) stop: Vec<String>,
+    pub(crate) stop_token_ids: Vec<u32>,
+    pub(crate) include_stop_str_in_output: bool,
+    pub(crate) ignore_eos: bool,
+    pub(crate) skip_special_tokens: bool,
+    pub(crate) logit_bias: Vec<(u32, f32)>,
+}
+
+impl Default for Generation {
+    /// One choice, nothing said about sampling, nothing reported beside text.
+    fn default() -> Self {
+        Self {
+            n: 1,
+            max_tokens: None,
+            shorten: false,
+            stream: false,
+            include_usage: false,
+            priority: 0,
+            cache_salt: None,
+            return_token_ids: false,
+            processed_logprobs: false,
+            prompt_logprobs: None,
+            about: About::default(),
+            temperature: None,
+            top_p: None,
+            top_k: None,
+            min_p: None,
+            repetition_penalty: None,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            min_tokens: 0,
+            seed: None,
+            stop: Vec::new(),
+            stop_token_ids: Vec::new(),
+            include_stop_str_in_output: false,
+            ignore_eos: false,
+            skip_special_tokens: true,
+            logit_bias: Vec::new(),
+        }
+    }
 }
 
 impl Generation {
@@ -69,6 +105,7 @@ impl Generation {
         Ok(Self {
             n: count(fields, "n", 1..=MAX_N)?.unwrap_or(1),
             max_tokens: None,
+            shorten: false,
             stream,
             include_usage,
             priority: fields
@@ -127,6 +164,7 @@ impl Generation {
             include_stop_str_in_output: self.include_stop_str_in_output,
             ignore_eos: self.ignore_eos,
             skip_special_tokens: self.skip_special_tokens,
+            shown_special: off.shown_special,
             logprobs,
             prompt_logprobs: self.prompt_logprobs,
             grammar: None,

@@ -8,6 +8,7 @@ use bytes::{BufMut, BytesMut};
 use serde::Serialize;
 use serde_json::Value;
 use tidemill_engine::{TokenRecord, Tokenizer, Usage};
+use tidemill_store::Tier;
 
 /// Appends a value as JSON.
 pub fn put<T: Serialize + ?Sized>(out: &mut BytesMut, value: &T) {
@@ -28,6 +29,8 @@ pub struct AnswerHead {
     pub model: String,
     /// Stable for one model and configuration.
     pub system_fingerprint: String,
+    /// The tier that the request was given.
+    pub service_tier: Tier,
 }
 
 impl AnswerHead {
@@ -42,7 +45,9 @@ impl AnswerHead {
         put(&mut out, &self.created);
         out.put_slice(b",\"model\":");
         put(&mut out, &self.model);
-        out.put_slice(b",\"service_tier\":\"default\",\"system_fingerprint\":");
+        out.put_slice(b",\"service_tier\":");
+        put(&mut out, self.service_tier.as_str());
+        out.put_slice(b",\"system_fingerprint\":");
         put(&mut out, &self.system_fingerprint);
         out.put_slice(b",\"choices\":[");
         out

@@ -18,23 +18,33 @@ pub fn topic() -> Topic {
         operation.query("kind", word(&["preference", "unpaired", "demonstration"])).query("split", word(&["train", "held_out"]))
     };
     let new = Object::request().with("name", text()).may("query", named("DatasetQuery"));
-    let listed = page(named("Dataset")).with("first_id", nullable(text())).with("last_id", nullable(text())).with("has_more", flag());
+    let listed =
+        page(named("Dataset")).with("first_id", nullable(text())).with("last_id", nullable(text())).with("has_more", flag());
     let rows = page(map(any())).with("offset", count()).with("has_more", flag());
     let operations = vec![
-        of_train(Operation::post("/v1/datasets", TAG, "Build a snapshot"))
-            .takes(new.schema())
-            .answers(202, "The build that was begun.", named("DatasetBuild")),
+        of_train(Operation::post("/v1/datasets", TAG, "Build a snapshot")).takes(new.schema()).answers(
+            202,
+            "The build that was begun.",
+            named("DatasetBuild"),
+        ),
         one(Operation::get("/v1/datasets", TAG, "Snapshots, the newest first"))
             .query("name", text())
             .query("after", text())
             .query("limit", whole(0, 100))
             .answers(200, "A page of them.", listed.schema()),
-        one(Operation::get("/v1/datasets/builds/{id}", TAG, "How far a build is")).answers(200, "The build.", named("DatasetBuild")),
+        one(Operation::get("/v1/datasets/builds/{id}", TAG, "How far a build is")).answers(
+            200,
+            "The build.",
+            named("DatasetBuild"),
+        ),
         one(Operation::post("/v1/datasets/builds/{id}/cancel", TAG, "Stop a build"))
             .answers(200, "The build.", named("DatasetBuild"))
             .refuses(&[409]),
-        one(Operation::get("/v1/datasets/{reference}", TAG, "One snapshot, as NAME, NAME@VERSION or its hash"))
-            .answers(200, "The snapshot, with its report.", named("Dataset")),
+        one(Operation::get("/v1/datasets/{reference}", TAG, "One snapshot, as NAME, NAME@VERSION or its hash")).answers(
+            200,
+            "The snapshot, with its report.",
+            named("Dataset"),
+        ),
         selected(one(Operation::get("/v1/datasets/{reference}/rows", TAG, "Its rows")))
             .query("offset", json!({"type": "integer", "minimum": 0, "maximum": i64::MAX}))
             .query("limit", whole(0, 1000))

@@ -3,8 +3,8 @@
 use crate::openapi::Topic;
 use crate::openapi::operation::Operation;
 use crate::openapi::schema::{
-    Object, any, count, either, filled, flag, just, list, list_of, named, nothing, nullable, number, number_in, page, seconds, text,
-    uuid, whole, word,
+    Object, any, count, either, filled, flag, just, list, list_of, named, nothing, nullable, number, number_in, page, seconds,
+    text, uuid, whole, word,
 };
 use serde_json::{Value, json};
 use tidemill_store::Scope;
@@ -53,8 +53,11 @@ pub fn topic() -> Topic {
             .takes(named("FeedbackEdit"))
             .answers(200, "As it is now.", named("Feedback"))
             .refuses(&[409]),
-        judges(Operation::delete(one, TAG, "Withdraw it: it stays, marked, and counts for nothing"))
-            .answers(200, "As it is now.", named("Feedback")),
+        judges(Operation::delete(one, TAG, "Withdraw it: it stays, marked, and counts for nothing")).answers(
+            200,
+            "As it is now.",
+            named("Feedback"),
+        ),
     ];
     Topic { operations, schemas: vec![("Feedback", feedback()), ("NewFeedback", new()), ("FeedbackEdit", edit())] }
 }
@@ -117,9 +120,8 @@ fn scale() -> Value {
 }
 
 fn new() -> Value {
-    let kind = |name: &str, value: Value| {
-        around().with("kind", just(name)).with("value", value).may("idempotency_key", filled(256))
-    };
+    let kind =
+        |name: &str, value: Value| around().with("kind", just(name)).with("value", value).may("idempotency_key", filled(256));
     let of_target = |object: Object| {
         object.with("target", filled(256)).may("target_kind", word(&["completion", "conversation"])).may("metric", nothing())
     };
@@ -131,7 +133,11 @@ fn new() -> Value {
         // Without a scale, a rating goes from 0 to 1.
         of_target(kind("rating", number_in(0.0, 1.0))).may("scale", nothing()).may("shown", nothing()).schema(),
         of_target(kind("rating", number())).with("scale", scale()).may("shown", nothing()).schema(),
-        of_target(kind("metric", either([flag(), number()]))).with("metric", text()).may("scale", nothing()).may("shown", nothing()).schema(),
+        of_target(kind("metric", either([flag(), number()])))
+            .with("metric", text())
+            .may("scale", nothing())
+            .may("shown", nothing())
+            .schema(),
         kind("comparison", comparison())
             .may("shown", ids())
             .may("scale", nothing())

@@ -3,8 +3,8 @@
 use crate::openapi::Topic;
 use crate::openapi::operation::Operation;
 use crate::openapi::schema::{
-    Object, about, any, count, either, filled, flag, just, list, list_of, map, named, nothing, nullable, number, number_in, seconds,
-    text, text_of, whole, word,
+    Object, about, any, count, either, filled, flag, just, list, list_of, map, named, nothing, nullable, number, number_in,
+    seconds, text, text_of, whole, word,
 };
 use serde_json::{Value, json};
 use tidemill_store::Scope;
@@ -14,7 +14,7 @@ const MOST_TOKENS: i64 = u32::MAX as i64;
 
 /// Endpoints that ask a model.
 pub fn topic() -> Topic {
-    let generates = |operation: Operation| operation.scope(Scope::Chat).refuses(&[404]);
+    let generates = |operation: Operation| operation.scope(Scope::Chat).refuses(&[404, 429]);
     let operations = vec![
         generates(Operation::post("/v1/chat/completions", TAG, "Answer a conversation"))
             .takes(named("ChatRequest"))
@@ -24,6 +24,15 @@ pub fn topic() -> Topic {
             .takes(named("CompletionRequest"))
             .answers(200, "The continuation, or with `stream` its pieces as events.", named("CompletionAnswer"))
             .answers_as(200, "The continuation, or with `stream` its pieces as events.", "text/event-stream", text()),
+        generates(Operation::post("/v1/embeddings", TAG, "Vectors of texts")).takes(embedding_request()).answers(
+            200,
+            "The vectors.",
+            embeddings(),
+        ),
+        Operation::post("/v1/moderations", TAG, "Always refused: no model here classifies")
+            .scope(Scope::Chat)
+            .takes(Object::request().may("model", text()).with("input", any()).schema())
+            .refuses(&[404, 429]),
         generates(Operation::post("/tokenize", TAG, "Tokens of a text or a conversation"))
             .takes(either([
                 tokenizing().with("prompt", text()).schema(),
@@ -63,6 +72,48 @@ fn tokens() -> Value {
         .schema()
 }
 
+/// A client's own pairs.
+pub fn metadata() -> Value {
+    json!({
+        "type": "object",
+        "maxProperties": 16,
+        "propertyNames": {"maxLength": 64},
+        "additionalProperties": text_of(0, 512),
+    })
+}
+
+/// A text, texts, tokens, or lists of tokens; texts have at least so many characters.
+fn inputs(least: u64) -> Value {
+    let a_text = || text_of(least, u64::from(u32::MAX));
+    let ids = || json!({"type": "array", "items": token(), "minItems": 1});
+    either([a_text(), list_of(1, 2048, a_text()), ids(), list_of(1, 2048, ids())])
+}
+
+fn embedding_request() -> Value {
+    Object::request()
+        .with("model", text())
+        .with("input", inputs(1))
+        .may("encoding_format", word(&["float", "base64"]))
+        .may("dimensions", whole(1, 65_536))
+        .may("priority", whole(i64::from(i32::MIN), i64::from(i32::MAX)))
+        .may("user", text())
+        .schema()
+}
+
+fn embeddings() -> Value {
+    let one = Object::answer()
+        .with("object", just("embedding"))
+        .with("index", count())
+        .with("embedding", either([list(number()), text()]));
+    let usage = Object::answer().with("prompt_tokens", count()).with("total_tokens", count());
+    Object::answer()
+        .with("object", just("list"))
+        .with("data", list(one.schema()))
+        .with("model", text())
+        .with("usage", usage.schema())
+        .schema()
+}
+
 /// What chat and completions share.
 fn shared() -> Object {
     let stop = either([text_of(1, u64::from(u32::MAX)), list_of(0, 4, text_of(1, u64::from(u32::MAX)))]);
@@ -70,12 +121,6 @@ fn shared() -> Object {
         "type": "object",
         "propertyNames": {"pattern": "^[0-9]{1,9}$"},
         "additionalProperties": number_in(-100.0, 100.0),
-    });
-    let metadata = json!({
-        "type": "object",
-        "maxProperties": 16,
-        "propertyNames": {"maxLength": 64},
-        "additionalProperties": text_of(0, 512),
     });
     let own = Object::request().may("conversation", text_of(1, 256)).may("compare", flag());
     let options = Object::request().may("include_usage", flag()).may("include_obfuscation", flag());
@@ -109,7 +154,7 @@ fn shared() -> Object {
         .may("safety_identifier", text())
         .may("prompt_cache_key", text())
         .may("prompt_cache_retention", text())
-        .may("metadata", metadata)
+        .may("metadata", metadata())
         .may("tidemill", own.schema())
         .and(form())
 }
@@ -177,10 +222,7 @@ fn chat_request() -> Value {
         .may("audio", nothing())
         .may("web_search_options", nothing())
         .may("store", json!({"type": "boolean", "const": false}))
-        .may("tools", list_of(0, 0, any()))
-        .may("functions", list_of(0, 0, any()))
-        .may("tool_choice", word(&["none", "auto"]))
-        .may("function_call", word(&["none", "auto"]))
+        .and(tools())
         .may("parallel_tool_calls", flag())
         .may("verbosity", word(&["low", "medium", "high"]))
         .may("prediction", any())
@@ -190,7 +232,12 @@ fn chat_request() -> Value {
 /// A message by its role.
 fn message() -> Value {
     let part = |kind: &'static str| {
-        Object::request().with("type", just(kind)).with(kind, text()).may("cache_control", any()).may("annotations", any()).schema()
+        Object::request()
+            .with("type", just(kind))
+            .with(kind, text())
+            .may("cache_control", any())
+            .may("annotations", any())
+            .schema()
     };
     let parts = |forms: Vec<Value>| json!({"type": "array", "items": either(forms), "minItems": 1});
     let content = || either([text(), parts(vec![part("text")])]);
@@ -213,6 +260,28 @@ fn message() -> Value {
     ])
 }
 
+/// What the model may call.
+fn tools() -> Object {
+    let arguments = json!({"type": "object", "properties": {"type": {"const": "object"}}});
+    let name = json!({"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"});
+    let function = Object::request()
+        .with("name", name)
+        .may("description", text())
+        .may("parameters", arguments)
+        .may("strict", flag())
+        .schema();
+    let tool = |function: Value| Object::request().with("type", just("function")).with("function", function).schema();
+    let named = || Object::request().with("name", text()).schema();
+    let allowed =
+        Object::request().with("mode", word(&["auto", "required"])).with("tools", list_of(1, 128, tool(named()))).schema();
+    let allowed = Object::request().with("type", just("allowed_tools")).with("allowed_tools", allowed).schema();
+    Object::request()
+        .may("tools", list_of(0, 128, tool(function.clone())))
+        .may("tool_choice", either([word(&["none", "auto", "required"]), tool(named()), allowed]))
+        .may("functions", list_of(0, 128, function))
+        .may("function_call", either([word(&["none", "auto"]), named()]))
+}
+
 fn function() -> Value {
     Object::request().with("name", text()).with("arguments", text()).schema()
 }
@@ -224,14 +293,8 @@ fn tool_calls() -> Value {
 }
 
 fn completion_request() -> Value {
-    let prompt = either([
-        text(),
-        list_of(1, 2048, text()),
-        json!({"type": "array", "items": token(), "minItems": 1}),
-        list_of(1, 2048, json!({"type": "array", "items": token(), "minItems": 1})),
-    ]);
     shared()
-        .with("prompt", prompt)
+        .with("prompt", inputs(0))
         .may("max_tokens", about("With `echo`, 0 scores the prompt.", whole(0, MOST_TOKENS)))
         .may("logprobs", whole(0, 20))
         .may("echo", flag())
@@ -242,7 +305,8 @@ fn completion_request() -> Value {
 }
 
 fn answer(object: &str, choice: Value) -> Object {
-    let details = |names: &[&'static str]| names.iter().fold(Object::answer(), |object, name| object.with(name, count())).schema();
+    let details =
+        |names: &[&'static str]| names.iter().fold(Object::answer(), |object, name| object.with(name, count())).schema();
     let usage = Object::answer()
         .with("prompt_tokens", count())
         .with("completion_tokens", count())
@@ -274,7 +338,8 @@ fn chat_choice() -> Value {
         .with("refusal", nullable(text()))
         .with("annotations", list(any()))
         .sometimes("reasoning_content", nullable(text()))
-        .sometimes("tool_calls", list(any()));
+        .sometimes("tool_calls", list(any()))
+        .sometimes("function_call", any());
     Object::answer()
         .with("index", count())
         .with("message", message.schema())

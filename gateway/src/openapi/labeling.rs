@@ -98,10 +98,7 @@ fn queues() -> Vec<Operation> {
 
 /// A text, or messages.
 fn prompt() -> Value {
-    either([
-        json!({"type": "string", "pattern": "\\S"}),
-        json!({"type": "array", "items": named("Message"), "minItems": 1}),
-    ])
+    either([json!({"type": "string", "pattern": "\\S"}), json!({"type": "array", "items": named("Message"), "minItems": 1})])
 }
 
 fn queue() -> Value {
@@ -143,7 +140,8 @@ fn task() -> Value {
 }
 
 fn statistics() -> Value {
-    let verdicts = ["left", "right", "tie", "both_bad"].into_iter().fold(Object::answer(), |object, name| object.with(name, count()));
+    let verdicts =
+        ["left", "right", "tie", "both_bad"].into_iter().fold(Object::answer(), |object, name| object.with(name, count()));
     Object::answer()
         .with("verdicts", verdicts.schema())
         .with("agreement", any())
@@ -219,9 +217,11 @@ fn tools() -> Vec<Operation> {
     };
     let back = |operation: Operation| operation.scope(Scope::Feedback).refuses(&[404]).takes(any());
     let import = |path: &'static str, summary: &'static str| {
-        back(Operation::post(path, TOOLS, summary))
-            .query("all_submitted", flag())
-            .answers(200, "What became of it.", named("ImportSummary"))
+        back(Operation::post(path, TOOLS, summary)).query("all_submitted", flag()).answers(
+            200,
+            "What became of it.",
+            named("ImportSummary"),
+        )
     };
     vec![
         of_train(Operation::get("/v1/labeling/queues/{queue}/label-studio/config", TOOLS, "Label Studio's labeling interface"))
@@ -237,8 +237,11 @@ fn tools() -> Vec<Operation> {
                 either([named("ImportSummary"), Object::answer().with("ignored", text()).schema()]),
             )
             .refuses(&[422]),
-        of_train(Operation::get("/v1/labeling/queues/{queue}/argilla/settings", TOOLS, "A dataset for Argilla"))
-            .answers(200, "What its API takes.", map(any())),
+        of_train(Operation::get("/v1/labeling/queues/{queue}/argilla/settings", TOOLS, "A dataset for Argilla")).answers(
+            200,
+            "What its API takes.",
+            map(any()),
+        ),
         pages("/v1/labeling/queues/{queue}/argilla/records", "Records for Argilla"),
         import("/v1/labeling/queues/{queue}/argilla/import", "Take Argilla's export"),
     ]

@@ -28,14 +28,18 @@ pub struct Operation {
     parameters: Vec<Value>,
     body: Option<Value>,
     answers: Map<String, Value>,
+    /// Schema of its errors.
+    error: &'static str,
 }
 
 impl Operation {
     fn new(method: &'static str, path: &'static str, tag: &'static str, summary: &'static str) -> Self {
         let parameters = path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'));
-        let parameters = parameters.map(|name| parameter("path", name, true, json!({"type": "string", "minLength": 1}))).collect();
+        let parameters =
+            parameters.map(|name| parameter("path", name, true, json!({"type": "string", "minLength": 1}))).collect();
         let answers = Map::new();
-        Self { method, path, tag, summary, access: Access::AnyKey, parameters, body: None, answers }.refuses(&[500])
+        Self { method, path, tag, summary, access: Access::AnyKey, parameters, body: None, answers, error: "Error" }
+            .refuses(&[500])
     }
 
     /// `GET`
@@ -56,6 +60,19 @@ impl Operation {
     /// `DELETE`
     pub fn delete(path: &'static str, tag: &'static str, summary: &'static str) -> Self {
         Self::new("delete", path, tag, summary)
+    }
+
+    /// Refuses in a form of its own.
+    pub fn words_of(self, error: &'static str) -> Self {
+        Self { error, answers: Map::new(), ..self }.refuses(&[500])
+    }
+
+    /// The body may be left out.
+    pub fn optional_body(mut self) -> Self {
+        if let Some(body) = &mut self.body {
+            body["required"] = false.into();
+        }
+        self
     }
 
     /// Needs no key.
@@ -131,7 +148,7 @@ impl Operation {
                 503 => "Busy, loading, leaving, or without its database; `Retry-After` says when to come again.",
                 _ => "A fault of the server.",
             };
-            let answer = json!({"description": meaning, "content": {"application/json": {"schema": named("Error")}}});
+            let answer = json!({"description": meaning, "content": {"application/json": {"schema": named(self.error)}}});
             self.answers.entry(status.to_string()).or_insert(answer);
         }
         self

@@ -19,10 +19,11 @@ pub fn topic() -> Topic {
             .answers(200, "The model.", named("Model"))
             .refuses(&[404]),
         Operation::get("/health", TAG, "Whether the process lives").open().answers(200, "It does.", ok("status")).refuses(&[503]),
-        Operation::get("/ready", TAG, "Whether every model answers")
-            .open()
-            .answers(200, "They do.", ready.clone())
-            .answers(503, "Not yet, or no longer.", ready),
+        Operation::get("/ready", TAG, "Whether every model answers").open().answers(200, "They do.", ready.clone()).answers(
+            503,
+            "Not yet, or no longer.",
+            ready,
+        ),
         Operation::get("/version", TAG, "The server's version").open().answers(200, "The version.", ok("version")),
         Operation::get("/metrics", TAG, "Metrics for Prometheus").open().answers_as(200, "Samples.", "text/plain", text()),
         Operation::get("/openapi.json", TAG, "This document").open().answers(200, "OpenAPI 3.1.", any()),

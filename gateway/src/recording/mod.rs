@@ -3,7 +3,7 @@
 mod params;
 mod recorder;
 
-pub use params::to_json;
+pub use params::{constrained, to_json};
 pub use recorder::{Draft, Recorder};
 
 use std::collections::BTreeMap;

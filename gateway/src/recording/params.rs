@@ -1,7 +1,7 @@
 //! Sampling parameters as they are recorded.
 
 use serde_json::{Map, Value, json};
-use tidemill_engine::SamplingParams;
+use tidemill_engine::{Constraint, SamplingParams};
 
 /// The parameters in force, under the API's names and with the seed that was drawn. What was not set is not there.
 pub fn to_json(sampling: &SamplingParams) -> Value {
@@ -57,6 +57,19 @@ pub fn to_json(sampling: &SamplingParams) -> Value {
     Value::Object(map)
 }
 
+/// What constrained the answer, under the API's name: the record's parameters can be sent again.
+pub fn constrained(params: &mut Option<Value>, constraint: &Constraint) {
+    let Some(Value::Object(map)) = params else { return };
+    let output = match constraint {
+        Constraint::JsonSchema { schema, .. } => json!({"json": schema}),
+        Constraint::JsonObject => json!({"json_object": true}),
+        Constraint::Regex(regex) => json!({"regex": regex}),
+        Constraint::Choice(choices) => json!({"choice": choices}),
+        Constraint::Lark(grammar) => json!({"grammar": grammar}),
+    };
+    map.insert("structured_outputs".to_owned(), output);
+}
+
 /// The double with the fewest digits that names this single: 0.2 stays 0.2.
 fn decimal(value: f32) -> Value {
     value.to_string().parse::<f64>().map_or(Value::Null, Value::from)
@@ -65,6 +78,13 @@ fn decimal(value: f32) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_constraint_is_written_as_it_can_be_sent() {
+        let mut params = Some(json!({"n": 1}));
+        constrained(&mut params, &Constraint::Choice(vec!["a".into()]));
+        assert_eq!(params, Some(json!({"n": 1, "structured_outputs": {"choice": ["a"]}})));
+    }
 
     #[test]
     fn what_was_set_is_written_and_the_seed_can_be_sent_again() {

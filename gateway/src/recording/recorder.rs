@@ -98,6 +98,7 @@ impl Recorder {
                 self.finish(index, if cut_off { Status::Cancelled } else { Status::Ok });
             }
             Event::Failed(_) => self.finish(index, Status::Failed),
+            Event::Expired => self.finish(index, Status::Cancelled),
         }
     }
 

@@ -1,15 +1,15 @@
 //! What is known of a request once it is over: its log line and its spans.
 
 use crate::upstream::LocalModel;
+use hyper::{HeaderMap, Method, StatusCode};
+use opentelemetry::propagation::TextMapPropagator;
 use opentelemetry::trace::{Span as _, SpanContext, SpanKind, Status, TraceContextExt, Tracer, TracerProvider};
 use opentelemetry::{Array, Context, KeyValue, StringValue, Value};
-use opentelemetry::propagation::TextMapPropagator;
 use opentelemetry_http::HeaderExtractor;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider, Span};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
-use hyper::{HeaderMap, Method, StatusCode};
 use tidemill_engine::{Event, SamplingParams};
 use uuid::Uuid;
 
@@ -44,7 +44,13 @@ impl Observer {
         let builder = self.tracer.span_builder(format!("{} {route}", method_label(method)));
         let span = builder.with_kind(SpanKind::Server).with_attributes(attributes).start_with_context(&self.tracer, &parent);
         let facts = Facts { key: None, generations: Vec::new() };
-        Trail(Arc::new(Inner { tracer: self.tracer.clone(), content: self.content, context: span.span_context().clone(), span: Mutex::new(span), facts: Mutex::new(facts) }))
+        Trail(Arc::new(Inner {
+            tracer: self.tracer.clone(),
+            content: self.content,
+            context: span.span_context().clone(),
+            span: Mutex::new(span),
+            facts: Mutex::new(facts),
+        }))
     }
 
     /// Sends what waits. Blocks for some seconds at most.
@@ -265,7 +271,7 @@ impl Follower {
                 self.say(index, *choice, text);
             }
             Event::Failed(_) => generation.failed = true,
-            Event::Done(_) => {}
+            Event::Done(_) | Event::Expired => {}
         }
     }
 

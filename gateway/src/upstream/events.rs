@@ -1,5 +1,6 @@
 //! The events of a request's prompts as one stream.
 
+use crate::limits::Meter;
 use crate::recording::Recorder;
 use crate::telemetry::Follower;
 use flume::r#async::RecvStream;
@@ -16,7 +17,9 @@ pub struct Events {
     next: usize,
     /// Sees what passes.
     recorder: Option<Recorder>,
-    /// Counts what passes.
+    /// Counts what passes, and holds the request's place within the limits.
+    meter: Option<Meter>,
+    /// Takes note of what passes for the log and the trace.
     follower: Option<Follower>,
     /// Log-probabilities are shown as they were after processing.
     processed: bool,
@@ -31,12 +34,17 @@ impl Events {
     /// Over the receivers that the engine gave, one per prompt.
     pub fn new(receivers: Vec<flume::Receiver<Event>>) -> Self {
         let sources = receivers.into_iter().map(|r| Source { stream: r.into_stream(), over: false }).collect();
-        Self { sources, next: 0, recorder: None, follower: None, processed: false }
+        Self { sources, next: 0, recorder: None, meter: None, follower: None, processed: false }
     }
 
     /// The same, with everything that passes shown to `recorder`. It is dropped with the events, which ends the record.
     pub fn recorded(self, recorder: Option<Recorder>) -> Self {
         Self { recorder, ..self }
+    }
+
+    /// The same, counted by `meter`, which is dropped with the events.
+    pub fn metered(self, meter: Meter) -> Self {
+        Self { meter: Some(meter), ..self }
     }
 
     /// The same, counted for the log and the trace.
@@ -60,6 +68,9 @@ impl Events {
             if let Some(follower) = &mut self.follower {
                 follower.see(*prompt, event);
             }
+            if let Some(meter) = &mut self.meter {
+                meter.see(*prompt, event);
+            }
             if let (true, Event::Token { record, .. }) = (self.processed, event) {
                 record.logprob = record.processed_logprob;
                 // Plain greedy choice processes nothing, and then there is one list.
@@ -79,7 +90,7 @@ impl Events {
             let Some(source) = self.sources.get_mut(index).filter(|s| !s.over) else { continue };
             match Pin::new(&mut source.stream).poll_next(context) {
                 Poll::Ready(Some(event)) => {
-                    source.over = matches!(event, Event::Done(_) | Event::Failed(_));
+                    source.over = matches!(event, Event::Done(_) | Event::Failed(_) | Event::Expired);
                     self.next = index;
                     return Poll::Ready(Some((index, event)));
                 }

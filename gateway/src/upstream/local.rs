@@ -3,13 +3,16 @@
 use crate::http::error::ApiError;
 use crate::openai::chat::ChatPrompt;
 use crate::openai::completions::PromptInput;
+use crate::openai::parse::{ParserChoice, Parsers};
 use crate::openai::response_format::Constrained;
+use crate::openai::tool_prompt;
+use crate::openai::tools::Tool;
 use crate::upstream::Events;
 use crate::upstream::grammars::Grammars;
 use serde_json::Value;
 use std::borrow::Cow;
 use std::sync::Arc;
-use tidemill_engine::{ChatInput, Engine, GenerationDefaults, Grammar, Request, TemplateError, Tokenizer};
+use tidemill_engine::{ChatInput, ChatTemplate, Engine, GenerationDefaults, Grammar, Request, TemplateError, Tokenizer};
 
 /// A loaded model.
 pub struct LocalModel {
@@ -17,6 +20,8 @@ pub struct LocalModel {
     fingerprint: String,
     created: u64,
     engine: Engine,
+    parsers: Parsers,
+    shown_special: Arc<[u32]>,
     grammars: Grammars,
 }
 
@@ -33,13 +38,23 @@ impl LocalModel {
             options.kv_dtype,
             env!("CARGO_PKG_VERSION")
         );
-        Self {
-            name: options.served_name.clone(),
-            fingerprint: fingerprint(&configuration),
-            created,
-            engine,
-            grammars: Grammars::default(),
-        }
+        let (name, fingerprint) = (options.served_name.clone(), fingerprint(&configuration));
+        let parsers = Parsers::default();
+        let model =
+            Self { name, fingerprint, created, parsers, shown_special: Arc::default(), engine, grammars: Grammars::default() };
+        model.reading_as(ParserChoice::default())
+    }
+
+    /// The same with its calls and reasoning read as `choice` says.
+    pub fn reading_as(mut self, choice: ParserChoice) -> Self {
+        let template = self.engine.chat_template();
+        let source = template.map_or("", |template| template.source());
+        let tool_source = template.and_then(ChatTemplate::tool_source).unwrap_or_default();
+        self.parsers = Parsers::choose(choice, source, tool_source);
+        let tokenizer = self.engine.tokenizer();
+        let token = |mark: &&str| tokenizer.id(mark).filter(|&token| tokenizer.is_special(token));
+        self.shown_special = self.parsers.marks().iter().filter_map(token).collect();
+        self
     }
 
     /// Name that clients use.
@@ -72,13 +87,23 @@ impl LocalModel {
         self.engine.generation_defaults()
     }
 
+    /// How the model writes reasoning and calls.
+    pub fn parsers(&self) -> &Parsers {
+        &self.parsers
+    }
+
+    /// Control tokens that the parsers need to see.
+    pub fn shown_special(&self) -> &Arc<[u32]> {
+        &self.shown_special
+    }
+
     /// Most tokens of prompt and output together.
     pub fn context(&self) -> usize {
         self.engine.limits().max_model_len
     }
 
     /// The conversation as the model's template writes it.
-    pub fn render(&self, prompt: &ChatPrompt) -> Result<String, ApiError> {
+    pub fn render(&self, prompt: &ChatPrompt, tools: &[&Tool]) -> Result<String, ApiError> {
         let Some(template) = self.engine.chat_template() else {
             let message = format!("The model `{}` has no chat template: use /v1/completions.", self.name);
             return Err(ApiError::invalid("messages", "unsupported_parameter", message));
@@ -92,16 +117,33 @@ impl LocalModel {
             }
             variables.to_mut().insert("reasoning_effort".into(), Value::from(effort.as_str()));
         }
-        let input = ChatInput {
-            messages: &prompt.messages,
-            tools: None,
-            documents: None,
-            add_generation_prompt: prompt.add_generation_prompt,
-            continue_final_message: prompt.continue_final_message,
-            variables: Some(&variables),
-            now: None,
+        let tools: Vec<Value> = tools.iter().map(|tool| tool.to_template()).collect();
+        let mut messages = Cow::Borrowed(&prompt.messages);
+        let mut offered = (!tools.is_empty()).then_some(tools.as_slice());
+        if template.tool_source().is_none() && (offered.is_some() || messages.iter().any(speaks_of_tools)) {
+            let has_system = template.source().contains("system");
+            messages = Cow::Owned(tool_prompt::without_tool_roles(&messages, &tools, has_system));
+            offered = None;
+        }
+        let render = |messages: &[Value]| {
+            template.render(&ChatInput {
+                messages,
+                tools: offered,
+                documents: None,
+                add_generation_prompt: prompt.add_generation_prompt,
+                continue_final_message: prompt.continue_final_message,
+                variables: Some(&variables),
+                now: None,
+            })
         };
-        template.render(&input).map_err(|error| {
+        let rendered = match render(&messages) {
+            // Some templates join the arguments of earlier calls to a text, as if they were one.
+            Err(TemplateError::Failed(_)) if messages.iter().any(|message| message["tool_calls"].is_array()) => {
+                render(&with_argument_texts(&messages))
+            }
+            rendered => rendered,
+        };
+        rendered.map_err(|error| {
             let param = match error {
                 TemplateError::Continue(_) => "continue_final_message",
                 _ => "messages",
@@ -111,8 +153,8 @@ impl LocalModel {
     }
 
     /// The conversation as text and as tokens.
-    pub fn chat_tokens(&self, prompt: &ChatPrompt) -> Result<(String, Vec<u32>), ApiError> {
-        let text = self.render(prompt)?;
+    pub fn chat_tokens(&self, prompt: &ChatPrompt, tools: &[&Tool]) -> Result<(String, Vec<u32>), ApiError> {
+        let text = self.render(prompt, tools)?;
         // The template writes the BOS token itself: a second one would change the answer.
         let tokens = self.encode(&text, false, "messages")?;
         Ok((text, tokens))
@@ -199,6 +241,24 @@ impl LocalModel {
         let receivers: Result<Vec<_>, _> = requests.into_iter().map(|request| self.engine.submit(request)).collect();
         Ok(Events::new(receivers?))
     }
+}
+
+/// Whether a message is a call's or a result's.
+fn speaks_of_tools(message: &Value) -> bool {
+    message["role"] == "tool" || message["tool_calls"].is_array()
+}
+
+/// The messages with the arguments of calls as JSON texts.
+fn with_argument_texts(messages: &[Value]) -> Vec<Value> {
+    let mut messages = messages.to_vec();
+    for message in &mut messages {
+        for call in message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
+            if let Some(arguments) = call.pointer_mut("/function/arguments").filter(|arguments| !arguments.is_string()) {
+                *arguments = arguments.to_string().into();
+            }
+        }
+    }
+    messages
 }
 
 /// `fp_` and ten hexadecimal digits of FNV-1a (Fowler, Noll, Vo): stable over builds, which the standard hasher is not.

@@ -14,16 +14,19 @@ use http_body_util::BodyExt;
 use hyper::{HeaderMap, Request, StatusCode};
 use serde_json::{Map, Value, json};
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use tempfile::TempDir;
+use tidemill::batches::Batches;
 use tidemill::clock::now;
 use tidemill::datasets::DatasetJobs;
 use tidemill::feedback::Metrics;
 use tidemill::http::cors::Origins;
 use tidemill::http::drain::Drain;
-use tidemill::http::limits::BodyLimits;
+use tidemill::http::limits::{BodyLimits, FileLimits};
 use tidemill::http::{App, Auth, router};
+use tidemill::limits::{Limiter, Prices};
 use tidemill::recording::Recording;
 use tidemill::telemetry::Observer;
 use tidemill::upstream::{LocalModel, Registry, Upstream};
@@ -32,7 +35,7 @@ use tidemill_engine::model_files::Frontend;
 use tidemill_engine::{ChatTemplate, Engine, EngineOptions, GenerationDefaults, ServedModel, Tokenizer};
 use tidemill_kernels::{KernelError, KvDtype, MemoryUse, Sampled, StepBatch, StepOutput};
 use tidemill_store::records::{Choice, Feedback, Inference, Kind, Status, TargetKind};
-use tidemill_store::{DataDir, Store, StoreOptions};
+use tidemill_store::{DataDir, Files, Limits, Store, StoreOptions};
 use tokio::runtime::{Builder, Runtime};
 use tower::ServiceExt;
 use uuid::Uuid;
@@ -127,6 +130,8 @@ pub struct Setup {
     pub template: Option<&'static str>,
     pub recording: Recording,
     pub metrics: Metrics,
+    pub limits: BTreeMap<String, Limits>,
+    pub prices: Prices,
 }
 
 impl Default for Setup {
@@ -139,6 +144,8 @@ impl Default for Setup {
             template: Some(TEMPLATE),
             recording: Recording::default(),
             metrics: Metrics::new(),
+            limits: BTreeMap::new(),
+            prices: Prices::new(),
         }
     }
 }
@@ -162,8 +169,12 @@ pub fn store_with(change: impl FnOnce(&mut StoreOptions)) -> Store {
     let mut options = StoreOptions::new(DataDir::new(folder.path()));
     change(&mut options);
     FOLDERS.with_borrow_mut(|folders| folders.push(folder));
-    // A test runs inside a runtime already, and may not wait for another one on the same thread.
-    std::thread::scope(|scope| scope.spawn(|| RUNTIME.block_on(Store::open(options))).join()).unwrap().unwrap()
+    wait(Store::open(options)).unwrap()
+}
+
+/// A test runs inside a runtime already, and may not wait for another one on the same thread.
+fn wait<T: Send>(work: impl Future<Output = T> + Send) -> T {
+    std::thread::scope(|scope| scope.spawn(|| RUNTIME.block_on(work)).join()).unwrap()
 }
 
 /// An empty directory of this thread's test.
@@ -205,6 +216,7 @@ impl Setup {
                 chat_template: self.template.map(|source| ChatTemplate::new(source, None, Map::new()).unwrap()),
                 generation_defaults: GenerationDefaults::default(),
                 end_of_turn: vec![END],
+                pooling: Ok(tidemill_engine::Pooling::default()),
             },
             context: 512,
             description: "parrot".into(),
@@ -221,7 +233,11 @@ impl Setup {
             observer: Observer::default(),
             metrics: None,
             auth: Auth::new(store.clone(), false),
+            limits: Arc::new(Limiter::new(store.clone(), self.limits, self.prices)),
             datasets: DatasetJobs::new(store.clone(), &folder()),
+            files: wait(Files::open(store.database(), &DataDir::new(folder()))).unwrap(),
+            file_limits: FileLimits { file: 1 << 20, total: 3 << 20 },
+            batches: Batches::new(&store),
             store,
             recording: Arc::new(self.recording),
             feedback_metrics: Arc::new(self.metrics),

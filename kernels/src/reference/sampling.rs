@@ -1,5 +1,5 @@
 //! One row of logits to one token, in the order that [`SampleRow`] lays down. A NaN logit counts as −∞, +∞ as the largest float;
-//! when every token is forbidden, the token is 0 with log-probabilities of −∞.
+//! when every token is forbidden, the token is the first of the mask, or 0, with log-probabilities of −∞.
 
 use std::cmp::Ordering;
 
@@ -60,13 +60,24 @@ pub(super) fn sample(logits: &[f32], wanted: &SampleRow, batch: &StepBatch) -> S
         }
     }
 
+    let mut first = 0;
+    if let Some(mask) = &wanted.mask {
+        let words = mask.wait();
+        let allowed = |t: usize| words.get(t / 32).is_some_and(|word| (word >> (t % 32)) & 1 == 1);
+        first = (0..values.len()).find(|&t| allowed(t)).unwrap_or(0) as u32;
+        values.iter_mut().enumerate().filter(|(t, _)| !allowed(*t)).for_each(|(_, v)| *v = f64::NEG_INFINITY);
+    }
     let greedy = wanted.temperature == 0.0;
     if !greedy {
         values.iter_mut().for_each(|v| *v /= f64::from(wanted.temperature));
         keep_only(&mut values, wanted);
     }
     let processed = log_softmax(&values);
-    let token = if greedy { likeliest(&processed)[0] } else { draw(&processed, uniform(wanted.seed, wanted.counter)) };
+    let token = match processed.iter().any(|p| *p > f64::NEG_INFINITY) {
+        false => first,
+        true if greedy => likeliest(&processed)[0],
+        true => draw(&processed, uniform(wanted.seed, wanted.counter)),
+    };
     Sampled {
         token,
         logprob: raw[token as usize] as f32,

@@ -2,14 +2,16 @@
 //!
 //! [`sample_row`] does what [`SampleRow`] describes. Results are the same on every instruction path, and depend on the row, its
 //! seed and its counter only. A NaN logit counts as −∞ and +∞ as the largest float. When nothing is left (every token is
-//! forbidden), the token is 0 with log-probabilities of −∞: the caller sees that, and no row can stop a step.
+//! forbidden), the token is the first of the mask, or 0, with log-probabilities of −∞: the caller sees that, and no row can stop a step.
 
+mod confine;
 mod kept;
 mod scan;
 
 use crate::isa::Isa;
 use crate::ops::{SampleRow, Sampled, TokenCount};
 use crate::random::uniform;
+use confine::ConfineScratch;
 use kept::Kept;
 use scan::{Candidate, Statistics};
 
@@ -22,6 +24,8 @@ pub struct SamplingScratch {
     originals: Vec<(u32, f32)>,
     chunk_sums: Vec<f64>,
     buckets: Vec<f64>,
+    /// The part of a row that a mask allows.
+    confined: ConfineScratch,
 }
 
 impl SamplingScratch {
@@ -33,6 +37,7 @@ impl SamplingScratch {
             originals: Vec::with_capacity(1024),
             chunk_sums: Vec::with_capacity(vocabulary.div_ceil(scan::CHUNK)),
             buckets: vec![0.0; kept::BUCKETS],
+            confined: ConfineScratch::new(vocabulary),
         }
     }
 }
@@ -80,8 +85,22 @@ pub unsafe fn sample_row(
     }
 
     let changed = adjust(logits, row, slice(history, &row.history), slice(bias, &row.bias), &mut scratch.originals);
-    // SAFETY: as above.
-    let (token, processed_logprob) = unsafe { choose(isa, logits, row, if changed { None } else { Some(raw) }, out, scratch) };
+    let (token, processed_logprob) = match &row.mask {
+        // SAFETY: as above.
+        None => unsafe { choose(isa, logits, row, if changed { None } else { Some(raw) }, out, scratch) },
+        Some(mask) => {
+            let mut own = std::mem::take(&mut scratch.confined);
+            // SAFETY: as above.
+            let chosen = unsafe {
+                let confined = own.confine(isa, logits, mask.wait());
+                let (place, logprob) = choose(isa, confined.logits, row, None, out, scratch);
+                out.processed_top.iter_mut().for_each(|(token, _)| *token = confined.token(*token, true));
+                (confined.token(place, logprob > f32::NEG_INFINITY), logprob)
+            };
+            scratch.confined = own;
+            chosen
+        }
+    };
     // Backwards, so that a token that was changed twice ends as it began.
     for &(token, value) in scratch.originals.iter().rev() {
         logits[token as usize] = value;

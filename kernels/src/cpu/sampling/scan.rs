@@ -96,6 +96,23 @@ per_isa!(
     /// Tokens with `x >= least`, in the order of their ids.
     collect_from(x: &[f32], least: f32, out: &mut Vec<Candidate>), collect_from_body
 );
+per_isa!(
+    /// `out[t] = x[t]` where bit `t % 32` of `words[t / 32]` is set, −∞ elsewhere.
+    blend(x: &[f32], words: &[u32], out: &mut Vec<f32>), blend_body
+);
+
+#[inline(always)]
+fn blend_body(x: &[f32], words: &[u32], out: &mut Vec<f32>) {
+    let (groups, rest) = x.as_chunks::<32>();
+    let pick = |word: u32, i: usize, value: f32| if (word >> i) & 1 == 0 { f32::NEG_INFINITY } else { value };
+    let word = |index: usize| words.get(index).copied().unwrap_or(0);
+    for (index, group) in groups.iter().enumerate() {
+        let word = word(index);
+        out.extend_from_slice(&std::array::from_fn::<f32, 32, _>(|i| pick(word, i, group[i])));
+    }
+    let word = word(groups.len());
+    out.extend(rest.iter().enumerate().map(|(i, &value)| pick(word, i, value)));
+}
 
 #[inline(always)]
 fn chunk_max(x: &[f32]) -> f32 {

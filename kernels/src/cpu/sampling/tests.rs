@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::token_mask::TokenMask;
 
 fn greedy() -> SampleRow {
     SampleRow::greedy(0)
@@ -64,6 +65,11 @@ fn check(got: &Sampled, logits: &[f32], row: &SampleRow, history: &[TokenCount],
         let x = x - row.frequency_penalty * seen.generated as f32;
         values[seen.token as usize] = f64::from(x - if seen.generated > 0 { row.presence_penalty } else { 0.0 });
     }
+    if let Some(mask) = &row.mask {
+        let allowed = |t: usize| mask.wait().get(t / 32).is_some_and(|word| (word >> (t % 32)) & 1 == 1);
+        assert!(allowed(got.token as usize), "{got:?} is forbidden");
+        values.iter_mut().enumerate().filter(|(t, _)| !allowed(*t)).for_each(|(_, v)| *v = f64::NEG_INFINITY);
+    }
     if row.temperature == 0.0 {
         let all = sorted(&values);
         assert_eq!(got.token, all[0].0);
@@ -124,6 +130,8 @@ proptest! {
         top_n in prop_oneof![Just(None), Just(Some(0u32)), (1u32..30).prop_map(Some)],
         seen in proptest::collection::btree_map(0u32..5000, (any::<bool>(), 0u32..4), 0..20),
         bias in proptest::collection::btree_map(0u32..5000, prop_oneof![Just(f32::NEG_INFINITY), -5.0f32..5.0], 0..6),
+        // One token in this many is allowed; 1 is no mask.
+        one_in in prop_oneof![Just(1u64), Just(2u64), 3u64..200],
     ) {
         let mut logits = noise(seed, vocabulary, spread);
         if coarse {
@@ -137,8 +145,15 @@ proptest! {
             .collect();
         // One token at least stays allowed.
         let bias: Vec<(u32, f32)> = bias.into_iter().filter(|(token, _)| *token > 0 && *token < bound).collect();
+        let mask = (one_in > 1).then(|| {
+            let mut words = vec![0u32; vocabulary.div_ceil(32)];
+            // The mask may be longer than the row, and holds one token that no bias forbids.
+            let allowed = (0..vocabulary + 20).filter(|t| *t == 0 || uniform(seed, 1 << 40 | *t as u64) * (one_in as f64) < 1.0);
+            allowed.filter(|t| t / 32 < words.len()).collect::<Vec<_>>().into_iter().for_each(|t| words[t / 32] |= 1 << (t % 32));
+            TokenMask::known(words)
+        });
         let row = SampleRow {
-            temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, top_n,
+            temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, top_n, mask,
             history: 0..history.len() as u32, bias: 0..bias.len() as u32, seed, counter: seed % 7, ..greedy()
         };
         let first = run_on(Isa::Portable, &logits, &row, &history, &bias);
@@ -257,6 +272,47 @@ fn broken_logits_give_a_token_all_the_same() {
             logits[777] = f32::INFINITY;
             let got = run_on(isa, &logits, row, &[], &[]);
             assert!(row.score.is_some() || (got.token, got.logprob) == (777, 0.0));
+        }
+    }
+}
+
+#[test]
+fn a_mask_confines_the_draw_and_leaves_raw_log_probabilities_alone() {
+    let logits: Vec<f32> = (0..2000).map(|t| t as f32 / 100.0).collect();
+    let free = run(&logits, &SampleRow { top_n: Some(2), ..greedy() });
+    assert_eq!(free.token, 1999);
+    for isa in Isa::available() {
+        for (words, token) in [(vec![0b1010], 3), (vec![u32::MAX; 50], 1599), (vec![0, 1 << 31], 63)] {
+            let allowed: Vec<f64> = logits
+                .iter()
+                .take(words.len() * 32)
+                .enumerate()
+                .filter(|(t, _)| words[t / 32] >> (t % 32) & 1 == 1)
+                .map(|(_, x)| f64::from(*x))
+                .collect();
+            let row = SampleRow { mask: Some(TokenMask::known(words)), top_n: Some(2), ..greedy() };
+            let got = run_on(isa, &logits, &row, &[], &[]);
+            assert_eq!((got.token, &got.top), (token, &free.top));
+            assert_eq!(got.rank, 2000 - token);
+            assert!((got.logprob - (free.logprob - (1999 - token) as f32 / 100.0)).abs() < 1e-4);
+            let best = allowed.iter().copied().fold(f64::MIN, f64::max);
+            let expected = -allowed.iter().map(|x| (x - best).exp()).sum::<f64>().ln();
+            assert!((f64::from(got.processed_logprob) - expected).abs() < 1e-4);
+            assert_eq!(got.processed_top[0].0, token);
+            assert_eq!(got.processed_top.len(), allowed.len().min(2));
+        }
+    }
+}
+
+#[test]
+fn where_nothing_is_possible_the_first_allowed_token_is_given() {
+    for isa in Isa::available() {
+        for temperature in [0.0, 1.0] {
+            for (words, token) in [(vec![0, 4], 34), (vec![], 0), (vec![!1; 63], 1)] {
+                let row = SampleRow { mask: Some(TokenMask::known(words)), temperature, ..greedy() };
+                let got = run_on(isa, &vec![f32::NEG_INFINITY; 2000], &row, &[], &[]);
+                assert_eq!((got.token, got.processed_logprob), (token, f32::NEG_INFINITY));
+            }
         }
     }
 }

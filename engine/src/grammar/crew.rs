@@ -1,0 +1,34 @@
+//! Threads that work out masks while the model computes.
+
+use super::follower::Job;
+use flume::Sender;
+
+/// Jobs that wait: a running sequence has one at most, a cancelled one may leave one behind. When it is full the engine's thread
+/// waits, as it would for the masks.
+const QUEUE: usize = 4096;
+/// A mask takes microseconds and the cores belong to the model: one thread for this many.
+const CORES_PER_THREAD: usize = 8;
+const MOST_THREADS: usize = 4;
+
+/// The threads; they end when this is dropped.
+pub(super) struct Crew {
+    jobs: Sender<Job>,
+}
+
+impl Crew {
+    pub fn start() -> std::io::Result<Crew> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let (jobs, queue) = flume::bounded::<Job>(QUEUE);
+        for index in 0..(cores / CORES_PER_THREAD).clamp(1, MOST_THREADS) {
+            let queue = queue.clone();
+            let run = move || queue.iter().for_each(Job::run);
+            std::thread::Builder::new().name(format!("tidemill-mask-{index}")).spawn(run)?;
+        }
+        Ok(Crew { jobs })
+    }
+
+    /// Has a job done. Without threads it is dropped, and with it the promise of a mask.
+    pub fn hand(&self, job: Job) {
+        self.jobs.send(job).ok();
+    }
+}
