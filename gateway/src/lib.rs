@@ -6,7 +6,7 @@
 //!
 //! Invariants: every rejection happens before the 200, in the error shape, with `x-request-id`; a client that leaves drops its event
 //! receiver, which frees its sequences; nothing here computes on tokio's threads beyond parsing and short prompts; no text of a
-//! prompt or answer is logged.
+//! prompt or answer is logged unless `log_content` asks for it.
 
 pub mod anthropic;
 pub mod batches;
@@ -24,6 +24,7 @@ pub mod keys;
 pub mod labeling;
 pub mod limits;
 pub mod openai;
+pub mod openapi;
 pub mod pull;
 pub mod recording;
 pub mod responses;

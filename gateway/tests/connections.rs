@@ -9,12 +9,16 @@
 
 mod support;
 
+use axum::body::Body;
+use http_body_util::BodyExt;
+use hyper::{Request, StatusCode, Version};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::{Value, json};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 use support::{MODEL, Setup, chat};
-use tidemill::http::server::Server;
+use tidemill::http::server::{Bounds, Server};
 use tidemill::http::{App, limits::BodyLimits};
 use tidemill::upstream::{Registry, Upstream};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -29,10 +33,14 @@ struct Running {
 }
 
 async fn start(app: App) -> Running {
+    start_with(app, Bounds::default()).await
+}
+
+async fn start_with(app: App, bounds: Bounds) -> Running {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (leave, left) = oneshot::channel();
-    let server = tokio::spawn(Server::new(listener, app, 64).run(async move { drop(left.await) }));
+    let server = tokio::spawn(Server::new(listener, app, bounds, None).run(async move { drop(left.await) }));
     Running { address, leave, server }
 }
 
@@ -209,4 +217,100 @@ async fn a_body_that_never_comes_is_a_408() {
     stream.write_all(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n{").await.unwrap();
     let reply = within(5, read_until(&mut stream, "\"error\"")).await;
     assert!(reply.starts_with("HTTP/1.1 408"), "{reply}");
+}
+
+/// Bounds under which a test need not wait long.
+fn impatient() -> Bounds {
+    Bounds { idle: Duration::from_millis(300), handshake: Duration::from_millis(300), ..Bounds::default() }
+}
+
+/// Reads until the server closes; fails after ten seconds.
+async fn closed(mut stream: TcpStream) -> Vec<u8> {
+    let mut all = Vec::new();
+    // A reset is an end, too.
+    let _ = within(10, stream.read_to_end(&mut all)).await;
+    all
+}
+
+#[tokio::test]
+async fn a_connection_that_says_nothing_or_half_a_head_is_closed() {
+    let server = start_with(Setup::default().app(), impatient()).await;
+    // Nothing; the beginning of what could be either protocol; HTTP/2's first words; half a head; a head byte by byte.
+    for said in ["", "PRI", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "GET /health HTTP/1.1\r\nhost: x\r\n"] {
+        let mut stream = server.connect().await;
+        stream.write_all(said.as_bytes()).await.unwrap();
+        let answer = closed(stream).await;
+        assert!(!answer.starts_with(b"HTTP/1.1 200"), "{said:?}: {answer:?}");
+    }
+    let (mut reading, mut writing) = server.connect().await.into_split();
+    let slowly = async {
+        for byte in b"GET /health HTTP/1.1\r\nhost: x\r\nx: ".iter().chain(std::iter::repeat(&b'a')) {
+            if writing.write_all(&[*byte]).await.is_err() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let mut answer = Vec::new();
+    within(10, async { tokio::join!(slowly, async { drop(reading.read_to_end(&mut answer).await) }) }).await;
+    assert!(!answer.starts_with(b"HTTP/1.1 200"), "{answer:?}");
+}
+
+#[tokio::test]
+async fn a_connection_that_waits_for_the_next_request_is_closed_and_one_with_a_request_is_not() {
+    let server = start_with(Setup::slow(150, 10).app(), impatient()).await;
+    let mut stream = server.connect().await;
+    stream.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    assert!(closed(stream).await.starts_with(b"HTTP/1.1 200"));
+    // 1.5 s of silence, five times the bound.
+    let answer = within(20, rest(server.post(&chat(json!({}))).await)).await;
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("xxxx"), "{answer}");
+}
+
+#[tokio::test]
+async fn http_2_without_tls_answers_several_streams_at_once() {
+    let app = Setup::slow(100, 10).app();
+    let server = start(app.clone()).await;
+    let io = TokioIo::new(server.connect().await);
+    let (sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let ask = |stream: bool| {
+        let mut sender = sender.clone();
+        async move {
+            let body = Body::from(chat(json!({"stream": stream})).to_string());
+            let request = Request::post("http://x/v1/chat/completions").body(body).unwrap();
+            let response = sender.send_request(request).await.unwrap();
+            assert_eq!((response.status(), response.version()), (StatusCode::OK, Version::HTTP_2));
+            String::from_utf8(response.into_body().collect().await.unwrap().to_bytes().to_vec()).unwrap()
+        }
+    };
+    let answers = within(30, futures_util::future::join_all((0..8).map(|index| ask(index % 2 == 0)))).await;
+    for (index, answer) in answers.iter().enumerate() {
+        assert_eq!(answer.contains("[DONE]"), index % 2 == 0, "{answer}");
+    }
+    // One that is left cancels its sequences, while the connection stays.
+    let mut left = sender.clone();
+    let body = Body::from(chat(json!({"stream": true})).to_string());
+    let response = left.send_request(Request::post("http://x/v1/chat/completions").body(body).unwrap()).await.unwrap();
+    within(10, async {
+        while running(&app).0 == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    drop(response);
+    until_idle(&app).await;
+    assert!(ask(false).await.contains("xxxx"));
+    connection.abort();
+}
+
+#[tokio::test]
+async fn a_head_too_large_is_a_431() {
+    let server = start(Setup::default().app()).await;
+    let mut stream = server.connect().await;
+    let head = format!("GET /health HTTP/1.1\r\nhost: x\r\nx-long: {}\r\n\r\n", "a".repeat(100_000));
+    // The server may close before it has read all.
+    let _ = stream.write_all(head.as_bytes()).await;
+    let answer = closed(stream).await;
+    assert!(answer.starts_with(b"HTTP/1.1 431"), "{:?}", String::from_utf8_lossy(&answer));
 }

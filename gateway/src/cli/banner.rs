@@ -38,8 +38,8 @@ fn model_lines(model: &LocalModel, path: &Path, took: Duration) -> String {
 }
 
 /// Everything is loaded: a command to try.
-pub fn ready(model: &str, address: SocketAddr, keys: bool) {
-    let base = format!("http://{}", reachable(address));
+pub fn ready(model: &str, address: SocketAddr, keys: bool, tls: bool) {
+    let base = format!("{}://{}", if tls { "https" } else { "http" }, reachable(address));
     let question = serde_json::json!([{"role": "user", "content": "What is a tide mill?"}]);
     // Bounded: a small model left to itself may talk until its context is full.
     let body = serde_json::json!({"model": model, "messages": question, "max_tokens": 128});

@@ -9,9 +9,10 @@ use crate::http::drain::Drain;
 use crate::http::limits::BodyLimits;
 use crate::http::responses::background::Background;
 use crate::http::server::Server;
+use crate::http::tls::{Tls, TlsError};
 use crate::http::{App, Auth};
 use crate::limits::Limiter;
-use crate::telemetry::{self, TelemetryError};
+use crate::telemetry::{self, Observer, TelemetryError};
 use crate::upstream::{LocalModel, Registry, Upstream};
 use metrics_exporter_prometheus::PrometheusHandle;
 use std::net::{IpAddr, SocketAddr};
@@ -79,15 +80,30 @@ pub struct ServeArgs {
     /// Largest request body [default: 10MiB]
     #[arg(long, value_name = "SIZE")]
     max_body: Option<String>,
+    /// Time that a request's body may take [default: 30s]
+    #[arg(long, value_name = "TIME")]
+    body_timeout: Option<String>,
+    /// Connections at once; more wait [default: 4096]
+    #[arg(long, value_name = "N")]
+    max_connections: Option<String>,
+    /// Connections without a request are closed after this time [default: 75s]
+    #[arg(long, value_name = "TIME")]
+    idle_timeout: Option<String>,
+    /// Certificate chain for TLS, a PEM file; read again when it changes [default: no TLS]
+    #[arg(long, value_name = "FILE")]
+    tls_certificate: Option<String>,
+    /// Private key of the certificate, a PEM file
+    #[arg(long, value_name = "FILE")]
+    tls_key: Option<String>,
+    /// Web pages that may call from a browser, such as https://app.example.com, separated by commas; * is every page [default: none]
+    #[arg(long, value_name = "ORIGINS")]
+    cors_origins: Option<String>,
     /// Largest file that can be uploaded [default: 200MiB]
     #[arg(long, value_name = "SIZE")]
     max_file: Option<String>,
     /// Room for all files together [default: 16GiB]
     #[arg(long, value_name = "SIZE")]
     max_files: Option<String>,
-    /// Connections at once; more wait [default: 4096]
-    #[arg(long, value_name = "N")]
-    max_connections: Option<String>,
     /// How long a key that was seen is believed while the database is away [default: 1h]
     #[arg(long, value_name = "TIME")]
     auth_grace: Option<String>,
@@ -124,6 +140,15 @@ pub struct ServeArgs {
     /// Log lines for people or for machines: text, json [default: text]
     #[arg(long, value_name = "FORMAT")]
     log_format: Option<String>,
+    /// Write prompts and answers to the log: true, false [default: false]
+    #[arg(long, value_name = "BOOL")]
+    log_content: Option<String>,
+    /// Send traces over OTLP/HTTP to this collector, such as http://localhost:4318 [default: none]
+    #[arg(long, value_name = "URL")]
+    otlp_endpoint: Option<String>,
+    /// Share of the traces begun here that is sent [default: 1]
+    #[arg(long, value_name = "0..1")]
+    trace_share: Option<String>,
     /// Configuration file [default: tidemill.toml where there is one]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -152,9 +177,14 @@ impl ServeArgs {
             ("device", &self.device),
             ("drain_timeout", &self.drain_timeout),
             ("max_body", &self.max_body),
+            ("body_timeout", &self.body_timeout),
+            ("max_connections", &self.max_connections),
+            ("idle_timeout", &self.idle_timeout),
+            ("tls_certificate", &self.tls_certificate),
+            ("tls_key", &self.tls_key),
+            ("cors_origins", &self.cors_origins),
             ("max_file", &self.max_file),
             ("max_files", &self.max_files),
-            ("max_connections", &self.max_connections),
             ("auth_grace", &self.auth_grace),
             ("tool_parser", &self.tool_parser),
             ("reasoning_parser", &self.reasoning_parser),
@@ -167,6 +197,9 @@ impl ServeArgs {
             ("retention_size", &self.retention_size),
             ("log", &self.log),
             ("log_format", &self.log_format),
+            ("log_content", &self.log_content),
+            ("otlp_endpoint", &self.otlp_endpoint),
+            ("trace_share", &self.trace_share),
         ];
         for (key, text) in flags {
             layer.flag(key, text.as_ref());
@@ -192,6 +225,9 @@ pub enum ServeError {
         "there is no API key yet, so this server may only listen on this machine, not on {0}; make a key with `tidemill key create --name NAME --scope chat,feedback`, or leave out --host"
     )]
     NoKey(IpAddr),
+    /// The certificate cannot be used.
+    #[error("{0}")]
+    Tls(#[from] TlsError),
     /// The system gives no threads.
     #[error("cannot start threads: {0}")]
     Threads(std::io::Error),
@@ -221,6 +257,11 @@ pub fn run(args: &ServeArgs) -> Result<(), ServeError> {
     let config = Config::load(args.to_layer(), args.config.as_deref(), utf8_environment())?;
     telemetry::init_logs(&config.log, config.log_format)?;
     let metrics = telemetry::init_metrics()?;
+    let spans = match &config.otlp_endpoint {
+        Some(endpoint) => telemetry::exporting(endpoint, config.trace_share).map_err(TelemetryError::from)?,
+        None => telemetry::silent(),
+    };
+    let observer = Observer::new(spans, config.log_content);
     let models = config.resolve_models()?;
     let _lock = DataDir::new(&config.data).lock()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -230,7 +271,7 @@ pub fn run(args: &ServeArgs) -> Result<(), ServeError> {
         .build()
         .map_err(ServeError::Threads)?;
     let result = runtime.block_on(async {
-        let app = open(&config, &models, metrics).await?;
+        let app = open(&config, &models, metrics, observer.clone()).await?;
         let (store, datasets, batches) = (app.store.clone(), app.datasets.clone(), app.batches.clone());
         let limits = Arc::clone(&app.limits);
         tokio::spawn(batches.clone().run(app.clone(), config.retention_age));
@@ -244,13 +285,14 @@ pub fn run(args: &ServeArgs) -> Result<(), ServeError> {
         store.close().await;
         result
     });
+    observer.close();
     // Work that nobody waits for any more must not hold up the exit.
     runtime.shutdown_background();
     result
 }
 
 /// Opens the store and puts together what handlers see.
-async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle) -> Result<App, ServeError> {
+async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle, observer: Observer) -> Result<App, ServeError> {
     let data = DataDir::new(&config.data);
     let retention = Retention { max_age: config.retention_age, max_bytes: config.retention_size };
     let defaults = StoreOptions::new(data);
@@ -264,7 +306,9 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle) 
     Ok(App {
         registry: Arc::new(Registry::new(models.iter().map(|model| model.name.clone()))),
         drain: Drain::default(),
-        body: BodyLimits { bytes: config.max_body, ..BodyLimits::default() },
+        origins: config.origins.clone(),
+        body: BodyLimits { bytes: config.max_body, time: config.body_timeout },
+        observer,
         metrics: Some(metrics),
         auth: Auth::with_grace(store.clone(), has_key, config.auth_grace),
         limits: Arc::new(Limiter::new(store.clone(), config.model_limits.clone(), config.prices.clone())),
@@ -294,13 +338,17 @@ fn network_threads() -> usize {
 }
 
 async fn serve(config: Config, models: Vec<ModelSpec>, app: App) -> Result<(), ServeError> {
+    let tls = config.tls.as_ref().map(|(certificate, key)| Tls::open(certificate, key)).transpose()?;
     let address = SocketAddr::new(config.host, config.port);
     let listen = |source| ServeError::Listen { address, source };
     let listener = TcpListener::bind(address).await.map_err(listen)?;
     let address = listener.local_addr().map_err(listen)?;
     tracing::info!(%address, models = models.len(), "listening; loading models");
     let (failed, failure) = oneshot::channel();
-    let server = Server::new(listener, app.clone(), config.max_connections);
+    if let Some(tls) = &tls {
+        tokio::spawn(tls.clone().keep_fresh());
+    }
+    let server = Server::new(listener, app.clone(), config.connections, tls);
     let drain_timeout = config.drain_timeout;
     let loader = {
         let app = app.clone();
@@ -349,7 +397,7 @@ fn load_all(config: &Config, models: &[ModelSpec], app: &App, address: SocketAdd
         app.registry.loaded(&model.name, Upstream::Local(Arc::new(loaded)));
     }
     if let Some(first) = models.first() {
-        banner::ready(&first.name, address, app.auth.has_keys());
+        banner::ready(&first.name, address, app.auth.has_keys(), config.tls.is_some());
     }
     Ok(())
 }

@@ -7,13 +7,16 @@ mod parsers;
 mod tables;
 pub mod value;
 
+use layer::Setting;
 pub use layer::{Layer, Origin};
 pub use model_spec::{DEFAULT_MODEL, ModelSpec, models_dir};
 pub use parsers::ParserConfig;
 
 use crate::feedback::Metrics;
 use crate::http::auth::DEFAULT_GRACE;
-use crate::http::limits::FileLimits;
+use crate::http::cors::Origins;
+use crate::http::limits::{BodyLimits, FileLimits};
+use crate::http::server::Bounds;
 use crate::limits::Prices;
 use crate::openai::parse::ParserChoice;
 use crate::recording::{Level, Recording};
@@ -29,7 +32,7 @@ use tidemill_store::Limits;
 pub const DEFAULT_FILE: &str = "tidemill.toml";
 
 /// Every setting, by its name in the file. The flag is the same with dashes, the variable the same in capitals after `TIDEMILL_`.
-pub const KEYS: [&str; 32] = [
+pub const KEYS: [&str; 40] = [
     "model",
     "host",
     "port",
@@ -47,9 +50,14 @@ pub const KEYS: [&str; 32] = [
     "device",
     "drain_timeout",
     "max_body",
+    "body_timeout",
+    "max_connections",
+    "idle_timeout",
+    "tls_certificate",
+    "tls_key",
+    "cors_origins",
     "max_file",
     "max_files",
-    "max_connections",
     "auth_grace",
     "tool_parser",
     "reasoning_parser",
@@ -62,6 +70,9 @@ pub const KEYS: [&str; 32] = [
     "retention_size",
     "log",
     "log_format",
+    "log_content",
+    "otlp_endpoint",
+    "trace_share",
 ];
 
 /// Why there is no configuration.
@@ -166,10 +177,16 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// Most bytes of a request's body.
     pub max_body: usize,
+    /// Most time from the first byte of a request's body to the last.
+    pub body_timeout: Duration,
+    /// Bounds on connections.
+    pub connections: Bounds,
+    /// Certificate chain and private key, where TLS is spoken.
+    pub tls: Option<(PathBuf, PathBuf)>,
+    /// Web pages that may call.
+    pub origins: Origins,
     /// Bounds on files that clients upload.
     pub file_limits: FileLimits,
-    /// Most connections at once.
-    pub max_connections: usize,
     /// How long a key that was seen is believed while the database is away.
     pub auth_grace: Duration,
     /// What each model may be used, over all callers.
@@ -196,6 +213,12 @@ pub struct Config {
     pub log: String,
     /// How log lines look.
     pub log_format: LogFormat,
+    /// Prompts and answers are written to the log.
+    pub log_content: bool,
+    /// Where spans are sent.
+    pub otlp_endpoint: Option<String>,
+    /// Share of the traces begun here that is sent.
+    pub trace_share: f64,
 }
 
 impl Config {
@@ -255,11 +278,18 @@ impl Config {
             device: get("device").map_or(Ok(Device::Auto), |s| s.parse(value::device))?,
             drain_timeout: get("drain_timeout").map_or(Ok(Duration::from_secs(30)), |s| s.parse(value::duration))?,
             max_body: get("max_body").map_or(Ok(10 << 20), |s| s.parse(value::size))?,
+            body_timeout: get("body_timeout").map_or(Ok(BodyLimits::default().time), |s| s.parse(value::some_time))?,
+            connections: Bounds {
+                connections: count("max_connections", 1)?.unwrap_or(Bounds::default().connections),
+                idle: get("idle_timeout").map_or(Ok(Bounds::default().idle), |s| s.parse(value::some_time))?,
+                ..Bounds::default()
+            },
+            tls: tls(get("tls_certificate"), get("tls_key"))?,
+            origins: get("cors_origins").map_or(Ok(Origins::default()), |s| s.parse(Origins::parse))?,
             file_limits: FileLimits {
                 file: get("max_file").map(|s| s.parse(value::size)).transpose()?.map_or(files.file, |bytes| bytes as u64),
                 total: get("max_files").map(|s| s.parse(value::size)).transpose()?.map_or(files.total, |bytes| bytes as u64),
             },
-            max_connections: count("max_connections", 1)?.unwrap_or(4096),
             auth_grace: get("auth_grace").map_or(Ok(DEFAULT_GRACE), |s| s.parse(value::duration))?,
             model_limits: tables::limits(layers)?,
             prices: tables::prices(layers)?,
@@ -285,6 +315,9 @@ impl Config {
             log_format: get("log_format").map_or(Ok(LogFormat::Text), |s| {
                 s.parse(|text| value::choice(text, &[("text", LogFormat::Text), ("json", LogFormat::Json)]))
             })?,
+            log_content: get("log_content").map_or(Ok(false), |s| s.parse(value::switch))?,
+            otlp_endpoint: get("otlp_endpoint").map(|s| s.parse(value::web_address)).transpose()?,
+            trace_share: get("trace_share").map_or(Ok(1.0), |s| s.parse(value::share))?,
         })
     }
 
@@ -310,6 +343,20 @@ impl Config {
             seed: self.seed,
             ..EngineOptions::new(&model.path)
         }
+    }
+}
+
+/// Both or neither.
+fn tls(certificate: Option<&Setting>, key: Option<&Setting>) -> Result<Option<(PathBuf, PathBuf)>, ConfigError> {
+    let alone = |setting: &Setting, other: &str| ConfigError::Value {
+        place: setting.origin.to_string(),
+        message: format!("needs `{other}` beside it"),
+    };
+    match (certificate, key) {
+        (None, None) => Ok(None),
+        (Some(certificate), Some(key)) => Ok(Some((PathBuf::from(&certificate.text), PathBuf::from(&key.text)))),
+        (Some(certificate), None) => Err(alone(certificate, "tls_key")),
+        (None, Some(key)) => Err(alone(key, "tls_certificate")),
     }
 }
 

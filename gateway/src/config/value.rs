@@ -94,6 +94,18 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     Some(time).filter(|t| *t <= limit).ok_or_else(expected)
 }
 
+/// The same, and not nothing.
+pub fn some_time(text: &str) -> Result<Duration, String> {
+    duration(text).and_then(|time| if time.is_zero() { Err("expected a time above 0".to_owned()) } else { Ok(time) })
+}
+
+/// Where something answers over HTTP.
+pub fn web_address(text: &str) -> Result<String, String> {
+    let host = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
+    let expected = || "expected an address such as http://localhost:4318".to_owned();
+    host.filter(|host| !host.is_empty() && !host.starts_with('/')).map(|_| text.to_owned()).ok_or_else(expected)
+}
+
 /// A share of the whole, from 0 to 1.
 pub fn share(text: &str) -> Result<f64, String> {
     let expected = || "expected a share from 0 to 1, such as 0.1".to_owned();

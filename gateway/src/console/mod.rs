@@ -42,6 +42,11 @@ pub fn routes() -> Router<App> {
     routes.route("/console", get(|| async { Redirect::temporary("/console/label") }))
 }
 
+/// Paths and content types of all pages and files.
+pub fn files() -> impl Iterator<Item = (&'static str, &'static str)> {
+    PAGES.into_iter().map(|(path, _)| (path, HTML)).chain(FILES.into_iter().map(|(path, kind, _)| (path, kind)))
+}
+
 /// A page with what all of them share: the head, and the door where one signs in.
 fn page(text: &str) -> Bytes {
     let shared = [("<!-- head -->\n", include_str!("head.html")), ("<!-- door -->\n", include_str!("door.html"))];

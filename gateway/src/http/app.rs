@@ -4,11 +4,13 @@ use crate::batches::Batches;
 use crate::datasets::DatasetJobs;
 use crate::feedback::Metrics;
 use crate::http::auth::Auth;
+use crate::http::cors::Origins;
 use crate::http::drain::Drain;
 use crate::http::limits::{BodyLimits, FileLimits};
 use crate::http::responses::background::Background;
 use crate::limits::Limiter;
 use crate::recording::Recording;
+use crate::telemetry::Observer;
 use crate::upstream::Registry;
 use metrics_exporter_prometheus::PrometheusHandle;
 use std::sync::Arc;
@@ -23,6 +25,10 @@ pub struct App {
     pub drain: Drain,
     /// Bounds on request bodies.
     pub body: BodyLimits,
+    /// Web pages that may call.
+    pub origins: Origins,
+    /// Traces and logs requests.
+    pub observer: Observer,
     /// Renders `/metrics`; absent where no recorder was installed.
     pub metrics: Option<PrometheusHandle>,
     /// Durable records.

@@ -1,8 +1,10 @@
 //! Who is asking, and whether they may.
 
 use crate::clock::now;
+use crate::http::cors::Origins;
 use crate::http::error::ApiError;
 use crate::keys::{KeyRing, Known};
+use crate::telemetry::Trail;
 use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -18,8 +20,8 @@ use tidemill_engine::Tenant;
 use tidemill_store::{ApiKey, Scope, Store, StoreError, Tier, Viewer};
 use tower::{Layer, Service};
 
-/// Paths that need no key: probes, and the console's pages, whose data does need one.
-const OPEN: [&str; 5] = ["/health", "/ready", "/version", "/metrics", "/console"];
+/// Paths that need no key: probes, the API's description, and the console's pages, whose data does need one.
+const OPEN: [&str; 6] = ["/health", "/ready", "/version", "/metrics", "/openapi.json", "/console"];
 
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
@@ -187,9 +189,12 @@ fn unauthorized(message: &str) -> ApiError {
 }
 
 /// Middleware over all routes: lets a request through with its [`Caller`], or answers 401.
-pub async fn authenticate(State(auth): State<Auth>, mut request: Request, next: Next) -> Response {
+pub async fn authenticate(State((auth, origins)): State<(Auth, Origins)>, mut request: Request, next: Next) -> Response {
     // A request of this process, such as a batch's, brings its caller along; nothing that comes over a socket can.
-    if request.extensions().get::<Caller>().is_some() {
+    if let Some(caller) = request.extensions().get::<Caller>() {
+        if let Some(trail) = request.extensions().get::<Trail>() {
+            trail.key(caller.key_id());
+        }
         return next.run(request).await;
     }
     let path = request.uri().path();
@@ -197,7 +202,12 @@ pub async fn authenticate(State(auth): State<Auth>, mut request: Request, next: 
     let caller = if open { Ok(Caller { key: None, open: false }) } else { auth.caller(request.headers()).await };
     match caller {
         Ok(caller) => {
-            if let Some(error) = foreign(request.method(), request.headers()).filter(|_| caller.open) {
+            if let Some(trail) = request.extensions().get::<Trail>() {
+                trail.key(caller.key_id());
+            }
+            let welcome = origins.name(request.headers().get(ORIGIN));
+            let refused = foreign(request.method(), request.uri().host(), request.headers(), welcome);
+            if let Some(error) = refused.filter(|_| caller.open) {
                 return error.into_response();
             }
             request.extensions_mut().insert(caller);
@@ -246,9 +256,11 @@ pub fn forbidden(scope: Scope) -> ApiError {
 /// Why a server without keys refuses a request: a page of some website has the visitor's browser send it. Such a page reaches whatever
 /// listens on the visitor's machine, either across sites, or under a name of its own that it had resolve to this machine. An API key
 /// keeps both out; here only the headers do that a page cannot set.
-fn foreign(method: &Method, headers: &HeaderMap) -> Option<ApiError> {
+///
+/// `authority` is the host that HTTP/2 names instead of the header. `welcome`: the configuration names the page's origin.
+fn foreign(method: &Method, authority: Option<&str>, headers: &HeaderMap, welcome: bool) -> Option<ApiError> {
     let text = |name| headers.get(name).map(|value: &HeaderValue| value.to_str().unwrap_or("?"));
-    let host = text(HOST).map(host_of);
+    let host = text(HOST).or(authority).map(host_of);
     if let Some(host) = host.filter(|host| !names_this_network(host)) {
         let shown: String = host.chars().take(100).collect();
         let message = format!(
@@ -263,7 +275,7 @@ fn foreign(method: &Method, headers: &HeaderMap) -> Option<ApiError> {
     };
     // What is only read, a page of another site does not get to see.
     let message = "This server has no API keys, so pages of other sites may not use it; `tidemill key create` makes a key.";
-    (across && !method.is_safe()).then(|| ApiError::client(StatusCode::FORBIDDEN, Some("foreign_origin"), message))
+    (across && !welcome && !method.is_safe()).then(|| ApiError::client(StatusCode::FORBIDDEN, Some("foreign_origin"), message))
 }
 
 /// `name` of `name:port`, and `::1` of `[::1]:port`.
@@ -286,7 +298,7 @@ mod tests {
 
     fn refused(method: Method, headers: &[(HeaderName, &'static str)]) -> Option<String> {
         let headers = headers.iter().map(|(name, value)| (name.clone(), HeaderValue::from_static(value))).collect();
-        foreign(&method, &headers).and_then(|error| error.code).map(|code| code.into_owned())
+        foreign(&method, None, &headers, false).and_then(|error| error.code).map(|code| code.into_owned())
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::openai::response_format::Constrained;
 use crate::openai::tools::Tool;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{self, Draft, Level};
+use crate::telemetry::Follower;
 use crate::upstream::{Events, LocalModel};
 use axum::extract::{Request, State};
 use axum::response::Response;
@@ -68,6 +69,7 @@ pub struct ChatRun {
     calls: Option<CallRules>,
     processed: bool,
     record: Option<Pending>,
+    follower: Option<Follower>,
 }
 
 impl ChatRun {
@@ -108,10 +110,11 @@ impl ChatRun {
             }
             Draft { inference, candidates: choice_ids.len(), choice_ids: choice_ids.clone(), prompt_only: false }
         };
+        let follower = asked.follow("chat", &model, std::slice::from_ref(&request));
         let drafts = (level != Level::Off).then(|| vec![draft()]);
         let record = drafts.map(|drafts| asked.pending(level, drafts));
         let (processed, constraint) = (generation.processed_logprobs, chat.constraint.clone());
-        Ok(Self { model, id, choice_ids, format, tier, request, meter, constraint, calls, processed, record })
+        Ok(Self { model, id, choice_ids, format, tier, request, meter, constraint, calls, processed, record, follower })
     }
 
     /// How it is sampled, defaults included.
@@ -135,7 +138,8 @@ impl ChatRun {
             self.request.sampling.grammar = Some(self.model.grammar(constraint).await?);
         }
         let events = self.model.submit(vec![self.request])?;
-        Ok(events.recorded(self.record.map(Pending::start)).metered(self.meter).showing(self.processed))
+        let events = events.recorded(self.record.map(Pending::start)).metered(self.meter).followed(self.follower);
+        Ok(events.showing(self.processed))
     }
 }
 

@@ -14,6 +14,7 @@ use crate::openai::completions::{CompletionRequest, PromptInput};
 use crate::openai::response_format::Constrained;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{self, Draft, Level};
+use crate::telemetry::Follower;
 use crate::upstream::LocalModel;
 use axum::extract::{Request, State};
 use axum::response::Response;
@@ -34,6 +35,7 @@ pub async fn completions(State(app): State<App>, request: Request) -> Result<Res
         .submit(prepared.requests)?
         .recorded(prepared.record.map(Pending::start))
         .metered(prepared.meter)
+        .followed(prepared.follower)
         .showing(prepared.processed);
     let tokenizer = prepared.model.tokenizer();
     if prepared.stream {
@@ -59,6 +61,7 @@ struct PreparedCompletion {
     constraint: Option<Constrained>,
     processed: bool,
     record: Option<Pending>,
+    follower: Option<Follower>,
     meter: Meter,
 }
 
@@ -126,6 +129,7 @@ impl PreparedCompletion {
             stream: generation.stream,
             constraint: completion.constraint.clone(),
             processed: generation.processed_logprobs,
+            follower: asked.follow("text_completion", &model, &requests),
             record: (level != Level::Off).then(|| asked.pending(level, drafts)),
             requests,
             model,

@@ -14,6 +14,7 @@ use crate::openai::collected::{Collected, Flow};
 use crate::openai::generation::Generation;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{self, Draft, Level, Recorder};
+use crate::telemetry::{Follower, Trail};
 use crate::upstream::{Events, LocalModel, Upstream};
 use axum::extract::Request;
 use std::sync::Arc;
@@ -88,6 +89,7 @@ pub struct Asked {
     pub deadline: Option<Instant>,
     /// Where the levels of its limits are left for the response.
     rate: RateSlot,
+    trail: Option<Trail>,
 }
 
 /// An extension of requests that a batch sends: whatever anybody waits for goes before them.
@@ -101,7 +103,21 @@ impl Asked {
         let arrived = Instant::now();
         let rate = request.extensions().get::<RateSlot>().cloned().unwrap_or_default();
         let deadline = deadline::of(request.headers(), arrived);
-        Self { app: app.clone(), caller: Caller::of(request), arrived, background, deadline, rate }
+        Self {
+            app: app.clone(),
+            caller: Caller::of(request),
+            arrived,
+            background,
+            deadline,
+            rate,
+            trail: request.extensions().get().cloned(),
+        }
+    }
+
+    /// Follows the answers to `requests` for the log and the trace; give it to the events with [`Events::followed`]. `operation` is
+    /// `chat`, `text_completion` or `embeddings`.
+    pub fn follow(&self, operation: &'static str, model: &LocalModel, requests: &[tidemill_engine::Request]) -> Option<Follower> {
+        self.trail.as_ref().map(|trail| trail.follow(operation, model, requests))
     }
 
     /// The model of this name, if the caller may use it.

@@ -117,7 +117,8 @@ pub async fn off_path<T: Send + 'static>(long: bool, work: impl FnOnce() -> T + 
     }
     let busy = || ApiError::fault("The request could not be prepared because of an internal error.");
     let _turn = LONG_WORKERS.acquire().await.map_err(|_| busy())?;
-    let done = tokio::task::spawn_blocking(work).await;
+    let span = tracing::Span::current();
+    let done = tokio::task::spawn_blocking(move || span.in_scope(work)).await;
     done.map_err(|_| busy())
 }
 

@@ -7,6 +7,8 @@ mod batches;
 mod call_rules;
 pub mod chat;
 mod completions;
+mod connection;
+pub mod cors;
 mod datasets;
 pub mod deadline;
 pub mod drain;
@@ -30,6 +32,7 @@ pub mod server;
 pub mod sse;
 mod stored_chats;
 pub mod tier;
+pub mod tls;
 mod tokens;
 mod upload;
 

@@ -1,8 +1,9 @@
-//! `/health`, `/ready`, `/version`, `/metrics`.
+//! `/health`, `/ready`, `/version`, `/metrics`, `/openapi.json`.
 
 use crate::http::answer::{answer, json};
 use crate::http::app::App;
 use crate::http::error::ApiError;
+use crate::openapi;
 use crate::upstream::{LoadState, Upstream};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -10,6 +11,7 @@ use bytes::Bytes;
 use hyper::StatusCode;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use serde_json::json;
+use std::sync::LazyLock;
 use tidemill_engine::Health;
 
 /// Alive: the process answers. An engine that died is not alive any more; only a restart brings it back.
@@ -68,4 +70,10 @@ pub async fn metrics(State(app): State<App>) -> Result<Response, ApiError> {
     let mut response = handle.render().into_response();
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
     Ok(response)
+}
+
+/// The API's description.
+pub async fn description() -> Response {
+    static DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| Bytes::from(openapi::document().to_string()));
+    json(DOCUMENT.clone())
 }

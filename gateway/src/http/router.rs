@@ -22,6 +22,7 @@ use tidemill_store::Scope;
 /// All routes. Whatever is not one answers in the error shape, too.
 pub fn router(app: App) -> Router {
     let auth = app.auth.clone();
+    let cors = app.origins.layer();
     let generating = Router::new()
         .route("/v1/chat/completions", post(chat::chat).get(stored_chats::list))
         .route("/v1/chat/completions/{id}", get(stored_chats::get).post(stored_chats::update).delete(stored_chats::delete))
@@ -60,11 +61,14 @@ pub fn router(app: App) -> Router {
         .route("/ready", get(probes::ready))
         .route("/version", get(probes::version))
         .route("/metrics", get(probes::metrics))
+        .route("/openapi.json", get(probes::description))
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
-        .layer(from_fn_with_state(auth, authenticate))
+        .layer(from_fn_with_state((auth, app.origins.clone()), authenticate))
         .layer(from_fn(readable))
-        .layer(from_fn(observe::observe))
+        // Around the keys: a browser asks for leave before it sends one, and may read why it was refused.
+        .layer(tower::util::option_layer(cors))
+        .layer(from_fn_with_state(app.observer.clone(), observe::observe))
         .layer(from_fn(in_their_words))
         .with_state(app)
 }

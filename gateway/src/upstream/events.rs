@@ -2,6 +2,7 @@
 
 use crate::limits::Meter;
 use crate::recording::Recorder;
+use crate::telemetry::Follower;
 use flume::r#async::RecvStream;
 use futures_core::Stream;
 use std::future::poll_fn;
@@ -18,6 +19,8 @@ pub struct Events {
     recorder: Option<Recorder>,
     /// Counts what passes, and holds the request's place within the limits.
     meter: Option<Meter>,
+    /// Takes note of what passes for the log and the trace.
+    follower: Option<Follower>,
     /// Log-probabilities are shown as they were after processing.
     processed: bool,
 }
@@ -31,7 +34,7 @@ impl Events {
     /// Over the receivers that the engine gave, one per prompt.
     pub fn new(receivers: Vec<flume::Receiver<Event>>) -> Self {
         let sources = receivers.into_iter().map(|r| Source { stream: r.into_stream(), over: false }).collect();
-        Self { sources, next: 0, recorder: None, meter: None, processed: false }
+        Self { sources, next: 0, recorder: None, meter: None, follower: None, processed: false }
     }
 
     /// The same, with everything that passes shown to `recorder`. It is dropped with the events, which ends the record.
@@ -42,6 +45,11 @@ impl Events {
     /// The same, counted by `meter`, which is dropped with the events.
     pub fn metered(self, meter: Meter) -> Self {
         Self { meter: Some(meter), ..self }
+    }
+
+    /// The same, counted for the log and the trace.
+    pub fn followed(self, follower: Option<Follower>) -> Self {
+        Self { follower, ..self }
     }
 
     /// The same, with processed log-probabilities in the place of raw ones when `processed` says so. The record keeps both.
@@ -56,6 +64,9 @@ impl Events {
         if let Poll::Ready(Some((prompt, event))) = &mut next {
             if let Some(recorder) = &mut self.recorder {
                 recorder.see(*prompt, event);
+            }
+            if let Some(follower) = &mut self.follower {
+                follower.see(*prompt, event);
             }
             if let Some(meter) = &mut self.meter {
                 meter.see(*prompt, event);

@@ -22,12 +22,14 @@ use tidemill::batches::Batches;
 use tidemill::clock::now;
 use tidemill::datasets::DatasetJobs;
 use tidemill::feedback::Metrics;
+use tidemill::http::cors::Origins;
 use tidemill::http::drain::Drain;
 use tidemill::http::limits::{BodyLimits, FileLimits};
 use tidemill::http::responses::background::Background;
 use tidemill::http::{App, Auth, router};
 use tidemill::limits::{Limiter, Prices};
 use tidemill::recording::Recording;
+use tidemill::telemetry::Observer;
 use tidemill::upstream::{LocalModel, Registry, Upstream};
 use tidemill_engine::model::Model;
 use tidemill_engine::model_files::Frontend;
@@ -227,7 +229,9 @@ impl Setup {
         App {
             registry: Arc::new(registry),
             drain: Drain::default(),
+            origins: Origins::default(),
             body: BodyLimits::default(),
+            observer: Observer::default(),
             metrics: None,
             auth: Auth::new(store.clone(), false),
             limits: Arc::new(Limiter::new(store.clone(), self.limits, self.prices)),

@@ -1,4 +1,10 @@
-//! Logs and metrics. Texts of prompts and answers are in neither.
+//! Logs, metrics and traces. Texts of prompts and answers are in none of them, unless the log is asked for them.
+
+mod outbox;
+mod trail;
+
+pub use outbox::{OutboxError, exporting, silent};
+pub use trail::{Follower, Line, Observer, Outcome, Trail, method_label};
 
 use crate::config::LogFormat;
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
@@ -25,6 +31,9 @@ pub enum TelemetryError {
     /// Metrics are already set up.
     #[error("cannot start metrics: {0}")]
     Metrics(#[from] BuildError),
+    /// Spans cannot be exported.
+    #[error("{0}")]
+    Outbox(#[from] OutboxError),
 }
 
 /// Sends log lines to standard error.
@@ -34,7 +43,7 @@ pub fn init_logs(filter: &str, format: LogFormat) -> Result<(), TelemetryError> 
     let lines = fmt::layer().with_writer(std::io::stderr);
     let layer = match format {
         LogFormat::Text => lines.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).boxed(),
-        LogFormat::Json => lines.json().flatten_event(true).boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).with_span_list(false).boxed(),
     };
     tracing_subscriber::registry().with(layer.with_filter(targets)).try_init()?;
     Ok(())
