@@ -357,4 +357,6 @@ impl Engine {
 }
 
 #[cfg(test)]
+mod grammar_tests;
+#[cfg(test)]
 mod tests;

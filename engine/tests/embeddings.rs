@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use tidemill_engine::{EmbedRequest, Engine, EngineOptions, Pooling, PoolingMode, RequestId};
+use tidemill_engine::{EmbedRequest, Engine, EngineOptions, Pooling, PoolingMode, RequestId, Tenant};
 use tidemill_kernels::{KvDtype, WeightFormat};
 
 fn goldens() -> PathBuf {
@@ -62,7 +62,8 @@ fn ids(value: &Value) -> Vec<u32> {
 
 /// Waits for the vector without a runtime.
 fn vector(engine: &Engine, id: u128, tokens: Vec<u32>) -> Vec<f32> {
-    let embedding = engine.embed(EmbedRequest { id: RequestId(id), tokens, priority: 0 }).unwrap();
+    let embedding =
+        engine.embed(EmbedRequest { id: RequestId(id), tokens, priority: 0, tenant: Tenant::default(), deadline: None }).unwrap();
     wait_for(embedding.wait()).unwrap()
 }
 
@@ -130,7 +131,9 @@ fn many_texts_at_once_do_not_mix() {
     let all: Vec<_> = (0..24)
         .map(|n| {
             let tokens = ids(&texts[n % texts.len()]["ids"]);
-            engine.embed(EmbedRequest { id: RequestId(n as u128), tokens, priority: 0 }).unwrap()
+            engine
+                .embed(EmbedRequest { id: RequestId(n as u128), tokens, priority: 0, tenant: Tenant::default(), deadline: None })
+                .unwrap()
         })
         .collect();
     for (n, embedding) in all.into_iter().enumerate() {

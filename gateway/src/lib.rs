@@ -26,5 +26,6 @@ pub mod limits;
 pub mod openai;
 pub mod pull;
 pub mod recording;
+pub mod responses;
 pub mod telemetry;
 pub mod upstream;

@@ -99,7 +99,6 @@ async fn what_does_not_exist_yet_is_refused_by_name() {
         CHAT,
         vec![
             unsupported(json!({"tools": [{"type": "custom", "custom": {"name": "f"}}]}), "tools.0.type"),
-            unsupported(json!({"store": true}), "store"),
             unsupported(json!({"modalities": ["text", "audio"]}), "modalities"),
             unsupported(json!({"audio": {"voice": "x"}}), "audio"),
             unsupported(json!({"web_search_options": {}}), "web_search_options"),
@@ -199,7 +198,7 @@ async fn models_paths_and_methods_that_are_not_there() {
     assert_eq!(post(&router, CHAT, chat(json!({"model": "gpt-9"}))).await.error(), (404, Some("model".into()), unknown.clone()));
     assert_eq!(get(&router, "/v1/models/gpt-9").await.error(), (404, Some("model".into()), unknown));
     assert_eq!(get(&router, "/v1/nothing").await.error().0, 404);
-    assert_eq!(get(&router, CHAT).await.error().0, 405);
+    assert_eq!(get(&router, COMPLETIONS).await.error().0, 405);
     let delete = Request::delete("/health").body(axum::body::Body::empty()).unwrap();
     assert_eq!(send(&router, delete).await.error().0, 405);
 }

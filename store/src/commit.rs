@@ -9,7 +9,7 @@ use sqlx::{Any, AnyConnection, AssertSqlSafe, Connection, Row};
 use crate::ids::IdKey;
 use crate::judgements::Acknowledged;
 use crate::records::{Feedback, Inference};
-use crate::statement::list;
+use crate::statement::{clean, list};
 use crate::{Database, Dialect, erasure, inferences, judgements};
 
 /// How long a transaction may take before the database counts as away. What it writes may arrive all the same: ids make that harmless.
@@ -97,6 +97,19 @@ impl Batch<'_> {
 /// Whom or what an erasure may have been about.
 fn subjects(row: &Feedback) -> impl Iterator<Item = &str> {
     row.author.iter().chain(&row.targets).map(String::as_str)
+}
+
+/// Whether the person was erased after `created`. Asked after the insert, within its transaction: an erasure at the same time has
+/// either seen the row, or its mark is seen here.
+pub(crate) async fn erased_since(
+    sql: &mut AnyConnection,
+    ids: &IdKey,
+    user: Option<&str>,
+    created: i64,
+) -> Result<bool, sqlx::Error> {
+    let Some(user) = user else { return Ok(false) };
+    let user = clean(user);
+    Ok(erased(sql, ids, vec![&user]).await?.values().any(|at| created <= *at))
 }
 
 /// Which of these people or answers have been erased, by pseudonym, and when.

@@ -146,6 +146,7 @@ impl Database {
 
 const MIGRATIONS: &[(i64, &str, &str)] = &[
     (1, "records", include_str!("../migrations/0001_records.sql")),
+    (2, "responses", include_str!("../migrations/0002_responses.sql")),
     (3, "files", include_str!("../migrations/0003_files.sql")),
     (4, "keys", include_str!("../migrations/0004_keys.sql")),
     (5, "indexes", include_str!("../migrations/0005_indexes.sql")),

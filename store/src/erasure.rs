@@ -1,6 +1,7 @@
 //! Removing a person.
 //!
-//! Gone are their answers with prompts and choices, the feedback that they gave, anyone's feedback on their answers and conversations
+//! Gone are their answers with prompts and choices, their stored chats and responses with every response that goes on from one of
+//! them, the feedback that they gave, anyone's feedback on their answers and conversations
 //! with its earlier forms, the labeling tasks made from their answers, and their own assignments as an annotator. Snapshots and
 //! adapters that were made from any of it are marked, not deleted: whether to rebuild or to withdraw them is for people to decide. The
 //! summary of such a snapshot's report goes, since it names people. So do damaged segments of this data directory's spill log.
@@ -27,6 +28,8 @@ use crate::{Database, Dialect};
 pub struct Erasure {
     /// Answers to the person.
     pub inferences: u64,
+    /// Stored chats and responses of the person, and responses that go on from those.
+    pub stored: u64,
     /// Feedback by the person, and of anyone on these answers.
     pub feedback: u64,
     /// Labeling tasks with these answers.
@@ -53,7 +56,8 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64
     let sql = &mut *transaction;
     if database.dialect() == Dialect::Postgres {
         // In the order in which all others come to these tables: a verdict holds its task when it writes feedback.
-        let lock = "LOCK TABLE label_tasks, inferences, choices, feedback, feedback_targets IN SHARE ROW EXCLUSIVE MODE";
+        let lock = "LOCK TABLE label_tasks, inferences, choices, feedback, feedback_targets, stored_chats, responses \
+                    IN SHARE ROW EXCLUSIVE MODE";
         sqlx::query(lock).execute(&mut *sql).await?;
     }
 
@@ -71,6 +75,10 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64
     let mut tasks = related(sql, "SELECT id FROM label_tasks WHERE candidate_a IN", &targets).await?;
     tasks.extend(related(sql, "SELECT id FROM label_tasks WHERE candidate_b IN", &targets).await?);
 
+    let chats = texts(sql, "SELECT id FROM stored_chats WHERE user_key = $1", &user).await?;
+    let responses = texts(sql, "SELECT id FROM responses WHERE user_key = $1", &user).await?;
+    let responses = with_successors(sql, responses).await?;
+
     let mut sources = feedback.clone();
     sources.extend(targets.iter().cloned());
     sources.extend(tasks.iter().cloned());
@@ -80,6 +88,7 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64
     let (snapshots, adapters) = taint(sql, &snapshots, &reason).await?;
     let erasure = Erasure {
         inferences: answers.len() as u64,
+        stored: (chats.len() + responses.len()) as u64,
         feedback: feedback.len() as u64,
         labels: tasks.len() as u64,
         snapshots,
@@ -100,6 +109,9 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64
         ("feedback_targets", "feedback_id", &feedback),
         ("inferences", "id", &answers),
         ("choices", "inference_id", &answers),
+        ("stored_chats", "id", &chats),
+        ("stored_chat_metadata", "chat_id", &chats),
+        ("responses", "id", &responses),
     ] {
         delete(sql, &format!("DELETE FROM {table} WHERE {column} IN"), keys).await?;
     }
@@ -126,6 +138,16 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64
         );
     }
     Ok(erasure)
+}
+
+/// The responses, and all that go on from them: each was made with the texts of those before it.
+async fn with_successors(sql: &mut AnyConnection, mut found: BTreeSet<String>) -> Result<BTreeSet<String>, sqlx::Error> {
+    let mut latest = found.clone();
+    while !latest.is_empty() {
+        let next = related(sql, "SELECT id FROM responses WHERE previous IN", &latest).await?;
+        latest = next.into_iter().filter(|id| found.insert(id.clone())).collect();
+    }
+    Ok(found)
 }
 
 /// Marks the snapshots, and the adapters that were trained from them or from such an adapter; returns their names, sorted.

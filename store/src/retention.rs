@@ -1,8 +1,10 @@
 //! What is deleted by itself: answers that are too old, and the oldest when all of them take too much room.
 //!
-//! - **By age**: every answer, judged or not, with its prompt and choices. An age limit is a promise to the people who wrote the prompts.
-//! - **By size**: the oldest without feedback first, and judged ones only when no others are left: a judgement without its answer
-//!   teaches nothing. The size is that of text and tokens; the files are larger, and SQLite's file keeps its length and fills the gaps.
+//! - **By age**: every answer, judged or not, with its prompt and choices, and every stored chat and response. An age limit is a promise
+//!   to the people who wrote the prompts.
+//! - **By size**: the oldest without feedback first, stored chats and responses among them, and judged ones only when no others are
+//!   left: a judgement without its answer teaches nothing. The size is that of text and tokens; the files are larger, and SQLite's file
+//!   keeps its length and fills the gaps.
 //! - **Never**: feedback, which is small and somebody's work (withdrawing and erasure remove it), labeling tasks, which hold their own
 //!   copy of both answers, and snapshots, which hold their own copy of their rows. The lineage of a snapshot keeps the ids of answers
 //!   that are gone.
@@ -45,7 +47,7 @@ pub(crate) async fn run(database: Database, retention: Retention, mut closing: w
     }
 }
 
-/// Deletes what is beyond the limits at `now`, in microseconds since 1970, and says how many answers that were.
+/// Deletes what is beyond the limits at `now`, in microseconds since 1970, and says how many answers, stored chats and responses that were.
 /// On Postgres one gateway at a time does so: two that count down from the same total side by side would delete more than is too much.
 pub async fn apply(database: &Database, retention: Retention, now: i64) -> Result<u64, StoreError> {
     if database.dialect() == Dialect::Sqlite {
@@ -63,36 +65,53 @@ async fn apply_alone(database: &Database, retention: Retention, now: i64) -> Res
     let mut deleted = 0;
     if let Some(age) = retention.max_age {
         let before = now.saturating_sub(i64::try_from(age.as_micros()).unwrap_or(i64::MAX));
-        loop {
-            let text = format!("SELECT id, bytes FROM inferences WHERE created < $1 ORDER BY created LIMIT {PART}");
-            let rows = sqlx::query(AssertSqlSafe(text)).bind(before).fetch_all(database.read()).await?;
-            let ids: Vec<String> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
-            if ids.is_empty() {
-                break;
+        for place in Place::ALL {
+            loop {
+                let table = place.table();
+                let text = format!("SELECT id FROM {table} WHERE created < $1 ORDER BY created LIMIT {PART}");
+                let rows = sqlx::query(AssertSqlSafe(text)).bind(before).fetch_all(database.read()).await?;
+                let ids: Vec<String> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
+                if ids.is_empty() {
+                    break;
+                }
+                deleted += delete(database, place, &ids).await?;
             }
-            deleted += delete(database, &ids).await?;
         }
     }
     if let Some(most) = retention.max_bytes {
         let most = i64::try_from(most).unwrap_or(i64::MAX);
-        let text = "SELECT CAST(COALESCE(SUM(bytes), 0) AS BIGINT) FROM inferences";
-        let (mut total,): (i64,) = sqlx::query_as(text).fetch_one(database.read()).await?;
+        let mut total = 0i64;
+        for place in Place::ALL {
+            let text = format!("SELECT CAST(COALESCE(SUM(bytes), 0) AS BIGINT) FROM {}", place.table());
+            let row = sqlx::query(AssertSqlSafe(text)).fetch_one(database.read()).await?;
+            total = total.saturating_add(row.try_get(0)?);
+        }
         metrics::gauge!("tidemill:store_answer_bytes").set(total as f64);
-        for condition in [format!("NOT {JUDGED}"), JUDGED.to_owned()] {
+        let unjudged = format!(
+            "SELECT * FROM (SELECT id, bytes, created, CAST(0 AS BIGINT) AS place FROM inferences WHERE NOT {JUDGED} \
+             UNION ALL SELECT id, bytes, created, CAST(1 AS BIGINT) AS place FROM stored_chats \
+             UNION ALL SELECT id, bytes, created, CAST(2 AS BIGINT) AS place FROM responses) AS things ORDER BY created LIMIT {PART}"
+        );
+        let judged = format!(
+            "SELECT id, bytes, created, CAST(0 AS BIGINT) AS place FROM inferences WHERE {JUDGED} ORDER BY created LIMIT {PART}"
+        );
+        for text in [unjudged, judged] {
             while total > most {
-                let text = format!("SELECT id, bytes FROM inferences WHERE {condition} ORDER BY created LIMIT {PART}");
-                let mut ids = Vec::new();
-                for row in sqlx::query(AssertSqlSafe(text)).fetch_all(database.read()).await? {
+                let mut oldest: [Vec<String>; 3] = Default::default();
+                for row in sqlx::query(AssertSqlSafe(text.clone())).fetch_all(database.read()).await? {
                     if total <= most {
                         break;
                     }
-                    ids.push(row.try_get(0)?);
-                    total -= row.try_get::<i64, _>(1)?;
+                    let place = usize::try_from(row.try_get::<i64, _>("place")?).unwrap_or_default();
+                    oldest[place.min(2)].push(row.try_get("id")?);
+                    total -= row.try_get::<i64, _>("bytes")?;
                 }
-                if ids.is_empty() {
+                if oldest.iter().all(Vec::is_empty) {
                     break;
                 }
-                deleted += delete(database, &ids).await?;
+                for (place, ids) in Place::ALL.into_iter().zip(&oldest) {
+                    deleted += delete(database, place, ids).await?;
+                }
             }
         }
     }
@@ -100,12 +119,45 @@ async fn apply_alone(database: &Database, retention: Retention, now: i64) -> Res
     Ok(deleted)
 }
 
-async fn delete(database: &Database, ids: &[String]) -> Result<u64, StoreError> {
+/// Where texts lie that grow old.
+#[derive(Clone, Copy)]
+enum Place {
+    Answers,
+    Chats,
+    Responses,
+}
+
+impl Place {
+    const ALL: [Self; 3] = [Self::Answers, Self::Chats, Self::Responses];
+
+    fn table(self) -> &'static str {
+        match self {
+            Self::Answers => "inferences",
+            Self::Chats => "stored_chats",
+            Self::Responses => "responses",
+        }
+    }
+
+    /// What is deleted, by the column that holds the thing's id; the thing itself is first.
+    fn deletions(self) -> &'static [&'static str] {
+        match self {
+            Self::Answers => &["DELETE FROM inferences WHERE id IN", "DELETE FROM choices WHERE inference_id IN"],
+            Self::Chats => &["DELETE FROM stored_chats WHERE id IN", "DELETE FROM stored_chat_metadata WHERE chat_id IN"],
+            Self::Responses => &["DELETE FROM responses WHERE id IN"],
+        }
+    }
+}
+
+async fn delete(database: &Database, place: Place, ids: &[String]) -> Result<u64, StoreError> {
+    if ids.is_empty() {
+        return Ok(0);
+    }
     let mut connection = database.write().acquire().await?;
     let mut transaction = connection.begin().await?;
     let mut deleted = 0;
     // In the order in which answers are written and erased: on Postgres these meet.
-    for (text, counts) in [("DELETE FROM inferences WHERE id IN", true), ("DELETE FROM choices WHERE inference_id IN", false)] {
+    for (index, text) in place.deletions().iter().enumerate() {
+        let counts = index == 0;
         let mut query = sqlx::query(AssertSqlSafe(format!("{text} {}", list(1, ids.len()))));
         for id in ids {
             query = query.bind(id.clone());

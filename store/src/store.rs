@@ -98,6 +98,16 @@ impl Store {
         &self.0.database
     }
 
+    /// The secret behind ids and pseudonyms.
+    pub(crate) fn ids(&self) -> &IdKey {
+        &self.0.ids
+    }
+
+    /// Whether the database did not answer when it was last needed.
+    pub fn is_away(&self) -> bool {
+        self.0.recorder.away()
+    }
+
     /// A new id; every replica on this database recognises it.
     pub fn issue_id(&self) -> Uuid {
         let mut random = [0; 4];
@@ -260,9 +270,10 @@ impl Store {
         patiently(usage::read(&self.0.database, except, subject, day)).await
     }
 
-    /// The key of this id, if it is not revoked: for work that goes on after the request that began it.
+    /// The key of this id, if it is neither revoked nor expired: for work that goes on after the request that began it.
     pub async fn key(&self, id: &str) -> Result<Option<ApiKey>, StoreError> {
-        patiently(keys::find_by_id(&self.0.database, id)).await
+        let found = patiently(keys::find_by_id(&self.0.database, id)).await?;
+        Ok(found.filter(|key| !key.has_expired(now_us())))
     }
 
     /// Whether there is any key that works; without one, everything is open.
@@ -339,7 +350,7 @@ async fn connect(data: &DataDir, url: Option<&str>) -> Result<(Database, IdKey),
 }
 
 /// An answer in good time, or [`StoreError::Away`].
-async fn patiently<T>(work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+pub(crate) async fn patiently<T>(work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
     within(PATIENCE, work).await
 }
 

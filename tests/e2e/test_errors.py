@@ -77,7 +77,6 @@ UNSUPPORTED = [
     ("custom tools", body(tools=[{"type": "custom", "custom": {"name": "f"}}]), "tools.0.type"),
     ("audio", body(modalities=["text", "audio"]), "modalities"),
     ("web search", body(web_search_options={}), "web_search_options"),
-    ("store", body(store=True), "store"),
     ("image part", body(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), "messages.0.content.0.type"),
 ]
 
@@ -128,7 +127,7 @@ def test_unknown_model_path_and_method(server):
     for path in ["/v1/nothing", "/", "/v2/chat/completions"]:
         assert server.get(path).status == 404
         assert set(server.get(path).error) == {"message", "type", "param", "code"}
-    for method, path in [("GET", CHAT), ("PUT", CHAT), ("DELETE", "/health"), ("POST", "/v1/models")]:
+    for method, path in [("GET", "/v1/completions"), ("PUT", CHAT), ("DELETE", "/health"), ("POST", "/v1/models")]:
         answer = server.request(method, path, b"{}" if method != "GET" else None)
         assert answer.status == 405, (method, path, answer.status)
         assert set(answer.error) == {"message", "type", "param", "code"}

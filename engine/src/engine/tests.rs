@@ -5,7 +5,7 @@ use crate::sequence::tests::request;
 use crate::tokenizer::letters::letters;
 
 const VOCABULARY: usize = 92;
-const END: u32 = 40;
+pub(super) const END: u32 = 40;
 
 fn options() -> EngineOptions {
     EngineOptions {
@@ -19,13 +19,21 @@ fn options() -> EngineOptions {
 }
 
 fn start_at(pace: Duration, options: EngineOptions) -> Engine {
+    launch(pace, vec![END], options)
+}
+
+pub(super) fn start_with(end_of_turn: Vec<u32>, options: EngineOptions) -> Engine {
+    launch(Duration::ZERO, end_of_turn, options)
+}
+
+fn launch(pace: Duration, end_of_turn: Vec<u32>, options: EngineOptions) -> Engine {
     let mut model = RecallModel::new(VOCABULARY, options.max_batch_tokens, options.max_seqs);
     model.pace = pace;
     let frontend = Frontend {
         tokenizer: letters(),
         chat_template: None,
         generation_defaults: GenerationDefaults::default(),
-        end_of_turn: vec![END],
+        end_of_turn,
         pooling: Ok(crate::Pooling::default()),
     };
     let description = "recall".into();
@@ -36,7 +44,7 @@ fn start() -> Engine {
     start_at(Duration::ZERO, options())
 }
 
-fn prompt(start: u32, len: usize) -> Vec<u32> {
+pub(super) fn prompt(start: u32, len: usize) -> Vec<u32> {
     (0..len as u32).map(|i| (start + i * 7) % 89).collect()
 }
 
@@ -57,16 +65,16 @@ fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 #[derive(Debug, Default)]
-struct Answer {
-    tokens: Vec<Vec<u32>>,
-    texts: Vec<String>,
-    ends: Vec<Option<(FinishReason, Option<StopCause>)>>,
+pub(super) struct Answer {
+    pub(super) tokens: Vec<Vec<u32>>,
+    pub(super) texts: Vec<String>,
+    pub(super) ends: Vec<Option<(FinishReason, Option<StopCause>)>>,
     usage: Option<Usage>,
     records: Vec<TokenRecord>,
 }
 
 /// Reads a whole answer and checks the order of its events.
-fn collect(receiver: &Receiver<Event>, n: usize) -> Answer {
+pub(super) fn collect(receiver: &Receiver<Event>, n: usize) -> Answer {
     let mut answer = Answer { tokens: vec![vec![]; n], texts: vec![String::new(); n], ends: vec![None; n], ..Answer::default() };
     assert!(matches!(within(receiver), Event::Prompt { .. }));
     loop {
@@ -93,7 +101,7 @@ fn collect(receiver: &Receiver<Event>, n: usize) -> Answer {
     }
 }
 
-fn idle(engine: &Engine) {
+pub(super) fn idle(engine: &Engine) {
     eventually("all blocks are free, nothing runs, nothing waits", || {
         let stats = engine.stats();
         let waiting = engine.inner.status.waiting.load(Ordering::SeqCst);

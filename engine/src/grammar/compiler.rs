@@ -60,8 +60,11 @@ impl Compiler {
         let (inner, constraint) = (Arc::clone(&self.0), constraint.clone());
         let run = move || {
             let under_way = UnderWay(inner);
+            let compiled = under_way.0.compile(&constraint);
+            // Before the answer: whoever waits for it may compile the next thing at once.
+            drop(under_way);
             // Nobody listens any more when it took too long.
-            answer.send(under_way.0.compile(&constraint)).ok();
+            answer.send(compiled).ok();
         };
         if let Err(error) = std::thread::Builder::new().name("tidemill-grammar".into()).stack_size(STACK).spawn(run) {
             self.0.under_way.fetch_sub(1, Ordering::AcqRel);

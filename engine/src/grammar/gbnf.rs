@@ -385,7 +385,7 @@ mod tests {
     fn rules_that_contain_themselves_stay_rules() {
         check(
             "root ::= expr\nexpr ::= term ([-+] term)*\nterm ::= num | \"(\" expr \")\"\nnum ::= [0-9]+ ws\nws ::= [ ]*\n",
-            &["1", "12 +3", "(1-(2 + 3))-4 "],
+            &["1", "12 +3", "(1-(2 +3))-4 "],
             &["", "1+", "(1", "1 2", ")"],
         );
         check(

@@ -52,6 +52,7 @@ pub(super) fn check_nesting(grammar: &str) -> Result<(), GrammarError> {
     let mut characters = grammar.chars().peekable();
     while let Some(character) = characters.next() {
         match character {
+            '/' if characters.peek() == Some(&'/') => drop(characters.by_ref().find(|c| *c == '\n')),
             '"' | '/' => {
                 let mut escaped = false;
                 // A literal ends with its line at the latest, a comment too.

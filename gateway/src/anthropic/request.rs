@@ -126,6 +126,7 @@ fn conversation(fields: &mut Fields<'_>) -> Result<(ChatRequest, bool), ApiError
         parallel_tool_calls: parallel,
         legacy_calls: false,
         constraint: constraint.flatten(),
+        store: false,
     };
     Ok((chat, thinking))
 }

@@ -58,8 +58,9 @@ fn agreed(user: &str) -> Result<bool, StoreCommandError> {
 fn report(erasure: &Erasure) -> String {
     let list = |names: &[String]| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
     format!(
-        "erased: {} answers, {} judgements, {} labeling tasks\nsnapshots that hold some of it, now marked: {}\nadapters trained on those, now marked: {}\n",
+        "erased: {} answers, {} stored chats and responses, {} judgements, {} labeling tasks\nsnapshots that hold some of it, now marked: {}\nadapters trained on those, now marked: {}\n",
         erasure.inferences,
+        erasure.stored,
         erasure.feedback,
         erasure.labels,
         list(&erasure.snapshots),
@@ -73,10 +74,16 @@ mod tests {
 
     #[test]
     fn the_report_names_what_is_marked() {
-        let erasure =
-            Erasure { inferences: 2, feedback: 1, labels: 0, snapshots: vec!["a@1".into(), "b@2".into()], adapters: vec![] };
+        let erasure = Erasure {
+            inferences: 2,
+            stored: 3,
+            feedback: 1,
+            labels: 0,
+            snapshots: vec!["a@1".into(), "b@2".into()],
+            adapters: vec![],
+        };
         let text = report(&erasure);
-        assert!(text.contains("2 answers, 1 judgements"), "{text}");
+        assert!(text.contains("2 answers, 3 stored chats and responses, 1 judgements"), "{text}");
         assert!(text.contains("now marked: a@1, b@2\n") && text.ends_with("now marked: none\n"), "{text}");
     }
 }

@@ -7,6 +7,7 @@ use crate::config::{Config, ConfigError, Layer, ModelSpec, Origin};
 use crate::datasets::DatasetJobs;
 use crate::http::drain::Drain;
 use crate::http::limits::BodyLimits;
+use crate::http::responses::background::Background;
 use crate::http::server::Server;
 use crate::http::{App, Auth};
 use crate::limits::Limiter;
@@ -272,6 +273,7 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle) 
         file_limits: config.file_limits,
         batches: Batches::new(&store),
         store,
+        background: Background::default(),
         recording: Arc::new(config.recording.clone()),
         feedback_metrics: Arc::new(config.metrics.clone()),
     })

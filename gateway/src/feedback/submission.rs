@@ -104,7 +104,7 @@ fn unknown_target(field: &Field<'_>, text: &str) -> ApiError {
 }
 
 /// What precedes the UUID in the ids of answers.
-const PREFIXES: [&str; 3] = ["chatcmpl-", "cmpl-", "msg_"];
+const PREFIXES: [&str; 4] = ["chatcmpl-", "cmpl-", "msg_", "resp_"];
 
 /// An answer's id as the API shows it, without its prefix; `None` where it has none.
 fn unprefixed(text: &str) -> Option<&str> {

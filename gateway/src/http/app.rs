@@ -6,6 +6,7 @@ use crate::feedback::Metrics;
 use crate::http::auth::Auth;
 use crate::http::drain::Drain;
 use crate::http::limits::{BodyLimits, FileLimits};
+use crate::http::responses::background::Background;
 use crate::limits::Limiter;
 use crate::recording::Recording;
 use crate::upstream::Registry;
@@ -40,6 +41,8 @@ pub struct App {
     pub file_limits: FileLimits,
     /// Requests that are answered in the background.
     pub batches: Batches,
+    /// Responses that are made while nobody waits.
+    pub background: Background,
     /// Metrics that feedback may name.
     pub feedback_metrics: Arc<Metrics>,
 }

@@ -7,6 +7,7 @@ use crate::http::error::ApiError;
 use crate::http::generate::{Asked, Pending, engine_request, enter, head};
 use crate::http::limits::off_path;
 use crate::http::sse;
+use crate::http::stored_chats::KeptChat;
 use crate::limits::Meter;
 use crate::openai::chat::ChatRequest;
 use crate::openai::chat_answer;
@@ -22,22 +23,30 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 use serde_json::Value;
 use std::sync::Arc;
+use tidemill_engine::SamplingParams;
 use tidemill_store::Tier;
 use uuid::Uuid;
 
 /// `POST /v1/chat/completions`
 pub async fn chat(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let (in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
-    let PreparedChat { run, head, report, stream } =
+    let PreparedChat { run, head, report, stream, keep } =
         app.body.parsed(request, move |body| PreparedChat::new(asked, &body)).await?;
     let (format, n, tokenizer) = (run.format.clone(), run.choice_ids.len(), run.model.tokenizer().clone());
     let events = run.start().await?;
     if stream {
-        return Ok(sse::response(events, ChatStream::new(&head, n, report, format, tokenizer), in_flight));
+        let mut stream = ChatStream::new(&head, n, report, format, tokenizer);
+        if let Some(keep) = keep {
+            stream = stream.keeping(|collected| Box::pin(keep.save(collected)));
+        }
+        return Ok(sse::response(events, stream, in_flight));
     }
-    let keep = report.keeps_records();
-    let collected = ChatCollected::of(events, format, n, keep).await?;
-    let body = off_path(keep, move || chat_answer::to_json(&head, &report, &tokenizer, &collected)).await?;
+    let records = report.keeps_records();
+    let collected = ChatCollected::of(events, format, n, records).await?;
+    let body = off_path(records, move || chat_answer::to_json(&head, &report, &tokenizer, &collected)).await?;
+    if let Some(keep) = keep {
+        keep.save_body(&body).await?;
+    }
     Ok(json(body))
 }
 
@@ -105,6 +114,11 @@ impl ChatRun {
         Ok(Self { model, id, choice_ids, format, tier, request, meter, constraint, calls, processed, record })
     }
 
+    /// How it is sampled, defaults included.
+    pub fn sampling(&self) -> &SamplingParams {
+        &self.request.sampling
+    }
+
     /// The prompt's tokens.
     pub fn prompt_ids(&self) -> &[u32] {
         &self.request.prompt
@@ -138,12 +152,13 @@ struct PreparedChat {
     head: AnswerHead,
     report: ChatReport,
     stream: bool,
+    keep: Option<KeptChat>,
 }
 
 impl PreparedChat {
     fn new(asked: Asked, body: &Value) -> Result<Self, ApiError> {
         let chat = ChatRequest::parse(body)?;
-        let run = ChatRun::prepare(asked, "chat", &chat)?;
+        let run = ChatRun::prepare(asked.clone(), "chat", &chat)?;
         let generation = &chat.generation;
         let object = if generation.stream { "chat.completion.chunk" } else { "chat.completion" };
         let choice_ids = || run.choice_ids.iter().map(|id| format!("chatcmpl-{id}")).collect();
@@ -156,6 +171,7 @@ impl PreparedChat {
             legacy_calls: chat.legacy_calls,
         };
         let head = AnswerHead { service_tier: run.tier, ..head(&run.model, run.id, "chatcmpl", object) };
-        Ok(Self { head, report, stream: generation.stream, run })
+        let keep = chat.store.then(|| KeptChat::new(&asked, body, &generation.about, &run, &report)).transpose()?;
+        Ok(Self { head, report, stream: generation.stream, keep, run })
     }
 }

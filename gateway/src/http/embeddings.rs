@@ -35,10 +35,15 @@ pub async fn embeddings(State(app): State<App>, request: Request) -> Result<Resp
     let vectors: Vec<Vec<f32>> = futures_util::stream::iter(texts)
         .map(|text| async { model.engine().embed(text)?.wait().await.map_err(failed) })
         .buffered(at_once)
+        .enumerate()
+        .map(|(index, vector)| {
+            // Counted one by one: a client that leaves has used what was computed until then.
+            meter.prompt(index, 0);
+            vector
+        })
         .map_ok(|vector| pooling.finish(vector, wanted.dimensions))
         .try_collect()
         .await?;
-    (0..vectors.len()).for_each(|text| meter.prompt(text, 0));
     let many = vectors.len() * model.engine().width() * 4 > LONG_WORK;
     let name = model.name().to_owned();
     Ok(json(off_path(many, move || embeddings::to_json(&name, &vectors, wanted.encoding, tokens)).await?))

@@ -74,6 +74,7 @@ pub fn engine_request(
 }
 
 /// What a request brings beside its body.
+#[derive(Clone)]
 pub struct Asked {
     /// Shared state.
     pub app: App,

@@ -7,7 +7,7 @@ use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
 use crate::http::{
     batches, chat, completions, datasets, embeddings, feedback, files, interchange, keys, labeling, messages, models, observe,
-    probes, tokens,
+    probes, responses, stored_chats, tokens,
 };
 use crate::limits::shed;
 use axum::Router;
@@ -23,7 +23,14 @@ use tidemill_store::Scope;
 pub fn router(app: App) -> Router {
     let auth = app.auth.clone();
     let generating = Router::new()
-        .route("/v1/chat/completions", post(chat::chat))
+        .route("/v1/chat/completions", post(chat::chat).get(stored_chats::list))
+        .route("/v1/chat/completions/{id}", get(stored_chats::get).post(stored_chats::update).delete(stored_chats::delete))
+        .route("/v1/chat/completions/{id}/messages", get(stored_chats::messages))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/responses/input_tokens", post(responses::input_tokens))
+        .route("/v1/responses/{id}", get(responses::get).delete(responses::delete))
+        .route("/v1/responses/{id}/cancel", post(responses::cancel))
+        .route("/v1/responses/{id}/input_items", get(responses::input_items))
         .route("/v1/completions", post(completions::completions))
         .route("/v1/embeddings", post(embeddings::embeddings))
         .route("/v1/moderations", post(embeddings::moderations))

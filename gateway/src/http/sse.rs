@@ -26,19 +26,27 @@ const FRAME_TARGET: usize = 32 * 1024;
 pub trait EventEncoder: Send + Unpin + 'static {
     /// Appends whatever `event` of prompt `prompt` makes, including the final `[DONE]`. An error becomes the stream's last event.
     fn encode(&mut self, prompt: usize, event: Event, out: &mut BytesMut) -> Result<Flow, ApiError>;
+
+    /// After [`Flow::End`]: appends what may be told only now, such as that the answer is stored.
+    fn poll_last(&mut self, _context: &mut Context<'_>, _out: &mut BytesMut) -> Poll<Result<(), ApiError>> {
+        Poll::Ready(Ok(()))
+    }
 }
 
 struct SseBody<E> {
     events: Events,
     encoder: E,
     heartbeat: Pin<Box<Sleep>>,
+    /// No more events are of use.
+    ending: bool,
     over: bool,
     _in_flight: InFlight,
 }
 
 /// The streaming response.
 pub fn response<E: EventEncoder>(events: Events, encoder: E, in_flight: InFlight) -> Response {
-    let body = SseBody { events, encoder, heartbeat: Box::pin(sleep(HEARTBEAT)), over: false, _in_flight: in_flight };
+    let body =
+        SseBody { events, encoder, heartbeat: Box::pin(sleep(HEARTBEAT)), ending: false, over: false, _in_flight: in_flight };
     let mut response = Response::new(Body::new(body));
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
@@ -50,7 +58,7 @@ pub fn response<E: EventEncoder>(events: Events, encoder: E, in_flight: InFlight
 impl<E: EventEncoder> SseBody<E> {
     /// Takes the events that are there and writes them to `out`.
     fn fill(&mut self, context: &mut Context<'_>, out: &mut BytesMut) {
-        while !self.over && out.len() < FRAME_TARGET {
+        while !self.ending && out.len() < FRAME_TARGET {
             let Poll::Ready(next) = self.events.poll_next(context) else { return };
             let flow = match next {
                 Some((prompt, event)) => self.encoder.encode(prompt, event, out),
@@ -58,15 +66,24 @@ impl<E: EventEncoder> SseBody<E> {
             };
             match flow {
                 Ok(Flow::More) => {}
-                Ok(Flow::End) => self.over = true,
-                Err(error) => {
-                    out.put_slice(b"data: ");
-                    error.write_json(out);
-                    out.put_slice(b"\n\n");
-                    self.over = true;
-                }
+                Ok(Flow::End) => self.ending = true,
+                Err(error) => self.fail(&error, out),
             }
         }
+        if self.ending && !self.over {
+            match self.encoder.poll_last(context, out) {
+                Poll::Pending => {}
+                Poll::Ready(Ok(())) => self.over = true,
+                Poll::Ready(Err(error)) => self.fail(&error, out),
+            }
+        }
+    }
+
+    fn fail(&mut self, error: &ApiError, out: &mut BytesMut) {
+        out.put_slice(b"data: ");
+        error.write_json(out);
+        out.put_slice(b"\n\n");
+        (self.ending, self.over) = (true, true);
     }
 }
 

@@ -8,6 +8,9 @@ use crate::openai::response_format::{self, Constrained};
 use crate::openai::tools::{self, Tool, ToolChoice, ToolUse};
 use serde_json::{Map, Value};
 
+/// How much a model may think, as the API says it.
+pub const REASONING_EFFORTS: &[&str] = &["none", "minimal", "low", "medium", "high", "xhigh"];
+
 /// A chat request whose every field was checked.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ChatRequest {
@@ -21,6 +24,8 @@ pub struct ChatRequest {
     pub logprobs: Option<u32>,
     /// Start the answer with the last message's text when that message is the assistant's.
     pub echo: bool,
+    /// Keep the answer, to be read again under its id.
+    pub store: bool,
     /// What the model may call.
     pub tools: Vec<Tool>,
     /// Whether it may or must, and what.
@@ -65,6 +70,7 @@ impl ChatRequest {
         }
         let logprobs = logprobs(&mut fields)?;
         let echo = fields.bool_or("echo", false)?;
+        let store = fields.bool_or("store", false)?;
         let constraint = response_format::parse(&mut fields)?;
         text_only(&mut fields)?;
         let ToolUse { tools, choice: tool_choice, parallel: parallel_tool_calls, legacy: legacy_calls } =
@@ -74,7 +80,19 @@ impl ChatRequest {
         }
         fields.ignore(&["prediction"]);
         fields.finish()?;
-        Ok(Self { model, prompt, generation, logprobs, echo, tools, tool_choice, parallel_tool_calls, legacy_calls, constraint })
+        Ok(Self {
+            model,
+            prompt,
+            generation,
+            logprobs,
+            echo,
+            store,
+            tools,
+            tool_choice,
+            parallel_tool_calls,
+            legacy_calls,
+            constraint,
+        })
     }
 
     /// The tools that the model is told of: those that it may call. A named one is not told of alone, so that the prompt of a
@@ -110,15 +128,17 @@ impl ChatPrompt {
                 "Invalid 'continue_final_message': cannot be true together with 'add_generation_prompt'.",
             ));
         }
-        let template_kwargs = match fields.get("chat_template_kwargs") {
-            None => Map::new(),
-            Some(kwargs) => template_kwargs(&kwargs)?,
-        };
+        let template_kwargs = Self::template_kwargs(fields)?;
         let reasoning_effort = match fields.get("reasoning_effort") {
             None => None,
-            Some(field) => Some(field.one_of(&["none", "minimal", "low", "medium", "high", "xhigh"])?.to_owned()),
+            Some(field) => Some(field.one_of(REASONING_EFFORTS)?.to_owned()),
         };
         Ok(Self { messages, add_generation_prompt, continue_final_message, template_kwargs, reasoning_effort })
+    }
+
+    /// `chat_template_kwargs`.
+    pub fn template_kwargs(fields: &mut Fields<'_>) -> Result<Map<String, Value>, ApiError> {
+        fields.get("chat_template_kwargs").map_or(Ok(Map::new()), |kwargs| template_kwargs(&kwargs))
     }
 }
 
@@ -160,10 +180,5 @@ fn text_only(fields: &mut Fields<'_>) -> Result<(), ApiError> {
     }
     fields.refuse("audio", "is not supported: this server answers with text only.")?;
     fields.refuse("web_search_options", "is not supported: this server does not search the web.")?;
-    if let Some(store) = fields.get("store")
-        && store.bool()?
-    {
-        return Err(store.unsupported("is not supported: this server does not store completions yet."));
-    }
     Ok(())
 }

@@ -222,7 +222,7 @@ impl ChatCollected {
     /// Waits for the whole answer.
     pub async fn of(mut events: Events, format: OutputFormat, n: usize, keep_records: bool) -> Result<Self, ApiError> {
         let mut output = ChatOutput::new(format, n, keep_records);
-        let mut collected = Self { choices: vec![ChatChoice::default(); n], ..Self::default() };
+        let mut collected = Self::empty(n);
         let mut done = false;
         while let Some((_, event)) = events.next().await {
             output.push(event, &mut |event| done |= collected.take(event))?;
@@ -233,8 +233,13 @@ impl ChatCollected {
         Err(ApiError::fault("The engine stopped before the answer was complete."))
     }
 
+    /// Nothing yet, for `n` choices.
+    pub fn empty(n: usize) -> Self {
+        Self { choices: vec![ChatChoice::default(); n], ..Self::default() }
+    }
+
     /// Adds an event; `true` when it was the last.
-    fn take(&mut self, event: ChatEvent) -> bool {
+    pub fn take(&mut self, event: ChatEvent) -> bool {
         match event {
             ChatEvent::Prompt { logprobs, .. } => self.prompt_logprobs = logprobs,
             ChatEvent::Delta { choice, delta, records, marks } => {

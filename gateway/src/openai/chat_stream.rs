@@ -3,12 +3,14 @@
 
 use crate::http::error::ApiError;
 use crate::http::sse::EventEncoder;
-use crate::openai::chat_output::{ChatEvent, ChatFinish, ChatOutput, Delta, OutputFormat};
+use crate::openai::chat_output::{ChatCollected, ChatEvent, ChatFinish, ChatOutput, Delta, OutputFormat};
 use crate::openai::collected::Flow;
 use crate::openai::wire::{AnswerHead, TokenLogprob, UsageJson, put};
 use bytes::{BufMut, BytesMut};
 use serde::Serialize;
 use serde_json::{Value, json};
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use tidemill_engine::{Event, TokenRecord, Tokenizer};
 
 /// What a chat answer reports beside text.
@@ -59,6 +61,19 @@ impl ChatReport {
 pub struct ChatStream {
     output: ChatOutput,
     writer: Writer,
+    keeping: Option<Keeping>,
+}
+
+/// Work that a stream's last chunks wait for.
+pub type Saving = Pin<Box<dyn Future<Output = Result<(), ApiError>> + Send>>;
+
+/// Gathers the answer to have it stored before its end is told.
+struct Keeping {
+    collected: ChatCollected,
+    save: Option<Box<dyn FnOnce(ChatCollected) -> Saving + Send>>,
+    saving: Option<Saving>,
+    /// What waits for that.
+    last: BytesMut,
 }
 
 /// Writes chunks.
@@ -77,7 +92,14 @@ impl ChatStream {
         prefix.extend_from_slice(&head.to_json_prefix());
         let suffix: &[u8] = if report.include_usage { b"],\"usage\":null}\n\n" } else { b"]}\n\n" };
         let output = ChatOutput::new(format, n, report.keeps_records());
-        Self { output, writer: Writer { prefix, suffix, tokenizer, report, n } }
+        Self { output, writer: Writer { prefix, suffix, tokenizer, report, n }, keeping: None }
+    }
+
+    /// The same, with the whole answer given to `save`; the end is told when that is done.
+    pub fn keeping(self, save: impl FnOnce(ChatCollected) -> Saving + Send + 'static) -> Self {
+        let collected = ChatCollected::empty(self.writer.n);
+        let keeping = Keeping { collected, save: Some(Box::new(save)), saving: None, last: BytesMut::new() };
+        Self { keeping: Some(keeping), ..self }
     }
 }
 
@@ -184,14 +206,37 @@ fn put_part(out: &mut BytesMut, name: &str, value: &Value) {
 
 impl EventEncoder for ChatStream {
     fn encode(&mut self, _prompt: usize, event: Event, out: &mut BytesMut) -> Result<Flow, ApiError> {
-        let Self { output, writer } = self;
+        let Self { output, writer, keeping } = self;
         let mut flow = Flow::More;
         output.push(event, &mut |event| {
+            let whole = keeping.as_mut().is_some_and(|keeping| keeping.collected.take(event.clone()));
+            let out = match keeping {
+                Some(keeping) if whole => {
+                    keeping.saving = keeping.save.take().map(|save| save(std::mem::take(&mut keeping.collected)));
+                    &mut keeping.last
+                }
+                _ => &mut *out,
+            };
             if writer.write(event, out) == Flow::End {
                 flow = Flow::End;
             }
         })?;
         Ok(flow)
+    }
+
+    fn poll_last(&mut self, context: &mut Context<'_>, out: &mut BytesMut) -> Poll<Result<(), ApiError>> {
+        let Some(keeping) = &mut self.keeping else { return Poll::Ready(Ok(())) };
+        if let Some(saving) = &mut keeping.saving {
+            match saving.as_mut().poll(context) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(done) => {
+                    keeping.saving = None;
+                    done?;
+                }
+            }
+        }
+        out.extend_from_slice(&keeping.last);
+        Poll::Ready(Ok(()))
     }
 }
 

@@ -101,24 +101,38 @@ impl Generation {
                 "Invalid 'prompt_logprobs': not available when 'stream' is true.",
             ));
         }
-        let about = About::parse(fields)?;
         Ok(Self {
             n: count(fields, "n", 1..=MAX_N)?.unwrap_or(1),
-            max_tokens: None,
-            shorten: false,
             stream,
             include_usage,
-            priority: fields
-                .integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?
-                .and_then(|p| i32::try_from(p).ok())
-                .unwrap_or(0),
-            cache_salt: cache_salt(fields)?,
             return_token_ids: fields.bool_or("return_token_ids", false)?,
             processed_logprobs: match fields.get("logprobs_mode") {
                 None => false,
                 Some(field) => field.one_of(&["raw_logprobs", "processed_logprobs"])? == "processed_logprobs",
             },
             prompt_logprobs,
+            ..Self::sampled(fields)?
+        })
+    }
+
+    /// Reads the fields about the caller, sampling and stopping, which every endpoint that generates takes. The rest is as if nobody
+    /// had asked for it.
+    pub fn sampled(fields: &mut Fields<'_>) -> Result<Self, ApiError> {
+        let about = About::parse(fields)?;
+        Ok(Self {
+            n: 1,
+            max_tokens: None,
+            shorten: false,
+            stream: false,
+            include_usage: false,
+            return_token_ids: false,
+            processed_logprobs: false,
+            prompt_logprobs: None,
+            priority: fields
+                .integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?
+                .and_then(|p| i32::try_from(p).ok())
+                .unwrap_or(0),
+            cache_salt: cache_salt(fields)?,
             about,
             temperature: fields.decimal("temperature", 0.0..=2.0)?,
             top_p: fields.decimal("top_p", 0.0..=1.0)?,

@@ -135,12 +135,16 @@ fn function_call(field: &Field<'_>) -> Result<Value, ApiError> {
     let name = fields.require("name")?.string()?;
     let arguments = fields.require("arguments")?.string()?;
     fields.finish()?;
-    let parsed = match serde_json::from_str::<Value>(arguments) {
+    Ok(json!({"name": name, "arguments": self::arguments(arguments)}))
+}
+
+/// A call's arguments as templates read them.
+pub fn arguments(text: &str) -> Value {
+    match serde_json::from_str::<Value>(text) {
         Ok(Value::Object(map)) => Value::Object(map),
-        _ if arguments.is_empty() => Value::Object(Map::new()),
-        _ => Value::String(arguments.to_owned()),
-    };
-    Ok(json!({"name": name, "arguments": parsed}))
+        _ if text.is_empty() => Value::Object(Map::new()),
+        _ => Value::String(text.to_owned()),
+    }
 }
 
 #[cfg(test)]

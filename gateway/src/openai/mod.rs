@@ -12,6 +12,7 @@ pub mod completions;
 pub mod embeddings;
 pub mod fields;
 pub mod generation;
+pub mod listing;
 pub mod messages;
 pub mod parse;
 pub mod response_format;

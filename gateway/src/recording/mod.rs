@@ -36,7 +36,7 @@ pub struct Recording {
     pub level: Level,
     /// Share of the answers, from 0 to 1.
     pub share: f64,
-    /// By served model, or by endpoint (`chat`, `completion`); a model's goes first.
+    /// By served model, or by endpoint (`chat`, `response`, `completion`); a model's goes first.
     pub routes: BTreeMap<String, Route>,
 }
 

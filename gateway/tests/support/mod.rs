@@ -24,6 +24,7 @@ use tidemill::datasets::DatasetJobs;
 use tidemill::feedback::Metrics;
 use tidemill::http::drain::Drain;
 use tidemill::http::limits::{BodyLimits, FileLimits};
+use tidemill::http::responses::background::Background;
 use tidemill::http::{App, Auth, router};
 use tidemill::limits::{Limiter, Prices};
 use tidemill::recording::Recording;
@@ -235,6 +236,7 @@ impl Setup {
             file_limits: FileLimits { file: 1 << 20, total: 3 << 20 },
             batches: Batches::new(&store),
             store,
+            background: Background::default(),
             recording: Arc::new(self.recording),
             feedback_metrics: Arc::new(self.metrics),
         }

@@ -71,7 +71,8 @@ pub struct Gathered {
 
 /// What a recorded choice is to a judgement. Prompts of one inference are shared through `prompts`.
 pub fn target(judged: JudgedAnswer, prompts: &mut HashMap<String, Option<Arc<Prompt>>>) -> (String, Target) {
-    if judged.endpoint != "chat" {
+    // Every other endpoint answers a conversation.
+    if judged.endpoint == "completion" {
         return (judged.id, Target::TextCompletion);
     }
     let prompt = prompts.entry(judged.inference.clone()).or_insert_with(|| {

@@ -56,11 +56,11 @@ pub struct Choice {
 /// One answer: everything needed to reproduce it, to train on it, and to trace it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Inference {
-    /// UUIDv7; the API shows it after `chatcmpl-` or `cmpl-`.
+    /// UUIDv7; the API shows it after `chatcmpl-`, `cmpl-` or `resp_`.
     pub id: Uuid,
     /// Microseconds since 1970.
     pub created: i64,
-    /// `chat` or `completion`.
+    /// `chat`, `response` or `completion`.
     pub endpoint: String,
     /// Served name.
     pub model: String,
