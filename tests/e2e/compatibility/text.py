@@ -1,5 +1,6 @@
 """Rows of `POST /v1/completions`."""
 
+from openai.types import Completion
 from openai.types.completion_create_params import CompletionCreateParamsBase
 
 from compatibility import Endpoint, honoured, ignored, rejected
@@ -66,5 +67,5 @@ COMPLETIONS = Endpoint(
         honoured("cache_salt", "a", the_same_as(), "prefixes are shared between equal salts only"),
         rejected("nonsense", 1, "any unknown field"),
     ],
-    frozenset(CompletionCreateParamsBase.__annotations__),
+    frozenset(CompletionCreateParamsBase.__annotations__), answer=Completion, chunk=Completion,
 )
