@@ -16,6 +16,7 @@ TEST_BIN := $(TARGET)/debug/tidemill
 ARGS   ?=
 
 VENV       := $(CACHE)/test-venv
+NODE       := $(CACHE)/node
 # Each in a venv of its own: their pins and the tests' do not agree.
 LABEL_STUDIO := $(CACHE)/label-studio-venv
 ARGILLA      := $(CACHE)/argilla-venv
@@ -46,9 +47,10 @@ test-rust: $(TEST_MODEL)
 test-build:
 	$(CARGO) test --workspace --locked --no-run
 
-test-e2e: $(TEST_MODEL) $(VENV)/ready chromium $(LABEL_STUDIO)/ready $(ARGILLA)/ready
+test-e2e: $(TEST_MODEL) $(VENV)/ready $(NODE)/ready chromium $(LABEL_STUDIO)/ready $(ARGILLA)/ready
 	TIDEMILL_BIN=$(TEST_BIN) TIDEMILL_TEST_MODEL=$(TEST_MODEL) \
 	TIDEMILL_LABEL_STUDIO=$(LABEL_STUDIO)/bin/label-studio TIDEMILL_ARGILLA_PYTHON=$(ARGILLA)/bin/python \
+	TIDEMILL_NODE_MODULES=$(NODE)/node_modules \
 	$(VENV)/bin/python -m pytest tests/e2e -q
 
 $(TEST_MODEL): | test-build
@@ -63,6 +65,13 @@ chromium:
 $(VENV)/ready: tests/e2e/requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+# Official clients for Node; Node itself and npm come with the tests' Python packages.
+$(NODE)/ready: tests/e2e/node/package-lock.json tests/e2e/node/package.json $(VENV)/ready
+	mkdir -p $(@D)
+	cp tests/e2e/node/package.json tests/e2e/node/package-lock.json $(@D)
+	cd $(@D) && $(VENV)/bin/npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 	touch $@
 
 # The real Label Studio (1 GB, about 80 s) and Argilla's SDK (450 MB, about 20 s).

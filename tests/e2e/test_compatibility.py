@@ -19,6 +19,7 @@ from compatibility.models import DETOKENIZE, EMBEDDINGS, MODERATIONS, TOKENIZE
 from compatibility.responses import INPUT_ITEMS, RESPONSES, RETRIEVE, a_response
 from compatibility.stored import STORED_LIST, STORED_MESSAGES, a_chat
 from compatibility.text import COMPLETIONS
+from openai._models import validate_type
 from server import Answer
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "compatibility.md"
@@ -123,10 +124,20 @@ def test_a_field_does_what_the_page_says(server, ids, endpoint, row: Row):
         refused(endpoint, row, got)
         return
     assert got.answer.status == 200, got.body
+    typed(endpoint, got)
     if row.seen is not None:
         row.seen(got, ask)
     if row.outcome == IGNORED and endpoint.method == "POST" and "stream" not in row.more and row.head not in ("messages", "input"):
         assert said(got.json) == said(ask(**row.more).json)
+
+
+def typed(endpoint: Endpoint, got: Came):
+    """What came is what the official client's types say, as strictly as its strict mode looks."""
+    streamed = got.answer.headers["content-type"].startswith("text/event-stream")
+    kind = endpoint.chunk if streamed else endpoint.answer
+    for value in got.chunks if streamed else [got.json]:
+        if kind is not None:
+            validate_type(type_=kind, value=value)
 
 
 def refused(endpoint: Endpoint, row: Row, got: Came):

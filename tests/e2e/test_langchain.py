@@ -82,6 +82,19 @@ class Chat(Served, ChatModelIntegrationTests):
         return answer
 
 
+    @pytest.mark.xfail(reason="Needs an able model: json_object promises an object, not its keys; this one puts one key into the other.")
+    def test_json_mode(self, model) -> None:
+        super().test_json_mode(model)
+
+    @pytest.mark.xfail(reason="Needs an able model: the schema of pydantic's older classes allows further keys; this one adds one.")
+    def test_structured_output_pydantic_2_v1(self, model) -> None:
+        super().test_structured_output_pydantic_2_v1(model)
+
+    @pytest.mark.xfail(reason="Needs an able model: nothing forces the call here, and this one was never trained on tools.")
+    def test_agent_loop(self, model) -> None:
+        super().test_agent_loop(model)
+
+
 class TestChat(Chat):
     @property
     def chat_model_params(self) -> dict:

@@ -179,6 +179,7 @@ fn text_only(fields: &mut Fields<'_>) -> Result<(), ApiError> {
         }
     }
     fields.refuse("audio", "is not supported: this server answers with text only.")?;
+    fields.refuse("moderation", "is not supported: this server serves no moderation model.")?;
     fields.refuse("web_search_options", "is not supported: this server does not search the web.")?;
     Ok(())
 }

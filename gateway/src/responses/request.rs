@@ -179,8 +179,6 @@ fn elsewhere(fields: &mut Fields<'_>) -> Result<(), ApiError> {
     ] {
         fields.refuse(key, why)?;
     }
-    // Hints for a cache that needs none.
-    fields.ignore(&["prompt_cache_options"]);
     Ok(())
 }
 

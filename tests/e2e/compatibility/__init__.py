@@ -57,6 +57,8 @@ class Endpoint:
     official: frozenset[str]
     note: str = ""
     how: str = "JSON body"  # or: form, query
+    answer: Any = None  # the official client's type of what comes back
+    chunk: Any = None  # of each event of a stream
 
     @property
     def title(self) -> str:

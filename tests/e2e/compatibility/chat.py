@@ -2,6 +2,7 @@
 
 import json
 
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
 from compatibility import Endpoint, honoured, ignored, rejected
@@ -169,5 +170,5 @@ EXTENSIONS = [
 
 CHAT = Endpoint(
     "POST", "/v1/chat/completions", {"model": MODEL, "messages": QUESTION, "max_tokens": 4, "temperature": 0}, [*OFFICIAL, *EXTENSIONS],
-    frozenset(CompletionCreateParamsBase.__annotations__),
+    frozenset(CompletionCreateParamsBase.__annotations__), answer=ChatCompletion, chunk=ChatCompletionChunk,
 )

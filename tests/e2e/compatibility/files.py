@@ -2,6 +2,7 @@
 
 import json
 
+from openai.types import Batch, FileObject
 from openai.types.batch_create_params import BatchCreateParams
 from openai.types.batch_list_params import BatchListParams
 from openai.types.file_create_params import FileCreateParams
@@ -28,7 +29,7 @@ FILES = Endpoint(
         rejected("expires_after[seconds]", "60", "3,600 to 2,592,000", **{"expires_after[anchor]": "created_at"}),
         rejected("nonsense", "1", "any unknown field"),
     ],
-    frozenset(FileCreateParams.__annotations__), how="form",
+    frozenset(FileCreateParams.__annotations__), how="form", answer=FileObject,
 )
 
 FILE_LIST = Endpoint(
@@ -58,7 +59,7 @@ BATCHES = Endpoint(
         honoured("output_expires_after", {"anchor": "created_at", "seconds": 7200}),
         rejected("nonsense", 1, "any unknown field"),
     ],
-    frozenset(BatchCreateParams.__annotations__),
+    frozenset(BatchCreateParams.__annotations__), answer=Batch,
 )
 
 BATCH_LIST = Endpoint(

@@ -2,6 +2,7 @@
 
 import json
 
+from anthropic.types import Message, MessageTokensCount, RawMessageStreamEvent
 from anthropic.types.message_count_tokens_params import MessageCountTokensParams
 from anthropic.types.message_create_params import MessageCreateParamsBase
 
@@ -96,7 +97,7 @@ MESSAGES = Endpoint(
         rejected("nonsense", 1, "any unknown field"),
     ],
     frozenset(MessageCreateParamsBase.__annotations__),
-    "Errors come in Anthropic's shape; their message names the field.",
+    "Errors come in Anthropic's shape; their message names the field.", answer=Message, chunk=RawMessageStreamEvent,
 )
 
 COUNT = Endpoint(
@@ -112,5 +113,5 @@ COUNT = Endpoint(
         *HINTS,
         rejected("nonsense", 1, "any unknown field"),
     ],
-    frozenset(MessageCountTokensParams.__annotations__),
+    frozenset(MessageCountTokensParams.__annotations__), answer=MessageTokensCount,
 )

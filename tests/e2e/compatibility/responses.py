@@ -2,6 +2,7 @@
 
 import json
 
+from openai.types.responses import Response, ResponseStreamEvent
 from openai.types.responses.input_item_list_params import InputItemListParams
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from openai.types.responses.response_retrieve_params import ResponseRetrieveParamsBase
@@ -137,7 +138,7 @@ RESPONSES = Endpoint(
         rejected("max_tokens", 20, "its name is `max_output_tokens` here"),
         rejected("nonsense", 1, "any unknown field"),
     ],
-    frozenset(ResponseCreateParamsBase.__annotations__),
+    frozenset(ResponseCreateParamsBase.__annotations__), answer=Response, chunk=ResponseStreamEvent,
 )
 
 RETRIEVE = Endpoint(
@@ -148,7 +149,7 @@ RETRIEVE = Endpoint(
         rejected("starting_after", 3, "belongs to `stream`"),
         ignored("include_obfuscation", "false", "nothing is padded"),
     ],
-    frozenset(ResponseRetrieveParamsBase.__annotations__), how="query",
+    frozenset(ResponseRetrieveParamsBase.__annotations__), how="query", answer=Response,
 )
 
 INPUT_ITEMS = Endpoint(

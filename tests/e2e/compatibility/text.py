@@ -1,5 +1,6 @@
 """Rows of `POST /v1/completions`."""
 
+from openai.types import Completion
 from openai.types.completion_create_params import CompletionCreateParamsBase
 
 from compatibility import Endpoint, honoured, ignored, rejected
@@ -66,5 +67,6 @@ COMPLETIONS = Endpoint(
         honoured("cache_salt", "a", the_same_as(), "prefixes are shared between equal salts only"),
         rejected("nonsense", 1, "any unknown field"),
     ],
-    frozenset(CompletionCreateParamsBase.__annotations__),
+    # No type for chunks: the client's has no null for `finish_reason`, which OpenAI's own streams have before the last chunk.
+    frozenset(CompletionCreateParamsBase.__annotations__), answer=Completion,
 )
