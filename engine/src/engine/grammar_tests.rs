@@ -28,7 +28,7 @@ fn pairs() -> Constraint {
 
 fn is_pairs(text: &str) -> bool {
     let good = |(at, c): (usize, char)| if at % 2 == 0 { ('a'..='m').contains(&c) } else { ('n'..='z').contains(&c) };
-    text.len() % 2 == 0 && (40..=60).contains(&text.len()) && text.chars().enumerate().all(good)
+    text.len().is_multiple_of(2) && (40..=60).contains(&text.len()) && text.chars().enumerate().all(good)
 }
 
 #[test]
