@@ -159,9 +159,8 @@ async fn every_familys_grammar_compiles() {
                 [(true, true, None), (true, false, None), (false, false, None), (false, true, Some(&answer))]
             {
                 let shape = Shape { format: &format, no_reasoning: false, forced, single, answer };
-                let special: [&dyn Fn(&str) -> Option<u32>; 2] = [&|_| None, &|_| Some(258)];
-                for special in special {
-                    let grammar = lark(&shape, &functions, special).unwrap();
+                for control_token in [None, Some(258)] {
+                    let grammar = lark(&shape, &functions, &|_| control_token).unwrap();
                     let constrained = Constrained { constraint: Constraint::Lark(grammar.clone()), param: "tools".into() };
                     if let Err(error) = model.grammar(&constrained).await {
                         panic!("{} {forced} {single}: {}\n{grammar}", calls.name(), error.message);

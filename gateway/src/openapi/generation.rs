@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use tidemill_store::Scope;
 
 const TAG: &str = "generation";
-const MOST_TOKENS: i64 = u32::MAX as i64;
+/// Most of whatever counts tokens.
+pub const MOST_TOKENS: i64 = u32::MAX as i64;
 
 /// Endpoints that ask a model.
 pub fn topic() -> Topic {
@@ -55,7 +56,8 @@ pub fn topic() -> Topic {
     Topic { operations, schemas }
 }
 
-fn token() -> Value {
+/// A token's id.
+pub fn token() -> Value {
     whole(0, MOST_TOKENS)
 }
 
@@ -159,10 +161,15 @@ fn shared() -> Object {
         .and(form())
 }
 
+/// Names of schemas and functions, as a pattern.
+pub fn form_names() -> &'static str {
+    "^[A-Za-z0-9_-]{1,64}$"
+}
+
 /// What the answer must look like.
 fn form() -> Object {
     let kind = |name: &str| Object::request().with("type", just(name));
-    let name = json!({"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"});
+    let name = json!({"type": "string", "pattern": form_names()});
     let json_schema = Object::request()
         .with("name", name)
         .may("description", text())
@@ -221,7 +228,7 @@ fn chat_request() -> Value {
         .may("modalities", list_of(0, 8, just("text")))
         .may("audio", nothing())
         .may("web_search_options", nothing())
-        .may("store", json!({"type": "boolean", "const": false}))
+        .may("store", flag())
         .and(tools())
         .may("parallel_tool_calls", flag())
         .may("verbosity", word(&["low", "medium", "high"]))
@@ -263,7 +270,7 @@ fn message() -> Value {
 /// What the model may call.
 fn tools() -> Object {
     let arguments = json!({"type": "object", "properties": {"type": {"const": "object"}}});
-    let name = json!({"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"});
+    let name = json!({"type": "string", "pattern": form_names()});
     let function = Object::request()
         .with("name", name)
         .may("description", text())

@@ -9,6 +9,7 @@ mod keys;
 mod labeling;
 mod messages;
 mod operation;
+mod responses;
 mod schema;
 mod service;
 
@@ -29,6 +30,7 @@ pub fn document() -> Value {
         service::topic(),
         generation::topic(),
         messages::topic(),
+        responses::topic(),
         files::topic(),
         feedback::topic(),
         labeling::topic(),

@@ -65,9 +65,11 @@ class Endpoint:
         return f"{self.method} {self.path}"
 
 
-def shown(value, longest: int = 60) -> str:
-    """An example as it fits into a table."""
-    text = value.decode() if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False)
+def shown(value, base=None, longest: int = 110) -> str:
+    """An example as it fits into a table: of a list, what the request without the field does not have."""
+    if isinstance(value, list) and isinstance(base, list) and len(value) > 1:
+        value = [item for item in value if item not in base]
+    text = json.dumps(value, ensure_ascii=False)
     text = text if len(text) <= longest else text[: longest - 1] + "…"
     return "`" + text.replace("|", "\\|") + "`"
 
@@ -76,7 +78,8 @@ INTRODUCTION = """# Compatibility, field by field
 
 Written by `tests/e2e/test_compatibility.py`, which sends every example below to the server and checks what comes back; do not edit.
 
-- **honoured**: accepted, and it has the effect that the API's documentation promises.
+- **honoured**: accepted, and the effect that the API's documentation promises is looked for and found. *(unseen)*: it does not show in
+  one answer of the model that the tests use, and only that it is accepted was checked.
 - **ignored**: accepted without effect on the answer; what is recorded with the answer says so.
 - **rejected**: refused with 400 and the field's name, so that nobody believes it had an effect.
 
@@ -94,7 +97,9 @@ def page(endpoints: list[Endpoint]) -> str:
             parts.append(f"{endpoint.note}\n")
         lines = ["| field | example | | |", "|---|---|---|---|"]
         for row in endpoint.rows:
-            lines.append(f"| `{row.name}` | {shown(row.value)} | {row.outcome} | {row.note} |".replace("|  |", "| |"))
+            unseen = " *(unseen)*" if row.outcome == HONOURED and row.seen is None else ""
+            example = shown(row.value, endpoint.base.get(row.head))
+            lines.append(f"| `{row.name}` | {example} | {row.outcome}{unseen} | {row.note} |".replace("|  |", "| |"))
         parts.append("\n".join(lines) + "\n")
     counts = {outcome: sum(row.outcome == outcome for e in endpoints for row in e.rows) for outcome in (HONOURED, IGNORED, REJECTED)}
     parts.append("Examples: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) + ".\n")
