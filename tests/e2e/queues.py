@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def closed_server(folder: Path):
 def new_key(data: Path, scope: str) -> str:
     command = [binary(), "key", "create", "--name", f"e2e-{scope}", "--scope", scope, "--data", data]
     said = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60, check=True).stdout
+    # A running server looks once a second whether it has a first key.
+    time.sleep(1.5)
     return next(word for word in said.split() if word.startswith("tm-"))
 
 

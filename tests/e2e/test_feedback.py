@@ -185,6 +185,6 @@ def test_erasure_removes_a_person_and_nobody_else(start):
     assert asked.returncode == 1 and "--yes" in asked.stderr
     done = tidemill("data", "erase", "--user", "gone", "--yes", "--data", str(server.data))
     assert done.returncode == 0, done.stderr
-    assert "1 answers, 1 judgements" in done.stdout, done.stdout
+    assert "1 answers, 0 stored chats and responses, 1 judgements" in done.stdout, done.stdout
     assert [row["id"] for row in rows(server.data, "SELECT id FROM inferences")] == [bare(stays)]
     assert [row["target"] for row in rows(server.data, "SELECT target FROM feedback")] == [bare(stays)]

@@ -47,7 +47,10 @@ class TlsServer(Server):
         self.trust = certificate.trust()
 
     def get(self, path: str):
-        answer = httpx2.get(self.root + path, verify=self.trust, timeout=60)
+        try:
+            answer = httpx2.get(self.root + path, verify=self.trust, timeout=60)
+        except httpx2.ConnectError as error:  # it does not listen yet
+            raise ConnectionRefusedError from error
         return type("Answer", (), {"status": answer.status_code, "headers": answer.headers, "body": answer.content})
 
     def serves(self, certificate: Certificate) -> bool:

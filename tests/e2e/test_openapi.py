@@ -48,7 +48,7 @@ def test_schemathesis_finds_no_fault(start, tmp_path):
         for operation in methods.values():
             for parameter in operation["parameters"]:
                 if parameter["name"] == "queue":
-                    parameter["schema"] = {"enum": ["pairs", "nowhere"]}
+                    parameter["example"] = "pairs"
     path, report = tmp_path / "openapi.json", tmp_path / "report.json"
     path.write_text(json.dumps(document))
     command = [
@@ -57,6 +57,8 @@ def test_schemathesis_finds_no_fault(start, tmp_path):
         "--max-examples", EXAMPLES, "--max-time", SECONDS, "--generation-deterministic", "--request-timeout", 60,
         # That a request fits the document does not mean that its ids exist or its fields go together.
         "--exclude-checks", "positive_data_acceptance",
+        # They would take the key away that all this is asked with.
+        *(f"--exclude-operation-id={name}" for name in ["delete_admin_keys_id", "patch_admin_keys_id", "post_admin_keys_id_rotate"]),
         "--no-color", "--report", "json", "--report-json-path", report,
     ]
     environment = {**os.environ, "COLUMNS": "200"}

@@ -101,19 +101,18 @@ fn part_text<'a>(part: &Field<'a>, role: &str) -> Result<&'a str, ApiError> {
 }
 
 fn tool_calls(fields: &mut Fields<'_>) -> Result<Option<Value>, ApiError> {
-    if let Some(call) = fields.get("function_call") {
-        let function = function_call(&call)?;
-        fields.ignore(&["tool_calls"]);
-        return Ok(Some(json!([{"type": "function", "function": function}])));
+    // The older form of one call; beside the newer it says the same.
+    let older = fields.get("function_call").map(|call| function_call(&call)).transpose()?;
+    let mut calls = Vec::new();
+    if let Some(field) = fields.get("tool_calls") {
+        for (i, value) in field.array(usize::MAX)?.iter().enumerate() {
+            calls.push(tool_call(&field.item(i, value))?);
+        }
     }
-    let Some(field) = fields.get("tool_calls") else { return Ok(None) };
-    let items = field.array(usize::MAX)?;
-    if items.is_empty() {
-        return Ok(None);
+    if let (Some(function), true) = (older, calls.is_empty()) {
+        calls.push(json!({"type": "function", "function": function}));
     }
-    let calls: Result<Vec<Value>, ApiError> =
-        items.iter().enumerate().map(|(i, value)| tool_call(&field.item(i, value))).collect();
-    Ok(Some(Value::Array(calls?)))
+    Ok(Some(calls).filter(|calls| !calls.is_empty()).map(Value::Array))
 }
 
 fn tool_call(field: &Field<'_>) -> Result<Value, ApiError> {
