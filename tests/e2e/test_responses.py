@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import subprocess
+import time
 from typing import Literal
 
 import openai
