@@ -12,6 +12,8 @@ from queues import ask, new_key
 
 EXAMPLES = 8
 SECONDS = 90
+# They would take the key away that all this is asked with.
+EXCLUDED = ["delete_admin_keys_id", "patch_admin_keys_id", "post_admin_keys_id_rotate"]
 
 
 def described(server) -> dict:
@@ -57,15 +59,14 @@ def test_schemathesis_finds_no_fault(start, tmp_path):
         "--max-examples", EXAMPLES, "--max-time", SECONDS, "--generation-deterministic", "--request-timeout", 60,
         # That a request fits the document does not mean that its ids exist or its fields go together.
         "--exclude-checks", "positive_data_acceptance",
-        # They would take the key away that all this is asked with.
-        *(f"--exclude-operation-id={name}" for name in ["delete_admin_keys_id", "patch_admin_keys_id", "post_admin_keys_id_rotate"]),
+        *(f"--exclude-operation-id={name}" for name in EXCLUDED),
         "--no-color", "--report", "json", "--report-json-path", report,
     ]
     environment = {**os.environ, "COLUMNS": "200"}
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=360, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stdout[-20000:] + run.stderr[-4000:]
     done = json.loads(report.read_text())
-    assert done["complete"] and done["operations"]["tested"] == done["operations"]["total"] > 50
+    assert done["complete"] and done["operations"]["tested"] == done["operations"]["total"] - len(EXCLUDED) > 50
     assert {name: phase["status"] for name, phase in done["phases"].items()}["coverage"] == "success"
     assert done["test_cases"]["generated"] > 5 * done["operations"]["total"] and done["test_cases"]["errored"] == 0
     assert server.process.poll() is None and "panicked" not in server.log()
