@@ -116,21 +116,17 @@ fn embeddings() -> Value {
         .schema()
 }
 
-/// What chat and completions share.
-fn shared() -> Object {
+/// What every endpoint takes about sampling, stopping and the caller.
+pub fn sampling() -> Object {
     let stop = either([text_of(1, u64::from(u32::MAX)), list_of(0, 4, text_of(1, u64::from(u32::MAX)))]);
     let bias = json!({
         "type": "object",
         "propertyNames": {"pattern": "^[0-9]{1,9}$"},
         "additionalProperties": number_in(-100.0, 100.0),
     });
-    let own = Object::request().may("conversation", text_of(1, 256)).may("compare", flag());
-    let options = Object::request().may("include_usage", flag()).may("include_obfuscation", flag());
     Object::request()
         .with("model", text())
         .may("stream", flag())
-        .may("stream_options", options.schema())
-        .may("n", whole(1, 128))
         .may("temperature", number_in(0.0, 2.0))
         .may("top_p", number_in(0.0, 1.0))
         .may("top_k", whole(-1, MOST_TOKENS))
@@ -146,9 +142,6 @@ fn shared() -> Object {
         .may("ignore_eos", flag())
         .may("skip_special_tokens", flag())
         .may("logit_bias", bias)
-        .may("prompt_logprobs", whole(0, 20))
-        .may("logprobs_mode", word(&["raw_logprobs", "processed_logprobs"]))
-        .may("return_token_ids", flag())
         .may("priority", about("Lower runs first.", whole(i64::from(i32::MIN), i64::from(i32::MAX))))
         .may("cache_salt", text_of(1, 512))
         .may("service_tier", word(&["auto", "default", "flex", "scale", "priority"]))
@@ -157,6 +150,18 @@ fn shared() -> Object {
         .may("prompt_cache_key", text())
         .may("prompt_cache_retention", text())
         .may("metadata", metadata())
+}
+
+/// What chat and completions share.
+fn shared() -> Object {
+    let own = Object::request().may("conversation", text_of(1, 256)).may("compare", flag());
+    let options = Object::request().may("include_usage", flag()).may("include_obfuscation", flag());
+    sampling()
+        .may("stream_options", options.schema())
+        .may("n", whole(1, 128))
+        .may("prompt_logprobs", whole(0, 20))
+        .may("logprobs_mode", word(&["raw_logprobs", "processed_logprobs"]))
+        .may("return_token_ids", flag())
         .may("tidemill", own.schema())
         .and(form())
 }

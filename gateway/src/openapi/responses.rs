@@ -1,11 +1,11 @@
 //! Responses, and stored chats.
 
 use crate::openapi::Topic;
-use crate::openapi::generation::{MOST_TOKENS, form_names, metadata, token};
+use crate::openapi::generation::{MOST_TOKENS, form_names, metadata, sampling};
 use crate::openapi::operation::Operation;
 use crate::openapi::schema::{
-    Object, any, count, either, flag, just, list, list_of, named, nothing, nullable, number, number_in, page, seconds, text,
-    text_of, whole, word,
+    Object, any, count, either, flag, just, list, list_of, named, nothing, nullable, number, page, seconds, text, text_of, whole,
+    word,
 };
 use serde_json::{Value, json};
 use tidemill_store::Scope;
@@ -99,15 +99,12 @@ fn request() -> Value {
         .may("context", nothing())
         .may("mode", nothing());
     let own = Object::request().may("conversation", text_of(1, 256)).may("compare", json!({"type": "boolean", "const": false}));
-    let stop = either([text_of(1, u64::from(u32::MAX)), list_of(0, 4, text_of(1, u64::from(u32::MAX)))]);
     let refused =
         ["conversation", "prompt", "context_management", "moderation", "access_programs", "background_options", "image"];
-    let object = Object::request()
-        .with("model", text())
+    let object = sampling()
         .may("input", either([text(), json!({"type": "array", "items": item})]))
         .may("previous_response_id", text())
         .may("instructions", text())
-        .may("stream", flag())
         .may("stream_options", Object::request().may("include_obfuscation", flag()).schema())
         .may("background", flag())
         .may("store", flag())
@@ -122,30 +119,7 @@ fn request() -> Value {
         .may("parallel_tool_calls", flag())
         .may("truncation", word(&["auto", "disabled"]))
         .may("chat_template_kwargs", json!({"type": "object"}))
-        .may("temperature", number_in(0.0, 2.0))
-        .may("top_p", number_in(0.0, 1.0))
-        .may("top_k", whole(-1, MOST_TOKENS))
-        .may("min_p", number_in(0.0, 1.0))
-        .may("frequency_penalty", number_in(-2.0, 2.0))
-        .may("presence_penalty", number_in(-2.0, 2.0))
-        .may("repetition_penalty", json!({"type": "number", "exclusiveMinimum": 0, "maximum": 100}))
-        .may("min_tokens", whole(0, MOST_TOKENS))
-        .may("seed", whole(i64::MIN, i64::MAX))
-        .may("stop", stop)
-        .may("stop_token_ids", list_of(0, 1024, token()))
-        .may("include_stop_str_in_output", flag())
-        .may("ignore_eos", flag())
-        .may("skip_special_tokens", flag())
-        .may("logit_bias", json!({"type": "object", "additionalProperties": number_in(-100.0, 100.0)}))
-        .may("priority", whole(i64::from(i32::MIN), i64::from(i32::MAX)))
-        .may("cache_salt", text_of(1, 512))
-        .may("service_tier", word(&["auto", "default", "flex", "scale", "priority"]))
-        .may("user", text())
-        .may("safety_identifier", text())
-        .may("prompt_cache_key", text())
-        .may("prompt_cache_retention", text())
         .may("prompt_cache_options", any())
-        .may("metadata", metadata())
         .may("tidemill", own.schema());
     refused.into_iter().fold(object, |object, name| object.may(name, nothing())).schema()
 }
