@@ -91,6 +91,8 @@ impl Table {
         }
         let created = delta
             .create()
+            // Without retries: one inside would make the table again as version 1 when somebody else was first.
+            .with_commit_properties(CommitProperties::default().with_max_retries(0))
             .with_table_name(name)
             .with_columns(stored::columns())
             .with_configuration(
