@@ -1,12 +1,11 @@
 //! Feedback in, adapters out.
 //!
 //! [`dataset`] turns feedback into immutable snapshots of training rows. [`quality`] says whether a snapshot may be trained on.
-//! [`preference`] holds the losses of training on comparisons,
-//! as functions of values. Trainers and the registry join them here.
+//! [`loss`] holds what every trainer minimises, as functions of tensors that know their gradients.
 
 pub mod batch;
 pub mod dataset;
-pub mod preference;
+pub mod loss;
 pub mod quality;
 pub mod random;
 pub mod statistics;
