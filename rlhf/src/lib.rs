@@ -5,6 +5,7 @@
 //! [`parameters`] along them.
 
 pub mod batch;
+pub mod collate;
 pub mod dataset;
 pub mod loss;
 pub mod optimizer;
