@@ -1,12 +1,13 @@
 //! Feedback in, adapters out.
 //!
 //! [`dataset`] turns feedback into immutable snapshots of training rows. [`quality`] says whether a snapshot may be trained on.
-//! [`loss`] holds what every trainer minimises, as functions of tensors that know their gradients; [`optimizer`] moves the
-//! [`parameters`] along them.
+//! [`collate`] makes tokens and packed [`batch`]es of rows. [`loss`] holds what every trainer minimises, as functions of tensors that
+//! know their gradients; [`optimizer`] moves the [`parameters`] along them; [`train`] is the one loop around it all.
 
 pub mod batch;
 pub mod collate;
 pub mod dataset;
+mod durable;
 pub mod loss;
 pub mod optimizer;
 pub mod parameters;
@@ -14,3 +15,4 @@ pub mod quality;
 pub mod random;
 pub mod statistics;
 mod tensors;
+pub mod train;
