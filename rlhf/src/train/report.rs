@@ -69,7 +69,7 @@ pub fn report(config: &TrainConfig, log: &str) -> String {
     let others = others.iter().map(|name| (*name, std::slice::from_ref(name)));
     for (title, names) in GROUPS.into_iter().chain(others) {
         let found: Vec<Curve<'_>> =
-            names.iter().filter_map(|name| Some(Curve { name, points: measured.get(name)?.clone() })).collect();
+            names.iter().filter_map(|name| Some(Curve { name: part(name), points: measured.get(name)?.clone() })).collect();
         let picture = curves(&found, title);
         if !picture.is_empty() {
             let _ = write!(body, "<figure class=card style=\"margin:0\"><h3>{}</h3>{picture}</figure>", escape(title));
@@ -79,6 +79,18 @@ pub fn report(config: &TrainConfig, log: &str) -> String {
     body.push_str(&escape(&serde_json::to_string_pretty(config).unwrap_or_default()));
     body.push_str("</pre></div>");
     page("Training", &body)
+}
+
+/// What a curve shows beside others of its picture.
+fn part(name: &str) -> &'static str {
+    match (name.starts_with("eval_"), name.ends_with("/chosen"), name.ends_with("/rejected")) {
+        (false, true, _) => "chosen",
+        (false, _, true) => "rejected",
+        (true, true, _) => "held-out chosen",
+        (true, _, true) => "held-out rejected",
+        (false, ..) => "training",
+        (true, ..) => "held-out",
+    }
 }
 
 #[cfg(test)]

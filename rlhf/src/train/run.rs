@@ -304,7 +304,7 @@ impl Run {
             if config.greater_is_better() { gain } else { -gain }
         };
         let step = self.state.step;
-        let better = self.state.best.is_none_or(|best| gain(best) > config.early_stopping_threshold);
+        let better = value.is_finite() && self.state.best.is_none_or(|best| gain(best) > config.early_stopping_threshold);
         if better {
             self.state.best = Some(Best { step, bits: value.to_bits() });
             self.state.waited = 0;

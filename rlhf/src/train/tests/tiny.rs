@@ -28,7 +28,10 @@ impl Tiny {
             (0..rows * columns).map(|_| (scale * random.normal()) as f32).collect()
         };
         let tensor = |values: Vec<f32>, shape: (usize, usize)| Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
-        let embedding = tensor(matrix(VOCABULARY, WIDTH, 1.0), (VOCABULARY, WIDTH));
+        let mut embedding = matrix(VOCABULARY, WIDTH, 1.0);
+        // One feature is always there, so that what holds for all prompts can be learnt.
+        embedding.iter_mut().step_by(WIDTH).for_each(|value| *value = 1.0);
+        let embedding = tensor(embedding, (VOCABULARY, WIDTH));
         let output = tensor(matrix(WIDTH, VOCABULARY, 0.3), (WIDTH, VOCABULARY));
         let mut parameters = Parameters::default();
         let mut var = |name: &str, values: Vec<f32>| {
