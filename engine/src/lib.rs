@@ -50,7 +50,8 @@ pub use grammar::{Constraint, ConstraintKey, Grammar, GrammarError};
 pub use load_error::LoadError;
 pub use model::Decoder;
 pub use model_config::{Family, ModelConfig, RopeScaling};
-pub use model_files::{Frontend, ModelFiles};
+pub use model::weight_names::{Part, Weight};
+pub use model_files::{FileMatrix, Frontend, ModelFiles};
 pub use options::{EngineOptions, StartError};
 pub use pooling::{Cut, Pooling, PoolingMode};
 pub use request::{
