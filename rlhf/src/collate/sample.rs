@@ -47,11 +47,6 @@ impl Completion {
         self.learnt.as_ref().is_none_or(|learnt| learnt[place])
     }
 
-    /// How many tokens are learnt.
-    pub fn labels(&self) -> usize {
-        self.learnt.as_ref().map_or(self.tokens.len(), |learnt| learnt.iter().filter(|learnt| **learnt).count())
-    }
-
     fn truncate(&mut self, length: usize) {
         self.tokens.truncate(length);
         if let Some(learnt) = &mut self.learnt {
@@ -79,16 +74,13 @@ impl Sample {
 
     /// Whether every completion has something to learn.
     pub(super) fn teaches(&self) -> bool {
-        let predicted = |completion: &Completion| match self.prompt.is_empty() {
-            // Nothing predicts the very first token.
-            true => (1..completion.tokens.len()).any(|place| completion.learns(place)),
-            false => completion.labels() > 0,
-        };
-        self.completions.iter().all(predicted)
+        (0..self.completions.len()).all(|completion| self.labels(completion) > 0)
     }
 
-    /// Labels of all completions.
-    pub fn labels(&self) -> usize {
-        self.completions.iter().map(Completion::labels).sum()
+    /// Labels of one completion. Without a prompt nothing predicts its first token.
+    pub fn labels(&self, completion: usize) -> usize {
+        let completion = &self.completions[completion];
+        let first = usize::from(self.prompt.is_empty());
+        (first..completion.tokens.len()).filter(|place| completion.learns(*place)).count()
     }
 }

@@ -52,7 +52,7 @@ fn a_pair_is_a_prompt_and_two_answers_that_go_on_from_it() {
     assert_eq!(text(&sample.prompt), "<|im_start|>user\nHow deep?<|im_end|>\n<|im_start|>assistant\n");
     assert_eq!(text(&sample.completions[0].tokens), "Two feet.<|im_end|>\n");
     assert_eq!(text(&sample.completions[1].tokens), "Deep.<|im_end|>\n");
-    assert_eq!((sample.labels(), sample.weight), (sample.completions.iter().map(|c| c.tokens.len()).sum(), 1.0));
+    assert_eq!((sample.labels(1), sample.weight), (sample.completions[1].tokens.len(), 1.0));
 }
 
 /// What is trained on begins with exactly the tokens that serving gives the model.
@@ -203,6 +203,7 @@ fn check(micro: &Micro, samples: &[Sample]) {
             learnt.push(seen.len());
         }
         let completion = &sample.completions[span.completion];
+        assert_eq!(learnt.len(), sample.labels(span.completion));
         let expected: Vec<usize> = (0..completion.tokens.len())
             .filter(|place| completion.learns(*place) && sample.prompt.len() + place > 0)
             .map(|place| sample.prompt.len() + place)
@@ -339,4 +340,38 @@ fn a_rater_may_be_given_less_weight() {
     let samples = people(&[&["good"], &["doubtful"], &["good", "doubtful"]]);
     let caps = Caps { rater_weights: [("doubtful".to_owned(), 0.0)].into(), ..Caps::default() };
     assert_eq!(weights(&samples, &[1.0; 3], &caps).weights, [2.0, 0.0, 1.0]);
+}
+
+/// Runs on the model that `TIDEMILL_TEST_MODEL` names; `make test` sets it.
+#[test]
+fn the_default_models_answers_go_on_from_the_tokens_it_was_given() {
+    let Some(path) = std::env::var_os("TIDEMILL_TEST_MODEL") else {
+        println!("left out: TIDEMILL_TEST_MODEL is not set; `make test` sets it");
+        return;
+    };
+    let files = ModelFiles::open(Path::new(&path)).unwrap();
+    let expected: Value = serde_json::from_str(include_str!("../../../tests/goldens/smollm2/chats.json")).unwrap();
+    let chats = expected["chats"].as_array().unwrap();
+    let mut same_tokens = 0;
+    for chat in chats {
+        let prompt: Vec<Message> = serde_json::from_value(chat["messages"].clone()).unwrap();
+        let answer = chat["greedy_text"].as_str().unwrap();
+        let example = Example::Preference {
+            prompt,
+            chosen: vec![message("assistant", answer)],
+            rejected: vec![message("assistant", "\n\nNo.")],
+        };
+        let encoded = encode(&files, options(), vec![example], Teaches::Comparison);
+        let [sample] = encoded.samples.as_slice() else { panic!("{:?}", encoded.dropped) };
+        let ids: Vec<u32> = serde_json::from_value(chat["ids"].clone()).unwrap();
+        let greedy: Vec<u32> = serde_json::from_value(chat["greedy"].clone()).unwrap();
+        assert_eq!(sample.prompt, ids);
+        let text = |index: usize| files.tokenizer().decode(&sample.completions[index].tokens, false);
+        assert_eq!(text(0), format!("{answer}<|im_end|>\n"));
+        assert_eq!(text(1), "\n\nNo.<|im_end|>\n");
+        // What the model wrote is what it will be taught, token by token, but for words that it spelt in other pieces than the tokenizer
+        // would, and a character that was cut off in the middle.
+        same_tokens += usize::from(sample.completions[0].tokens.starts_with(&greedy));
+    }
+    assert!(same_tokens * 4 >= chats.len() * 3, "{same_tokens} of {}", chats.len());
 }

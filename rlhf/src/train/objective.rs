@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::{config::Objective, metrics::Metrics};
 use crate::{
-    collate::{Completion, Sample},
+    collate::Sample,
     loss::{LogRatios, nll, reference_free, reward::bradley_terry, thumbs::kto},
 };
 
@@ -43,7 +43,7 @@ impl Objective {
 
     /// Labels of a sample that are imitated: all of one completion, the chosen one's of two.
     pub(super) fn imitated(&self, sample: &Sample) -> usize {
-        sample.completions.first().map_or(0, Completion::labels)
+        if sample.completions.is_empty() { 0 } else { sample.labels(0) }
     }
 
     /// What a sample counts in the loss: its labels where that is a mean over labels.
