@@ -17,6 +17,7 @@ use crate::batches::OPEN;
 use crate::data_dir::write_atomically;
 use crate::error::StoreError;
 use crate::page::{Order, Page};
+use crate::patience::{at_length, patiently};
 use crate::statement::{Select, clean};
 use crate::{DataDir, Database};
 
@@ -144,10 +145,13 @@ impl Files {
 
     /// The file of this id, if it is there for `viewer` at `now`.
     pub async fn find(&self, id: Uuid, viewer: &Viewer, now: i64) -> Result<Option<FileRecord>, StoreError> {
-        let text = format!("SELECT {COLUMNS} FROM files WHERE id = $1 AND (expires IS NULL OR expires > $2)");
-        let query = sqlx::query(AssertSqlSafe(text)).bind(id.to_string()).bind(now);
-        let found = query.fetch_optional(self.database.read()).await?.as_ref().map(read).transpose()?;
-        Ok(found.filter(|file| viewer.sees(file.key_id.as_deref())))
+        patiently(async {
+            let text = format!("SELECT {COLUMNS} FROM files WHERE id = $1 AND (expires IS NULL OR expires > $2)");
+            let query = sqlx::query(AssertSqlSafe(text)).bind(id.to_string()).bind(now);
+            let found = query.fetch_optional(self.database.read()).await?.as_ref().map(read).transpose()?;
+            Ok(found.filter(|file| viewer.sees(file.key_id.as_deref())))
+        })
+        .await
     }
 
     /// A page of the files that are there for `viewer` at `now`.
@@ -160,20 +164,24 @@ impl Files {
         order: Order,
         now: i64,
     ) -> Result<Page<FileRecord>, StoreError> {
-        let mut select = Select::new(&format!("SELECT {COLUMNS} FROM files"));
-        select.text_option("key_id = ?", viewer.key_id());
-        select.text_option("purpose = ?", purpose);
-        select.text_option(&order.after("id"), after.map(|id| id.to_string()).as_deref());
-        select.integer("(expires IS NULL OR expires > ?)", Some(now));
-        select.end(&format!(" ORDER BY id {} LIMIT {}", order.sql(), limit + 1));
-        let rows = select.query().fetch_all(self.database.read()).await?;
-        Ok(Page::of(rows.iter().map(read).collect::<Result<_, _>>()?, limit))
+        at_length(async {
+            let mut select = Select::new(&format!("SELECT {COLUMNS} FROM files"));
+            select.text_option("key_id = ?", viewer.key_id());
+            select.text_option("purpose = ?", purpose);
+            select.text_option(&order.after("id"), after.map(|id| id.to_string()).as_deref());
+            select.integer("(expires IS NULL OR expires > ?)", Some(now));
+            select.end(&format!(" ORDER BY id {} LIMIT {}", order.sql(), limit + 1));
+            let rows = select.query().fetch_all(self.database.read()).await?;
+            Ok(Page::of(rows.iter().map(read).collect::<Result<_, _>>()?, limit))
+        })
+        .await
     }
 
     /// Removes a file; `false` when a batch still reads it.
     pub async fn delete(&self, file: &FileRecord) -> Result<bool, StoreError> {
         let text = format!("DELETE FROM files WHERE id = $1 AND {UNUSED}");
-        let deleted = sqlx::query(AssertSqlSafe(text)).bind(file.id.to_string()).execute(self.database.write()).await?;
+        let query = sqlx::query(AssertSqlSafe(text)).bind(file.id.to_string());
+        let deleted = patiently(async { Ok::<_, StoreError>(query.execute(self.database.write()).await?) }).await?;
         if deleted.rows_affected() == 0 {
             return Ok(false);
         }
@@ -183,9 +191,12 @@ impl Files {
 
     /// Bytes of all contents in this data directory.
     pub async fn used(&self) -> Result<u64, StoreError> {
-        let text = "SELECT CAST(COALESCE(SUM(bytes), 0) AS BIGINT) FROM files WHERE place = $1";
-        let (used,): (i64,) = sqlx::query_as(text).bind(self.place.clone()).fetch_one(self.database.read()).await?;
-        Ok(used.unsigned_abs())
+        at_length(async {
+            let text = "SELECT CAST(COALESCE(SUM(bytes), 0) AS BIGINT) FROM files WHERE place = $1";
+            let (used,): (i64,) = sqlx::query_as(text).bind(self.place.clone()).fetch_one(self.database.read()).await?;
+            Ok(used.unsigned_abs())
+        })
+        .await
     }
 
     /// Removes the files of this data directory that have expired at `now` or were made before `oldest`, except those that a batch
@@ -198,7 +209,7 @@ impl Files {
                  AND {UNUSED} LIMIT {SWEEP}) RETURNING id"
             );
             let query = sqlx::query(AssertSqlSafe(text)).bind(self.place.clone()).bind(now).bind(oldest);
-            let rows = query.fetch_all(self.database.write()).await?;
+            let rows = at_length(async { Ok::<_, StoreError>(query.fetch_all(self.database.write()).await?) }).await?;
             for row in &rows {
                 let id: String = row.try_get(0)?;
                 if let Ok(id) = Uuid::try_parse(&id) {
@@ -272,9 +283,14 @@ impl Incoming {
         let FileDraft { key_id, filename, purpose, expires } = draft;
         let place = self.files.place.clone();
         let file = FileRecord { id: self.id, created: now, key_id, filename, purpose, bytes: self.bytes, expires, place };
-        let mut connection = self.files.database.write().acquire().await?;
-        if let Err(error) = insert(&mut connection, &file).await {
-            self.files.forget(&file.place, file.id).await;
+        let database = &self.files.database;
+        let written = patiently(async { insert(&mut *database.write().acquire().await?, &file).await }).await;
+        if let Err(error) = written {
+            // The row may have arrived all the same. Only when it is surely gone may the content go, too; otherwise the next start sees.
+            let gone = sqlx::query("DELETE FROM files WHERE id = $1").bind(file.id.to_string());
+            if patiently(async { Ok::<_, StoreError>(gone.execute(database.write()).await?) }).await.is_ok() {
+                self.files.forget(&file.place, file.id).await;
+            }
             return Err(error);
         }
         Ok(file)

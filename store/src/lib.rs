@@ -27,6 +27,7 @@ mod keys;
 pub mod label;
 mod model_record;
 mod page;
+mod patience;
 mod recorder;
 pub mod records;
 mod responses;

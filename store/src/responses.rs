@@ -8,8 +8,9 @@ use uuid::Uuid;
 use crate::commit;
 use crate::error::StoreError;
 use crate::inferences::{json, parse};
+use crate::patience::patiently;
 use crate::statement::clean_option;
-use crate::store::{Store, now_us, patiently};
+use crate::store::{Store, now_us};
 
 /// Most responses of one conversation that are read back, the latest ones.
 pub const MAX_CHAIN: usize = 2000;

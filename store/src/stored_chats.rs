@@ -8,8 +8,9 @@ use uuid::Uuid;
 use crate::error::StoreError;
 use crate::inferences::{json, parse};
 use crate::page::{self, Order, Page};
+use crate::patience::patiently;
 use crate::statement::{Select, clean, clean_option};
-use crate::store::{Store, patiently};
+use crate::store::Store;
 use crate::{Database, commit};
 
 /// A chat answer that can be read again.

@@ -2,6 +2,7 @@
 
 use super::task::uuid;
 use super::{LabelError, Labels, Verdict};
+use crate::patience::{at_length, patiently};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -52,71 +53,80 @@ type Row = (String, String, Option<String>, Option<String>, i64, Option<String>,
 impl Labels {
     /// All finished assignments of a queue, by time.
     pub async fn judgements(&self, queue_id: Uuid) -> Result<Vec<Judgement>, LabelError> {
-        let rows: Vec<Row> = sqlx::query_as(
-            "SELECT a.task_id, a.annotator, a.verdict, a.reason, a.a_is_left, t.gold, a.started, a.finished
-             FROM label_assignments a JOIN label_tasks t ON t.id = a.task_id
-             WHERE a.queue_id = $1 AND a.finished IS NOT NULL ORDER BY a.finished, a.id",
-        )
-        .bind(queue_id.to_string())
-        .fetch_all(self.database.read())
-        .await?;
-        let judgement = |(task_id, annotator, verdict, reason, a_is_left, gold, started, finished): Row| {
-            Ok(Judgement {
-                task_id: uuid(&task_id)?,
-                annotator,
-                verdict: verdict.as_deref().map(Verdict::from_text).transpose()?,
-                reason,
-                a_is_left: a_is_left != 0,
-                gold: gold.as_deref().map(Verdict::from_text).transpose()?,
-                started,
-                finished,
-            })
-        };
-        rows.into_iter().map(judgement).collect()
+        at_length(async {
+            let rows: Vec<Row> = sqlx::query_as(
+                "SELECT a.task_id, a.annotator, a.verdict, a.reason, a.a_is_left, t.gold, a.started, a.finished
+                 FROM label_assignments a JOIN label_tasks t ON t.id = a.task_id
+                 WHERE a.queue_id = $1 AND a.finished IS NOT NULL ORDER BY a.finished, a.id",
+            )
+            .bind(queue_id.to_string())
+            .fetch_all(self.database.read())
+            .await?;
+            let judgement = |(task_id, annotator, verdict, reason, a_is_left, gold, started, finished): Row| {
+                Ok(Judgement {
+                    task_id: uuid(&task_id)?,
+                    annotator,
+                    verdict: verdict.as_deref().map(Verdict::from_text).transpose()?,
+                    reason,
+                    a_is_left: a_is_left != 0,
+                    gold: gold.as_deref().map(Verdict::from_text).transpose()?,
+                    started,
+                    finished,
+                })
+            };
+            rows.into_iter().map(judgement).collect()
+        })
+        .await
     }
 
     /// How far a queue is.
     pub async fn progress(&self, queue_id: Uuid, now: i64) -> Result<Progress, LabelError> {
-        let (tasks, done, verdicts, leased, gold, gold_verdicts): (i64, i64, i64, i64, i64, i64) = sqlx::query_as(
-            "SELECT CAST(COALESCE(SUM(CASE WHEN gold IS NULL THEN 1 ELSE 0 END), 0) AS BIGINT),
-                    CAST(COALESCE(SUM(done), 0) AS BIGINT),
-                    CAST(COALESCE(SUM(CASE WHEN gold IS NULL THEN verdicts ELSE 0 END), 0) AS BIGINT),
-                    CAST(COALESCE(SUM(CASE WHEN leased_until > $2 THEN 1 ELSE 0 END), 0) AS BIGINT),
-                    COUNT(gold),
-                    CAST(COALESCE(SUM(CASE WHEN gold IS NOT NULL THEN verdicts ELSE 0 END), 0) AS BIGINT)
-             FROM label_tasks WHERE queue_id = $1",
-        )
-        .bind(queue_id.to_string())
-        .bind(now)
-        .fetch_one(self.database.read())
-        .await?;
-        let (all_drafts, failed): (i64, i64) =
-            sqlx::query_as("SELECT COUNT(*), COUNT(failure) FROM label_drafts WHERE queue_id = $1")
-                .bind(queue_id.to_string())
-                .fetch_one(self.database.read())
-                .await?;
-        let count = |n: i64| u64::try_from(n).unwrap_or(0);
-        Ok(Progress {
-            tasks: count(tasks),
-            done: count(done),
-            verdicts: count(verdicts),
-            leased: count(leased),
-            gold: count(gold),
-            gold_verdicts: count(gold_verdicts),
-            drafts: count(all_drafts - failed),
-            failed: count(failed),
+        at_length(async {
+            let (tasks, done, verdicts, leased, gold, gold_verdicts): (i64, i64, i64, i64, i64, i64) = sqlx::query_as(
+                "SELECT CAST(COALESCE(SUM(CASE WHEN gold IS NULL THEN 1 ELSE 0 END), 0) AS BIGINT),
+                        CAST(COALESCE(SUM(done), 0) AS BIGINT),
+                        CAST(COALESCE(SUM(CASE WHEN gold IS NULL THEN verdicts ELSE 0 END), 0) AS BIGINT),
+                        CAST(COALESCE(SUM(CASE WHEN leased_until > $2 THEN 1 ELSE 0 END), 0) AS BIGINT),
+                        COUNT(gold),
+                        CAST(COALESCE(SUM(CASE WHEN gold IS NOT NULL THEN verdicts ELSE 0 END), 0) AS BIGINT)
+                 FROM label_tasks WHERE queue_id = $1",
+            )
+            .bind(queue_id.to_string())
+            .bind(now)
+            .fetch_one(self.database.read())
+            .await?;
+            let (all_drafts, failed): (i64, i64) =
+                sqlx::query_as("SELECT COUNT(*), COUNT(failure) FROM label_drafts WHERE queue_id = $1")
+                    .bind(queue_id.to_string())
+                    .fetch_one(self.database.read())
+                    .await?;
+            let count = |n: i64| u64::try_from(n).unwrap_or(0);
+            Ok(Progress {
+                tasks: count(tasks),
+                done: count(done),
+                verdicts: count(verdicts),
+                leased: count(leased),
+                gold: count(gold),
+                gold_verdicts: count(gold_verdicts),
+                drafts: count(all_drafts - failed),
+                failed: count(failed),
+            })
         })
+        .await
     }
 
     /// How many tasks the person has judged or skipped in a queue.
     pub async fn finished_by(&self, queue_id: Uuid, annotator: &str) -> Result<u64, LabelError> {
-        let (finished,): (i64,) = sqlx::query_as(
-            "SELECT COUNT(*) FROM label_assignments WHERE queue_id = $1 AND annotator = $2 AND finished IS NOT NULL",
-        )
-        .bind(queue_id.to_string())
-        .bind(annotator)
-        .fetch_one(self.database.read())
-        .await?;
-        Ok(u64::try_from(finished).unwrap_or(0))
+        patiently(async {
+            let (finished,): (i64,) = sqlx::query_as(
+                "SELECT COUNT(*) FROM label_assignments WHERE queue_id = $1 AND annotator = $2 AND finished IS NOT NULL",
+            )
+            .bind(queue_id.to_string())
+            .bind(annotator)
+            .fetch_one(self.database.read())
+            .await?;
+            Ok(u64::try_from(finished).unwrap_or(0))
+        })
+        .await
     }
 }

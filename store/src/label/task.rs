@@ -1,6 +1,7 @@
 //! A pair of answers.
 
 use super::{LabelError, Labels, Verdict};
+use crate::patience::{at_length, patiently};
 use crate::statement::{Insert, clean};
 use serde::Serialize;
 use serde_json::Value;
@@ -145,10 +146,13 @@ pub(super) async fn insert(
 impl Labels {
     /// Adds those tasks whose source the queue has not seen. Answers how many that were.
     pub async fn add_tasks(&self, queue_id: Uuid, tasks: &[NewTask], now: i64) -> Result<u64, LabelError> {
-        let mut transaction = self.database.write().begin().await?;
-        let added = insert(&mut transaction, queue_id, tasks, now).await?;
-        transaction.commit().await?;
-        Ok(added)
+        at_length(async {
+            let mut transaction = self.database.write().begin().await?;
+            let added = insert(&mut transaction, queue_id, tasks, now).await?;
+            transaction.commit().await?;
+            Ok(added)
+        })
+        .await
     }
 
     /// At most `limit` tasks of a queue after the task `after`, the oldest first.
@@ -159,35 +163,44 @@ impl Labels {
         after: Option<Uuid>,
         limit: u32,
     ) -> Result<Vec<Task>, LabelError> {
-        let state = match state {
-            TaskState::Any => "",
-            TaskState::Open => "AND t.done = 0",
-            TaskState::Done => "AND t.done = 1",
-        };
-        let sql = sqlx::AssertSqlSafe(format!(
-            "SELECT {COLUMNS} FROM label_tasks t WHERE t.queue_id = $1 AND t.id > $2 {state} ORDER BY t.id LIMIT $3"
-        ));
-        let rows: Vec<Row> = sqlx::query_as(sql)
-            .bind(queue_id.to_string())
-            .bind(after.map(|id| id.to_string()).unwrap_or_default())
-            .bind(i64::from(limit))
-            .fetch_all(self.database.read())
-            .await?;
-        rows.into_iter().map(task).collect()
+        at_length(async {
+            let state = match state {
+                TaskState::Any => "",
+                TaskState::Open => "AND t.done = 0",
+                TaskState::Done => "AND t.done = 1",
+            };
+            let sql = sqlx::AssertSqlSafe(format!(
+                "SELECT {COLUMNS} FROM label_tasks t WHERE t.queue_id = $1 AND t.id > $2 {state} ORDER BY t.id LIMIT $3"
+            ));
+            let rows: Vec<Row> = sqlx::query_as(sql)
+                .bind(queue_id.to_string())
+                .bind(after.map(|id| id.to_string()).unwrap_or_default())
+                .bind(i64::from(limit))
+                .fetch_all(self.database.read())
+                .await?;
+            rows.into_iter().map(task).collect()
+        })
+        .await
     }
 
     /// The task with this id.
     pub async fn task(&self, id: Uuid) -> Result<Option<Task>, LabelError> {
-        let sql = sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM label_tasks t WHERE t.id = $1"));
-        let row: Option<Row> = sqlx::query_as(sql).bind(id.to_string()).fetch_optional(self.database.read()).await?;
-        row.map(task).transpose()
+        patiently(async {
+            let sql = sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM label_tasks t WHERE t.id = $1"));
+            let row: Option<Row> = sqlx::query_as(sql).bind(id.to_string()).fetch_optional(self.database.read()).await?;
+            row.map(task).transpose()
+        })
+        .await
     }
 
     /// The task with this source.
     pub async fn task_of_source(&self, queue_id: Uuid, source: &str) -> Result<Option<Task>, LabelError> {
-        let sql = sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM label_tasks t WHERE t.queue_id = $1 AND t.source = $2"));
-        let query = sqlx::query_as(sql).bind(queue_id.to_string()).bind(source);
-        let row: Option<Row> = query.fetch_optional(self.database.read()).await?;
-        row.map(task).transpose()
+        patiently(async {
+            let sql = sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM label_tasks t WHERE t.queue_id = $1 AND t.source = $2"));
+            let query = sqlx::query_as(sql).bind(queue_id.to_string()).bind(source);
+            let row: Option<Row> = query.fetch_optional(self.database.read()).await?;
+            row.map(task).transpose()
+        })
+        .await
     }
 }
