@@ -2,7 +2,8 @@
 //!
 //! A content is written beside its place, flushed and renamed before its row is written, so a row always has its content. Contents
 //! without a row (a process that was killed between the two) are removed at the next start. Servers that share a database do not
-//! share data directories: a row says in which one its content lies.
+//! share data directories: a row says in which one its content lies. A data directory that was used with another database before
+//! has the contents of each in a folder of its own, so that neither takes the other's for leftovers.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ use crate::error::StoreError;
 use crate::page::{Order, Page};
 use crate::patience::{at_length, patiently};
 use crate::statement::{Select, clean};
-use crate::{DataDir, Database};
+use crate::{DataDir, Database, Store};
 
 const COLUMNS: &str = "id, created, key_id, filename, purpose, bytes, expires, place";
 /// Ending of a content that is still being sent.
@@ -107,10 +108,14 @@ pub struct Incoming {
 }
 
 impl Files {
-    /// Those in `data`, whose lock the caller holds: what a killed process left half-done is removed.
-    pub async fn open(database: &Database, data: &DataDir) -> Result<Self, StoreError> {
-        let folder = data.root().join("files");
+    /// Those in `data` that belong to `store`'s database; the caller holds the lock. What a killed process left half-done is removed.
+    pub async fn open(store: &Store, data: &DataDir) -> Result<Self, StoreError> {
+        let all = data.root().join("files");
+        let folder = all.join(store.ids().pseudonym("files"));
         std::fs::create_dir_all(&folder).map_err(|error| StoreError::io("cannot create", &folder, error))?;
+        for named_in in [&all, data.root()] {
+            sync_folder(named_in).await.map_err(|error| StoreError::io("cannot flush", named_in, error))?;
+        }
         let name = folder.join("place");
         let place = match std::fs::read_to_string(&name) {
             Ok(text) => text.trim().to_owned(),
@@ -121,7 +126,7 @@ impl Files {
             }
             Err(error) => return Err(StoreError::io("cannot read", &name, error)),
         };
-        let files = Self { database: database.clone(), folder, place };
+        let files = Self { database: store.database().clone(), folder, place };
         files.remove_strays().await?;
         Ok(files)
     }
@@ -241,7 +246,8 @@ impl Files {
         let open = format!("FROM batches WHERE place = $1 AND state IN {OPEN}");
         let text =
             format!("SELECT id FROM files WHERE place = $1 UNION SELECT output_file {open} UNION SELECT error_file {open}");
-        let rows = sqlx::query(AssertSqlSafe(text)).bind(self.place.clone()).fetch_all(self.database.read()).await?;
+        let query = sqlx::query(AssertSqlSafe(text)).bind(self.place.clone());
+        let rows = at_length(async { Ok::<_, StoreError>(query.fetch_all(self.database.read()).await?) }).await?;
         let known: HashSet<String> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
         let failed = |error| StoreError::io("cannot list", &self.folder, error);
         for entry in std::fs::read_dir(&self.folder).map_err(failed)? {

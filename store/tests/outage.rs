@@ -364,7 +364,7 @@ fn a_statement_that_never_ends_holds_up_no_call() {
     on_postgres(&server, &async |place: &Place| {
         let store = place.open().await;
         let labels = Labels::new(store.database());
-        let files = Files::open(store.database(), &place.data()).await.unwrap();
+        let files = Files::open(&store, &place.data()).await.unwrap();
         let mut held = sqlx::AnyConnection::connect(place.url.as_deref().unwrap()).await.unwrap();
         let lock = "LOCK TABLE label_queues, jobs, batches, files, api_keys, audit, snapshots IN ACCESS EXCLUSIVE MODE";
         for text in ["BEGIN", lock] {

@@ -108,7 +108,7 @@ def result_files(data, batch_id: str) -> list[bytes]:
         connection.close()
     found = []
     for name in names:
-        path = data / "files" / name
+        path = next((data / "files").glob(f"*/{name}"), data / "files" / name)
         text = path.read_bytes() if path.exists() else b""
         found += [line for line in text.split(b"\n")[:-1]]
     return found

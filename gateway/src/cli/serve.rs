@@ -302,7 +302,7 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle, 
     if !has_key && !config.host.is_loopback() {
         return Err(ServeError::NoKey(config.host));
     }
-    let files = Files::open(store.database(), &DataDir::new(&config.data)).await?;
+    let files = Files::open(&store, &DataDir::new(&config.data)).await?;
     Ok(App {
         registry: Arc::new(Registry::new(models.iter().map(|model| model.name.clone()))),
         drain: Drain::default(),

@@ -236,7 +236,7 @@ impl Setup {
             auth: Auth::new(store.clone(), false),
             limits: Arc::new(Limiter::new(store.clone(), self.limits, self.prices)),
             datasets: DatasetJobs::new(store.clone(), &folder()),
-            files: wait(Files::open(store.database(), &DataDir::new(folder()))).unwrap(),
+            files: wait(Files::open(&store, &DataDir::new(folder()))).unwrap(),
             file_limits: FileLimits { file: 1 << 20, total: 3 << 20 },
             batches: Batches::new(&store),
             store,
