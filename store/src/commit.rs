@@ -112,6 +112,11 @@ pub(crate) async fn erased_since(
     Ok(erased(sql, ids, vec![&user]).await?.values().any(|at| created <= *at))
 }
 
+/// Whether the answer or the response of this id was erased, whenever that was: ids do not come again.
+pub(crate) async fn is_erased(sql: &mut AnyConnection, ids: &IdKey, id: &str) -> Result<bool, sqlx::Error> {
+    Ok(!erased(sql, ids, vec![id]).await?.is_empty())
+}
+
 /// Which of these people or answers have been erased, by pseudonym, and when.
 async fn erased(sql: &mut AnyConnection, ids: &IdKey, mut names: Vec<&str>) -> Result<HashMap<String, i64>, sqlx::Error> {
     names.sort_unstable();

@@ -9,7 +9,8 @@
 //! SQLite overwrites what it deletes (`secure_delete`), and its write-ahead log is emptied afterwards. Postgres does so when it vacuums.
 //!
 //! What remains is a pseudonym (a keyed hash) of the person and of each answer: in the audit, in place of their name in the lineage of
-//! snapshots, and in `erasures`, by which a record that waited elsewhere (the spill log of another gateway) is left out when it comes.
+//! snapshots, and in `erasures`, by which a record that waited elsewhere (the spill log of another gateway), or a response that was going on
+//! from an erased one, is left out when it comes.
 
 use std::collections::BTreeSet;
 
@@ -95,7 +96,8 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64
         adapters,
     };
 
-    let marks: Vec<String> = targets.iter().map(|target| ids.pseudonym(target)).collect();
+    // Of responses, too: what goes on from one may be under way.
+    let marks: Vec<String> = targets.union(&responses).map(|target| ids.pseudonym(target)).collect();
     mark(sql, &marks, now).await?;
     let renamed = "UPDATE snapshot_sources SET source = $2 WHERE source = $1";
     sqlx::query(renamed).bind(user.clone()).bind(pseudonym.clone()).execute(&mut *sql).await?;

@@ -103,9 +103,16 @@ impl Store {
                 .execute(&mut *transaction)
                 .await?;
             let user = response.user_key.as_deref();
-            if !commit::erased_since(&mut transaction, self.ids(), user, response.created).await? {
-                transaction.commit().await?;
+            if commit::erased_since(&mut transaction, self.ids(), user, response.created).await? {
+                return Ok(());
             }
+            // It was made with the texts of those before it.
+            if let Some(previous) = response.previous
+                && commit::is_erased(&mut transaction, self.ids(), &previous.to_string()).await?
+            {
+                return Ok(());
+            }
+            transaction.commit().await?;
             Ok(())
         })
         .await

@@ -165,6 +165,11 @@ fn erasure_takes_what_a_person_stored_and_all_that_goes_on_from_it() {
         store.save_response(&late).await.unwrap();
         store.save_chat(&hers).await.unwrap();
         let anew = StoredResponse { created: i64::MAX, ..response(&store, "k", "ann", None) };
+        for erased in [of_her.id, after.id] {
+            let going_on = StoredResponse { created: i64::MAX, ..response(&store, "k", "bob", Some(erased)) };
+            store.save_response(&going_on).await.unwrap();
+            assert_eq!(store.response("k", going_on.id).await.unwrap(), None, "it was made with her texts");
+        }
         store.save_response(&anew).await.unwrap();
         assert_eq!((store.response("k", late.id).await.unwrap(), store.chat("k", hers.id).await.unwrap()), (None, None));
         assert_eq!(store.response("k", anew.id).await.unwrap(), Some(anew));
