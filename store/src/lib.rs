@@ -52,7 +52,7 @@ pub use key_terms::{KeyTerms, Limits, MAX_WEIGHT, Money, Tier};
 pub use keys::{ApiKey, Scope};
 pub use model_record::{ModelFile, ModelRecord};
 pub use page::{MAX_PAGE, Order, Page};
-pub use responses::{MAX_CHAIN, ResponseStatus, StoredResponse};
+pub use responses::{Chain, MAX_CHAIN, MAX_CHAIN_BYTES, ResponseStatus, StoredResponse};
 pub use snapshot::{Snapshot, Snapshots, Sources};
 pub use store::{Retention, Store, StoreOptions};
 pub use stored_chats::{ChatFilter, StoredChat};

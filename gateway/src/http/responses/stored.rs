@@ -84,7 +84,7 @@ pub async fn input_items(
     let listing = Listing::parse(query.as_deref(), Order::NewestFirst, Extra::Items)?;
     let owner = owner(&Caller::of(&request));
     let Some(bare) = id::parse(&id) else { return Err(unknown(&id)) };
-    let mut chain = app.store.response_chain(&owner, bare).await.map_err(unavailable)?;
+    let mut chain = app.store.response_chain(&owner, bare).await.map_err(unavailable)?.responses;
     let Some(last) = chain.pop() else { return Err(unknown(&id)) };
     let mut items = items_of(&chain);
     items.extend(last.input);
