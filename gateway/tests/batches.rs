@@ -231,3 +231,18 @@ async fn lines_run_with_the_rights_of_the_key_that_made_the_batch() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
+
+#[tokio::test]
+async fn a_batch_whose_input_is_gone_from_the_disk_ends() {
+    let app = Setup::default().app();
+    let file = input(&app, None, &line("a", chat(json!({})))).await;
+    let made = post(&router(app.clone()), "/v1/batches", order(&file)).await.json();
+    let id = made["id"].as_str().unwrap();
+    // It was looked through, and then somebody tidied up.
+    let bare: Uuid = id.strip_prefix("batch_").unwrap().parse().unwrap();
+    app.batches.rows().begin(bare, 1, Some(MODEL), 1).await.unwrap();
+    std::fs::remove_file(app.files.path(file.strip_prefix("file-").unwrap().parse().unwrap())).unwrap();
+    let batch = settled(&start(&app), id, "failed").await;
+    assert_eq!(batch["errors"]["data"][0]["code"], "input_file_missing");
+    assert_eq!((&batch["output_file_id"], &batch["request_counts"]["total"]), (&Value::Null, &json!(1)));
+}

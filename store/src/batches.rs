@@ -160,6 +160,8 @@ pub struct BatchOutcome {
     pub output: Option<FileRecord>,
     /// The errors, where there are any.
     pub errors: Option<FileRecord>,
+    /// What was wrong with the input, where that ended it.
+    pub problems: Option<Value>,
 }
 
 /// The batches of a database. Cloning is cheap.
@@ -311,7 +313,8 @@ impl Batches {
             let mut transaction = connection.begin().await?;
             let at = format!("{}_at", outcome.state.as_str());
             let text = format!(
-                "UPDATE batches SET state = $2, {at} = $3, completed = $4, failed = $5, token_usage = $6, has_output = $7, has_errors = $8 \
+                "UPDATE batches SET state = $2, {at} = $3, completed = $4, failed = $5, token_usage = $6, has_output = $7, has_errors = $8, \
+                 errors = $9 \
                  WHERE id = $1 AND state IN {OPEN}"
             );
             let ended = sqlx::query(AssertSqlSafe(text))
@@ -323,6 +326,7 @@ impl Batches {
                 .bind(outcome.usage.to_string())
                 .bind(i64::from(outcome.output.is_some()))
                 .bind(i64::from(outcome.errors.is_some()))
+                .bind(outcome.problems.as_ref().map(|problems| clean(&problems.to_string()).into_owned()))
                 .execute(&mut *transaction)
                 .await?;
             if ended.rows_affected() > 0 {
