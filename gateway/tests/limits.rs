@@ -11,7 +11,7 @@ use hyper::Request;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use support::{MODEL, Reply, Setup, chat, completion, says, send};
+use support::{MODEL, Reply, Setup, chat, completion, merged, says, send};
 use tidemill::http::{App, router};
 use tidemill::limits::{Limiter, Price, Subject};
 use tidemill_store::{ApiKey, KeyTerms, Limits, Money, Scope, Tier};
@@ -184,6 +184,24 @@ async fn a_key_sees_and_uses_its_models_only() {
     ] {
         let reply = send(&router, asking(&secret, path, &body)).await;
         assert_eq!(reply.error(), (403, Some("model".into()), Some("model_not_allowed".into())), "{path}");
+    }
+    // Whether a model that it may not use is there, it does not learn either.
+    for model in [MODEL, "no/such"] {
+        let message = json!([{"role": "user", "content": "x"}]);
+        for (path, body) in [
+            (CHAT, json!({"messages": message})),
+            ("/v1/completions", json!({"prompt": "x"})),
+            ("/v1/embeddings", json!({"input": "x"})),
+            ("/v1/responses", json!({"input": "x"})),
+            ("/v1/responses/input_tokens", json!({"input": "x"})),
+            ("/v1/messages", json!({"messages": message, "max_tokens": 1})),
+            ("/v1/messages/count_tokens", json!({"messages": message})),
+            ("/tokenize", json!({"prompt": "x"})),
+            ("/detokenize", json!({"tokens": [65]})),
+        ] {
+            let reply = send(&router, asking(&secret, path, &merged(json!({"model": model}), body))).await;
+            assert_eq!(reply.status.as_u16(), 403, "{path} {model}");
+        }
     }
     let get = |path: &str| Request::get(path).header("authorization", format!("Bearer {secret}")).body(Body::empty()).unwrap();
     assert_eq!(send(&router, get("/v1/models")).await.json()["data"], json!([]));

@@ -393,7 +393,8 @@ pub fn completion(extra: Value) -> Value {
     merged(json!({"model": MODEL, "prompt": "abc"}), extra)
 }
 
-fn merged(mut base: Value, extra: Value) -> Value {
+/// `base` with the fields of `extra`.
+pub fn merged(mut base: Value, extra: Value) -> Value {
     let object = base.as_object_mut().unwrap();
     for (key, value) in extra.as_object().unwrap() {
         object.insert(key.clone(), value.clone());
