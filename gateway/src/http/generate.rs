@@ -19,7 +19,7 @@ use crate::upstream::{Events, LocalModel, Upstream};
 use axum::extract::Request;
 use std::sync::Arc;
 use std::time::Instant;
-use tidemill_engine::{AdapterGeneration, RequestId, SamplingParams, Tenant};
+use tidemill_engine::{AdapterGeneration, EmbedRequest, RequestId, SamplingParams, Tenant};
 use tidemill_store::records::{Inference, Status};
 use tidemill_store::{Store, Tier};
 use uuid::Uuid;
@@ -115,9 +115,20 @@ impl Asked {
     }
 
     /// Follows the answers to `requests` for the log and the trace; give it to the events with [`Events::followed`]. `operation` is
-    /// `chat`, `text_completion` or `embeddings`.
+    /// `chat` or `text_completion`.
     pub fn follow(&self, operation: &'static str, model: &LocalModel, requests: &[tidemill_engine::Request]) -> Option<Follower> {
         self.trail.as_ref().map(|trail| trail.follow(operation, model, requests))
+    }
+
+    /// The same for vectors.
+    pub fn follow_embeddings(
+        &self,
+        model: &LocalModel,
+        texts: &[EmbedRequest],
+        dimensions: usize,
+        encoding: &str,
+    ) -> Option<Follower> {
+        self.trail.as_ref().map(|trail| trail.follow_embeddings(model, texts, dimensions, encoding))
     }
 
     /// The model of this name, if the caller may use it.

@@ -85,6 +85,16 @@ impl Model for Parrot {
         Ok(())
     }
 
+    /// A token's hidden state is its number and 1.
+    fn forward_hidden(&mut self, batch: &StepBatch, out: &mut StepOutput) -> Result<Vec<f32>, KernelError> {
+        self.forward(batch, out)?;
+        Ok(batch.tokens.iter().flat_map(|token| [*token as f32, 1.0]).collect())
+    }
+
+    fn width(&self) -> usize {
+        2
+    }
+
     fn memory(&self) -> MemoryUse {
         MemoryUse::default()
     }
