@@ -2,7 +2,7 @@
 
 use crate::clock::now;
 use crate::feedback::{self, Edit, Rules, Submission, Target};
-use crate::http::answer::answer;
+use crate::http::answer::{answer, list as list_page};
 use crate::http::app::App;
 use crate::http::auth::Caller;
 use crate::http::error::ApiError;
@@ -100,14 +100,7 @@ pub async fn get(State(app): State<App>, Path(id): Path<String>) -> Result<Respo
 pub async fn list(State(app): State<App>, RawQuery(query): RawQuery) -> Result<Response, ApiError> {
     let filter = feedback::filter(query.as_deref())?;
     let page = app.store.list_feedback(&filter).await.map_err(unavailable)?;
-    let body = json!({
-        "object": "list",
-        "data": page.items.iter().map(feedback::to_json).collect::<Vec<_>>(),
-        "first_id": page.items.first().map(|item| item.id),
-        "last_id": page.items.last().map(|item| item.id),
-        "has_more": page.has_more,
-    });
-    Ok(answer(StatusCode::OK, &body))
+    Ok(list_page(page.items.iter().map(feedback::to_json).collect(), page.has_more))
 }
 
 /// `PATCH /v1/feedback/{id}`

@@ -1,6 +1,6 @@
 //! What every endpoint that generates has in common: being let in, the record, the engine's request, waiting for the answer.
 
-use crate::clock::now;
+use crate::clock::{now, seconds};
 use crate::http::app::App;
 use crate::http::auth::Caller;
 use crate::http::deadline;
@@ -45,7 +45,7 @@ pub fn head(model: &LocalModel, id: Uuid, prefix: &str, object: &'static str) ->
     AnswerHead {
         id: format!("{prefix}-{id}"),
         object,
-        created: now().unsigned_abs() / 1_000_000,
+        created: seconds(),
         model: model.name().to_owned(),
         system_fingerprint: model.fingerprint().to_owned(),
         service_tier: Tier::Default,

@@ -6,6 +6,7 @@ mod stored;
 
 pub use stored::{cancel, delete, get, input_items};
 
+use crate::clock::{now, seconds};
 use crate::http::answer::answer;
 use crate::http::app::App;
 use crate::http::chat::ChatRun;
@@ -27,7 +28,6 @@ use axum::response::Response;
 use context::Context;
 use hyper::StatusCode;
 use serde_json::{Value, json};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tidemill_store::{ResponseStatus, StoredResponse};
 
 /// What records call this endpoint.
@@ -136,7 +136,7 @@ impl Prepared {
         let now = now();
         let row = store.then(|| StoredResponse {
             id: run.id,
-            created: i64::try_from(now.as_micros()).unwrap_or(i64::MAX),
+            created: now,
             owner,
             user_key,
             previous,
@@ -147,7 +147,7 @@ impl Prepared {
         });
         Ok(Self {
             output: Output::new(run.id, model.tokenizer().clone(), logprobs),
-            template: Template::new(run.id, now.as_secs(), model.name(), store, run.sampling(), echo),
+            template: Template::new(run.id, now.unsigned_abs() / 1_000_000, model.name(), store, run.sampling(), echo),
             keep_records: logprobs.is_some(),
             run,
             stream,
@@ -219,15 +219,6 @@ fn in_our_words(mut error: ApiError) -> ApiError {
         }
     }
     error
-}
-
-fn now() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
-}
-
-/// Since 1970.
-fn seconds() -> u64 {
-    now().as_secs()
 }
 
 #[cfg(test)]

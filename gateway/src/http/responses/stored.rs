@@ -1,6 +1,7 @@
 //! Reading, cancelling and deleting responses that were stored.
 
-use crate::http::answer::answer;
+use crate::clock::seconds;
+use crate::http::answer::{answer, list};
 use crate::http::app::App;
 use crate::http::auth::Caller;
 use crate::http::error::ApiError;
@@ -8,8 +9,7 @@ use crate::http::feedback::unavailable;
 use crate::http::generate::enter;
 use crate::http::query::parameters;
 use crate::http::responses::context::items_of;
-use crate::http::responses::seconds;
-use crate::http::stored_chats::{list_of, owner};
+use crate::http::stored_chats::owner;
 use crate::openai::listing::{Extra, Listing};
 use crate::responses::{Ending, id, object};
 use axum::extract::{Path, RawQuery, Request, State};
@@ -89,7 +89,7 @@ pub async fn input_items(
     let mut items = items_of(&chain);
     items.extend(last.input);
     let (page, has_more) = listing.page(items, |item| item["id"].as_str().unwrap_or_default().to_owned())?;
-    Ok(list_of(page, has_more))
+    Ok(list(page, has_more))
 }
 
 /// The owner's response; one whose server has gone while it was being made has failed.
