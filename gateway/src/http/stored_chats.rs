@@ -79,7 +79,7 @@ impl KeptChat {
                 messages: sent("messages"),
                 body: Value::Null,
             },
-            head: head(&run.model, run.id, "chatcmpl", "chat.completion"),
+            head: AnswerHead { service_tier: run.tier, ..head(&run.model, run.id, "chatcmpl", "chat.completion") },
             report: report.clone(),
             tokenizer: run.model.tokenizer().clone(),
             request,

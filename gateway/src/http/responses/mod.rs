@@ -147,7 +147,7 @@ impl Prepared {
         });
         Ok(Self {
             output: Output::new(run.id, model.tokenizer().clone(), logprobs),
-            template: Template::new(run.id, now.unsigned_abs() / 1_000_000, model.name(), store, run.sampling(), echo),
+            template: Template::new(run.id, now.unsigned_abs() / 1_000_000, model.name(), store, run.tier, run.sampling(), echo),
             keep_records: logprobs.is_some(),
             run,
             stream,
