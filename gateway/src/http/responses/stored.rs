@@ -16,6 +16,7 @@ use axum::extract::{Path, RawQuery, Request, State};
 use axum::response::Response;
 use hyper::StatusCode;
 use serde_json::json;
+use std::collections::HashSet;
 use tidemill_store::{Order, ResponseStatus, StoredResponse};
 
 /// `GET /v1/responses/{id}`
@@ -88,6 +89,9 @@ pub async fn input_items(
     let Some(last) = chain.pop() else { return Err(unknown(&id)) };
     let mut items = items_of(&chain);
     items.extend(last.input);
+    // An item that was sent or referred to again has the same id: it is shown once, or its second place would lead back to the first.
+    let mut seen = HashSet::new();
+    items.retain(|item| seen.insert(item["id"].as_str().unwrap_or_default().to_owned()));
     let (page, has_more) = listing.page(items, |item| item["id"].as_str().unwrap_or_default().to_owned())?;
     Ok(list(page, has_more))
 }
@@ -100,8 +104,11 @@ async fn find(app: &App, owner: &str, id: &str) -> Result<StoredResponse, ApiErr
         let ending =
             Ending::Failed("The server that made this response ended before it was complete; send the request again.".into());
         object::end(&mut found.body, &ending, seconds());
-        app.store.end_response(bare, ending.status(), &found.body).await.map_err(unavailable)?;
         found.status = ending.status();
+        if !app.store.end_response(bare, ending.status(), &found.body).await.map_err(unavailable)? {
+            // It ended in the meantime.
+            found = app.store.response(owner, bare).await.map_err(unavailable)?.ok_or_else(|| unknown(id))?;
+        }
     }
     Ok(found)
 }
