@@ -36,7 +36,7 @@ use tidemill_engine::model_files::Frontend;
 use tidemill_engine::{ChatTemplate, Engine, EngineOptions, GenerationDefaults, ServedModel, Tokenizer};
 use tidemill_kernels::{KernelError, KvDtype, MemoryUse, Sampled, StepBatch, StepOutput};
 use tidemill_store::records::{Choice, Feedback, Inference, Kind, Status, TargetKind};
-use tidemill_store::{DataDir, Files, Limits, Store, StoreOptions};
+use tidemill_store::{DataDir, Files, Limits, Scope, Store, StoreOptions};
 use tokio::runtime::{Builder, Runtime};
 use tower::ServiceExt;
 use uuid::Uuid;
@@ -288,6 +288,19 @@ impl Reply {
         data.iter().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
+    /// The data of a stream of named events; each is named as its data says.
+    pub fn events(&self) -> Vec<Value> {
+        let text = std::str::from_utf8(&self.body).unwrap();
+        let blocks = text.split_terminator("\n\n").filter(|block| !block.starts_with(": "));
+        let event = |block: &str| {
+            let (name, data) = block.split_once('\n').unwrap_or_else(|| panic!("{block}"));
+            let data: Value = serde_json::from_str(data.strip_prefix("data: ").unwrap()).unwrap();
+            assert_eq!(name.strip_prefix("event: "), data["type"].as_str());
+            data
+        };
+        blocks.map(event).collect()
+    }
+
     /// `(status, param, code)` of an error; fails when it does not have the shape.
     pub fn error(&self) -> (u16, Option<String>, Option<String>) {
         let json = self.json();
@@ -326,6 +339,38 @@ pub async fn ask(router: &Router, method: &str, path: &str, key: Option<&str>, b
         request = request.header("authorization", format!("Bearer {key}"));
     }
     send(router, request.body(Body::from(body.to_string())).unwrap()).await
+}
+
+/// A server with two keys, of which the other may do everything: what the first one stores is its own all the same.
+pub struct TwoKeys {
+    pub router: Router,
+    pub mine: String,
+    pub other: String,
+}
+
+impl TwoKeys {
+    pub async fn new() -> Self {
+        let mut app = Setup::default().app();
+        let (_, mine) = app.store.create_key("mine", &[Scope::Chat]).await.unwrap();
+        let (_, other) = app.store.create_key("other", &[Scope::Admin]).await.unwrap();
+        app.auth = Auth::new(app.store.clone(), true);
+        Self { router: router(app), mine, other }
+    }
+
+    pub async fn ask_mine(&self, method: &str, path: &str, body: Value) -> Reply {
+        ask(&self.router, method, path, Some(&self.mine), body).await
+    }
+
+    pub async fn ask_other(&self, method: &str, path: &str, body: Value) -> Reply {
+        ask(&self.router, method, path, Some(&self.other), body).await
+    }
+
+    /// To the other key, none of these is there.
+    pub async fn hides(&self, requests: &[(&str, &str, Value)]) {
+        for (method, path, body) in requests {
+            assert_eq!(self.ask_other(method, path, body.clone()).await.error().0, 404, "{method} {path}");
+        }
+    }
 }
 
 /// A recorded answer of `user` with these choices.
