@@ -9,8 +9,8 @@
 //! SQLite overwrites what it deletes (`secure_delete`), and its write-ahead log is emptied afterwards. Postgres does so when it vacuums.
 //!
 //! What remains is a pseudonym (a keyed hash) of the person and of each answer: in the audit, in place of their name in the lineage of
-//! snapshots, and in `erasures`, by which a record that waited elsewhere (the spill log of another gateway), or a response that was going on
-//! from an erased one, is left out when it comes.
+//! snapshots, and in `erasures`, by which a record that waited elsewhere (the spill log of another gateway), or a response that was
+//! going on from an erased one, is left out when it comes.
 
 use std::collections::BTreeSet;
 

@@ -94,8 +94,8 @@ pub struct Chain {
 }
 
 impl Store {
-    /// Keeps a response; when it returns, the response is on the disk. What a person erased since has asked is not kept, nor what goes on
-    /// from it.
+    /// Keeps a response; when it returns, the response is on the disk. What a person erased since has asked is not kept, nor what
+    /// goes on from it.
     pub async fn save_response(&self, response: &StoredResponse) -> Result<(), StoreError> {
         patiently(async {
             let text = "INSERT INTO responses (id, created, owner, user_key, previous, status, alive_until, input, body, bytes) \
