@@ -2,7 +2,8 @@
 //!
 //! A [`Constraint`] is what a client asks for. [`crate::Engine::compile`] makes a [`Grammar`] of it, once for any number of
 //! requests; a request carries it in [`crate::SamplingParams::grammar`]. Each choice of the request has a follower, which hands
-//! every drawn token to a thread that works out the mask of the next one while the model computes; the draw waits for it.
+//! every drawn token to a thread that works out the mask of the next one while the model computes; the draw waits for it. A choice whose
+//! masks take long sits out the steps that others need, until its mask is there: one slow grammar slows itself.
 //!
 //! The automaton is llguidance's. What stands before it is ours: the check of a schema, with the path of what cannot be honoured.
 
