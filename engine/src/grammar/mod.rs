@@ -107,6 +107,8 @@ pub struct GrammarError {
     pub keyword: Option<String>,
     /// What is wrong and what would be right.
     pub message: String,
+    /// Nothing is wrong with the constraint: the server has no room for it now.
+    pub busy: bool,
 }
 
 fn place(path: &str) -> String {
@@ -116,6 +118,11 @@ fn place(path: &str) -> String {
 impl GrammarError {
     /// About the whole constraint.
     pub fn whole(message: impl Into<String>) -> Self {
-        Self { path: String::new(), keyword: None, message: message.into() }
+        Self { path: String::new(), keyword: None, message: message.into(), busy: false }
+    }
+
+    /// About the server, which may take the same constraint later.
+    fn busy(message: impl Into<String>) -> Self {
+        Self { busy: true, ..Self::whole(message) }
     }
 }
