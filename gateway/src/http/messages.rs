@@ -3,12 +3,12 @@
 use crate::anthropic::{CountRequest, Head, MessageStream, MessagesRequest, to_json};
 use crate::http::answer::json;
 use crate::http::app::App;
+use crate::http::auth::Caller;
 use crate::http::chat::ChatRun;
 use crate::http::error::ApiError;
 use crate::http::generate::{Asked, enter};
 use crate::http::sse;
 use crate::openai::chat_output::ChatCollected;
-use crate::upstream::Upstream;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use bytes::Bytes;
@@ -37,10 +37,10 @@ pub async fn create(State(app): State<App>, request: Request) -> Result<Response
 
 /// How many tokens a conversation is.
 pub async fn count_tokens(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
-    let registry = Arc::clone(&app.registry);
+    let (registry, caller) = (Arc::clone(&app.registry), Caller::of(&request));
     let count = move |body: Value| {
         let CountRequest(chat) = CountRequest::parse(&body)?;
-        let Upstream::Local(model) = registry.find(Some(&chat.model))?;
+        let model = caller.model(&registry, Some(&chat.model))?;
         let (_, tokens) = model.chat_tokens(&chat.prompt, &chat.offered_tools())?;
         Ok(tokens.len())
     };
