@@ -16,6 +16,7 @@ use tidemill::openai::response_format::Constrained;
 use tidemill::openai::tool_grammar::{Shape, Signature, lark};
 use tidemill::upstream::Upstream;
 use tidemill_engine::{Constraint, for_lark};
+use uuid::Uuid;
 
 const CHAT: &str = "/v1/chat/completions";
 const CALLS: &str = "Both:\n<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Emden\"}}\n</tool_call>\n<tool_call>\n{\"name\": \"time\"}\n</tool_call>";
@@ -200,4 +201,20 @@ async fn an_answer_of_a_form_comes_after_the_reasoning_that_the_prompt_has_opene
     let answer = post(&setup("yes").router(), CHAT, chat(json!({"guided_regex": "[a-z]{3}"}))).await.json();
     let message = &answer["choices"][0]["message"];
     assert_eq!((message.get("reasoning_content"), &message["content"]), (None, &json!("yes")), "{answer}");
+}
+
+#[tokio::test]
+async fn an_answer_with_calls_is_recorded_as_it_was_written_and_taken_apart() {
+    let app = setup(&format!("<think>Hm.</think>{CALLS}")).app();
+    let store = app.store.clone();
+    let answer = post(&tidemill::http::router(app), CHAT, tools(json!({}))).await.json();
+    let id = Uuid::parse_str(answer["id"].as_str().unwrap().strip_prefix("chatcmpl-").unwrap()).unwrap();
+    store.flush().await;
+    let recorded = store.inference(id).await.unwrap().unwrap();
+    let choice = &recorded.choices[0];
+    assert_eq!(choice.output_text.as_deref(), Some(format!("<think>Hm.</think>{CALLS}").as_str()));
+    let call = |at: usize, name: &str, arguments: Value| json!({"id": format!("call_{at}"), "type": "function", "function": {"name": name, "arguments": arguments}});
+    let calls = [call(0, "weather", json!({"city": "Emden"})), call(1, "time", json!({}))];
+    assert_eq!(choice.message, Some(json!({"content": "Both:", "reasoning_content": "Hm.", "tool_calls": calls})));
+    assert_eq!(recorded.params.unwrap()["tools"].as_array().unwrap().len(), 2);
 }

@@ -122,7 +122,8 @@ impl ChatRun {
                 inference.params = inference.params.map(|params| with_tools(params, &offered));
                 inference.prompt_text = Some(text);
             }
-            Draft { inference, candidates: choice_ids.len(), choice_ids: choice_ids.clone(), prompt_only: false }
+            let format = Some(format.clone());
+            Draft { inference, candidates: choice_ids.len(), choice_ids: choice_ids.clone(), prompt_only: false, format }
         };
         let follower = asked.follow("chat", &model, std::slice::from_ref(&request));
         let drafts = (level != Level::Off).then(|| vec![draft()]);
