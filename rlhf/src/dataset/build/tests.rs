@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::super::Position;
 use super::super::answer::Prompt;
-use super::super::query::{MetricLabel, MetricRange};
+use super::super::query::{Material, MetricLabel, MetricRange};
 use super::*;
 
 fn id(number: u128) -> Uuid {
