@@ -16,7 +16,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde_json::Map;
 use tidemill_store::records::{Feedback, Kind, TargetKind};
 
 use super::answer::{Answer, Gathered, Target};
@@ -223,7 +222,7 @@ impl<'a> Builder<'a> {
             .map(|ballot| ballot.position(winner))
             .collect();
         origin.chosen_position = if positions.len() == 1 { positions.into_iter().next().flatten() } else { None };
-        self.row(pair_example(chosen, &chosen.text, &rejected.text), origin);
+        self.row(pair_example(chosen, chosen.message(), rejected.message()), origin);
     }
 
     fn corrections(&mut self, selected: &[&'a Feedback]) {
@@ -247,12 +246,12 @@ impl<'a> Builder<'a> {
             let mut origin = origin("correction", [feedback]);
             note(&mut origin, answer);
             if self.query.wants(RowKind::Preference) {
-                self.row(pair_example(answer, better, &answer.text), origin.clone());
+                self.row(pair_example(answer, Message::assistant(better), answer.message()), origin.clone());
             }
             if self.query.wants(RowKind::Demonstration) {
                 let example = Example::Demonstration {
                     prompt: answer.prompt.messages.clone(),
-                    completion: vec![assistant(better)],
+                    completion: vec![Message::assistant(better)],
                 };
                 self.row(example, origin);
             }
@@ -345,9 +344,9 @@ impl<'a> Builder<'a> {
                 }
             }
             for (_, better, worse) in pairs {
-                let ((chosen, _, high), (rejected, _, low)) = (&texts[better], &texts[worse]);
+                let ((_, _, high), (_, _, low)) = (&texts[better], &texts[worse]);
                 let origin = origin_of("rating", &[high.as_slice(), low.as_slice()].concat());
-                self.row(pair_example(high[0].answer, chosen, rejected), origin);
+                self.row(pair_example(high[0].answer, high[0].answer.message(), low[0].answer.message()), origin);
             }
         }
     }
@@ -405,7 +404,7 @@ impl<'a> Builder<'a> {
             return self.leave(reason, said.len());
         }
         self.used(said.len());
-        let example = Example::Unpaired { prompt: answer.prompt.messages.clone(), completion: vec![assistant(&answer.text)], label };
+        let example = Example::Unpaired { prompt: answer.prompt.messages.clone(), completion: vec![answer.message()], label };
         self.row(example, origin_of(source, said));
     }
 
@@ -489,16 +488,8 @@ fn mean(said: &[Said<'_>]) -> f64 {
     said.iter().map(|said| said.number).sum::<f64>() / said.len() as f64
 }
 
-fn assistant(text: &str) -> Message {
-    Message { role: "assistant".to_owned(), content: text.to_owned(), extra: Map::new() }
-}
-
-fn pair_example(answer: &Answer, chosen: &str, rejected: &str) -> Example {
-    Example::Preference {
-        prompt: answer.prompt.messages.clone(),
-        chosen: vec![assistant(chosen)],
-        rejected: vec![assistant(rejected)],
-    }
+fn pair_example(answer: &Answer, chosen: Message, rejected: Message) -> Example {
+    Example::Preference { prompt: answer.prompt.messages.clone(), chosen: vec![chosen], rejected: vec![rejected] }
 }
 
 fn origin_of(source: &str, said: &[Said<'_>]) -> Origin {
