@@ -8,6 +8,9 @@
 //! When blocks run out, paused sequences give theirs back first, then, of the lowest priority, the youngest of the tenant that holds
 //! most; they keep their tokens and their place in line and are computed again later. The first in line is never preempted for
 //! another of its priority, and any one sequence fits the pool alone, so every sequence gets on.
+//!
+//! A draw waits for its sequence's mask, and the whole step with it. A sequence whose mask may take long therefore sits out until the
+//! mask is there, unless nobody else has anything to do.
 
 use crate::batch::{self, Share};
 use crate::block_pool::{BLOCK_SIZE, BlockId, SharedPool};
@@ -247,13 +250,14 @@ impl Scheduler {
         self.set_back.clear();
         let mut budget = Budget { tokens: self.limits.max_batch_tokens, samples: self.limits.max_samples };
         let preemptions = self.counts.preemptions;
-        self.plan_all_running(&mut budget);
+        self.plan_all_running(&mut budget, Sequence::is_late);
         if self.counts.preemptions == preemptions {
             self.admit(&mut budget);
-            if self.plan.is_empty() {
-                // An urgent newcomer took the places of all who had a share and still does not fit: the others get the step.
-                self.plan_all_running(&mut budget);
-            }
+        }
+        if self.plan.is_empty() {
+            // An urgent newcomer took the places of all who had a share and still does not fit, or all wait for masks: whoever is left
+            // gets the step.
+            self.plan_all_running(&mut budget, |_| false);
         }
         batch.copies.extend(self.copies.iter().map(|(from, to)| (from.0, to.0)));
         for (id, share) in &self.plan {
@@ -326,15 +330,15 @@ impl Scheduler {
         self.running.extend(forks.into_iter().map(|sequence| (sequence.id, sequence)));
     }
 
-    fn plan_all_running(&mut self, budget: &mut Budget) {
-        self.plan_running(budget, |pending| pending == 1);
-        self.plan_running(budget, |pending| pending > 1);
+    fn plan_all_running(&mut self, budget: &mut Budget, sits_out: fn(&Sequence) -> bool) {
+        self.plan_running(budget, |sequence| sequence.pending() == 1 && !sits_out(sequence));
+        self.plan_running(budget, |sequence| sequence.pending() > 1 && !sits_out(sequence));
     }
 
-    fn plan_running(&mut self, budget: &mut Budget, lacks: impl Fn(usize) -> bool) {
+    fn plan_running(&mut self, budget: &mut Budget, takes_part: impl Fn(&Sequence) -> bool) {
         let mut ids = std::mem::take(&mut self.scratch);
         ids.clear();
-        ids.extend(self.running.values().filter(|s| !s.paused && lacks(s.pending())).map(|s| s.id));
+        ids.extend(self.running.values().filter(|s| !s.paused && takes_part(s)).map(|s| s.id));
         // One long prompt after another would hold up a tenant with a short one.
         ids.sort_by_cached_key(|id| (id.priority, self.running.get(id).map_or(0, |s| self.counters.served(s.tenant())), *id));
         for id in &ids {

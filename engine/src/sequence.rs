@@ -119,6 +119,11 @@ impl Sequence {
         self.slots
     }
 
+    /// A draw might have to wait for its mask.
+    pub fn is_late(&self) -> bool {
+        self.follower.as_ref().is_some_and(Follower::is_late)
+    }
+
     /// Appends a drawn token.
     pub fn push(&mut self, token: u32) {
         self.tokens.push(token);

@@ -174,3 +174,13 @@ fn requests_of_one_grammar_share_what_they_learn_and_do_not_disturb_each_other()
     assert!(b.compute_mask().is_err());
     assert!(accepts(&grammar, "\"red\""));
 }
+
+#[test]
+fn a_server_without_room_says_so_and_blames_no_constraint() {
+    let compiler = compiler();
+    compiler.0.under_way.store(compiler::MOST_COMPILATIONS, std::sync::atomic::Ordering::Release);
+    assert!(compiler.compile(&Constraint::JsonObject).expect_err("no room").busy);
+    compiler.0.under_way.store(0, std::sync::atomic::Ordering::Release);
+    assert!(compiler.compile(&Constraint::JsonObject).is_ok());
+    assert!(!compiler.compile(&Constraint::Regex("a(".into())).expect_err("no expression").busy);
+}

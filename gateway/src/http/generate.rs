@@ -15,7 +15,7 @@ use crate::openai::generation::Generation;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{self, Draft, Level, Recorder};
 use crate::telemetry::{Follower, Trail};
-use crate::upstream::{Events, LocalModel, Upstream};
+use crate::upstream::{Events, LocalModel};
 use axum::extract::Request;
 use std::sync::Arc;
 use std::time::Instant;
@@ -133,10 +133,7 @@ impl Asked {
 
     /// The model of this name, if the caller may use it.
     pub fn model(&self, name: &str) -> Result<Arc<LocalModel>, ApiError> {
-        // First of all: what exists here is not everybody's business.
-        self.caller.check_model(name)?;
-        let Upstream::Local(model) = self.app.registry.find(Some(name))?;
-        Ok(model)
+        self.caller.model(&self.app.registry, Some(name))
     }
 
     /// Lets a request in whose prompts have so many tokens each, or says which limit it would break. The place within the limits is

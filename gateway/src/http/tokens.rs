@@ -7,7 +7,7 @@ use crate::http::error::ApiError;
 use crate::openai::chat::ChatPrompt;
 use crate::openai::fields::Fields;
 use crate::openai::tools::{self, Tool};
-use crate::upstream::{LocalModel, Registry, Upstream};
+use crate::upstream::Registry;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use hyper::StatusCode;
@@ -30,7 +30,7 @@ pub async fn tokenize(State(app): State<App>, request: Request) -> Result<Respon
             None => return Err(fields.require("prompt").err().unwrap_or_else(|| ApiError::fault("prompt was there"))),
         };
         fields.finish()?;
-        let model = allowed(registry, &caller, model)?;
+        let model = caller.model(registry, model)?;
         let tokens = match &chat {
             Some((chat, tools)) => {
                 let tools: Vec<&Tool> = tools.iter().collect();
@@ -53,20 +53,11 @@ pub async fn detokenize(State(app): State<App>, request: Request) -> Result<Resp
         let model = fields.string("model")?;
         let tokens = fields.require("tokens")?.token_ids(usize::MAX)?;
         fields.finish()?;
-        let model = allowed(registry, &caller, model)?;
+        let model = caller.model(registry, model)?;
         model.check_tokens(&tokens, "tokens")?;
         Ok(json!({"prompt": model.tokenizer().decode(&tokens, false)}))
     })
     .await
-}
-
-/// The model of this name, or the first, if the caller may use it. One that it may not use is not looked for: what exists here is not
-/// everybody's business.
-fn allowed(registry: &Registry, caller: &Caller, name: Option<&str>) -> Result<Arc<LocalModel>, ApiError> {
-    name.map_or(Ok(()), |name| caller.check_model(name))?;
-    let Upstream::Local(model) = registry.find(name)?;
-    caller.check_model(model.name())?;
-    Ok(model)
 }
 
 async fn with_body(

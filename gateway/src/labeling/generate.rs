@@ -157,7 +157,7 @@ fn prepare(
         tenant: Tenant::default(),
         deadline: None,
     };
-    Ok((request, Record { inference, choice_ids: ids, candidates: n, prompt_only: false }))
+    Ok((request, Record { inference, choice_ids: ids, candidates: n, prompt_only: false, format: None }))
 }
 
 /// Every attempt has an id of its own, and by it another seed.

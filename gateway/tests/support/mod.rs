@@ -380,6 +380,7 @@ pub fn answered(store: &Store, user: &str, prompt: &str, texts: &[&str], mean_lo
         id: if at == 0 { id } else { store.issue_id() },
         finish_reason: Some("stop".into()),
         output_text: Some((*text).to_owned()),
+        message: None,
         output_ids: vec![1],
         logprobs: vec![-1.0],
         raw_logprobs: vec![-1.0],
