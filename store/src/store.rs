@@ -343,10 +343,11 @@ async fn connect(data: &DataDir, url: Option<&str>) -> Result<(Database, IdKey),
         .bind(fresh)
         .execute(database.write())
         .await?;
-    let (kept,): (String,) = sqlx::query_as("SELECT value FROM meta WHERE name = 'id_key'").fetch_one(database.write()).await?;
-    let bad = || StoreError::Row { table: "meta", id: "id_key".into(), reason: "it is not 64 hexadecimal digits".into() };
-    let hash = blake3::Hash::from_hex(&kept).map_err(|_| bad())?;
-    Ok((database, IdKey::new(*hash.as_bytes())))
+    let ids = IdKey::load(&mut *database.write().acquire().await?).await.map_err(|error| match error {
+        sqlx::Error::Decode(error) => StoreError::Row { table: "meta", id: "id_key".into(), reason: error.to_string() },
+        error => error.into(),
+    })?;
+    Ok((database, ids))
 }
 
 /// An answer in good time, or [`StoreError::Away`].
