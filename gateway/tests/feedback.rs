@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 use support::{Reply, Setup, ask, chat, get, post, send};
 use tidemill::feedback::{Metric, MetricKind, Optimize};
-use tidemill::http::router;
+use tidemill::http::{App, Auth, router};
 use tidemill_store::{Scope, Store};
 
 const FEEDBACK: &str = "/v1/feedback";
@@ -236,4 +236,7 @@ async fn keys_open_what_their_scopes_say() {
     store.revoke_key("app").await.unwrap().unwrap();
     store.revoke_key("boss").await.unwrap().unwrap();
     assert_eq!(with("", FEEDBACK, &thumb).await.error().0, 401, "revoking the last key opens nothing");
+    let again = App { auth: Auth::new(store.clone(), false), ..Setup::default().app() };
+    let reply = post(&tidemill::http::router(again), FEEDBACK, thumb).await;
+    assert_eq!(reply.error().0, 401, "nor does a restart after it");
 }

@@ -199,8 +199,8 @@ impl Store {
         scopes.dedup();
         let (id, prefix) = (self.issue_id(), secret[..8].to_owned());
         let key = ApiKey { id, created: now_us(), name: name.to_owned(), prefix, scopes, revoked: None, expires, terms };
+        let _changed = self.changing_keys();
         keys::insert(&self.0.database, &key, &secret).await?;
-        self.keys_changed();
         Ok((key, secret))
     }
 
@@ -216,9 +216,8 @@ impl Store {
         id_or_name: &str,
         change: impl FnOnce(&mut ApiKey) + Send,
     ) -> Result<Option<ApiKey>, StoreError> {
-        let changed = patiently(keys::change(&self.0.database, id_or_name, change)).await?;
-        self.keys_changed();
-        Ok(changed)
+        let _changed = self.changing_keys();
+        patiently(keys::change(&self.0.database, id_or_name, change)).await
     }
 
     /// Gives the key of this id or name a new secret, which is returned and not kept; the old one works for `overlap` more.
@@ -226,21 +225,20 @@ impl Store {
         let secret = keys::secret_of(random_bytes()?);
         let now = now_us();
         let ends = now.saturating_add(i64::try_from(overlap.as_micros()).unwrap_or(i64::MAX));
+        let _changed = self.changing_keys();
         let rotated = patiently(keys::rotate(&self.0.database, id_or_name, &secret, now, ends)).await?;
-        self.keys_changed();
         Ok(rotated.map(|key| (key, secret)))
     }
 
     /// Revokes the key of this id or name. `None`: no key that works is called so.
     pub async fn revoke_key(&self, id_or_name: &str) -> Result<Option<ApiKey>, StoreError> {
-        let revoked = keys::revoke(&self.0.database, id_or_name, now_us()).await?;
-        self.keys_changed();
-        Ok(revoked)
+        let _changed = self.changing_keys();
+        keys::revoke(&self.0.database, id_or_name, now_us()).await
     }
 
-    fn keys_changed(&self) {
-        self.0.key_changes.fetch_add(1, Ordering::AcqRel);
-        *lock(&self.0.any_key) = None;
+    /// Counts a change when it is dropped: a change whose acknowledgement was lost, or whose requester has left, may have been made.
+    fn changing_keys(&self) -> ChangingKeys<'_> {
+        ChangingKeys(self)
     }
 
     /// How often this process has changed a key: who remembers keys forgets them when it has grown.
@@ -276,7 +274,8 @@ impl Store {
         Ok(found.filter(|key| !key.has_expired(now_us())))
     }
 
-    /// Whether there is any key that works; without one, everything is open.
+    /// Whether there is any key, a revoked one too; before the first, everything is open. Whoever revokes the last one wants the door shut,
+    /// also after the next start.
     pub async fn any_key(&self) -> Result<bool, StoreError> {
         let known = *lock(&self.0.any_key);
         if let Some((any, seen)) = known
@@ -325,6 +324,16 @@ impl Store {
     pub async fn close(&self) {
         self.0.recorder.close().await;
         self.0.database.close().await;
+    }
+}
+
+struct ChangingKeys<'a>(&'a Store);
+
+impl Drop for ChangingKeys<'_> {
+    fn drop(&mut self) {
+        let Store(inner) = self.0;
+        inner.key_changes.fetch_add(1, Ordering::AcqRel);
+        *lock(&inner.any_key) = None;
     }
 }
 
