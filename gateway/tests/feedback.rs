@@ -201,6 +201,35 @@ async fn feedback_can_be_edited_and_withdrawn() {
 }
 
 #[tokio::test]
+async fn only_the_key_that_sent_a_feedback_and_an_administrator_change_it() {
+    let (store, router) = setup();
+    let id = answer(&router, json!({})).await;
+    let early = post(&router, FEEDBACK, json!({"target": id, "kind": "thumb", "value": true})).await.json();
+    let mut secrets = Vec::new();
+    for (name, scope) in [("own", Scope::Feedback), ("other", Scope::Feedback), ("boss", Scope::Admin)] {
+        secrets.push(store.create_key(name, &[scope]).await.unwrap().1);
+    }
+    let [own, other, boss] = &secrets[..] else { panic!("three were made") };
+    let thumb = json!({"target": id, "kind": "thumb", "value": true});
+    let made = ask(&router, "POST", FEEDBACK, Some(own), thumb).await.json();
+    let path = format!("{FEEDBACK}/{}", made["id"].as_str().unwrap());
+    let refused = (403, None, Some("insufficient_permissions".to_owned()));
+    for method in ["PATCH", "DELETE"] {
+        assert_eq!(ask(&router, method, &path, Some(other), json!({"value": false})).await.error(), refused, "{method}");
+    }
+    let shown = ask(&router, "GET", &path, Some(other), json!({})).await.json();
+    assert_eq!((&shown["value"], &shown["withdrawn"]), (&json!(true), &json!(false)), "anyone may read it");
+    assert_eq!(ask(&router, "PATCH", &path, Some(own), json!({"value": false})).await.status, 200);
+    let (_, rotated) = store.rotate_key("own", Duration::ZERO).await.unwrap().unwrap();
+    assert_eq!(ask(&router, "PATCH", &path, Some(&rotated), json!({"value": true})).await.status, 200, "one key, another secret");
+    assert_eq!(ask(&router, "DELETE", &path, Some(boss), json!({})).await.status, 200);
+    // From before there were keys: it is nobody's.
+    let path = format!("{FEEDBACK}/{}", early["id"].as_str().unwrap());
+    assert_eq!(ask(&router, "DELETE", &path, Some(&rotated), json!({})).await.error(), refused);
+    assert_eq!(ask(&router, "DELETE", &path, Some(boss), json!({})).await.status, 200);
+}
+
+#[tokio::test]
 async fn keys_open_what_their_scopes_say() {
     let (store, router) = setup();
     let id = answer(&router, json!({})).await;
