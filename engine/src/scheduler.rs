@@ -149,7 +149,7 @@ impl Scheduler {
         let live = request.sampling.n;
         self.requests.insert(key, RequestState { cached_tokens: 0, prompt_done: false, live, scores: Vec::new() });
         let sequence = Sequence::leader(key, request, seed, &self.pool);
-        self.counters.wait(sequence.tenant());
+        self.counters.wait(sequence.contender());
         self.waiting.insert(sequence.id, sequence);
     }
 
@@ -194,8 +194,8 @@ impl Scheduler {
         for (_, sequence) in self.waiting.range_mut(range.clone()) {
             match (std::mem::replace(&mut sequence.paused, paused), paused) {
                 // Who cannot run does not hold the others' counters down, and earns nothing by it.
-                (false, true) => self.counters.stop_waiting(sequence.tenant(), false),
-                (true, false) => self.counters.wait(sequence.tenant()),
+                (false, true) => self.counters.stop_waiting(sequence.contender(), false),
+                (true, false) => self.counters.wait(sequence.contender()),
                 _ => {}
             }
         }
@@ -231,12 +231,12 @@ impl Scheduler {
 
     fn remove(&mut self, id: SequenceId) -> bool {
         if let Some(sequence) = self.running.remove(&id) {
-            self.counters.free_slots(sequence.tenant(), sequence.slots);
+            self.counters.free_slots(sequence.contender(), sequence.slots);
             return true;
         }
         let Some(sequence) = self.waiting.remove(&id) else { return false };
         if !sequence.paused {
-            self.counters.stop_waiting(sequence.tenant(), false);
+            self.counters.stop_waiting(sequence.contender(), false);
         }
         true
     }
@@ -309,7 +309,7 @@ impl Scheduler {
         }
         // The places of a request with several choices become those of its forks.
         let draws = std::mem::replace(&mut sequence.slots, 1);
-        self.counters.charge(sequence.tenant(), 0, draws);
+        self.counters.charge(sequence.contender(), 0, draws);
         let mut forks: Vec<Sequence> = (1..draws as u32).map(|choice| sequence.fork(choice)).collect();
         for sequence in std::iter::once(sequence).chain(&mut forks) {
             let Some(sampled) = samples.next() else { return };
@@ -340,7 +340,7 @@ impl Scheduler {
         ids.clear();
         ids.extend(self.running.values().filter(|s| !s.paused && takes_part(s)).map(|s| s.id));
         // One long prompt after another would hold up a tenant with a short one.
-        ids.sort_by_cached_key(|id| (id.priority, self.running.get(id).map_or(0, |s| self.counters.served(s.tenant())), *id));
+        ids.sort_by_cached_key(|id| (id.priority, self.running.get(id).map_or(0, |s| self.counters.served(s.contender())), *id));
         for id in &ids {
             if budget.tokens == 0 || budget.samples == 0 {
                 break;
@@ -370,8 +370,8 @@ impl Scheduler {
             match room.and_then(|()| sequence.table.make_writable(first_block)) {
                 Ok(copy) => {
                     self.copies.extend(copy);
-                    let (tenant, prompt) = (sequence.tenant(), sequence.charge(share.rows));
-                    self.counters.charge(tenant, prompt, 0);
+                    let (contender, prompt) = (sequence.contender(), sequence.charge(share.rows));
+                    self.counters.charge(contender, prompt, 0);
                     budget.tokens -= share.rows;
                     budget.samples -= batch::samples(sequence, share);
                     self.plan.push((id, share));
@@ -395,9 +395,9 @@ impl Scheduler {
             if sequence.paused || self.set_back.contains(id) {
                 continue;
             }
-            let tenant = sequence.tenant();
+            let contender = sequence.contender();
             // Of two that were served alike, as one who just came and a flood, the one that holds less.
-            let key = (id.priority, self.counters.served(tenant), self.counters.held(tenant), *id);
+            let key = (id.priority, self.counters.served(contender), self.counters.held(contender), *id);
             if best.is_none_or(|best| key < best) {
                 best = Some(key);
             }
@@ -422,8 +422,8 @@ impl Scheduler {
                 self.admitted.push(id.request);
                 self.counts.prefix_queries += sequence.prompt_len() as u64;
             }
-            self.counters.stop_waiting(sequence.tenant(), true);
-            self.counters.take_slots(sequence.tenant(), sequence.slots);
+            self.counters.stop_waiting(sequence.contender(), true);
+            self.counters.take_slots(sequence.contender(), sequence.slots);
             self.running.insert(id, sequence);
             self.plan_one(id, budget);
         }
@@ -466,7 +466,7 @@ impl Scheduler {
         let (first, last) = (self.running.keys().next().copied(), self.running.keys().next_back().copied());
         let lowest = self.running.values().filter(|one| Some(one.id.priority) == last.map(|last| last.priority));
         let others = lowest.filter(|one| Some(one.id) != first);
-        let holder = others.max_by_key(|one| (self.counters.held(one.tenant()), one.id));
+        let holder = others.max_by_key(|one| (self.counters.held(one.contender()), one.id));
         self.paused_victim().filter(|victim| *victim != id).or(holder.map(|one| one.id)).or(last)
     }
 
@@ -482,22 +482,22 @@ impl Scheduler {
         let newcomer = self.waiting.get(&id)?;
         let yields = |one: &&Sequence| {
             one.id.priority == id.priority
-                && self.counters.should_yield(one.tenant(), one.slots, newcomer.tenant(), newcomer.slots)
+                && self.counters.should_yield(one.contender(), one.slots, newcomer.contender(), newcomer.slots)
         };
         let holder = self.running.values().filter(yields);
-        holder.max_by_key(|one| (self.counters.held(one.tenant()), one.id)).map(|one| one.id)
+        holder.max_by_key(|one| (self.counters.held(one.contender()), one.id)).map(|one| one.id)
     }
 
     /// Whether `id` goes before one that runs: by priority, by its tenant's share of places, or because it would be the only prompt of
     /// its tenant beside those of tenants that were served more.
     fn goes_before(&self, id: SequenceId) -> bool {
         let Some(newcomer) = self.waiting.get(&id) else { return false };
-        let served = self.counters.served(newcomer.tenant());
+        let served = self.counters.served(newcomer.contender());
         let mut prompts = self.running.values().filter(|one| one.pending() > 1 && one.id.priority == id.priority);
         self.is_more_urgent(id)
             || self.fair_victim(id).is_some()
             || (prompts.clone().all(|one| one.tenant().id != newcomer.tenant().id)
-                && prompts.any(|one| !one.paused && self.counters.served(one.tenant()) > served))
+                && prompts.any(|one| !one.paused && self.counters.served(one.contender()) > served))
     }
 
     /// Whether `id` has a better priority than the last in line.
@@ -516,9 +516,9 @@ impl Scheduler {
             budget.tokens += share.rows;
             budget.samples += batch::samples(&sequence, share);
         }
-        self.counters.free_slots(sequence.tenant(), sequence.slots);
+        self.counters.free_slots(sequence.contender(), sequence.slots);
         if !sequence.paused {
-            self.counters.wait_again(sequence.tenant());
+            self.counters.wait_again(sequence.contender());
         }
         self.set_back.push(id);
         sequence.release();

@@ -305,6 +305,38 @@ async fn http_2_without_tls_answers_several_streams_at_once() {
 }
 
 #[tokio::test]
+async fn a_stream_that_is_not_read_frees_its_sequence_and_the_others_of_its_connection_go_on() {
+    let app = Setup::slow(400, 5).app();
+    let server = start_with(app.clone(), Bounds { write: Duration::from_millis(300), ..Bounds::default() }).await;
+    let io = TokioIo::new(server.connect().await);
+    let mut client = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
+    // Less than the answer has; nothing more is asked for until somebody reads.
+    let (mut sender, connection) = client.initial_stream_window_size(2000).handshake(io).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let ask = |body: Value| Request::post("http://x/v1/chat/completions").body(Body::from(body.to_string())).unwrap();
+    let stuck = sender.send_request(ask(chat(json!({"stream": true})))).await.unwrap();
+    assert_eq!(stuck.status(), StatusCode::OK);
+    until_idle(&app).await;
+    let other = within(20, sender.send_request(ask(chat(json!({"max_tokens": 5}))))).await.unwrap();
+    let whole = within(20, other.into_body().collect()).await.unwrap().to_bytes();
+    assert!(String::from_utf8_lossy(&whole).contains("xxxxx"));
+    drop(stuck);
+    connection.abort();
+}
+
+#[tokio::test]
+async fn silent_connections_do_not_keep_others_out() {
+    let bounds = Bounds { connections: 2, crowded: Duration::from_millis(300), ..Bounds::default() };
+    let server = start_with(Setup::slow(200, 10).app(), bounds).await;
+    let _silent = server.connect().await;
+    let busy = server.post(&chat(json!({}))).await;
+    let third = within(20, server.get("/health")).await;
+    assert!(third.starts_with("HTTP/1.1 200"), "{third}");
+    let answer = within(20, rest(busy)).await;
+    assert!(answer.contains("xxxx"), "a request under way is never in the way: {answer}");
+}
+
+#[tokio::test]
 async fn a_head_too_large_is_a_431() {
     let server = start(Setup::default().app()).await;
     let mut stream = server.connect().await;

@@ -1,17 +1,19 @@
 //! Snapshots of datasets, and what each was made from.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 use serde_json::Value;
 use sqlx::any::AnyRow;
-use sqlx::{AssertSqlSafe, Row};
+use sqlx::{AnyConnection, AssertSqlSafe, Row};
 use uuid::Uuid;
 
-use crate::Database;
 use crate::error::StoreError;
+use crate::ids::IdKey;
 use crate::patience::{at_length, patiently};
 use crate::statement::{Insert, clean};
+use crate::{Database, commit};
 
 /// A snapshot. It exists when its row does, and its content never changes.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -62,7 +64,7 @@ impl Snapshots {
     }
 
     /// Writes a snapshot and its sources; from here on it exists. One made `from_feedback` of this database that was erased while
-    /// it was being made is tainted from the start.
+    /// it was being made is tainted from the start, and does not name the person.
     pub async fn insert(&self, snapshot: &Snapshot, sources: &Sources, from_feedback: bool) -> Result<(), StoreError> {
         at_length(async {
             let mut transaction = self.database.write().begin().await?;
@@ -93,7 +95,7 @@ impl Snapshots {
             }
             // Erasure marks the snapshots that it finds; one that was not there yet has to look for itself.
             if from_feedback {
-                sqlx::query(
+                let tainted = sqlx::query(
                     "UPDATE snapshots SET tainted = $2, report = '{}' WHERE id = $1 AND tainted IS NULL AND EXISTS (
                     SELECT 1 FROM snapshot_sources s WHERE s.snapshot_id = $1 AND s.kind = 'feedback'
                     AND NOT EXISTS (SELECT 1 FROM feedback f WHERE f.id = s.source))",
@@ -102,6 +104,9 @@ impl Snapshots {
                 .bind(r#"{"reason":"erasure during the build"}"#)
                 .execute(&mut *transaction)
                 .await?;
+                if tainted.rows_affected() > 0 {
+                    forget_erased(&mut transaction, snapshot.id, sources).await?;
+                }
             }
             transaction.commit().await?;
             Ok(())
@@ -154,6 +159,26 @@ impl Snapshots {
         })
         .await
     }
+}
+
+/// Puts their pseudonyms in the place of people who have been erased, as erasure does in the snapshots that it finds.
+async fn forget_erased(sql: &mut AnyConnection, id: Uuid, sources: &Sources) -> Result<(), StoreError> {
+    let ids = IdKey::load(sql).await?;
+    let people = ["user", "rater"].iter().filter_map(|kind| sources.get(kind)).flatten();
+    let people: Vec<Cow<'_, str>> = people.map(|name| clean(name)).collect();
+    let erased = commit::erased(sql, &ids, people.iter().map(AsRef::as_ref).collect()).await?;
+    for name in people {
+        let pseudonym = ids.pseudonym(&name);
+        if erased.contains_key(&pseudonym) {
+            sqlx::query("UPDATE snapshot_sources SET source = $3 WHERE snapshot_id = $1 AND source = $2")
+                .bind(id.to_string())
+                .bind(name.into_owned())
+                .bind(pseudonym)
+                .execute(&mut *sql)
+                .await?;
+        }
+    }
+    Ok(())
 }
 
 fn snapshot(row: &AnyRow) -> Result<Snapshot, StoreError> {

@@ -195,9 +195,9 @@ impl Store {
         scopes.dedup();
         let (id, prefix) = (self.issue_id(), secret[..8].to_owned());
         let key = ApiKey { id, created: now_us(), name: name.to_owned(), prefix, scopes, revoked: None, expires, terms };
-        let made = patiently(keys::insert(&self.0.database, &key, &secret)).await;
-        self.keys_changed();
-        made.map(|()| (key, secret))
+        let _changed = self.changing_keys();
+        patiently(keys::insert(&self.0.database, &key, &secret)).await?;
+        Ok((key, secret))
     }
 
     /// All keys, revoked ones too, the oldest first.
@@ -212,9 +212,8 @@ impl Store {
         id_or_name: &str,
         change: impl FnOnce(&mut ApiKey) + Send,
     ) -> Result<Option<ApiKey>, StoreError> {
-        let changed = patiently(keys::change(&self.0.database, id_or_name, change)).await;
-        self.keys_changed();
-        changed
+        let _changed = self.changing_keys();
+        patiently(keys::change(&self.0.database, id_or_name, change)).await
     }
 
     /// Gives the key of this id or name a new secret, which is returned and not kept; the old one works for `overlap` more.
@@ -222,22 +221,20 @@ impl Store {
         let secret = keys::secret_of(random_bytes()?);
         let now = now_us();
         let ends = now.saturating_add(i64::try_from(overlap.as_micros()).unwrap_or(i64::MAX));
-        let rotated = patiently(keys::rotate(&self.0.database, id_or_name, &secret, now, ends)).await;
-        self.keys_changed();
-        Ok(rotated?.map(|key| (key, secret)))
+        let _changed = self.changing_keys();
+        let rotated = patiently(keys::rotate(&self.0.database, id_or_name, &secret, now, ends)).await?;
+        Ok(rotated.map(|key| (key, secret)))
     }
 
     /// Revokes the key of this id or name. `None`: no key that works is called so.
     pub async fn revoke_key(&self, id_or_name: &str) -> Result<Option<ApiKey>, StoreError> {
-        let revoked = patiently(keys::revoke(&self.0.database, id_or_name, now_us())).await;
-        self.keys_changed();
-        revoked
+        let _changed = self.changing_keys();
+        patiently(keys::revoke(&self.0.database, id_or_name, now_us())).await
     }
 
-    /// Said whether the database confirmed the change or not: one that it did not may have been made.
-    fn keys_changed(&self) {
-        self.0.key_changes.fetch_add(1, Ordering::AcqRel);
-        *lock(&self.0.any_key) = None;
+    /// Counts a change when it is dropped: a change whose acknowledgement was lost, or whose requester has left, may have been made.
+    fn changing_keys(&self) -> ChangingKeys<'_> {
+        ChangingKeys(self)
     }
 
     /// How often this process has changed a key: who remembers keys forgets them when it has grown.
@@ -273,7 +270,8 @@ impl Store {
         Ok(found.filter(|key| !key.has_expired(now_us())))
     }
 
-    /// Whether there is any key that works; without one, everything is open.
+    /// Whether there is any key, a revoked one too; before the first, everything is open. Whoever revokes the last one wants the door shut,
+    /// also after the next start.
     pub async fn any_key(&self) -> Result<bool, StoreError> {
         let known = *lock(&self.0.any_key);
         if let Some((any, seen)) = known
@@ -324,6 +322,16 @@ impl Store {
     }
 }
 
+struct ChangingKeys<'a>(&'a Store);
+
+impl Drop for ChangingKeys<'_> {
+    fn drop(&mut self) {
+        let Store(inner) = self.0;
+        inner.key_changes.fetch_add(1, Ordering::AcqRel);
+        *lock(&inner.any_key) = None;
+    }
+}
+
 async fn connect(data: &DataDir, url: Option<&str>) -> Result<(Database, IdKey), StoreError> {
     let url = match url {
         Some(url) => url.to_owned(),
@@ -339,10 +347,11 @@ async fn connect(data: &DataDir, url: Option<&str>) -> Result<(Database, IdKey),
         .bind(fresh)
         .execute(database.write())
         .await?;
-    let (kept,): (String,) = sqlx::query_as("SELECT value FROM meta WHERE name = 'id_key'").fetch_one(database.write()).await?;
-    let bad = || StoreError::Row { table: "meta", id: "id_key".into(), reason: "it is not 64 hexadecimal digits".into() };
-    let hash = blake3::Hash::from_hex(&kept).map_err(|_| bad())?;
-    Ok((database, IdKey::new(*hash.as_bytes())))
+    let ids = IdKey::load(&mut *database.write().acquire().await?).await.map_err(|error| match error {
+        sqlx::Error::Decode(error) => StoreError::Row { table: "meta", id: "id_key".into(), reason: error.to_string() },
+        error => error.into(),
+    })?;
+    Ok((database, ids))
 }
 
 fn random_bytes() -> Result<[u8; 32], StoreError> {

@@ -72,8 +72,10 @@ impl Labels {
             .bind(queue_id.to_string())
             .execute(&mut *transaction)
             .await?;
+            let candidates = drafts.iter().filter_map(|draft| Some(draft.answer.as_ref()?.1)).collect();
+            let gone = super::task::remove_erased(&mut transaction, "label_drafts", queue_id, candidates).await?;
             transaction.commit().await?;
-            Ok(added.saturating_sub(known.rows_affected()))
+            Ok(added.saturating_sub(known.rows_affected() + gone))
         })
         .await
     }

@@ -1,6 +1,8 @@
 //! A pair of answers.
 
 use super::{LabelError, Labels, Verdict};
+use crate::commit;
+use crate::ids::IdKey;
 use crate::patience::{at_length, patiently};
 use crate::statement::{Insert, clean};
 use serde::Serialize;
@@ -140,7 +142,33 @@ pub(super) async fn insert(
         }
         added += query.fetch_all(&mut *connection).await?.len() as u64;
     }
-    Ok(added)
+    let candidates = tasks.iter().flat_map(|task| [task.candidate_a, task.candidate_b]).flatten().collect();
+    let gone = remove_erased(connection, "label_tasks", queue_id, candidates).await?;
+    Ok(added.saturating_sub(gone))
+}
+
+/// Removes from `table`, `label_tasks` or `label_drafts`, what was made of answers that have been erased since they were read. Asked
+/// after the insert, within its transaction: an erasure at the same time has either seen the rows, or its marks are seen here.
+pub(super) async fn remove_erased(
+    connection: &mut AnyConnection,
+    table: &'static str,
+    queue_id: Uuid,
+    candidates: Vec<Uuid>,
+) -> Result<u64, LabelError> {
+    let candidates: Vec<String> = candidates.iter().map(Uuid::to_string).collect();
+    if candidates.is_empty() {
+        return Ok(0);
+    }
+    let ids = IdKey::load(connection).await?;
+    let erased = commit::erased(connection, &ids, candidates.iter().map(String::as_str).collect()).await?;
+    let columns = if table == "label_tasks" { "$2 IN (candidate_a, candidate_b)" } else { "candidate_a = $2" };
+    let text = format!("DELETE FROM {table} WHERE queue_id = $1 AND {columns}");
+    let mut gone = 0;
+    for candidate in candidates.iter().filter(|candidate| erased.contains_key(&ids.pseudonym(candidate))) {
+        let query = sqlx::query(sqlx::AssertSqlSafe(text.clone())).bind(queue_id.to_string()).bind(candidate.clone());
+        gone += query.execute(&mut *connection).await?.rows_affected();
+    }
+    Ok(gone)
 }
 
 impl Labels {
