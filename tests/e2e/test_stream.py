@@ -86,7 +86,7 @@ def test_each_of_several_choices_has_one_role_and_one_finish(server):
 
 def test_text_arrives_while_it_is_made(server, client):
     seen = 0
-    stream = ask(client, max_tokens=400, stream=True, extra_body={"ignore_eos": True})
+    stream = ask(client, max_tokens=4000, stream=True, extra_body={"ignore_eos": True})
     for chunk in stream:
         if chunk.choices[0].delta.content:
             seen += 1
