@@ -10,6 +10,7 @@ import time
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
+import pytest
 from playwright.async_api import Page, async_playwright
 
 from server import PATIENCE, binary, eventually
@@ -321,6 +322,7 @@ def test_keys_name_the_annotators_and_a_lost_lease_is_said(start, tmp_path):
     assert [tuple(row) for row in names] == [("ann", "ann"), ("bob", "bob")]
 
 
+@pytest.mark.timeout(600)
 def test_traffic_and_prompts_become_pairs(start):
     server = start()
     made = make_queue(server, "traffic", rule={"from": "traffic", "share": 1.0})
@@ -333,23 +335,18 @@ def test_traffic_and_prompts_become_pairs(start):
     )
     assert answer.status == 200
 
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        state = server.get(f"/v1/labeling/queues/{prompts['id']}").json()
-        if state["progress"]["tasks"] + state["progress"]["failed"] == 2:
-            break
-        time.sleep(0.5)
-    assert state["progress"]["tasks"] == 2, state
+    # Four answers of up to a thousand tokens each.
+    progress = lambda: server.get(f"/v1/labeling/queues/{prompts['id']}").json()["progress"]
+    eventually("both prompts have an end", lambda: progress()["tasks"] + progress()["failed"] == 2, seconds=240)
+    assert progress()["tasks"] == 2, progress()
     tasks = server.get(f"/v1/labeling/queues/{prompts['id']}/tasks").json()["data"]
     for task in tasks:
         assert task["answer_a"] != task["answer_b"]
         assert task["candidate_a"] and task["candidate_b"]
     if answer.json()["choices"][0]["finish_reason"] == "stop":
-        while time.monotonic() < deadline:
-            found = server.get(f"/v1/labeling/queues/{made['id']}/tasks").json()["data"]
-            if found:
-                break
-            time.sleep(0.5)
+        tasks = lambda: server.get(f"/v1/labeling/queues/{made['id']}/tasks").json()["data"]
+        eventually("the answer has got another beside it", tasks, seconds=240)
+        found = tasks()
         assert found[0]["answer_a"] == answer.json()["choices"][0]["message"]["content"]
         assert found[0]["answer_b"] != found[0]["answer_a"]
 
