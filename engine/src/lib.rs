@@ -6,6 +6,7 @@
 //! Invariants: `free + used = total` KV blocks after every step; a dropped receiver frees its sequences within one step; a streamed
 //! token never changes; a slow client never stalls the batch.
 
+pub mod adapter;
 pub mod backlog;
 pub mod batch;
 pub mod block_pool;
@@ -41,6 +42,7 @@ mod tensor_file;
 pub mod tokenizer;
 pub mod validate;
 
+pub use adapter::{Adapter, AdapterError, LoraConfig, Pair, Projection};
 pub use chat_template::{ChatInput, ChatTemplate, TemplateError};
 pub use detokenizer::Detokenizer;
 pub use embedding::{EmbedError, EmbedRequest, Embedding};
@@ -50,7 +52,8 @@ pub use grammar::{Constraint, ConstraintKey, Grammar, GrammarError};
 pub use load_error::LoadError;
 pub use model::Decoder;
 pub use model_config::{Family, ModelConfig, RopeScaling};
-pub use model_files::{Frontend, ModelFiles};
+pub use model::weight_names::{Part, Weight};
+pub use model_files::{FileMatrix, Frontend, ModelFiles};
 pub use options::{EngineOptions, StartError};
 pub use pooling::{Cut, Pooling, PoolingMode};
 pub use request::{

@@ -1,0 +1,115 @@
+//! The matrices of a layer that can be adapted.
+
+use crate::model_config::ModelConfig;
+
+/// A matrix of a decoder layer, under the names that PEFT and `transformers` use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Projection {
+    /// `self_attn.q_proj`
+    Query,
+    /// `self_attn.k_proj`
+    Key,
+    /// `self_attn.v_proj`
+    Value,
+    /// `self_attn.o_proj`
+    AttentionOutput,
+    /// `mlp.gate_proj`
+    Gate,
+    /// `mlp.up_proj`
+    Up,
+    /// `mlp.down_proj`
+    Down,
+}
+
+impl Projection {
+    /// All of a layer, in the order in which it uses them.
+    pub const ALL: [Projection; 7] = [
+        Projection::Query,
+        Projection::Key,
+        Projection::Value,
+        Projection::AttentionOutput,
+        Projection::Gate,
+        Projection::Up,
+        Projection::Down,
+    ];
+
+    /// The name as people write it in `target_modules`: `q_proj`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Projection::Query => "q_proj",
+            Projection::Key => "k_proj",
+            Projection::Value => "v_proj",
+            Projection::AttentionOutput => "o_proj",
+            Projection::Gate => "gate_proj",
+            Projection::Up => "up_proj",
+            Projection::Down => "down_proj",
+        }
+    }
+
+    /// The part of the layer it belongs to.
+    const fn parent(self) -> &'static str {
+        match self {
+            Projection::Query | Projection::Key | Projection::Value | Projection::AttentionOutput => "self_attn",
+            Projection::Gate | Projection::Up | Projection::Down => "mlp",
+        }
+    }
+
+    /// The module's full name: `model.layers.3.self_attn.q_proj`.
+    pub fn module(self, layer: usize) -> String {
+        format!("model.layers.{layer}.{}.{}", self.parent(), self.name())
+    }
+
+    /// The layer and matrix that a full name means, with or without the `model.` in front.
+    pub fn of_module(module: &str) -> Option<(usize, Projection)> {
+        let inside = module.strip_prefix("model.").unwrap_or(module).strip_prefix("layers.")?;
+        let (layer, part) = inside.split_once('.')?;
+        let (parent, name) = part.split_once('.')?;
+        let projection = Projection::named(name).filter(|projection| projection.parent() == parent)?;
+        // "007" and "+7" parse as numbers but name nothing.
+        let number: usize = layer.parse().ok()?;
+        (number.to_string() == layer).then_some((number, projection))
+    }
+
+    /// The matrix called `name`, as in [`Projection::name`].
+    pub fn named(name: &str) -> Option<Projection> {
+        Projection::ALL.into_iter().find(|projection| projection.name() == name)
+    }
+
+    /// `(output features, input features)` in a model.
+    pub fn shape(self, config: &ModelConfig) -> (usize, usize) {
+        let &ModelConfig { hidden, intermediate, heads, kv_heads, head_dim, .. } = config;
+        match self {
+            Projection::Query => (heads * head_dim, hidden),
+            Projection::Key | Projection::Value => (kv_heads * head_dim, hidden),
+            Projection::AttentionOutput => (hidden, heads * head_dim),
+            Projection::Gate | Projection::Up => (intermediate, hidden),
+            Projection::Down => (hidden, intermediate),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lead_back_to_their_matrices() {
+        for projection in Projection::ALL {
+            let module = projection.module(12);
+            assert_eq!(Projection::of_module(&module), Some((12, projection)));
+            assert_eq!(Projection::of_module(module.trim_start_matches("model.")), Some((12, projection)));
+        }
+        for other in [
+            "lm_head",
+            "model.embed_tokens",
+            "model.layers.x.mlp.up_proj",
+            "model.layers.01.mlp.up_proj",
+            "model.layers.1.mlp.q_proj",
+            "model.layers.1.self_attn.q_norm",
+            "model.layers.1.mlp.experts.0.up_proj",
+            "vision.layers.1.mlp.up_proj",
+        ] {
+            assert_eq!(Projection::of_module(other), None, "{other}");
+        }
+    }
+}
