@@ -117,7 +117,7 @@ class Server:
         self.kill()
         raise RuntimeError(f"the server was not ready after {START_SECONDS} s:\n{self.log()}")
 
-    def request(self, method: str, path: str, body: bytes | None = None, headers: dict | None = None, timeout: float = 60) -> Answer:
+    def request(self, method: str, path: str, body: bytes | None = None, headers: dict | None = None, timeout: float = 240) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
             connection.request(method, path, body, headers or {})
@@ -135,10 +135,10 @@ class Server:
         return self.request("POST", path, data, {"content-type": "application/json"}, **options)
 
     def client(self, **options) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.base_url, api_key="none", **{"max_retries": 0, "timeout": 60, **options})
+        return openai.OpenAI(base_url=self.base_url, api_key="none", **{"max_retries": 0, "timeout": 240, **options})
 
     def async_client(self, **options) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=self.base_url, api_key="none", **{"max_retries": 0, "timeout": 120, **options})
+        return openai.AsyncOpenAI(base_url=self.base_url, api_key="none", **{"max_retries": 0, "timeout": 240, **options})
 
     def metrics(self) -> dict[str, float]:
         """Samples of /metrics, summed over their labels."""

@@ -99,7 +99,7 @@ def test_a_refused_batch_says_why(server, strict):
 
 def result_files(data, batch_id: str) -> list[bytes]:
     """What is on the disk of a batch that has not ended: whole rows only."""
-    connection = sqlite3.connect(f"file:{data / 'tidemill.db'}?mode=ro", uri=True, timeout=10)
+    connection = sqlite3.connect(f"file:{data / 'tidemill.db'}?mode=ro", uri=True, timeout=60)
     try:
         names = connection.execute(
             "SELECT output_file, error_file FROM batches WHERE id = ?", [batch_id.removeprefix("batch_")]

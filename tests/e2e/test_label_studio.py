@@ -207,7 +207,7 @@ def test_the_command_line_does_the_same_beside_the_running_server(gateway, label
     place = ["--queue", "by-command", "--format", "label-studio", "--data", gateway.data]
 
     def run(*arguments):
-        return subprocess.run([str(part) for part in [*command, *arguments]], capture_output=True, text=True, timeout=60)
+        return subprocess.run([str(part) for part in [*command, *arguments]], capture_output=True, text=True, timeout=240)
 
     exported = run("export", *place, "--project", tmp_path / "config.xml", tmp_path / "tasks.json")
     assert exported.returncode == 0, exported.stderr

@@ -27,7 +27,7 @@ WEATHER = {
 @pytest.fixture(scope="module")
 def claude(server):
     base_url = server.base_url.removesuffix("/v1")
-    with anthropic.Anthropic(base_url=base_url, api_key="none", max_retries=0, timeout=60, _strict_response_validation=True) as client:
+    with anthropic.Anthropic(base_url=base_url, api_key="none", max_retries=0, timeout=240, _strict_response_validation=True) as client:
         yield client
 
 
@@ -113,7 +113,7 @@ def test_a_key_is_sent_as_the_client_sends_it(start):
     base_url = server.base_url.removesuffix("/v1")
 
     def tokens(key):
-        with anthropic.Anthropic(base_url=base_url, api_key=key, max_retries=0, timeout=60) as client:
+        with anthropic.Anthropic(base_url=base_url, api_key=key, max_retries=0, timeout=240) as client:
             return ask(client, max_tokens=2).usage.output_tokens
 
     eventually("the first key closes the server", lambda: server.get("/v1/models").status == 401)

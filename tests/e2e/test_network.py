@@ -49,13 +49,13 @@ class TlsServer(Server):
 
     def get(self, path: str):
         try:
-            answer = httpx2.get(self.root + path, verify=self.trust, timeout=60)
+            answer = httpx2.get(self.root + path, verify=self.trust, timeout=240)
         except httpx2.ConnectError as error:  # it does not listen yet
             raise ConnectionRefusedError from error
         return type("Answer", (), {"status": answer.status_code, "headers": answer.headers, "body": answer.content})
 
     def serves(self, certificate: Certificate) -> bool:
-        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as connection:
             try:
                 with certificate.trust().wrap_socket(connection, server_hostname="127.0.0.1"):
                     return True
@@ -92,7 +92,7 @@ def test_tls_http_2_and_a_renewal_during_a_stream(tmp_path, start_tls):
 
     # The official client over TLS; ALPN chooses HTTP/2 where the client can, HTTP/1.1 where it cannot.
     for http2, version in [(True, "HTTP/2"), (False, "HTTP/1.1")]:
-        with httpx2.Client(verify=server.trust, http2=http2, timeout=60) as plain:
+        with httpx2.Client(verify=server.trust, http2=http2, timeout=240) as plain:
             assert plain.get(f"{server.root}/health").http_version == version
             client = openai.OpenAI(base_url=server.base_url, api_key="none", http_client=plain, max_retries=0)
             assert client.chat.completions.create(**CHAT, max_tokens=4).usage.completion_tokens == 4
@@ -100,12 +100,12 @@ def test_tls_http_2_and_a_renewal_during_a_stream(tmp_path, start_tls):
             assert pieces[-1].choices[0].finish_reason == "length"
 
     # Nothing in plain text, and no handshake for what is not TLS.
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as plain:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as plain:
         plain.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
         assert b"HTTP/1.1 200" not in plain.recv(1000)
 
     # Half a pair changes nothing and is said once; the whole pair is used by new connections, while the stream of an old one goes on.
-    with httpx2.Client(verify=server.trust, http2=True, timeout=120) as plain:
+    with httpx2.Client(verify=server.trust, http2=True, timeout=240) as plain:
         client = openai.OpenAI(base_url=server.base_url, api_key="none", http_client=plain, max_retries=0)
         # More than HTTP/2's window and the server's queue hold: it cannot be over before it is read.
         stream = client.chat.completions.create(

@@ -274,7 +274,7 @@ def test_start_up_prints_what_was_loaded_and_a_curl_line_that_works(start):
     # The line may be continued with backslashes.
     command = re.search(r"curl (?:[^\n]*\\\n)*[^\n]*", log)
     assert command, log
-    result = subprocess.run(["bash", "-c", command[0]], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(["bash", "-c", command[0]], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, (command[0], result.stderr)
     assert '"choices"' in result.stdout, result.stdout
 

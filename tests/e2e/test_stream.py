@@ -9,7 +9,7 @@ from test_chat import QUESTION, ask
 
 def lines_of(server, path: str, body: dict):
     """Raw lines of a stream, and the response's headers."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=240)
     connection.request("POST", path, json.dumps({**body, "stream": True}), {"content-type": "application/json"})
     response = connection.getresponse()
     assert response.status == 200, response.read()

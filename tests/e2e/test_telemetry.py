@@ -148,7 +148,7 @@ def test_who_asked_what_went_wrong_and_who_left(start, collector):
     headers["authorization"] = f"Bearer {key}"
     import http.client
 
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=240)
     long = {**ASK, "stream": True, "max_tokens": 4000, "ignore_eos": True}
     connection.request("POST", CHAT, json.dumps(long).encode(), headers)
     response = connection.getresponse()
