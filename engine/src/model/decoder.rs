@@ -2,8 +2,8 @@
 //! gated feed-forward part. The families differ in biases, head norms, window and frequencies, all of which are data here.
 
 use tidemill_kernels::{
-    AttentionSpec, Buf, HeadShape, KernelError, KvCache, KvDtype, KvSpec, Matrix, MemoryUse, Ops, QkNorm, Rope,
-    Rows, StepBatch, StepOutput, Store, Vector, WeightFormat,
+    AttentionSpec, Buf, HeadShape, KernelError, KvCache, KvDtype, KvSpec, Matrix, MemoryUse, Ops, QkNorm, Rope, Rows, StepBatch,
+    StepOutput, Store, Vector, WeightFormat,
 };
 
 use super::Model;
