@@ -8,7 +8,7 @@ use axum::Router;
 use axum::body::Body;
 use hyper::Request;
 use serde_json::{Value, json};
-use support::{MODEL, Reply, Setup, chat, send};
+use support::{MODEL, Reply, Setup, chat, not_at_midnight, send};
 use tidemill::http::router;
 use tidemill_store::Scope;
 
@@ -43,6 +43,7 @@ impl Admin {
 
 #[tokio::test]
 async fn a_key_is_made_read_changed_rotated_and_revoked() {
+    not_at_midnight().await;
     let admin = Admin::new().await;
     let made = admin
         .call(

@@ -11,7 +11,7 @@ use hyper::Request;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use support::{MODEL, Reply, Setup, chat, completion, merged, says, send};
+use support::{MODEL, Reply, Setup, chat, completion, merged, not_at_midnight, says, send};
 use tidemill::http::{App, router};
 use tidemill::limits::{Limiter, Price, Subject};
 use tidemill::upstream::Upstream;
@@ -177,6 +177,7 @@ async fn a_days_money_is_added_up_and_then_no_retry_helps() {
     let (one, secret) = key(&app, "app", terms).await;
     let (limits, store, router) = (Arc::clone(&app.limits), app.store.clone(), router(app));
     let ask_it = completion(json!({"max_tokens": 50}));
+    not_at_midnight().await;
     // Three tokens in, eleven out with the end of the turn: 3 × 1000 + 11 × 10,000.
     assert_eq!(send(&router, asking(&secret, "/v1/completions", &ask_it)).await.status, 200);
     let subject = Subject::Key(one.id).to_string();
@@ -292,17 +293,19 @@ async fn nobody_gets_a_more_urgent_tier_than_the_key_has() {
 async fn a_deadline_ends_an_answer_that_is_not_complete() {
     let app = Setup::slow(400, 20).app();
     let router = router(app);
-    let with =
-        |body: Value| Request::post(CHAT).header("x-request-timeout-ms", "700").body(Body::from(body.to_string())).unwrap();
+    let with = |milliseconds: &str, body: Value| {
+        Request::post(CHAT).header("x-request-timeout-ms", milliseconds).body(Body::from(body.to_string())).unwrap()
+    };
     let began = Instant::now();
-    let reply = send(&router, with(chat(json!({})))).await;
+    let reply = send(&router, with("700", chat(json!({})))).await;
     assert_eq!(reply.error(), (504, None, Some("deadline_exceeded".into())));
     assert_eq!(header(&reply, "x-should-retry"), "false");
     assert!(began.elapsed() >= Duration::from_millis(700), "{:?}", began.elapsed());
-    let reply = send(&router, with(chat(json!({"stream": true})))).await;
+    // Long enough for the first token on a machine with other work, and half of what the answer takes.
+    let reply = send(&router, with("4000", chat(json!({"stream": true})))).await;
     assert_eq!(reply.status, 200);
     let last: Value = serde_json::from_str(reply.data().last().unwrap()).unwrap();
     assert_eq!(last["error"]["code"], "deadline_exceeded");
-    let reply = send(&router, with(chat(json!({"max_tokens": 2})))).await;
+    let reply = send(&router, with("60000", chat(json!({"max_tokens": 2})))).await;
     assert_eq!(reply.status, 200);
 }

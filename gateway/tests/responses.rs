@@ -253,7 +253,7 @@ async fn ended(router: &Router, path: &str) -> Value {
         if now["status"] != "in_progress" {
             return now;
         }
-        assert!(begin.elapsed() < Duration::from_secs(30), "{now}");
+        assert!(begin.elapsed() < Duration::from_secs(60), "{now}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -278,13 +278,13 @@ async fn a_response_in_the_background_is_fetched_when_it_has_ended() {
 
 #[tokio::test]
 async fn a_cancelled_or_deleted_response_frees_its_place() {
-    let app = Setup::slow(400, 20).app();
+    let app = Setup::slow(400, 100).app();
     let (background, router) = (app.background.clone(), router(app));
     let idle = async || {
         let begin = Instant::now();
         while background.running() > 0 {
-            // Eight seconds is what it would take by itself.
-            assert!(begin.elapsed() < Duration::from_secs(6));
+            // Forty seconds is what it would take by itself.
+            assert!(begin.elapsed() < Duration::from_secs(30));
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };

@@ -114,8 +114,9 @@ fn records_go_on_and_are_there_once(wire: Wire) {
         eventually("feedback is acknowledged", async || sent.load(Ordering::Relaxed) > 20).await;
         outage.begin(wire).await;
         let before = sent.load(Ordering::Relaxed);
+        // Those that wait for the database wait five seconds, each sender once; a disk that is busy may take longer.
         tokio::time::sleep(Duration::from_secs(8)).await;
-        let during = sent.load(Ordering::Relaxed) - before;
+        eventually("feedback is accepted during the outage, too", async || sent.load(Ordering::Relaxed) - before > 20).await;
         outage.end().await;
         tokio::time::sleep(Duration::from_secs(1)).await;
         stop.store(true, Ordering::Relaxed);
@@ -129,8 +130,6 @@ fn records_go_on_and_are_there_once(wire: Wire) {
         assert_eq!(count(&store, "inferences").await, (answers.len() as i64, answers.clone()));
         assert_eq!(count(&store, "feedback").await, (feedback.len() as i64, feedback.clone()));
         assert_eq!(count(&store, "choices").await.0, 2 * answers.len() as i64);
-        // Those that wait for the database wait five seconds, each sender once; a disk that is busy may take a while.
-        assert!(during > 20, "feedback was accepted during the outage, too: {during}");
         assert!(slowest < Duration::from_secs(4), "recording never waits for the database: {slowest:?}");
         eventually("the spill log is empty", async || std::fs::read_dir(place.folder.path().join("spill")).unwrap().count() == 0)
             .await;

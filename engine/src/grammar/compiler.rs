@@ -26,6 +26,7 @@ const MOST_ATTEMPTS: usize = 64;
 pub(crate) struct Compiler(pub(super) Arc<Inner>);
 
 pub(super) struct Inner {
+    longest: Duration,
     tokenizer: Tokenizer,
     end_of_turn: Vec<u32>,
     /// Logits of the model.
@@ -43,7 +44,13 @@ struct Tools {
 
 impl Compiler {
     pub(crate) fn new(tokenizer: Tokenizer, end_of_turn: Vec<u32>, vocabulary: usize) -> Self {
-        Self(Arc::new(Inner { tokenizer, end_of_turn, vocabulary, tools: OnceLock::new(), under_way: AtomicUsize::new(0) }))
+        Self::waiting(LONGEST_COMPILATION, tokenizer, end_of_turn, vocabulary)
+    }
+
+    /// The same with another bound on the time of each compilation.
+    pub(crate) fn waiting(longest: Duration, tokenizer: Tokenizer, end_of_turn: Vec<u32>, vocabulary: usize) -> Self {
+        let (tools, under_way) = (OnceLock::new(), AtomicUsize::new(0));
+        Self(Arc::new(Inner { longest, tokenizer, end_of_turn, vocabulary, tools, under_way }))
     }
 
     /// Blocks until the grammar is there, for a bounded time.
@@ -70,7 +77,7 @@ impl Compiler {
             self.0.under_way.fetch_sub(1, Ordering::AcqRel);
             return Err(GrammarError::busy(format!("the server has no thread to compile it: {error}")));
         }
-        answered.recv_timeout(LONGEST_COMPILATION).unwrap_or_else(|error| {
+        answered.recv_timeout(self.0.longest).unwrap_or_else(|error| {
             Err(GrammarError::whole(match error {
                 RecvTimeoutError::Timeout => "takes too long to compile; make it simpler",
                 RecvTimeoutError::Disconnected => "cannot be compiled",

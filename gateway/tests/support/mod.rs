@@ -196,6 +196,15 @@ fn folder() -> String {
     path
 }
 
+/// What is counted by the day begins anew at midnight (UTC): shortly before, this waits until it has passed.
+pub async fn not_at_midnight() {
+    const DAY: i64 = 86_400_000_000;
+    let left = Duration::from_micros((DAY - now() % DAY).unsigned_abs());
+    if left < Duration::from_secs(60) {
+        tokio::time::sleep(left + Duration::from_millis(100)).await;
+    }
+}
+
 /// The tokens of a text, and the end of the turn.
 pub fn says(text: &str) -> Vec<u32> {
     text.bytes().map(u32::from).chain([END]).collect()
