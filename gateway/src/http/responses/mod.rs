@@ -21,7 +21,7 @@ use crate::recording::Level;
 use crate::responses::output::EventLog;
 use crate::responses::stream::ResponseStream;
 use crate::responses::{Ending, Output, ResponseRequest, Template, conversation, item};
-use crate::upstream::{Events, LocalModel, Upstream};
+use crate::upstream::{Events, LocalModel};
 use axum::extract::{Request, State};
 use axum::response::Response;
 use context::Context;
@@ -76,7 +76,7 @@ pub async fn input_tokens(State(app): State<App>, request: Request) -> Result<Re
     let context = Context::of(&app.store, &owner(&asked.caller), &request).await?;
     let long = context.bytes > LONG_WORK;
     let count = move || {
-        let Upstream::Local(model) = asked.app.registry.find(Some(&request.model))?;
+        let model = asked.model(&request.model)?;
         let chat = chat_request(&model, request, &context.items)?;
         model.chat_tokens(&chat.prompt, &chat.offered_tools()).map(|(_, tokens)| tokens.len()).map_err(in_our_words)
     };
@@ -119,7 +119,7 @@ struct Prepared {
 
 impl Prepared {
     fn new(asked: Asked, mut request: ResponseRequest, context: Context) -> Result<Self, ApiError> {
-        let Upstream::Local(model) = asked.app.registry.find(Some(&request.model))?;
+        let model = asked.model(&request.model)?;
         let (stream, background, logprobs) = (request.generation.stream, request.background, request.logprobs);
         // Where texts are not to be recorded, one that stores them has to say so.
         let store =
