@@ -61,7 +61,8 @@ const PROGRESS: &str = "SELECT CAST(COALESCE(SUM(CASE WHEN gold IS NULL THEN 1 E
     FROM label_tasks WHERE queue_id = $1";
 const OPEN: &str =
     "SELECT COUNT(*) FROM (SELECT 1 FROM label_tasks WHERE queue_id = $1 AND done = 0 AND gold IS NULL LIMIT $2) AS found";
-const DRAFTS: &str = "SELECT COUNT(*) FROM (SELECT 1 FROM label_drafts WHERE queue_id = $1 AND failure IS NULL LIMIT $2) AS found";
+const DRAFTS: &str =
+    "SELECT COUNT(*) FROM (SELECT 1 FROM label_drafts WHERE queue_id = $1 AND failure IS NULL LIMIT $2) AS found";
 
 impl Labels {
     /// All finished assignments of a queue, by time. Reads each of them, and of its tasks the gold ones, without any text.
