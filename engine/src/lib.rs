@@ -48,7 +48,7 @@ pub use detokenizer::Detokenizer;
 pub use embedding::{EmbedError, EmbedRequest, Embedding};
 pub use engine::{Engine, EngineLimits, Health, MemoryReport, ServedModel};
 pub use generation_defaults::GenerationDefaults;
-pub use grammar::{Constraint, ConstraintKey, Grammar, GrammarError};
+pub use grammar::{Constraint, ConstraintKey, Grammar, GrammarError, for_lark};
 pub use load_error::LoadError;
 pub use model::Decoder;
 pub use model::weight_names::{Part, Weight};

@@ -89,6 +89,9 @@ pub struct ServeArgs {
     /// Connections without a request are closed after this time [default: 75s]
     #[arg(long, value_name = "TIME")]
     idle_timeout: Option<String>,
+    /// An answer that its client leaves unread for this time is dropped [default: 120s]
+    #[arg(long, value_name = "TIME")]
+    write_timeout: Option<String>,
     /// Certificate chain for TLS, a PEM file; read again when it changes [default: no TLS]
     #[arg(long, value_name = "FILE")]
     tls_certificate: Option<String>,
@@ -180,6 +183,7 @@ impl ServeArgs {
             ("body_timeout", &self.body_timeout),
             ("max_connections", &self.max_connections),
             ("idle_timeout", &self.idle_timeout),
+            ("write_timeout", &self.write_timeout),
             ("tls_certificate", &self.tls_certificate),
             ("tls_key", &self.tls_key),
             ("cors_origins", &self.cors_origins),
@@ -302,7 +306,7 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle, 
     if !has_key && !config.host.is_loopback() {
         return Err(ServeError::NoKey(config.host));
     }
-    let files = Files::open(store.database(), &DataDir::new(&config.data)).await?;
+    let files = Files::open(&store, &DataDir::new(&config.data)).await?;
     Ok(App {
         registry: Arc::new(Registry::new(models.iter().map(|model| model.name.clone()))),
         drain: Drain::default(),
