@@ -9,6 +9,7 @@ pub mod collate;
 pub mod dataset;
 mod durable;
 pub mod loss;
+pub mod model;
 pub mod optimizer;
 pub mod parameters;
 pub mod quality;

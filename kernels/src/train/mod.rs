@@ -5,6 +5,7 @@
 
 mod attention;
 mod cross_entropy;
+mod dropout;
 mod matmul;
 mod operand;
 mod pack;
@@ -14,6 +15,7 @@ mod tile;
 
 pub use attention::{Attention, Span};
 pub use cross_entropy::LogProbs;
+pub use dropout::Dropout;
 pub use matmul::Product;
 pub use operand::{Block, Operand, View};
 pub use rows::{Pieces, Rotation};

@@ -237,7 +237,7 @@ fn norms_of_rows_and_heads() {
 #[test]
 fn rotation_and_its_inverse() {
     let pieces = Pieces { stride: 26, offset: 2, count: 3, width: 8 };
-    let frequencies = [1.0, 0.1, 0.01];
+    let frequencies = [1.0f32, 0.1, 0.01];
     let rotation = Rotation::new(&frequencies, 1.0, 50);
     let positions = [0, 7, 49, 3];
     let x = noise(1, 4 * 26);
@@ -247,7 +247,7 @@ fn rotation_and_its_inverse() {
             for piece in 0..3 {
                 for (i, frequency) in frequencies.iter().enumerate() {
                     let at = row * 26 + 2 + piece * 8 + i;
-                    let (sin, cos) = (f64::from(*position) * f64::from(*frequency as f32)).sin_cos();
+                    let (sin, cos) = (f64::from(*position) * f64::from(*frequency)).sin_cos();
                     out[at] = x[at] * cos - x[at + 3] * sin;
                     out[at + 3] = x[at + 3] * cos + x[at] * sin;
                 }
@@ -329,9 +329,9 @@ fn log_probabilities_over_a_vocabulary_in_pieces() {
         derivative_is(&dhidden, &hidden, &dout, tolerance, "log_probs_back", &|hidden| forward(hidden, &wide_head));
         // A few tokens stand for all: the labelled ones, their neighbours, the ends of the pieces.
         for token in [0, 1, 17, 2046, 2047, 2048, 2049, 2498, 2499] {
-            for i in token * width..(token + 1) * width {
+            for (i, got) in dhead.iter().enumerate().skip(token * width).take(width) {
                 let want = difference(&wide_head, i, &|head| weighted(&forward(&wide, head), &dout));
-                assert!((f64::from(dhead[i]) - want).abs() <= tolerance, "head {token}: {} is not {want}", dhead[i]);
+                assert!((f64::from(*got) - want).abs() <= tolerance, "head {token}: {got} is not {want}");
             }
         }
     });

@@ -1,0 +1,517 @@
+//! One decoder layer as a single operation of the graph, forward and backward.
+//!
+//! The arguments are the residual stream `[rows, hidden]` and the layer's flat parameter; what is not trained is read from the model's
+//! files. Formulas of the parts stand in [`tidemill_kernels::train`]; here is the chain rule between them.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout as Strides, Shape, Tensor};
+use tidemill_engine::{ModelConfig, ModelFiles, Part, Projection, Weight};
+use tidemill_kernels::train::{Attention, Block, Compute, Dropout, Operand, Pieces, Product, Rotation, Span, View};
+use tidemill_kernels::{AttentionSpec, HeadShape, Store};
+
+use super::layout::{Group, GroupLayout, Layout};
+use super::workshop::Workshop;
+use super::{ModelError, failed, slice};
+use crate::parameters::read;
+use crate::random::mix;
+
+/// What a layer's file weights are, beside its matrices.
+pub(super) struct LayerWeights {
+    index: usize,
+    attention_norm: Vec<f32>,
+    feed_forward_norm: Vec<f32>,
+    /// Per-head norms of queries and keys.
+    head_norms: Option<[Vec<f32>; 2]>,
+    /// By group; empty without.
+    biases: [Vec<f32>; 4],
+}
+
+impl LayerWeights {
+    pub fn load(files: &ModelFiles, index: usize) -> Result<Self, ModelError> {
+        let config = files.config();
+        let vector = |part: Part| files.vector(Weight::Layer(index, part));
+        let bias = |wanted: bool, parts: &[Part]| -> Result<Vec<f32>, ModelError> {
+            if !wanted {
+                return Ok(Vec::new());
+            }
+            Ok(parts.iter().map(|part| vector(*part)).collect::<Result<Vec<_>, _>>()?.concat())
+        };
+        // Every matrix is looked up once here, so that a file that lacks one is refused before training starts.
+        for projection in Projection::ALL {
+            files.matrix(Weight::Layer(index, part_of(projection)))?;
+        }
+        Ok(Self {
+            index,
+            attention_norm: vector(Part::AttentionNorm)?,
+            feed_forward_norm: vector(Part::FeedForwardNorm)?,
+            head_norms: if config.qk_norm { Some([vector(Part::QueryNorm)?, vector(Part::KeyNorm)?]) } else { None },
+            biases: [
+                bias(config.qkv_bias, &[Part::QueryBias, Part::KeyBias, Part::ValueBias])?,
+                bias(config.output_bias, &[Part::AttentionOutputBias])?,
+                bias(config.mlp_bias, &[Part::GateBias, Part::UpBias])?,
+                bias(config.mlp_bias, &[Part::DownBias])?,
+            ],
+        })
+    }
+}
+
+const fn part_of(projection: Projection) -> Part {
+    match projection {
+        Projection::Query => Part::Query,
+        Projection::Key => Part::Key,
+        Projection::Value => Part::Value,
+        Projection::AttentionOutput => Part::AttentionOutput,
+        Projection::Gate => Part::Gate,
+        Projection::Up => Part::Up,
+        Projection::Down => Part::Down,
+    }
+}
+
+/// Rows of a pass and how they see each other.
+pub(super) struct Rows {
+    pub positions: Vec<u32>,
+    pub spans: Vec<Span>,
+    pub rotation: Arc<Rotation>,
+}
+
+/// A layer in one pass.
+pub(super) struct LayerOp {
+    pub files: Arc<ModelFiles>,
+    pub weights: Arc<LayerWeights>,
+    /// Of the parameter; `None` computes the base model's layer.
+    pub layout: Option<Arc<Layout>>,
+    pub rows: Arc<Rows>,
+    pub workshop: Arc<Workshop>,
+    /// Probability and key of the pass.
+    pub dropout: Option<(f64, u64)>,
+    /// Whether a backward pass may come, and what it needs should be kept rather than computed again.
+    pub keep: bool,
+    pub saved: Mutex<Option<Saved>>,
+}
+
+/// Queries and keys before their norms (a `qkv` of its own), and the inverse roots, `[rows, heads]` and `[rows, kv_heads]`.
+type RawHeads = (Vec<f32>, [Vec<f32>; 2]);
+
+/// What the forward pass leaves for the backward one.
+pub(super) struct Saved {
+    /// Inverse roots of the two norms, `[rows]`.
+    inverse: [Vec<f32>; 2],
+    /// `[rows, (heads + 2 kv_heads) * head_dim]`, rotated.
+    qkv: Vec<f32>,
+    raw: Option<RawHeads>,
+    /// `[rows, heads * head_dim]`
+    attended: Vec<f32>,
+    /// `[rows, heads]`
+    lse: Vec<f32>,
+    /// The residual stream between the halves, `[rows, hidden]`.
+    middle: Vec<f32>,
+    /// `[rows, 2 * intermediate]`
+    gate_up: Vec<f32>,
+    /// `A x` of each group, `[rows, ranks]`.
+    shrunk: [Vec<f32>; 4],
+}
+
+impl Saved {
+    fn buffers(self) -> impl Iterator<Item = Vec<f32>> {
+        let Self { inverse, qkv, raw, attended, lse, middle, gate_up, shrunk } = self;
+        let raw = raw.into_iter().flat_map(|(raw, inverse)| std::iter::once(raw).chain(inverse));
+        inverse.into_iter().chain([qkv, attended, lse, middle, gate_up]).chain(shrunk).chain(raw)
+    }
+}
+
+/// A pass through one layer with everything at hand.
+struct Pass<'a> {
+    op: &'a LayerOp,
+    config: &'a ModelConfig,
+    compute: &'a mut Compute,
+    params: &'a [f32],
+    rows: usize,
+}
+
+impl LayerOp {
+    fn pass<'a>(&'a self, compute: &'a mut Compute, params: &'a [f32]) -> Pass<'a> {
+        Pass { op: self, config: self.files.config(), compute, params, rows: self.rows.positions.len() }
+    }
+
+    fn attention(&self) -> Attention<'_> {
+        let &ModelConfig { heads, kv_heads, head_dim, sliding_window, .. } = self.files.config();
+        Attention {
+            spans: &self.rows.spans,
+            positions: &self.rows.positions,
+            shape: HeadShape { heads, kv_heads, head_dim },
+            spec: AttentionSpec { scale: 1.0 / (head_dim as f32).sqrt(), sliding_window, soft_cap: None },
+        }
+    }
+
+    fn forward(&self, x: &[f32], params: &[f32]) -> candle_core::Result<(CpuStorage, Shape)> {
+        let hidden = self.files.config().hidden;
+        let rows = self.rows.positions.len();
+        if x.len() != rows * hidden || params.len() != self.layout.as_ref().map_or(0, |layout| layout.len) {
+            candle_core::bail!("a layer got {} values and {} parameters for {rows} rows", x.len(), params.len());
+        }
+        let mut out = vec![0.0; x.len()];
+        let saved = self.pass(&mut self.workshop.compute(), params).forward(x, &mut out).map_err(failed)?;
+        if self.keep {
+            *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some(saved);
+        } else {
+            saved.buffers().for_each(|buffer| self.workshop.give_back(buffer));
+        }
+        Ok((CpuStorage::F32(out), Shape::from((rows, hidden))))
+    }
+
+    /// Derivatives along the input and the parameter.
+    fn backward(&self, x: &Tensor, params: &[f32], dout: &Tensor) -> candle_core::Result<(Tensor, Vec<f32>)> {
+        let kept = self.saved.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (mut dx, mut dparams) = (vec![0.0; x.elem_count()], vec![0.0; params.len()]);
+        let done = read(x, |x| {
+            read(dout, |dout| {
+                let mut compute = self.workshop.compute();
+                let mut pass = self.pass(&mut compute, params);
+                let saved = match kept {
+                    Some(saved) => saved,
+                    None => {
+                        let mut out = self.workshop.buffer(x.len());
+                        let saved = pass.forward(x, &mut out)?;
+                        self.workshop.give_back(out);
+                        saved
+                    }
+                };
+                pass.backward(x, &saved, dout, &mut dx, &mut dparams)?;
+                saved.buffers().for_each(|buffer| self.workshop.give_back(buffer));
+                Ok::<_, ModelError>(())
+            })
+        })??;
+        done.map_err(failed)?;
+        Ok((Tensor::from_vec(dx, x.shape(), &Device::Cpu)?, dparams))
+    }
+}
+
+impl CustomOp1 for LayerOp {
+    fn name(&self) -> &'static str {
+        "decoder layer"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, x_layout: &Strides) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.forward(slice(x, x_layout)?, &[])
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, dout: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(self.backward(x, &[], dout)?.0))
+    }
+}
+
+impl CustomOp2 for LayerOp {
+    fn name(&self) -> &'static str {
+        "adapted decoder layer"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Strides,
+        params: &CpuStorage,
+        params_layout: &Strides,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.forward(slice(x, x_layout)?, slice(params, params_layout)?)
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        params: &Tensor,
+        _: &Tensor,
+        dout: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let (dx, dparams) = read(params, |params| self.backward(x, params, dout))??;
+        Ok((Some(dx), Some(Tensor::from_vec(dparams, params.shape(), &Device::Cpu)?)))
+    }
+}
+
+impl Pass<'_> {
+    fn layout(&self, group: Group) -> Option<&GroupLayout> {
+        let layout = self.op.layout.as_deref()?;
+        Some(&layout.groups[group as usize]).filter(|group| !group.slots.is_empty())
+    }
+
+    fn buffer(&self, width: usize) -> Vec<f32> {
+        self.op.workshop.buffer(self.rows * width)
+    }
+
+    fn give_back(&self, buffers: impl IntoIterator<Item = Vec<f32>>) {
+        buffers.into_iter().for_each(|buffer| self.op.workshop.give_back(buffer));
+    }
+
+    /// Output and input features of a group's stacked matrices.
+    fn sizes(&self, group: Group) -> (usize, usize) {
+        let shapes = group.projections().iter().map(|projection| projection.shape(self.config));
+        shapes.fold((0, 0), |(out, _), (n, k)| (out + n, k))
+    }
+
+    /// A mask for the input of a group's `A`. The matrices of a group share their input, and so its mask.
+    fn dropout(&self, group: Group) -> Option<Dropout> {
+        let (probability, key) = self.op.dropout?;
+        let place = self.op.weights.index * Group::ALL.len() + group as usize;
+        Dropout::new(probability, mix(key ^ mix(place as u64 + 1)))
+    }
+
+    /// Calls `with` with the group's matrices as they lie in the files.
+    fn with_weights<T>(
+        &mut self,
+        group: Group,
+        with: impl FnOnce(&mut Self, &[Block<'_>]) -> Result<T, ModelError>,
+    ) -> Result<T, ModelError> {
+        let (files, index) = (&self.op.files, self.op.weights.index);
+        let matrices = group.projections().iter().map(|projection| files.matrix(Weight::Layer(index, part_of(*projection))));
+        let matrices = matrices.collect::<Result<Vec<_>, _>>()?;
+        let blocks: Vec<Block<'_>> = matrices.iter().map(|matrix| Block::Weight(matrix.source())).collect();
+        with(self, &blocks)
+    }
+
+    /// `out (+)= W x + b + scale · B A x` of a group; returns `A x`.
+    fn linear(&mut self, group: Group, x: &[f32], out: &mut [f32], store: Store) -> Result<Vec<f32>, ModelError> {
+        let ((n, k), m) = (self.sizes(group), self.rows);
+        let input = View::Rows { data: x, stride: k };
+        self.with_weights(group, |pass, blocks| {
+            let product = Product { m, n, k, left: input, right: Operand::StackT(blocks), scale: 1.0, store };
+            Ok(pass.compute.matmul(&product, out, n)?)
+        })?;
+        let bias = &self.op.weights.biases[group as usize];
+        if !bias.is_empty() {
+            for row in out.chunks_mut(n) {
+                row.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+            }
+        }
+        let Some(layout) = self.layout(group).cloned() else { return Ok(Vec::new()) };
+        let mut shrunk = self.buffer(layout.ranks);
+        let dropped = self.dropped(group, x)?;
+        let left = View::Rows { data: dropped.as_deref().unwrap_or(x), stride: k };
+        let a = [Block::Values { data: &self.params[layout.a.clone()], n: layout.ranks }];
+        let product = Product { m, n: layout.ranks, k, left, right: Operand::StackT(&a), scale: 1.0, store: Store::Replace };
+        self.compute.matmul(&product, &mut shrunk, layout.ranks)?;
+        for slot in &layout.slots {
+            let product = Product {
+                m,
+                n: slot.shape.0,
+                k: slot.rank,
+                left: View::Rows { data: &shrunk[slot.first_rank..], stride: layout.ranks },
+                right: Operand::View(View::Columns { data: &self.params[slot.b.clone()], stride: slot.rank }),
+                scale: slot.scale,
+                store: Store::Add,
+            };
+            self.compute.matmul(&product, &mut out[slot.column..], n)?;
+        }
+        self.give_back(dropped);
+        Ok(shrunk)
+    }
+
+    /// The input of a group's `A`, where it is not the group's own input.
+    fn dropped(&mut self, group: Group, x: &[f32]) -> Result<Option<Vec<f32>>, ModelError> {
+        let Some(dropout) = self.dropout(group) else { return Ok(None) };
+        let mut dropped = self.op.workshop.buffer(x.len());
+        self.compute.dropout(dropout, x, &mut dropped, Store::Replace)?;
+        Ok(Some(dropped))
+    }
+
+    /// The derivatives of [`Self::linear`] for those along its result: along `x`, stored to `dx`, and along the parameter.
+    fn linear_back(
+        &mut self,
+        group: Group,
+        x: &[f32],
+        shrunk: &[f32],
+        dy: &[f32],
+        dx: &mut [f32],
+        dparams: &mut [f32],
+    ) -> Result<(), ModelError> {
+        let ((n, k), m) = (self.sizes(group), self.rows);
+        let along_result = View::Rows { data: dy, stride: n };
+        self.with_weights(group, |pass, blocks| {
+            let right = Operand::Stack(blocks);
+            let product = Product { m, n: k, k: n, left: along_result, right, scale: 1.0, store: Store::Replace };
+            Ok(pass.compute.matmul(&product, dx, k)?)
+        })?;
+        let Some(layout) = self.layout(group).cloned() else { return Ok(()) };
+        let ranks = layout.ranks;
+        let mut dshrunk = self.buffer(ranks);
+        for slot in &layout.slots {
+            let (out, rank) = (slot.shape.0, slot.rank);
+            let own = &dy[slot.column..];
+            let product = Product {
+                m,
+                n: rank,
+                k: out,
+                left: View::Rows { data: own, stride: n },
+                right: Operand::View(View::Rows { data: &self.params[slot.b.clone()], stride: rank }),
+                scale: slot.scale,
+                store: Store::Replace,
+            };
+            self.compute.matmul(&product, &mut dshrunk[slot.first_rank..], ranks)?;
+            let along_b = Product {
+                m: out,
+                n: rank,
+                k: m,
+                left: View::Columns { data: own, stride: n },
+                right: Operand::View(View::Rows { data: &shrunk[slot.first_rank..], stride: ranks }),
+                ..product
+            };
+            self.compute.matmul(&along_b, &mut dparams[slot.b.clone()], rank)?;
+        }
+        let dropped = self.dropped(group, x)?;
+        let input = dropped.as_deref().unwrap_or(x);
+        let along_a = Product {
+            m: ranks,
+            n: k,
+            k: m,
+            left: View::Columns { data: &dshrunk, stride: ranks },
+            right: Operand::View(View::Rows { data: input, stride: k }),
+            scale: 1.0,
+            store: Store::Replace,
+        };
+        self.compute.matmul(&along_a, &mut dparams[layout.a.clone()], k)?;
+        let a = [Block::Values { data: &self.params[layout.a.clone()], n: ranks }];
+        let mut along_input = Product {
+            m,
+            n: k,
+            k: ranks,
+            left: View::Rows { data: &dshrunk, stride: ranks },
+            right: Operand::Stack(&a),
+            scale: 1.0,
+            store: Store::Add,
+        };
+        match (self.dropout(group), dropped) {
+            (Some(dropout), Some(mut along)) => {
+                along_input.store = Store::Replace;
+                self.compute.matmul(&along_input, &mut along, k)?;
+                self.compute.dropout(dropout, &along, dx, Store::Add)?;
+                self.give_back([along]);
+            }
+            _ => self.compute.matmul(&along_input, dx, k)?,
+        }
+        self.give_back([dshrunk]);
+        Ok(())
+    }
+
+    /// Queries and keys of a `qkv` row.
+    fn pieces(&self) -> [Pieces; 2] {
+        let &ModelConfig { heads, kv_heads, head_dim, .. } = self.config;
+        let stride = (heads + 2 * kv_heads) * head_dim;
+        [
+            Pieces { stride, offset: 0, count: heads, width: head_dim },
+            Pieces { stride, offset: heads * head_dim, count: kv_heads, width: head_dim },
+        ]
+    }
+
+    /// Norms of heads and rotation, in place; returns what the norms' derivative needs.
+    fn rotate(&mut self, qkv: &mut [f32]) -> Result<Option<RawHeads>, ModelError> {
+        let mut raw = None;
+        if let Some(norms) = &self.op.weights.head_norms {
+            let mut before = self.op.workshop.buffer(qkv.len());
+            before.copy_from_slice(qkv);
+            let mut inverses = [Vec::new(), Vec::new()];
+            for ((pieces, weight), inverse) in self.pieces().into_iter().zip(norms).zip(&mut inverses) {
+                *inverse = self.buffer(pieces.count);
+                self.compute.rms_norm(&before, pieces, weight, self.config.rms_eps, qkv, inverse)?;
+            }
+            raw = Some((before, inverses));
+        }
+        let rows = &self.op.rows;
+        for pieces in self.pieces() {
+            self.compute.rotate(qkv, pieces, &rows.rotation, &rows.positions, false)?;
+        }
+        Ok(raw)
+    }
+
+    fn rotate_back(&mut self, raw: Option<&RawHeads>, dqkv: &mut [f32]) -> Result<(), ModelError> {
+        let rows = &self.op.rows;
+        for pieces in self.pieces() {
+            self.compute.rotate(dqkv, pieces, &rows.rotation, &rows.positions, true)?;
+        }
+        if let (Some((before, inverses)), Some(norms)) = (raw, &self.op.weights.head_norms) {
+            let mut along = self.op.workshop.buffer(dqkv.len());
+            along.copy_from_slice(dqkv);
+            for ((pieces, weight), inverse) in self.pieces().into_iter().zip(norms).zip(inverses) {
+                self.compute.rms_norm_back(before, pieces, weight, inverse, &along, dqkv, Store::Replace)?;
+            }
+            self.give_back([along]);
+        }
+        Ok(())
+    }
+
+    fn forward(&mut self, x: &[f32], out: &mut [f32]) -> Result<Saved, ModelError> {
+        let &ModelConfig { hidden, intermediate, heads, head_dim, rms_eps: eps, .. } = self.config;
+        let weights = &self.op.weights;
+        let whole = Pieces::rows(hidden);
+        let mut inverse = [self.buffer(1), self.buffer(1)];
+        let mut normed = self.buffer(hidden);
+        self.compute.rms_norm(x, whole, &weights.attention_norm, eps, &mut normed, &mut inverse[0])?;
+        let mut qkv = self.buffer(self.sizes(Group::Qkv).0);
+        let qkv_shrunk = self.linear(Group::Qkv, &normed, &mut qkv, Store::Replace)?;
+        let raw = self.rotate(&mut qkv)?;
+        let (mut attended, mut lse) = (self.buffer(heads * head_dim), self.buffer(heads));
+        let op = self.op;
+        self.compute.attention(op.attention(), &qkv, &mut attended, &mut lse)?;
+        let mut middle = self.buffer(hidden);
+        middle.copy_from_slice(x);
+        let output_shrunk = self.linear(Group::AttentionOutput, &attended, &mut middle, Store::Add)?;
+
+        self.compute.rms_norm(&middle, whole, &weights.feed_forward_norm, eps, &mut normed, &mut inverse[1])?;
+        let mut gate_up = self.buffer(2 * intermediate);
+        let gate_up_shrunk = self.linear(Group::GateUp, &normed, &mut gate_up, Store::Replace)?;
+        let mut gated = self.buffer(intermediate);
+        self.compute.silu_mul(&gate_up, intermediate, &mut gated)?;
+        out.copy_from_slice(&middle);
+        let down_shrunk = self.linear(Group::Down, &gated, out, Store::Add)?;
+        self.give_back([normed, gated]);
+        let shrunk = [qkv_shrunk, output_shrunk, gate_up_shrunk, down_shrunk];
+        Ok(Saved { inverse, qkv, raw, attended, lse, middle, gate_up, shrunk })
+    }
+
+    fn backward(
+        &mut self,
+        x: &[f32],
+        saved: &Saved,
+        dout: &[f32],
+        dx: &mut [f32],
+        dparams: &mut [f32],
+    ) -> Result<(), ModelError> {
+        let &ModelConfig { hidden, intermediate, heads, head_dim, rms_eps: eps, .. } = self.config;
+        let weights = &self.op.weights;
+        let whole = Pieces::rows(hidden);
+        let [qkv_shrunk, output_shrunk, gate_up_shrunk, down_shrunk] = &saved.shrunk;
+
+        let (mut gated, mut dgated) = (self.buffer(intermediate), self.buffer(intermediate));
+        self.compute.silu_mul(&saved.gate_up, intermediate, &mut gated)?;
+        self.linear_back(Group::Down, &gated, down_shrunk, dout, &mut dgated, dparams)?;
+        let mut dgate_up = self.buffer(2 * intermediate);
+        self.compute.silu_mul_back(&saved.gate_up, intermediate, &dgated, &mut dgate_up)?;
+        let (mut normed, mut dnormed, mut scratch) = (self.buffer(hidden), self.buffer(hidden), self.buffer(1));
+        self.compute.rms_norm(&saved.middle, whole, &weights.feed_forward_norm, eps, &mut normed, &mut scratch)?;
+        self.linear_back(Group::GateUp, &normed, gate_up_shrunk, &dgate_up, &mut dnormed, dparams)?;
+        // Along the middle: directly, and through the feed-forward part.
+        let mut dmiddle = self.buffer(hidden);
+        dmiddle.copy_from_slice(dout);
+        let [first, second] = &saved.inverse;
+        self.compute.rms_norm_back(
+            &saved.middle,
+            whole,
+            &weights.feed_forward_norm,
+            second,
+            &dnormed,
+            &mut dmiddle,
+            Store::Add,
+        )?;
+
+        let mut dattended = self.buffer(heads * head_dim);
+        self.linear_back(Group::AttentionOutput, &saved.attended, output_shrunk, &dmiddle, &mut dattended, dparams)?;
+        let mut dqkv = self.buffer(self.sizes(Group::Qkv).0);
+        let op = self.op;
+        self.compute.attention_back(op.attention(), &saved.qkv, &saved.attended, &saved.lse, &dattended, &mut dqkv)?;
+        self.rotate_back(saved.raw.as_ref(), &mut dqkv)?;
+        self.compute.rms_norm(x, whole, &weights.attention_norm, eps, &mut normed, &mut scratch)?;
+        self.linear_back(Group::Qkv, &normed, qkv_shrunk, &dqkv, &mut dnormed, dparams)?;
+        dx.copy_from_slice(&dmiddle);
+        self.compute.rms_norm_back(x, whole, &weights.attention_norm, first, &dnormed, dx, Store::Add)?;
+        self.give_back([gated, dgated, dgate_up, normed, dnormed, scratch, dmiddle, dattended, dqkv]);
+        Ok(())
+    }
+}
