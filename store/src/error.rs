@@ -64,10 +64,20 @@ pub enum StoreError {
     Random(String),
     /// The database is away, slow or broken.
     #[error("the database failed: {0}; see that it runs and has room, and try again")]
-    Database(#[from] sqlx::Error),
+    Database(#[source] sqlx::Error),
     /// The tables cannot be brought up to date.
     #[error("the database's tables cannot be brought up to date: {0}; was it made by a newer tidemill?")]
     Migrate(#[from] sqlx::migrate::MigrateError),
+}
+
+impl From<sqlx::Error> for StoreError {
+    fn from(error: sqlx::Error) -> Self {
+        match error {
+            // No connection became free in time: all of them wait for a database that does not answer.
+            sqlx::Error::PoolTimedOut => Self::Away,
+            error => Self::Database(error),
+        }
+    }
 }
 
 /// Nothing more can be taken: the database is away or slow, and the queue and the spill log have no room.

@@ -5,7 +5,7 @@
 pub enum LabelError {
     /// The database is away, slow or broken.
     #[error("the database failed: {0}; see that it runs and has room, and try again")]
-    Database(#[from] sqlx::Error),
+    Database(#[source] sqlx::Error),
     /// The same, from the rest of the store.
     #[error(transparent)]
     Store(#[from] crate::StoreError),
@@ -30,6 +30,15 @@ pub enum LabelError {
     /// Nothing of this person can be taken back.
     #[error("there is nothing to undo in this queue")]
     NothingToUndo,
+}
+
+impl From<sqlx::Error> for LabelError {
+    fn from(error: sqlx::Error) -> Self {
+        match crate::StoreError::from(error) {
+            crate::StoreError::Database(error) => Self::Database(error),
+            other => Self::Store(other),
+        }
+    }
 }
 
 impl LabelError {
