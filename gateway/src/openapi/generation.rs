@@ -20,11 +20,11 @@ pub fn topic() -> Topic {
         generates(Operation::post("/v1/chat/completions", TAG, "Answer a conversation"))
             .takes(named("ChatRequest"))
             .answers(200, "The answer, or with `stream` its pieces as events.", named("ChatAnswer"))
-            .answers_as(200, "The answer, or with `stream` its pieces as events.", "text/event-stream", text()),
+            .answers_as(200, "The answer, or with `stream` its pieces as events.", "text/event-stream", any()),
         generates(Operation::post("/v1/completions", TAG, "Continue a text"))
             .takes(named("CompletionRequest"))
             .answers(200, "The continuation, or with `stream` its pieces as events.", named("CompletionAnswer"))
-            .answers_as(200, "The continuation, or with `stream` its pieces as events.", "text/event-stream", text()),
+            .answers_as(200, "The continuation, or with `stream` its pieces as events.", "text/event-stream", any()),
         generates(Operation::post("/v1/embeddings", TAG, "Vectors of texts")).takes(embedding_request()).answers(
             200,
             "The vectors.",

@@ -19,7 +19,7 @@ pub fn topic() -> Topic {
         theirs(Operation::post("/v1/messages", TAG, "Answer a conversation, in Anthropic's form"))
             .takes(named("MessagesRequest"))
             .answers(200, "The message, or with `stream` its pieces as events.", named("MessagesAnswer"))
-            .answers_as(200, "The message, or with `stream` its pieces as events.", "text/event-stream", text()),
+            .answers_as(200, "The message, or with `stream` its pieces as events.", "text/event-stream", any()),
         theirs(Operation::post("/v1/messages/count_tokens", TAG, "How many tokens a conversation is"))
             .takes(conversation().may("speed", any()).schema())
             .answers(200, "The count.", counted.schema()),

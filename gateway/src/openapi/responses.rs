@@ -32,7 +32,7 @@ pub fn topic() -> Topic {
         of_chat(Operation::post("/v1/responses", TAG, "Answer, and remember the conversation"))
             .takes(named("ResponseRequest"))
             .answers(200, response, named("Response"))
-            .answers_as(200, response, "text/event-stream", text())
+            .answers_as(200, response, "text/event-stream", any())
             .refuses(&[404, 429]),
         of_chat(Operation::post("/v1/responses/input_tokens", TAG, "How many tokens a request's input has"))
             .takes(named("ResponseRequest"))
