@@ -196,9 +196,12 @@ def test_one_keys_flood_leaves_anothers_single_requests_their_latency(start, tmp
 
 def test_who_cannot_meet_the_deadline_is_refused_at_once_and_who_does_not_is_ended(start):
     server = start("--max-seqs", "1", models={MODEL: default_model()})
-    # Something to measure the speed by.
+    # Something to measure the speed by, the engine's and this test's: a deadline that suits one machine is none on a faster one.
+    one = 0.0
     for _ in range(3):
-        assert server.post("/v1/completions", {"model": MODEL, "prompt": "a", "max_tokens": 100, "ignore_eos": True}).status == 200
+        begin = time.monotonic()
+        assert server.post("/v1/completions", {"model": MODEL, "prompt": "a", "max_tokens": 300, "ignore_eos": True}).status == 200
+        one = max(one, time.monotonic() - begin)
     long = {"max_tokens": 6000, "ignore_eos": True}
     begin = time.monotonic()
     ended = complete(server, "none", timeout_ms=3000, **long)
@@ -216,7 +219,8 @@ def test_who_cannot_meet_the_deadline_is_refused_at_once_and_who_does_not_is_end
             while server.metrics().get("tidemill:num_requests_waiting", 0) < 20:
                 await asyncio.sleep(0.05)
             begin = time.monotonic()
-            refused = await asyncio.to_thread(complete, server, "none", 15_000)
+            # Twenty stand before it, and they go one by one.
+            refused = await asyncio.to_thread(complete, server, "none", int(5_000 * one))
             took = time.monotonic() - begin
             patient = asyncio.create_task(asyncio.to_thread(complete, server, "none", 1_000_000, max_tokens=1))
             await asyncio.sleep(1)
@@ -231,5 +235,5 @@ def test_who_cannot_meet_the_deadline_is_refused_at_once_and_who_does_not_is_end
     assert int(refused.headers["retry-after"]) >= 1
     print(f"\nrefused after {took * 1e3:.0f} ms: {refused.error['message']}")
     # Long before its deadline would have been.
-    assert took < 10
+    assert took < 5 * one
     assert waits and patient.status == 200, patient.body
