@@ -10,7 +10,7 @@ const EXP2: [f32; 6] = [1.000_000_1, std::f32::consts::LN_2, 0.240_221_07, 0.055
 ///
 /// # Safety
 /// Methods may only be called where the instructions of the implementing type exist, with pointers good for `N` elements.
-pub(super) trait Lanes {
+pub(in crate::cpu) trait Lanes {
     type V: Copy;
     const N: usize;
     /// Rows of two vectors each whose sums the registers hold beside the operands.
@@ -35,7 +35,7 @@ pub(super) trait Lanes {
 }
 
 /// Four floats of plain Rust.
-pub(super) struct Portable;
+pub(in crate::cpu) struct Portable;
 
 impl Lanes for Portable {
     type V = [f32; 4];
@@ -108,7 +108,9 @@ impl Lanes for Portable {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::{Avx2, Avx512, dot_bf16, store_bf16};
+pub(in crate::cpu) use x86::{Avx2, Avx512};
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::{dot_bf16, store_bf16};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {

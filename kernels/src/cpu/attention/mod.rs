@@ -6,7 +6,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
-mod lanes;
+pub(super) mod lanes;
 mod plan;
 mod storage;
 mod tile;
