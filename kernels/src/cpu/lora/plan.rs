@@ -30,10 +30,11 @@ impl LoraPlan {
         let with_adapter = |row: &u32| adapters[*row as usize] != NO_ADAPTER;
         self.rows.extend((0..adapters.len() as u32).filter(with_adapter));
         self.rows.sort_unstable_by_key(|&row| (adapters[row as usize], row));
+        // An adapter's rows stay together where there are others for the other threads: its factors are read once then.
+        let share = self.rows.len().div_ceil(threads.max(1)).next_multiple_of(ROW_BLOCK).clamp(ROW_BLOCK, GROUP_ROWS);
         let mut first = 0;
         for run in self.rows.chunk_by(|&a, &b| adapters[a as usize] == adapters[b as usize]) {
-            let size = run.len().div_ceil(threads.max(1)).next_multiple_of(ROW_BLOCK).min(GROUP_ROWS);
-            for rows in run.chunks(size) {
+            for rows in run.chunks(share) {
                 self.groups.push(Group { slot: adapters[rows[0] as usize], first, rows: rows.len() });
                 first += rows.len();
             }
