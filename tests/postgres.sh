@@ -60,7 +60,7 @@ as "$bin/initdb" -D "$home/data" -U tidemill --auth=trust --encoding=UTF8 --loca
 for _ in 1 2 3 4 5; do
     port=${TIDEMILL_TEST_POSTGRES_PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
     started=
-    as "$bin/pg_ctl" -D "$home/data" -l "$home/data/log" -w -t 30 start >/dev/null \
+    as "$bin/pg_ctl" -D "$home/data" -l "$home/data/log" -w -t 120 start >/dev/null \
         -o "-c listen_addresses=127.0.0.1 -c port=$port -c unix_socket_directories='$socket' -c max_connections=300" &&
         { started=yes; break; }
 done

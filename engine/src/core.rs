@@ -131,8 +131,9 @@ impl Core {
             Err(panic) => {
                 let text = panic.downcast_ref::<String>().map(String::as_str);
                 let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown cause");
+                // The text may quote somebody's prompt: it is for the log, and not for whoever asks next.
                 tracing::error!(panic = text, "the engine's thread panicked");
-                format!("internal error: {text}")
+                "an internal error, which the server's log shows".to_owned()
             }
         };
         *lock(&self.status.stopped) = Some(reason.clone());

@@ -50,11 +50,12 @@ pub use detokenizer::Detokenizer;
 pub use embedding::{EmbedError, EmbedRequest, Embedding};
 pub use engine::{Engine, EngineLimits, Health, MemoryReport, ServedModel};
 pub use generation_defaults::GenerationDefaults;
-pub use grammar::{Constraint, ConstraintKey, Grammar, GrammarError};
+pub use grammar::{Constraint, ConstraintKey, Grammar, GrammarError, for_lark};
 pub use load_error::LoadError;
 pub use model::Decoder;
+pub use model::weight_names::{Part, Weight};
 pub use model_config::{Family, ModelConfig, RopeScaling};
-pub use model_files::{Frontend, ModelFiles};
+pub use model_files::{FileMatrix, Frontend, ModelFiles};
 pub use options::{EngineOptions, StartError};
 pub use pooling::{Cut, Pooling, PoolingMode};
 pub use request::{

@@ -3,6 +3,7 @@
 mod end_of_turn;
 mod gguf;
 mod hugging_face;
+mod weights;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,8 @@ use crate::model_config::ModelConfig;
 use crate::pooling::Pooling;
 use crate::tensor_file::{Tensor, TensorFile};
 use crate::tokenizer::Tokenizer;
+
+pub use weights::FileMatrix;
 
 /// A model on disk: configuration, tokenizer, chat template and defaults are read, weights are mapped and checked when asked for.
 pub struct ModelFiles {

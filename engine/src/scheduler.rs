@@ -8,6 +8,9 @@
 //! When blocks run out, paused sequences give theirs back first, then, of the lowest priority, the youngest of the tenant that holds
 //! most; they keep their tokens and their place in line and are computed again later. The first in line is never preempted for
 //! another of its priority, and any one sequence fits the pool alone, so every sequence gets on.
+//!
+//! A draw waits for its sequence's mask, and the whole step with it. A sequence whose mask may take long therefore sits out until the
+//! mask is there, unless nobody else has anything to do.
 
 use crate::batch::{self, Share};
 use crate::block_pool::{BLOCK_SIZE, BlockId, SharedPool};
@@ -146,7 +149,7 @@ impl Scheduler {
         let live = request.sampling.n;
         self.requests.insert(key, RequestState { cached_tokens: 0, prompt_done: false, live, scores: Vec::new() });
         let sequence = Sequence::leader(key, request, seed, &self.pool);
-        self.counters.wait(sequence.tenant());
+        self.counters.wait(sequence.contender());
         self.waiting.insert(sequence.id, sequence);
     }
 
@@ -191,8 +194,8 @@ impl Scheduler {
         for (_, sequence) in self.waiting.range_mut(range.clone()) {
             match (std::mem::replace(&mut sequence.paused, paused), paused) {
                 // Who cannot run does not hold the others' counters down, and earns nothing by it.
-                (false, true) => self.counters.stop_waiting(sequence.tenant(), false),
-                (true, false) => self.counters.wait(sequence.tenant()),
+                (false, true) => self.counters.stop_waiting(sequence.contender(), false),
+                (true, false) => self.counters.wait(sequence.contender()),
                 _ => {}
             }
         }
@@ -228,12 +231,12 @@ impl Scheduler {
 
     fn remove(&mut self, id: SequenceId) -> bool {
         if let Some(sequence) = self.running.remove(&id) {
-            self.counters.free_slots(sequence.tenant(), sequence.slots);
+            self.counters.free_slots(sequence.contender(), sequence.slots);
             return true;
         }
         let Some(sequence) = self.waiting.remove(&id) else { return false };
         if !sequence.paused {
-            self.counters.stop_waiting(sequence.tenant(), false);
+            self.counters.stop_waiting(sequence.contender(), false);
         }
         true
     }
@@ -247,13 +250,14 @@ impl Scheduler {
         self.set_back.clear();
         let mut budget = Budget { tokens: self.limits.max_batch_tokens, samples: self.limits.max_samples };
         let preemptions = self.counts.preemptions;
-        self.plan_all_running(&mut budget);
+        self.plan_all_running(&mut budget, Sequence::is_late);
         if self.counts.preemptions == preemptions {
             self.admit(&mut budget);
-            if self.plan.is_empty() {
-                // An urgent newcomer took the places of all who had a share and still does not fit: the others get the step.
-                self.plan_all_running(&mut budget);
-            }
+        }
+        if self.plan.is_empty() {
+            // An urgent newcomer took the places of all who had a share and still does not fit, or all wait for masks: whoever is left
+            // gets the step.
+            self.plan_all_running(&mut budget, |_| false);
         }
         batch.copies.extend(self.copies.iter().map(|(from, to)| (from.0, to.0)));
         for (id, share) in &self.plan {
@@ -305,7 +309,7 @@ impl Scheduler {
         }
         // The places of a request with several choices become those of its forks.
         let draws = std::mem::replace(&mut sequence.slots, 1);
-        self.counters.charge(sequence.tenant(), 0, draws);
+        self.counters.charge(sequence.contender(), 0, draws);
         let mut forks: Vec<Sequence> = (1..draws as u32).map(|choice| sequence.fork(choice)).collect();
         for sequence in std::iter::once(sequence).chain(&mut forks) {
             let Some(sampled) = samples.next() else { return };
@@ -326,17 +330,17 @@ impl Scheduler {
         self.running.extend(forks.into_iter().map(|sequence| (sequence.id, sequence)));
     }
 
-    fn plan_all_running(&mut self, budget: &mut Budget) {
-        self.plan_running(budget, |pending| pending == 1);
-        self.plan_running(budget, |pending| pending > 1);
+    fn plan_all_running(&mut self, budget: &mut Budget, sits_out: fn(&Sequence) -> bool) {
+        self.plan_running(budget, |sequence| sequence.pending() == 1 && !sits_out(sequence));
+        self.plan_running(budget, |sequence| sequence.pending() > 1 && !sits_out(sequence));
     }
 
-    fn plan_running(&mut self, budget: &mut Budget, lacks: impl Fn(usize) -> bool) {
+    fn plan_running(&mut self, budget: &mut Budget, takes_part: impl Fn(&Sequence) -> bool) {
         let mut ids = std::mem::take(&mut self.scratch);
         ids.clear();
-        ids.extend(self.running.values().filter(|s| !s.paused && lacks(s.pending())).map(|s| s.id));
+        ids.extend(self.running.values().filter(|s| !s.paused && takes_part(s)).map(|s| s.id));
         // One long prompt after another would hold up a tenant with a short one.
-        ids.sort_by_cached_key(|id| (id.priority, self.running.get(id).map_or(0, |s| self.counters.served(s.tenant())), *id));
+        ids.sort_by_cached_key(|id| (id.priority, self.running.get(id).map_or(0, |s| self.counters.served(s.contender())), *id));
         for id in &ids {
             if budget.tokens == 0 || budget.samples == 0 {
                 break;
@@ -366,8 +370,8 @@ impl Scheduler {
             match room.and_then(|()| sequence.table.make_writable(first_block)) {
                 Ok(copy) => {
                     self.copies.extend(copy);
-                    let (tenant, prompt) = (sequence.tenant(), sequence.charge(share.rows));
-                    self.counters.charge(tenant, prompt, 0);
+                    let (contender, prompt) = (sequence.contender(), sequence.charge(share.rows));
+                    self.counters.charge(contender, prompt, 0);
                     budget.tokens -= share.rows;
                     budget.samples -= batch::samples(sequence, share);
                     self.plan.push((id, share));
@@ -391,9 +395,9 @@ impl Scheduler {
             if sequence.paused || self.set_back.contains(id) {
                 continue;
             }
-            let tenant = sequence.tenant();
+            let contender = sequence.contender();
             // Of two that were served alike, as one who just came and a flood, the one that holds less.
-            let key = (id.priority, self.counters.served(tenant), self.counters.held(tenant), *id);
+            let key = (id.priority, self.counters.served(contender), self.counters.held(contender), *id);
             if best.is_none_or(|best| key < best) {
                 best = Some(key);
             }
@@ -418,8 +422,8 @@ impl Scheduler {
                 self.admitted.push(id.request);
                 self.counts.prefix_queries += sequence.prompt_len() as u64;
             }
-            self.counters.stop_waiting(sequence.tenant(), true);
-            self.counters.take_slots(sequence.tenant(), sequence.slots);
+            self.counters.stop_waiting(sequence.contender(), true);
+            self.counters.take_slots(sequence.contender(), sequence.slots);
             self.running.insert(id, sequence);
             self.plan_one(id, budget);
         }
@@ -462,7 +466,7 @@ impl Scheduler {
         let (first, last) = (self.running.keys().next().copied(), self.running.keys().next_back().copied());
         let lowest = self.running.values().filter(|one| Some(one.id.priority) == last.map(|last| last.priority));
         let others = lowest.filter(|one| Some(one.id) != first);
-        let holder = others.max_by_key(|one| (self.counters.held(one.tenant()), one.id));
+        let holder = others.max_by_key(|one| (self.counters.held(one.contender()), one.id));
         self.paused_victim().filter(|victim| *victim != id).or(holder.map(|one| one.id)).or(last)
     }
 
@@ -478,22 +482,22 @@ impl Scheduler {
         let newcomer = self.waiting.get(&id)?;
         let yields = |one: &&Sequence| {
             one.id.priority == id.priority
-                && self.counters.should_yield(one.tenant(), one.slots, newcomer.tenant(), newcomer.slots)
+                && self.counters.should_yield(one.contender(), one.slots, newcomer.contender(), newcomer.slots)
         };
         let holder = self.running.values().filter(yields);
-        holder.max_by_key(|one| (self.counters.held(one.tenant()), one.id)).map(|one| one.id)
+        holder.max_by_key(|one| (self.counters.held(one.contender()), one.id)).map(|one| one.id)
     }
 
     /// Whether `id` goes before one that runs: by priority, by its tenant's share of places, or because it would be the only prompt of
     /// its tenant beside those of tenants that were served more.
     fn goes_before(&self, id: SequenceId) -> bool {
         let Some(newcomer) = self.waiting.get(&id) else { return false };
-        let served = self.counters.served(newcomer.tenant());
+        let served = self.counters.served(newcomer.contender());
         let mut prompts = self.running.values().filter(|one| one.pending() > 1 && one.id.priority == id.priority);
         self.is_more_urgent(id)
             || self.fair_victim(id).is_some()
             || (prompts.clone().all(|one| one.tenant().id != newcomer.tenant().id)
-                && prompts.any(|one| !one.paused && self.counters.served(one.tenant()) > served))
+                && prompts.any(|one| !one.paused && self.counters.served(one.contender()) > served))
     }
 
     /// Whether `id` has a better priority than the last in line.
@@ -512,9 +516,9 @@ impl Scheduler {
             budget.tokens += share.rows;
             budget.samples += batch::samples(&sequence, share);
         }
-        self.counters.free_slots(sequence.tenant(), sequence.slots);
+        self.counters.free_slots(sequence.contender(), sequence.slots);
         if !sequence.paused {
-            self.counters.wait_again(sequence.tenant());
+            self.counters.wait_again(sequence.contender());
         }
         self.set_back.push(id);
         sequence.release();

@@ -2,6 +2,7 @@
 
 use crate::block_pool::{BLOCK_SIZE, SharedPool};
 use crate::block_table::BlockTable;
+use crate::fairness::Contender;
 use crate::grammar::Follower;
 use crate::prefix_cache::BlockHash;
 use crate::request::{Request, Tenant};
@@ -119,6 +120,11 @@ impl Sequence {
         self.slots
     }
 
+    /// A draw might have to wait for its mask.
+    pub fn is_late(&self) -> bool {
+        self.follower.as_ref().is_some_and(Follower::is_late)
+    }
+
     /// Appends a drawn token.
     pub fn push(&mut self, token: u32) {
         self.tokens.push(token);
@@ -164,6 +170,11 @@ impl Sequence {
     /// Whose it is.
     pub fn tenant(&self) -> Tenant {
         self.request.tenant
+    }
+
+    /// Whose it is, among those of its priority.
+    pub fn contender(&self) -> Contender {
+        Contender { priority: self.id.priority, tenant: self.request.tenant }
     }
 
     /// Prompt tokens among the next `rows` rows that were not charged before; from now on they are.

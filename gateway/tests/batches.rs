@@ -164,9 +164,10 @@ async fn a_cancelled_batch_keeps_what_was_answered_and_names_what_was_not() {
 
 #[tokio::test]
 async fn whoever_waits_goes_before_a_batch() {
-    let app = Setup { max_seqs: 2, ..Setup::slow(40, 5) }.app();
+    // A line takes four seconds, a request of somebody who waits a tenth of that.
+    let app = Setup { max_seqs: 2, ..Setup::slow(400, 10) }.app();
     let router = start(&app);
-    let text: String = (0..60).map(|n| line(&n.to_string(), chat(json!({"max_tokens": 40})))).collect();
+    let text: String = (0..6).map(|n| line(&n.to_string(), chat(json!({"max_tokens": 400})))).collect();
     let file = input(&app, None, &text).await;
     let made = post(&router, "/v1/batches", order(&file)).await.json();
     let id = made["id"].as_str().unwrap();
@@ -190,7 +191,7 @@ async fn whoever_waits_goes_before_a_batch() {
     // The two, and at most the two lines that were about to end when they came.
     assert!(after.finished - before.finished <= 4, "{} requests ended meanwhile", after.finished - before.finished);
     let batch = settled(&router, id, "completed").await;
-    assert_eq!(batch["request_counts"]["completed"], 60);
+    assert_eq!(batch["request_counts"]["completed"], 6);
 }
 
 #[tokio::test]
@@ -230,4 +231,19 @@ async fn lines_run_with_the_rights_of_the_key_that_made_the_batch() {
         assert!(begin.elapsed() < Duration::from_secs(90), "{batch:?}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+}
+
+#[tokio::test]
+async fn a_batch_whose_input_is_gone_from_the_disk_ends() {
+    let app = Setup::default().app();
+    let file = input(&app, None, &line("a", chat(json!({})))).await;
+    let made = post(&router(app.clone()), "/v1/batches", order(&file)).await.json();
+    let id = made["id"].as_str().unwrap();
+    // It was looked through, and then somebody tidied up.
+    let bare: Uuid = id.strip_prefix("batch_").unwrap().parse().unwrap();
+    app.batches.rows().begin(bare, 1, Some(MODEL), 1).await.unwrap();
+    std::fs::remove_file(app.files.path(file.strip_prefix("file-").unwrap().parse().unwrap())).unwrap();
+    let batch = settled(&start(&app), id, "failed").await;
+    assert_eq!(batch["errors"]["data"][0]["code"], "input_file_missing");
+    assert_eq!((&batch["output_file_id"], &batch["request_counts"]["total"]), (&Value::Null, &json!(1)));
 }

@@ -26,7 +26,7 @@ async fn built(router: &Router, body: Value) -> Value {
     let started = post(router, "/v1/datasets", body).await;
     assert_eq!(started.status, StatusCode::ACCEPTED, "{}", String::from_utf8_lossy(&started.body));
     let id = started.json()["id"].as_str().unwrap().to_owned();
-    for _ in 0..600 {
+    for _ in 0..2400 {
         let job = get(router, &format!("/v1/datasets/builds/{id}")).await.json();
         if !["queued", "running"].contains(&job["status"].as_str().unwrap()) {
             return job;

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 use support::{Reply, Setup, ask, chat, get, post, send};
 use tidemill::feedback::{Metric, MetricKind, Optimize};
-use tidemill::http::router;
+use tidemill::http::{App, Auth, router};
 use tidemill_store::{Scope, Store};
 
 const FEEDBACK: &str = "/v1/feedback";
@@ -201,6 +201,35 @@ async fn feedback_can_be_edited_and_withdrawn() {
 }
 
 #[tokio::test]
+async fn only_the_key_that_sent_a_feedback_and_an_administrator_change_it() {
+    let (store, router) = setup();
+    let id = answer(&router, json!({})).await;
+    let early = post(&router, FEEDBACK, json!({"target": id, "kind": "thumb", "value": true})).await.json();
+    let mut secrets = Vec::new();
+    for (name, scope) in [("own", Scope::Feedback), ("other", Scope::Feedback), ("boss", Scope::Admin)] {
+        secrets.push(store.create_key(name, &[scope]).await.unwrap().1);
+    }
+    let [own, other, boss] = &secrets[..] else { panic!("three were made") };
+    let thumb = json!({"target": id, "kind": "thumb", "value": true});
+    let made = ask(&router, "POST", FEEDBACK, Some(own), thumb).await.json();
+    let path = format!("{FEEDBACK}/{}", made["id"].as_str().unwrap());
+    let refused = (403, None, Some("insufficient_permissions".to_owned()));
+    for method in ["PATCH", "DELETE"] {
+        assert_eq!(ask(&router, method, &path, Some(other), json!({"value": false})).await.error(), refused, "{method}");
+    }
+    let shown = ask(&router, "GET", &path, Some(other), json!({})).await.json();
+    assert_eq!((&shown["value"], &shown["withdrawn"]), (&json!(true), &json!(false)), "anyone may read it");
+    assert_eq!(ask(&router, "PATCH", &path, Some(own), json!({"value": false})).await.status, 200);
+    let (_, rotated) = store.rotate_key("own", Duration::ZERO).await.unwrap().unwrap();
+    assert_eq!(ask(&router, "PATCH", &path, Some(&rotated), json!({"value": true})).await.status, 200, "one key, another secret");
+    assert_eq!(ask(&router, "DELETE", &path, Some(boss), json!({})).await.status, 200);
+    // From before there were keys: it is nobody's.
+    let path = format!("{FEEDBACK}/{}", early["id"].as_str().unwrap());
+    assert_eq!(ask(&router, "DELETE", &path, Some(&rotated), json!({})).await.error(), refused);
+    assert_eq!(ask(&router, "DELETE", &path, Some(boss), json!({})).await.status, 200);
+}
+
+#[tokio::test]
 async fn keys_open_what_their_scopes_say() {
     let (store, router) = setup();
     let id = answer(&router, json!({})).await;
@@ -236,4 +265,7 @@ async fn keys_open_what_their_scopes_say() {
     store.revoke_key("app").await.unwrap().unwrap();
     store.revoke_key("boss").await.unwrap().unwrap();
     assert_eq!(with("", FEEDBACK, &thumb).await.error().0, 401, "revoking the last key opens nothing");
+    let again = App { auth: Auth::new(store.clone(), false), ..Setup::default().app() };
+    let reply = post(&tidemill::http::router(again), FEEDBACK, thumb).await;
+    assert_eq!(reply.error().0, 401, "nor does a restart after it");
 }

@@ -8,7 +8,7 @@ use axum::Router;
 use axum::body::Body;
 use hyper::Request;
 use serde_json::{Value, json};
-use support::{MODEL, Reply, Setup, chat, send};
+use support::{MODEL, Reply, Setup, chat, not_at_midnight, send};
 use tidemill::http::router;
 use tidemill_store::Scope;
 
@@ -43,6 +43,7 @@ impl Admin {
 
 #[tokio::test]
 async fn a_key_is_made_read_changed_rotated_and_revoked() {
+    not_at_midnight().await;
     let admin = Admin::new().await;
     let made = admin
         .call(
@@ -139,4 +140,26 @@ async fn only_an_administrator_touches_keys_and_each_mistake_is_named() {
         admin.call("POST", &format!("{KEYS}/app/rotate"), json!({"overlap_seconds": -1})).await.error().1.as_deref(),
         Some("overlap_seconds")
     );
+}
+
+#[tokio::test]
+async fn a_key_counts_tokens_of_its_own_models_only() {
+    let admin = Admin::new().await;
+    let made = admin.call("POST", KEYS, json!({"name": "app", "scopes": ["chat"], "models": ["other"]})).await.json();
+    let secret = made["key"].as_str().unwrap();
+    let messages = json!([{"role": "user", "content": "x"}]);
+    for (path, model, status) in [
+        ("/v1/messages/count_tokens", MODEL, 403),
+        // What exists here is not its business.
+        ("/v1/messages/count_tokens", "nothing", 403),
+        ("/tokenize", MODEL, 403),
+        ("/tokenize", "nothing", 403),
+        ("/v1/responses/input_tokens", MODEL, 403),
+        ("/v1/messages/count_tokens", "other", 404),
+        ("/tokenize", "other", 404),
+    ] {
+        let key = if path.starts_with("/v1/responses") { "input" } else { "messages" };
+        let reply = admin.with(secret, "POST", path, json!({"model": model, key: messages})).await;
+        assert_eq!(reply.status, status, "{path} {model}");
+    }
 }

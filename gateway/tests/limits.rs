@@ -11,10 +11,11 @@ use hyper::Request;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use support::{MODEL, Reply, Setup, chat, completion, says, send};
+use support::{MODEL, Reply, Setup, chat, completion, merged, not_at_midnight, says, send};
 use tidemill::http::{App, router};
 use tidemill::limits::{Limiter, Price, Subject};
-use tidemill_store::{ApiKey, KeyTerms, Limits, Money, Scope, Tier};
+use tidemill::upstream::Upstream;
+use tidemill_store::{ApiKey, KeyTerms, Limits, Money, Scope, Tier, Usage};
 use tower::ServiceExt;
 
 const CHAT: &str = "/v1/chat/completions";
@@ -120,6 +121,55 @@ async fn a_stream_holds_its_place_until_it_ends_or_the_client_leaves() {
 }
 
 #[tokio::test]
+async fn who_leaves_without_reading_has_used_what_was_made() {
+    let app = Setup { script: says(&"x".repeat(100)), ..Setup::default() }.app();
+    let (one, secret) = key(&app, "app", KeyTerms::default()).await;
+    let (limits, registry, router) = (Arc::clone(&app.limits), Arc::clone(&app.registry), router(app));
+    let response = router.clone().oneshot(asking(&secret, CHAT, &chat(json!({"stream": true})))).await.unwrap();
+    assert_eq!(response.status(), 200);
+    let Upstream::Local(model) = registry.find(Some(MODEL)).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while model.engine().stats().finished == 0 {
+        assert!(Instant::now() < deadline, "a hundred tokens take a moment");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    drop(response);
+    let used = limits.ledger().used(&Subject::Key(one.id).to_string(), tidemill::limits::today());
+    assert_eq!((used.requests, used.output_tokens), (1, 101));
+    assert!(used.input_tokens > 0);
+}
+
+#[tokio::test]
+async fn who_is_at_a_limit_may_still_look_count_and_call_off() {
+    let app = Setup::slow(400, 20).app();
+    let (_, secret) = key(&app, "app", limited(Limits { concurrent: Some(1), ..Limits::default() })).await;
+    let router = router(app);
+    let body = json!({"model": MODEL, "input": "hello", "background": true});
+    let begun = send(&router, asking(&secret, "/v1/responses", &body)).await;
+    assert_eq!(begun.status, 200);
+    assert_eq!(ask(&router, &secret, &chat(json!({}))).await.error().0, 429);
+    assert_eq!(send(&router, asking(&secret, "/tokenize", &json!({"prompt": "x"}))).await.status, 200);
+    let path = format!("/v1/responses/{}/cancel", begun.json()["id"].as_str().unwrap());
+    let cancelled = send(&router, asking(&secret, &path, &json!({}))).await;
+    assert_eq!((cancelled.status.as_u16(), cancelled.json()["status"].clone()), (200, json!("cancelled")));
+}
+
+#[tokio::test]
+async fn a_clock_that_goes_back_over_midnight_loses_no_count() {
+    let store = Setup::default().app().store;
+    let limiter = Arc::new(Limiter::new(store.clone(), Default::default(), Default::default()));
+    let (ledger, yesterday) = (limiter.ledger(), tidemill::limits::today() - 1);
+    let five = Usage { requests: 5, ..Usage::default() };
+    for _ in 0..2 {
+        ledger.add("key:x", yesterday, five);
+        for _ in 0..2 {
+            ledger.flush().await.unwrap();
+        }
+    }
+    assert_eq!(store.usage(None, "key:x", yesterday).await.unwrap().requests, 10);
+}
+
+#[tokio::test]
 async fn a_days_money_is_added_up_and_then_no_retry_helps() {
     let prices = [(MODEL.to_owned(), Price { input: 1000, cached_input: 500, output: 10_000 })];
     let app = Setup { script: says("ten chars!"), prices: prices.into(), ..Setup::default() }.app();
@@ -127,6 +177,7 @@ async fn a_days_money_is_added_up_and_then_no_retry_helps() {
     let (one, secret) = key(&app, "app", terms).await;
     let (limits, store, router) = (Arc::clone(&app.limits), app.store.clone(), router(app));
     let ask_it = completion(json!({"max_tokens": 50}));
+    not_at_midnight().await;
     // Three tokens in, eleven out with the end of the turn: 3 × 1000 + 11 × 10,000.
     assert_eq!(send(&router, asking(&secret, "/v1/completions", &ask_it)).await.status, 200);
     let subject = Subject::Key(one.id).to_string();
@@ -181,9 +232,31 @@ async fn a_key_sees_and_uses_its_models_only() {
         ("/v1/completions", completion(json!({}))),
         ("/tokenize", json!({"prompt": "x"})),
         ("/detokenize", json!({"tokens": [65]})),
+        ("/v1/responses", json!({"model": MODEL, "input": "x", "truncation": "auto"})),
+        ("/v1/responses/input_tokens", json!({"model": MODEL, "input": "x"})),
+        // Whether it exists is not this key's business.
+        ("/v1/responses", json!({"model": "nobody", "input": "x"})),
     ] {
         let reply = send(&router, asking(&secret, path, &body)).await;
         assert_eq!(reply.error(), (403, Some("model".into()), Some("model_not_allowed".into())), "{path}");
+    }
+    // Whether a model that it may not use is there, it does not learn either.
+    for model in [MODEL, "no/such"] {
+        let message = json!([{"role": "user", "content": "x"}]);
+        for (path, body) in [
+            (CHAT, json!({"messages": message})),
+            ("/v1/completions", json!({"prompt": "x"})),
+            ("/v1/embeddings", json!({"input": "x"})),
+            ("/v1/responses", json!({"input": "x"})),
+            ("/v1/responses/input_tokens", json!({"input": "x"})),
+            ("/v1/messages", json!({"messages": message, "max_tokens": 1})),
+            ("/v1/messages/count_tokens", json!({"messages": message})),
+            ("/tokenize", json!({"prompt": "x"})),
+            ("/detokenize", json!({"tokens": [65]})),
+        ] {
+            let reply = send(&router, asking(&secret, path, &merged(json!({"model": model}), body))).await;
+            assert_eq!(reply.status.as_u16(), 403, "{path} {model}");
+        }
     }
     let get = |path: &str| Request::get(path).header("authorization", format!("Bearer {secret}")).body(Body::empty()).unwrap();
     assert_eq!(send(&router, get("/v1/models")).await.json()["data"], json!([]));
@@ -219,17 +292,19 @@ async fn nobody_gets_a_more_urgent_tier_than_the_key_has() {
 async fn a_deadline_ends_an_answer_that_is_not_complete() {
     let app = Setup::slow(400, 20).app();
     let router = router(app);
-    let with =
-        |body: Value| Request::post(CHAT).header("x-request-timeout-ms", "700").body(Body::from(body.to_string())).unwrap();
+    let with = |milliseconds: &str, body: Value| {
+        Request::post(CHAT).header("x-request-timeout-ms", milliseconds).body(Body::from(body.to_string())).unwrap()
+    };
     let began = Instant::now();
-    let reply = send(&router, with(chat(json!({})))).await;
+    let reply = send(&router, with("700", chat(json!({})))).await;
     assert_eq!(reply.error(), (504, None, Some("deadline_exceeded".into())));
     assert_eq!(header(&reply, "x-should-retry"), "false");
     assert!(began.elapsed() >= Duration::from_millis(700), "{:?}", began.elapsed());
-    let reply = send(&router, with(chat(json!({"stream": true})))).await;
+    // Long enough for the first token on a machine with other work, and half of what the answer takes.
+    let reply = send(&router, with("4000", chat(json!({"stream": true})))).await;
     assert_eq!(reply.status, 200);
     let last: Value = serde_json::from_str(reply.data().last().unwrap()).unwrap();
     assert_eq!(last["error"]["code"], "deadline_exceeded");
-    let reply = send(&router, with(chat(json!({"max_tokens": 2})))).await;
+    let reply = send(&router, with("60000", chat(json!({"max_tokens": 2})))).await;
     assert_eq!(reply.status, 200);
 }

@@ -12,7 +12,7 @@ mod support;
 use axum::body::Body;
 use hyper::Request;
 use serde_json::{Value, json};
-use support::{MODEL, Reply, Setup, get, post, says, send};
+use support::{MODEL, Setup, get, merged, post, says, send};
 use tidemill::http::{Auth, router};
 
 const MESSAGES: &str = "/v1/messages";
@@ -27,28 +27,12 @@ fn setup(script: &str) -> Setup {
 }
 
 fn body(extra: Value) -> Value {
-    let mut body = json!({"model": MODEL, "max_tokens": 300, "messages": [{"role": "user", "content": "Hi"}]});
-    body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
-    body
+    merged(json!({"model": MODEL, "max_tokens": 300, "messages": [{"role": "user", "content": "Hi"}]}), extra)
 }
 
 fn with_tool(extra: Value) -> Value {
-    let mut body =
-        body(json!({"tools": [{"name": "weather", "input_schema": {"type": "object"}}], "thinking": {"type": "adaptive"}}));
-    body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
-    body
-}
-
-/// The events of a stream; each is named as its data says.
-fn events(reply: &Reply) -> Vec<Value> {
-    let text = std::str::from_utf8(&reply.body).unwrap();
-    let event = |block: &str| {
-        let (name, data) = block.split_once('\n').unwrap();
-        let data: Value = serde_json::from_str(data.strip_prefix("data: ").unwrap()).unwrap();
-        assert_eq!(name, format!("event: {}", data["type"].as_str().unwrap()));
-        data
-    };
-    text.split_terminator("\n\n").map(event).collect()
+    let tool = json!({"tools": [{"name": "weather", "input_schema": {"type": "object"}}], "thinking": {"type": "adaptive"}});
+    merged(body(tool), extra)
 }
 
 #[tokio::test]
@@ -76,7 +60,7 @@ async fn who_does_not_ask_for_thinking_does_not_see_it() {
     let router = setup("<think>Hm.</think>Yes").router();
     let message = post(&router, MESSAGES, body(json!({}))).await.json();
     assert_eq!(message["content"], json!([{"type": "text", "text": "Yes"}]));
-    let events = events(&post(&router, MESSAGES, body(json!({"stream": true}))).await);
+    let events = post(&router, MESSAGES, body(json!({"stream": true}))).await.events();
     assert!(events.iter().all(|event| event["delta"]["type"] != "thinking_delta"));
 }
 
@@ -84,7 +68,7 @@ async fn who_does_not_ask_for_thinking_does_not_see_it() {
 async fn a_stream_opens_and_closes_each_block_in_turn() {
     let reply = post(&setup(ANSWER).router(), MESSAGES, with_tool(json!({"stream": true}))).await;
     assert_eq!(reply.headers["content-type"], "text/event-stream; charset=utf-8");
-    let events = events(&reply);
+    let events = reply.events();
     assert_eq!(events[0]["type"], "message_start");
     assert_eq!(events[0]["message"]["content"], json!([]));
     assert!(events[0]["message"]["usage"]["input_tokens"].as_u64().unwrap() > 0);
@@ -174,7 +158,7 @@ async fn a_failure_in_mid_stream_is_an_error_event() {
     let router = setup("x").router();
     // The parrot chokes on a zero byte.
     let reply = post(&router, MESSAGES, body(json!({"messages": [{"role": "user", "content": "\u{0}"}], "stream": true}))).await;
-    let events = events(&reply);
+    let events = reply.events();
     assert_eq!((&events[0]["type"], &events[0]["error"]["type"]), (&json!("error"), &json!("api_error")));
     assert_eq!(events.len(), 1);
 }

@@ -10,9 +10,11 @@
 mod support;
 
 use serde_json::{Value, json};
+use std::time::Duration;
 use support::{END, MODEL, Setup, chat, completion, post, says};
 use tidemill::http::{App, Auth, router};
 use tidemill::recording::{Level, Recording, Route};
+use tidemill::upstream::Upstream;
 use tidemill_store::Store;
 use tidemill_store::records::{Inference, Status};
 use uuid::Uuid;
@@ -150,14 +152,26 @@ async fn a_failure_is_recorded_with_what_came_before() {
 
 #[tokio::test]
 async fn a_client_that_leaves_is_recorded_with_what_it_got() {
-    let app = Setup::slow(400, 5).app();
+    // Eight seconds: longer than it is listened to.
+    let app = Setup::slow(400, 20).app();
+    let Upstream::Local(model) = app.registry.find(Some(MODEL)).unwrap();
     let (store, router) = (app.store.clone(), router(app));
     for stream in [true, false] {
         let user = format!("left-{stream}");
         let body = chat(json!({"user": user, "stream": stream, "ignore_eos": true}));
-        let answer = post(&router, CHAT, body);
-        // Long enough for the first tokens, short enough not to end.
-        assert!(tokio::time::timeout(std::time::Duration::from_millis(200), answer).await.is_err());
+        let before = model.engine().stats().generation_tokens;
+        let some_tokens = async {
+            while model.engine().stats().generation_tokens < before + 5 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            // The answer is looked at once more before this is over: what was made by now has come.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        tokio::select! {
+            biased;
+            _ = post(&router, CHAT, body) => panic!("it ended"),
+            () = some_tokens => {}
+        }
         let filter = tidemill_store::InferenceFilter { user_key: Some(user), ..Default::default() };
         store.flush().await;
         let left = store.list_inferences(&filter).await.unwrap().items;
@@ -209,7 +223,7 @@ async fn without_room_for_the_record_a_request_is_refused_before_it_runs() {
             break;
         }
         // The writer takes what is in the queue at that moment, and waits with it.
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let refused = refused.expect("the queue is full and nothing may be spilled");
     assert_eq!(refused.error(), (503, None, Some("records_full".into())));

@@ -10,9 +10,7 @@
 mod support;
 
 use serde_json::{Value, json};
-use support::{Setup, ask, chat, get, post};
-use tidemill::http::{Auth, router};
-use tidemill_store::Scope;
+use support::{Setup, TwoKeys, ask, chat, get, post};
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -89,23 +87,27 @@ async fn chats_are_listed_in_pages_changed_and_deleted() {
 
 #[tokio::test]
 async fn another_key_sees_nothing_of_it() {
-    let mut app = Setup::default().app();
-    let (_, mine) = app.store.create_key("mine", &[Scope::Chat]).await.unwrap();
-    let (_, other) = app.store.create_key("other", &[Scope::Admin]).await.unwrap();
-    app.auth = Auth::new(app.store.clone(), true);
-    let router = router(app);
-    let answer = ask(&router, "POST", CHAT, Some(&mine), chat(json!({"store": true}))).await.json();
+    let keys = TwoKeys::new().await;
+    let answer = keys.ask_mine("POST", CHAT, chat(json!({"store": true}))).await.json();
     let path = format!("{CHAT}/{}", answer["id"].as_str().unwrap());
-    assert_eq!(ask(&router, "GET", &path, Some(&mine), Value::Null).await.json()["id"], answer["id"]);
-    assert_eq!(ask(&router, "GET", CHAT, Some(&other), Value::Null).await.json()["data"], json!([]));
-    let metadata = json!({"metadata": {"a": "b"}});
-    for (method, path, body) in [
-        ("GET", path.clone(), Value::Null),
-        ("GET", format!("{path}/messages"), Value::Null),
-        ("POST", path.clone(), metadata),
-        ("DELETE", path.clone(), Value::Null),
-    ] {
-        assert_eq!(ask(&router, method, &path, Some(&other), body).await.error().0, 404, "{method} {path}");
+    assert_eq!(keys.ask_mine("GET", &path, Value::Null).await.json()["id"], answer["id"]);
+    assert_eq!(keys.ask_other("GET", CHAT, Value::Null).await.json()["data"], json!([]));
+    keys.hides(&[
+        ("GET", &path, Value::Null),
+        ("GET", &format!("{path}/messages"), Value::Null),
+        ("POST", &path, json!({"metadata": {"a": "b"}})),
+        ("DELETE", &path, Value::Null),
+    ])
+    .await;
+    assert_eq!(keys.ask_mine("GET", &path, Value::Null).await.json()["metadata"], json!({}));
+}
+
+#[tokio::test]
+async fn a_kept_chat_says_the_tier_that_it_had() {
+    let router = Setup::default().router();
+    let made = post(&router, CHAT, chat(json!({"store": true, "service_tier": "flex"}))).await.json();
+    let chunks = post(&router, CHAT, chat(json!({"store": true, "service_tier": "flex", "stream": true}))).await.chunks();
+    for id in [&made["id"], &chunks[0]["id"]] {
+        assert_eq!(get(&router, &format!("{CHAT}/{}", id.as_str().unwrap())).await.json()["service_tier"], "flex");
     }
-    assert_eq!(ask(&router, "GET", &path, Some(&mine), Value::Null).await.json()["metadata"], json!({}));
 }

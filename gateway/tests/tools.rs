@@ -15,7 +15,8 @@ use tidemill::openai::parse::{CallFormat, OutputFormat, ReasoningTags};
 use tidemill::openai::response_format::Constrained;
 use tidemill::openai::tool_grammar::{Shape, Signature, lark};
 use tidemill::upstream::Upstream;
-use tidemill_engine::Constraint;
+use tidemill_engine::{Constraint, for_lark};
+use uuid::Uuid;
 
 const CHAT: &str = "/v1/chat/completions";
 const CALLS: &str = "Both:\n<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Emden\"}}\n</tool_call>\n<tool_call>\n{\"name\": \"time\"}\n</tool_call>";
@@ -149,7 +150,8 @@ async fn every_familys_grammar_compiles() {
     let app = setup("x").app();
     let Upstream::Local(model) = app.registry.find(None).unwrap();
     let schema = json!({"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": false});
-    let functions = ["weather", "time"].map(|name| Signature { name: name.into(), schema: schema.clone() });
+    let arguments = for_lark(&schema, true).unwrap();
+    let functions = ["weather", "time"].map(|name| Signature { name: name.into(), arguments: arguments.clone() });
     let answer = Constraint::JsonObject;
     for calls in CallFormat::all() {
         for (reasoning, in_reasoning) in [(None, false), (Some(ReasoningTags::THINK), false), (Some(ReasoningTags::THINK), true)]
@@ -158,7 +160,7 @@ async fn every_familys_grammar_compiles() {
             for (forced, single, answer) in
                 [(true, true, None), (true, false, None), (false, false, None), (false, true, Some(&answer))]
             {
-                let shape = Shape { format: &format, no_reasoning: false, forced, single, answer };
+                let shape = Shape { format: &format, forced, single, answer };
                 for control_token in [None, Some(258)] {
                     let grammar = lark(&shape, &functions, &|_| control_token).unwrap();
                     let constrained = Constrained { constraint: Constraint::Lark(grammar.clone()), param: "tools".into() };
@@ -169,4 +171,50 @@ async fn every_familys_grammar_compiles() {
             }
         }
     }
+}
+
+#[tokio::test]
+async fn the_schemas_of_calls_are_honoured_as_those_of_answers_are() {
+    let call = "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": 3}}\n</tool_call>";
+    let router = setup(call).router();
+    let schema = json!({"type": "object", "properties": {"city": {"oneOf": [{"type": "string"}, {"type": "integer"}]}},
+        "required": ["city"], "additionalProperties": false});
+    let tool = json!({"type": "function", "function": {"name": "weather", "strict": true, "parameters": schema}});
+    let answer = post(&router, CHAT, chat(json!({"tools": [tool], "tool_choice": "required"}))).await.json();
+    assert_eq!(answer["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"], "{\"city\": 3}", "{answer}");
+    // Beside calls an answer's schema is refused by its own name.
+    let format = json!({"type": "json_schema", "json_schema": {"name": "a", "strict": true, "schema": {"type": "object"}}});
+    let (status, param, _) = post(&router, CHAT, tools(json!({"response_format": format}))).await.error();
+    assert_eq!((status, param.as_deref()), (400, Some("response_format.json_schema.schema.additionalProperties")));
+}
+
+#[tokio::test]
+async fn an_answer_of_a_form_comes_after_the_reasoning_that_the_prompt_has_opened() {
+    const OPENED: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
+        {% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}";
+    let setup = |script: &str| Setup { script: says(script), template: Some(OPENED), ..Setup::default() };
+    let router = setup("Hm.\n</think>\n\n{\"a\": 1}").router();
+    let answer = post(&router, CHAT, chat(json!({"response_format": {"type": "json_object"}}))).await.json();
+    let message = &answer["choices"][0]["message"];
+    assert_eq!((&message["reasoning_content"], &message["content"]), (&json!("Hm."), &json!("{\"a\": 1}")), "{answer}");
+    // A regular expression leaves no room for it: what it matches is the answer.
+    let answer = post(&setup("yes").router(), CHAT, chat(json!({"guided_regex": "[a-z]{3}"}))).await.json();
+    let message = &answer["choices"][0]["message"];
+    assert_eq!((message.get("reasoning_content"), &message["content"]), (None, &json!("yes")), "{answer}");
+}
+
+#[tokio::test]
+async fn an_answer_with_calls_is_recorded_as_it_was_written_and_taken_apart() {
+    let app = setup(&format!("<think>Hm.</think>{CALLS}")).app();
+    let store = app.store.clone();
+    let answer = post(&tidemill::http::router(app), CHAT, tools(json!({}))).await.json();
+    let id = Uuid::parse_str(answer["id"].as_str().unwrap().strip_prefix("chatcmpl-").unwrap()).unwrap();
+    store.flush().await;
+    let recorded = store.inference(id).await.unwrap().unwrap();
+    let choice = &recorded.choices[0];
+    assert_eq!(choice.output_text.as_deref(), Some(format!("<think>Hm.</think>{CALLS}").as_str()));
+    let call = |at: usize, name: &str, arguments: Value| json!({"id": format!("call_{at}"), "type": "function", "function": {"name": name, "arguments": arguments}});
+    let calls = [call(0, "weather", json!({"city": "Emden"})), call(1, "time", json!({}))];
+    assert_eq!(choice.message, Some(json!({"content": "Both:", "reasoning_content": "Hm.", "tool_calls": calls})));
+    assert_eq!(recorded.params.unwrap()["tools"].as_array().unwrap().len(), 2);
 }

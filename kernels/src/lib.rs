@@ -20,6 +20,7 @@ pub mod random;
 pub mod reference;
 mod shapes;
 pub mod token_mask;
+pub mod train;
 
 pub use error::KernelError;
 pub use ops::*;

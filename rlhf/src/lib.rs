@@ -4,6 +4,7 @@
 //! [`preference`] holds the losses of training on comparisons,
 //! as functions of values. Trainers and the registry join them here.
 
+pub mod batch;
 pub mod dataset;
 pub mod preference;
 pub mod quality;

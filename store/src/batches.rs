@@ -15,6 +15,7 @@ use crate::error::StoreError;
 use crate::files::{self, FileRecord, Viewer};
 use crate::inferences::parse;
 use crate::page::{Order, Page};
+use crate::patience::patiently;
 use crate::statement::{Select, clean};
 
 /// States in which something is still to be done.
@@ -159,6 +160,8 @@ pub struct BatchOutcome {
     pub output: Option<FileRecord>,
     /// The errors, where there are any.
     pub errors: Option<FileRecord>,
+    /// What was wrong with the input, where that ended it.
+    pub problems: Option<Value>,
 }
 
 /// The batches of a database. Cloning is cheap.
@@ -175,133 +178,166 @@ impl Batches {
 
     /// Writes a new batch; `false` when its input was deleted meanwhile.
     pub async fn insert(&self, draft: &BatchDraft) -> Result<bool, StoreError> {
-        let text = "INSERT INTO batches (id, created, key_id, endpoint, input_file, output_file, error_file, has_output, has_errors, \
-             metadata, keep_seconds, state, total, completed, failed, expires, place) \
-             SELECT $1,$2,$3,$4,id,$6,$7,0,0,$8,$9,'validating',0,0,0,$10,$11 FROM files WHERE id = $5";
-        let inserted = sqlx::query(text)
-            .bind(draft.id.to_string())
-            .bind(draft.created)
-            .bind(draft.key_id.clone())
-            .bind(draft.endpoint.clone())
-            .bind(draft.input_file.to_string())
-            .bind(draft.output_file.to_string())
-            .bind(draft.error_file.to_string())
-            .bind(draft.metadata.as_ref().map(|metadata| clean(&metadata.to_string()).into_owned()))
-            .bind(draft.keep_seconds)
-            .bind(draft.expires)
-            .bind(draft.place.clone())
-            .execute(self.database.write())
-            .await?;
-        Ok(inserted.rows_affected() > 0)
+        patiently(async {
+            let text = "INSERT INTO batches (id, created, key_id, endpoint, input_file, output_file, error_file, has_output, has_errors, \
+                 metadata, keep_seconds, state, total, completed, failed, expires, place) \
+                 SELECT $1,$2,$3,$4,id,$6,$7,0,0,$8,$9,'validating',0,0,0,$10,$11 FROM files WHERE id = $5";
+            let inserted = sqlx::query(text)
+                .bind(draft.id.to_string())
+                .bind(draft.created)
+                .bind(draft.key_id.clone())
+                .bind(draft.endpoint.clone())
+                .bind(draft.input_file.to_string())
+                .bind(draft.output_file.to_string())
+                .bind(draft.error_file.to_string())
+                .bind(draft.metadata.as_ref().map(|metadata| clean(&metadata.to_string()).into_owned()))
+                .bind(draft.keep_seconds)
+                .bind(draft.expires)
+                .bind(draft.place.clone())
+                .execute(self.database.write())
+                .await?;
+            Ok(inserted.rows_affected() > 0)
+        })
+        .await
     }
 
     /// The batch of this id, if it is there for `viewer`.
     pub async fn find(&self, id: Uuid, viewer: &Viewer) -> Result<Option<Batch>, StoreError> {
-        let text = format!("SELECT {COLUMNS} FROM batches WHERE id = $1");
-        let query = sqlx::query(AssertSqlSafe(text)).bind(id.to_string());
-        let found = query.fetch_optional(self.database.read()).await?.as_ref().map(read).transpose()?;
-        Ok(found.filter(|batch| viewer.sees(batch.draft.key_id.as_deref())))
+        patiently(async {
+            let text = format!("SELECT {COLUMNS} FROM batches WHERE id = $1");
+            let query = sqlx::query(AssertSqlSafe(text)).bind(id.to_string());
+            let found = query.fetch_optional(self.database.read()).await?.as_ref().map(read).transpose()?;
+            Ok(found.filter(|batch| viewer.sees(batch.draft.key_id.as_deref())))
+        })
+        .await
     }
 
     /// A page of the batches that are there for `viewer`, the newest first.
     pub async fn list(&self, viewer: &Viewer, after: Option<Uuid>, limit: usize) -> Result<Page<Batch>, StoreError> {
-        let order = Order::NewestFirst;
-        let mut select = Select::new(&format!("SELECT {COLUMNS} FROM batches"));
-        select.text_option("key_id = ?", viewer.key_id());
-        select.text_option(&order.after("id"), after.map(|id| id.to_string()).as_deref());
-        select.end(&format!(" ORDER BY id {} LIMIT {}", order.sql(), limit + 1));
-        let rows = select.query().fetch_all(self.database.read()).await?;
-        Ok(Page::of(rows.iter().map(read).collect::<Result<_, _>>()?, limit))
+        patiently(async {
+            let order = Order::NewestFirst;
+            let mut select = Select::new(&format!("SELECT {COLUMNS} FROM batches"));
+            select.text_option("key_id = ?", viewer.key_id());
+            select.text_option(&order.after("id"), after.map(|id| id.to_string()).as_deref());
+            select.end(&format!(" ORDER BY id {} LIMIT {}", order.sql(), limit + 1));
+            let rows = select.query().fetch_all(self.database.read()).await?;
+            Ok(Page::of(rows.iter().map(read).collect::<Result<_, _>>()?, limit))
+        })
+        .await
     }
 
     /// Ids of the batches of a data directory in which something is still to be done, the oldest first.
     pub async fn open(&self, place: &str) -> Result<Vec<Uuid>, StoreError> {
-        let text = format!("SELECT id FROM batches WHERE place = $1 AND state IN {OPEN} ORDER BY id");
-        let rows = sqlx::query(AssertSqlSafe(text)).bind(place.to_owned()).fetch_all(self.database.read()).await?;
-        let ids = rows.iter().map(|row| row.try_get::<String, _>(0)).collect::<Result<Vec<_>, _>>()?;
-        Ok(ids.iter().filter_map(|id| Uuid::try_parse(id).ok()).collect())
+        patiently(async {
+            let text = format!("SELECT id FROM batches WHERE place = $1 AND state IN {OPEN} ORDER BY id");
+            let rows = sqlx::query(AssertSqlSafe(text)).bind(place.to_owned()).fetch_all(self.database.read()).await?;
+            let ids = rows.iter().map(|row| row.try_get::<String, _>(0)).collect::<Result<Vec<_>, _>>()?;
+            Ok(ids.iter().filter_map(|id| Uuid::try_parse(id).ok()).collect())
+        })
+        .await
     }
 
     /// The input is good: requests may run.
     pub async fn begin(&self, id: Uuid, total: u64, model: Option<&str>, now: i64) -> Result<(), StoreError> {
-        let text = "UPDATE batches SET state = 'in_progress', in_progress_at = $2, total = $3, model = $4 WHERE id = $1 AND state = 'validating'";
-        sqlx::query(text)
-            .bind(id.to_string())
-            .bind(now)
-            .bind(total.cast_signed())
-            .bind(model.map(|model| clean(model).into_owned()))
-            .execute(self.database.write())
-            .await?;
-        Ok(())
+        patiently(async {
+            let text = "UPDATE batches SET state = 'in_progress', in_progress_at = $2, total = $3, model = $4 WHERE id = $1 AND state = 'validating'";
+            sqlx::query(text)
+                .bind(id.to_string())
+                .bind(now)
+                .bind(total.cast_signed())
+                .bind(model.map(|model| clean(model).into_owned()))
+                .execute(self.database.write())
+                .await?;
+            Ok(())
+        })
+        .await
     }
 
     /// The input is bad, or cannot be read any more.
     pub async fn fail(&self, id: Uuid, errors: &Value, now: i64) -> Result<(), StoreError> {
-        let text = format!("UPDATE batches SET state = 'failed', failed_at = $2, errors = $3 WHERE id = $1 AND state IN {OPEN}");
-        sqlx::query(AssertSqlSafe(text))
-            .bind(id.to_string())
-            .bind(now)
-            .bind(clean(&errors.to_string()).into_owned())
-            .execute(self.database.write())
-            .await?;
-        Ok(())
+        patiently(async {
+            let text =
+                format!("UPDATE batches SET state = 'failed', failed_at = $2, errors = $3 WHERE id = $1 AND state IN {OPEN}");
+            sqlx::query(AssertSqlSafe(text))
+                .bind(id.to_string())
+                .bind(now)
+                .bind(clean(&errors.to_string()).into_owned())
+                .execute(self.database.write())
+                .await?;
+            Ok(())
+        })
+        .await
     }
 
     /// Writes down how far a batch is and says in which state it is now; `None` when its row is gone.
     pub async fn report(&self, id: Uuid, progress: BatchProgress, usage: &Value) -> Result<Option<BatchState>, StoreError> {
-        let text = "UPDATE batches SET completed = $2, failed = $3, token_usage = $4 WHERE id = $1 RETURNING state";
-        let row = sqlx::query(text)
-            .bind(id.to_string())
-            .bind(progress.completed.cast_signed())
-            .bind(progress.failed.cast_signed())
-            .bind(usage.to_string())
-            .fetch_optional(self.database.write())
-            .await?;
-        row.map(|row| state(&id.to_string(), &row.try_get::<String, _>(0)?)).transpose()
+        patiently(async {
+            let text = "UPDATE batches SET completed = $2, failed = $3, token_usage = $4 WHERE id = $1 RETURNING state";
+            let row = sqlx::query(text)
+                .bind(id.to_string())
+                .bind(progress.completed.cast_signed())
+                .bind(progress.failed.cast_signed())
+                .bind(usage.to_string())
+                .fetch_optional(self.database.write())
+                .await?;
+            row.map(|row| state(&id.to_string(), &row.try_get::<String, _>(0)?)).transpose()
+        })
+        .await
     }
 
     /// All requests have run.
     pub async fn finalize(&self, id: Uuid, now: i64) -> Result<(), StoreError> {
-        let text = "UPDATE batches SET state = 'finalizing', finalizing_at = $2 WHERE id = $1 AND state = 'in_progress'";
-        sqlx::query(text).bind(id.to_string()).bind(now).execute(self.database.write()).await?;
-        Ok(())
+        patiently(async {
+            let text = "UPDATE batches SET state = 'finalizing', finalizing_at = $2 WHERE id = $1 AND state = 'in_progress'";
+            sqlx::query(text).bind(id.to_string()).bind(now).execute(self.database.write()).await?;
+            Ok(())
+        })
+        .await
     }
 
     /// Asks a batch to stop; `false` when it had ended or was asked before.
     pub async fn cancel(&self, id: Uuid, now: i64) -> Result<bool, StoreError> {
-        let text = "UPDATE batches SET state = 'cancelling', cancelling_at = $2 WHERE id = $1 \
-                    AND state IN ('validating','in_progress','finalizing')";
-        let done = sqlx::query(text).bind(id.to_string()).bind(now).execute(self.database.write()).await?;
-        Ok(done.rows_affected() > 0)
+        patiently(async {
+            let text = "UPDATE batches SET state = 'cancelling', cancelling_at = $2 WHERE id = $1 \
+                        AND state IN ('validating','in_progress','finalizing')";
+            let done = sqlx::query(text).bind(id.to_string()).bind(now).execute(self.database.write()).await?;
+            Ok(done.rows_affected() > 0)
+        })
+        .await
     }
 
     /// Ends a batch and shows its files, in one.
     pub async fn end(&self, id: Uuid, outcome: &BatchOutcome, now: i64) -> Result<(), StoreError> {
-        let mut connection = self.database.write().acquire().await?;
-        let mut transaction = connection.begin().await?;
-        let at = format!("{}_at", outcome.state.as_str());
-        let text = format!(
-            "UPDATE batches SET state = $2, {at} = $3, completed = $4, failed = $5, token_usage = $6, has_output = $7, has_errors = $8 \
-             WHERE id = $1 AND state IN {OPEN}"
-        );
-        let ended = sqlx::query(AssertSqlSafe(text))
-            .bind(id.to_string())
-            .bind(outcome.state.as_str())
-            .bind(now)
-            .bind(outcome.progress.completed.cast_signed())
-            .bind(outcome.progress.failed.cast_signed())
-            .bind(outcome.usage.to_string())
-            .bind(i64::from(outcome.output.is_some()))
-            .bind(i64::from(outcome.errors.is_some()))
-            .execute(&mut *transaction)
-            .await?;
-        if ended.rows_affected() > 0 {
-            for file in [&outcome.output, &outcome.errors].into_iter().flatten() {
-                files::insert(&mut transaction, file).await?;
+        patiently(async {
+            let mut connection = self.database.write().acquire().await?;
+            let mut transaction = connection.begin().await?;
+            let at = format!("{}_at", outcome.state.as_str());
+            let text = format!(
+                "UPDATE batches SET state = $2, {at} = $3, completed = $4, failed = $5, token_usage = $6, has_output = $7, has_errors = $8, \
+                 errors = $9 \
+                 WHERE id = $1 AND state IN {OPEN}"
+            );
+            let ended = sqlx::query(AssertSqlSafe(text))
+                .bind(id.to_string())
+                .bind(outcome.state.as_str())
+                .bind(now)
+                .bind(outcome.progress.completed.cast_signed())
+                .bind(outcome.progress.failed.cast_signed())
+                .bind(outcome.usage.to_string())
+                .bind(i64::from(outcome.output.is_some()))
+                .bind(i64::from(outcome.errors.is_some()))
+                .bind(outcome.problems.as_ref().map(|problems| clean(&problems.to_string()).into_owned()))
+                .execute(&mut *transaction)
+                .await?;
+            if ended.rows_affected() > 0 {
+                for file in [&outcome.output, &outcome.errors].into_iter().flatten() {
+                    files::insert(&mut transaction, file).await?;
+                }
             }
-        }
-        transaction.commit().await?;
-        Ok(())
+            transaction.commit().await?;
+            Ok(())
+        })
+        .await
     }
 }
 

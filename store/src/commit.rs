@@ -31,10 +31,8 @@ pub(crate) enum Trouble {
 enum Batch<'a> {
     /// Answers that are not there yet, except of people who have been erased since.
     Answers(&'a IdKey, &'a [Inference]),
-    /// Feedback that is not there yet.
-    Feedback(&'a [&'a Feedback]),
-    /// The same out of the spill log: what is by, or about an answer to, a person erased since then is left out.
-    LateFeedback(&'a IdKey, &'a [&'a Feedback]),
+    /// Feedback that is not there yet, except what is by, or about an answer to, people who have been erased since.
+    Feedback(&'a IdKey, &'a [&'a Feedback]),
     /// Nothing new: can the database be written? One that is full, or a standby, answers and cannot.
     Ping,
 }
@@ -44,12 +42,8 @@ pub(crate) async fn answers(database: &Database, ids: &IdKey, rows: &[Inference]
 }
 
 /// Says in order what became of each.
-pub(crate) async fn feedback(database: &Database, rows: &[&Feedback]) -> Result<Vec<Acknowledged>, Trouble> {
-    within_patience(database, Batch::Feedback(rows)).await
-}
-
-pub(crate) async fn late_feedback(database: &Database, ids: &IdKey, rows: &[&Feedback]) -> Result<(), Trouble> {
-    within_patience(database, Batch::LateFeedback(ids, rows)).await.map(|_| ())
+pub(crate) async fn feedback(database: &Database, ids: &IdKey, rows: &[&Feedback]) -> Result<Vec<Acknowledged>, Trouble> {
+    within_patience(database, Batch::Feedback(ids, rows)).await
 }
 
 pub(crate) async fn ping(database: &Database) -> Result<(), Trouble> {
@@ -77,14 +71,19 @@ impl Batch<'_> {
                 }
                 Ok(Vec::new())
             }
-            Self::Feedback(rows) => judgements::insert(sql, rows).await,
-            Self::LateFeedback(ids, rows) => {
+            Self::Feedback(ids, rows) => {
+                let acknowledged = judgements::insert(sql, rows).await?;
+                // Asked after the insert, as with answers.
                 let erased = erased(sql, ids, rows.iter().flat_map(|row| subjects(row)).collect()).await?;
                 let is_erased = |row: &Feedback| {
                     subjects(row).any(|subject| erased.get(&ids.pseudonym(subject)).is_some_and(|at| row.created <= *at))
                 };
-                let kept: Vec<&Feedback> = rows.iter().copied().filter(|row| !is_erased(row)).collect();
-                judgements::insert(sql, &kept).await
+                for row in rows.iter().filter(|row| is_erased(row)) {
+                    for text in ["DELETE FROM feedback WHERE id = $1", "DELETE FROM feedback_targets WHERE feedback_id = $1"] {
+                        sqlx::query(text).bind(row.id.to_string()).execute(&mut *sql).await?;
+                    }
+                }
+                Ok(acknowledged)
             }
             Self::Ping => {
                 sqlx::query("UPDATE meta SET value = value WHERE name = 'id_key'").execute(sql).await?;
@@ -112,8 +111,17 @@ pub(crate) async fn erased_since(
     Ok(erased(sql, ids, vec![&user]).await?.values().any(|at| created <= *at))
 }
 
+/// Whether the answer or the response of this id was erased, whenever that was: ids do not come again.
+pub(crate) async fn is_erased(sql: &mut AnyConnection, ids: &IdKey, id: &str) -> Result<bool, sqlx::Error> {
+    Ok(!erased(sql, ids, vec![id]).await?.is_empty())
+}
+
 /// Which of these people or answers have been erased, by pseudonym, and when.
-async fn erased(sql: &mut AnyConnection, ids: &IdKey, mut names: Vec<&str>) -> Result<HashMap<String, i64>, sqlx::Error> {
+pub(crate) async fn erased(
+    sql: &mut AnyConnection,
+    ids: &IdKey,
+    mut names: Vec<&str>,
+) -> Result<HashMap<String, i64>, sqlx::Error> {
     names.sort_unstable();
     names.dedup();
     let mut found = HashMap::new();

@@ -150,6 +150,8 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (3, "files", include_str!("../migrations/0003_files.sql")),
     (4, "keys", include_str!("../migrations/0004_keys.sql")),
     (5, "indexes", include_str!("../migrations/0005_indexes.sql")),
+    (6, "structured answers", include_str!("../migrations/0006_structured_answers.sql")),
+    (7, "label progress", include_str!("../migrations/0007_label_progress.sql")),
 ];
 
 fn without_password(url: &str) -> String {

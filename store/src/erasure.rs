@@ -9,9 +9,11 @@
 //! SQLite overwrites what it deletes (`secure_delete`), and its write-ahead log is emptied afterwards. Postgres does so when it vacuums.
 //!
 //! What remains is a pseudonym (a keyed hash) of the person and of each answer: in the audit, in place of their name in the lineage of
-//! snapshots, and in `erasures`, by which a record that waited elsewhere (the spill log of another gateway) is left out when it comes.
+//! snapshots, and in `erasures`, by which a record that waited elsewhere (the spill log of another gateway), or a response that was
+//! going on from an erased one, is left out when it comes.
 
 use std::collections::BTreeSet;
+use std::time::Instant;
 
 use serde::Serialize;
 use serde_json::json;
@@ -43,6 +45,7 @@ pub struct Erasure {
 const PART: usize = 500;
 
 pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64, audit_id: Uuid) -> Result<Erasure, StoreError> {
+    let begun = Instant::now();
     let user = clean(user).into_owned();
     let pseudonym = ids.pseudonym(&user);
     let mut connection = database.write().acquire().await?;
@@ -55,9 +58,10 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64
     };
     let sql = &mut *transaction;
     if database.dialect() == Dialect::Postgres {
-        // In the order in which all others come to these tables: a verdict holds its task when it writes feedback.
-        let lock = "LOCK TABLE label_tasks, inferences, choices, feedback, feedback_targets, stored_chats, responses \
-                    IN SHARE ROW EXCLUSIVE MODE";
+        // In the order in which all others come to these tables: a verdict holds its task when it writes feedback. Whoever is writing
+        // is waited for, and seen below; whoever comes now waits, and sees the marks.
+        let lock = "LOCK TABLE label_tasks, label_drafts, inferences, choices, feedback, feedback_targets, stored_chats, responses, \
+                    snapshots, snapshot_sources IN SHARE ROW EXCLUSIVE MODE";
         sqlx::query(lock).execute(&mut *sql).await?;
     }
 
@@ -82,7 +86,8 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64
     let mut sources = feedback.clone();
     sources.extend(targets.iter().cloned());
     sources.extend(tasks.iter().cloned());
-    sources.insert(user.clone());
+    // By their pseudonym, too: a snapshot that was written during an earlier erasure has no other.
+    sources.extend([user.clone(), pseudonym.clone()]);
     let snapshots = related(sql, "SELECT DISTINCT snapshot_id FROM snapshot_sources WHERE source IN", &sources).await?;
     let reason = json!({"reason": "erasure", "at": now, "person": pseudonym}).to_string();
     let (snapshots, adapters) = taint(sql, &snapshots, &reason).await?;
@@ -95,7 +100,8 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64
         adapters,
     };
 
-    let marks: Vec<String> = targets.iter().map(|target| ids.pseudonym(target)).collect();
+    // Of responses, too: what goes on from one may be under way.
+    let marks: Vec<String> = targets.union(&responses).map(|target| ids.pseudonym(target)).collect();
     mark(sql, &marks, now).await?;
     let renamed = "UPDATE snapshot_sources SET source = $2 WHERE source = $1";
     sqlx::query(renamed).bind(user.clone()).bind(pseudonym.clone()).execute(&mut *sql).await?;
@@ -125,10 +131,13 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64
     sqlx::query("INSERT INTO audit (id, at, actor, action, subject, detail) VALUES ($1, $2, 'operator', 'erase', $3, $4)")
         .bind(audit_id.to_string())
         .bind(now)
-        .bind(pseudonym)
+        .bind(pseudonym.clone())
         .bind(json!(erasure).to_string())
         .execute(&mut *sql)
         .await?;
+    // Until here others read what is gone now, and may be making something of it: that is as old as its reading.
+    let end = now.saturating_add(i64::try_from(begun.elapsed().as_micros()).unwrap_or(i64::MAX));
+    mark(sql, &[pseudonym], end).await?;
     transaction.commit().await?;
     // On SQLite there is no other connection to write with.
     drop(connection);

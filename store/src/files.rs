@@ -2,7 +2,8 @@
 //!
 //! A content is written beside its place, flushed and renamed before its row is written, so a row always has its content. Contents
 //! without a row (a process that was killed between the two) are removed at the next start. Servers that share a database do not
-//! share data directories: a row says in which one its content lies.
+//! share data directories: a row says in which one its content lies. A data directory that was used with another database before
+//! has the contents of each in a folder of its own, so that neither takes the other's for leftovers.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -17,8 +18,9 @@ use crate::batches::OPEN;
 use crate::data_dir::write_atomically;
 use crate::error::StoreError;
 use crate::page::{Order, Page};
+use crate::patience::{at_length, patiently};
 use crate::statement::{Select, clean};
-use crate::{DataDir, Database};
+use crate::{DataDir, Database, Store};
 
 const COLUMNS: &str = "id, created, key_id, filename, purpose, bytes, expires, place";
 /// Ending of a content that is still being sent.
@@ -106,10 +108,14 @@ pub struct Incoming {
 }
 
 impl Files {
-    /// Those in `data`, whose lock the caller holds: what a killed process left half-done is removed.
-    pub async fn open(database: &Database, data: &DataDir) -> Result<Self, StoreError> {
-        let folder = data.root().join("files");
+    /// Those in `data` that belong to `store`'s database; the caller holds the lock. What a killed process left half-done is removed.
+    pub async fn open(store: &Store, data: &DataDir) -> Result<Self, StoreError> {
+        let all = data.root().join("files");
+        let folder = all.join(store.ids().pseudonym("files"));
         std::fs::create_dir_all(&folder).map_err(|error| StoreError::io("cannot create", &folder, error))?;
+        for named_in in [&all, data.root()] {
+            sync_folder(named_in).await.map_err(|error| StoreError::io("cannot flush", named_in, error))?;
+        }
         let name = folder.join("place");
         let place = match std::fs::read_to_string(&name) {
             Ok(text) => text.trim().to_owned(),
@@ -120,7 +126,7 @@ impl Files {
             }
             Err(error) => return Err(StoreError::io("cannot read", &name, error)),
         };
-        let files = Self { database: database.clone(), folder, place };
+        let files = Self { database: store.database().clone(), folder, place };
         files.remove_strays().await?;
         Ok(files)
     }
@@ -144,10 +150,13 @@ impl Files {
 
     /// The file of this id, if it is there for `viewer` at `now`.
     pub async fn find(&self, id: Uuid, viewer: &Viewer, now: i64) -> Result<Option<FileRecord>, StoreError> {
-        let text = format!("SELECT {COLUMNS} FROM files WHERE id = $1 AND (expires IS NULL OR expires > $2)");
-        let query = sqlx::query(AssertSqlSafe(text)).bind(id.to_string()).bind(now);
-        let found = query.fetch_optional(self.database.read()).await?.as_ref().map(read).transpose()?;
-        Ok(found.filter(|file| viewer.sees(file.key_id.as_deref())))
+        patiently(async {
+            let text = format!("SELECT {COLUMNS} FROM files WHERE id = $1 AND (expires IS NULL OR expires > $2)");
+            let query = sqlx::query(AssertSqlSafe(text)).bind(id.to_string()).bind(now);
+            let found = query.fetch_optional(self.database.read()).await?.as_ref().map(read).transpose()?;
+            Ok(found.filter(|file| viewer.sees(file.key_id.as_deref())))
+        })
+        .await
     }
 
     /// A page of the files that are there for `viewer` at `now`.
@@ -160,20 +169,24 @@ impl Files {
         order: Order,
         now: i64,
     ) -> Result<Page<FileRecord>, StoreError> {
-        let mut select = Select::new(&format!("SELECT {COLUMNS} FROM files"));
-        select.text_option("key_id = ?", viewer.key_id());
-        select.text_option("purpose = ?", purpose);
-        select.text_option(&order.after("id"), after.map(|id| id.to_string()).as_deref());
-        select.integer("(expires IS NULL OR expires > ?)", Some(now));
-        select.end(&format!(" ORDER BY id {} LIMIT {}", order.sql(), limit + 1));
-        let rows = select.query().fetch_all(self.database.read()).await?;
-        Ok(Page::of(rows.iter().map(read).collect::<Result<_, _>>()?, limit))
+        at_length(async {
+            let mut select = Select::new(&format!("SELECT {COLUMNS} FROM files"));
+            select.text_option("key_id = ?", viewer.key_id());
+            select.text_option("purpose = ?", purpose);
+            select.text_option(&order.after("id"), after.map(|id| id.to_string()).as_deref());
+            select.integer("(expires IS NULL OR expires > ?)", Some(now));
+            select.end(&format!(" ORDER BY id {} LIMIT {}", order.sql(), limit + 1));
+            let rows = select.query().fetch_all(self.database.read()).await?;
+            Ok(Page::of(rows.iter().map(read).collect::<Result<_, _>>()?, limit))
+        })
+        .await
     }
 
     /// Removes a file; `false` when a batch still reads it.
     pub async fn delete(&self, file: &FileRecord) -> Result<bool, StoreError> {
         let text = format!("DELETE FROM files WHERE id = $1 AND {UNUSED}");
-        let deleted = sqlx::query(AssertSqlSafe(text)).bind(file.id.to_string()).execute(self.database.write()).await?;
+        let query = sqlx::query(AssertSqlSafe(text)).bind(file.id.to_string());
+        let deleted = patiently(async { Ok::<_, StoreError>(query.execute(self.database.write()).await?) }).await?;
         if deleted.rows_affected() == 0 {
             return Ok(false);
         }
@@ -183,9 +196,12 @@ impl Files {
 
     /// Bytes of all contents in this data directory.
     pub async fn used(&self) -> Result<u64, StoreError> {
-        let text = "SELECT CAST(COALESCE(SUM(bytes), 0) AS BIGINT) FROM files WHERE place = $1";
-        let (used,): (i64,) = sqlx::query_as(text).bind(self.place.clone()).fetch_one(self.database.read()).await?;
-        Ok(used.unsigned_abs())
+        at_length(async {
+            let text = "SELECT CAST(COALESCE(SUM(bytes), 0) AS BIGINT) FROM files WHERE place = $1";
+            let (used,): (i64,) = sqlx::query_as(text).bind(self.place.clone()).fetch_one(self.database.read()).await?;
+            Ok(used.unsigned_abs())
+        })
+        .await
     }
 
     /// Removes the files of this data directory that have expired at `now` or were made before `oldest`, except those that a batch
@@ -198,7 +214,7 @@ impl Files {
                  AND {UNUSED} LIMIT {SWEEP}) RETURNING id"
             );
             let query = sqlx::query(AssertSqlSafe(text)).bind(self.place.clone()).bind(now).bind(oldest);
-            let rows = query.fetch_all(self.database.write()).await?;
+            let rows = at_length(async { Ok::<_, StoreError>(query.fetch_all(self.database.write()).await?) }).await?;
             for row in &rows {
                 let id: String = row.try_get(0)?;
                 if let Ok(id) = Uuid::try_parse(&id) {
@@ -230,7 +246,8 @@ impl Files {
         let open = format!("FROM batches WHERE place = $1 AND state IN {OPEN}");
         let text =
             format!("SELECT id FROM files WHERE place = $1 UNION SELECT output_file {open} UNION SELECT error_file {open}");
-        let rows = sqlx::query(AssertSqlSafe(text)).bind(self.place.clone()).fetch_all(self.database.read()).await?;
+        let query = sqlx::query(AssertSqlSafe(text)).bind(self.place.clone());
+        let rows = at_length(async { Ok::<_, StoreError>(query.fetch_all(self.database.read()).await?) }).await?;
         let known: HashSet<String> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
         let failed = |error| StoreError::io("cannot list", &self.folder, error);
         for entry in std::fs::read_dir(&self.folder).map_err(failed)? {
@@ -272,9 +289,14 @@ impl Incoming {
         let FileDraft { key_id, filename, purpose, expires } = draft;
         let place = self.files.place.clone();
         let file = FileRecord { id: self.id, created: now, key_id, filename, purpose, bytes: self.bytes, expires, place };
-        let mut connection = self.files.database.write().acquire().await?;
-        if let Err(error) = insert(&mut connection, &file).await {
-            self.files.forget(&file.place, file.id).await;
+        let database = &self.files.database;
+        let written = patiently(async { insert(&mut *database.write().acquire().await?, &file).await }).await;
+        if let Err(error) = written {
+            // The row may have arrived all the same. Only when it is surely gone may the content go, too; otherwise the next start sees.
+            let gone = sqlx::query("DELETE FROM files WHERE id = $1").bind(file.id.to_string());
+            if patiently(async { Ok::<_, StoreError>(gone.execute(database.write()).await?) }).await.is_ok() {
+                self.files.forget(&file.place, file.id).await;
+            }
             return Err(error);
         }
         Ok(file)

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use sqlx::AnyConnection;
 use uuid::Uuid;
 
 /// The secret that all replicas of one database share.
@@ -12,8 +13,16 @@ use uuid::Uuid;
 pub(crate) struct IdKey([u8; 32]);
 
 impl IdKey {
+    #[cfg(test)]
     pub(crate) fn new(secret: [u8; 32]) -> Self {
         Self(secret)
+    }
+
+    /// As the database keeps it for all replicas.
+    pub(crate) async fn load(sql: &mut AnyConnection) -> Result<Self, sqlx::Error> {
+        let (kept,): (String,) = sqlx::query_as("SELECT value FROM meta WHERE name = 'id_key'").fetch_one(sql).await?;
+        let hash = blake3::Hash::from_hex(&kept).map_err(|error| sqlx::Error::Decode(error.to_string().into()))?;
+        Ok(Self(*hash.as_bytes()))
     }
 
     /// The id of a moment since 1970, told apart from others of the same moment by `random`.

@@ -78,6 +78,7 @@ const CHOICES: Insert = Insert {
         "position",
         "finish_reason",
         "output_text",
+        "message",
         "output_ids",
         "logprobs",
         "raw_logprobs",
@@ -130,6 +131,7 @@ pub(crate) async fn insert(connection: &mut AnyConnection, rows: &[Inference]) -
                 .bind(*position as i64)
                 .bind(choice.finish_reason.as_deref())
                 .bind(clean_option(choice.output_text.as_deref()))
+                .bind(choice.message.as_ref().map(json))
                 .bind(bytes_of_ids(&choice.output_ids))
                 .bind(bytes_of_floats(&choice.logprobs))
                 .bind(bytes_of_floats(&choice.raw_logprobs))
@@ -148,7 +150,10 @@ pub(crate) fn size_of(row: &Inference) -> usize {
         .choices
         .iter()
         .map(|choice| {
-            200 + text(&choice.output_text) + 4 * (choice.output_ids.len() + choice.logprobs.len() + choice.raw_logprobs.len())
+            let message = choice.message.as_ref().map_or(0, size_of_json);
+            200 + text(&choice.output_text)
+                + message
+                + 4 * (choice.output_ids.len() + choice.logprobs.len() + choice.raw_logprobs.len())
         })
         .sum();
     let messages = row.messages.as_ref().map_or(0, size_of_json);
@@ -252,10 +257,12 @@ fn read(row: &AnyRow) -> Result<Inference, StoreError> {
 
 fn read_choice(row: &AnyRow) -> Result<Choice, StoreError> {
     let id: String = row.try_get("id")?;
+    let bad = |reason: String| StoreError::Row { table: "choice", id: id.clone(), reason };
     Ok(Choice {
-        id: Uuid::try_parse(&id).map_err(|_| StoreError::Row { table: "choice", id, reason: "its id is no UUID".into() })?,
+        id: Uuid::try_parse(&id).map_err(|_| bad("its id is no UUID".into()))?,
         finish_reason: row.try_get("finish_reason")?,
         output_text: row.try_get("output_text")?,
+        message: parse(row, "message").map_err(bad)?,
         output_ids: ids_of_bytes(row.try_get("output_ids")?),
         logprobs: floats_of_bytes(row.try_get("logprobs")?),
         raw_logprobs: floats_of_bytes(row.try_get("raw_logprobs")?),

@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use crate::Database;
 use crate::error::StoreError;
+use crate::patience::patiently;
 use crate::statement::clean;
 
 /// Where a job is.
@@ -82,14 +83,17 @@ impl Jobs {
 
     /// Writes a new job, queued.
     pub async fn insert(&self, id: Uuid, kind: &str, spec: &Value, now: i64) -> Result<(), StoreError> {
-        sqlx::query(AssertSqlSafe(format!("INSERT INTO jobs ({COLUMNS}) VALUES ($1,$2,$2,$3,'queued',$4,'{{}}',NULL)")))
-            .bind(id.to_string())
-            .bind(now)
-            .bind(kind.to_owned())
-            .bind(clean(&spec.to_string()).into_owned())
-            .execute(self.database.write())
-            .await?;
-        Ok(())
+        patiently(async {
+            sqlx::query(AssertSqlSafe(format!("INSERT INTO jobs ({COLUMNS}) VALUES ($1,$2,$2,$3,'queued',$4,'{{}}',NULL)")))
+                .bind(id.to_string())
+                .bind(now)
+                .bind(kind.to_owned())
+                .bind(clean(&spec.to_string()).into_owned())
+                .execute(self.database.write())
+                .await?;
+            Ok(())
+        })
+        .await
     }
 
     /// Says where a job is. One that has ended stays ended.
@@ -101,26 +105,32 @@ impl Jobs {
         error: Option<&str>,
         now: i64,
     ) -> Result<(), StoreError> {
-        sqlx::query(
-            "UPDATE jobs SET updated = $2, state = $3, progress = $4, error = $5 WHERE id = $1 AND state IN ('queued','running')",
-        )
-        .bind(id.to_string())
-        .bind(now)
-        .bind(state.as_str())
-        .bind(clean(&progress.to_string()).into_owned())
-        .bind(error.map(|error| clean(error).into_owned()))
-        .execute(self.database.write())
-        .await?;
-        Ok(())
+        patiently(async {
+            sqlx::query(
+                "UPDATE jobs SET updated = $2, state = $3, progress = $4, error = $5 WHERE id = $1 AND state IN ('queued','running')",
+            )
+            .bind(id.to_string())
+            .bind(now)
+            .bind(state.as_str())
+            .bind(clean(&progress.to_string()).into_owned())
+            .bind(error.map(|error| clean(error).into_owned()))
+            .execute(self.database.write())
+            .await?;
+            Ok(())
+        })
+        .await
     }
 
     /// The job of this id. One without a sign of life for a minute is reported as failed: its process is gone.
     pub async fn find(&self, id: Uuid, now: i64) -> Result<Option<Job>, StoreError> {
-        let row = sqlx::query(AssertSqlSafe(format!("SELECT {COLUMNS} FROM jobs WHERE id = $1")))
-            .bind(id.to_string())
-            .fetch_optional(self.database.read())
-            .await?;
-        row.as_ref().map(|row| job(row, now)).transpose()
+        patiently(async {
+            let row = sqlx::query(AssertSqlSafe(format!("SELECT {COLUMNS} FROM jobs WHERE id = $1")))
+                .bind(id.to_string())
+                .fetch_optional(self.database.read())
+                .await?;
+            row.as_ref().map(|row| job(row, now)).transpose()
+        })
+        .await
     }
 }
 

@@ -32,8 +32,12 @@ pub struct JudgedAnswer {
     pub finish_reason: Option<String>,
     /// The request's messages, as JSON; `None` when they were not recorded.
     pub messages: Option<String>,
-    /// What the client got; `None` when it was not recorded.
+    /// What the model wrote; `None` when it was not recorded.
     pub text: Option<String>,
+    /// The text taken apart, as JSON, where it holds reasoning or calls.
+    pub message: Option<String>,
+    /// The request's parameters, as JSON.
+    pub params: Option<String>,
 }
 
 /// A pair of texts in a labeling queue.
@@ -52,7 +56,7 @@ pub struct JudgedTask {
 /// Those of the choices that are recorded, in any order.
 pub async fn judged_answers(database: &Database, ids: &[String]) -> Result<Vec<JudgedAnswer>, StoreError> {
     let select = "SELECT c.id, c.inference_id, i.endpoint, i.model, i.variant, i.user_key, i.status, c.finish_reason, i.messages, \
-                  c.output_text FROM choices c JOIN inferences i ON i.id = c.inference_id WHERE c.id IN";
+                  c.output_text, c.message, i.params FROM choices c JOIN inferences i ON i.id = c.inference_id WHERE c.id IN";
     let row = |row: &AnyRow| {
         Ok(JudgedAnswer {
             id: row.try_get(0)?,
@@ -65,6 +69,8 @@ pub async fn judged_answers(database: &Database, ids: &[String]) -> Result<Vec<J
             finish_reason: row.try_get(7)?,
             messages: row.try_get(8)?,
             text: row.try_get(9)?,
+            message: row.try_get(10)?,
+            params: row.try_get(11)?,
         })
     };
     by_ids(database, select, ids, row).await

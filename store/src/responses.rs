@@ -8,11 +8,16 @@ use uuid::Uuid;
 use crate::commit;
 use crate::error::StoreError;
 use crate::inferences::{json, parse};
-use crate::statement::clean_option;
-use crate::store::{Store, now_us, patiently};
+use crate::patience::patiently;
+use crate::statement::{clean_option, list};
+use crate::store::{Store, now_us};
 
 /// Most responses of one conversation that are read back, the latest ones.
 pub const MAX_CHAIN: usize = 2000;
+/// Most bytes of them, beside the last one: what is read back stands in memory, several times over.
+pub const MAX_CHAIN_BYTES: usize = 32 << 20;
+/// Responses that one statement reads by their ids.
+const PART: usize = 16;
 
 /// How far a response is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,8 +83,19 @@ impl StoredResponse {
     }
 }
 
+/// A conversation that was read back.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Chain {
+    /// The earliest first; empty when the owner has no such response.
+    pub responses: Vec<StoredResponse>,
+    /// There are earlier ones, more than [`MAX_CHAIN`] or [`MAX_CHAIN_BYTES`] allow. Otherwise, where the first one goes on from
+    /// another, that was deleted.
+    pub cut: bool,
+}
+
 impl Store {
-    /// Keeps a response; when it returns, the response is on the disk. What a person erased since has asked is not kept.
+    /// Keeps a response; when it returns, the response is on the disk. What a person erased since has asked is not kept, nor what
+    /// goes on from it.
     pub async fn save_response(&self, response: &StoredResponse) -> Result<(), StoreError> {
         patiently(async {
             let text = "INSERT INTO responses (id, created, owner, user_key, previous, status, alive_until, input, body, bytes) \
@@ -102,9 +118,16 @@ impl Store {
                 .execute(&mut *transaction)
                 .await?;
             let user = response.user_key.as_deref();
-            if !commit::erased_since(&mut transaction, self.ids(), user, response.created).await? {
-                transaction.commit().await?;
+            if commit::erased_since(&mut transaction, self.ids(), user, response.created).await? {
+                return Ok(());
             }
+            // It was made with the texts of those before it.
+            if let Some(previous) = response.previous
+                && commit::is_erased(&mut transaction, self.ids(), &previous.to_string()).await?
+            {
+                return Ok(());
+            }
+            transaction.commit().await?;
             Ok(())
         })
         .await
@@ -149,19 +172,44 @@ impl Store {
         .await
     }
 
-    /// The response of this id and those that it goes on from, the earliest first; at most [`MAX_CHAIN`], the latest. Empty when the
-    /// owner has none of this id. It begins in the middle when an earlier one was deleted: the first one's `previous` says so.
-    pub async fn response_chain(&self, owner: &str, id: Uuid) -> Result<Vec<StoredResponse>, StoreError> {
+    /// The owner's among the responses of these ids.
+    pub async fn responses(&self, owner: &str, ids: &[Uuid]) -> Result<Vec<StoredResponse>, StoreError> {
+        patiently(async {
+            let mut found = Vec::new();
+            for part in ids.chunks(PART) {
+                let text = format!("SELECT * FROM responses WHERE owner = $1 AND id IN {}", list(2, part.len()));
+                let query = sqlx::query(AssertSqlSafe(text)).bind(owner.to_owned());
+                let query = part.iter().fold(query, |query, id| query.bind(id.to_string()));
+                for row in query.fetch_all(self.database().read()).await? {
+                    found.push(read(&row)?);
+                }
+            }
+            Ok(found)
+        })
+        .await
+    }
+
+    /// The response of this id and those that it goes on from, as far as they are the owner's: the latest, within [`MAX_CHAIN`] and
+    /// [`MAX_CHAIN_BYTES`].
+    pub async fn response_chain(&self, owner: &str, id: Uuid) -> Result<Chain, StoreError> {
         patiently(async {
             let text = format!(
-                "WITH RECURSIVE chain (id, previous, depth) AS (\
-                 SELECT id, previous, 1 FROM responses WHERE id = $1 AND owner = $2 \
-                 UNION ALL SELECT responses.id, responses.previous, chain.depth + 1 FROM chain \
-                 JOIN responses ON responses.id = chain.previous WHERE responses.owner = $2 AND chain.depth < {MAX_CHAIN}) \
+                "WITH RECURSIVE chain (id, previous, depth, bytes) AS (\
+                 SELECT id, previous, 1, CAST(0 AS BIGINT) FROM responses WHERE id = $1 AND owner = $2 \
+                 UNION ALL SELECT responses.id, responses.previous, chain.depth + 1, chain.bytes + responses.bytes FROM chain \
+                 JOIN responses ON responses.id = chain.previous WHERE responses.owner = $2 AND chain.depth < {MAX_CHAIN} \
+                 AND chain.bytes + responses.bytes <= {MAX_CHAIN_BYTES}) \
                  SELECT responses.* FROM chain JOIN responses ON responses.id = chain.id ORDER BY chain.depth DESC"
             );
             let query = sqlx::query(AssertSqlSafe(text)).bind(id.to_string()).bind(owner.to_owned());
-            query.fetch_all(self.database().read()).await?.iter().map(read).collect()
+            let rows = query.fetch_all(self.database().read()).await?;
+            let responses = rows.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+            let mut cut = false;
+            if let Some(before) = responses.first().and_then(|first| first.previous) {
+                let query = sqlx::query("SELECT 1 FROM responses WHERE id = $1 AND owner = $2").bind(before.to_string());
+                cut = query.bind(owner.to_owned()).fetch_optional(self.database().read()).await?.is_some();
+            }
+            Ok(Chain { responses, cut })
         })
         .await
     }

@@ -1,16 +1,19 @@
 //! Snapshots of datasets, and what each was made from.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 use serde_json::Value;
 use sqlx::any::AnyRow;
-use sqlx::{AssertSqlSafe, Row};
+use sqlx::{AnyConnection, AssertSqlSafe, Row};
 use uuid::Uuid;
 
-use crate::Database;
 use crate::error::StoreError;
+use crate::ids::IdKey;
+use crate::patience::{at_length, patiently};
 use crate::statement::{Insert, clean};
+use crate::{Database, commit};
 
 /// A snapshot. It exists when its row does, and its content never changes.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -61,10 +64,13 @@ impl Snapshots {
     }
 
     /// Writes a snapshot and its sources; from here on it exists. One made `from_feedback` of this database that was erased while
-    /// it was being made is tainted from the start.
+    /// it was being made is tainted from the start, and does not name the person.
     pub async fn insert(&self, snapshot: &Snapshot, sources: &Sources, from_feedback: bool) -> Result<(), StoreError> {
-        let mut transaction = self.database.write().begin().await?;
-        sqlx::query(AssertSqlSafe(format!("INSERT INTO snapshots ({COLUMNS}) VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12)")))
+        at_length(async {
+            let mut transaction = self.database.write().begin().await?;
+            sqlx::query(AssertSqlSafe(format!(
+                "INSERT INTO snapshots ({COLUMNS}) VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12)"
+            )))
             .bind(snapshot.id.to_string())
             .bind(snapshot.name.clone())
             .bind(snapshot.version)
@@ -79,66 +85,100 @@ impl Snapshots {
             .bind(snapshot.tainted.as_ref().map(Value::to_string))
             .execute(&mut *transaction)
             .await?;
-        let all: Vec<(&str, &String)> = sources.iter().flat_map(|(kind, ids)| ids.iter().map(|id| (*kind, id))).collect();
-        for part in Insert::parts(&all) {
-            let mut query = sqlx::query(AssertSqlSafe(SOURCES.text(part.len())));
-            for (kind, source) in part {
-                query = query.bind(snapshot.id.to_string()).bind(*kind).bind(clean(source).into_owned());
+            let all: Vec<(&str, &String)> = sources.iter().flat_map(|(kind, ids)| ids.iter().map(|id| (*kind, id))).collect();
+            for part in Insert::parts(&all) {
+                let mut query = sqlx::query(AssertSqlSafe(SOURCES.text(part.len())));
+                for (kind, source) in part {
+                    query = query.bind(snapshot.id.to_string()).bind(*kind).bind(clean(source).into_owned());
+                }
+                query.fetch_all(&mut *transaction).await?;
             }
-            query.fetch_all(&mut *transaction).await?;
-        }
-        // Erasure marks the snapshots that it finds; one that was not there yet has to look for itself.
-        if from_feedback {
-            sqlx::query(
-                "UPDATE snapshots SET tainted = $2, report = '{}' WHERE id = $1 AND tainted IS NULL AND EXISTS (
-                SELECT 1 FROM snapshot_sources s WHERE s.snapshot_id = $1 AND s.kind = 'feedback'
-                AND NOT EXISTS (SELECT 1 FROM feedback f WHERE f.id = s.source))",
-            )
-            .bind(snapshot.id.to_string())
-            .bind(r#"{"reason":"erasure during the build"}"#)
-            .execute(&mut *transaction)
-            .await?;
-        }
-        transaction.commit().await?;
-        Ok(())
+            // Erasure marks the snapshots that it finds; one that was not there yet has to look for itself.
+            if from_feedback {
+                let tainted = sqlx::query(
+                    "UPDATE snapshots SET tainted = $2, report = '{}' WHERE id = $1 AND tainted IS NULL AND EXISTS (
+                    SELECT 1 FROM snapshot_sources s WHERE s.snapshot_id = $1 AND s.kind = 'feedback'
+                    AND NOT EXISTS (SELECT 1 FROM feedback f WHERE f.id = s.source))",
+                )
+                .bind(snapshot.id.to_string())
+                .bind(r#"{"reason":"erasure during the build"}"#)
+                .execute(&mut *transaction)
+                .await?;
+                if tainted.rows_affected() > 0 {
+                    forget_erased(&mut transaction, snapshot.id, sources).await?;
+                }
+            }
+            transaction.commit().await?;
+            Ok(())
+        })
+        .await
     }
 
     /// A version of a dataset, or its newest.
     pub async fn find(&self, name: &str, version: Option<i64>) -> Result<Option<Snapshot>, StoreError> {
-        let version_is = if version.is_some() { "AND version = $2" } else { "AND version >= $2" };
-        let row = sqlx::query(AssertSqlSafe(format!(
-            "SELECT {COLUMNS} FROM snapshots WHERE name = $1 {version_is} ORDER BY version DESC LIMIT 1"
-        )))
-        .bind(clean(name).into_owned())
-        .bind(version.unwrap_or(0))
-        .fetch_optional(self.database.read())
-        .await?;
-        row.as_ref().map(snapshot).transpose()
+        patiently(async {
+            let version_is = if version.is_some() { "AND version = $2" } else { "AND version >= $2" };
+            let row = sqlx::query(AssertSqlSafe(format!(
+                "SELECT {COLUMNS} FROM snapshots WHERE name = $1 {version_is} ORDER BY version DESC LIMIT 1"
+            )))
+            .bind(clean(name).into_owned())
+            .bind(version.unwrap_or(0))
+            .fetch_optional(self.database.read())
+            .await?;
+            row.as_ref().map(snapshot).transpose()
+        })
+        .await
     }
 
     /// At most `limit` snapshots older than `before`, the newest first; of one name, or of all.
     pub async fn list(&self, name: Option<&str>, before: Option<Uuid>, limit: usize) -> Result<Vec<Snapshot>, StoreError> {
-        let rows = sqlx::query(AssertSqlSafe(format!(
-            "SELECT {COLUMNS} FROM snapshots WHERE (name = $1 OR $1 = '') AND id < $2 ORDER BY id DESC LIMIT $3"
-        )))
-        .bind(clean(name.unwrap_or_default()).into_owned())
-        // After every hexadecimal digit, in every collation.
-        .bind(before.map_or_else(|| "g".to_owned(), |id| id.to_string()))
-        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
-        .fetch_all(self.database.read())
-        .await?;
-        rows.iter().map(snapshot).collect()
+        patiently(async {
+            let rows = sqlx::query(AssertSqlSafe(format!(
+                "SELECT {COLUMNS} FROM snapshots WHERE (name = $1 OR $1 = '') AND id < $2 ORDER BY id DESC LIMIT $3"
+            )))
+            .bind(clean(name.unwrap_or_default()).into_owned())
+            // After every hexadecimal digit, in every collation.
+            .bind(before.map_or_else(|| "g".to_owned(), |id| id.to_string()))
+            .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+            .fetch_all(self.database.read())
+            .await?;
+            rows.iter().map(snapshot).collect()
+        })
+        .await
     }
 
     /// Ids of one kind behind a snapshot, sorted.
     pub async fn sources(&self, id: Uuid, kind: &str) -> Result<Vec<String>, StoreError> {
-        let rows = sqlx::query("SELECT source FROM snapshot_sources WHERE snapshot_id = $1 AND kind = $2 ORDER BY source")
-            .bind(id.to_string())
-            .bind(kind.to_owned())
-            .fetch_all(self.database.read())
-            .await?;
-        Ok(rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?)
+        at_length(async {
+            let rows = sqlx::query("SELECT source FROM snapshot_sources WHERE snapshot_id = $1 AND kind = $2 ORDER BY source")
+                .bind(id.to_string())
+                .bind(kind.to_owned())
+                .fetch_all(self.database.read())
+                .await?;
+            Ok(rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?)
+        })
+        .await
     }
+}
+
+/// Puts their pseudonyms in the place of people who have been erased, as erasure does in the snapshots that it finds.
+async fn forget_erased(sql: &mut AnyConnection, id: Uuid, sources: &Sources) -> Result<(), StoreError> {
+    let ids = IdKey::load(sql).await?;
+    let people = ["user", "rater"].iter().filter_map(|kind| sources.get(kind)).flatten();
+    let people: Vec<Cow<'_, str>> = people.map(|name| clean(name)).collect();
+    let erased = commit::erased(sql, &ids, people.iter().map(AsRef::as_ref).collect()).await?;
+    for name in people {
+        let pseudonym = ids.pseudonym(&name);
+        if erased.contains_key(&pseudonym) {
+            sqlx::query("UPDATE snapshot_sources SET source = $3 WHERE snapshot_id = $1 AND source = $2")
+                .bind(id.to_string())
+                .bind(name.into_owned())
+                .bind(pseudonym)
+                .execute(&mut *sql)
+                .await?;
+        }
+    }
+    Ok(())
 }
 
 fn snapshot(row: &AnyRow) -> Result<Snapshot, StoreError> {

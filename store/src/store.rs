@@ -14,16 +14,12 @@ use crate::judgements::{self, Acknowledged, FeedbackChange, FeedbackFilter};
 use crate::key_terms::KeyTerms;
 use crate::keys::{self, ApiKey, Scope};
 use crate::page::Page;
+use crate::patience::{PATIENCE, at_length, patiently};
 use crate::recorder::Recorder;
 use crate::records::{Feedback, Inference};
 use crate::statement::clean;
 use crate::usage::{self, Usage, UsageWriter};
 use crate::{DataDir, Database, Erasure};
-
-/// How long a command or a read waits for the database.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// How long for a list, which may look at much.
-const LONG_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How a store is opened.
 #[derive(Clone, Debug)]
@@ -146,7 +142,7 @@ impl Store {
 
     /// A page of feedback.
     pub async fn list_feedback(&self, filter: &FeedbackFilter) -> Result<Page<Feedback>, StoreError> {
-        within(LONG_PATIENCE, judgements::find_all(&self.0.database, filter)).await
+        at_length(judgements::find_all(&self.0.database, filter)).await
     }
 
     /// Changes a feedback and keeps what it was as a revision; a change that changes nothing adds none. `None`: no such feedback.
@@ -166,7 +162,7 @@ impl Store {
 
     /// A page of answers.
     pub async fn list_inferences(&self, filter: &InferenceFilter) -> Result<Page<Inference>, StoreError> {
-        within(LONG_PATIENCE, inferences::find_all(&self.0.database, filter)).await
+        at_length(inferences::find_all(&self.0.database, filter)).await
     }
 
     /// Whether an answer of this conversation is recorded.
@@ -199,8 +195,8 @@ impl Store {
         scopes.dedup();
         let (id, prefix) = (self.issue_id(), secret[..8].to_owned());
         let key = ApiKey { id, created: now_us(), name: name.to_owned(), prefix, scopes, revoked: None, expires, terms };
-        keys::insert(&self.0.database, &key, &secret).await?;
-        self.keys_changed();
+        let _changed = self.changing_keys();
+        patiently(keys::insert(&self.0.database, &key, &secret)).await?;
         Ok((key, secret))
     }
 
@@ -216,9 +212,8 @@ impl Store {
         id_or_name: &str,
         change: impl FnOnce(&mut ApiKey) + Send,
     ) -> Result<Option<ApiKey>, StoreError> {
-        let changed = patiently(keys::change(&self.0.database, id_or_name, change)).await?;
-        self.keys_changed();
-        Ok(changed)
+        let _changed = self.changing_keys();
+        patiently(keys::change(&self.0.database, id_or_name, change)).await
     }
 
     /// Gives the key of this id or name a new secret, which is returned and not kept; the old one works for `overlap` more.
@@ -226,21 +221,20 @@ impl Store {
         let secret = keys::secret_of(random_bytes()?);
         let now = now_us();
         let ends = now.saturating_add(i64::try_from(overlap.as_micros()).unwrap_or(i64::MAX));
+        let _changed = self.changing_keys();
         let rotated = patiently(keys::rotate(&self.0.database, id_or_name, &secret, now, ends)).await?;
-        self.keys_changed();
         Ok(rotated.map(|key| (key, secret)))
     }
 
     /// Revokes the key of this id or name. `None`: no key that works is called so.
     pub async fn revoke_key(&self, id_or_name: &str) -> Result<Option<ApiKey>, StoreError> {
-        let revoked = keys::revoke(&self.0.database, id_or_name, now_us()).await?;
-        self.keys_changed();
-        Ok(revoked)
+        let _changed = self.changing_keys();
+        patiently(keys::revoke(&self.0.database, id_or_name, now_us())).await
     }
 
-    fn keys_changed(&self) {
-        self.0.key_changes.fetch_add(1, Ordering::AcqRel);
-        *lock(&self.0.any_key) = None;
+    /// Counts a change when it is dropped: a change whose acknowledgement was lost, or whose requester has left, may have been made.
+    fn changing_keys(&self) -> ChangingKeys<'_> {
+        ChangingKeys(self)
     }
 
     /// How often this process has changed a key: who remembers keys forgets them when it has grown.
@@ -276,7 +270,8 @@ impl Store {
         Ok(found.filter(|key| !key.has_expired(now_us())))
     }
 
-    /// Whether there is any key that works; without one, everything is open.
+    /// Whether there is any key, a revoked one too; before the first, everything is open. Whoever revokes the last one wants the door shut,
+    /// also after the next start.
     pub async fn any_key(&self) -> Result<bool, StoreError> {
         let known = *lock(&self.0.any_key);
         if let Some((any, seen)) = known
@@ -304,16 +299,15 @@ impl Store {
 
     /// Writes down who did what to what.
     pub async fn audit(&self, actor: &str, action: &str, subject: &str, detail: Value) -> Result<(), StoreError> {
-        sqlx::query("INSERT INTO audit (id, at, actor, action, subject, detail) VALUES ($1, $2, $3, $4, $5, $6)")
+        let text = "INSERT INTO audit (id, at, actor, action, subject, detail) VALUES ($1, $2, $3, $4, $5, $6)";
+        let query = sqlx::query(text)
             .bind(self.issue_id().to_string())
             .bind(now_us())
             .bind(clean(actor).into_owned())
             .bind(clean(action).into_owned())
             .bind(clean(subject).into_owned())
-            .bind(json(&detail))
-            .execute(self.0.database.write())
-            .await?;
-        Ok(())
+            .bind(json(&detail));
+        patiently(async { Ok(query.execute(self.0.database.write()).await.map(drop)?) }).await
     }
 
     /// Waits until every answer that was taken is durable: in the database, or in the spill log.
@@ -325,6 +319,16 @@ impl Store {
     pub async fn close(&self) {
         self.0.recorder.close().await;
         self.0.database.close().await;
+    }
+}
+
+struct ChangingKeys<'a>(&'a Store);
+
+impl Drop for ChangingKeys<'_> {
+    fn drop(&mut self) {
+        let Store(inner) = self.0;
+        inner.key_changes.fetch_add(1, Ordering::AcqRel);
+        *lock(&inner.any_key) = None;
     }
 }
 
@@ -343,19 +347,11 @@ async fn connect(data: &DataDir, url: Option<&str>) -> Result<(Database, IdKey),
         .bind(fresh)
         .execute(database.write())
         .await?;
-    let (kept,): (String,) = sqlx::query_as("SELECT value FROM meta WHERE name = 'id_key'").fetch_one(database.write()).await?;
-    let bad = || StoreError::Row { table: "meta", id: "id_key".into(), reason: "it is not 64 hexadecimal digits".into() };
-    let hash = blake3::Hash::from_hex(&kept).map_err(|_| bad())?;
-    Ok((database, IdKey::new(*hash.as_bytes())))
-}
-
-/// An answer in good time, or [`StoreError::Away`].
-pub(crate) async fn patiently<T>(work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
-    within(PATIENCE, work).await
-}
-
-async fn within<T>(patience: Duration, work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
-    tokio::time::timeout(patience, work).await.unwrap_or(Err(StoreError::Away))
+    let ids = IdKey::load(&mut *database.write().acquire().await?).await.map_err(|error| match error {
+        sqlx::Error::Decode(error) => StoreError::Row { table: "meta", id: "id_key".into(), reason: error.to_string() },
+        error => error.into(),
+    })?;
+    Ok((database, ids))
 }
 
 fn random_bytes() -> Result<[u8; 32], StoreError> {

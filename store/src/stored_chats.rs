@@ -8,8 +8,9 @@ use uuid::Uuid;
 use crate::error::StoreError;
 use crate::inferences::{json, parse};
 use crate::page::{self, Order, Page};
+use crate::patience::patiently;
 use crate::statement::{Select, clean, clean_option};
-use crate::store::{Store, patiently};
+use crate::store::Store;
 use crate::{Database, commit};
 
 /// A chat answer that can be read again.
@@ -71,11 +72,12 @@ impl Store {
         patiently(find(self.database(), owner, id)).await
     }
 
-    /// A page of the owner's chats.
+    /// A page of the owner's chats, without their messages, which no list shows.
     pub async fn list_chats(&self, filter: &ChatFilter) -> Result<Page<StoredChat>, StoreError> {
         patiently(async {
             let limit = page::limit(filter.limit);
-            let mut select = Select::new("SELECT * FROM stored_chats");
+            let mut select =
+                Select::new("SELECT id, created, owner, user_key, model, metadata, 'null' AS messages, body FROM stored_chats");
             select.text("owner = ?", filter.owner.as_str());
             select.text_option("model = ?", filter.model.as_deref());
             for (name, value) in &filter.metadata {

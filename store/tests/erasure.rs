@@ -10,7 +10,10 @@ use support::proxy::{Proxy, Wire, eventually};
 use support::{Place, answer, each, on_postgres, on_sqlite, postgres, thumb};
 use tidemill_store::label::{Labels, NewDraft, NewQueue, NewTask, TaskState};
 use tidemill_store::records::{Feedback, Inference, TargetKind};
-use tidemill_store::{FeedbackChange, FeedbackFilter, InferenceFilter, Retention, Store, StoreOptions, retention};
+use tidemill_store::{
+    Erasure, FeedbackChange, FeedbackFilter, InferenceFilter, Retention, Snapshot, Snapshots, Sources, Store, StoreError,
+    StoreOptions, retention,
+};
 
 async fn run(store: &Store, text: &'static str, values: &[&str]) {
     let mut query = sqlx::query(text);
@@ -339,6 +342,117 @@ fn a_draft_that_was_erased_while_its_answer_was_generated_becomes_no_task() {
 }
 
 #[test]
+fn what_was_read_before_an_erasure_and_is_written_after_it_does_not_stay() {
+    each(async |place| {
+        let store = place.open().await;
+        let labels = Labels::new(store.database());
+        let queue = labels.create_queue(queue(), 1).await.unwrap();
+        let (hers, his) = (answer(&store, "ann"), answer(&store, "bob"));
+        for recorded in [&hers, &his] {
+            store.record(recorded.clone()).unwrap();
+        }
+        store.flush().await;
+        let (on_hers, on_his) = (thumb(&store, hers.id, "rater"), thumb(&store, his.id, "rater"));
+        store.erase_user("ann").await.unwrap();
+
+        // The one who fills queues has both answers in hand.
+        assert_eq!(labels.add_tasks(queue.id, &[pair(&hers), pair(&his)], 1).await.unwrap(), 1);
+        let draft = |of: &Inference| NewDraft {
+            source: format!("draft of {}", of.id),
+            prompt: serde_json::json!([]),
+            answer: Some(("first".to_owned(), of.id)),
+            model: None,
+        };
+        assert_eq!(labels.add_drafts(queue.id, &[draft(&hers), draft(&his)], 1).await.unwrap(), 1);
+        let tasks = labels.list_tasks(queue.id, TaskState::Any, None, 9).await.unwrap();
+        assert_eq!(tasks.iter().map(|task| task.source.clone()).collect::<Vec<_>>(), [his.id.to_string()]);
+        assert_eq!(labels.waiting_drafts(9).await.unwrap().len(), 1);
+
+        // Somebody's word on them was on its way, through another server.
+        store.add_feedback(vec![on_hers.clone(), on_his.clone()]).await.unwrap();
+        assert_eq!(store.feedback(on_hers.id).await.unwrap(), None);
+        assert!(store.feedback(on_his.id).await.unwrap().is_some());
+
+        // And a snapshot was made of what they said.
+        let sources: Sources =
+            [("feedback", [on_hers.id.to_string()].into()), ("user", ["ann".to_owned(), "bob".to_owned()].into())].into();
+        let snapshot = snapshot();
+        let snapshots = Snapshots::new(store.database());
+        snapshots.insert(&snapshot, &sources, true).await.unwrap();
+        let named = snapshots.sources(snapshot.id, "user").await.unwrap();
+        assert!(named.len() == 2 && named.contains(&"bob".to_owned()) && !named.contains(&"ann".to_owned()), "{named:?}");
+        store.close().await;
+    });
+}
+
+fn snapshot() -> Snapshot {
+    Snapshot {
+        id: uuid::Uuid::now_v7(),
+        name: "d".into(),
+        version: 1,
+        created: 5,
+        query: serde_json::json!({}),
+        content_hash: "abc".into(),
+        location: "/data/x".into(),
+        table_version: 1,
+        row_counts: serde_json::json!({}),
+        verdict: "pass".into(),
+        report: serde_json::json!({}),
+        tainted: None,
+    }
+}
+
+/// Begins an erasure of ann that has to wait for a transaction which holds a lock.
+async fn erase_behind(store: &Store) -> tokio::task::JoinHandle<Result<Erasure, StoreError>> {
+    let erasing = tokio::spawn({
+        let store = store.clone();
+        async move { store.erase_user("ann").await }
+    });
+    // In this database: tests beside this one wait in theirs.
+    let waiting = "SELECT COUNT(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    eventually("the erasure waits", async || {
+        sqlx::query_as::<_, (i64,)>(waiting).fetch_one(store.database().read()).await.unwrap().0 > 0
+    })
+    .await;
+    erasing
+}
+
+#[test]
+fn an_erasure_waits_for_a_snapshot_and_for_a_draft_that_are_being_written() {
+    let Some(server) = postgres() else { return };
+    on_postgres(&server, &async |place: &Place| {
+        let store = place.open().await;
+        let hers = answer(&store, "ann");
+        store.record(hers.clone()).unwrap();
+        store.flush().await;
+        // Half of what each does: it has not looked for marks yet, or has found none.
+        let mut writing = store.database().write().begin().await.unwrap();
+        for text in [
+            "INSERT INTO snapshots (id, name, version, created, query, content_hash, location, table_version, row_counts, verdict, report)
+             VALUES ('s', 'd', 1, 1, '{}', '', '', 1, '{}', 'pass', '{}')",
+            "INSERT INTO snapshot_sources (snapshot_id, kind, source) VALUES ('s', 'user', 'ann')",
+            "INSERT INTO label_drafts (id, queue_id, created, source, prompt, answer_a, candidate_a) VALUES ('d', 'q', 1, 'x', '[]', 'hers', $1)",
+        ] {
+            let query = sqlx::query(text);
+            let query = if text.contains("$1") { query.bind(hers.id.to_string()) } else { query };
+            query.execute(&mut *writing).await.unwrap();
+        }
+        let erasing = erase_behind(&store).await;
+        // Who asks now, and is answered when the erasure is over, had read what was still there.
+        let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        let meanwhile = Inference { created: since_1970.as_micros() as i64, ..answer(&store, "ann") };
+        writing.commit().await.unwrap();
+        assert_eq!(erasing.await.unwrap().unwrap().snapshots, ["d@1"]);
+        assert_eq!(one(&store, "SELECT CAST(COUNT(*) AS TEXT) FROM label_drafts").await, "0");
+        assert_eq!(one(&store, "SELECT CAST(COUNT(*) AS TEXT) FROM snapshot_sources WHERE source = 'ann'").await, "0");
+        store.record(meanwhile.clone()).unwrap();
+        store.flush().await;
+        assert_eq!(store.inference(meanwhile.id).await.unwrap(), None);
+        store.close().await;
+    });
+}
+
+#[test]
 fn an_erasure_waits_for_a_verdict_that_is_being_written_and_neither_fails() {
     let Some(server) = postgres() else { return };
     on_postgres(&server, &async |place: &Place| {
@@ -352,15 +466,7 @@ fn an_erasure_waits_for_a_verdict_that_is_being_written_and_neither_fails() {
         // Half of what `submit` does, in its order.
         let mut verdict = store.database().write().begin().await.unwrap();
         sqlx::query("UPDATE label_tasks SET verdicts = 1").execute(&mut *verdict).await.unwrap();
-        let erasing = tokio::spawn({
-            let store = store.clone();
-            async move { store.erase_user("ann").await }
-        });
-        let waiting = "SELECT COUNT(*) FROM pg_locks WHERE NOT granted";
-        eventually("the erasure waits", async || {
-            sqlx::query_as::<_, (i64,)>(waiting).fetch_one(store.database().read()).await.unwrap().0 > 0
-        })
-        .await;
+        let erasing = erase_behind(&store).await;
         let text = "INSERT INTO feedback_targets (feedback_id, target) VALUES ('f', 't')";
         sqlx::query(text).execute(&mut *verdict).await.unwrap();
         verdict.commit().await.unwrap();

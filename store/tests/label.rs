@@ -289,6 +289,24 @@ fn a_draft_becomes_a_task_once() {
 }
 
 #[test]
+fn a_queue_is_full_by_what_waits_in_it() {
+    each(async |place| {
+        let store = place.open().await;
+        let labels = Labels::new(store.database());
+        let queue = queue_of(&labels, "q", 1, 3).await;
+        let gold = NewTask { gold: Some(Verdict::A), ..pair("gold") };
+        labels.add_tasks(queue.id, &[gold], 1).await.unwrap();
+        let draft = NewDraft { source: "d".into(), prompt: json!([]), answer: None, model: None };
+        labels.add_drafts(queue.id, &[draft], 1).await.unwrap();
+        assert!(labels.is_full(queue.id, 4).await.unwrap() && !labels.is_full(queue.id, 5).await.unwrap());
+        let (_, work) = work(&labels, &queue, "ann", 1).await;
+        labels.submit(work.id, "ann", Verdict::A, 2, None).await.unwrap();
+        assert!(!labels.is_full(queue.id, 4).await.unwrap());
+        store.close().await;
+    });
+}
+
+#[test]
 fn of_two_gateways_one_moves_the_cursor() {
     each(async |place| {
         let store = place.open().await;

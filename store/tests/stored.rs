@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 use support::each;
-use tidemill_store::{ChatFilter, Order, ResponseStatus, Retention, Store, StoredChat, StoredResponse, retention};
+use tidemill_store::{
+    Chain, ChatFilter, MAX_CHAIN_BYTES, Order, ResponseStatus, Retention, Store, StoredChat, StoredResponse, retention,
+};
 use uuid::Uuid;
 
 fn chat(store: &Store, owner: &str, user: &str, metadata: Value) -> StoredChat {
@@ -101,13 +103,56 @@ fn a_conversation_is_read_from_its_beginning_by_its_owner() {
         }
         assert_eq!(store.response("k1", third.id).await.unwrap(), Some(third.clone()));
         assert_eq!(store.response("k2", third.id).await.unwrap(), None);
-        assert_eq!(store.response_chain("k1", third.id).await.unwrap(), [first.clone(), second.clone(), third.clone()]);
-        assert_eq!(store.response_chain("k1", branch.id).await.unwrap(), [first.clone(), branch]);
-        assert!(store.response_chain("k1", foreign.id).await.unwrap().is_empty());
-        assert_eq!(store.response_chain("k2", foreign.id).await.unwrap(), [foreign], "it does not reach into another's");
+        let chain = async |owner, id| store.response_chain(owner, id).await.unwrap();
+        let whole = |responses: &[&StoredResponse]| Chain { responses: responses.iter().copied().cloned().collect(), cut: false };
+        assert_eq!(chain("k1", third.id).await, whole(&[&first, &second, &third]));
+        assert_eq!(chain("k1", branch.id).await, whole(&[&first, &branch]));
+        assert_eq!(chain("k1", foreign.id).await, Chain::default());
+        assert_eq!(chain("k2", foreign.id).await, whole(&[&foreign]), "it does not reach into another's");
+        let mut by_id = store.responses("k1", &[third.id, foreign.id, first.id]).await.unwrap();
+        by_id.sort_by_key(|response| response.id);
+        assert_eq!(by_id, [first.clone(), third.clone()]);
         assert!(!store.delete_response("k2", second.id).await.unwrap());
         assert!(store.delete_response("k1", second.id).await.unwrap());
-        assert_eq!(store.response_chain("k1", third.id).await.unwrap(), [third]);
+        assert_eq!(chain("k1", third.id).await, whole(&[&third]));
+        store.close().await;
+    });
+}
+
+#[test]
+fn of_a_conversation_that_is_too_large_to_be_read_back_the_latest_part_is() {
+    each(async |place| {
+        let store = place.open().await;
+        let large = |previous| StoredResponse {
+            input: vec![json!({"text": "x".repeat(MAX_CHAIN_BYTES / 2 - 1000)})],
+            ..response(&store, "k", "ann", previous)
+        };
+        let mut previous = None;
+        let mut ids = Vec::new();
+        for _ in 0..4 {
+            let one = large(previous);
+            previous = Some(one.id);
+            ids.push(one.id);
+            store.save_response(&one).await.unwrap();
+        }
+        let chain = store.response_chain("k", ids[3]).await.unwrap();
+        let found: Vec<Uuid> = chain.responses.iter().map(|response| response.id).collect();
+        assert_eq!((found.as_slice(), chain.cut), (&ids[1..], true), "the last one and as much again as there is room for");
+        assert!(!store.response_chain("k", ids[2]).await.unwrap().cut);
+        store.delete_response("k", ids[0]).await.unwrap();
+        assert!(!store.response_chain("k", ids[3]).await.unwrap().cut, "what was deleted is not left out");
+        store.close().await;
+    });
+}
+
+#[test]
+fn a_list_of_chats_leaves_out_their_messages() {
+    each(async |place| {
+        let store = place.open().await;
+        let one = chat(&store, "k", "ann", json!({"a": "b"}));
+        store.save_chat(&one).await.unwrap();
+        let page = store.list_chats(&ChatFilter { owner: "k".into(), ..Default::default() }).await.unwrap();
+        assert_eq!(page.items, [StoredChat { messages: Value::Null, ..one }]);
         store.close().await;
     });
 }
@@ -156,7 +201,7 @@ fn erasure_takes_what_a_person_stored_and_all_that_goes_on_from_it() {
         }
         assert_eq!(store.erase_user("ann").await.unwrap().stored, 4);
         assert_eq!((store.chat("k", hers.id).await.unwrap(), store.chat("k", his.id).await.unwrap()), (None, Some(his)));
-        assert_eq!(store.response_chain("k", before.id).await.unwrap(), [before]);
+        assert_eq!(store.response_chain("k", before.id).await.unwrap().responses, [before]);
         assert_eq!(count(&store, "SELECT COUNT(*) FROM responses").await, 1);
         assert_eq!(count(&store, "SELECT COUNT(*) FROM stored_chat_metadata").await, 1);
 
@@ -165,6 +210,11 @@ fn erasure_takes_what_a_person_stored_and_all_that_goes_on_from_it() {
         store.save_response(&late).await.unwrap();
         store.save_chat(&hers).await.unwrap();
         let anew = StoredResponse { created: i64::MAX, ..response(&store, "k", "ann", None) };
+        for erased in [of_her.id, after.id] {
+            let going_on = StoredResponse { created: i64::MAX, ..response(&store, "k", "bob", Some(erased)) };
+            store.save_response(&going_on).await.unwrap();
+            assert_eq!(store.response("k", going_on.id).await.unwrap(), None, "it was made with her texts");
+        }
         store.save_response(&anew).await.unwrap();
         assert_eq!((store.response("k", late.id).await.unwrap(), store.chat("k", hers.id).await.unwrap()), (None, None));
         assert_eq!(store.response("k", anew.id).await.unwrap(), Some(anew));

@@ -10,7 +10,7 @@ from pathlib import Path
 
 def rows(data: Path, sql: str, *values) -> list[sqlite3.Row]:
     """Reads the database of a data directory, beside the server or after it."""
-    connection = sqlite3.connect(f"file:{data / 'tidemill.db'}?mode=ro", uri=True, timeout=10)
+    connection = sqlite3.connect(f"file:{data / 'tidemill.db'}?mode=ro", uri=True, timeout=60)
     connection.row_factory = sqlite3.Row
     try:
         return connection.execute(sql, values).fetchall()
@@ -44,7 +44,7 @@ class Sender(threading.Thread):
     def run(self) -> None:
         number = 0
         try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=30) as connection:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 while not self.stop_flag.is_set():
                     comment = f"{self.label}-{number}"

@@ -40,17 +40,17 @@ class Postgres:
         command = [str(self.bin / tool), *arguments]
         if self.user:
             command = ["runuser", "-u", self.user, "--", *command]
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/tmp", timeout=60)
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/tmp", timeout=180)
         assert result.returncode == 0, result.stdout
         return result.stdout
 
     def start(self) -> None:
         options = f"-c listen_addresses=127.0.0.1 -c port={self.port} -c unix_socket_directories='{self.home}'"
         # The server keeps what it inherits: its output must not hold a pipe of ours open.
-        command = [str(self.bin / "pg_ctl"), "-D", f"{self.home}/data", "-l", f"{self.home}/log", "-w", "-t", "30", "-o", options, "start"]
+        command = [str(self.bin / "pg_ctl"), "-D", f"{self.home}/data", "-l", f"{self.home}/log", "-w", "-t", "120", "-o", options, "start"]
         if self.user:
             command = ["runuser", "-u", self.user, "--", *command]
-        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/tmp", check=True, timeout=60)
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/tmp", check=True, timeout=180)
 
     def stop(self) -> None:
         """As a crash does it: connections break."""

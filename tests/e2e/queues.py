@@ -2,28 +2,26 @@
 
 import json
 import subprocess
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 from conftest import MODEL, running
-from server import Server, binary, default_model
+from server import Server, binary, default_model, eventually
 
 
 @contextmanager
 def closed_server(folder: Path):
     """A server of one's own: a key closes it for everybody."""
     with running(folder, {MODEL: default_model()}) as server:
-        server.data = folder / "data"
-        server.keys = {scope: new_key(server.data, scope) for scope in ["admin", "feedback", "label"]}
+        server.keys = {scope: new_key(server, scope) for scope in ["admin", "feedback", "label"]}
         yield server
 
 
-def new_key(data: Path, scope: str) -> str:
-    command = [binary(), "key", "create", "--name", f"e2e-{scope}", "--scope", scope, "--data", data]
+def new_key(server: Server, scope: str) -> str:
+    """Made beside the running server, which has noticed that it has keys when this is over."""
+    command = [binary(), "key", "create", "--name", f"e2e-{scope}", "--scope", scope, "--data", server.data]
     said = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60, check=True).stdout
-    # A running server looks once a second whether it has a first key.
-    time.sleep(1.5)
+    eventually("the server asks for a key", lambda: server.get("/v1/models").status == 401)
     return next(word for word in said.split() if word.startswith("tm-"))
 
 

@@ -147,7 +147,7 @@ def test_publishing_under_load_loses_no_answer(tiny):
 
 def test_only_the_administrator_loads(start):
     server = start(*EXACT, models={BASE: GOLDENS / "llama"})
-    keys = {scope: new_key(server.data, scope) for scope in ["admin", "chat"]}
+    keys = {scope: new_key(server, scope) for scope in ["admin", "chat"]}
     for scope, status in [("chat", 403), ("admin", 200)]:
         headers = {"authorization": f"Bearer {keys[scope]}", "content-type": "application/json"}
         body = b'{"lora_name": "all", "lora_path": "%s"}' % str(FOLDER / "all").encode()

@@ -22,7 +22,7 @@ def tidemill(tmp_path):
 
     def run(*arguments, status=0):
         done = subprocess.run(
-            [binary(), "dataset", *map(str, arguments), "--data", tmp_path / "data"], capture_output=True, text=True, cwd=tmp_path, timeout=60
+            [binary(), "dataset", *map(str, arguments), "--data", tmp_path / "data"], capture_output=True, text=True, cwd=tmp_path, timeout=120
         )
         assert done.returncode == status, f"{done.returncode}: {done.stdout}\n{done.stderr}"
         return done
@@ -180,7 +180,7 @@ def test_the_api_builds_a_dataset_from_feedback(start):
     started = server.post("/v1/datasets", {"name": "colours", "query": {"rows": ["preference"], "since": "1d"}})
     assert started.status == 202, started.body
     build = started.json()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while build["status"] in ("queued", "running") and time.monotonic() < deadline:
         time.sleep(0.1)
         build = server.get(f"/v1/datasets/builds/{build['id']}").json()

@@ -11,16 +11,14 @@ import pytest
 
 from conftest import GOLDENS, MODEL
 from postgres import Postgres
-from server import Answer, Server, binary, default_model
+from server import PATIENCE, Answer, Server, binary, default_model, eventually, not_at_midnight
 
 TINY = {"tiny": GOLDENS / "llama"}
-# A running server follows changes made elsewhere within 5 seconds.
-FOLLOWS = 8
 
 
 def tidemill(*arguments) -> str:
     """The command's standard output: of `key create` and `key rotate` the secret alone."""
-    done = subprocess.run([binary(), *map(str, arguments)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([binary(), *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -31,13 +29,6 @@ def complete(server: Server, secret: str, timeout_ms: int | None = None, **field
         headers["x-request-timeout-ms"] = str(timeout_ms)
     body = {"model": server.model, "prompt": "a", "max_tokens": 4, **fields}
     return server.request("POST", "/v1/completions", json.dumps(body).encode(), headers)
-
-
-def eventually(what: str, seconds: float, check) -> None:
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, f"after {seconds} s still not: {what}"
-        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -51,27 +42,25 @@ def test_a_rotated_key_works_with_both_secrets_and_a_revoked_one_with_none(start
     server = start(models=TINY)
     data = ["--data", server.data]
     old = tidemill("key", "create", "--name", "app", "--scope", "chat", "--limit", "requests_per_minute=5", *data)
-    eventually("the server asks for a key", FOLLOWS, lambda: complete(server, "none").status == 401)
+    eventually("the server asks for a key", lambda: complete(server, "none").status == 401)
+    new = tidemill("key", "rotate", "app", "--overlap", "1h", *data)
+    assert old != new
+    # One key, one limit, whichever secret is sent. From here on there is no wait: a request comes back every twelve seconds.
     with openai.OpenAI(base_url=server.base_url, api_key=old, max_retries=0) as client:
         raw = client.completions.with_raw_response.create(model="tiny", prompt="a", max_tokens=2)
         assert (raw.headers["x-ratelimit-limit-requests"], raw.headers["x-ratelimit-remaining-requests"]) == ("5", "4")
-    new = tidemill("key", "rotate", "app", "--overlap", "1h", *data)
-    assert old != new
-    assert [complete(server, secret).status for secret in (old, new)] == [200, 200]
-    # One key, one limit, whichever secret is sent.
-    assert [complete(server, secret).status for secret in (old, new, new)] == [200, 200, 429]
+    assert [complete(server, secret).status for secret in (old, new, old, new, new)] == [200, 200, 200, 200, 429]
     with openai.OpenAI(base_url=server.base_url, api_key=new, max_retries=0) as client, pytest.raises(openai.RateLimitError) as error:
         client.completions.create(model="tiny", prompt="a")
     assert error.value.code == "rate_limit_exceeded" and int(error.value.response.headers["retry-after"]) >= 1
     tidemill("key", "set", "app", "--limit", "none", *data)
-    eventually("the limit is gone", FOLLOWS, lambda: complete(server, new).status == 200)
+    eventually("the limit is gone", lambda: complete(server, new).status == 200)
     tidemill("key", "revoke", "app", *data)
-    eventually("both are refused", FOLLOWS, lambda: {complete(server, secret).status for secret in (old, new)} == {401})
+    eventually("both are refused", lambda: {complete(server, secret).status for secret in (old, new)} == {401})
 
 
-@pytest.mark.timeout(120)
 def test_without_its_database_the_server_believes_known_keys_for_the_grace_and_no_unknown_one(tmp_path, postgres):
-    grace = 15
+    grace = 30
     place = ["--database", postgres.url]
     known, unknown = (tidemill("key", "create", "--name", name, "--scope", "chat", *place, "--data", tmp_path / "cli") for name in ("known", "unknown"))
     server = Server(tmp_path, TINY, *place, "--auth-grace", f"{grace}s", "--record", "off")
@@ -80,28 +69,29 @@ def test_without_its_database_the_server_believes_known_keys_for_the_grace_and_n
         assert complete(server, known).status == 200
         postgres.stop()
         stopped = time.monotonic()
-        while time.monotonic() - stopped < grace - 5:
+        # Well within the grace, also where a request takes long.
+        while time.monotonic() - stopped < 10:
             begin = time.monotonic()
             assert complete(server, known).status == 200
-            assert time.monotonic() - begin < 4, "a request waits for the database"
+            assert time.monotonic() - begin < 10, "a request waits for the database"
             refused = complete(server, unknown)
             assert (refused.status, refused.error["code"]) == (503, "keys_unavailable"), refused.body
             assert int(refused.headers["retry-after"]) >= 1
             time.sleep(0.5)
-        eventually("the grace is over", 15, lambda: complete(server, known).status == 503)
+        eventually("the grace is over", lambda: complete(server, known).status == 503)
         postgres.start()
-        eventually("both are known again", 20, lambda: {complete(server, secret).status for secret in (known, unknown)} == {200})
+        eventually("both are known again", lambda: {complete(server, secret).status for secret in (known, unknown)} == {200})
     finally:
         server.kill()
 
 
-@pytest.mark.timeout(120)
 def test_two_servers_on_one_postgres_share_a_days_money(tmp_path, postgres):
+    not_at_midnight()
     place = ["--database", postgres.url]
     # A request costs five dollars: five tokens at a dollar each.
     prices = tmp_path / "tidemill.toml"
     prices.write_text("[prices.tiny]\ninput = 1000000\noutput = 1000000\n")
-    secret = tidemill("key", "create", "--name", "app", "--scope", "chat", "--limit", "cost_per_day=100", *place, "--data", tmp_path / "cli")
+    secret = tidemill("key", "create", "--name", "app", "--scope", "chat", "--limit", "cost_per_day=50", *place, "--data", tmp_path / "cli")
     servers = []
     try:
         for index in range(2):
@@ -110,25 +100,24 @@ def test_two_servers_on_one_postgres_share_a_days_money(tmp_path, postgres):
             # One after the other: a port is free until a server has it.
             servers.append(Server(folder, TINY, *place, "--config", str(prices)))
             servers[-1].wait_ready()
-        answers = []
+        written = lambda: int(postgres.query("SELECT COALESCE(SUM(cost), 0) FROM usage_days WHERE subject LIKE 'key:%'")[0])
+        answers, spent = [], 0
         while len(answers) < 60:
-            # Slowly enough for the servers to hear of each other, which takes a second and a half.
             answers.append(complete(servers[len(answers) % 2], secret, ignore_eos=True))
             if answers[-1].status != 200:
                 break
-            time.sleep(0.4)
+            # Slowly enough for the servers to hear of each other: it is written down, and what was read is a second old.
+            spent += answers[-1].json()["usage"]["total_tokens"]
+            eventually("its cost is written down", lambda: written() == spent * 10**9)
+            time.sleep(1.1)
         refused = answers[-1]
         assert (refused.status, refused.error["code"], refused.headers["x-should-retry"]) == (429, "insufficient_quota", "false")
-        spent = sum(answer.json()["usage"]["total_tokens"] for answer in answers[:-1])
         each = spent / (len(answers) - 1)
-        # What may be beyond: requests of the last second and a half, and the one that crosses the line.
-        print(f"\nspent {spent} of 100 in {len(answers) - 1} requests")
-        assert 100 <= spent <= 100 + 5 * each, spent
-        eventually("the other one refuses, too", 5, lambda: complete(servers[len(answers) % 2], secret).status == 429)
-        time.sleep(1)
-        rows = postgres.query("SELECT COUNT(*), SUM(cost) FROM usage_days WHERE subject LIKE 'key:%'")
-        count, cost = rows[0].split("|")
-        assert int(count) == 2 and int(cost) >= spent * 10**9
+        print(f"\nspent {spent} of 50 in {len(answers) - 1} requests")
+        # Beyond is the one that crosses the line.
+        assert 50 <= spent < 50 + each, spent
+        assert complete(servers[len(answers) % 2], secret).status == 429, "the other one refuses, too"
+        assert postgres.query("SELECT COUNT(*) FROM usage_days WHERE subject LIKE 'key:%'") == ["2"]
         # Killed and started again, a server still knows.
         servers[0].process.kill()
         servers[0].process.wait()
@@ -145,12 +134,11 @@ STREAMS = 64
 SLOTS = 16
 
 
-@pytest.mark.timeout(300)
 def test_one_keys_flood_leaves_anothers_single_requests_their_latency(start, tmp_path):
     server = start("--max-seqs", SLOTS, models={MODEL: default_model()})
     data = ["--data", server.data]
     flooder, visitor = (tidemill("key", "create", "--name", name, "--scope", "chat", *data) for name in ("flooder", "visitor"))
-    eventually("the server asks for a key", FOLLOWS, lambda: complete(server, "none").status == 401)
+    eventually("the server asks for a key", lambda: complete(server, "none").status == 401)
 
     def caller(secret: str) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=server.base_url, api_key=secret, max_retries=0, timeout=120)
@@ -201,11 +189,11 @@ def test_one_keys_flood_leaves_anothers_single_requests_their_latency(start, tmp
     )
     assert flooding == STREAMS and tokens > 0
     # A step of sixteen sequences takes longer than a step of one; the visitor waits for no more than a few of them, not for the queue.
-    assert max(times[0] for times in beside) < waited / 2
-    server.wait_idle(20)
+    # The median: whatever else the machine does may hold up one of them.
+    assert first[1] < waited / 2
+    server.wait_idle()
 
 
-@pytest.mark.timeout(120)
 def test_who_cannot_meet_the_deadline_is_refused_at_once_and_who_does_not_is_ended(start):
     server = start("--max-seqs", "1", models={MODEL: default_model()})
     # Something to measure the speed by.
@@ -215,7 +203,8 @@ def test_who_cannot_meet_the_deadline_is_refused_at_once_and_who_does_not_is_end
     begin = time.monotonic()
     ended = complete(server, "none", timeout_ms=3000, **long)
     assert (ended.status, ended.error["code"], ended.headers["x-should-retry"]) == (504, "deadline_exceeded", "false"), ended.body
-    assert 2.9 < time.monotonic() - begin < 10
+    # Its six thousand tokens would take longer.
+    assert 2.9 < time.monotonic() - begin < 30
     server.wait_idle()
 
     async def crowd():
@@ -227,7 +216,7 @@ def test_who_cannot_meet_the_deadline_is_refused_at_once_and_who_does_not_is_end
             while server.metrics().get("tidemill:num_requests_waiting", 0) < 20:
                 await asyncio.sleep(0.05)
             begin = time.monotonic()
-            refused = await asyncio.to_thread(complete, server, "none", 6000)
+            refused = await asyncio.to_thread(complete, server, "none", 15_000)
             took = time.monotonic() - begin
             patient = asyncio.create_task(asyncio.to_thread(complete, server, "none", 1_000_000, max_tokens=1))
             await asyncio.sleep(1)
@@ -242,5 +231,5 @@ def test_who_cannot_meet_the_deadline_is_refused_at_once_and_who_does_not_is_end
     assert int(refused.headers["retry-after"]) >= 1
     print(f"\nrefused after {took * 1e3:.0f} ms: {refused.error['message']}")
     # Long before its deadline would have been.
-    assert took < 3
+    assert took < 10
     assert waits and patient.status == 200, patient.body

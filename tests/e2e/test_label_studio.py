@@ -12,6 +12,8 @@ from label_studio import OWNER, LabelStudio, comment, side, verdict
 from queues import ask, closed_server, did, standing, winner
 from server import binary, free_port
 
+# Seven of them are judged; on which side an answer stands is chance.
+PAIRS = 40
 ACTIONS = ["ANNOTATION_CREATED", "ANNOTATIONS_CREATED", "ANNOTATION_UPDATED", "ANNOTATIONS_DELETED"]
 
 
@@ -92,7 +94,7 @@ def rater(label_studio) -> int:
 @pytest.fixture(scope="module")
 def judged(gateway, label_studio, rater):
     """Every kind of judgement, made while the webhook listens."""
-    queue = Queue(gateway, label_studio, "all-kinds", 8)
+    queue = Queue(gateway, label_studio, "all-kinds", PAIRS)
     queue.made = {
         "a": queue.better(0, "a"), "b": queue.better(1, "b"), "tie": queue.annotate(2, verdict("tie")),
         "both_bad": queue.annotate(3, verdict("both_bad")), "skip": queue.annotate(4, comment("no idea"), was_cancelled=True),
@@ -136,7 +138,8 @@ def test_the_position_is_known(judged):
     for row in judged.feedback():
         first = row["value"]["shown"][0]
         assert first.rsplit(":", 1)[1] == sides[row["task_id"]]
-    assert set(sides.values()) == {"a", "b"}, "eight tasks on one side each: once in 128 runs; run again"
+    # All on the same side by chance: once in 2³⁹.
+    assert set(sides.values()) == {"a", "b"}
 
 
 def test_skips_and_gold_are_no_votes(judged):
@@ -148,8 +151,8 @@ def test_skips_and_gold_are_no_votes(judged):
 
 def test_the_export_says_what_the_webhooks_said(judged):
     export = judged.download()
-    assert judged.upload(export) == {"unchanged": 8, "silent": 1}
-    assert judged.upload(export) == {"unchanged": 8, "silent": 1}
+    for _ in range(2):
+        assert judged.upload(export) == {"unchanged": 8, "silent": PAIRS - 7}
     assert len(judged.feedback()) == 6
 
 
@@ -204,7 +207,7 @@ def test_the_command_line_does_the_same_beside_the_running_server(gateway, label
     place = ["--queue", "by-command", "--format", "label-studio", "--data", gateway.data]
 
     def run(*arguments):
-        return subprocess.run([str(part) for part in [*command, *arguments]], capture_output=True, text=True, timeout=60)
+        return subprocess.run([str(part) for part in [*command, *arguments]], capture_output=True, text=True, timeout=240)
 
     exported = run("export", *place, "--project", tmp_path / "config.xml", tmp_path / "tasks.json")
     assert exported.returncode == 0, exported.stderr

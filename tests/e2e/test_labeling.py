@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from playwright.async_api import Page, async_playwright
 
-from server import binary
+from server import PATIENCE, binary, eventually
 
 PAIRS = 40
 OVERLAP = 2
@@ -174,7 +174,6 @@ def make_queue(server, name: str, **fields) -> dict:
     return made.json()
 
 
-@pytest.mark.timeout(180)
 def test_two_people_label_forty_pairs_by_keyboard(start, tmp_path):
     server = start()
     queue = make_queue(server, "answers", overlap=OVERLAP)
@@ -215,8 +214,8 @@ def test_two_people_label_forty_pairs_by_keyboard(start, tmp_path):
     assert len({(row["task_id"], row["annotator"]) for row in done}) == len(done), "nobody judged a task twice"
     skips = rows(database, "SELECT annotator, reason FROM label_assignments WHERE state = 'skipped'")
     assert [(row["annotator"], bool(row["reason"])) for row in skips] == [("ann", True)]
-    # Both sides occur; for 80 fair coins, outside of 20..60 is rarer than one in 100,000.
-    assert 20 <= sum(row["a_is_left"] for row in done) <= 60
+    # Both sides occur; for 80 fair coins, outside of 10..70 is rarer than one in 10¹¹.
+    assert 10 <= sum(row["a_is_left"] for row in done) <= 70
 
     feedback = server.get("/v1/labeling/queues/answers/statistics").json()
     assert feedback["progress"]["verdicts"] == PAIRS * OVERLAP
@@ -237,7 +236,6 @@ def test_two_people_label_forty_pairs_by_keyboard(start, tmp_path):
     assert feedback["agreement"]["tasks"] == PAIRS
 
 
-@pytest.mark.timeout(120)
 def test_a_verdict_given_offline_is_kept_and_sent_once(start, tmp_path):
     server = start()
     queue = make_queue(server, "offline")
@@ -276,10 +274,9 @@ def test_a_verdict_given_offline_is_kept_and_sent_once(start, tmp_path):
     assert done[1]["verdict"] == "tie"
 
 
-@pytest.mark.timeout(120)
 def test_keys_name_the_annotators_and_a_lost_lease_is_said(start, tmp_path):
     server = start()
-    queue = make_queue(server, "keys", lease_seconds=10)
+    queue = make_queue(server, "keys", lease_seconds=600)
     server.post(f"/v1/labeling/queues/{queue['id']}/tasks", {"tasks": [pair(number) for number in range(2)]})
     data = tmp_path / "run0" / "data"
 
@@ -288,6 +285,7 @@ def test_keys_name_the_annotators_and_a_lost_lease_is_said(start, tmp_path):
         return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout.strip()
 
     ann_key, bob_key, chat_key = key("ann", "label"), key("bob", "label"), key("app", "chat")
+    eventually("the server asks for a key", lambda: server.get("/v1/models").status == 401)
 
     async def label():
         async with chromium() as browser:
@@ -304,8 +302,9 @@ def test_keys_name_the_annotators_and_a_lost_lease_is_said(start, tmp_path):
             await ann.page.keyboard.press("Enter")
             first = await ann.settled()
             assert await ann.page.locator("#who").inner_text() == "ann"
-            # She looks away for longer than the lease, and the task goes to someone else.
-            await asyncio.sleep(10.5)
+            # She looks away for longer than the lease, and the task goes to someone else. Here the lease ends at once.
+            with closing(sqlite3.connect(data / "tidemill.db", timeout=PATIENCE)) as connection, connection:
+                connection.execute("UPDATE label_tasks SET leased_until = 1 WHERE leased_until > 1")
             await bob.sign_in(url)
             assert await bob.settled() == first
             await ann.page.keyboard.press("1")
@@ -323,7 +322,7 @@ def test_keys_name_the_annotators_and_a_lost_lease_is_said(start, tmp_path):
     assert [tuple(row) for row in names] == [("ann", "ann"), ("bob", "bob")]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_traffic_and_prompts_become_pairs(start):
     server = start()
     made = make_queue(server, "traffic", rule={"from": "traffic", "share": 1.0})
@@ -336,23 +335,18 @@ def test_traffic_and_prompts_become_pairs(start):
     )
     assert answer.status == 200
 
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        state = server.get(f"/v1/labeling/queues/{prompts['id']}").json()
-        if state["progress"]["tasks"] + state["progress"]["failed"] == 2:
-            break
-        time.sleep(0.5)
-    assert state["progress"]["tasks"] == 2, state
+    # Four answers of up to a thousand tokens each.
+    progress = lambda: server.get(f"/v1/labeling/queues/{prompts['id']}").json()["progress"]
+    eventually("both prompts have an end", lambda: progress()["tasks"] + progress()["failed"] == 2, seconds=240)
+    assert progress()["tasks"] == 2, progress()
     tasks = server.get(f"/v1/labeling/queues/{prompts['id']}/tasks").json()["data"]
     for task in tasks:
         assert task["answer_a"] != task["answer_b"]
         assert task["candidate_a"] and task["candidate_b"]
     if answer.json()["choices"][0]["finish_reason"] == "stop":
-        while time.monotonic() < deadline:
-            found = server.get(f"/v1/labeling/queues/{made['id']}/tasks").json()["data"]
-            if found:
-                break
-            time.sleep(0.5)
+        tasks = lambda: server.get(f"/v1/labeling/queues/{made['id']}/tasks").json()["data"]
+        eventually("the answer has got another beside it", tasks, seconds=240)
+        found = tasks()
         assert found[0]["answer_a"] == answer.json()["choices"][0]["message"]["content"]
         assert found[0]["answer_b"] != found[0]["answer_a"]
 
@@ -371,7 +365,6 @@ SLOW = ["**a " * 20000, "`a ``b " * 15000, "[" * 50000, "[a](" * 20000, ">" * 20
         "# a" + " " * 20000 + "b", "#" + " " * 20000 + "\u2028b", "a" + " " * 100000 + "b", "|a|\n" + " " * 50000 + "x-"]
 
 
-@pytest.mark.timeout(60)
 def test_markdown_becomes_nodes_and_a_diff_loses_nothing(start):
     server = start()
 
@@ -386,7 +379,8 @@ def test_markdown_becomes_nodes_and_a_diff_loses_nothing(start):
             assert await page.evaluate(render, [text for text, _ in RENDERED]) == [html for _, html in RENDERED]
             begin = time.monotonic()
             await page.evaluate(render, SLOW)
-            assert time.monotonic() - begin < 10, "hostile text must not hang the page"
+            # Each is done in a blink; with a square of their lengths in it, hours.
+            assert time.monotonic() - begin < PATIENCE, "hostile text must not hang the page"
             diff = """async () => {
                 const { wordDiff } = await import('/console/diff.js');
                 const join = pieces => pieces.map(piece => piece.text).join('');

@@ -30,7 +30,7 @@ class Served:
 
     @property
     def reach(self) -> dict:
-        return {"model": MODEL, "base_url": self.base_url, "api_key": "none", "timeout": 100, "max_retries": 0}
+        return {"model": MODEL, "base_url": self.base_url, "api_key": "none", "timeout": 240, "max_retries": 0}
 
 
 class Chat(Served, ChatModelIntegrationTests):

@@ -1,5 +1,6 @@
 """The server towards a network: TLS and its renewal, HTTP/2, pages of other origins, bounds on heads, bodies and connections."""
 
+import contextlib
 import shutil
 import socket
 import ssl
@@ -13,7 +14,7 @@ import pytest
 
 from conftest import MODEL
 from queues import new_key
-from server import Server
+from server import PATIENCE, Server
 
 PAGE = "https://app.example.com"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Count to ten."}], "temperature": 0}
@@ -48,20 +49,20 @@ class TlsServer(Server):
 
     def get(self, path: str):
         try:
-            answer = httpx2.get(self.root + path, verify=self.trust, timeout=60)
+            answer = httpx2.get(self.root + path, verify=self.trust, timeout=240)
         except httpx2.ConnectError as error:  # it does not listen yet
             raise ConnectionRefusedError from error
         return type("Answer", (), {"status": answer.status_code, "headers": answer.headers, "body": answer.content})
 
     def serves(self, certificate: Certificate) -> bool:
-        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as connection:
             try:
                 with certificate.trust().wrap_socket(connection, server_hostname="127.0.0.1"):
                     return True
             except ssl.SSLCertVerificationError:
                 return False
 
-    def until(self, condition, seconds: float = 40) -> None:
+    def until(self, condition, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.log()[-4000:]
@@ -85,14 +86,13 @@ def start_tls(tmp_path):
         server.kill()
 
 
-@pytest.mark.timeout(300)
 def test_tls_http_2_and_a_renewal_during_a_stream(tmp_path, start_tls):
     first, second = Certificate(tmp_path, "first"), Certificate(tmp_path, "second")
     server = start_tls(first)
 
     # The official client over TLS; ALPN chooses HTTP/2 where the client can, HTTP/1.1 where it cannot.
     for http2, version in [(True, "HTTP/2"), (False, "HTTP/1.1")]:
-        with httpx2.Client(verify=server.trust, http2=http2, timeout=60) as plain:
+        with httpx2.Client(verify=server.trust, http2=http2, timeout=240) as plain:
             assert plain.get(f"{server.root}/health").http_version == version
             client = openai.OpenAI(base_url=server.base_url, api_key="none", http_client=plain, max_retries=0)
             assert client.chat.completions.create(**CHAT, max_tokens=4).usage.completion_tokens == 4
@@ -100,12 +100,12 @@ def test_tls_http_2_and_a_renewal_during_a_stream(tmp_path, start_tls):
             assert pieces[-1].choices[0].finish_reason == "length"
 
     # Nothing in plain text, and no handshake for what is not TLS.
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as plain:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as plain:
         plain.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
         assert b"HTTP/1.1 200" not in plain.recv(1000)
 
     # Half a pair changes nothing and is said once; the whole pair is used by new connections, while the stream of an old one goes on.
-    with httpx2.Client(verify=server.trust, http2=True, timeout=120) as plain:
+    with httpx2.Client(verify=server.trust, http2=True, timeout=240) as plain:
         client = openai.OpenAI(base_url=server.base_url, api_key="none", http_client=plain, max_retries=0)
         # More than HTTP/2's window and the server's queue hold: it cannot be over before it is read.
         stream = client.chat.completions.create(
@@ -136,10 +136,10 @@ def test_a_certificate_that_cannot_be_used_stops_the_start(tmp_path, start):
         (pair.chain, tmp_path / "absent.key", "absent.key"),
     ]:
         server = start("--tls-certificate", chain, "--tls-key", key, ready=False)
-        assert server.process.wait(20) == 1
+        assert server.process.wait(PATIENCE) == 1
         assert said in server.log(), server.log()
     server = start("--tls-certificate", pair.chain, ready=False)
-    assert server.process.wait(20) != 0
+    assert server.process.wait(PATIENCE) != 0
     assert "tls_key" in server.log()
 
 
@@ -151,7 +151,7 @@ def preflight(server, origin: str, method: str = "POST", path: str = "/v1/chat/c
 
 def test_pages_of_named_origins_may_call(start):
     server = start("--cors-origins", f"{PAGE}, http://localhost:3000")
-    secret = new_key(server.data, "chat")
+    secret = new_key(server, "chat")
 
     # A browser asks without the key.
     for origin in [PAGE, "http://localhost:3000"]:
@@ -185,12 +185,13 @@ def test_without_origins_no_page_may_call(server):
     assert answer.status == 200 and "access-control-allow-origin" not in answer.headers
 
 
-def send_and_read(server, data: bytes, seconds: float = 30) -> bytes:
-    """Sends and reads until the server closes."""
+def send_and_read(server, data: bytes) -> bytes:
+    """Sends and reads until the server closes, which it may do before it has read all."""
     received = b""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=seconds) as connection:
-        try:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as connection:
+        with contextlib.suppress(ConnectionError):
             connection.sendall(data)
+        try:
             while piece := connection.recv(65536):
                 received += piece
         except ConnectionError:
@@ -200,7 +201,6 @@ def send_and_read(server, data: bytes, seconds: float = 30) -> bytes:
 
 def test_heads_bodies_and_silence_are_bounded(start):
     server = start("--idle-timeout", "1s", "--body-timeout", "1s", "--max-body", "100KiB")
-    begun = time.monotonic()
     many = b"".join(b"x-%d: a\r\n" % index for index in range(2000))
     long = b"x-long: " + b"a" * 100_000 + b"\r\n"
     for head in [many, long]:
@@ -214,13 +214,12 @@ def test_heads_bodies_and_silence_are_bounded(start):
     assert send_and_read(server, b"") == b""
     assert not send_and_read(server, b"GET /health HTTP/1.1\r\nhost:").startswith(b"HTTP/1.1 200")
     assert send_and_read(server, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").startswith(b"HTTP/1.1 200")
-    assert time.monotonic() - begun < 60
     server.assert_alive()
 
 
 def test_more_connections_than_allowed_wait_their_turn(start):
     server = start("--max-connections", "4", "--idle-timeout", "2s")
-    held = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(4)]
+    held = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(4)]
     # It is answered once the idle ones are closed.
     answer = server.get("/health")
     assert answer.status == 200

@@ -11,7 +11,8 @@ from conftest import MODEL
 from queues import ask, new_key
 
 EXAMPLES = 8
-SECONDS = 90
+# The examples are the bound; this is one for a machine with other work.
+SECONDS = 600
 # They would take the key away that all this is asked with.
 EXCLUDED = ["delete_admin_keys_id", "patch_admin_keys_id", "post_admin_keys_id_rotate"]
 
@@ -38,11 +39,11 @@ def test_the_document_is_an_openapi_document(server):
     validate(server.get("/openapi.json").json())
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_schemathesis_finds_no_fault(start, tmp_path):
     server = start()
     document = described(server)
-    server.keys = {"admin": new_key(server.data, "admin")}
+    server.keys = {"admin": new_key(server, "admin")}
     # Something to be found behind the paths of queues.
     ask(server, "POST", "/v1/labeling/queues", {"name": "pairs"})
     ask(server, "POST", "/v1/labeling/queues/pairs/tasks", {"tasks": [{"prompt": "a", "answer_a": "b", "answer_b": "c"}]})
@@ -63,7 +64,7 @@ def test_schemathesis_finds_no_fault(start, tmp_path):
         "--no-color", "--report", "json", "--report-json-path", report,
     ]
     environment = {**os.environ, "COLUMNS": "200"}
-    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=360, cwd=tmp_path, env=environment)
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=800, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stdout[-20000:] + run.stderr[-4000:]
     done = json.loads(report.read_text())
     assert done["complete"] and done["operations"]["tested"] == done["operations"]["total"] - len(EXCLUDED) > 50

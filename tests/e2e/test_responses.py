@@ -3,7 +3,6 @@
 import json
 import sqlite3
 import subprocess
-import time
 from typing import Literal
 
 import openai
@@ -11,7 +10,7 @@ import pytest
 from conftest import MODEL
 from openai._exceptions import APIResponseValidationError
 from pydantic import BaseModel
-from server import Server, binary, default_model
+from server import Server, binary, default_model, eventually
 
 QUESTION = "Name one colour of the rainbow."
 
@@ -174,7 +173,7 @@ def test_each_key_sees_its_own_and_erasure_takes_a_persons(start):
         made = subprocess.run([binary(), "key", "create", "--name", name, "--scope", "chat", "--data", server.data], check=True,
                               capture_output=True, text=True)
         secrets.append(made.stdout.strip())
-    time.sleep(1.5)  # the server looks once a second whether it has a first key
+    eventually("the server asks for a key", lambda: server.get("/v1/models").status == 401)
     mine, other = [openai.OpenAI(base_url=server.base_url, api_key=secret, max_retries=0) for secret in secrets]
     made = ask(mine, safety_identifier="ann")
     after = ask(mine, previous_response_id=made.id)

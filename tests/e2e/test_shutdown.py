@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from conftest import MODEL
+from server import PATIENCE, eventually
 from test_chat import QUESTION, ask
 
 
@@ -41,16 +42,17 @@ class Stream(threading.Thread):
             self.begun.set()
 
 
+@pytest.mark.timeout(600)
 def test_sigterm_under_load_finishes_streams_refuses_new_ones_and_exits_0(start):
-    server = start("--drain-timeout", "30s")
-    streams = [Stream(server, 150) for _ in range(4)]
-    kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    server = start("--drain-timeout", "400s")
+    # Long enough to be going on while the rest is asked.
+    streams = [Stream(server, 400) for _ in range(4)]
+    kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     kept.request("GET", "/ready")
     assert kept.getresponse().read()
-    assert all(stream.begun.wait(30) for stream in streams)
+    assert all(stream.begun.wait(PATIENCE) for stream in streams)
     server.terminate()
-    time.sleep(0.2)
-    assert server.get("/ready").status == 503
+    eventually("it is not ready any more", lambda: server.get("/ready").status == 503)
     body = json.dumps({"model": MODEL, "messages": QUESTION, "max_tokens": 2})
     kept.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
     refused = kept.getresponse()
@@ -62,47 +64,43 @@ def test_sigterm_under_load_finishes_streams_refuses_new_ones_and_exits_0(start)
         ask(client)
     assert raised.value.status_code == 503
     for stream in streams:
-        stream.join(60)
+        stream.join(400)
         assert stream.error is None
         assert stream.reason == "length"
-        assert stream.usage.completion_tokens == 150
-    assert server.process.wait(15) == 0, server.log()
+        assert stream.usage.completion_tokens == 400
+    assert server.process.wait(PATIENCE) == 0, server.log()
 
 
 def test_an_idle_server_leaves_at_once(start):
-    server = start()
+    # Not after the time that running answers would get.
+    server = start("--drain-timeout", "100s")
     begin = time.monotonic()
     assert server.stop() == 0
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 50
 
 
 def test_ctrl_c_leaves_too(start):
     server = start()
     server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(10) == 0
+    assert server.process.wait(PATIENCE) == 0
 
 
 def test_streams_that_outlive_the_deadline_are_ended_and_told(start):
     server = start("--drain-timeout", "1s")
-    stream = Stream(server, 6000)
-    assert stream.begun.wait(30)
-    begin = time.monotonic()
+    stream = Stream(server, 8000)
+    assert stream.begun.wait(PATIENCE)
     assert server.stop() == 0
-    assert time.monotonic() - begin < 8
-    stream.join(10)
+    stream.join(PATIENCE)
     # A bare disconnect would look like success: the stream's last event is an error.
     assert isinstance(stream.error, openai.APIError), (stream.error, stream.reason)
 
 
 def test_a_full_queue_is_503_with_retry_after(start):
     server = start("--max-seqs", "1", "--max-waiting", "1")
-    streams = [Stream(server, 2000)]
-    assert streams[0].begun.wait(30)
+    streams = [Stream(server, 6000)]
+    assert streams[0].begun.wait(PATIENCE)
     streams.append(Stream(server, 1))
-    deadline = time.monotonic() + 10
-    while server.metrics()["tidemill:num_requests_waiting"] < 1:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    eventually("the second waits", lambda: server.metrics()["tidemill:num_requests_waiting"] == 1)
     answer = server.post("/v1/chat/completions", {"model": MODEL, "messages": QUESTION, "max_tokens": 2})
     assert answer.status == 503
     assert int(answer.headers["retry-after"]) >= 1

@@ -5,20 +5,19 @@ import re
 import shutil
 import struct
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from conftest import GOLDENS, MODEL
-from server import binary, default_model
+from server import PATIENCE, binary, default_model
 
 
 def refused(start, model: Path, *arguments: str) -> str:
     """Starts with the model, expects a quick end that is not 0 and no panic; returns what was printed."""
     server = start(*arguments, models={"m": model}, ready=False)
     try:
-        status = server.process.wait(30)
+        status = server.process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         pytest.fail(f"the server runs with {model}:\n{server.log()}")
     log = server.log()
@@ -219,7 +218,7 @@ def test_a_path_that_is_no_model(start, tmp_path):
 
 
 def tidemill(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([binary(), *arguments], cwd=cwd, env={"PATH": "/usr/bin:/bin", **environment}, capture_output=True, text=True, timeout=30)
+    return subprocess.run([binary(), *arguments], cwd=cwd, env={"PATH": "/usr/bin:/bin", **environment}, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def assert_fails(result: subprocess.CompletedProcess, *says: str) -> None:
@@ -268,16 +267,14 @@ def test_help_and_version(tmp_path):
 
 
 def test_start_up_prints_what_was_loaded_and_a_curl_line_that_works(start):
-    begin = time.monotonic()
     server = start()
-    assert time.monotonic() - begin < 30
     log = server.log()
     assert MODEL in log
     assert re.search(r"\d+(\.\d+)? ?[MG]i?B", log), log
     # The line may be continued with backslashes.
     command = re.search(r"curl (?:[^\n]*\\\n)*[^\n]*", log)
     assert command, log
-    result = subprocess.run(["bash", "-c", command[0]], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(["bash", "-c", command[0]], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, (command[0], result.stderr)
     assert '"choices"' in result.stdout, result.stdout
 

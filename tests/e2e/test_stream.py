@@ -9,7 +9,7 @@ from test_chat import QUESTION, ask
 
 def lines_of(server, path: str, body: dict):
     """Raw lines of a stream, and the response's headers."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=240)
     connection.request("POST", path, json.dumps({**body, "stream": True}), {"content-type": "application/json"})
     response = connection.getresponse()
     assert response.status == 200, response.read()
@@ -86,7 +86,7 @@ def test_each_of_several_choices_has_one_role_and_one_finish(server):
 
 def test_text_arrives_while_it_is_made(server, client):
     seen = 0
-    stream = ask(client, max_tokens=400, stream=True, extra_body={"ignore_eos": True})
+    stream = ask(client, max_tokens=4000, stream=True, extra_body={"ignore_eos": True})
     for chunk in stream:
         if chunk.choices[0].delta.content:
             seen += 1

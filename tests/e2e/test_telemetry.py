@@ -11,6 +11,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from conftest import MODEL
 from queues import new_key
+from server import PATIENCE
 
 CHAT = "/v1/chat/completions"
 SECRET = "the lighthouse keeper's password is gorgonzola"
@@ -45,7 +46,7 @@ class Collector:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def wait(self, condition, seconds: float = 30):
+    def wait(self, condition, seconds: float = PATIENCE):
         """The spans that meet the condition, once there are some."""
         deadline = time.monotonic() + seconds
         while not (found := [span for span in list(self.spans) if condition(span)]):
@@ -73,7 +74,7 @@ def attributes(pairs) -> dict:
     return {pair.key: plain(pair.value) for pair in pairs}
 
 
-def log_lines(server, condition, seconds: float = 20) -> list[dict]:
+def log_lines(server, condition, seconds: float = PATIENCE) -> list[dict]:
     deadline = time.monotonic() + seconds
     while True:
         lines = [json.loads(line) for line in server.log().splitlines() if line.startswith("{")]
@@ -128,7 +129,7 @@ def test_a_request_goes_on_with_the_callers_trace_as_spans_and_in_the_log(start,
 
 def test_who_asked_what_went_wrong_and_who_left(start, collector):
     server = start("--otlp-endpoint", collector.url, "--log-format", "json")
-    key = new_key(server.data, "chat")
+    key = new_key(server, "chat")
     trace, _, headers = traceparent()
     assert server.request("POST", CHAT, b"{}", headers).status == 401
     line, = log_lines(server, lambda line: line.get("trace_id") == trace)
@@ -147,14 +148,14 @@ def test_who_asked_what_went_wrong_and_who_left(start, collector):
     headers["authorization"] = f"Bearer {key}"
     import http.client
 
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=240)
     long = {**ASK, "stream": True, "max_tokens": 4000, "ignore_eos": True}
     connection.request("POST", CHAT, json.dumps(long).encode(), headers)
     response = connection.getresponse()
     response.readline()
     response.close()
     connection.close()
-    line, = log_lines(server, lambda line: line.get("trace_id") == trace and line["target"] == "tidemill::requests", seconds=60)
+    line, = log_lines(server, lambda line: line.get("trace_id") == trace and line["target"] == "tidemill::requests")
     assert line["client_left"] is True and line["output_tokens"] < 4000
     left, = collector.wait(lambda span: span.trace_id.hex() == trace and span.kind == 2)
     assert attributes(left.attributes)["error.type"] == "client_left"
@@ -172,7 +173,7 @@ def test_a_collector_that_is_away_costs_spans_and_no_request(start, collector):
     collector.answer = 503
     for _ in range(20):
         assert server.post(CHAT, {**ASK, "max_tokens": 1}).status == 200
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while (dropped := server.metrics().get("tidemill:spans_dropped_total", 0)) < 40:
         assert time.monotonic() < deadline, dropped
         time.sleep(0.1)
@@ -199,5 +200,5 @@ def test_texts_are_in_the_log_when_asked_for(start):
 
 def test_an_address_that_is_none_stops_the_start(start):
     server = start("--otlp-endpoint", "localhost:4318", ready=False)
-    assert server.process.wait(20) != 0
+    assert server.process.wait(PATIENCE) != 0
     assert "http://localhost:4318" in server.log()

@@ -1,6 +1,6 @@
 //! Constrained requests through the whole engine, over a model whose tokens are random.
 
-use super::tests::{END, collect, idle, prompt, start_with};
+use super::tests::{END, PATIENCE, collect, idle, prompt, start_with};
 use super::*;
 use crate::grammar::Constraint;
 use crate::request::{FinishReason, SamplingParams, StopCause};
@@ -103,7 +103,7 @@ fn a_text_that_cannot_go_on_fails_and_disturbs_nobody() {
     let stuck = confined(&engine, Constraint::Regex("a[0-9]".into()));
     let good = engine.submit(request(prompt(1, 20), confined(&engine, pairs()))).unwrap();
     let bad = engine.submit(request(prompt(2, 20), stuck)).unwrap();
-    let last = std::iter::from_fn(|| bad.recv_timeout(Duration::from_secs(20)).ok()).last();
+    let last = std::iter::from_fn(|| bad.recv_timeout(PATIENCE).ok()).last();
     assert!(matches!(last, Some(Event::Failed(ref message)) if message.contains("grammar")), "{last:?}");
     let answer = collect(&good, 1);
     assert!(is_pairs(&answer.texts[0]));

@@ -6,6 +6,8 @@ use crate::tokenizer::letters::letters;
 
 const VOCABULARY: usize = 92;
 pub(super) const END: u32 = 40;
+/// A machine with other work may take long for what takes no time.
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 fn options() -> EngineOptions {
     EngineOptions {
@@ -53,13 +55,13 @@ fn greedy(max_tokens: usize) -> SamplingParams {
 }
 
 fn within(receiver: &Receiver<Event>) -> Event {
-    receiver.recv_timeout(Duration::from_secs(20)).expect("the engine says something")
+    receiver.recv_timeout(PATIENCE).expect("the engine says something")
 }
 
 fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let start = Instant::now();
     while !holds() {
-        assert!(start.elapsed() < Duration::from_secs(20), "never: {what}");
+        assert!(start.elapsed() < PATIENCE, "never: {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -93,7 +95,7 @@ pub(super) fn collect(receiver: &Receiver<Event>, n: usize) -> Answer {
             Event::Done(usage) => {
                 answer.usage = Some(usage);
                 assert!(answer.ends.iter().all(Option::is_some));
-                assert!(receiver.recv_timeout(Duration::from_secs(20)).is_err(), "nothing comes after Done");
+                assert!(receiver.recv_timeout(PATIENCE).is_err(), "nothing comes after Done");
                 return answer;
             }
             other => panic!("unexpected {other:?}"),
@@ -197,7 +199,8 @@ fn a_slow_client_stalls_nobody_and_gets_everything() {
 
 #[test]
 fn a_full_queue_refuses_with_a_guess_when_to_come_back() {
-    let engine = start_at(Duration::from_millis(2), EngineOptions { max_seqs: 1, max_waiting: 2, ..options() });
+    // The first has its place for five seconds, until its channel is full.
+    let engine = start_at(Duration::from_millis(20), EngineOptions { max_seqs: 1, max_waiting: 2, ..options() });
     let first = engine.submit(request(prompt(1, 10), greedy(900))).unwrap();
     assert!(matches!(within(&first), Event::Prompt { .. }));
     let others: Vec<_> = (0..2).map(|_| engine.submit(request(prompt(2, 10), greedy(2))).unwrap()).collect();
@@ -231,30 +234,31 @@ fn a_panic_ends_the_engine_with_a_word_to_everyone() {
     let mut bad = prompt(1, 10);
     bad[0] = POISON;
     let receiver = engine.submit(request(bad, greedy(5))).unwrap();
-    assert!(matches!(within(&receiver), Event::Failed(text) if text.contains("poisoned")));
-    assert!(matches!(engine.health(), Health::Stopped(reason) if reason.contains("poisoned")));
+    assert!(matches!(within(&receiver), Event::Failed(text) if text.contains("internal error") && !text.contains("poisoned")));
+    assert!(matches!(engine.health(), Health::Stopped(reason) if !reason.contains("poisoned")));
     assert!(matches!(engine.submit(request(prompt(1, 10), greedy(5))), Err(SubmitError::Stopped(_))));
-    assert!(engine.drain(Duration::from_secs(5)));
+    assert!(engine.drain(PATIENCE));
 }
 
 #[test]
 fn draining_finishes_what_runs_and_refuses_what_comes() {
-    let engine = start_at(Duration::from_millis(1), options());
-    let receiver = engine.submit(request(prompt(1, 10), greedy(100))).unwrap();
+    let engine = start();
+    // More tokens than its channel holds: it cannot end before it is read.
+    let receiver = engine.submit(request(prompt(1, 10), greedy(900))).unwrap();
     assert!(matches!(within(&receiver), Event::Prompt { .. }));
     let drainer = engine.clone();
-    let drain = std::thread::spawn(move || drainer.drain(Duration::from_secs(20)));
+    let drain = std::thread::spawn(move || drainer.drain(PATIENCE));
     eventually("it drains", || engine.health() == Health::Draining);
     assert_eq!(engine.submit(request(prompt(2, 10), greedy(2))).unwrap_err(), SubmitError::Draining);
-    assert!(drain.join().unwrap());
     let done = receiver.iter().last().unwrap();
-    assert_eq!(done, Event::Done(Usage { prompt_tokens: 10, cached_tokens: 0, completion_tokens: 100 }));
+    assert_eq!(done, Event::Done(Usage { prompt_tokens: 10, cached_tokens: 0, completion_tokens: 900 }));
+    assert!(drain.join().unwrap());
     assert!(matches!(engine.health(), Health::Stopped(_)));
 }
 
 #[test]
 fn draining_cancels_what_does_not_finish_in_time() {
-    let engine = start_at(Duration::from_millis(5), EngineOptions { max_seqs: 1, ..options() });
+    let engine = start_at(Duration::from_millis(20), EngineOptions { max_seqs: 1, ..options() });
     let running = engine.submit(request(prompt(1, 10), greedy(900))).unwrap();
     let waiting = engine.submit(request(prompt(2, 10), greedy(900))).unwrap();
     assert!(matches!(within(&running), Event::Prompt { .. }));
@@ -272,7 +276,7 @@ fn what_was_submitted_before_draining_is_finished() {
     for _ in 0..50 {
         let engine = start();
         let receivers: Vec<_> = (0..4).map(|i| engine.submit(request(prompt(i, 10), greedy(3))).unwrap()).collect();
-        assert!(engine.drain(Duration::from_secs(20)));
+        assert!(engine.drain(PATIENCE));
         for receiver in receivers {
             assert_eq!(collect(&receiver, 1).tokens[0].len(), 3);
         }
@@ -291,7 +295,9 @@ fn the_last_handle_takes_the_engine_with_it() {
 #[test]
 fn many_clients_at_once_get_what_they_get_alone() {
     // 24 blocks for 8 sequences of up to 8 blocks: preemption is the rule.
-    let engine = start_at(Duration::ZERO, EngineOptions { kv_memory: Some(24 * BLOCK_SIZE * 8), max_waiting: 200, ..options() });
+    let options = EngineOptions { kv_memory: Some(24 * BLOCK_SIZE * 8), max_waiting: 200, ..options() };
+    // Slow enough for the clients to be there at once, whichever thread has the processor.
+    let engine = start_at(Duration::from_millis(1), options);
     let clients: Vec<_> = (0..60u32)
         .map(|i| {
             let engine = engine.clone();

@@ -16,23 +16,24 @@ pub const MAX_CONSTRAINT_BYTES: usize = 256 * 1024;
 /// A constraint that takes longer to compile is refused.
 const LONGEST_COMPILATION: Duration = Duration::from_secs(10);
 /// Compilations under way, those included that took too long and were given up: more are refused.
-const MOST_COMPILATIONS: usize = 4;
+pub(super) const MOST_COMPILATIONS: usize = 4;
 /// llguidance descends by recursion into what our checks let pass.
 const STACK: usize = 64 << 20;
 /// Attempts at finding which part of a schema is at fault.
 const MOST_ATTEMPTS: usize = 64;
 
 /// Makes grammars for one model's vocabulary.
-pub(crate) struct Compiler(Arc<Inner>);
+pub(crate) struct Compiler(pub(super) Arc<Inner>);
 
-struct Inner {
+pub(super) struct Inner {
+    longest: Duration,
     tokenizer: Tokenizer,
     end_of_turn: Vec<u32>,
     /// Logits of the model.
     vocabulary: usize,
     /// Made for the first constraint: most servers never see one.
     tools: OnceLock<Result<Tools, String>>,
-    under_way: AtomicUsize,
+    pub(super) under_way: AtomicUsize,
 }
 
 struct Tools {
@@ -43,7 +44,13 @@ struct Tools {
 
 impl Compiler {
     pub(crate) fn new(tokenizer: Tokenizer, end_of_turn: Vec<u32>, vocabulary: usize) -> Self {
-        Self(Arc::new(Inner { tokenizer, end_of_turn, vocabulary, tools: OnceLock::new(), under_way: AtomicUsize::new(0) }))
+        Self::waiting(LONGEST_COMPILATION, tokenizer, end_of_turn, vocabulary)
+    }
+
+    /// The same with another bound on the time of each compilation.
+    pub(crate) fn waiting(longest: Duration, tokenizer: Tokenizer, end_of_turn: Vec<u32>, vocabulary: usize) -> Self {
+        let (tools, under_way) = (OnceLock::new(), AtomicUsize::new(0));
+        Self(Arc::new(Inner { longest, tokenizer, end_of_turn, vocabulary, tools, under_way }))
     }
 
     /// Blocks until the grammar is there, for a bounded time.
@@ -54,7 +61,7 @@ impl Compiler {
         }
         let more = |count| (count < MOST_COMPILATIONS).then_some(count + 1);
         if self.0.under_way.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_err() {
-            return Err(GrammarError::whole("the server is busy with other constraints; send the request again later"));
+            return Err(GrammarError::busy("the server is busy with other constraints; send the request again later"));
         }
         let (answer, answered) = flume::bounded(1);
         let (inner, constraint) = (Arc::clone(&self.0), constraint.clone());
@@ -68,9 +75,9 @@ impl Compiler {
         };
         if let Err(error) = std::thread::Builder::new().name("tidemill-grammar".into()).stack_size(STACK).spawn(run) {
             self.0.under_way.fetch_sub(1, Ordering::AcqRel);
-            return Err(GrammarError::whole(format!("the server has no thread to compile it: {error}")));
+            return Err(GrammarError::busy(format!("the server has no thread to compile it: {error}")));
         }
-        answered.recv_timeout(LONGEST_COMPILATION).unwrap_or_else(|error| {
+        answered.recv_timeout(self.0.longest).unwrap_or_else(|error| {
             Err(GrammarError::whole(match error {
                 RecvTimeoutError::Timeout => "takes too long to compile; make it simpler",
                 RecvTimeoutError::Disconnected => "cannot be compiled",

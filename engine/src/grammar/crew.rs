@@ -12,23 +12,32 @@ const MOST_THREADS: usize = 4;
 
 /// The threads; they end when this is dropped.
 pub(super) struct Crew {
-    jobs: Sender<Job>,
+    quick: Sender<Job>,
+    /// For choices whose masks have taken long: nobody else's mask waits behind theirs.
+    slow: Sender<Job>,
 }
 
 impl Crew {
     pub fn start() -> std::io::Result<Crew> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let (jobs, queue) = flume::bounded::<Job>(QUEUE);
-        for index in 0..(cores / CORES_PER_THREAD).clamp(1, MOST_THREADS) {
-            let queue = queue.clone();
-            let run = move || queue.iter().for_each(Job::run);
-            std::thread::Builder::new().name(format!("tidemill-mask-{index}")).spawn(run)?;
-        }
-        Ok(Crew { jobs })
+        let quick = line("tidemill-mask", (cores / CORES_PER_THREAD).clamp(1, MOST_THREADS))?;
+        Ok(Crew { quick, slow: line("tidemill-slow-mask", 1)? })
     }
 
     /// Has a job done. Without threads it is dropped, and with it the promise of a mask.
     pub fn hand(&self, job: Job) {
-        self.jobs.send(job).ok();
+        let line = if job.is_slow() { &self.slow } else { &self.quick };
+        line.send(job).ok();
     }
+}
+
+/// Threads that take their jobs from one queue.
+fn line(name: &str, threads: usize) -> std::io::Result<Sender<Job>> {
+    let (jobs, queue) = flume::bounded::<Job>(QUEUE);
+    for index in 0..threads {
+        let queue = queue.clone();
+        let run = move || queue.iter().for_each(Job::run);
+        std::thread::Builder::new().name(format!("{name}-{index}")).spawn(run)?;
+    }
+    Ok(jobs)
 }

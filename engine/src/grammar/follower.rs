@@ -5,16 +5,31 @@ use crate::request::Request;
 use llguidance::Matcher;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use tidemill_kernels::{MaskPromise, TokenMask};
+
+/// A mask that takes longer to work out makes its choice a slow one: a step would wait for it, and all who are in the step.
+const SLOW: Duration = Duration::from_millis(2);
+/// So many masks in a row must be quick before a slow choice counts as quick again.
+const PROBATION: u32 = 32;
 
 /// Takes the tokens of a choice, in order, and promises a mask for each next one. Tokens of a sequence never change, so nothing is
 /// ever taken back: a sequence that is preempted and computed again waits for the same mask.
 pub(crate) struct Follower {
     request: Arc<Request>,
     grammar: Arc<Grammar>,
-    state: Arc<Mutex<State>>,
+    progress: Arc<Progress>,
     next: TokenMask,
+}
+
+/// What a choice shares with the thread that works out its masks.
+#[derive(Default)]
+struct Progress {
+    state: Mutex<State>,
+    /// Quick masks that are still to come before the choice is no slow one.
+    probation: AtomicU32,
 }
 
 /// What there is to say when a token was drawn for a choice that has none to draw.
@@ -26,8 +41,10 @@ pub(crate) enum Verdict {
     Failed(String),
 }
 
+#[derive(Default)]
 enum State {
     /// No token yet: the grammar's own beginning.
+    #[default]
     Start,
     Under(Box<Matcher>),
     /// Nothing can follow.
@@ -43,7 +60,7 @@ impl Follower {
         Self {
             request: Arc::clone(request),
             grammar: Arc::clone(grammar),
-            state: Arc::new(Mutex::new(State::Start)),
+            progress: Arc::default(),
             next: TokenMask::known(words),
         }
     }
@@ -53,7 +70,7 @@ impl Follower {
         Self {
             request: Arc::clone(&self.request),
             grammar: Arc::clone(&self.grammar),
-            state: Arc::new(Mutex::new(State::Start)),
+            progress: Arc::default(),
             next: self.next.clone(),
         }
     }
@@ -63,12 +80,19 @@ impl Follower {
         self.next.clone()
     }
 
+    /// Whether the next mask may take long: the choice is a slow one, and the mask is not there.
+    pub fn is_late(&self) -> bool {
+        self.progress.probation.load(Ordering::Relaxed) > 0 && !self.next.is_known()
+    }
+
     /// Set when the mask that was drawn with last was no mask. Waits for it.
     pub fn verdict(&self) -> Option<Verdict> {
-        self.next.wait();
-        match &*lock(&self.state) {
+        let words = self.next.wait();
+        match &*lock(&self.progress.state) {
             State::Ended if self.grammar.ends.is_empty() => Some(Verdict::Complete),
             State::Failed(message) => Some(Verdict::Failed(message.clone())),
+            // The promise was broken: whatever was drawn, the grammar did not allow it.
+            _ if words.is_empty() => Some(Verdict::Failed("the grammar failed".into())),
             _ => None,
         }
     }
@@ -85,11 +109,20 @@ impl Follower {
         self.grammar.crew.hand(Job {
             request: Arc::clone(&self.request),
             grammar: Arc::clone(&self.grammar),
-            state: Arc::clone(&self.state),
+            progress: Arc::clone(&self.progress),
             token,
             generated,
             promise,
         });
+    }
+
+    /// Makes it a slow one whose next mask comes when the test says.
+    #[cfg(test)]
+    pub fn stall(&mut self) -> MaskPromise {
+        self.progress.probation.store(PROBATION, Ordering::Relaxed);
+        let (promise, next) = TokenMask::promise();
+        self.next = next;
+        promise
     }
 }
 
@@ -103,20 +136,26 @@ impl fmt::Debug for Follower {
 pub(super) struct Job {
     request: Arc<Request>,
     grammar: Arc<Grammar>,
-    state: Arc<Mutex<State>>,
+    progress: Arc<Progress>,
     token: u32,
     generated: usize,
     promise: MaskPromise,
 }
 
 impl Job {
+    /// Whether it may take long.
+    pub fn is_slow(&self) -> bool {
+        self.progress.probation.load(Ordering::Relaxed) > 0
+    }
+
     pub fn run(self) {
-        let Job { request, grammar, state, token, generated, promise } = self;
-        if Arc::strong_count(&state) == 1 {
+        let Job { request, grammar, progress, token, generated, promise } = self;
+        if Arc::strong_count(&progress) == 1 {
             // The sequence is gone.
             return;
         }
-        let mut state = lock(&state);
+        let begun = Instant::now();
+        let mut state = lock(&progress.state);
         let stepped = catch_unwind(AssertUnwindSafe(|| state.step(&grammar, token)));
         let mut words = stepped.unwrap_or_else(|_| {
             *state = State::Failed("the grammar failed".into());
@@ -127,6 +166,11 @@ impl Job {
         }
         drop(state);
         settle(&mut words, &grammar.ends, &request, generated);
+        let probation = match begun.elapsed() > SLOW {
+            true => PROBATION,
+            false => progress.probation.load(Ordering::Relaxed).saturating_sub(1),
+        };
+        progress.probation.store(probation, Ordering::Relaxed);
         promise.keep(words);
     }
 }

@@ -11,6 +11,10 @@ use std::str::Chars;
 
 /// Groups inside groups.
 const DEEPEST: usize = 100;
+/// Repetitions of one symbol, as in `"a"*?+`: each is a level for whatever walks the expression.
+const MOST_REPEATS: usize = 8;
+/// Rules: which contain themselves is looked for from each of them.
+const MOST_RULES: usize = 5_000;
 
 /// Whether a grammar is written in GBNF: its rules are defined with `::=`.
 pub(super) fn is_gbnf(grammar: &str) -> bool {
@@ -27,6 +31,9 @@ pub(super) fn to_lark(grammar: &str) -> Result<String, GrammarError> {
     let mut rules = Vec::new();
     reader.blanks(true);
     while reader.rest.peek().is_some() {
+        if rules.len() == MOST_RULES {
+            return reader.error(&format!("a grammar may have at most {MOST_RULES} rules"));
+        }
         rules.push(reader.rule()?);
         reader.blanks(true);
     }
@@ -160,7 +167,7 @@ impl Reader<'_> {
     }
 
     fn repeated(&mut self, mut part: Expression) -> Result<Expression, GrammarError> {
-        loop {
+        for _ in 0..=MOST_REPEATS {
             let (least, most) = match self.rest.peek() {
                 Some('*') => (0, None),
                 Some('+') => (1, None),
@@ -169,23 +176,20 @@ impl Reader<'_> {
                     let bounds: String = self.rest.by_ref().skip(1).take_while(|c| *c != '}').collect();
                     let (least, most) = bounds.split_once(',').unwrap_or((&bounds, &bounds));
                     let most = most.trim();
-                    match (least.trim().parse(), most.is_empty(), most.parse()) {
-                        (Ok(least), true, _) => {
-                            part = Expression::Repeat(Box::new(part), least, None);
-                            continue;
-                        }
-                        (Ok(least), false, Ok(most)) => {
-                            part = Expression::Repeat(Box::new(part), least, Some(most));
-                            continue;
-                        }
+                    let (least, most) = match (least.trim().parse(), most.is_empty(), most.parse()) {
+                        (Ok(least), true, _) => (least, None),
+                        (Ok(least), false, Ok(most)) => (least, Some(most)),
                         _ => return self.error("expected {n}, {n,} or {n,m}"),
-                    }
+                    };
+                    part = Expression::Repeat(Box::new(part), least, most);
+                    continue;
                 }
                 _ => return Ok(part),
             };
             self.next();
             part = Expression::Repeat(Box::new(part), least, most);
         }
+        self.error("too many repetitions of one symbol; one says the same")
     }
 
     fn text(&mut self) -> Result<String, GrammarError> {
@@ -408,6 +412,8 @@ mod tests {
             ("root ::= \"a\"{x}", "{n}"),
             ("root ::= \"\\q\"", "escape"),
             ("root ::= $", "unexpected '$'"),
+            (&format!("root ::= \"a\"{}", "*".repeat(200_000)), "line 1: too many repetitions"),
+            (&format!("root ::= \"a\"\n{}", "r ::= \"\"\n".repeat(20_000)), "line 5001: a grammar may have at most 5000 rules"),
         ] {
             let error = to_lark(grammar).unwrap_err();
             assert!(error.message.contains(words), "{grammar}: {error}");

@@ -2,7 +2,8 @@
 //!
 //! A [`Constraint`] is what a client asks for. [`crate::Engine::compile`] makes a [`Grammar`] of it, once for any number of
 //! requests; a request carries it in [`crate::SamplingParams::grammar`]. Each choice of the request has a follower, which hands
-//! every drawn token to a thread that works out the mask of the next one while the model computes; the draw waits for it.
+//! every drawn token to a thread that works out the mask of the next one while the model computes; the draw waits for it. A choice whose
+//! masks take long sits out the steps that others need, until its mask is there: one slow grammar slows itself.
 //!
 //! The automaton is llguidance's. What stands before it is ours: the check of a schema, with the path of what cannot be honoured.
 
@@ -106,6 +107,8 @@ pub struct GrammarError {
     pub keyword: Option<String>,
     /// What is wrong and what would be right.
     pub message: String,
+    /// Nothing is wrong with the constraint: the server has no room for it now.
+    pub busy: bool,
 }
 
 fn place(path: &str) -> String {
@@ -115,6 +118,11 @@ fn place(path: &str) -> String {
 impl GrammarError {
     /// About the whole constraint.
     pub fn whole(message: impl Into<String>) -> Self {
-        Self { path: String::new(), keyword: None, message: message.into() }
+        Self { path: String::new(), keyword: None, message: message.into(), busy: false }
+    }
+
+    /// About the server, which may take the same constraint later.
+    fn busy(message: impl Into<String>) -> Self {
+        Self { busy: true, ..Self::whole(message) }
     }
 }

@@ -2,17 +2,16 @@
 //! gated feed-forward part. The families differ in biases, head norms, window and frequencies, all of which are data here.
 
 use tidemill_kernels::{
-    AttentionSpec, Buf, HeadShape, KernelError, KvCache, KvDtype, KvSpec, LowRank, Matrix, MatrixSource, MemoryUse, Ops, QkNorm,
-    Rope, Rows, StepBatch, StepOutput, Store, Vector, WeightFormat,
+    AttentionSpec, Buf, HeadShape, KernelError, KvCache, KvDtype, KvSpec, LowRank, Matrix, MemoryUse, Ops, QkNorm, Rope, Rows,
+    StepBatch, StepOutput, Store, Vector, WeightFormat,
 };
 
 use super::Model;
-use super::weight_names::{Naming, Part, Weight};
+use super::weight_names::{Part, Weight};
 use crate::adapter::{Adapter, Pair, Projection};
 use crate::load_error::LoadError;
-use crate::model_config::{Family, ModelConfig};
-use crate::model_files::ModelFiles;
-use crate::tensor_file::Tensor;
+use crate::model_config::ModelConfig;
+use crate::model_files::{FileMatrix, ModelFiles};
 
 /// A decoder with its weights packed by a backend.
 pub struct Decoder {
@@ -212,7 +211,7 @@ impl Model for Decoder {
     fn load_adapter(&mut self, slot: u32, adapter: &Adapter) -> Result<(), KernelError> {
         let mut sites = vec![Vec::new(); self.config.layers * Site::COUNT];
         for Pair { layer, projection, rank, scale, a, b } in &adapter.pairs {
-            // Factors are in the order of the publisher's rows, and so is the packed base: see `Loader::row_order`.
+            // Factors are in the order of the publisher's rows, and so is the packed base: see `FileMatrix::row_order`.
             let (site, column) = Site::of(*projection, &self.config);
             let (n, k) = projection.shape(&self.config);
             if let Some(parts) = sites.get_mut(site.number(*layer)) {
@@ -262,157 +261,72 @@ struct Loader<'a> {
     packed: u64,
 }
 
-/// One tensor of a stacked matrix.
-struct Source<'a> {
-    part: Weight,
-    tensor: Tensor<'a>,
-    rows: usize,
-    row_order: Option<Vec<u32>>,
-}
-
 impl<'a> Loader<'a> {
     fn weights(&mut self) -> Result<Weights, LoadError> {
-        let &ModelConfig { hidden, vocabulary, layers, tied_embeddings, .. } = self.config;
-        let table = self.source(Weight::Embedding, vocabulary, hidden)?;
-        let embedding = self.matrix(&[table], hidden)?;
-        let output = if tied_embeddings {
-            embedding
-        } else {
-            let table = self.source(Weight::Output, vocabulary, hidden)?;
-            self.matrix(&[table], hidden)?
-        };
+        let &ModelConfig { layers, tied_embeddings, .. } = self.config;
+        let embedding = self.matrix(&[Weight::Embedding])?;
+        let output = if tied_embeddings { embedding } else { self.matrix(&[Weight::Output])? };
         let layers = (0..layers).map(|index| self.layer(index)).collect::<Result<_, _>>()?;
-        let final_norm = self.vector(Weight::FinalNorm, hidden)?;
+        let final_norm = self.vector(&[Weight::FinalNorm])?;
         let rope = self.ops.load_rope(&self.config.inverse_frequencies(), 1.0).map_err(|source| self.refused("rope", source))?;
         Ok(Weights { embedding, layers, final_norm, output, rope })
     }
 
     fn layer(&mut self, index: usize) -> Result<Layer, LoadError> {
-        let &ModelConfig { hidden, intermediate, heads, kv_heads, head_dim, qkv_bias, output_bias, mlp_bias, .. } = self.config;
+        let &ModelConfig { qkv_bias, output_bias, mlp_bias, .. } = self.config;
         let at = |part: Part| Weight::Layer(index, part);
-        let (queries, keys) = (heads * head_dim, kv_heads * head_dim);
         let layer = Layer {
-            attention_norm: self.vector(at(Part::AttentionNorm), hidden)?,
+            attention_norm: self.vector(&[at(Part::AttentionNorm)])?,
             qkv: Linear {
-                weight: {
-                    let query = self.source(at(Part::Query), queries, hidden)?;
-                    let key = self.source(at(Part::Key), keys, hidden)?;
-                    let value = self.source(at(Part::Value), keys, hidden)?;
-                    self.matrix(&[query, key, value], hidden)?
-                },
-                bias: {
-                    let parts = [(at(Part::QueryBias), queries), (at(Part::KeyBias), keys), (at(Part::ValueBias), keys)];
-                    self.bias(qkv_bias, &parts)?
-                },
+                weight: self.matrix(&[at(Part::Query), at(Part::Key), at(Part::Value)])?,
+                bias: self.bias(qkv_bias, &[at(Part::QueryBias), at(Part::KeyBias), at(Part::ValueBias)])?,
             },
             qk_norm: if self.config.qk_norm {
-                let q = self.vector(at(Part::QueryNorm), head_dim)?;
-                let k = self.vector(at(Part::KeyNorm), head_dim)?;
+                let q = self.vector(&[at(Part::QueryNorm)])?;
+                let k = self.vector(&[at(Part::KeyNorm)])?;
                 Some(QkNorm { q, k, eps: self.config.rms_eps })
             } else {
                 None
             },
             attention_output: Linear {
-                weight: {
-                    let source = self.source(at(Part::AttentionOutput), hidden, queries)?;
-                    self.matrix(&[source], queries)?
-                },
-                bias: self.bias(output_bias, &[(at(Part::AttentionOutputBias), hidden)])?,
+                weight: self.matrix(&[at(Part::AttentionOutput)])?,
+                bias: self.bias(output_bias, &[at(Part::AttentionOutputBias)])?,
             },
-            feed_forward_norm: self.vector(at(Part::FeedForwardNorm), hidden)?,
+            feed_forward_norm: self.vector(&[at(Part::FeedForwardNorm)])?,
             gate_up: Linear {
-                weight: {
-                    let gate = self.source(at(Part::Gate), intermediate, hidden)?;
-                    let up = self.source(at(Part::Up), intermediate, hidden)?;
-                    self.matrix(&[gate, up], hidden)?
-                },
-                bias: self.bias(mlp_bias, &[(at(Part::GateBias), intermediate), (at(Part::UpBias), intermediate)])?,
+                weight: self.matrix(&[at(Part::Gate), at(Part::Up)])?,
+                bias: self.bias(mlp_bias, &[at(Part::GateBias), at(Part::UpBias)])?,
             },
-            down: Linear {
-                weight: {
-                    let source = self.source(at(Part::Down), hidden, intermediate)?;
-                    self.matrix(&[source], intermediate)?
-                },
-                bias: self.bias(mlp_bias, &[(at(Part::DownBias), hidden)])?,
-            },
+            down: Linear { weight: self.matrix(&[at(Part::Down)])?, bias: self.bias(mlp_bias, &[at(Part::DownBias)])? },
         };
         self.files.weights_are_packed();
         Ok(layer)
     }
 
-    /// The tensor of a weight `[n, k]`, checked.
-    fn source(&self, part: Weight, n: usize, k: usize) -> Result<Source<'a>, LoadError> {
-        let tensor = self.files.need(part)?;
-        tensor.expect_shape(&[n, k])?;
-        if tensor.format.row_bytes(k).and_then(|row| row.checked_mul(n)) != Some(tensor.data.len()) {
-            let detail = format!("{} bytes are not {n} rows of {k} in {:?}", tensor.data.len(), tensor.format);
-            return Err(LoadError::corrupt(tensor.path, tensor.name, detail));
-        }
-        Ok(Source { part, tensor, rows: n, row_order: self.row_order(part, n) })
-    }
-
-    /// llama.cpp's converter reorders the rows of q and k in llama-family models so that rotated pairs are neighbours
-    /// (`LlamaModel.permute`); ours rotates halves, as the publishers' models do.
-    fn row_order(&self, part: Weight, rows: usize) -> Option<Vec<u32>> {
-        let rotated = matches!(part, Weight::Layer(_, Part::Query | Part::Key | Part::QueryBias | Part::KeyBias));
-        let paired = self.files.naming() == Naming::Gguf && matches!(self.config.family, Family::Llama | Family::Mistral);
-        if !(rotated && paired) {
-            return None;
-        }
-        let (head_dim, half) = (self.config.head_dim, self.config.head_dim / 2);
-        let order = (0..rows).map(|row| {
-            let (head, within) = (row / head_dim, row % head_dim);
-            head * head_dim + within % half * 2 + within / half
-        });
-        order.map(|row| u32::try_from(row).ok()).collect()
-    }
-
-    fn matrix(&mut self, sources: &[Source<'_>], k: usize) -> Result<Matrix, LoadError> {
-        let stacked: Vec<MatrixSource<'_>> = sources
-            .iter()
-            .map(|source| MatrixSource {
-                n: source.rows,
-                k,
-                format: source.tensor.format,
-                data: source.tensor.data,
-                row_order: source.row_order.as_deref(),
-            })
-            .collect();
+    /// Matrices stacked along their output features.
+    fn matrix(&mut self, parts: &[Weight]) -> Result<Matrix, LoadError> {
+        let matrices = parts.iter().map(|part| self.files.matrix(*part)).collect::<Result<Vec<_>, _>>()?;
+        let stacked: Vec<_> = matrices.iter().map(FileMatrix::source).collect();
         let packed = self.ops.load_matrix(&stacked, self.format);
-        let matrix = packed.map_err(|error| {
-            let names: Vec<String> = sources.iter().map(|source| self.files.naming().name(source.part)).collect();
-            self.refused(&names.join(" + "), error)
-        })?;
-        self.packed += sources.iter().map(|source| source.tensor.data.len() as u64).sum::<u64>();
+        let matrix = packed.map_err(|error| self.refused(&self.names(parts), error))?;
+        self.packed += matrices.iter().map(|matrix| matrix.data.len() as u64).sum::<u64>();
         (self.progress)(self.packed, self.files.file_bytes());
         Ok(matrix)
     }
 
-    fn vector(&mut self, part: Weight, width: usize) -> Result<Vector, LoadError> {
-        let values = self.values(part, width)?;
-        self.ops.load_vector(&values).map_err(|source| self.refused(&self.files.naming().name(part), source))
+    /// Vectors one after the other.
+    fn vector(&mut self, parts: &[Weight]) -> Result<Vector, LoadError> {
+        let values = parts.iter().map(|part| self.files.vector(*part)).collect::<Result<Vec<_>, _>>()?.concat();
+        self.ops.load_vector(&values).map_err(|source| self.refused(&self.names(parts), source))
     }
 
     /// The stacked bias of a stacked matrix.
-    fn bias(&mut self, wanted: bool, parts: &[(Weight, usize)]) -> Result<Option<Vector>, LoadError> {
-        if !wanted {
-            return Ok(None);
-        }
-        let mut values = Vec::new();
-        for &(part, width) in parts {
-            let own = self.values(part, width)?;
-            match self.row_order(part, width) {
-                None => values.extend(own),
-                Some(order) => values.extend(order.iter().filter_map(|&row| own.get(row as usize))),
-            }
-        }
-        self.ops.load_vector(&values).map(Some).map_err(|source| self.refused("bias", source))
+    fn bias(&mut self, wanted: bool, parts: &[Weight]) -> Result<Option<Vector>, LoadError> {
+        if wanted { self.vector(parts).map(Some) } else { Ok(None) }
     }
 
-    fn values(&self, part: Weight, width: usize) -> Result<Vec<f32>, LoadError> {
-        let tensor = self.files.need(part)?;
-        tensor.expect_shape(&[width])?;
-        tensor.to_f32()
+    fn names(&self, parts: &[Weight]) -> String {
+        parts.iter().map(|part| self.files.naming().name(*part)).collect::<Vec<_>>().join(" + ")
     }
 
     fn refused(&self, what: &str, source: KernelError) -> LoadError {

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 /// A tensor of a decoder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Weight {
+pub enum Weight {
     /// `[vocabulary, hidden]`
     Embedding,
     /// `[hidden]`
@@ -17,24 +17,42 @@ pub(crate) enum Weight {
 
 /// A tensor of one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Part {
+pub enum Part {
+    /// `[hidden]`
     AttentionNorm,
+    /// `[heads * head_dim, hidden]`
     Query,
+    /// `[kv_heads * head_dim, hidden]`
     Key,
+    /// `[kv_heads * head_dim, hidden]`
     Value,
+    /// `[heads * head_dim]`
     QueryBias,
+    /// `[kv_heads * head_dim]`
     KeyBias,
+    /// `[kv_heads * head_dim]`
     ValueBias,
+    /// `[head_dim]`
     QueryNorm,
+    /// `[head_dim]`
     KeyNorm,
+    /// `[hidden, heads * head_dim]`
     AttentionOutput,
+    /// `[hidden]`
     AttentionOutputBias,
+    /// `[hidden]`
     FeedForwardNorm,
+    /// `[intermediate, hidden]`
     Gate,
+    /// `[intermediate, hidden]`
     Up,
+    /// `[hidden, intermediate]`
     Down,
+    /// `[intermediate]`
     GateBias,
+    /// `[intermediate]`
     UpBias,
+    /// `[hidden]`
     DownBias,
 }
 

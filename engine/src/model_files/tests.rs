@@ -21,7 +21,7 @@ fn copy(name: &str) -> TempDir {
     let directory = tempfile::tempdir().unwrap();
     for entry in fs::read_dir(golden(name)).unwrap() {
         let path = entry.unwrap().path();
-        if path.extension().is_none_or(|extension| extension != "gguf") {
+        if path.is_file() && path.extension().is_none_or(|extension| extension != "gguf") {
             fs::copy(&path, directory.path().join(path.file_name().unwrap())).unwrap();
         }
     }

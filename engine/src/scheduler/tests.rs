@@ -2,10 +2,12 @@ use super::*;
 
 mod fairness;
 
+use crate::grammar::{Compiler, Constraint};
 use crate::model::Model;
 use crate::recall_model::{RecallModel, expected, expected_scores};
 use crate::request::{SamplingParams, Tenant};
 use crate::sequence::tests::request;
+use crate::tokenizer::letters::letters;
 use proptest::prelude::*;
 
 const VOCABULARY: usize = 60;
@@ -420,4 +422,36 @@ fn an_urgent_request_does_not_wait_for_a_long_prompt() {
     rig.finish(100);
     assert_eq!(rig.ended[0].request, urgent);
     rig.check_results(&[]);
+}
+
+#[test]
+fn a_sequence_whose_mask_is_late_sits_out_while_others_can_go_on() {
+    let compiler = Compiler::new(letters(), END.to_vec(), VOCABULARY);
+    let grammar = compiler.compile(&Constraint::Regex("[a-z]*".into())).unwrap();
+    let mut rig = Rig::new(16, 4, 64, false);
+    let confined = SamplingParams { grammar: Some(grammar), min_tokens: 20, ..Default::default() };
+    let slow = rig.submit(request(vec![1, 2, 3], confined));
+    let quick = rig.submit(request(vec![4, 5, 6], SamplingParams { min_tokens: 20, ..Default::default() }));
+    rig.step();
+    assert_eq!(rig.last_in_step, [slow, quick]);
+    let stall = |rig: &mut Rig| {
+        let sequence = rig.scheduler.running.values_mut().find(|sequence| sequence.id.request == slow).unwrap();
+        sequence.follower.as_mut().unwrap().stall()
+    };
+    let promise = stall(&mut rig);
+    rig.step();
+    assert_eq!(rig.last_in_step, [quick]);
+    promise.keep(vec![1 << 5]);
+    rig.step();
+    assert_eq!(rig.last_in_step.len(), 2);
+    assert!(rig.made.iter().any(|(id, made)| id.request == slow && made.len() == 2 && made[1] == 5));
+    // With nothing else to do the step waits.
+    let promise = stall(&mut rig);
+    rig.cancel(quick);
+    assert_eq!(rig.scheduler.schedule(&mut rig.batch), 1);
+    assert_eq!(rig.scheduler.in_step().collect::<Vec<_>>(), [slow]);
+    // A promise that is broken is no mask that allows what was drawn.
+    drop(promise);
+    let follower = rig.scheduler.running.values().find_map(|sequence| sequence.follower.as_ref()).unwrap();
+    assert!(matches!(follower.verdict(), Some(Verdict::Failed(_))));
 }

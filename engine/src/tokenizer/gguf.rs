@@ -97,7 +97,7 @@ impl Tokenizer {
             })
             .map(|token| token.normalized(false))
             .collect();
-        pipeline.add_tokens(&added);
+        pipeline.add_tokens(added).map_err(|error| LoadError::invalid(gguf.path(), TOKENS, error.to_string()))?;
         let bos = gguf.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(bos_by_default).then_some(roles.bos).flatten();
         let eos = gguf.flag("tokenizer.ggml.add_eos_token")?.unwrap_or(false).then_some(roles.eos).flatten();
         if bos.is_some() || eos.is_some() {
@@ -167,7 +167,8 @@ fn byte_level(gguf: &Gguf, tokens: &[&str]) -> Result<(tokenizers::Tokenizer, bo
         .map_err(|error| LoadError::corrupt(gguf.path(), MERGES, error.to_string()))?;
     let mut pipeline = tokenizers::Tokenizer::new(model);
     if splitting == Splitting::Qwen2 {
-        pipeline.with_normalizer(Some(NFC));
+        let normalized = pipeline.with_normalizer(Some(NFC));
+        normalized.map_err(|error| LoadError::invalid(gguf.path(), PRE, error.to_string()))?;
     }
     let pre_tokenizer = splitting.pre_tokenizer().map_err(|error| LoadError::invalid(gguf.path(), PRE, error.to_string()))?;
     pipeline.with_pre_tokenizer(Some(pre_tokenizer));
@@ -239,7 +240,7 @@ fn sentence_piece(gguf: &Gguf, tokens: &[&str], unknown: Option<u32>) -> Result<
         normalizers.push(Prepend::new("▁".to_owned()).into());
     }
     normalizers.push(Replace::new(" ", "▁").map_err(regex)?.into());
-    pipeline.with_normalizer(Some(Normalizers::new(normalizers)));
+    pipeline.with_normalizer(Some(Normalizers::new(normalizers))).map_err(regex)?;
 
     let mut decoders: Vec<DecoderWrapper> = vec![tokenizers::decoders::byte_fallback::ByteFallback::new().into()];
     if space_first {

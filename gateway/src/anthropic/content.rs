@@ -75,7 +75,11 @@ fn user(content: &Field<'_>, out: &mut Vec<Value>) -> Result<(), ApiError> {
         say(text, out);
         return Ok(());
     }
-    for (i, value) in blocks(content)?.iter().enumerate() {
+    let blocks = blocks(content)?;
+    if blocks.is_empty() {
+        return Err(content.invalid("empty_array", "a turn of the user's has at least one block."));
+    }
+    for (i, value) in blocks.iter().enumerate() {
         let mut fields = content.item(i, value).object()?;
         let kind = fields.require("type")?;
         match kind.string()? {

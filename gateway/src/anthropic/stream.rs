@@ -6,7 +6,8 @@ use crate::http::error::ApiError;
 use crate::http::sse::EventEncoder;
 use crate::openai::chat_output::{ChatEvent, ChatFinish, ChatOutput, ChatUsage, Delta, OutputFormat};
 use crate::openai::collected::Flow;
-use bytes::{BufMut, BytesMut};
+use crate::openai::wire::put_event;
+use bytes::BytesMut;
 use serde_json::{Value, json};
 use tidemill_engine::{Event, StopCause, Usage};
 
@@ -53,7 +54,7 @@ impl EventEncoder for MessageStream {
             }
         });
         if let Err(failed) = pushed {
-            put(out, "error", &error::event(&failed));
+            put_event(out, "error", &error::event(&failed));
             return Ok(Flow::End);
         }
         Ok(flow)
@@ -89,7 +90,7 @@ impl Writer {
             "stop_sequence": null,
             "usage": usage(&ChatUsage { tokens, reasoning_tokens: 0 }),
         });
-        put(out, "message_start", &json!({"type": "message_start", "message": message}));
+        put_event(out, "message_start", &json!({"type": "message_start", "message": message}));
     }
 
     fn delta(&mut self, delta: Delta, out: &mut BytesMut) {
@@ -125,20 +126,20 @@ impl Writer {
     fn begin(&mut self, block: Block, start: &Value, out: &mut BytesMut) {
         self.close(out);
         let event = json!({"type": "content_block_start", "index": self.blocks, "content_block": start});
-        put(out, "content_block_start", &event);
+        put_event(out, "content_block_start", &event);
         self.open = Some(block);
         self.blocks += 1;
     }
 
     fn add(&self, delta: &Value, out: &mut BytesMut) {
         let index = self.blocks.saturating_sub(1);
-        put(out, "content_block_delta", &json!({"type": "content_block_delta", "index": index, "delta": delta}));
+        put_event(out, "content_block_delta", &json!({"type": "content_block_delta", "index": index, "delta": delta}));
     }
 
     fn close(&mut self, out: &mut BytesMut) {
         if self.open.take().is_some() {
             let index = self.blocks.saturating_sub(1);
-            put(out, "content_block_stop", &json!({"type": "content_block_stop", "index": index}));
+            put_event(out, "content_block_stop", &json!({"type": "content_block_stop", "index": index}));
         }
     }
 
@@ -147,15 +148,7 @@ impl Writer {
         let limited = counts.tokens.completion_tokens >= self.max_tokens;
         let (reason, sequence) = stop_reason(reason, stop, limited);
         let delta = json!({"stop_reason": reason, "stop_sequence": sequence});
-        put(out, "message_delta", &json!({"type": "message_delta", "delta": delta, "usage": usage(counts)}));
-        put(out, "message_stop", &json!({"type": "message_stop"}));
+        put_event(out, "message_delta", &json!({"type": "message_delta", "delta": delta, "usage": usage(counts)}));
+        put_event(out, "message_stop", &json!({"type": "message_stop"}));
     }
-}
-
-fn put(out: &mut BytesMut, name: &str, data: &Value) {
-    out.put_slice(b"event: ");
-    out.put_slice(name.as_bytes());
-    out.put_slice(b"\ndata: ");
-    crate::openai::wire::put(out, data);
-    out.put_slice(b"\n\n");
 }

@@ -83,6 +83,10 @@ impl Line {
             let message = "Invalid 'body.stream': the answers of a batch are not streamed; leave it out.";
             return Err(Problem::field("invalid_body", "body.stream", message));
         }
+        if body.get("background").is_some_and(|background| *background == true) {
+            let message = "Invalid 'body.background': the batch is the background, and its rows are whole answers; leave it out.";
+            return Err(Problem::field("invalid_body", "body.background", message));
+        }
         Ok(Self { custom_id, body })
     }
 
@@ -271,6 +275,7 @@ mod tests {
             ("url", json!("/v1/embeddings"), "mismatched_endpoint", "url"),
             ("body", json!([]), "invalid_body", "body"),
             ("body", json!({"stream": true}), "invalid_body", "body.stream"),
+            ("body", json!({"background": true}), "invalid_body", "body.background"),
         ] {
             let problem = with(key, value);
             assert_eq!((problem.code, problem.param), (code, Some(param)));

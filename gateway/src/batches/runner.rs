@@ -77,6 +77,8 @@ enum Stop {
     Cancelled,
     /// The key does not work any more.
     KeyGone,
+    /// Somebody has removed the input from the disk.
+    InputGone,
     /// The server is leaving; the batch goes on at its next start.
     Leaving,
 }
@@ -138,16 +140,13 @@ impl Runner {
         let endpoint = batch.draft.endpoint.clone();
         let look = move || validate(&mut Lines::open(&path, longest)?, &endpoint);
         let found = match tokio::task::spawn_blocking(look).await.map_err(io::Error::other)? {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                Err(vec![Problem::new("input_file_missing", "The input file is not there any more; upload it again.")])
-            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(vec![input_gone()]),
             found => found?,
         };
         match found {
             Ok(valid) => self.rows.begin(batch.draft.id, valid.total as u64, valid.model.as_deref(), now()).await?,
             Err(problems) => {
-                let data: Vec<Value> = problems.iter().map(Problem::to_json).collect();
-                self.rows.fail(batch.draft.id, &json!({ "object": "list", "data": data }), now()).await?;
+                self.rows.fail(batch.draft.id, &listed(&problems), now()).await?;
             }
         }
         Ok(())
@@ -156,7 +155,7 @@ impl Runner {
     /// Runs the lines that have no row yet.
     async fn run_lines(&self, batch: &Batch, results: &mut Results) -> Result<Stop, Trouble> {
         let Some(mut caller) = self.caller(batch).await? else { return Ok(Stop::KeyGone) };
-        let mut lines = self.lines(batch)?;
+        let Some(mut lines) = self.lines(batch)? else { return Ok(Stop::InputGone) };
         let mut ahead: VecDeque<RawLine> = VecDeque::new();
         let (mut exhausted, mut interrupted) = (false, false);
         // Dropped with whatever still runs in it, which cancels that in the engine.
@@ -223,8 +222,12 @@ impl Runner {
         }
     }
 
-    fn lines(&self, batch: &Batch) -> io::Result<Lines> {
-        Lines::open(&self.app.files.path(batch.draft.input_file), self.app.body.bytes)
+    /// The lines of the input; `None` when it is not there any more.
+    fn lines(&self, batch: &Batch) -> io::Result<Option<Lines>> {
+        match Lines::open(&self.app.files.path(batch.draft.input_file), self.app.body.bytes) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            lines => lines.map(Some),
+        }
     }
 
     /// Who the batch's requests come from; `None` when the key does not work any more.
@@ -257,12 +260,14 @@ impl Runner {
             Stop::Cancelled => {
                 (BatchState::Cancelled, "batch_cancelled", "The batch was cancelled before this request was executed.")
             }
+            Stop::InputGone => (BatchState::Failed, "", ""),
             Stop::Done | Stop::Leaving => (BatchState::Completed, "", ""),
         };
         if state == BatchState::Completed {
             self.rows.finalize(id, now()).await?;
-        } else if batch.progress.total > 0 {
-            let mut lines = self.lines(batch)?;
+        } else if batch.progress.total > 0
+            && let Some(mut lines) = self.lines(batch)?
+        {
             loop {
                 let portion;
                 (lines, portion) = read_on(lines, &results).await?;
@@ -299,12 +304,23 @@ impl Runner {
             usage: results.tally.tokens.to_json(),
             output: file(batch.draft.output_file, output_bytes, "output"),
             errors: file(batch.draft.error_file, error_bytes, "error"),
+            problems: (stop == Stop::InputGone).then(|| listed(&[input_gone()])),
         };
         results.close().await?;
         self.rows.end(id, &outcome, now).await?;
         tracing::info!(batch = %id, state = state.as_str(), completed = outcome.progress.completed, failed = outcome.progress.failed, "batch ended");
         Ok(())
     }
+}
+
+fn input_gone() -> Problem {
+    Problem::new("input_file_missing", "The input file is not there any more; upload it again.")
+}
+
+/// Problems in the form of the API.
+fn listed(problems: &[Problem]) -> Value {
+    let data: Vec<Value> = problems.iter().map(Problem::to_json).collect();
+    json!({ "object": "list", "data": data })
 }
 
 /// The next lines that have no row, read where waiting for the disk holds up nobody.

@@ -137,8 +137,9 @@ fn put(limits: &mut Limits, pair: &str) -> Result<(), String> {
 pub fn run(args: &KeyArgs) -> Result<(), StoreCommandError> {
     match &args.command {
         KeyCommand::Create { name, scopes, terms, store } => {
-            let name = check_name(name)
-                .ok_or_else(|| StoreCommandError::Usage("--name must be 1 to 100 visible characters".to_owned()))?;
+            let name = check_name(name).ok_or_else(|| {
+                StoreCommandError::Usage("--name must be 1 to 100 visible characters that are no id".to_owned())
+            })?;
             let scopes = scopes.iter().map(|word| word.trim().parse()).collect::<Result<Vec<Scope>, _>>()?;
             let spec = terms.spec().map_err(StoreCommandError::Usage)?;
             let mut terms = KeyTerms::default();

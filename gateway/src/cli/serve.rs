@@ -98,6 +98,9 @@ pub struct ServeArgs {
     /// Connections without a request are closed after this time [default: 75s]
     #[arg(long, value_name = "TIME")]
     idle_timeout: Option<String>,
+    /// An answer that its client leaves unread for this time is dropped [default: 120s]
+    #[arg(long, value_name = "TIME")]
+    write_timeout: Option<String>,
     /// Certificate chain for TLS, a PEM file; read again when it changes [default: no TLS]
     #[arg(long, value_name = "FILE")]
     tls_certificate: Option<String>,
@@ -194,6 +197,7 @@ impl ServeArgs {
             ("body_timeout", &self.body_timeout),
             ("max_connections", &self.max_connections),
             ("idle_timeout", &self.idle_timeout),
+            ("write_timeout", &self.write_timeout),
             ("tls_certificate", &self.tls_certificate),
             ("tls_key", &self.tls_key),
             ("cors_origins", &self.cors_origins),
@@ -267,7 +271,7 @@ pub enum ServeError {
         /// As it was given.
         name: String,
         /// Why not, and the next step.
-        source: AdapterRefused,
+        source: Box<AdapterRefused>,
     },
     /// A fault of ours while loading.
     #[error("loading broke off because of an internal error, reported above; please tell us which model it was")]
@@ -324,7 +328,7 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle, 
     if !has_key && !config.host.is_loopback() {
         return Err(ServeError::NoKey(config.host));
     }
-    let files = Files::open(store.database(), &DataDir::new(&config.data)).await?;
+    let files = Files::open(&store, &DataDir::new(&config.data)).await?;
     Ok(App {
         registry: Arc::new(Registry::new(models.iter().map(|model| model.name.clone()))),
         drain: Drain::default(),
@@ -428,7 +432,7 @@ fn load_all(config: &Config, models: &[ModelSpec], app: &App, address: SocketAdd
             // Who names it at start wants it to stay.
             engine
                 .load_adapter(adapter, &module.path, true, created)
-                .map_err(|source| ServeError::Adapter { name: module.name.clone(), source })?;
+                .map_err(|source| ServeError::Adapter { name: module.name.clone(), source: Box::new(source) })?;
         }
         let loaded = LocalModel::new(engine, created).reading_as(config.parsers.of(&model.name));
         banner::loaded(&loaded, &model.path, start.elapsed());

@@ -32,7 +32,7 @@ use tidemill_store::Limits;
 pub const DEFAULT_FILE: &str = "tidemill.toml";
 
 /// Every setting, by its name in the file. The flag is the same with dashes, the variable the same in capitals after `TIDEMILL_`.
-pub const KEYS: [&str; 43] = [
+pub const KEYS: [&str; 44] = [
     "model",
     "host",
     "port",
@@ -56,6 +56,7 @@ pub const KEYS: [&str; 43] = [
     "body_timeout",
     "max_connections",
     "idle_timeout",
+    "write_timeout",
     "tls_certificate",
     "tls_key",
     "cors_origins",
@@ -296,6 +297,7 @@ impl Config {
             connections: Bounds {
                 connections: count("max_connections", 1)?.unwrap_or(Bounds::default().connections),
                 idle: get("idle_timeout").map_or(Ok(Bounds::default().idle), |s| s.parse(value::some_time))?,
+                write: get("write_timeout").map_or(Ok(Bounds::default().write), |s| s.parse(value::some_time))?,
                 ..Bounds::default()
             },
             tls: tls(get("tls_certificate"), get("tls_key"))?,

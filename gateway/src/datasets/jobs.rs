@@ -192,7 +192,7 @@ mod tests {
             assert!(tokio::time::timeout(Duration::from_millis(20), start).await.is_err(), "it waits for the database");
         }
         drop(held);
-        tokio::time::timeout(Duration::from_secs(10), jobs.close()).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(60), jobs.close()).await.unwrap();
         store.close().await;
     }
 }

@@ -90,12 +90,12 @@ fn done(text: String) -> Response {
 
 fn refused(name: &str, error: &AdapterRefused) -> ApiError {
     let named = |param: &str, code: &'static str, status: StatusCode| ApiError {
-        param: Some(param.to_owned().into()),
+        param: Some(param.to_owned()),
         ..ApiError::client(status, Some(code), format!("The lora adapter '{name}' was not loaded: {error}."))
     };
     match error {
         AdapterRefused::Unknown(_) => ApiError {
-            param: Some("lora_name".to_owned().into()),
+            param: Some("lora_name".to_owned()),
             ..ApiError::client(
                 StatusCode::NOT_FOUND,
                 Some("adapter_not_found"),

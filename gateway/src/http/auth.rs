@@ -5,6 +5,7 @@ use crate::http::cors::Origins;
 use crate::http::error::ApiError;
 use crate::keys::{KeyRing, Known};
 use crate::telemetry::Trail;
+use crate::upstream::{LocalModel, Registry, Upstream};
 use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -98,6 +99,15 @@ impl Caller {
     /// Whether the caller may put its requests ahead of other callers'.
     pub fn may_hurry(&self) -> bool {
         self.allows(Scope::Admin)
+    }
+
+    /// The model of this name, or the first, if the caller may use it.
+    pub fn model(&self, registry: &Registry, name: Option<&str>) -> Result<Arc<LocalModel>, ApiError> {
+        // First of all: what exists here is not everybody's business.
+        name.map_or(Ok(()), |name| self.check_model(name))?;
+        let Upstream::Local(model) = registry.find(name)?;
+        self.check_model(model.name())?;
+        Ok(model)
     }
 
     /// Fails on a model that is not among the key's.

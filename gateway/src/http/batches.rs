@@ -1,12 +1,12 @@
 //! `/v1/batches`: requests in a file, answered in the background.
 
 use crate::clock::now;
-use crate::http::answer::answer;
+use crate::http::answer::{answer, list as list_page};
 use crate::http::app::App;
 use crate::http::auth::{Caller, require};
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
-use crate::http::files::{self, after, list_of};
+use crate::http::files::{self, after};
 use crate::http::generate::enter;
 use crate::http::query::parameters;
 use crate::http::upload::KEEP;
@@ -108,7 +108,7 @@ async fn list(
         }
     }
     let page = app.batches.rows().list(&caller.viewer(), last, limit).await.map_err(unavailable)?;
-    Ok(answer(StatusCode::OK, &list_of(page.items.iter().map(shown).collect(), page.has_more)))
+    Ok(list_page(page.items.iter().map(shown).collect(), page.has_more))
 }
 
 async fn show(

@@ -8,19 +8,18 @@ use crate::openai::tool_grammar::{Shape, Signature, lark};
 use crate::openai::tools::{Tool, ToolChoice};
 use crate::upstream::LocalModel;
 use serde_json::{Value, json};
-use tidemill_engine::Constraint;
+use tidemill_engine::{Constraint, for_lark};
 
 /// Calls that are demanded, or whose arguments must fit, or that stand beside an answer that must.
 pub(super) struct CallRules {
     tools: Vec<Tool>,
     forced: bool,
     single: bool,
-    no_reasoning: bool,
 }
 
 impl CallRules {
-    /// `None` where the model may write what it likes. `prompt` is the templated conversation.
-    pub(super) fn of(chat: &ChatRequest, format: &OutputFormat, prompt: &str) -> Option<Self> {
+    /// `None` where the model may write what it likes.
+    pub(super) fn of(chat: &ChatRequest) -> Option<Self> {
         let choice = &chat.tool_choice;
         let tools: Vec<Tool> = chat.tools.iter().filter(|tool| choice.allows(&tool.name)).cloned().collect();
         let forced = choice.is_forced();
@@ -29,8 +28,7 @@ impl CallRules {
         }
         // One that is named is called once.
         let single = !chat.parallel_tool_calls || matches!(choice, ToolChoice::Named(_));
-        let no_reasoning = format.reasoning.is_some_and(|tags| prompt.trim_end().ends_with(tags.close));
-        Some(Self { tools, forced, single, no_reasoning })
+        Some(Self { tools, forced, single })
     }
 
     /// The grammar of the whole answer. `answer`: what it must be where it is no call.
@@ -44,10 +42,13 @@ impl CallRules {
         for tool in &self.tools {
             functions.push(signature(model, tool).await?);
         }
-        let special = |mark: &str| model.tokenizer().id(mark).filter(|&id| model.tokenizer().is_special(id));
-        let (forced, single, no_reasoning) = (self.forced, self.single, self.no_reasoning);
-        let shape = Shape { format, no_reasoning, forced, single, answer: answer.map(|answer| &answer.constraint) };
-        let grammar = lark(&shape, &functions, &special).ok_or_else(|| {
+        if let Some(answer) = answer {
+            // What is wrong with it is said in its own words.
+            model.grammar(answer).await?;
+        }
+        let (forced, single) = (self.forced, self.single);
+        let shape = Shape { format, forced, single, answer: answer.map(|answer| &answer.constraint) };
+        let grammar = lark(&shape, &functions, &|mark| model.control_token(mark)).ok_or_else(|| {
             let param = answer.map_or("tools", |answer| answer.param.as_str());
             let why = "a regular expression or grammar for the answer cannot be combined with 'tools'.";
             ApiError::invalid(param, "invalid_value", format!("Invalid '{param}': {why}"))
@@ -59,13 +60,17 @@ impl CallRules {
 /// The schema of a function's arguments. One that cannot be honoured is refused when the tool is strict; else any object will do.
 async fn signature(model: &LocalModel, tool: &Tool) -> Result<Signature, ApiError> {
     let schema = if tool.strict { tool.schema() } else { closed(tool.schema()) };
-    let constraint = Constraint::JsonSchema { schema: schema.clone(), strict: tool.strict };
-    let alone = Constrained { constraint, param: tool.param.clone() };
+    let written = for_lark(&schema, tool.strict);
+    let alone = Constrained { constraint: Constraint::JsonSchema { schema, strict: tool.strict }, param: tool.param.clone() };
     let name = tool.name.clone();
-    match model.grammar(&alone).await {
-        Ok(_) => Ok(Signature { name, schema }),
-        Err(error) if tool.strict || error.status.is_server_error() => Err(error),
-        Err(_) => Ok(Signature { name, schema: json!({"type": "object"}) }),
+    match (model.grammar(&alone).await, written) {
+        (Ok(_), Ok(arguments)) => Ok(Signature { name, arguments }),
+        (Err(error), _) if tool.strict || error.status.is_server_error() => Err(error),
+        (_, Err(error)) if tool.strict => Err(alone.refused(&error)),
+        _ => {
+            let any = for_lark(&json!({"type": "object"}), false).map_err(|error| alone.refused(&error))?;
+            Ok(Signature { name, arguments: any })
+        }
     }
 }
 

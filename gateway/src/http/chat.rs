@@ -15,6 +15,7 @@ use crate::openai::chat_output::{ChatCollected, OutputFormat};
 use crate::openai::chat_stream::{ChatReport, ChatStream};
 use crate::openai::parse::CallFormat;
 use crate::openai::response_format::Constrained;
+use crate::openai::tool_grammar::thoughtful;
 use crate::openai::tools::Tool;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{self, Draft, Level};
@@ -24,7 +25,7 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 use serde_json::Value;
 use std::sync::Arc;
-use tidemill_engine::SamplingParams;
+use tidemill_engine::{Constraint, SamplingParams};
 use tidemill_store::Tier;
 use uuid::Uuid;
 
@@ -65,11 +66,18 @@ pub struct ChatRun {
     pub tier: Tier,
     request: tidemill_engine::Request,
     meter: Meter,
-    constraint: Option<Constrained>,
-    calls: Option<CallRules>,
+    rules: Rules,
     processed: bool,
     record: Option<Pending>,
     follower: Option<Follower>,
+}
+
+/// What the answer must be.
+struct Rules {
+    constraint: Option<Constrained>,
+    calls: Option<CallRules>,
+    /// The constraint as a grammar that lets the model reason before.
+    thoughtful: Option<String>,
 }
 
 impl ChatRun {
@@ -90,9 +98,15 @@ impl ChatRun {
         let id = asked.app.store.issue_id();
         let single_call = !chat.parallel_tool_calls;
         let mut format = OutputFormat { single_call, ..model.parsers().format(&text, &offered, id.as_u128()) };
-        let calls = CallRules::of(chat, &format, &text);
+        let calls = CallRules::of(chat);
         if calls.is_some() {
             format.calls = format.calls.map(|calls| CallFormat::Json(calls.constrained()));
+        }
+        let answer = chat.constraint.as_ref().filter(|_| calls.is_none()).map(|answer| &answer.constraint);
+        let thoughtful = answer.and_then(|answer| thoughtful(&format, answer, &|mark| model.control_token(mark)));
+        if answer.is_some() && thoughtful.is_none() {
+            // The answer begins at once, whatever the prompt ends with: nothing of it is reasoning.
+            format.reasoning = None;
         }
         let level = asked.level(endpoint, &model, id)?;
         let choice_ids = asked.choice_ids(id, generation.n);
@@ -108,13 +122,15 @@ impl ChatRun {
                 inference.params = inference.params.map(|params| with_tools(params, &offered));
                 inference.prompt_text = Some(text);
             }
-            Draft { inference, candidates: choice_ids.len(), choice_ids: choice_ids.clone(), prompt_only: false }
+            let format = Some(format.clone());
+            Draft { inference, candidates: choice_ids.len(), choice_ids: choice_ids.clone(), prompt_only: false, format }
         };
         let follower = asked.follow("chat", &model, std::slice::from_ref(&request));
         let drafts = (level != Level::Off).then(|| vec![draft()]);
         let record = drafts.map(|drafts| asked.pending(level, drafts));
         let (processed, constraint) = (generation.processed_logprobs, chat.constraint.clone());
-        Ok(Self { model, id, choice_ids, format, tier, request, meter, constraint, calls, processed, record, follower })
+        let rules = Rules { constraint, calls, thoughtful };
+        Ok(Self { model, id, choice_ids, format, tier, request, meter, rules, processed, record, follower })
     }
 
     /// How it is sampled, defaults included.
@@ -130,13 +146,23 @@ impl ChatRun {
     /// Compiles its constraint, if it has one, and hands it to the engine. The record begins once the engine has taken it: what is
     /// refused is no answer.
     pub async fn start(mut self) -> Result<Events, ApiError> {
-        let constraint = match &self.calls {
-            Some(calls) => Some(calls.constraint(&self.model, &self.format, self.constraint.as_ref()).await?),
-            None => self.constraint,
+        let Rules { constraint, calls, thoughtful } = &self.rules;
+        let model = &self.model;
+        self.request.sampling.grammar = match (calls, constraint) {
+            (Some(calls), answer) => Some(model.grammar(&calls.constraint(model, &self.format, answer.as_ref()).await?).await?),
+            (None, None) => None,
+            (None, Some(constraint)) => {
+                // By itself first: what is wrong with it is said in its own words.
+                let grammar = model.grammar(constraint).await?;
+                match thoughtful {
+                    None => Some(grammar),
+                    Some(lark) => {
+                        let (constraint, param) = (Constraint::Lark(lark.clone()), constraint.param.clone());
+                        Some(model.grammar(&Constrained { constraint, param }).await?)
+                    }
+                }
+            }
         };
-        if let Some(constraint) = &constraint {
-            self.request.sampling.grammar = Some(self.model.grammar(constraint).await?);
-        }
         let events = self.model.submit(vec![self.request])?;
         let events = events.recorded(self.record.map(Pending::start)).metered(self.meter).followed(self.follower);
         Ok(events.showing(self.processed))

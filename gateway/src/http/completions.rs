@@ -105,7 +105,7 @@ impl PreparedCompletion {
                 }
                 inference.prompt_text = (level == Level::Full).then(text);
                 let choice_ids = asked.choice_ids(own, generation.n);
-                drafts.push(Draft { inference, choice_ids, candidates: completion.best_of, prompt_only });
+                drafts.push(Draft { inference, choice_ids, candidates: completion.best_of, prompt_only, format: None });
             }
             requests.push(request);
             echoes.push(PromptEcho { text: completion.echo.then(text), tokens });

@@ -1,21 +1,19 @@
 //! One connection: HTTP/1.1 or HTTP/2, plain or over TLS, closed when nothing happens on it.
 
+use crate::http::activity::Activity;
 use crate::http::server::Bounds;
 use crate::http::tls::Tls;
 use axum::Router;
 use axum::body::Body;
-use bytes::Bytes;
-use http_body::{Frame, SizeHint};
-use hyper::Request;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
+use hyper::{Request, Version};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -27,6 +25,28 @@ const HEADER_BYTES: usize = 64 * 1024;
 const STREAMS: u32 = 256;
 /// HTTP/2 connections are asked this often whether someone is still there.
 const PING_EVERY: Duration = Duration::from_secs(20);
+
+/// What the server tells its connections.
+#[derive(Clone)]
+pub struct Told {
+    /// Once true, requests under way are still answered and no more are taken.
+    pub leave: watch::Receiver<bool>,
+    /// While true, others wait for a place.
+    pub full: watch::Receiver<bool>,
+}
+
+/// Resolves once others wait for a place and no request has been under way here for `bound`.
+async fn superfluous(full: &mut watch::Receiver<bool>, activity: &Activity, bound: Duration) {
+    loop {
+        if full.wait_for(|full| *full).await.is_err() {
+            return std::future::pending().await;
+        }
+        match bound.checked_sub(activity.quiet()) {
+            None => return,
+            Some(left) => tokio::time::sleep(left.max(Duration::from_millis(1))).await,
+        }
+    }
+}
 
 /// How connections are spoken to.
 #[derive(Clone)]
@@ -51,31 +71,33 @@ impl Speaker {
         Self { router, tls, bounds, http: Arc::new(http) }
     }
 
-    /// Serves the connection to its end. Once `leave` is true, requests under way are still answered and no more are taken.
-    pub async fn serve(self, stream: TcpStream, leave: watch::Receiver<bool>) {
+    /// Serves the connection to its end.
+    pub async fn serve(self, stream: TcpStream, told: Told) {
         // Each event of a stream is a small write that must not wait for the next.
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "cannot set TCP_NODELAY");
         }
         match &self.tls {
-            None => self.speak(stream, leave).await,
+            None => self.speak(stream, told).await,
             Some(tls) => match tokio::time::timeout(self.bounds.handshake, tls.acceptor().accept(stream)).await {
-                Ok(Ok(stream)) => self.speak(stream, leave).await,
+                Ok(Ok(stream)) => self.speak(stream, told).await,
                 Ok(Err(error)) => tracing::debug!(%error, "TLS handshake failed"),
                 Err(_) => tracing::debug!("TLS handshake took too long"),
             },
         }
     }
 
-    async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(&self, stream: S, mut leave: watch::Receiver<bool>) {
-        let activity = Activity::new();
+    async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(&self, stream: S, told: Told) {
+        let Told { mut leave, mut full } = told;
+        let (activity, several) = (Activity::default(), AtomicBool::new(false));
         let service = service_fn(|request: Request<Incoming>| {
             let busy = activity.begin();
+            several.fetch_or(request.version() == Version::HTTP_2, Ordering::Relaxed);
             let answer = self.router.clone().oneshot(request.map(Body::new));
-            async move { answer.await.map(|response| response.map(|body| Body::new(BusyBody { body, _busy: busy }))) }
+            async move { answer.await.map(|response| response.map(|body| Body::new(busy.answering(body)))) }
         });
         let mut connection = pin!(self.http.serve_connection(TokioIo::new(stream), service));
-        let mut look = tokio::time::interval((self.bounds.idle / 4).max(Duration::from_millis(1)));
+        let mut look = tokio::time::interval((self.bounds.idle.min(self.bounds.write) / 4).max(Duration::from_millis(1)));
         let mut told = pin!(async { leave.wait_for(|left| *left).await.is_ok() });
         let mut closing = false;
         let result = loop {
@@ -85,7 +107,17 @@ impl Speaker {
                     connection.as_mut().graceful_shutdown();
                     closing = true;
                 }
+                () = superfluous(&mut full, &activity, self.bounds.crowded) => return,
                 _ = look.tick() => {
+                    let untaken = activity.drop_untaken(self.bounds.write);
+                    if untaken > 0 {
+                        metrics::counter!("tidemill:http_untaken_answers_total").increment(untaken as u64);
+                        tracing::debug!(untaken, "a client does not read its answers; they were dropped");
+                        if !several.load(Ordering::Relaxed) {
+                            // The answer's end would never get through.
+                            return;
+                        }
+                    }
                     let quiet = activity.quiet();
                     if quiet > 2 * self.bounds.idle {
                         // It was told to close and does not.
@@ -105,64 +137,42 @@ impl Speaker {
     }
 }
 
-/// What happens on a connection.
-#[derive(Clone)]
-struct Activity(Arc<Requests>);
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::routing::get;
+    use bytes::Bytes;
+    use futures_util::StreamExt;
+    use metrics_exporter_prometheus::PrometheusBuilder;
+    use std::convert::Infallible;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-struct Requests {
-    under_way: AtomicUsize,
-    last: Mutex<Instant>,
-}
-
-/// A request under way, until its answer's last byte was handed over or dropped.
-struct Busy(Activity);
-
-impl Activity {
-    fn new() -> Self {
-        Self(Arc::new(Requests { under_way: AtomicUsize::new(0), last: Mutex::new(Instant::now()) }))
-    }
-
-    fn begin(&self) -> Busy {
-        self.0.under_way.fetch_add(1, Ordering::AcqRel);
-        Busy(self.clone())
-    }
-
-    /// How long no request has been under way.
-    fn quiet(&self) -> Duration {
-        if self.0.under_way.load(Ordering::Acquire) > 0 {
-            return Duration::ZERO;
-        }
-        self.0.last.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
-    }
-}
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        let Requests { under_way, last } = &*self.0.0;
-        *last.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
-        under_way.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
-/// A body that keeps its request under way.
-struct BusyBody {
-    body: Body,
-    _busy: Busy,
-}
-
-impl http_body::Body for BusyBody {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+    #[tokio::test]
+    async fn a_client_that_stops_reading_is_cut_off_and_counted() {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let _here = metrics::set_default_local_recorder(&recorder);
+        let (held, dropped) = tokio::sync::oneshot::channel::<()>();
+        let held = Arc::new(std::sync::Mutex::new(Some(held)));
+        let endless = move || {
+            let held = held.lock().unwrap().take();
+            let piece = move |_| {
+                let _held = &held;
+                Ok::<_, Infallible>(Bytes::from_static(&[b'x'; 1024]))
+            };
+            async move { Body::from_stream(futures_util::stream::repeat(()).map(piece)) }
+        };
+        let router = Router::new().route("/", get(endless));
+        let bounds = Bounds { write: Duration::from_millis(200), ..Bounds::default() };
+        let ((_leaving, leave), (_filling, full)) = (watch::channel(false), watch::channel(false));
+        let (mut client, server) = tokio::io::duplex(4096);
+        let speaker = Speaker::new(router, bounds, None);
+        let serving = tokio::spawn(async move { speaker.speak(server, Told { leave, full }).await });
+        client.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        client.read_exact(&mut [0; 12]).await.unwrap();
+        // The client is there and reads no more.
+        let patience = Duration::from_secs(20);
+        assert!(tokio::time::timeout(patience, dropped).await.unwrap().is_err(), "the answer was dropped");
+        tokio::time::timeout(patience, serving).await.unwrap().unwrap();
+        assert!(recorder.handle().render().contains("tidemill:http_untaken_answers_total 1"));
     }
 }

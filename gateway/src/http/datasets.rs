@@ -2,7 +2,7 @@
 
 use crate::clock::now;
 use crate::datasets::{self, Refused};
-use crate::http::answer::{answer, json as json_bytes};
+use crate::http::answer::{answer, json as json_bytes, list as list_page};
 use crate::http::app::App;
 use crate::http::auth::{Caller, require};
 use crate::http::error::ApiError;
@@ -168,10 +168,7 @@ async fn list(State(app): State<App>, RawQuery(query): RawQuery) -> Result<Respo
     let has_more = found.len() > limit;
     found.truncate(limit);
     let data: Vec<Value> = found.iter().map(|snapshot| shown(snapshot, false)).collect();
-    let id = |value: Option<&Value>| value.map(|value| value["id"].clone());
-    let (first_id, last_id) = (id(data.first()), id(data.last()));
-    let body = json!({ "object": "list", "data": data, "first_id": first_id, "last_id": last_id, "has_more": has_more });
-    Ok(answer(StatusCode::OK, &body))
+    Ok(list_page(data, has_more))
 }
 
 async fn show(State(app): State<App>, Path(reference): Path<String>) -> Result<Response, ApiError> {

@@ -11,6 +11,7 @@ use crate::openai::collected::cancelled;
 use crate::openai::completions::PromptInput;
 use crate::openai::embeddings::{self, EmbeddingsRequest};
 use crate::openai::fields::Fields;
+use crate::telemetry::Follower;
 use crate::upstream::LocalModel;
 use axum::extract::{Request, State};
 use axum::response::Response;
@@ -26,13 +27,13 @@ const AT_ONCE: usize = 32;
 /// `POST /v1/embeddings`
 pub async fn embeddings(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let (_in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
-    let Prepared { model, texts, asked: wanted, mut meter } =
+    let Prepared { model, texts, asked: wanted, mut meter, mut follower } =
         app.body.parsed(request, move |body| Prepared::new(&asked, &body)).await?;
     let pooling = model.engine().pooling().clone().map_err(|why| no_embeddings(&model, &why))?;
     let tokens = texts.iter().map(|text| text.tokens.len()).sum();
     let at_once = model.engine().limits().max_seqs.min(AT_ONCE);
     // Dropped with the request when its client leaves, which cancels what is under way.
-    let vectors: Vec<Vec<f32>> = futures_util::stream::iter(texts)
+    let vectors: Result<Vec<Vec<f32>>, ApiError> = futures_util::stream::iter(texts)
         .map(|text| async { model.engine().embed(text)?.wait().await.map_err(failed) })
         .buffered(at_once)
         .enumerate()
@@ -43,7 +44,14 @@ pub async fn embeddings(State(app): State<App>, request: Request) -> Result<Resp
         })
         .map_ok(|vector| pooling.finish(vector, wanted.dimensions))
         .try_collect()
-        .await?;
+        .await;
+    if let (Err(error), Some(follower)) = (&vectors, &mut follower)
+        && error.status == StatusCode::INTERNAL_SERVER_ERROR
+    {
+        follower.failed();
+    }
+    drop(follower);
+    let vectors = vectors?;
     let many = vectors.len() * model.engine().width() * 4 > LONG_WORK;
     let name = model.name().to_owned();
     Ok(json(off_path(many, move || embeddings::to_json(&name, &vectors, wanted.encoding, tokens)).await?))
@@ -54,6 +62,7 @@ struct Prepared {
     texts: Vec<EmbedRequest>,
     asked: EmbeddingsRequest,
     meter: Meter,
+    follower: Option<Follower>,
 }
 
 impl Prepared {
@@ -98,7 +107,9 @@ impl Prepared {
         };
         let texts = request.input.iter().map(text).collect::<Result<Vec<_>, ApiError>>()?;
         let meter = asked.admit(&model, texts.iter().map(|text| text.tokens.len()).collect())?;
-        Ok(Self { model: model.clone(), texts, asked: request, meter })
+        let dimensions = request.dimensions.unwrap_or(engine.width());
+        let follower = asked.follow_embeddings(&model, &texts, dimensions, request.encoding.as_str());
+        Ok(Self { model: model.clone(), texts, asked: request, meter, follower })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::clock::now;
 use crate::feedback::{self, Edit, Rules, Submission, Target};
-use crate::http::answer::answer;
+use crate::http::answer::{answer, list as list_page};
 use crate::http::app::App;
 use crate::http::auth::Caller;
 use crate::http::error::ApiError;
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::time::Duration;
 use tidemill_store::records::{Feedback, Inference};
-use tidemill_store::{Acknowledged, Store, StoreError};
+use tidemill_store::{Acknowledged, Scope, Store, StoreError};
 use uuid::Uuid;
 
 /// Most items of one request.
@@ -100,22 +100,16 @@ pub async fn get(State(app): State<App>, Path(id): Path<String>) -> Result<Respo
 pub async fn list(State(app): State<App>, RawQuery(query): RawQuery) -> Result<Response, ApiError> {
     let filter = feedback::filter(query.as_deref())?;
     let page = app.store.list_feedback(&filter).await.map_err(unavailable)?;
-    let body = json!({
-        "object": "list",
-        "data": page.items.iter().map(feedback::to_json).collect::<Vec<_>>(),
-        "first_id": page.items.first().map(|item| item.id),
-        "last_id": page.items.last().map(|item| item.id),
-        "has_more": page.has_more,
-    });
-    Ok(answer(StatusCode::OK, &body))
+    Ok(list_page(page.items.iter().map(feedback::to_json).collect(), page.has_more))
 }
 
 /// `PATCH /v1/feedback/{id}`
 pub async fn edit(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
     let _in_flight = enter(&app)?;
-    let id = feedback_id(&id)?;
+    let (id, caller) = (feedback_id(&id)?, Caller::of(&request));
     let body = app.body.json(request).await?;
     let before = app.store.feedback(id).await.map_err(unavailable)?.ok_or_else(|| unknown(id))?;
+    check_sender(&caller, &before)?;
     if before.withdrawn {
         let message = format!("The feedback `{id}` is withdrawn; send a new one.");
         return Err(ApiError::client(StatusCode::CONFLICT, Some("withdrawn"), message));
@@ -129,11 +123,27 @@ pub async fn edit(State(app): State<App>, Path(id): Path<String>, request: Reque
 }
 
 /// `DELETE /v1/feedback/{id}`: it stays, marked, and counts for nothing.
-pub async fn withdraw(State(app): State<App>, Path(id): Path<String>) -> Result<Response, ApiError> {
+pub async fn withdraw(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
     let _in_flight = enter(&app)?;
     let id = feedback_id(&id)?;
+    let before = app.store.feedback(id).await.map_err(unavailable)?.ok_or_else(|| unknown(id))?;
+    check_sender(&Caller::of(&request), &before)?;
     let after = app.store.withdraw_feedback(id).await.map_err(unavailable)?.ok_or_else(|| unknown(id))?;
     Ok(answer(StatusCode::OK, &feedback::to_json(&after)))
+}
+
+/// Whoever may send feedback reads all of it; what another key has sent is only the administrator's to change. On a server without keys
+/// everybody is one.
+fn check_sender(caller: &Caller, feedback: &Feedback) -> Result<(), ApiError> {
+    let own = feedback.key_id.is_some() && feedback.key_id == caller.key_id();
+    if own || caller.allows(Scope::Admin) {
+        return Ok(());
+    }
+    let message = format!(
+        "The feedback `{}` was not sent with this API key: only the key that sent it, or one with the scope `admin`, may change or withdraw it.",
+        feedback.id
+    );
+    Err(ApiError::client(StatusCode::FORBIDDEN, Some("insufficient_permissions"), message))
 }
 
 /// What a request says beside its body.

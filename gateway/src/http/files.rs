@@ -1,7 +1,7 @@
 //! `/v1/files`: what clients upload, and what batches make.
 
 use crate::clock::now;
-use crate::http::answer::answer;
+use crate::http::answer::{answer, list as list_page};
 use crate::http::app::App;
 use crate::http::auth::{Caller, require};
 use crate::http::error::ApiError;
@@ -68,7 +68,7 @@ async fn list(
         }
     }
     let page = app.files.list(&caller.viewer(), purpose.as_deref(), last, limit, order, now()).await.map_err(unavailable)?;
-    Ok(answer(StatusCode::OK, &list_of(page.items.iter().map(shown).collect(), page.has_more)))
+    Ok(list_page(page.items.iter().map(shown).collect(), page.has_more))
 }
 
 async fn show(
@@ -155,13 +155,6 @@ pub fn name(id: Uuid) -> String {
 pub fn after(parameter: &Parameter<'_>, prefix: &str) -> Result<Uuid, ApiError> {
     let id = parameter.value.strip_prefix(prefix).and_then(|id| Uuid::try_parse(id).ok());
     id.ok_or_else(|| parameter.invalid("the id of an object of this list"))
-}
-
-/// A list in the form of the API.
-pub fn list_of(data: Vec<Value>, has_more: bool) -> Value {
-    let id = |value: Option<&Value>| value.map(|value| value["id"].clone());
-    let (first_id, last_id) = (id(data.first()), id(data.last()));
-    json!({ "object": "list", "data": data, "first_id": first_id, "last_id": last_id, "has_more": has_more })
 }
 
 fn shown(file: &FileRecord) -> Value {

@@ -1,6 +1,6 @@
 //! What every endpoint that generates has in common: being let in, the record, the engine's request, waiting for the answer.
 
-use crate::clock::now;
+use crate::clock::{now, seconds};
 use crate::http::app::App;
 use crate::http::auth::Caller;
 use crate::http::deadline;
@@ -15,11 +15,11 @@ use crate::openai::generation::Generation;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{self, Draft, Level, Recorder};
 use crate::telemetry::{Follower, Trail};
-use crate::upstream::{Events, LocalModel, Upstream};
+use crate::upstream::{Events, LocalModel};
 use axum::extract::Request;
 use std::sync::Arc;
 use std::time::Instant;
-use tidemill_engine::{RequestId, SamplingParams, Tenant};
+use tidemill_engine::{EmbedRequest, RequestId, SamplingParams, Tenant};
 use tidemill_store::records::{Inference, Status};
 use tidemill_store::{Store, Tier};
 use uuid::Uuid;
@@ -45,7 +45,7 @@ pub fn head(model: &LocalModel, id: Uuid, prefix: &str, object: &'static str) ->
     AnswerHead {
         id: format!("{prefix}-{id}"),
         object,
-        created: now().unsigned_abs() / 1_000_000,
+        created: seconds(),
         model: model.name().to_owned(),
         system_fingerprint: model.fingerprint().to_owned(),
         service_tier: Tier::Default,
@@ -115,17 +115,25 @@ impl Asked {
     }
 
     /// Follows the answers to `requests` for the log and the trace; give it to the events with [`Events::followed`]. `operation` is
-    /// `chat`, `text_completion` or `embeddings`.
+    /// `chat` or `text_completion`.
     pub fn follow(&self, operation: &'static str, model: &LocalModel, requests: &[tidemill_engine::Request]) -> Option<Follower> {
         self.trail.as_ref().map(|trail| trail.follow(operation, model, requests))
     }
 
+    /// The same for vectors.
+    pub fn follow_embeddings(
+        &self,
+        model: &LocalModel,
+        texts: &[EmbedRequest],
+        dimensions: usize,
+        encoding: &str,
+    ) -> Option<Follower> {
+        self.trail.as_ref().map(|trail| trail.follow_embeddings(model, texts, dimensions, encoding))
+    }
+
     /// The model of this name, if the caller may use it.
     pub fn model(&self, name: &str) -> Result<Arc<LocalModel>, ApiError> {
-        // First of all: what exists here is not everybody's business.
-        self.caller.check_model(name)?;
-        let Upstream::Local(model) = self.app.registry.find(Some(name))?;
-        Ok(model)
+        self.caller.model(&self.app.registry, Some(name))
     }
 
     /// Lets a request in whose prompts have so many tokens each, or says which limit it would break. The place within the limits is

@@ -38,7 +38,7 @@ async fn create(State(app): State<App>, request: Request) -> Result<Response, Ap
     let mut fields = Fields::root(&body)?;
     let name = fields.require("name")?;
     let Some(name) = keys::check_name(name.string()?) else {
-        return Err(name.invalid("invalid_value", "expected 1 to 100 visible characters."));
+        return Err(name.invalid("invalid_value", "expected 1 to 100 visible characters that are no id."));
     };
     let spec = KeySpec::parse(&body, &mut fields)?;
     if spec.scopes.is_none() {

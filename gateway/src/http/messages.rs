@@ -8,12 +8,10 @@ use crate::http::error::ApiError;
 use crate::http::generate::{Asked, enter};
 use crate::http::sse;
 use crate::openai::chat_output::ChatCollected;
-use crate::upstream::Upstream;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use bytes::Bytes;
 use serde_json::Value;
-use std::sync::Arc;
 
 /// A message, streamed or whole.
 pub async fn create(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
@@ -37,10 +35,10 @@ pub async fn create(State(app): State<App>, request: Request) -> Result<Response
 
 /// How many tokens a conversation is.
 pub async fn count_tokens(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
-    let registry = Arc::clone(&app.registry);
+    let asked = Asked::new(&app, &request);
     let count = move |body: Value| {
         let CountRequest(chat) = CountRequest::parse(&body)?;
-        let Upstream::Local(model) = registry.find(Some(&chat.model))?;
+        let model = asked.model(&chat.model)?;
         let (_, tokens) = model.chat_tokens(&chat.prompt, &chat.offered_tools())?;
         Ok(tokens.len())
     };

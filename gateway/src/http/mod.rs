@@ -1,5 +1,6 @@
 //! The front door: routes, limits, error shape, streaming, shutdown.
 
+mod activity;
 mod adapters;
 mod answer;
 pub mod app;

@@ -23,23 +23,27 @@ use tidemill_store::Scope;
 pub fn router(app: App) -> Router {
     let auth = app.auth.clone();
     let cors = app.origins.layer();
+    // What generates meets the limits; looking, counting and calling off do not: whoever is at a limit must be able to free a place.
     let generating = Router::new()
-        .route("/v1/chat/completions", post(chat::chat).get(stored_chats::list))
+        .route("/v1/chat/completions", post(chat::chat))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/completions", post(completions::completions))
+        .route("/v1/embeddings", post(embeddings::embeddings))
+        .route("/v1/messages", post(messages::create))
+        .route_layer(from_fn_with_state(app.clone(), shed))
+        .route_layer(require(Scope::Chat));
+    let around = Router::new()
+        .route("/v1/chat/completions", get(stored_chats::list))
         .route("/v1/chat/completions/{id}", get(stored_chats::get).post(stored_chats::update).delete(stored_chats::delete))
         .route("/v1/chat/completions/{id}/messages", get(stored_chats::messages))
-        .route("/v1/responses", post(responses::create))
         .route("/v1/responses/input_tokens", post(responses::input_tokens))
         .route("/v1/responses/{id}", get(responses::get).delete(responses::delete))
         .route("/v1/responses/{id}/cancel", post(responses::cancel))
         .route("/v1/responses/{id}/input_items", get(responses::input_items))
-        .route("/v1/completions", post(completions::completions))
-        .route("/v1/embeddings", post(embeddings::embeddings))
         .route("/v1/moderations", post(embeddings::moderations))
-        .route("/v1/messages", post(messages::create))
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
-        .route_layer(from_fn_with_state(app.clone(), shed))
         .route_layer(require(Scope::Chat));
     let judging = Router::new()
         .route("/v1/feedback", post(feedback::create).get(feedback::list))
@@ -47,6 +51,7 @@ pub fn router(app: App) -> Router {
         .route_layer(require(Scope::Feedback));
     Router::new()
         .merge(generating)
+        .merge(around)
         .merge(judging)
         .merge(datasets::routes())
         .merge(files::routes())

@@ -1,7 +1,7 @@
 //! Sockets: accepting within a limit, serving, and leaving in good order.
 
 use crate::http::app::App;
-use crate::http::connection::Speaker;
+use crate::http::connection::{Speaker, Told};
 use crate::http::tls::Tls;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,12 +21,18 @@ pub struct Bounds {
     pub idle: Duration,
     /// A TLS handshake takes two round trips; it must be over after this time.
     pub handshake: Duration,
+    /// An answer of which a client has taken nothing for this time is dropped.
+    pub write: Duration,
+    /// While others wait for a place, a connection is closed after this time without a request.
+    pub crowded: Duration,
 }
 
 impl Default for Bounds {
     fn default() -> Self {
         // Load balancers keep connections for 60 s: who closes first decides which request meets a closed door.
-        Self { connections: 4096, idle: Duration::from_secs(75), handshake: Duration::from_secs(10) }
+        let (idle, handshake) = (Duration::from_secs(75), Duration::from_secs(10));
+        // What is full takes a while to be empty enough for more, over a slow line.
+        Self { connections: 4096, idle, handshake, write: Duration::from_secs(120), crowded: Duration::from_secs(5) }
     }
 }
 
@@ -37,15 +43,16 @@ pub struct Server {
     permits: Arc<Semaphore>,
     connections: usize,
     leave: watch::Sender<bool>,
+    full: watch::Sender<bool>,
 }
 
 impl Server {
     /// Over a bound socket.
     pub fn new(listener: TcpListener, app: App, bounds: Bounds, tls: Option<Tls>) -> Self {
         let permits = Arc::new(Semaphore::new(bounds.connections));
-        let (leave, _) = watch::channel(false);
+        let ((leave, _), (full, _)) = (watch::channel(false), watch::channel(false));
         let speaker = Speaker::new(super::router(app), bounds, tls);
-        Self { listener, speaker, permits, connections: bounds.connections, leave }
+        Self { listener, speaker, permits, connections: bounds.connections, leave, full }
     }
 
     /// Accepts and serves until `leave` resolves. Then no connection is accepted, idle ones are closed, and those that are still
@@ -53,10 +60,13 @@ impl Server {
     pub async fn run(self, leave: impl Future<Output = ()>) {
         tokio::pin!(leave);
         loop {
+            let is_full = |now: bool| self.full.send_if_modified(|full| std::mem::replace(full, now) != now);
+            is_full(self.permits.available_permits() == 0);
             let permit = tokio::select! {
                 permit = Arc::clone(&self.permits).acquire_owned() => permit,
                 () = &mut leave => break,
             };
+            is_full(false);
             let Ok(permit) = permit else { break };
             tokio::select! {
                 accepted = self.listener.accept() => match accepted {
@@ -79,9 +89,9 @@ impl Server {
     }
 
     fn serve(&self, stream: TcpStream, permit: OwnedSemaphorePermit) {
-        let (speaker, leave) = (self.speaker.clone(), self.leave.subscribe());
+        let (speaker, told) = (self.speaker.clone(), Told { leave: self.leave.subscribe(), full: self.full.subscribe() });
         tokio::spawn(async move {
-            speaker.serve(stream, leave).await;
+            speaker.serve(stream, told).await;
             drop(permit);
         });
     }

@@ -1,6 +1,7 @@
 //! Chat answers that were asked to be kept: `store: true`, and reading, changing and deleting them afterwards.
 
-use crate::http::answer::answer;
+use crate::clock::now;
+use crate::http::answer::{answer, list as list_page};
 use crate::http::app::App;
 use crate::http::auth::Caller;
 use crate::http::chat::ChatRun;
@@ -19,7 +20,6 @@ use axum::extract::{Path, RawQuery, Request, State};
 use axum::response::Response;
 use hyper::StatusCode;
 use serde_json::{Map, Value, json};
-use std::time::{SystemTime, UNIX_EPOCH};
 use tidemill_engine::Tokenizer;
 use tidemill_store::{ChatFilter, Order, Store, StoreError, StoredChat};
 use uuid::Uuid;
@@ -51,7 +51,6 @@ impl KeptChat {
     /// Of a request `body` that is ready to run.
     pub fn new(asked: &Asked, body: &Value, about: &About, run: &ChatRun, report: &ChatReport) -> Result<Self, ApiError> {
         can_store(&asked.app.store)?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let sent = |key: &str| body.get(key).cloned().unwrap_or_default();
         let params = recording::to_json(run.sampling());
         let mut request = Map::new();
@@ -72,7 +71,7 @@ impl KeptChat {
             store: asked.app.store.clone(),
             chat: StoredChat {
                 id: run.id,
-                created: i64::try_from(now.as_micros()).unwrap_or(i64::MAX),
+                created: now(),
                 owner: owner(&asked.caller),
                 user_key: about.user_key.clone(),
                 model: run.model.name().to_owned(),
@@ -80,7 +79,7 @@ impl KeptChat {
                 messages: sent("messages"),
                 body: Value::Null,
             },
-            head: head(&run.model, run.id, "chatcmpl", "chat.completion"),
+            head: AnswerHead { service_tier: run.tier, ..head(&run.model, run.id, "chatcmpl", "chat.completion") },
             report: report.clone(),
             tokenizer: run.model.tokenizer().clone(),
             request,
@@ -119,7 +118,7 @@ pub async fn list(State(app): State<App>, RawQuery(query): RawQuery, request: Re
         order: listing.order,
     };
     let page = app.store.list_chats(&filter).await.map_err(unavailable)?;
-    Ok(list_of(page.items.into_iter().map(shown).collect(), page.has_more))
+    Ok(list_page(page.items.into_iter().map(shown).collect(), page.has_more))
 }
 
 /// `GET /v1/chat/completions/{id}`
@@ -141,7 +140,7 @@ pub async fn messages(
     let sent = chat.messages.as_array().cloned().unwrap_or_default();
     let all = sent.iter().enumerate().map(|(index, message)| shown_message(&format!("{PREFIX}{}-{index}", chat.id), message));
     let (page, has_more) = listing.page(all.collect(), id_of)?;
-    Ok(list_of(page, has_more))
+    Ok(list_page(page, has_more))
 }
 
 /// `POST /v1/chat/completions/{id}`: the metadata, the only thing that can be changed.
@@ -217,13 +216,6 @@ fn shown_message(id: &str, message: &Value) -> Value {
 
 fn id_of(item: &Value) -> String {
     item["id"].as_str().unwrap_or_default().to_owned()
-}
-
-/// A page, in OpenAI's form.
-pub fn list_of(items: Vec<Value>, has_more: bool) -> Response {
-    let id = |item: Option<&Value>| item.map_or(Value::Null, |item| item["id"].clone());
-    let (first, last) = (id(items.first()), id(items.last()));
-    answer(StatusCode::OK, &json!({"object": "list", "data": items, "first_id": first, "last_id": last, "has_more": has_more}))
 }
 
 #[cfg(test)]

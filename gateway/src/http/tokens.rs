@@ -7,7 +7,7 @@ use crate::http::error::ApiError;
 use crate::openai::chat::ChatPrompt;
 use crate::openai::fields::Fields;
 use crate::openai::tools::{self, Tool};
-use crate::upstream::{Registry, Upstream};
+use crate::upstream::Registry;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use hyper::StatusCode;
@@ -30,8 +30,7 @@ pub async fn tokenize(State(app): State<App>, request: Request) -> Result<Respon
             None => return Err(fields.require("prompt").err().unwrap_or_else(|| ApiError::fault("prompt was there"))),
         };
         fields.finish()?;
-        let Upstream::Local(model) = registry.find(model)?;
-        caller.check_model(model.name())?;
+        let model = caller.model(registry, model)?;
         let tokens = match &chat {
             Some((chat, tools)) => {
                 let tools: Vec<&Tool> = tools.iter().collect();
@@ -54,8 +53,7 @@ pub async fn detokenize(State(app): State<App>, request: Request) -> Result<Resp
         let model = fields.string("model")?;
         let tokens = fields.require("tokens")?.token_ids(usize::MAX)?;
         fields.finish()?;
-        let Upstream::Local(model) = registry.find(model)?;
-        caller.check_model(model.name())?;
+        let model = caller.model(registry, model)?;
         model.check_tokens(&tokens, "tokens")?;
         Ok(json!({"prompt": model.tokenizer().decode(&tokens, false)}))
     })

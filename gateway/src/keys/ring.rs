@@ -7,7 +7,6 @@
 
 use blake3::Hash;
 use moka::future::Cache;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tidemill_store::{ApiKey, Store, StoreError};
@@ -28,8 +27,8 @@ pub struct KeyRing {
     store: Store,
     grace: Duration,
     known: Cache<[u8; 32], Entry>,
-    unknown: Cache<[u8; 32], ()>,
-    changes: AtomicU64,
+    /// With the count of changes, as in [`Entry`].
+    unknown: Cache<[u8; 32], u64>,
     failed: Mutex<Option<Instant>>,
 }
 
@@ -38,6 +37,9 @@ struct Entry {
     hash: Hash,
     key: Arc<ApiKey>,
     confirmed: Instant,
+    /// How many changes this process had made to keys before the question was asked: an answer from before a change is worth nothing,
+    /// even when it arrives after it.
+    changes: u64,
 }
 
 /// What is known of a secret.
@@ -56,34 +58,32 @@ impl KeyRing {
     pub fn new(store: Store, grace: Duration) -> Self {
         let known = Cache::builder().max_capacity(KEPT).time_to_live(grace.max(FRESH)).build();
         let unknown = Cache::builder().max_capacity(KEPT).time_to_live(UNKNOWN_FOR).build();
-        let changes = AtomicU64::new(store.key_changes());
-        Self { store, grace, known, unknown, changes, failed: Mutex::new(None) }
+        Self { store, grace, known, unknown, failed: Mutex::new(None) }
     }
 
     /// Whose secret it is, at `now` in microseconds since 1970.
     pub async fn find(&self, secret: &str, now: i64) -> Result<Known, StoreError> {
-        self.forget_if_changed();
+        let changes = self.store.key_changes();
         let hash = blake3::hash(secret.as_bytes());
         // The comparison of hashes takes the same time whatever they are.
-        let entry = self.known.get(hash.as_bytes()).await.filter(|entry| entry.hash == hash);
+        let entry = self.known.get(hash.as_bytes()).await.filter(|entry| entry.hash == hash && entry.changes == changes);
         if let Some(entry) = &entry
             && entry.confirmed.elapsed() < FRESH
         {
             return Ok(alive(&entry.key, now));
         }
-        if entry.is_none() && self.unknown.get(hash.as_bytes()).await.is_some() {
+        if entry.is_none() && self.unknown.get(hash.as_bytes()).await == Some(changes) {
             return Ok(Known::Nobody);
         }
         match (self.ask(secret, entry.is_some()).await, entry) {
             (Ok(Some(key)), _) => {
                 let key = Arc::new(key);
-                let entry = Entry { hash, key: Arc::clone(&key), confirmed: Instant::now() };
-                self.known.insert(*hash.as_bytes(), entry).await;
+                self.remember(hash, &key, changes).await;
                 Ok(alive(&key, now))
             }
             (Ok(None), entry) => {
                 self.known.invalidate(hash.as_bytes()).await;
-                self.unknown.insert(*hash.as_bytes(), ()).await;
+                self.unknown.insert(*hash.as_bytes(), changes).await;
                 Ok(entry.map_or(Known::Nobody, |entry| match alive(&entry.key, now) {
                     Known::Expired => Known::Expired,
                     _ => Known::Nobody,
@@ -116,16 +116,33 @@ impl KeyRing {
         self.failed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A key that this process has changed or revoked is not believed any more.
-    fn forget_if_changed(&self) {
-        let changes = self.store.key_changes();
-        if self.changes.swap(changes, Ordering::AcqRel) != changes {
-            self.known.invalidate_all();
-            self.unknown.invalidate_all();
-        }
+    async fn remember(&self, hash: Hash, key: &Arc<ApiKey>, changes: u64) {
+        let entry = Entry { hash, key: Arc::clone(key), confirmed: Instant::now(), changes };
+        self.known.insert(*hash.as_bytes(), entry).await;
     }
 }
 
 fn alive(key: &Arc<ApiKey>, now: i64) -> Known {
     if key.has_expired(now) { Known::Expired } else { Known::Key(Arc::clone(key)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tidemill_store::{DataDir, Scope, StoreOptions};
+
+    #[tokio::test]
+    async fn a_key_that_was_revoked_while_it_was_looked_up_is_not_believed_afterwards() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(StoreOptions::new(DataDir::new(folder.path()))).await.unwrap();
+        let ring = KeyRing::new(store.clone(), Duration::from_secs(3600));
+        let (_, secret) = store.create_key("app", &[Scope::Chat]).await.unwrap();
+        // One request has its answer from the database, and is slow to write it down.
+        let (asked, found) = (store.key_changes(), store.find_key(&secret).await.unwrap().unwrap());
+        store.revoke_key("app").await.unwrap().unwrap();
+        assert_eq!(ring.find(&secret, 0).await.unwrap(), Known::Nobody);
+        ring.remember(blake3::hash(secret.as_bytes()), &Arc::new(found), asked).await;
+        assert_eq!(ring.find(&secret, 0).await.unwrap(), Known::Nobody);
+        store.close().await;
+    }
 }

@@ -7,6 +7,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::time::Duration;
 use tidemill_store::{ApiKey, KeyTerms, Limits, MAX_WEIGHT, Money, Scope, Tier};
+use uuid::Uuid;
 
 /// Longest name of a model, in characters.
 const MAX_MODEL: usize = 256;
@@ -88,11 +89,11 @@ impl KeySpec {
     }
 }
 
-/// A key's name, which is also an annotator's.
+/// A key's name, which is also an annotator's. It is no id: whoever revokes a key by the one must not meet another by the other.
 pub fn check_name(name: &str) -> Option<&str> {
     let name = name.trim();
     let fits = !name.is_empty() && name.chars().count() <= 100 && !name.chars().any(char::is_control);
-    fits.then_some(name)
+    (fits && Uuid::try_parse(name).is_err()).then_some(name)
 }
 
 fn scopes(field: &Field<'_>) -> Result<Vec<Scope>, ApiError> {
@@ -235,6 +236,14 @@ mod tests {
             (json!({"weight": 0}), "weight"),
         ] {
             assert_eq!(parse(&body).unwrap_err().param.as_deref(), Some(param), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_name_is_short_visible_and_no_id() {
+        assert_eq!(check_name(" ann "), Some("ann"));
+        for bad in ["", "a\u{7}b", "0198c0de-0000-7000-8000-000000000000"] {
+            assert_eq!(check_name(bad), None, "{bad:?}");
         }
     }
 

@@ -54,8 +54,7 @@ async fn pass(app: &App, labels: &Labels, heads: &mut HashMap<Uuid, String>) -> 
         if rule.from != From::Traffic {
             continue;
         }
-        let progress = labels.progress(queue.id, now()).await?;
-        if progress.tasks.saturating_sub(progress.done) + progress.drafts >= rule.max_open {
+        if labels.is_full(queue.id, rule.max_open).await? {
             continue;
         }
         let head = heads.entry(queue.id).or_insert_with(|| queue.filled_until.clone());

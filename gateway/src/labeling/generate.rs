@@ -1,5 +1,6 @@
 //! Fresh answers for pairs, at a priority below everyone who waits for one.
 
+use crate::clock::now;
 use crate::http::App;
 use crate::http::error::ApiError;
 use crate::openai::chat::ChatRequest;
@@ -24,6 +25,9 @@ const LEAST_TEMPERATURE: f32 = 0.7;
 /// Seeds tried before a pair whose answers are always the same is given up.
 const ATTEMPTS: u32 = 3;
 
+/// When it was found out, in microseconds since 1970, and whom an answer is about.
+type Whose = (i64, Option<String>);
+
 /// What became of a draft.
 pub enum Outcome {
     /// It is a task now.
@@ -40,17 +44,19 @@ pub async fn complete(app: &App, draft: &Draft) -> Outcome {
         return Outcome::Later;
     }
     let wanted = if draft.answer.is_some() { 1 } else { 2 };
-    let user_key = match &draft.answer {
-        // The fresh answer is about the same person: erasure must find it.
-        Some((_, candidate)) => match app.store.inference(*candidate).await {
-            Ok(Some(first)) => first.user_key,
-            Ok(None) => return Outcome::Never("its first answer is no longer stored".into()),
-            Err(_) => return Outcome::Later,
-        },
-        None => None,
-    };
     for _ in 0..ATTEMPTS {
-        let made = match answers(app, draft, wanted, user_key.clone()).await {
+        // Before the question: what is made of an answer that is erased meanwhile is as old as that, and not kept.
+        let created = now();
+        let user_key = match &draft.answer {
+            // The fresh answer is about the same person: erasure must find it.
+            Some((_, candidate)) => match app.store.inference(*candidate).await {
+                Ok(Some(first)) => first.user_key,
+                Ok(None) => return Outcome::Never("its first answer is no longer stored".into()),
+                Err(_) => return Outcome::Later,
+            },
+            None => None,
+        };
+        let made = match answers(app, draft, wanted, (created, user_key)).await {
             Ok(Some(made)) => made,
             Ok(None) => return Outcome::Later,
             Err(error) if error.status == StatusCode::SERVICE_UNAVAILABLE => return Outcome::Later,
@@ -75,9 +81,9 @@ pub async fn complete(app: &App, draft: &Draft) -> Outcome {
 }
 
 /// `n` answers that ended by themselves, or were cut at the limit; fewer when some are empty. `None` when the server is leaving.
-async fn answers(app: &App, draft: &Draft, n: usize, user_key: Option<String>) -> Result<Option<Vec<(String, Uuid)>>, ApiError> {
+async fn answers(app: &App, draft: &Draft, n: usize, whose: Whose) -> Result<Option<Vec<(String, Uuid)>>, ApiError> {
     let Upstream::Local(model) = app.registry.find(draft.model.as_deref())?;
-    let (request, record) = prepare(app, &model, draft, n, user_key)?;
+    let (request, record) = prepare(app, &model, draft, n, whose)?;
     let ids = record.choice_ids.clone();
     let mut recorder = Recorder::new(app.store.clone(), Level::Full, Instant::now(), vec![record]);
     let mut events = model.submit(vec![request])?;
@@ -105,7 +111,7 @@ fn prepare(
     model: &Arc<LocalModel>,
     draft: &Draft,
     n: usize,
-    user_key: Option<String>,
+    (created, user_key): Whose,
 ) -> Result<(tidemill_engine::Request, Record), ApiError> {
     let ids: Vec<Uuid> = (0..n).map(|_| app.store.issue_id()).collect();
     let id = ids.first().copied().unwrap_or_else(Uuid::now_v7);
@@ -124,7 +130,7 @@ fn prepare(
     let sampling = chat.generation.sampling(model.defaults(), None);
     let inference = Inference {
         id,
-        created: crate::clock::now(),
+        created,
         endpoint: "chat".into(),
         model: model.base().to_owned(),
         adapter: model.adapter().map_or(0, |adapter| adapter.generation().0),
@@ -157,7 +163,7 @@ fn prepare(
         tenant: Tenant::default(),
         deadline: None,
     };
-    Ok((request, Record { inference, choice_ids: ids, candidates: n, prompt_only: false }))
+    Ok((request, Record { inference, choice_ids: ids, candidates: n, prompt_only: false, format: None }))
 }
 
 /// Every attempt has an id of its own, and by it another seed.

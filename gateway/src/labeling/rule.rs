@@ -170,6 +170,7 @@ mod tests {
             id: Uuid::from_u128(10 + at as u128),
             finish_reason: Some("stop".into()),
             output_text: Some((*text).to_owned()),
+            message: None,
             output_ids: vec![1],
             logprobs: vec![-1.0],
             raw_logprobs: vec![-1.0],

@@ -114,7 +114,9 @@ impl Ledger {
         let today = today();
         let unwritten: Vec<(String, i64, Usage)> = {
             let mut book = self.book();
-            book.entries.retain(|(_, day), entry| *day >= today || entry.own != entry.written);
+            // Yesterday's stay for a day: a clock that is put back over midnight, or an answer that looked at it a moment before, would
+            // begin the day's count anew and write that in the place of all that was counted.
+            book.entries.retain(|(_, day), entry| *day >= today - 1 || entry.own != entry.written);
             let dirty = book.entries.iter().filter(|(_, entry)| entry.own != entry.written);
             dirty.map(|((subject, day), entry)| (subject.clone(), *day, entry.own)).collect()
         };

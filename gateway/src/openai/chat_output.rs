@@ -5,9 +5,11 @@
 use crate::http::deadline;
 use crate::http::error::ApiError;
 use crate::openai::collected::{cancelled, is_end_marker};
+use crate::openai::messages::arguments;
 pub use crate::openai::parse::OutputFormat;
 use crate::openai::parse::Parser;
 use crate::upstream::Events;
+use serde_json::{Map, Value, json};
 use tidemill_engine::{Event, FinishReason, StopCause, TokenRecord, Usage};
 
 /// A piece of an answer.
@@ -192,6 +194,35 @@ pub struct ChatChoice {
 }
 
 impl ChatChoice {
+    /// The whole text of a choice taken apart.
+    pub fn read(format: &OutputFormat, text: &str) -> Self {
+        let (mut choice, mut deltas) = (Self::default(), Vec::new());
+        Parser::new(format, 0).end(text, &mut deltas);
+        deltas.into_iter().for_each(|delta| choice.add(delta));
+        choice
+    }
+
+    /// An assistant's message as chat templates read it, of an answer that is more than its content: fixed by the text alone, so that the
+    /// ids of calls are their places.
+    pub fn structured(&self) -> Option<Value> {
+        if self.calls.is_empty() && self.reasoning.is_empty() {
+            return None;
+        }
+        let mut message = Map::new();
+        message.insert("content".into(), self.text.as_str().into());
+        if !self.reasoning.is_empty() {
+            message.insert("reasoning_content".into(), self.reasoning.as_str().into());
+        }
+        if !self.calls.is_empty() {
+            let call = |(at, call): (usize, &ToolCall)| {
+                let function = json!({"name": call.name, "arguments": arguments(&call.arguments)});
+                json!({"id": format!("call_{at}"), "type": "function", "function": function})
+            };
+            message.insert("tool_calls".into(), self.calls.iter().enumerate().map(call).collect());
+        }
+        Some(Value::Object(message))
+    }
+
     /// Goes on with a delta.
     pub fn add(&mut self, delta: Delta) {
         match delta {

@@ -18,6 +18,16 @@ pub enum Encoding {
     Base64,
 }
 
+impl Encoding {
+    /// The API's word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Float => "float",
+            Self::Base64 => "base64",
+        }
+    }
+}
+
 /// An embeddings request whose every field was checked.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EmbeddingsRequest {

@@ -120,14 +120,6 @@ impl Generation {
     pub fn sampled(fields: &mut Fields<'_>) -> Result<Self, ApiError> {
         let about = About::parse(fields)?;
         Ok(Self {
-            n: 1,
-            max_tokens: None,
-            shorten: false,
-            stream: false,
-            include_usage: false,
-            return_token_ids: false,
-            processed_logprobs: false,
-            prompt_logprobs: None,
             priority: fields
                 .integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?
                 .and_then(|p| i32::try_from(p).ok())
@@ -150,6 +142,7 @@ impl Generation {
             ignore_eos: fields.bool_or("ignore_eos", false)?,
             skip_special_tokens: fields.bool_or("skip_special_tokens", true)?,
             logit_bias: fields.get("logit_bias").map_or(Ok(Vec::new()), |f| logit_bias(&f))?,
+            ..Self::default()
         })
     }
 

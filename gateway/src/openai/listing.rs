@@ -7,6 +7,9 @@ use tidemill_store::Order;
 /// Most items of a page.
 const MAX_LIMIT: usize = 100;
 
+/// Most `metadata[key]` of a list: as many as a chat can have.
+const MAX_PAIRS: usize = 16;
+
 /// Which part of a list is wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listing {
@@ -39,6 +42,9 @@ impl Listing {
         let mut listing = Self { after: None, limit: 20, order, model: None, metadata: Vec::new() };
         let names = form_urlencoded::parse(query.unwrap_or_default().as_bytes());
         let metadata: Vec<_> = names.map(|(name, _)| name).filter(|name| metadata_key(name).is_some()).collect();
+        if metadata.len() > MAX_PAIRS {
+            return Err(invalid("metadata", "at most 16 pairs can be asked for, as many as a chat can have"));
+        }
         let mut known = vec!["after", "limit", "order"];
         match extra {
             Extra::Chats => known.extend(["model"].into_iter().chain(metadata.iter().map(|name| name.as_ref()))),
@@ -112,6 +118,7 @@ mod tests {
             ("model=m", Extra::Messages, "model"),
             ("metadata=m", Extra::Chats, "metadata"),
             ("include=x", Extra::Chats, "include"),
+            (&"metadata[a]=b&".repeat(17), Extra::Chats, "metadata"),
         ] {
             assert_eq!(
                 Listing::parse(Some(query), Order::OldestFirst, extra).unwrap_err().param.as_deref(),

@@ -20,6 +20,10 @@ pub struct Constrained {
 impl Constrained {
     /// The rejection of a constraint that the engine cannot honour.
     pub fn refused(&self, error: &GrammarError) -> ApiError {
+        if error.busy {
+            let message = format!("The constraint of '{}' was not compiled: {}.", self.param, error.message);
+            return ApiError::unavailable(Some("grammars_busy"), message, 5);
+        }
         let param = if error.path.is_empty() { self.param.clone() } else { format!("{}.{}", self.param, error.path) };
         let code = match self.constraint {
             Constraint::JsonSchema { .. } | Constraint::JsonObject => "invalid_json_schema",
@@ -174,6 +178,16 @@ mod tests {
         let nothing =
             json!({"response_format": {"type": "text"}, "structured_outputs": {"json_object": false}, "guided_json": null});
         assert_eq!(read(&nothing).unwrap(), None);
+    }
+
+    #[test]
+    fn a_server_that_is_busy_blames_no_field() {
+        let constrained = Constrained { constraint: Constraint::JsonObject, param: "response_format".into() };
+        let error = GrammarError { busy: true, ..GrammarError::whole("the server is busy") };
+        let refused = constrained.refused(&error);
+        assert_eq!((refused.status.as_u16(), refused.retry_after, refused.param), (503, Some(5), None));
+        let refused = constrained.refused(&GrammarError::whole("no text satisfies it"));
+        assert_eq!((refused.status.as_u16(), refused.param.as_deref()), (400, Some("response_format")));
     }
 
     #[test]

@@ -1,17 +1,17 @@
 //! Grammars for answers that must be calls, or whose calls must fit schemas: in the marks that the model itself writes, so that
-//! the same parser reads them.
+//! the same parser reads them. And for answers of a form, before which a model may reason.
 
 use crate::openai::parse::{OutputFormat, Writing};
-use serde_json::Value;
-use tidemill_engine::Constraint;
+use serde_json::{Value, json};
+use tidemill_engine::{Constraint, for_lark};
 
 /// A function and the schema that its arguments must fit.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Signature {
     /// Its name.
     pub name: String,
-    /// A JSON schema.
-    pub schema: Value,
+    /// Its arguments, as [`tidemill_engine::for_lark`] writes their schema.
+    pub arguments: String,
 }
 
 /// What an answer with calls may be.
@@ -19,8 +19,6 @@ pub struct Signature {
 pub struct Shape<'a> {
     /// How calls and reasoning are written.
     pub format: &'a OutputFormat,
-    /// The prompt has closed the reasoning, or there is none: nothing but the answer follows.
-    pub no_reasoning: bool,
     /// Must it be a call?
     pub forced: bool,
     /// Only one.
@@ -69,25 +67,34 @@ pub fn lark(shape: &Shape<'_>, functions: &[Signature], special: &dyn Fn(&str) -
             format!("{} | words", from(&first))
         }
     };
-    let reasoning = reasoning(shape, special, &mut rules);
+    let reasoning = reasoning(shape.format, special, &mut rules);
     rules.push(format!("start: {reasoning}({main})"));
     let call: Vec<String> = (0..functions.len()).map(|i| format!("call_{i}")).collect();
     rules.push(format!("call: {}", call.join(" | ")));
-    for (rule, Signature { name, schema }) in call.iter().zip(functions) {
+    for (rule, Signature { name, arguments }) in call.iter().zip(functions) {
         rules.push(format!("{rule}: {} {} arguments_{rule} {}", quoted(name), text(between), text(after)));
-        rules.push(format!("arguments_{rule}: %json {schema}"));
+        rules.push(format!("arguments_{rule}: %json {arguments}"));
     }
     Some(rules.join("\n") + "\n")
 }
 
+/// A grammar for an answer without calls, before which there may be reasoning; `None` where there is none, or where `answer` is of a
+/// kind that nothing can stand before.
+pub fn thoughtful(format: &OutputFormat, answer: &Constraint, special: &dyn Fn(&str) -> Option<u32>) -> Option<String> {
+    let mut rules = vec!["%llguidance {}".to_owned(), format!("reply: {}", reply(answer)?)];
+    let reasoning = Some(reasoning(format, special, &mut rules)).filter(|reasoning| !reasoning.is_empty())?;
+    rules.push(format!("start: {reasoning}reply"));
+    Some(rules.join("\n") + "\n")
+}
+
 /// The reasoning that may precede the answer.
-fn reasoning(shape: &Shape<'_>, special: &dyn Fn(&str) -> Option<u32>, rules: &mut Vec<String>) -> &'static str {
-    let Some(tags) = shape.format.reasoning.filter(|_| !shape.no_reasoning) else { return "" };
+fn reasoning(format: &OutputFormat, special: &dyn Fn(&str) -> Option<u32>, rules: &mut Vec<String>) -> &'static str {
+    let Some(tags) = format.reasoning.filter(|_| !format.reasoned) else { return "" };
     rules.push(match special(tags.close) {
         Some(id) => format!("thought: /(?s:.*)/ <[{id}]> /\\s*/"),
         None => format!("thought: thinking /\\s*/\nthinking[suffix={}]: /(?s:.*)/", quoted(tags.close)),
     });
-    if shape.format.in_reasoning {
+    if format.in_reasoning {
         return "thought ";
     }
     let open = special(tags.open).map_or_else(|| quoted(tags.open), |id| format!("<[{id}]>"));
@@ -98,11 +105,16 @@ fn reasoning(shape: &Shape<'_>, special: &dyn Fn(&str) -> Option<u32>, rules: &m
 /// What an answer must be that is no call.
 fn reply(constraint: &Constraint) -> Option<String> {
     match constraint {
-        Constraint::JsonSchema { schema, .. } => Some(format!("%json {schema}")),
-        Constraint::JsonObject => Some("%json {\"type\": \"object\"}".to_owned()),
+        Constraint::JsonSchema { schema, strict } => json(schema, *strict),
+        Constraint::JsonObject => json(&json!({"type": "object"}), false),
         Constraint::Choice(choices) => Some(choices.iter().map(|choice| quoted(choice)).collect::<Vec<_>>().join(" | ")),
         Constraint::Regex(_) | Constraint::Lark(_) => None,
     }
+}
+
+/// `None` for a schema that cannot be honoured; by itself it is refused with the reason.
+fn json(schema: &Value, strict: bool) -> Option<String> {
+    for_lark(schema, strict).ok().map(|schema| format!("%json {schema}"))
 }
 
 /// A text in which marks that are control tokens stand as such.
@@ -139,11 +151,9 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::openai::parse::Parsers;
-    use serde_json::json;
-
+    use crate::openai::parse::{Parsers, ReasoningTags};
     fn functions() -> Vec<Signature> {
-        vec![Signature { name: "f".into(), schema: json!({"type": "object"}) }]
+        vec![Signature { name: "f".into(), arguments: r#"{"type":"object"}"#.into() }]
     }
 
     fn format(template: &str) -> OutputFormat {
@@ -154,7 +164,7 @@ mod tests {
     #[test]
     fn a_forced_call_is_written_as_the_family_writes_it() {
         let format = format("<tool_call>");
-        let shape = Shape { format: &format, no_reasoning: false, forced: true, single: true, answer: None };
+        let shape = Shape { format: &format, forced: true, single: true, answer: None };
         let expected = "%llguidance {}\nstart: (\"<tool_call>\\n{\\\"name\\\": \\\"\" call  \"\")\ncall: call_0\n\
             call_0: \"f\" \"\\\", \\\"arguments\\\": \" arguments_call_0 \"}\\n</tool_call>\"\narguments_call_0: %json {\"type\":\"object\"}\n";
         assert_eq!(lark(&shape, &functions(), &|_| None).unwrap(), expected);
@@ -163,7 +173,7 @@ mod tests {
     #[test]
     fn control_tokens_stand_by_their_ids() {
         let format = format("[TOOL_CALLS][ARGS]");
-        let shape = Shape { format: &format, no_reasoning: true, forced: false, single: false, answer: None };
+        let shape = Shape { format: &format, forced: false, single: false, answer: None };
         let special = |mark: &str| Some(if mark == "[ARGS]" { 8 } else { 7 });
         let grammar = lark(&shape, &functions(), &special).unwrap();
         assert!(grammar.contains("start: (words (<[7]> \"\" call (\"\" <[7]> call)* \"\" words)*)"), "{grammar}");
@@ -174,10 +184,23 @@ mod tests {
     fn an_answer_of_a_free_grammar_cannot_stand_beside_calls() {
         let format = format("");
         let answer = Constraint::Lark("start: /a/".into());
-        let shape = Shape { format: &format, no_reasoning: true, forced: false, single: false, answer: Some(&answer) };
+        let shape = Shape { format: &format, forced: false, single: false, answer: Some(&answer) };
         assert_eq!(lark(&shape, &functions(), &|_| None), None);
         let answer = Constraint::Choice(vec!["a".into(), "b".into()]);
         let grammar = lark(&Shape { answer: Some(&answer), ..shape }, &functions(), &|_| None).unwrap();
         assert!(grammar.contains("reply: \"a\" | \"b\""), "{grammar}");
+    }
+
+    #[test]
+    fn an_answer_of_a_form_may_be_thought_about_before() {
+        let answer = Constraint::Choice(vec!["a".into()]);
+        let open = OutputFormat { reasoning: Some(ReasoningTags::THINK), in_reasoning: true, ..OutputFormat::default() };
+        let grammar = thoughtful(&open, &answer, &|_| None).unwrap();
+        assert!(grammar.contains("start: thought reply") && grammar.contains("thinking[suffix=\"</think>\"]"), "{grammar}");
+        let free = OutputFormat { in_reasoning: false, ..open.clone() };
+        assert!(thoughtful(&free, &answer, &|_| Some(9)).unwrap().contains("start: opened? reply"));
+        assert_eq!(thoughtful(&OutputFormat { reasoned: true, ..free }, &answer, &|_| None), None);
+        assert_eq!(thoughtful(&open, &Constraint::Regex("a".into()), &|_| None), None);
+        assert_eq!(thoughtful(&OutputFormat::default(), &answer, &|_| None), None);
     }
 }

@@ -148,12 +148,117 @@ pub fn known(tools: &[Tool], name: &str, field: &Field<'_>) -> Result<(), ApiErr
     Err(field.invalid("invalid_value", format!("'{name}' is not the name of a function in 'tools'.")))
 }
 
+/// How an API of OpenAI's spells tools and the choice between them.
+#[derive(Clone, Copy, Debug)]
+pub struct Spelling {
+    /// What is said of a kind lies in an object of its own beside `type`, else in the same.
+    nested: bool,
+    /// Kinds of tools that OpenAI has there and this server has not.
+    elsewhere: &'static [&'static str],
+}
+
+impl Spelling {
+    /// Of chat completions.
+    pub const CHAT: Self = Self { nested: true, elsewhere: &["custom"] };
+    /// Of responses.
+    pub const RESPONSES: Self = Self {
+        nested: false,
+        elsewhere: &[
+            "file_search",
+            "web_search_preview",
+            "web_search_preview_2025_03_11",
+            "web_search",
+            "computer_use_preview",
+            "computer",
+            "code_interpreter",
+            "image_generation",
+            "mcp",
+            "custom",
+            "shell",
+            "apply_patch",
+        ],
+    };
+
+    /// `tools`.
+    pub fn tools(self, field: &Field<'_>) -> Result<Vec<Tool>, ApiError> {
+        list(field, |mut fields| {
+            self.function_kind(&fields.require("type")?, &["function"])?;
+            Tool::parse(self.inner(fields, "function")?)
+        })
+    }
+
+    /// `tool_choice`.
+    pub fn choice(self, field: &Field<'_>, tools: &[Tool]) -> Result<ToolChoice, ApiError> {
+        let choice = if field.value.is_string() {
+            match field.one_of(&["none", "auto", "required"])? {
+                "none" => ToolChoice::None,
+                "required" => ToolChoice::Required,
+                _ => ToolChoice::Auto,
+            }
+        } else {
+            let mut fields = field.object()?;
+            let kind = fields.require("type")?;
+            if kind.string()? == "allowed_tools" {
+                self.allowed(self.inner(fields, "allowed_tools")?, tools)?
+            } else {
+                self.function_kind(&kind, &["function", "allowed_tools"])?;
+                ToolChoice::Named(named(self.inner(fields, "function")?, tools)?)
+            }
+        };
+        if choice.is_forced() && tools.is_empty() {
+            return Err(field.invalid("invalid_value", "asks for a call, but there are no 'tools' to call."));
+        }
+        Ok(choice)
+    }
+
+    fn allowed(self, mut fields: Fields<'_>, tools: &[Tool]) -> Result<ToolChoice, ApiError> {
+        let required = fields.require("mode")?.one_of(&["auto", "required"])? == "required";
+        let list = fields.require("tools")?;
+        fields.finish()?;
+        let one = |(i, value)| {
+            let mut fields = list.item(i, value).object()?;
+            self.function_kind(&fields.require("type")?, &["function"])?;
+            named(self.inner(fields, "function")?, tools)
+        };
+        let names = list.filled_array(MAX_TOOLS)?.iter().enumerate().map(one).collect::<Result<_, ApiError>>()?;
+        Ok(ToolChoice::Allowed { required, names })
+    }
+
+    /// `function`, the only kind of tool that runs on the caller's side with JSON arguments.
+    fn function_kind(self, kind: &Field<'_>, supported: &[&str]) -> Result<(), ApiError> {
+        match kind.string()? {
+            "function" => Ok(()),
+            word if self.elsewhere.contains(&word) => {
+                Err(kind.unsupported(&format!("can only be 'function' here: this server has no tool of type '{word}'.")))
+            }
+            other => Err(kind.unknown_value(other, supported)),
+        }
+    }
+
+    /// Where the fields lie that belong to the kind.
+    fn inner<'a>(self, mut fields: Fields<'a>, kind: &'static str) -> Result<Fields<'a>, ApiError> {
+        if !self.nested {
+            return Ok(fields);
+        }
+        let inner = fields.require(kind)?.object()?;
+        fields.finish()?;
+        Ok(inner)
+    }
+}
+
+fn list<'a>(field: &Field<'a>, one: impl Fn(Fields<'a>) -> Result<Tool, ApiError>) -> Result<Vec<Tool>, ApiError> {
+    let items = field.array(MAX_TOOLS)?.iter().enumerate();
+    let tools: Vec<Tool> = items.map(|(i, value)| one(field.item(i, value).object()?)).collect::<Result<_, _>>()?;
+    distinct(&tools, field)?;
+    Ok(tools)
+}
+
 /// Reads the fields of a chat request.
 pub fn parse(fields: &mut Fields<'_>) -> Result<ToolUse, ApiError> {
     let parallel = fields.bool_or("parallel_tool_calls", true)?;
-    let modern = fields.get("tools").map_or(Ok(Vec::new()), |field| tools(&field))?;
+    let modern = fields.get("tools").map_or(Ok(Vec::new()), |field| Spelling::CHAT.tools(&field))?;
     let choice = fields.get("tool_choice");
-    let older = fields.get("functions").map_or(Ok(Vec::new()), |field| functions(&field))?;
+    let older = fields.get("functions").map_or(Ok(Vec::new()), |field| list(&field, Tool::parse))?;
     let older_choice = fields.get("function_call");
     if !modern.is_empty() && !older.is_empty() {
         let message = "Invalid 'functions': the older name of 'tools', and a request has only one of them.";
@@ -163,68 +268,12 @@ pub fn parse(fields: &mut Fields<'_>) -> Result<ToolUse, ApiError> {
     let tools = if legacy { older } else { modern };
     // Clients that moved on from `functions` may still send `"function_call": "none"`.
     let older_choice = older_choice.map(|field| legacy_choice(&field, &tools)).transpose()?;
-    let choice = choice.map(|field| tool_choice(&field, &tools)).transpose()?;
+    let choice = choice.map(|field| Spelling::CHAT.choice(&field, &tools)).transpose()?;
     let choice = if legacy { older_choice } else { choice };
     Ok(ToolUse { tools, choice: choice.unwrap_or_default(), parallel: parallel && !legacy, legacy })
 }
 
-fn tools(field: &Field<'_>) -> Result<Vec<Tool>, ApiError> {
-    let one = |(i, value)| {
-        let mut fields = field.item(i, value).object()?;
-        function_kind(&mut fields)?;
-        let function = fields.require("function")?.object()?;
-        fields.finish()?;
-        Tool::parse(function)
-    };
-    let tools: Vec<Tool> = field.array(MAX_TOOLS)?.iter().enumerate().map(one).collect::<Result<_, _>>()?;
-    distinct(&tools, field)?;
-    Ok(tools)
-}
-
-/// `"type": "function"`, the only kind of tool that runs on the caller's side with JSON arguments.
-pub fn function_kind(fields: &mut Fields<'_>) -> Result<(), ApiError> {
-    let kind = fields.require("type")?;
-    match kind.string()? {
-        "function" => Ok(()),
-        "custom" => Err(kind.unsupported("can only be 'function' here: custom tools are not supported.")),
-        other => Err(kind.unknown_value(other, &["function"])),
-    }
-}
-
-fn functions(field: &Field<'_>) -> Result<Vec<Tool>, ApiError> {
-    let one = |(i, value)| Tool::parse(field.item(i, value).object()?);
-    let tools: Vec<Tool> = field.array(MAX_TOOLS)?.iter().enumerate().map(one).collect::<Result<_, _>>()?;
-    distinct(&tools, field)?;
-    Ok(tools)
-}
-
-fn tool_choice(field: &Field<'_>, tools: &[Tool]) -> Result<ToolChoice, ApiError> {
-    let choice = if field.value.is_string() {
-        match field.one_of(&["none", "auto", "required"])? {
-            "none" => ToolChoice::None,
-            "required" => ToolChoice::Required,
-            _ => ToolChoice::Auto,
-        }
-    } else {
-        let mut fields = field.object()?;
-        let kind = fields.require("type")?;
-        let choice = match kind.string()? {
-            "function" => ToolChoice::Named(named(&fields.require("function")?, tools)?),
-            "allowed_tools" => allowed(&fields.require("allowed_tools")?, tools)?,
-            "custom" => return Err(kind.unsupported("cannot be 'custom' here: custom tools are not supported.")),
-            other => return Err(kind.unknown_value(other, &["function", "allowed_tools"])),
-        };
-        fields.finish()?;
-        choice
-    };
-    if choice.is_forced() && tools.is_empty() {
-        return Err(field.invalid("invalid_value", "asks for a call, but there are no 'tools' to call."));
-    }
-    Ok(choice)
-}
-
-fn named(field: &Field<'_>, tools: &[Tool]) -> Result<String, ApiError> {
-    let mut fields = field.object()?;
+fn named(mut fields: Fields<'_>, tools: &[Tool]) -> Result<String, ApiError> {
     let field = fields.require("name")?;
     let name = field.string()?;
     fields.finish()?;
@@ -232,25 +281,9 @@ fn named(field: &Field<'_>, tools: &[Tool]) -> Result<String, ApiError> {
     Ok(name.to_owned())
 }
 
-fn allowed(field: &Field<'_>, tools: &[Tool]) -> Result<ToolChoice, ApiError> {
-    let mut fields = field.object()?;
-    let required = fields.require("mode")?.one_of(&["auto", "required"])? == "required";
-    let list = fields.require("tools")?;
-    let one = |(i, value)| {
-        let mut fields = list.item(i, value).object()?;
-        function_kind(&mut fields)?;
-        let name = named(&fields.require("function")?, tools)?;
-        fields.finish()?;
-        Ok(name)
-    };
-    let names = list.filled_array(MAX_TOOLS)?.iter().enumerate().map(one).collect::<Result<_, ApiError>>()?;
-    fields.finish()?;
-    Ok(ToolChoice::Allowed { required, names })
-}
-
 fn legacy_choice(field: &Field<'_>, tools: &[Tool]) -> Result<ToolChoice, ApiError> {
     if !field.value.is_string() {
-        return Ok(ToolChoice::Named(named(field, tools)?));
+        return Ok(ToolChoice::Named(named(field.object()?, tools)?));
     }
     Ok(match field.one_of(&["none", "auto"])? {
         "none" => ToolChoice::None,

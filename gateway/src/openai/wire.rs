@@ -16,6 +16,15 @@ pub fn put<T: Serialize + ?Sized>(out: &mut BytesMut, value: &T) {
     let _ = serde_json::to_writer(out.writer(), value);
 }
 
+/// Appends a server-sent event that has a name.
+pub fn put_event(out: &mut BytesMut, name: &str, data: &impl Serialize) {
+    out.put_slice(b"event: ");
+    out.put_slice(name.as_bytes());
+    out.put_slice(b"\ndata: ");
+    put(out, data);
+    out.put_slice(b"\n\n");
+}
+
 /// What identifies an answer: the same in each of its chunks.
 #[derive(Clone, Debug)]
 pub struct AnswerHead {

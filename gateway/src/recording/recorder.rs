@@ -1,5 +1,6 @@
 //! Catches an answer as its events pass, and hands it to the store when it ends, however it ends.
 
+use crate::openai::chat_output::{ChatChoice, OutputFormat};
 use crate::recording::Level;
 use std::time::Instant;
 use tidemill_engine::{Event, FinishReason};
@@ -17,6 +18,8 @@ pub struct Draft {
     pub candidates: usize,
     /// Nothing was to be generated: the engine's one token is no part of the answer.
     pub prompt_only: bool,
+    /// How reasoning and calls are written in the answer to a conversation.
+    pub format: Option<OutputFormat>,
 }
 
 /// Sees every event of a request. What has not ended when it is dropped was cancelled: the client left, or the server did.
@@ -123,7 +126,7 @@ impl Drop for Recorder {
 
 impl InProgress {
     fn into_record(self, status: Status, duration_us: i64, level: Level) -> Inference {
-        let Draft { mut inference, choice_ids, .. } = self.draft;
+        let Draft { mut inference, choice_ids, format, .. } = self.draft;
         let mut candidates = self.choices;
         inference.status = status;
         inference.duration_us = duration_us;
@@ -138,6 +141,7 @@ impl InProgress {
             finish_reason: made.finish.filter(|reason| *reason != FinishReason::Cancelled).map(|reason| reason.to_string()),
             mean_logprob: (made.tokens > 0).then(|| made.mean()).filter(|mean| mean.is_finite()),
             tokens: made.tokens,
+            message: format.as_ref().filter(|_| full).and_then(|format| ChatChoice::read(format, &made.text).structured()),
             output_text: full.then_some(made.text),
             output_ids: made.ids,
             logprobs: made.logprobs,
@@ -191,7 +195,7 @@ mod tests {
             choices: Vec::new(),
         };
         let choice_ids = (0..ids).map(|i| Uuid::from_u128(1 + i as u128)).collect();
-        let draft = Draft { inference, choice_ids, candidates, prompt_only: false };
+        let draft = Draft { inference, choice_ids, candidates, prompt_only: false, format: None };
         InProgress { draft, choices: (0..candidates).map(|_| Candidate::default()).collect() }
     }
 

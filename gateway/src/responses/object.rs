@@ -5,7 +5,7 @@ use crate::openai::wire::decimal;
 use crate::responses::id;
 use serde_json::{Map, Value, json};
 use tidemill_engine::SamplingParams;
-use tidemill_store::ResponseStatus;
+use tidemill_store::{ResponseStatus, Tier};
 use uuid::Uuid;
 
 /// How a response ended.
@@ -47,12 +47,13 @@ impl Ending {
 pub struct Template(Map<String, Value>);
 
 impl Template {
-    /// `created` is in seconds since 1970; `echo` is what the request said.
+    /// `created` is in seconds since 1970; `tier` is the one that the request was given; `echo` is what the request said.
     pub fn new(
         id: Uuid,
         created: u64,
         model: &str,
         store: bool,
+        tier: Tier,
         sampling: &SamplingParams,
         mut echo: Map<String, Value>,
     ) -> Self {
@@ -82,7 +83,7 @@ impl Template {
             "prompt_cache_retention": said("prompt_cache_retention", Value::Null),
             "reasoning": said("reasoning", json!({"effort": null, "summary": null})),
             "safety_identifier": said("safety_identifier", Value::Null),
-            "service_tier": "default",
+            "service_tier": tier.as_str(),
             "store": store,
             "temperature": decimal(sampling.temperature),
             "text": said("text", Value::Null),

@@ -1,10 +1,10 @@
 //! The items that a model's answer becomes, and the events that tell of them as they come.
 
 use crate::openai::chat_output::{ChatEvent, ChatFinish, ChatUsage, Delta};
-use crate::openai::wire::{TokenLogprob, put};
+use crate::openai::wire::{TokenLogprob, put_event};
 use crate::responses::Ending;
 use crate::responses::id::{ItemId, Side};
-use bytes::{BufMut, BytesMut};
+use bytes::BytesMut;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tidemill_engine::{TokenRecord, Tokenizer};
@@ -39,11 +39,7 @@ impl EventLog {
         if self.off {
             return;
         }
-        self.bytes.put_slice(b"event: ");
-        self.bytes.put_slice(kind.as_bytes());
-        self.bytes.put_slice(b"\ndata: ");
-        put(&mut self.bytes, &Event { r#type: kind, sequence_number: self.number, fields });
-        self.bytes.put_slice(b"\n\n");
+        put_event(&mut self.bytes, kind, &Event { r#type: kind, sequence_number: self.number, fields });
         self.number += 1;
     }
 }

@@ -1,5 +1,6 @@
 //! A response as server-sent events, from `response.created` to `response.completed`, `response.incomplete` or `response.failed`.
 
+use crate::clock::seconds;
 use crate::http::error::ApiError;
 use crate::http::sse::EventEncoder;
 use crate::openai::chat_output::ChatOutput;
@@ -10,7 +11,6 @@ use crate::responses::{Ending, Output, Template, object};
 use bytes::BytesMut;
 use serde_json::{Value, json};
 use std::task::{Context, Poll, ready};
-use std::time::{SystemTime, UNIX_EPOCH};
 use tidemill_engine::Event;
 use tidemill_store::ResponseStatus;
 
@@ -38,8 +38,7 @@ impl ResponseStream {
 
     fn end(&mut self, failure: Option<String>) {
         let (ending, items, usage) = self.output.end(failure, &mut self.log);
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        let object = self.template.ended(&ending, items, usage, now);
+        let object = self.template.ended(&ending, items, usage, seconds());
         self.saving = self.save.take().map(|save| save(ending.status(), object.clone()));
         self.ended = Some((ending, object));
     }

@@ -3,102 +3,17 @@
 use crate::http::error::ApiError;
 use crate::openai::fields::{Field, Fields};
 use crate::openai::response_format::{self, Constrained};
-use crate::openai::tools::{self, Tool, ToolChoice};
+use crate::openai::tools::{Spelling, Tool, ToolChoice};
 use serde_json::{Value, json};
 use tidemill_engine::Constraint;
-
-/// Most tools of a request, as OpenAI has it.
-const MAX_TOOLS: usize = 128;
-/// OpenAI's own tools, which `tool_choice` may name there.
-const HOSTED: [&str; 12] = [
-    "file_search",
-    "web_search_preview",
-    "web_search_preview_2025_03_11",
-    "web_search",
-    "computer_use_preview",
-    "computer",
-    "code_interpreter",
-    "image_generation",
-    "mcp",
-    "custom",
-    "shell",
-    "apply_patch",
-];
 
 /// `tools`, `tool_choice` and `parallel_tool_calls`.
 pub fn parse(fields: &mut Fields<'_>) -> Result<(Vec<Tool>, ToolChoice, bool), ApiError> {
     let parallel = fields.bool_or("parallel_tool_calls", true)?;
-    let tools = fields.get("tools").map_or(Ok(Vec::new()), |field| functions(&field))?;
-    let choice = fields.get("tool_choice").map_or(Ok(ToolChoice::Auto), |field| choice(&field, &tools))?;
+    let spelling = Spelling::RESPONSES;
+    let tools = fields.get("tools").map_or(Ok(Vec::new()), |field| spelling.tools(&field))?;
+    let choice = fields.get("tool_choice").map_or(Ok(ToolChoice::Auto), |field| spelling.choice(&field, &tools))?;
     Ok((tools, choice, parallel))
-}
-
-fn functions(field: &Field<'_>) -> Result<Vec<Tool>, ApiError> {
-    let one = |(index, value)| {
-        let mut fields = field.item(index, value).object()?;
-        function(&mut fields)?;
-        Tool::parse(fields)
-    };
-    let tools: Vec<Tool> = field.array(MAX_TOOLS)?.iter().enumerate().map(one).collect::<Result<_, _>>()?;
-    tools::distinct(&tools, field)?;
-    Ok(tools)
-}
-
-/// `"type": "function"`, the one kind of tool that the client runs itself.
-fn function(fields: &mut Fields<'_>) -> Result<(), ApiError> {
-    let kind = fields.require("type")?;
-    match kind.string()? {
-        "function" => Ok(()),
-        word if HOSTED.contains(&word) => {
-            Err(kind.unsupported(&format!("can only be 'function' here: this server has no tool of type '{word}'.")))
-        }
-        other => Err(kind.unknown_value(other, &["function"])),
-    }
-}
-
-fn choice(field: &Field<'_>, tools: &[Tool]) -> Result<ToolChoice, ApiError> {
-    let choice = if field.value.is_string() {
-        match field.one_of(&["none", "auto", "required"])? {
-            "none" => ToolChoice::None,
-            "required" => ToolChoice::Required,
-            _ => ToolChoice::Auto,
-        }
-    } else {
-        let mut fields = field.object()?;
-        let kind = fields.require("type")?;
-        let choice = match kind.string()? {
-            "allowed_tools" => {
-                let required = fields.require("mode")?.one_of(&["auto", "required"])? == "required";
-                let list = fields.require("tools")?;
-                let one = |(index, value)| {
-                    let mut fields = list.item(index, value).object()?;
-                    function(&mut fields)?;
-                    let name = named(&mut fields, tools)?;
-                    fields.finish()?;
-                    Ok(name)
-                };
-                let names = list.filled_array(MAX_TOOLS)?.iter().enumerate().map(one).collect::<Result<_, ApiError>>()?;
-                ToolChoice::Allowed { required, names }
-            }
-            _ => {
-                function(&mut fields)?;
-                ToolChoice::Named(named(&mut fields, tools)?)
-            }
-        };
-        fields.finish()?;
-        choice
-    };
-    if choice.is_forced() && tools.is_empty() {
-        return Err(field.invalid("invalid_value", "asks for a call, but there are no 'tools' to call."));
-    }
-    Ok(choice)
-}
-
-fn named(fields: &mut Fields<'_>, tools: &[Tool]) -> Result<String, ApiError> {
-    let field = fields.require("name")?;
-    let name = field.string()?;
-    tools::known(tools, name, &field)?;
-    Ok(name.to_owned())
 }
 
 /// `text`: what the answer must look like, and the field as the response repeats it.

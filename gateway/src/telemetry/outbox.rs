@@ -228,7 +228,7 @@ mod tests {
         assert!((86..=90).contains(&lost), "{lost}");
         // One message is taken, then the collector goes away: the rest is counted as well, and the end is an end.
         go.send(()).unwrap();
-        let first = sizes.recv_timeout(Duration::from_secs(10)).unwrap() as u64;
+        let first = sizes.recv_timeout(Duration::from_secs(60)).unwrap() as u64;
         drop(go);
         provider.shutdown().unwrap();
         assert_eq!(dropped.load(Ordering::Relaxed), 100 - first);

@@ -10,8 +10,11 @@ use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider, Span};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
-use tidemill_engine::{Event, SamplingParams};
+use tidemill_engine::{EmbedRequest, Event, RequestId, SamplingParams};
 use uuid::Uuid;
+
+/// The operation that has vectors for an answer.
+const EMBEDDINGS: &str = "embeddings";
 
 /// Begins trails. Cloning is cheap.
 #[derive(Clone)]
@@ -126,18 +129,40 @@ impl Trail {
 
     /// Follows the answers to `requests`, which `model` is about to take. `operation` is the convention's name, such as `chat`.
     pub fn follow(&self, operation: &'static str, model: &LocalModel, requests: &[tidemill_engine::Request]) -> Follower {
-        let prompt = |request: &tidemill_engine::Request| model.tokenizer().decode(&request.prompt, false);
-        let first = requests.first();
+        let asked = requests.first().map(|first| asked(&first.sampling)).unwrap_or_default();
+        let prompts: Vec<_> = requests.iter().map(|request| (request.id, request.prompt.as_slice())).collect();
+        self.begin(operation, model, &prompts, asked)
+    }
+
+    /// Follows the vectors of `texts`, which `model` is about to compute, to have so many `dimensions` and be written in `encoding`.
+    pub fn follow_embeddings(&self, model: &LocalModel, texts: &[EmbedRequest], dimensions: usize, encoding: &str) -> Follower {
+        let encodings = Array::String(vec![StringValue::from(encoding.to_owned())]);
+        let asked = vec![
+            KeyValue::new("gen_ai.embeddings.dimension.count", i64::try_from(dimensions).unwrap_or(i64::MAX)),
+            KeyValue::new("gen_ai.request.encoding_formats", Value::Array(encodings)),
+        ];
+        let texts: Vec<_> = texts.iter().map(|text| (text.id, text.tokens.as_slice())).collect();
+        self.begin(EMBEDDINGS, model, &texts, asked)
+    }
+
+    fn begin(
+        &self,
+        operation: &'static str,
+        model: &LocalModel,
+        prompts: &[(RequestId, &[u32])],
+        asked: Vec<KeyValue>,
+    ) -> Follower {
         let generation = Generation {
             operation,
             model: model.name().to_owned(),
-            id: first.map(|request| Uuid::from_u128(request.id.0)),
+            id: prompts.first().map(|(id, _)| Uuid::from_u128(id.0)),
             began: Some(SystemTime::now()),
-            input_tokens: requests.iter().map(|request| request.prompt.len() as u64).sum(),
-            asked: first.map(|request| asked(&request.sampling)).unwrap_or_default(),
+            input_tokens: prompts.iter().map(|(_, tokens)| tokens.len() as u64).sum(),
+            asked,
             ..Generation::default()
         };
-        let content = self.0.content.then(|| Content { prompts: requests.iter().map(prompt).collect(), answers: Vec::new() });
+        let texts = || prompts.iter().map(|(_, tokens)| model.tokenizer().decode(tokens, false)).collect();
+        let content = self.0.content.then(|| Content { prompts: texts(), answers: Vec::new() });
         Follower { trail: self.clone(), begun: Instant::now(), generation, content }
     }
 
@@ -221,13 +246,17 @@ impl Generation {
             KeyValue::new("gen_ai.request.model", self.model.clone()),
             KeyValue::new("gen_ai.response.model", self.model.clone()),
             KeyValue::new("gen_ai.usage.input_tokens", whole(self.input_tokens)),
-            KeyValue::new("gen_ai.usage.cache_read.input_tokens", whole(self.cached_tokens)),
-            KeyValue::new("gen_ai.usage.output_tokens", whole(self.output_tokens)),
         ]);
         attributes.extend(self.id.map(|id| KeyValue::new("gen_ai.response.id", id.to_string())));
         attributes.extend(self.first_token.map(|time| KeyValue::new("gen_ai.response.time_to_first_chunk", time.as_secs_f64())));
-        let reasons = self.finish_reasons.into_iter().map(StringValue::from).collect();
-        attributes.push(KeyValue::new("gen_ai.response.finish_reasons", Value::Array(Array::String(reasons))));
+        if self.operation != EMBEDDINGS {
+            let reasons = self.finish_reasons.into_iter().map(StringValue::from).collect();
+            attributes.extend([
+                KeyValue::new("gen_ai.usage.cache_read.input_tokens", whole(self.cached_tokens)),
+                KeyValue::new("gen_ai.usage.output_tokens", whole(self.output_tokens)),
+                KeyValue::new("gen_ai.response.finish_reasons", Value::Array(Array::String(reasons))),
+            ]);
+        }
         if self.failed {
             attributes.push(KeyValue::new("error.type", "engine_failed"));
         }
@@ -273,6 +302,11 @@ impl Follower {
             Event::Failed(_) => generation.failed = true,
             Event::Done(_) | Event::Expired => {}
         }
+    }
+
+    /// The engine has failed, and there is no event that says so.
+    pub fn failed(&mut self) {
+        self.generation.failed = true;
     }
 
     fn say(&mut self, index: usize, choice: usize, text: &str) {

@@ -7,7 +7,7 @@ use flume::r#async::RecvStream;
 use futures_core::Stream;
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use tidemill_engine::Event;
 
 /// Events of one or more engine requests. Dropping it cancels all of them.
@@ -38,23 +38,27 @@ impl Events {
     }
 
     /// The same, with everything that passes shown to `recorder`. It is dropped with the events, which ends the record.
-    pub fn recorded(self, recorder: Option<Recorder>) -> Self {
-        Self { recorder, ..self }
+    pub fn recorded(mut self, recorder: Option<Recorder>) -> Self {
+        self.recorder = recorder;
+        self
     }
 
     /// The same, counted by `meter`, which is dropped with the events.
-    pub fn metered(self, meter: Meter) -> Self {
-        Self { meter: Some(meter), ..self }
+    pub fn metered(mut self, meter: Meter) -> Self {
+        self.meter = Some(meter);
+        self
     }
 
     /// The same, counted for the log and the trace.
-    pub fn followed(self, follower: Option<Follower>) -> Self {
-        Self { follower, ..self }
+    pub fn followed(mut self, follower: Option<Follower>) -> Self {
+        self.follower = follower;
+        self
     }
 
     /// The same, with processed log-probabilities in the place of raw ones when `processed` says so. The record keeps both.
-    pub fn showing(self, processed: bool) -> Self {
-        Self { processed, ..self }
+    pub fn showing(mut self, processed: bool) -> Self {
+        self.processed = processed;
+        self
     }
 
     /// The next event and the index of its prompt; `None` when every prompt is done. An engine that goes away without a last word
@@ -108,6 +112,23 @@ impl Events {
     /// The same, to be awaited.
     pub async fn next(&mut self) -> Option<(usize, Event)> {
         poll_fn(|context| self.poll_next(context)).await
+    }
+}
+
+impl Drop for Events {
+    /// A client that leaves has used what was made for it, taken or not.
+    fn drop(&mut self) {
+        let mut context = Context::from_waker(Waker::noop());
+        for (prompt, source) in self.sources.iter_mut().enumerate().filter(|(_, source)| !source.over) {
+            while let Poll::Ready(Some(event)) = Pin::new(&mut source.stream).poll_next(&mut context) {
+                if let Some(follower) = &mut self.follower {
+                    follower.see(prompt, &event);
+                }
+                if let Some(meter) = &mut self.meter {
+                    meter.see(prompt, &event);
+                }
+            }
+        }
     }
 }
 

@@ -54,9 +54,7 @@ impl LocalModel {
         let source = template.map_or("", |template| template.source());
         let tool_source = template.and_then(ChatTemplate::tool_source).unwrap_or_default();
         self.parsers = Arc::new(Parsers::choose(choice, source, tool_source));
-        let tokenizer = self.engine.tokenizer();
-        let token = |mark: &&str| tokenizer.id(mark).filter(|&token| tokenizer.is_special(token));
-        self.shown_special = self.parsers.marks().iter().filter_map(token).collect();
+        self.shown_special = self.parsers.marks().iter().filter_map(|mark| self.control_token(mark)).collect();
         self
     }
 
@@ -122,6 +120,12 @@ impl LocalModel {
     /// How the model writes reasoning and calls.
     pub fn parsers(&self) -> &Parsers {
         &self.parsers
+    }
+
+    /// The id of a mark that is a control token.
+    pub fn control_token(&self, mark: &str) -> Option<u32> {
+        let tokenizer = self.engine.tokenizer();
+        tokenizer.id(mark).filter(|&token| tokenizer.is_special(token))
     }
 
     /// Control tokens that the parsers need to see.

@@ -36,7 +36,7 @@ use tidemill_engine::model_files::Frontend;
 use tidemill_engine::{ChatTemplate, Engine, EngineOptions, GenerationDefaults, ServedModel, Tokenizer};
 use tidemill_kernels::{KernelError, KvDtype, MemoryUse, Sampled, StepBatch, StepOutput};
 use tidemill_store::records::{Choice, Feedback, Inference, Kind, Status, TargetKind};
-use tidemill_store::{DataDir, Files, Limits, Store, StoreOptions};
+use tidemill_store::{DataDir, Files, Limits, Scope, Store, StoreOptions};
 use tokio::runtime::{Builder, Runtime};
 use tower::ServiceExt;
 use uuid::Uuid;
@@ -83,6 +83,16 @@ impl Model for Parrot {
         };
         out.samples = batch.samples.iter().map(sample).collect();
         Ok(())
+    }
+
+    /// A token's hidden state is its number and 1.
+    fn forward_hidden(&mut self, batch: &StepBatch, out: &mut StepOutput) -> Result<Vec<f32>, KernelError> {
+        self.forward(batch, out)?;
+        Ok(batch.tokens.iter().flat_map(|token| [*token as f32, 1.0]).collect())
+    }
+
+    fn width(&self) -> usize {
+        2
     }
 
     fn memory(&self) -> MemoryUse {
@@ -186,6 +196,15 @@ fn folder() -> String {
     path
 }
 
+/// What is counted by the day begins anew at midnight (UTC): shortly before, this waits until it has passed.
+pub async fn not_at_midnight() {
+    const DAY: i64 = 86_400_000_000;
+    let left = Duration::from_micros((DAY - now() % DAY).unsigned_abs());
+    if left < Duration::from_secs(60) {
+        tokio::time::sleep(left + Duration::from_millis(100)).await;
+    }
+}
+
 /// The tokens of a text, and the end of the turn.
 pub fn says(text: &str) -> Vec<u32> {
     text.bytes().map(u32::from).chain([END]).collect()
@@ -236,7 +255,7 @@ impl Setup {
             auth: Auth::new(store.clone(), false),
             limits: Arc::new(Limiter::new(store.clone(), self.limits, self.prices)),
             datasets: DatasetJobs::new(store.clone(), &folder()),
-            files: wait(Files::open(store.database(), &DataDir::new(folder()))).unwrap(),
+            files: wait(Files::open(&store, &DataDir::new(folder()))).unwrap(),
             file_limits: FileLimits { file: 1 << 20, total: 3 << 20 },
             batches: Batches::new(&store),
             store,
@@ -276,6 +295,19 @@ impl Reply {
         let mut data = self.data();
         assert_eq!(data.pop().as_deref(), Some("[DONE]"));
         data.iter().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// The data of a stream of named events; each is named as its data says.
+    pub fn events(&self) -> Vec<Value> {
+        let text = std::str::from_utf8(&self.body).unwrap();
+        let blocks = text.split_terminator("\n\n").filter(|block| !block.starts_with(": "));
+        let event = |block: &str| {
+            let (name, data) = block.split_once('\n').unwrap_or_else(|| panic!("{block}"));
+            let data: Value = serde_json::from_str(data.strip_prefix("data: ").unwrap()).unwrap();
+            assert_eq!(name.strip_prefix("event: "), data["type"].as_str());
+            data
+        };
+        blocks.map(event).collect()
     }
 
     /// `(status, param, code)` of an error; fails when it does not have the shape.
@@ -318,6 +350,38 @@ pub async fn ask(router: &Router, method: &str, path: &str, key: Option<&str>, b
     send(router, request.body(Body::from(body.to_string())).unwrap()).await
 }
 
+/// A server with two keys, of which the other may do everything: what the first one stores is its own all the same.
+pub struct TwoKeys {
+    pub router: Router,
+    pub mine: String,
+    pub other: String,
+}
+
+impl TwoKeys {
+    pub async fn new() -> Self {
+        let mut app = Setup::default().app();
+        let (_, mine) = app.store.create_key("mine", &[Scope::Chat]).await.unwrap();
+        let (_, other) = app.store.create_key("other", &[Scope::Admin]).await.unwrap();
+        app.auth = Auth::new(app.store.clone(), true);
+        Self { router: router(app), mine, other }
+    }
+
+    pub async fn ask_mine(&self, method: &str, path: &str, body: Value) -> Reply {
+        ask(&self.router, method, path, Some(&self.mine), body).await
+    }
+
+    pub async fn ask_other(&self, method: &str, path: &str, body: Value) -> Reply {
+        ask(&self.router, method, path, Some(&self.other), body).await
+    }
+
+    /// To the other key, none of these is there.
+    pub async fn hides(&self, requests: &[(&str, &str, Value)]) {
+        for (method, path, body) in requests {
+            assert_eq!(self.ask_other(method, path, body.clone()).await.error().0, 404, "{method} {path}");
+        }
+    }
+}
+
 /// A recorded answer of `user` with these choices.
 pub fn answered(store: &Store, user: &str, prompt: &str, texts: &[&str], mean_logprob: f64) -> Inference {
     let id = store.issue_id();
@@ -325,6 +389,7 @@ pub fn answered(store: &Store, user: &str, prompt: &str, texts: &[&str], mean_lo
         id: if at == 0 { id } else { store.issue_id() },
         finish_reason: Some("stop".into()),
         output_text: Some((*text).to_owned()),
+        message: None,
         output_ids: vec![1],
         logprobs: vec![-1.0],
         raw_logprobs: vec![-1.0],
@@ -393,7 +458,8 @@ pub fn completion(extra: Value) -> Value {
     merged(json!({"model": MODEL, "prompt": "abc"}), extra)
 }
 
-fn merged(mut base: Value, extra: Value) -> Value {
+/// `base` with the fields of `extra`.
+pub fn merged(mut base: Value, extra: Value) -> Value {
     let object = base.as_object_mut().unwrap();
     for (key, value) in extra.as_object().unwrap() {
         object.insert(key.clone(), value.clone());

@@ -129,6 +129,26 @@ macro_rules! block_products {
 block_products!("tdpbsud": int_one, int_wide, int_tall, int_square);
 block_products!("tdpbf16ps": bf16_one, bf16_wide, bf16_tall, bf16_square);
 
+/// Multiplies `tall` (1 or 2) tiles of 16 rows by `wide` (1 or 2) panels of 16 columns over `steps` bf16 tiles of 32 inner elements each,
+/// and stores the sums' 16 × 16 tiles one after the other, row tiles outside.
+///
+/// # Safety
+/// The thread's tiles are configured ([`configure`]); what the shape uses of `a` and `b` points to `steps > 0` tiles each, `out` to room
+/// for `tall * wide` tiles.
+#[inline(always)]
+pub(crate) unsafe fn bf16_block(a: [*const u8; 2], tall: usize, b: [*const u8; 2], wide: usize, steps: usize, out: *mut f32) {
+    let ahead = Ahead { at: std::ptr::null(), lines: 0 };
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (tall, wide) {
+            (1, 1) => bf16_one(a, b, steps, ahead, out.cast()),
+            (1, _) => bf16_wide(a, b, steps, ahead, out.cast()),
+            (_, 1) => bf16_tall(a, b, steps, ahead, out.cast()),
+            (_, _) => bf16_square(a, b, steps, ahead, out.cast()),
+        }
+    }
+}
+
 /// # Safety
 /// As [`PackedMatrix::run_item`] on a machine with AMX; panels and rows in range, the first row a multiple of 16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]

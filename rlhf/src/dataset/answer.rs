@@ -3,12 +3,14 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use serde_json::{Map, Value};
 use tidemill_store::records::Feedback;
 use tidemill_store::{JudgedAnswer, JudgedTask};
 
+use super::row::PARSED;
 use super::{Message, format};
 
-/// A conversation up to an answer, shared by all answers to it.
+/// A conversation up to an answer, shared by all answers to it. The first message carries the request's `tools`, if it had any.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Prompt {
     /// The messages.
@@ -33,8 +35,10 @@ pub struct Answer {
     pub id: String,
     /// What it answers.
     pub prompt: Arc<Prompt>,
-    /// What it says.
+    /// What the model wrote.
     pub text: String,
+    /// The same taken apart, where it holds reasoning or calls.
+    pub parsed: Option<Box<Value>>,
     /// Who wrote it.
     pub model: Option<String>,
     /// The rollout's variant that wrote it.
@@ -45,6 +49,16 @@ pub struct Answer {
     pub whole: bool,
     /// The token limit ended it.
     pub cut_off: bool,
+}
+
+impl Answer {
+    /// As a row teaches it: the text that the model wrote, because that is what it is trained on, and beside it the message that the
+    /// text means, for whoever writes it in another way.
+    pub fn message(&self) -> Message {
+        let mut message = Message::assistant(&self.text);
+        message.extra.extend(self.parsed.as_deref().map(|parsed| (PARSED.to_owned(), parsed.clone())));
+        message
+    }
 }
 
 /// What a judgement's target turned out to be.
@@ -77,7 +91,11 @@ pub fn target(judged: JudgedAnswer, prompts: &mut HashMap<String, Option<Arc<Pro
     }
     let prompt = prompts.entry(judged.inference.clone()).or_insert_with(|| {
         let value = serde_json::from_str(judged.messages.as_deref()?).ok()?;
-        format::messages(&value).map(|messages| Arc::new(Prompt::new(messages)))
+        let mut messages = format::messages(&value)?;
+        let params: Map<String, Value> =
+            judged.params.as_deref().and_then(|params| serde_json::from_str(params).ok()).unwrap_or_default();
+        format::carry(&params, &mut messages, &mut []);
+        Some(Arc::new(Prompt::new(messages)))
     });
     let recorded = judged.messages.is_some();
     let target = match (prompt, judged.text) {
@@ -85,6 +103,7 @@ pub fn target(judged: JudgedAnswer, prompts: &mut HashMap<String, Option<Arc<Pro
             id: judged.inference,
             prompt: prompt.clone(),
             text,
+            parsed: judged.message.and_then(|message| serde_json::from_str(&message).ok()),
             model: Some(judged.model),
             variant: judged.variant,
             user: judged.user_key,
@@ -106,6 +125,7 @@ pub fn task_targets(task: JudgedTask) -> [(String, Target); 2] {
             id: id.to_owned(),
             prompt: prompt.clone(),
             text,
+            parsed: None,
             model: None,
             variant: None,
             user: None,
@@ -116,4 +136,47 @@ pub fn task_targets(task: JudgedTask) -> [(String, Target); 2] {
     let [a, b] = ["a", "b"].map(|side| format!("{}:{side}", task.id));
     let (first, second) = (target(&a, task.answer_a), target(&b, task.answer_b));
     [(a, first), (b, second)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn judged(params: Value, message: Value) -> JudgedAnswer {
+        JudgedAnswer {
+            id: "c".into(),
+            inference: "i".into(),
+            endpoint: "chat".into(),
+            model: "m".into(),
+            variant: None,
+            user_key: None,
+            status: "ok".into(),
+            finish_reason: Some("stop".into()),
+            messages: Some(json!([{"role": "user", "content": "Hi"}]).to_string()),
+            text: Some("<tool_call>…".into()),
+            message: Some(message.to_string()).filter(|_| !message.is_null()),
+            params: Some(params.to_string()),
+        }
+    }
+
+    fn read(params: Value, message: Value) -> Answer {
+        match target(judged(params, message), &mut HashMap::new()) {
+            (_, Target::Answer(answer)) => answer,
+            (_, other) => panic!("no answer: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_answer_brings_the_requests_tools_and_what_its_text_means() {
+        let tools = json!([{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]);
+        let parsed = json!({"content": "", "tool_calls": [{"function": {"name": "f"}}]});
+        let answer = read(json!({"n": 1, "tools": tools}), parsed.clone());
+        assert_eq!(answer.prompt.messages[0].extra["tools"], tools);
+        let message = answer.message();
+        assert_eq!((message.content.as_str(), &message.extra[PARSED]), ("<tool_call>…", &parsed));
+        let plain = read(json!({"n": 1}), Value::Null);
+        assert!(plain.prompt.messages[0].extra.is_empty() && plain.message().extra.is_empty());
+        assert_ne!(plain.prompt.key, answer.prompt.key, "with other tools it is another prompt");
+    }
 }

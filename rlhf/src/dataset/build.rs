@@ -16,76 +16,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde::{Deserialize, Serialize};
-use serde_json::Map;
 use tidemill_store::records::{Feedback, Kind, TargetKind};
 
 use super::answer::{Answer, Gathered, Target};
+use super::counts::{Counts, LeftOut};
 use super::lineage::{merge, note, origin, tidy};
 use super::metrics::Metrics;
-use super::query::{Material, Query, Raters, RowKind};
+use super::query::{Query, Raters, RowKind};
 use super::votes::{self, Ballot, PairVotes};
 use super::{Example, Message, Origin, Row};
 use crate::quality::Judgement;
-
-/// Why a judgement is behind no row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LeftOut {
-    /// Taken back.
-    Withdrawn,
-    /// The same person judged the same again later.
-    Superseded,
-    /// The value is not what its kind says.
-    Malformed,
-    /// About a whole conversation, not an answer.
-    Conversation,
-    /// The answer is not in the store.
-    UnknownAnswer,
-    /// The answer's texts were not recorded.
-    NotRecorded,
-    /// The conversation holds more than text, such as an image.
-    NotText,
-    /// The answer is to a text prompt, without messages.
-    TextCompletion,
-    /// By another model or variant, or to a person whom the query leaves out.
-    NotSelected,
-    /// The answers are to different prompts.
-    DifferentPrompts,
-    /// The two texts are equal.
-    SameText,
-    /// Neither is better.
-    Tie,
-    /// Neither is good.
-    BothBad,
-    /// As many for one side as for the other.
-    Undecided,
-    /// Fewer raters than the query wants.
-    TooFewRaters,
-    /// No other answer to the prompt is rated far enough away, or there were pairs enough.
-    NoPair,
-    /// The metric lies between good and bad.
-    InBetween,
-    /// It would be taught as good, but was cancelled or failed.
-    Incomplete,
-    /// It would be taught as good, but the token limit cut it off.
-    CutOff,
-    /// It would be taught as good, but a metric that the query asks for is missing or out of range.
-    OutOfRange,
-}
-
-/// What became of the judgements.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Counts {
-    /// Judgements that the query selects.
-    pub judgements: usize,
-    /// Behind a row, before caps.
-    pub used: usize,
-    /// The others.
-    pub left_out: BTreeMap<LeftOut, usize>,
-    /// Rows dropped because a person had more than the query allows.
-    pub rows_over_cap: usize,
-}
 
 /// What a query makes of feedback.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -136,15 +76,11 @@ struct Said<'a> {
 
 impl<'a> Builder<'a> {
     fn leave(&mut self, reason: LeftOut, judgements: usize) {
-        if judgements > 0 {
-            self.built.counts.judgements += judgements;
-            *self.built.counts.left_out.entry(reason).or_default() += judgements;
-        }
+        self.built.counts.leave(reason, judgements);
     }
 
     fn used(&mut self, judgements: usize) {
-        self.built.counts.judgements += judgements;
-        self.built.counts.used += judgements;
+        self.built.counts.use_up(judgements);
     }
 
     /// Feedback that the query asks for, the last of each person on each thing, in the order of time.
@@ -152,7 +88,7 @@ impl<'a> Builder<'a> {
         let query = self.query;
         let mut last: BTreeMap<Matter<'_>, &Feedback> = BTreeMap::new();
         let mut selected = Vec::new();
-        let mut feedback: Vec<&Feedback> = self.gathered.feedback.iter().filter(|feedback| asked_for(feedback, query)).collect();
+        let mut feedback: Vec<&Feedback> = self.gathered.feedback.iter().filter(|feedback| query.asks_for(feedback)).collect();
         feedback.sort_by_key(|feedback| (feedback.updated, feedback.id));
         for feedback in feedback {
             if feedback.withdrawn {
@@ -286,7 +222,7 @@ impl<'a> Builder<'a> {
             .map(|ballot| ballot.position(winner))
             .collect();
         origin.chosen_position = if positions.len() == 1 { positions.into_iter().next().flatten() } else { None };
-        self.row(pair_example(chosen, &chosen.text, &rejected.text), origin);
+        self.row(pair_example(chosen, chosen.message(), rejected.message()), origin);
     }
 
     fn corrections(&mut self, selected: &[&'a Feedback]) {
@@ -310,11 +246,13 @@ impl<'a> Builder<'a> {
             let mut origin = origin("correction", [feedback]);
             note(&mut origin, answer);
             if self.query.wants(RowKind::Preference) {
-                self.row(pair_example(answer, better, &answer.text), origin.clone());
+                self.row(pair_example(answer, Message::assistant(better), answer.message()), origin.clone());
             }
             if self.query.wants(RowKind::Demonstration) {
-                let example =
-                    Example::Demonstration { prompt: answer.prompt.messages.clone(), completion: vec![assistant(better)] };
+                let example = Example::Demonstration {
+                    prompt: answer.prompt.messages.clone(),
+                    completion: vec![Message::assistant(better)],
+                };
                 self.row(example, origin);
             }
         }
@@ -406,9 +344,9 @@ impl<'a> Builder<'a> {
                 }
             }
             for (_, better, worse) in pairs {
-                let ((chosen, _, high), (rejected, _, low)) = (&texts[better], &texts[worse]);
+                let ((_, _, high), (_, _, low)) = (&texts[better], &texts[worse]);
                 let origin = origin_of("rating", &[high.as_slice(), low.as_slice()].concat());
-                self.row(pair_example(high[0].answer, chosen, rejected), origin);
+                self.row(pair_example(high[0].answer, high[0].answer.message(), low[0].answer.message()), origin);
             }
         }
     }
@@ -466,8 +404,7 @@ impl<'a> Builder<'a> {
             return self.leave(reason, said.len());
         }
         self.used(said.len());
-        let example =
-            Example::Unpaired { prompt: answer.prompt.messages.clone(), completion: vec![assistant(&answer.text)], label };
+        let example = Example::Unpaired { prompt: answer.prompt.messages.clone(), completion: vec![answer.message()], label };
         self.row(example, origin_of(source, said));
     }
 
@@ -524,34 +461,6 @@ fn capped(rows: Vec<Row>, most: usize, people: fn(&Row) -> &Vec<String>) -> Vec<
     kept
 }
 
-/// Whether the query looks at this feedback at all.
-pub(super) fn asked_for(feedback: &Feedback, query: &Query) -> bool {
-    let wanted = |material| {
-        query.wants_material(material)
-            && match material {
-                Material::Comparison | Material::Rating => query.wants(RowKind::Preference),
-                Material::Correction => query.wants(RowKind::Preference) || query.wants(RowKind::Demonstration),
-                Material::Thumb | Material::Metric => query.wants(RowKind::Unpaired),
-            }
-    };
-    let kind = match feedback.kind {
-        Kind::Comparison => wanted(Material::Comparison),
-        Kind::Correction => wanted(Material::Correction),
-        Kind::Rating => wanted(Material::Rating),
-        Kind::Thumb => wanted(Material::Thumb),
-        Kind::Metric => {
-            wanted(Material::Metric) && query.labels.iter().any(|label| Some(&label.name) == feedback.metric.as_ref())
-        }
-        Kind::Comment => false,
-    };
-    kind && query.since.is_none_or(|since| feedback.created >= since)
-        && query.until.is_none_or(|until| feedback.created < until)
-        && (query.tags.is_empty() || feedback.tags.iter().any(|tag| query.tags.contains(tag)))
-        && !feedback.tags.iter().any(|tag| query.exclude_tags.contains(tag))
-        && (query.sources.is_empty() || feedback.source.as_ref().is_some_and(|source| query.sources.contains(source)))
-        && feedback.author.as_ref().is_none_or(|author| !query.exclude_raters.contains(author))
-}
-
 /// Different people; whoever gave no name counts as one person each time.
 fn raters<'f>(feedback: impl Iterator<Item = &'f Feedback>) -> usize {
     let mut named = BTreeSet::new();
@@ -579,16 +488,8 @@ fn mean(said: &[Said<'_>]) -> f64 {
     said.iter().map(|said| said.number).sum::<f64>() / said.len() as f64
 }
 
-fn assistant(text: &str) -> Message {
-    Message { role: "assistant".to_owned(), content: text.to_owned(), extra: Map::new() }
-}
-
-fn pair_example(answer: &Answer, chosen: &str, rejected: &str) -> Example {
-    Example::Preference {
-        prompt: answer.prompt.messages.clone(),
-        chosen: vec![assistant(chosen)],
-        rejected: vec![assistant(rejected)],
-    }
+fn pair_example(answer: &Answer, chosen: Message, rejected: Message) -> Example {
+    Example::Preference { prompt: answer.prompt.messages.clone(), chosen: vec![chosen], rejected: vec![rejected] }
 }
 
 fn origin_of(source: &str, said: &[Said<'_>]) -> Origin {

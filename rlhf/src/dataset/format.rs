@@ -42,18 +42,19 @@ const ROLES: &[&str] = &["system", "developer", "user", "assistant", "tool"];
 /// A row in a form; none when the form has no place for it.
 pub fn line(stored: &StoredRow, format: Format) -> Option<Map<String, Value>> {
     let example = &stored.row.example;
+    let said = |answer: &[Message]| -> Vec<Message> { answer.iter().map(Message::structured).collect() };
     let value = match format {
         Format::Tidemill => return Some(stored::to_object(stored)),
         Format::Trl => {
             let (prompt, carried) = lift(example.prompt());
             let mut line = match example {
                 Example::Preference { chosen, rejected, .. } => {
-                    json!({ "prompt": prompt, "chosen": chosen, "rejected": rejected })
+                    json!({ "prompt": prompt, "chosen": said(chosen), "rejected": said(rejected) })
                 }
                 Example::Unpaired { completion, label, .. } => {
-                    json!({ "prompt": prompt, "completion": completion, "label": label })
+                    json!({ "prompt": prompt, "completion": said(completion), "label": label })
                 }
-                Example::Demonstration { completion, .. } => json!({ "prompt": prompt, "completion": completion }),
+                Example::Demonstration { completion, .. } => json!({ "prompt": prompt, "completion": said(completion) }),
             };
             put(&mut line, carried);
             line
@@ -62,7 +63,7 @@ pub fn line(stored: &StoredRow, format: Format) -> Option<Map<String, Value>> {
             let (mut prompt, carried) = lift(example.prompt());
             keep_known(&mut prompt);
             let known = |answer: &[Message]| {
-                let mut answer = answer.to_vec();
+                let mut answer = said(answer);
                 keep_known(&mut answer);
                 answer
             };
@@ -97,7 +98,15 @@ const WEIGHT: &str = "weight";
 const KNOWN: [&str; 6] = ["name", "tool_calls", "tool_call_id", "function_call", "refusal", WEIGHT];
 
 fn keep_known(messages: &mut [Message]) {
-    messages.iter_mut().for_each(|message| message.extra.retain(|key, _| KNOWN.contains(&key.as_str())));
+    for message in messages {
+        message.extra.retain(|key, _| KNOWN.contains(&key.as_str()));
+        // Records hold arguments as chat templates read them, OpenAI's lines hold their JSON text.
+        for call in message.extra.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
+            if let Some(arguments) = call.pointer_mut("/function/arguments").filter(|arguments| !arguments.is_string()) {
+                *arguments = arguments.to_string().into();
+            }
+        }
+    }
 }
 
 /// Keys of a line that belong to the whole conversation; here its first message carries them.
@@ -118,7 +127,8 @@ fn put(object: &mut Value, carried: Vec<(&'static str, Value)>) {
     }
 }
 
-fn carry(from: &Map<String, Value>, prompt: &mut [Message], answer: &mut [Message]) {
+/// Has the first message carry what belongs to the whole conversation.
+pub(super) fn carry(from: &Map<String, Value>, prompt: &mut [Message], answer: &mut [Message]) {
     if let Some(first) = prompt.first_mut().or(answer.first_mut()) {
         for key in CARRIED {
             if let Some(value) = from.get(key).filter(|value| !value.is_null()) {

@@ -7,7 +7,6 @@ use tidemill_store::{FeedbackFilter, MAX_PAGE, Order, Store, judged_answers, jud
 use uuid::Uuid;
 
 use super::answer::{self, Gathered};
-use super::build::asked_for;
 use super::error::DatasetError;
 use super::query::Query;
 use super::watch::{Stage, Watch};
@@ -38,7 +37,7 @@ pub async fn gather(store: &Store, query: &Query, watch: &Watch) -> Result<Gathe
             filter.after = page.items.last().map(|last| last.id);
             watch.add(page.items.len() as u64);
             for feedback in page.items {
-                if (index > 0 || asked_for(&feedback, query)) && known.insert(feedback.id) {
+                if (index > 0 || query.asks_for(&feedback)) && known.insert(feedback.id) {
                     gathered.feedback.push(feedback);
                 }
             }

@@ -6,6 +6,7 @@
 
 pub mod answer;
 pub mod build;
+mod counts;
 mod error;
 pub mod format;
 pub mod gather;
@@ -20,7 +21,8 @@ pub mod table;
 mod votes;
 pub mod watch;
 
-pub use build::{Built, Counts, LeftOut, build};
+pub use build::{Built, build};
+pub use counts::{Counts, LeftOut};
 pub use error::DatasetError;
 pub use query::Query;
 pub use row::{Example, Message, Origin, Position, Row};

@@ -1,6 +1,7 @@
 //! Which feedback becomes which rows.
 
 use serde::{Deserialize, Serialize};
+use tidemill_store::records::{Feedback, Kind};
 
 /// What a row is made from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -168,6 +169,34 @@ pub struct InvalidQuery {
 }
 
 impl Query {
+    /// Whether it looks at this feedback at all.
+    pub(super) fn asks_for(&self, feedback: &Feedback) -> bool {
+        let wanted = |material| {
+            self.wants_material(material)
+                && match material {
+                    Material::Comparison | Material::Rating => self.wants(RowKind::Preference),
+                    Material::Correction => self.wants(RowKind::Preference) || self.wants(RowKind::Demonstration),
+                    Material::Thumb | Material::Metric => self.wants(RowKind::Unpaired),
+                }
+        };
+        let kind = match feedback.kind {
+            Kind::Comparison => wanted(Material::Comparison),
+            Kind::Correction => wanted(Material::Correction),
+            Kind::Rating => wanted(Material::Rating),
+            Kind::Thumb => wanted(Material::Thumb),
+            Kind::Metric => {
+                wanted(Material::Metric) && self.labels.iter().any(|label| Some(&label.name) == feedback.metric.as_ref())
+            }
+            Kind::Comment => false,
+        };
+        kind && self.since.is_none_or(|since| feedback.created >= since)
+            && self.until.is_none_or(|until| feedback.created < until)
+            && (self.tags.is_empty() || feedback.tags.iter().any(|tag| self.tags.contains(tag)))
+            && !feedback.tags.iter().any(|tag| self.exclude_tags.contains(tag))
+            && (self.sources.is_empty() || feedback.source.as_ref().is_some_and(|source| self.sources.contains(source)))
+            && feedback.author.as_ref().is_none_or(|author| !self.exclude_raters.contains(author))
+    }
+
     /// Refuses what cannot be meant.
     pub fn check(&self) -> Result<(), InvalidQuery> {
         let wrong = |field, reason: String| Err(InvalidQuery { field, reason });

@@ -16,6 +16,30 @@ pub struct Message {
     pub extra: Map<String, Value>,
 }
 
+/// Key of an answer's message under which lies what its text means, where the text holds reasoning or calls: `content`,
+/// `reasoning_content` and `tool_calls` of the message as conversations have it. The text itself is as the model wrote it.
+pub const PARSED: &str = "parsed";
+
+impl Message {
+    /// An answer.
+    pub fn assistant(text: &str) -> Self {
+        Self { role: "assistant".to_owned(), content: text.to_owned(), extra: Map::new() }
+    }
+
+    /// The message as conversations have it: reasoning and calls apart from the content.
+    pub fn structured(&self) -> Self {
+        let mut message = self.clone();
+        if let Some(Value::Object(mut parsed)) = message.extra.shift_remove(PARSED) {
+            message.content = match parsed.shift_remove("content") {
+                Some(Value::String(content)) => content,
+                _ => String::new(),
+            };
+            message.extra.extend(parsed);
+        }
+        message
+    }
+}
+
 /// What a row teaches.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]

@@ -12,7 +12,8 @@ use serde_json::{Map, Value, json};
 use tidemill_store::{InferenceFilter, Snapshot, Snapshots, Sources, Store};
 
 use super::answer::Prompt;
-use super::build::{Counts, build};
+use super::build::build;
+use super::counts::Counts;
 use super::error::DatasetError;
 use super::gather::gather;
 use super::import::{BadLines, Input};

@@ -5,7 +5,7 @@ use tidemill_store::records::Feedback;
 
 use super::Position;
 use super::answer::Answer;
-use super::build::LeftOut;
+use super::counts::LeftOut;
 
 /// What a person said about two answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

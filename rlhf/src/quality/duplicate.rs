@@ -3,13 +3,13 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::{
-    Thresholds,
+    Thresholds, address,
     corpus::{Corpus, Findings},
     minhash,
     report::{Check, Keep},
     words::{pairs, similarity},
 };
-use crate::dataset::{Example, Message, Row};
+use crate::dataset::{Example, Row};
 
 const EXACT: &str = "exact_duplicates";
 const NEAR: &str = "near_duplicates";
@@ -27,7 +27,7 @@ pub(super) fn check(corpus: &Corpus<'_>, thresholds: &Thresholds, seed: u64, fin
     let mut first: HashMap<blake3::Hash, usize> = HashMap::new();
     let mut repeats = vec![false; size];
     for (index, row) in corpus.rows.iter().enumerate() {
-        let earlier = *first.entry(address(&row.example)).or_insert(index);
+        let earlier = *first.entry(address::of(&row.example)).or_insert(index);
         if earlier != index && !is_each(&corpus.rows[earlier], row) {
             repeats[index] = true;
             findings.add(index, EXACT, Keep::Drop, format!("the same as row number {earlier} ({})", corpus.rows[earlier].id));
@@ -158,33 +158,6 @@ fn content(corpus: &Corpus<'_>, index: usize) -> Vec<u32> {
     all.sort_unstable();
     all.dedup();
     all
-}
-
-/// A content address that white space does not change.
-fn address(example: &Example) -> blake3::Hash {
-    let mut hasher = blake3::Hasher::new();
-    let mut messages = |name: &[u8], messages: &[Message]| {
-        hasher.update(name);
-        for message in messages {
-            hasher.update(b"\x01").update(message.role.as_bytes());
-            message.content.split_whitespace().for_each(|word| {
-                hasher.update(b"\x02").update(word.as_bytes());
-            });
-            for (key, value) in &message.extra {
-                hasher.update(b"\x03").update(key.as_bytes()).update(value.to_string().as_bytes());
-            }
-        }
-    };
-    messages(b"prompt", example.prompt());
-    match example {
-        Example::Preference { chosen, rejected, .. } => {
-            messages(b"\x04chosen", chosen);
-            messages(b"\x04rejected", rejected);
-        }
-        Example::Unpaired { completion, label, .. } => messages(if *label { b"\x04good" } else { b"\x04bad" }, completion),
-        Example::Demonstration { completion, .. } => messages(b"\x04answer", completion),
-    }
-    hasher.finalize()
 }
 
 #[cfg(test)]

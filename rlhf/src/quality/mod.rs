@@ -4,6 +4,7 @@
 //! Checks are functions of the rows and [`QualityOptions`]; chance comes from the seed, so the same input gives the same report.
 //! None compares all rows with all rows. [`agreement`] and [`split`] stand alone: labeling and training use them too.
 
+mod address;
 pub mod agreement;
 mod bias;
 mod corpus;

@@ -174,10 +174,11 @@ fn the_same_text_many_times_is_not_compared_all_with_all() {
     let rows: Vec<Row> = (0..4000)
         .map(|n| generate::with_answers(row, |chosen, rejected| (chosen.to_owned(), format!("{rejected} {n}"))))
         .collect();
-    let start = Instant::now();
+    let start = processor_seconds();
     let report = assess(&rows, &QualityOptions::default());
     assert!(matches!(status(&report, "near_duplicates"), Status::Warn | Status::Fail));
-    assert!(start.elapsed().as_secs() < 30, "{:?}", start.elapsed());
+    let used = processor_seconds() - start;
+    assert!(used < 30.0, "{used:.1} s of one core");
 }
 
 /// Not a test of correctness: prints how long fifty thousand rows take. Run with `--release -- --ignored --nocapture`.
@@ -201,8 +202,8 @@ fn fifty_thousand_rows() {
     assert!(used < 60.0);
 }
 
-/// What this thread has used of a processor, as Linux counts it.
-fn processor_seconds() -> f64 {
+/// What this thread has used of a processor, as Linux counts it: unlike the time by the clock, the same on a busy machine.
+pub(super) fn processor_seconds() -> f64 {
     let statistics = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
     statistics.split(' ').next().unwrap().parse::<f64>().unwrap() / 1e9
 }

@@ -1,11 +1,11 @@
 //! Whether a row can be trained on at all: roles, order, empty and equal answers, answers that stop in the middle.
 
 use super::{
-    Thresholds,
+    Thresholds, address,
     corpus::{Corpus, Findings},
     report::{Check, Keep},
 };
-use crate::dataset::{Example, Message, row::text};
+use crate::dataset::{Example, Message};
 
 const INVALID: &str = "validity";
 const TRUNCATED: &str = "truncated";
@@ -75,12 +75,10 @@ fn faults(example: &Example) -> Vec<String> {
             faults.push(format!("{name} has a message of role {:?}; answers are from the assistant", message.role));
         }
     }
-    if let Example::Preference { chosen, rejected, .. } = example {
-        let calls =
-            |answer: &[Message]| answer.iter().filter_map(|message| message.extra.get("tool_calls").cloned()).collect::<Vec<_>>();
-        if text(chosen).split_whitespace().eq(text(rejected).split_whitespace()) && calls(chosen) == calls(rejected) {
-            faults.push("chosen and rejected are the same".to_owned());
-        }
+    if let Example::Preference { chosen, rejected, .. } = example
+        && address::of_messages(chosen) == address::of_messages(rejected)
+    {
+        faults.push("chosen and rejected are the same".to_owned());
     }
     faults
 }

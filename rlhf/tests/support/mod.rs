@@ -33,6 +33,7 @@ impl Fixture {
             id: *id,
             finish_reason: Some("stop".into()),
             output_text: Some((*text).to_owned()),
+            message: None,
             output_ids: vec![1, 2],
             logprobs: vec![-0.1, -0.2],
             raw_logprobs: vec![-0.1, -0.2],

@@ -37,6 +37,7 @@ fn answer(id: u128, text: &str, ids: &[u32]) -> Entry {
         id: Uuid::from_u128(id),
         finish_reason: None,
         output_text: Some(text.into()),
+        message: None,
         output_ids: ids.to_vec(),
         logprobs: floats.clone(),
         raw_logprobs: floats,

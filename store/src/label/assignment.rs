@@ -2,6 +2,7 @@
 
 use super::{LabelError, Labels, Verdict};
 use crate::label::task::uuid;
+use crate::patience::patiently;
 use serde::Serialize;
 use sqlx::AnyConnection;
 use uuid::Uuid;
@@ -107,16 +108,23 @@ pub(super) fn assignment(row: Row) -> Result<Assignment, LabelError> {
 impl Labels {
     /// The assignment with this id.
     pub async fn assignment(&self, id: Uuid) -> Result<Option<Assignment>, LabelError> {
-        let sql = sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM label_assignments a WHERE a.id = $1"));
-        let row: Option<Row> = sqlx::query_as(sql).bind(id.to_string()).fetch_optional(self.database.read()).await?;
-        row.map(assignment).transpose()
+        patiently(async {
+            let sql = sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM label_assignments a WHERE a.id = $1"));
+            let row: Option<Row> = sqlx::query_as(sql).bind(id.to_string()).fetch_optional(self.database.read()).await?;
+            row.map(assignment).transpose()
+        })
+        .await
     }
 
     /// All assignments of a task, the oldest first.
     pub async fn assignments_of(&self, task_id: Uuid) -> Result<Vec<Assignment>, LabelError> {
-        let sql = sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM label_assignments a WHERE a.task_id = $1 ORDER BY a.id"));
-        let rows: Vec<Row> = sqlx::query_as(sql).bind(task_id.to_string()).fetch_all(self.database.read()).await?;
-        rows.into_iter().map(assignment).collect()
+        patiently(async {
+            let sql =
+                sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM label_assignments a WHERE a.task_id = $1 ORDER BY a.id"));
+            let rows: Vec<Row> = sqlx::query_as(sql).bind(task_id.to_string()).fetch_all(self.database.read()).await?;
+            rows.into_iter().map(assignment).collect()
+        })
+        .await
     }
 }
 

@@ -7,6 +7,7 @@
 use super::assignment::{self, State};
 use super::{Assignment, LabelError, Labels, Queue, Task, Verdict, feedback_row, task};
 use crate::judgements;
+use crate::patience::at_length;
 use crate::records::Feedback;
 use crate::statement::{clean, clean_option};
 use sqlx::{Any, Transaction};
@@ -181,20 +182,23 @@ impl Labels {
         now: i64,
         key_id: Option<&str>,
     ) -> Result<Vec<Result<Applied, Refused>>, LabelError> {
-        let mut results = vec![Ok(Applied::Unchanged); judgements.len()];
-        // By task: two imports that lock tasks in one order do not wait for each other in a ring.
-        let mut order: Vec<usize> = (0..judgements.len()).collect();
-        order.sort_by_key(|&at| judgements.get(at).map(|judgement| judgement.task_id));
-        for part in order.chunks(BATCH) {
-            let mut transaction = self.database.write().begin().await?;
-            for &at in part {
-                if let (Some(judgement), Some(result)) = (judgements.get(at), results.get_mut(at)) {
-                    *result = take(&mut transaction, queue, &judgement.clean(), now, key_id).await?;
+        at_length(async {
+            let mut results = vec![Ok(Applied::Unchanged); judgements.len()];
+            // By task: two imports that lock tasks in one order do not wait for each other in a ring.
+            let mut order: Vec<usize> = (0..judgements.len()).collect();
+            order.sort_by_key(|&at| judgements.get(at).map(|judgement| judgement.task_id));
+            for part in order.chunks(BATCH) {
+                let mut transaction = self.database.write().begin().await?;
+                for &at in part {
+                    if let (Some(judgement), Some(result)) = (judgements.get(at), results.get_mut(at)) {
+                        *result = take(&mut transaction, queue, &judgement.clean(), now, key_id).await?;
+                    }
                 }
+                transaction.commit().await?;
             }
-            transaction.commit().await?;
-        }
-        Ok(results)
+            Ok(results)
+        })
+        .await
     }
 
     /// Takes back judgements that were deleted in the other tool, and remembers that they were, even those never seen before.
@@ -205,22 +209,25 @@ impl Labels {
         ids: &[String],
         now: i64,
     ) -> Result<Vec<Applied>, LabelError> {
-        let mut results = Vec::with_capacity(ids.len());
-        for part in ids.chunks(BATCH) {
-            let mut transaction = self.database.write().begin().await?;
-            let mut tasks = Vec::with_capacity(part.len());
-            for id in part {
-                bury(&mut transaction, queue.id, tool, &clean(id), now).await?;
-                tasks.push((find(&mut transaction, queue.id, tool, &clean(id)).await?.map(|known| known.task_id), id));
+        at_length(async {
+            let mut results = Vec::with_capacity(ids.len());
+            for part in ids.chunks(BATCH) {
+                let mut transaction = self.database.write().begin().await?;
+                let mut tasks = Vec::with_capacity(part.len());
+                for id in part {
+                    bury(&mut transaction, queue.id, tool, &clean(id), now).await?;
+                    tasks.push((find(&mut transaction, queue.id, tool, &clean(id)).await?.map(|known| known.task_id), id));
+                }
+                // In the order of the tasks, as above.
+                tasks.sort();
+                for (task_id, id) in tasks {
+                    results.push(delete(&mut transaction, queue, tool, &clean(id), &task_id.unwrap_or_default(), now).await?);
+                }
+                transaction.commit().await?;
             }
-            // In the order of the tasks, as above.
-            tasks.sort();
-            for (task_id, id) in tasks {
-                results.push(delete(&mut transaction, queue, tool, &clean(id), &task_id.unwrap_or_default(), now).await?);
-            }
-            transaction.commit().await?;
-        }
-        Ok(results)
+            Ok(results)
+        })
+        .await
     }
 }
 

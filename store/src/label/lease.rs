@@ -4,6 +4,7 @@ use super::assignment::{self, mix};
 use super::queue::Queue;
 use super::task::{self, Task};
 use super::{Assignment, LabelError, Labels, a_is_left};
+use crate::patience::at_length;
 use uuid::Uuid;
 
 /// Tasks that are looked at in one go; when others take all of them first, the next go sees new ones.
@@ -33,19 +34,22 @@ pub fn gold_turn(queue: Uuid, annotator: &str, finished: u64, share: f64) -> boo
 impl Labels {
     /// The next task for `annotator`: the one on their screen already, or one that nobody else holds and they have not judged.
     pub async fn lease(&self, queue: &Queue, annotator: &str, now: i64) -> Result<Lease, LabelError> {
-        let until = now.saturating_add(i64::from(queue.lease_seconds) * 1_000_000);
-        if queue.closed.is_some() {
-            return Ok(Lease::Empty);
-        }
-        if let Some(current) = self.renewed(queue, annotator, until).await? {
-            return Ok(current);
-        }
-        let finished = self.finished_by(queue.id, annotator).await?;
-        let gold_first = gold_turn(queue.id, annotator, finished, queue.gold_share) || !self.has_plain(queue).await?;
-        if gold_first && let Some(work) = self.take(queue, annotator, true, now, until).await? {
-            return Ok(work);
-        }
-        Ok(self.take(queue, annotator, false, now, until).await?.unwrap_or(Lease::Empty))
+        at_length(async {
+            let until = now.saturating_add(i64::from(queue.lease_seconds) * 1_000_000);
+            if queue.closed.is_some() {
+                return Ok(Lease::Empty);
+            }
+            if let Some(current) = self.renewed(queue, annotator, until).await? {
+                return Ok(current);
+            }
+            let finished = self.finished_by(queue.id, annotator).await?;
+            let gold_first = gold_turn(queue.id, annotator, finished, queue.gold_share) || !self.has_plain(queue).await?;
+            if gold_first && let Some(work) = self.take(queue, annotator, true, now, until).await? {
+                return Ok(work);
+            }
+            Ok(self.take(queue, annotator, false, now, until).await?.unwrap_or(Lease::Empty))
+        })
+        .await
     }
 
     /// What the person holds, for longer.

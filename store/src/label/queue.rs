@@ -1,6 +1,7 @@
 //! A queue: what enters it, how it is worked.
 
 use super::{LabelError, Labels};
+use crate::patience::patiently;
 use crate::statement::{clean, clean_option};
 use serde::Serialize;
 use serde_json::Value;
@@ -72,64 +73,80 @@ fn queue(row: Row) -> Result<Queue, LabelError> {
 impl Labels {
     /// Makes a queue.
     pub async fn create_queue(&self, new: NewQueue, now: i64) -> Result<Queue, LabelError> {
-        let id = Uuid::now_v7();
-        let made = sqlx::query(
-            "INSERT INTO label_queues (id, name, created, closed, rule, guidelines, overlap, gold_share, lease_seconds, filled_until)
-             VALUES ($1,$2,$3,NULL,$4,$5,$6,$7,$8,$9) ON CONFLICT (name) DO NOTHING",
-        )
-        .bind(id.to_string())
-        .bind(clean(&new.name).into_owned())
-        .bind(now)
-        .bind(new.rule.to_string())
-        .bind(clean(&new.guidelines).into_owned())
-        .bind(i64::from(new.overlap))
-        .bind(new.gold_share)
-        .bind(i64::from(new.lease_seconds))
-        .bind(&new.filled_until)
-        .execute(self.database.write())
-        .await?;
-        if made.rows_affected() == 0 {
-            return Err(LabelError::NameTaken(new.name));
-        }
-        let NewQueue { name, rule, guidelines, overlap, gold_share, lease_seconds, filled_until } = new;
-        Ok(Queue { id, name, created: now, closed: None, rule, guidelines, overlap, gold_share, lease_seconds, filled_until })
+        patiently(async {
+            let id = Uuid::now_v7();
+            let made = sqlx::query(
+                "INSERT INTO label_queues (id, name, created, closed, rule, guidelines, overlap, gold_share, lease_seconds, filled_until)
+                 VALUES ($1,$2,$3,NULL,$4,$5,$6,$7,$8,$9) ON CONFLICT (name) DO NOTHING",
+            )
+            .bind(id.to_string())
+            .bind(clean(&new.name).into_owned())
+            .bind(now)
+            .bind(new.rule.to_string())
+            .bind(clean(&new.guidelines).into_owned())
+            .bind(i64::from(new.overlap))
+            .bind(new.gold_share)
+            .bind(i64::from(new.lease_seconds))
+            .bind(&new.filled_until)
+            .execute(self.database.write())
+            .await?;
+            if made.rows_affected() == 0 {
+                return Err(LabelError::NameTaken(new.name));
+            }
+            let NewQueue { name, rule, guidelines, overlap, gold_share, lease_seconds, filled_until } = new;
+            Ok(Queue { id, name, created: now, closed: None, rule, guidelines, overlap, gold_share, lease_seconds, filled_until })
+        })
+        .await
     }
 
     /// The queue with this id or name.
     pub async fn queue(&self, id_or_name: &str) -> Result<Queue, LabelError> {
-        let sql =
-            sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM label_queues WHERE id = $1 OR name = $1 ORDER BY id = $1 DESC"));
-        let row: Option<Row> =
-            sqlx::query_as(sql).bind(clean(id_or_name).into_owned()).fetch_optional(self.database.read()).await?;
-        row.map_or_else(|| Err(LabelError::NoQueue(id_or_name.to_owned())), queue)
+        patiently(async {
+            let sql = sqlx::AssertSqlSafe(format!(
+                "SELECT {COLUMNS} FROM label_queues WHERE id = $1 OR name = $1 ORDER BY id = $1 DESC"
+            ));
+            let row: Option<Row> =
+                sqlx::query_as(sql).bind(clean(id_or_name).into_owned()).fetch_optional(self.database.read()).await?;
+            row.map_or_else(|| Err(LabelError::NoQueue(id_or_name.to_owned())), queue)
+        })
+        .await
     }
 
     /// All queues, the newest last.
     pub async fn list_queues(&self) -> Result<Vec<Queue>, LabelError> {
-        let sql = sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM label_queues ORDER BY id"));
-        let rows: Vec<Row> = sqlx::query_as(sql).fetch_all(self.database.read()).await?;
-        rows.into_iter().map(queue).collect()
+        patiently(async {
+            let sql = sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM label_queues ORDER BY id"));
+            let rows: Vec<Row> = sqlx::query_as(sql).fetch_all(self.database.read()).await?;
+            rows.into_iter().map(queue).collect()
+        })
+        .await
     }
 
     /// Opens or closes a queue, and replaces the guidelines where some are given.
     pub async fn change_queue(&self, id: Uuid, closed: Option<i64>, guidelines: Option<&str>) -> Result<(), LabelError> {
-        sqlx::query("UPDATE label_queues SET closed = $2, guidelines = COALESCE($3, guidelines) WHERE id = $1")
-            .bind(id.to_string())
-            .bind(closed)
-            .bind(clean_option(guidelines))
-            .execute(self.database.write())
-            .await?;
-        Ok(())
+        patiently(async {
+            sqlx::query("UPDATE label_queues SET closed = $2, guidelines = COALESCE($3, guidelines) WHERE id = $1")
+                .bind(id.to_string())
+                .bind(closed)
+                .bind(clean_option(guidelines))
+                .execute(self.database.write())
+                .await?;
+            Ok(())
+        })
+        .await
     }
 
     /// Moves the rule's cursor from `from` to `to`; `false` when another gateway has moved it.
     pub async fn advance(&self, id: Uuid, from: &str, to: &str) -> Result<bool, LabelError> {
-        let done = sqlx::query("UPDATE label_queues SET filled_until = $3 WHERE id = $1 AND filled_until = $2")
-            .bind(id.to_string())
-            .bind(from)
-            .bind(to)
-            .execute(self.database.write())
-            .await?;
-        Ok(done.rows_affected() == 1)
+        patiently(async {
+            let done = sqlx::query("UPDATE label_queues SET filled_until = $3 WHERE id = $1 AND filled_until = $2")
+                .bind(id.to_string())
+                .bind(from)
+                .bind(to)
+                .execute(self.database.write())
+                .await?;
+            Ok(done.rows_affected() == 1)
+        })
+        .await
     }
 }

@@ -1,6 +1,9 @@
 //! A pair of answers.
 
 use super::{LabelError, Labels, Verdict};
+use crate::commit;
+use crate::ids::IdKey;
+use crate::patience::{at_length, patiently};
 use crate::statement::{Insert, clean};
 use serde::Serialize;
 use serde_json::Value;
@@ -139,16 +142,45 @@ pub(super) async fn insert(
         }
         added += query.fetch_all(&mut *connection).await?.len() as u64;
     }
-    Ok(added)
+    let candidates = tasks.iter().flat_map(|task| [task.candidate_a, task.candidate_b]).flatten().collect();
+    let gone = remove_erased(connection, "label_tasks", queue_id, candidates).await?;
+    Ok(added.saturating_sub(gone))
+}
+
+/// Removes from `table`, `label_tasks` or `label_drafts`, what was made of answers that have been erased since they were read. Asked
+/// after the insert, within its transaction: an erasure at the same time has either seen the rows, or its marks are seen here.
+pub(super) async fn remove_erased(
+    connection: &mut AnyConnection,
+    table: &'static str,
+    queue_id: Uuid,
+    candidates: Vec<Uuid>,
+) -> Result<u64, LabelError> {
+    let candidates: Vec<String> = candidates.iter().map(Uuid::to_string).collect();
+    if candidates.is_empty() {
+        return Ok(0);
+    }
+    let ids = IdKey::load(connection).await?;
+    let erased = commit::erased(connection, &ids, candidates.iter().map(String::as_str).collect()).await?;
+    let columns = if table == "label_tasks" { "$2 IN (candidate_a, candidate_b)" } else { "candidate_a = $2" };
+    let text = format!("DELETE FROM {table} WHERE queue_id = $1 AND {columns}");
+    let mut gone = 0;
+    for candidate in candidates.iter().filter(|candidate| erased.contains_key(&ids.pseudonym(candidate))) {
+        let query = sqlx::query(sqlx::AssertSqlSafe(text.clone())).bind(queue_id.to_string()).bind(candidate.clone());
+        gone += query.execute(&mut *connection).await?.rows_affected();
+    }
+    Ok(gone)
 }
 
 impl Labels {
     /// Adds those tasks whose source the queue has not seen. Answers how many that were.
     pub async fn add_tasks(&self, queue_id: Uuid, tasks: &[NewTask], now: i64) -> Result<u64, LabelError> {
-        let mut transaction = self.database.write().begin().await?;
-        let added = insert(&mut transaction, queue_id, tasks, now).await?;
-        transaction.commit().await?;
-        Ok(added)
+        at_length(async {
+            let mut transaction = self.database.write().begin().await?;
+            let added = insert(&mut transaction, queue_id, tasks, now).await?;
+            transaction.commit().await?;
+            Ok(added)
+        })
+        .await
     }
 
     /// At most `limit` tasks of a queue after the task `after`, the oldest first.
@@ -159,35 +191,44 @@ impl Labels {
         after: Option<Uuid>,
         limit: u32,
     ) -> Result<Vec<Task>, LabelError> {
-        let state = match state {
-            TaskState::Any => "",
-            TaskState::Open => "AND t.done = 0",
-            TaskState::Done => "AND t.done = 1",
-        };
-        let sql = sqlx::AssertSqlSafe(format!(
-            "SELECT {COLUMNS} FROM label_tasks t WHERE t.queue_id = $1 AND t.id > $2 {state} ORDER BY t.id LIMIT $3"
-        ));
-        let rows: Vec<Row> = sqlx::query_as(sql)
-            .bind(queue_id.to_string())
-            .bind(after.map(|id| id.to_string()).unwrap_or_default())
-            .bind(i64::from(limit))
-            .fetch_all(self.database.read())
-            .await?;
-        rows.into_iter().map(task).collect()
+        at_length(async {
+            let state = match state {
+                TaskState::Any => "",
+                TaskState::Open => "AND t.done = 0",
+                TaskState::Done => "AND t.done = 1",
+            };
+            let sql = sqlx::AssertSqlSafe(format!(
+                "SELECT {COLUMNS} FROM label_tasks t WHERE t.queue_id = $1 AND t.id > $2 {state} ORDER BY t.id LIMIT $3"
+            ));
+            let rows: Vec<Row> = sqlx::query_as(sql)
+                .bind(queue_id.to_string())
+                .bind(after.map(|id| id.to_string()).unwrap_or_default())
+                .bind(i64::from(limit))
+                .fetch_all(self.database.read())
+                .await?;
+            rows.into_iter().map(task).collect()
+        })
+        .await
     }
 
     /// The task with this id.
     pub async fn task(&self, id: Uuid) -> Result<Option<Task>, LabelError> {
-        let sql = sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM label_tasks t WHERE t.id = $1"));
-        let row: Option<Row> = sqlx::query_as(sql).bind(id.to_string()).fetch_optional(self.database.read()).await?;
-        row.map(task).transpose()
+        patiently(async {
+            let sql = sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM label_tasks t WHERE t.id = $1"));
+            let row: Option<Row> = sqlx::query_as(sql).bind(id.to_string()).fetch_optional(self.database.read()).await?;
+            row.map(task).transpose()
+        })
+        .await
     }
 
     /// The task with this source.
     pub async fn task_of_source(&self, queue_id: Uuid, source: &str) -> Result<Option<Task>, LabelError> {
-        let sql = sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM label_tasks t WHERE t.queue_id = $1 AND t.source = $2"));
-        let query = sqlx::query_as(sql).bind(queue_id.to_string()).bind(source);
-        let row: Option<Row> = query.fetch_optional(self.database.read()).await?;
-        row.map(task).transpose()
+        patiently(async {
+            let sql = sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM label_tasks t WHERE t.queue_id = $1 AND t.source = $2"));
+            let query = sqlx::query_as(sql).bind(queue_id.to_string()).bind(source);
+            let row: Option<Row> = query.fetch_optional(self.database.read()).await?;
+            row.map(task).transpose()
+        })
+        .await
     }
 }

@@ -66,7 +66,7 @@ async fn save(shared: &Arc<Shared>, batch: Vec<Sent>) {
     }
     let start = Instant::now();
     let rows: Vec<&Feedback> = batch.iter().flat_map(|sent| &sent.feedback).collect();
-    match commit::feedback(&shared.database, &rows).await {
+    match commit::feedback(&shared.database, &shared.ids, &rows).await {
         Ok(acknowledged) => {
             committed("feedback", rows.len(), start.elapsed());
             let mut acknowledged = acknowledged.into_iter();

@@ -149,7 +149,7 @@ impl Recorder {
                 queue.send(feedback::Sent { feedback, answer }).await.map_err(|_| StoreError::Closed)?;
                 result.await.map_err(|_| StoreError::Closed)?
             }
-            Mode::Command => Ok(commit::feedback(&self.database, &feedback.iter().collect::<Vec<_>>()).await?),
+            Mode::Command => Ok(commit::feedback(&self.database, &self.ids, &feedback.iter().collect::<Vec<_>>()).await?),
         }
     }
 

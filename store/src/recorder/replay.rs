@@ -94,7 +94,7 @@ async fn replay_segments(shared: &Shared) -> Result<(), Trouble> {
 }
 
 async fn save_feedback(shared: &Shared, rows: &[&Feedback]) -> Result<(), Trouble> {
-    match commit::late_feedback(&shared.database, &shared.ids, rows).await {
+    match commit::feedback(&shared.database, &shared.ids, rows).await.map(drop) {
         Err(Trouble::Refused(error)) if rows.len() == 1 => {
             metrics::counter!("tidemill:store_dropped_records_total").increment(1);
             tracing::error!(%error, id = %rows[0].id, "the database refuses a feedback; it is not recorded");

@@ -39,8 +39,11 @@ pub struct Choice {
     pub id: Uuid,
     /// As the API says it; `None` when the choice did not end.
     pub finish_reason: Option<String>,
-    /// What the client got; `None` when only metadata is recorded.
+    /// What the model wrote, marks of reasoning and calls included; `None` when only metadata is recorded.
     pub output_text: Option<String>,
+    /// The text taken apart, where it holds reasoning or calls: `content`, `reasoning_content`, `tool_calls` of an assistant's message.
+    #[serde(default)]
+    pub message: Option<Value>,
     /// Every sampled token, the end-of-turn token included; empty when only metadata is recorded.
     pub output_ids: Vec<u32>,
     /// Per sampled token, its log-probability under the distribution that was sampled from.

@@ -97,6 +97,7 @@ pub fn answer(store: &Store, user: &str) -> Inference {
         id,
         finish_reason: Some("stop".into()),
         output_text: Some(text.into()),
+        message: None,
         output_ids: vec![1, 2, u32::MAX],
         logprobs: vec![-0.5, -1e-30, f32::NEG_INFINITY],
         raw_logprobs: vec![-0.25, -2.0, -3.5],

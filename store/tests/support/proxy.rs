@@ -91,11 +91,11 @@ async fn pump(
 
 /// Waits until `check` holds.
 pub async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
-    for _ in 0..300 {
+    for _ in 0..1200 {
         if check().await {
             return;
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    panic!("after 30 s still not: {what}");
+    panic!("after two minutes still not: {what}");
 }

@@ -8,7 +8,7 @@ import { z } from 'zod'
 
 import { baseURL, busy, model, until, untilIdle } from './server.mjs'
 
-const client = new OpenAI({ baseURL, apiKey: 'none', maxRetries: 0, timeout: 100_000 })
+const client = new OpenAI({ baseURL, apiKey: 'none', maxRetries: 0, timeout: 240_000 })
 const messages = [{ role: 'user', content: 'What is gravity?' }]
 const request = { model, messages, temperature: 0, max_tokens: 16 }
 

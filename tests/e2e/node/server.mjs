@@ -13,7 +13,7 @@ export async function busy(url = baseURL) {
 }
 
 export async function until(holds) {
-  const deadline = Date.now() + 20_000
+  const deadline = Date.now() + 60_000
   while (!(await holds())) {
     assert.ok(Date.now() < deadline, `still not: ${holds}`)
     await new Promise((done) => setTimeout(done, 20))

@@ -4,17 +4,23 @@ use super::references::number;
 use super::{Checked, children, joined, refused, rewritten};
 use crate::grammar::GrammarError;
 use serde_json::{Map, Value, json};
+use std::cell::Cell;
 
 /// Levels that are looked into.
 const DEEPEST: usize = 8;
 /// Schemas in one `oneOf`: each is compared with each.
 const MOST_OPTIONS: usize = 500;
+/// Comparisons for one schema: references let a short one ask for more than anybody can wait for.
+const MOST_COMPARISONS: usize = 1_000_000;
+/// What a property is that nothing is said of.
+const ANYTHING: &Value = &Value::Bool(true);
 
 /// Rewrites every `oneOf` whose schemas exclude each other, and refuses the others.
 pub(super) fn rewrite(checked: &mut Checked) -> Result<(), GrammarError> {
-    checked.check_options(&checked.root, "")?;
+    let comparer = Comparer { checked, left: Cell::new(MOST_COMPARISONS) };
+    comparer.check(&checked.root, "")?;
     for (schema, path) in &checked.definitions {
-        checked.check_options(schema, path)?;
+        comparer.check(schema, path)?;
     }
     checked.root = rewritten(std::mem::take(&mut checked.root), &mut as_any_of);
     for (schema, _) in &mut checked.definitions {
@@ -53,9 +59,16 @@ struct Says<'a> {
     values: Option<Vec<&'a Value>>,
 }
 
-impl Checked {
+/// Compares schemas of one whole.
+struct Comparer<'a> {
+    checked: &'a Checked,
+    /// Comparisons that may still be made; with none left nothing is known to exclude anything.
+    left: Cell<usize>,
+}
+
+impl Comparer<'_> {
     /// Refuses a `oneOf` in or below `schema` of which two may hold.
-    fn check_options(&self, schema: &Value, path: &str) -> Result<(), GrammarError> {
+    fn check(&self, schema: &Value, path: &str) -> Result<(), GrammarError> {
         if let Some(Value::Array(options)) = schema.get("oneOf") {
             let mut pairs = options.iter().enumerate().flat_map(|(at, a)| options[at + 1..].iter().map(move |b| (a, b)));
             if options.len() > MOST_OPTIONS || !pairs.all(|(a, b)| self.disjoint(a, b, 0)) {
@@ -66,20 +79,19 @@ impl Checked {
         }
         let mut inside = Vec::new();
         children(schema, &mut |steps, schema| inside.push((joined(path, &steps), schema)));
-        inside.into_iter().try_for_each(|(path, schema)| self.check_options(schema, &path))
+        inside.into_iter().try_for_each(|(path, schema)| self.check(schema, &path))
     }
 
     /// Whether surely no value satisfies both.
     fn disjoint(&self, a: &Value, b: &Value, depth: usize) -> bool {
-        if depth > DEEPEST {
-            return false;
-        }
+        let Some(left) = self.left.get().checked_sub(1).filter(|_| depth <= DEEPEST) else { return false };
+        self.left.set(left);
         if a == &Value::Bool(false) || b == &Value::Bool(false) {
             return true;
         }
         let (Some(a_map), Some(b_map)) = (a.as_object(), b.as_object()) else { return false };
         for (map, other) in [(a_map, b), (b_map, a)] {
-            let target = map.get("$ref").and_then(number).and_then(|number| self.definitions.get(number));
+            let target = map.get("$ref").and_then(number).and_then(|number| self.checked.definitions.get(number));
             if target.is_some_and(|(target, _)| self.disjoint(target, other, depth + 1)) {
                 return true;
             }
@@ -107,21 +119,19 @@ impl Checked {
 
     /// Whether some property that one of them requires excludes one by its value.
     fn told_apart(&self, a: &Map<String, Value>, b: &Map<String, Value>, depth: usize) -> bool {
-        let names = |map: &'_ Map<String, Value>| -> Vec<String> {
-            let list = map.get("required").and_then(Value::as_array).into_iter().flatten();
-            list.filter_map(|name| name.as_str().map(str::to_owned)).collect()
-        };
-        let property = |map: &'_ Map<String, Value>, name: &str| -> Value {
-            match map.get("properties").and_then(|properties| properties.get(name)) {
-                Some(schema) => schema.clone(),
-                // A pattern may give it another schema.
-                None if map.contains_key("patternProperties") => Value::Bool(true),
-                None => map.get("additionalProperties").cloned().unwrap_or(Value::Bool(true)),
-            }
-        };
-        let mut required = names(a);
-        required.extend(names(b));
-        required.iter().any(|name| self.disjoint(&property(a, name), &property(b, name), depth + 1))
+        let lists = [a, b].into_iter().filter_map(|map| map.get("required").and_then(Value::as_array));
+        let mut required = lists.flatten().filter_map(Value::as_str);
+        required.any(|name| self.disjoint(property(a, name), property(b, name), depth + 1))
+    }
+}
+
+/// What an object's schema says of a property.
+fn property<'v>(map: &'v Map<String, Value>, name: &str) -> &'v Value {
+    match map.get("properties").and_then(|properties| properties.get(name)) {
+        Some(schema) => schema,
+        // A pattern may give it another schema.
+        None if map.contains_key("patternProperties") => ANYTHING,
+        None => map.get("additionalProperties").unwrap_or(ANYTHING),
     }
 }
 

@@ -79,7 +79,7 @@ pub fn for_lark(schema: &Value, strict: bool) -> Result<String, GrammarError> {
 
 /// A keyword's place and what is wrong with it.
 fn refused(path: &str, keyword: &str, message: impl Into<String>) -> GrammarError {
-    GrammarError { path: joined(path, keyword), keyword: Some(keyword.to_owned()), message: message.into() }
+    GrammarError { path: joined(path, keyword), keyword: Some(keyword.to_owned()), ..GrammarError::whole(message) }
 }
 
 /// The state of one check.
@@ -110,7 +110,7 @@ impl<'a> Walk<'a> {
     }
 
     fn schema(&mut self, schema: &'a Value) -> Result<Value, GrammarError> {
-        let here = |walk: &Self, message: String| GrammarError { path: walk.at(), keyword: None, message };
+        let here = |walk: &Self, message: String| GrammarError { path: walk.at(), ..GrammarError::whole(message) };
         self.schemas += 1;
         if self.schemas > MOST_SCHEMAS {
             return Err(here(self, format!("a schema may hold at most {MOST_SCHEMAS} schemas")));

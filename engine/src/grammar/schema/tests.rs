@@ -308,3 +308,16 @@ fn strict_schemas_keep_to_the_rules_of_openai() {
         assert!(error.message.contains(words), "{error}");
     }
 }
+
+#[test]
+fn schemas_of_one_of_are_compared_in_bounded_time() {
+    // Each definition names the next one fifty times: fifty to the fourth ways to the end.
+    let mut definitions = serde_json::Map::new();
+    for level in 0..3 {
+        definitions.insert(level.to_string(), json!({"anyOf": vec![json!({"$ref": format!("#/$defs/{}", level + 1)}); 50]}));
+    }
+    definitions.insert("3".into(), json!({"anyOf": vec![json!({"type": "string"}); 50]}));
+    let schema = json!({"oneOf": [{"$ref": "#/$defs/0"}, {"type": "integer"}], "$defs": definitions});
+    // They do exclude each other; with fewer ways to the end it is found out.
+    assert_eq!(check(&schema, false).expect_err("it takes too long to know").keyword.as_deref(), Some("oneOf"));
+}

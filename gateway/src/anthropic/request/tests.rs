@@ -67,6 +67,7 @@ fn each_rejection_names_its_path() {
         (json!({"messages": [{"role": "robot", "content": "x"}]}), "messages.0.role"),
         (json!({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}), "messages"),
         (messages(json!(5)), "messages.0.content"),
+        (messages(json!([])), "messages.0.content"),
         (messages(json!([{"type": "image", "source": {}}])), "messages.0.content.0.type"),
         (messages(json!([{"type": "text"}])), "messages.0.content.0.text"),
         (messages(json!([{"type": "tool_result", "content": "x"}])), "messages.0.content.0.tool_use_id"),

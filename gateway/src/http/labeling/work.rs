@@ -128,28 +128,12 @@ fn why_empty(queue: &Queue, progress: &Progress) -> &'static str {
     }
 }
 
-/// What both kinds of judgement send.
-struct Sent {
-    who: String,
-    latency_ms: Option<i64>,
-    next: bool,
-}
-
-impl Sent {
-    fn parse(fields: &mut Fields<'_>, caller: &Caller) -> Result<Self, ApiError> {
-        Ok(Self {
-            who: annotator(caller, optional_text(fields, "annotator", 400)?)?,
-            latency_ms: fields.integer("latency_ms", 0..=i64::from(u32::MAX))?,
-            next: fields.bool_or("next", false)?,
-        })
-    }
-
-    /// When the person decided: what the page measured, but never later than now. A verdict that waited for the network was made
-    /// earlier.
-    fn finished(&self, own: &Assignment) -> i64 {
-        let decided = |latency: i64| own.started.saturating_add(latency.saturating_mul(1000));
-        self.latency_ms.map_or(i64::MAX, decided).min(now())
-    }
+/// What a person says of a task.
+enum Said {
+    /// `left`, `right`, `tie` or `both_bad`.
+    Choice(&'static str),
+    /// Passed over, and why.
+    Skip(String),
 }
 
 /// `POST /v1/labeling/assignments/{id}/verdict`: `{"choice": "left|right|tie|both_bad"}`. With `"next": true` the answer brings the
@@ -160,22 +144,9 @@ pub async fn verdict(
     Path(assignment): Path<String>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let assignment = id(&assignment)?;
-    let body = app.body.json(request).await?;
-    let mut fields = Fields::root(&body)?;
-    let choice = fields.require("choice")?.one_of(&["left", "right", "tie", "both_bad"])?;
-    let sent = Sent::parse(&mut fields, &caller)?;
-    fields.finish()?;
-    let labels = Labels::new(app.store.database());
-    let own = labels.assignment(assignment).await?.ok_or(LabelError::NoAssignment(assignment))?;
-    let verdict = match choice {
-        "tie" => Verdict::Tie,
-        "both_bad" => Verdict::BothBad,
-        side if (side == "left") == own.a_is_left => Verdict::A,
-        _ => Verdict::B,
-    };
-    let own = labels.submit(assignment, &sent.who, verdict, sent.finished(&own), caller.key_id().as_deref()).await?;
-    settled(labels, &own, sent, json!({"assignment": own.id, "feedback": own.feedback_id})).await
+    let choice =
+        |fields: &mut Fields<'_>| Ok(Said::Choice(fields.require("choice")?.one_of(&["left", "right", "tie", "both_bad"])?));
+    judge(&app, &caller, &assignment, request, choice).await
 }
 
 /// `POST /v1/labeling/assignments/{id}/skip`: `{"reason": "…"}`.
@@ -185,32 +156,63 @@ pub async fn skip(
     Path(assignment): Path<String>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let assignment = id(&assignment)?;
+    let reason = |fields: &mut Fields<'_>| {
+        let field = fields.require("reason")?;
+        match field.short_string(500)?.trim() {
+            "" => Err(field.invalid("invalid_value", "say why the task is skipped.")),
+            reason => Ok(Said::Skip(reason.to_owned())),
+        }
+    };
+    judge(&app, &caller, &assignment, request, reason).await
+}
+
+/// Takes what is said of an assignment, and gives the next task if that is wanted.
+async fn judge(
+    app: &App,
+    caller: &Caller,
+    assignment: &str,
+    request: Request,
+    said: impl FnOnce(&mut Fields<'_>) -> Result<Said, ApiError>,
+) -> Result<Response, ApiError> {
+    let assignment = id(assignment)?;
     let body = app.body.json(request).await?;
     let mut fields = Fields::root(&body)?;
-    let field = fields.require("reason")?;
-    let reason = field.short_string(500)?.trim();
-    if reason.is_empty() {
-        return Err(field.invalid("invalid_value", "say why the task is skipped."));
-    }
-    let sent = Sent::parse(&mut fields, &caller)?;
+    let said = said(&mut fields)?;
+    let who = annotator(caller, optional_text(&mut fields, "annotator", 400)?)?;
+    let latency_ms = fields.integer("latency_ms", 0..=i64::from(u32::MAX))?;
+    let next = fields.bool_or("next", false)?;
     fields.finish()?;
     let labels = Labels::new(app.store.database());
     let own = labels.assignment(assignment).await?.ok_or(LabelError::NoAssignment(assignment))?;
-    let own = labels.skip(assignment, &sent.who, reason, sent.finished(&own)).await?;
-    settled(labels, &own, sent, json!({"assignment": own.id})).await
-}
-
-async fn settled(labels: Labels, own: &Assignment, sent: Sent, mut body: Value) -> Result<Response, ApiError> {
-    if sent.next {
+    let finished = finished(&own, latency_ms);
+    let mut answered = match said {
+        Said::Choice(choice) => {
+            let verdict = match choice {
+                "tie" => Verdict::Tie,
+                "both_bad" => Verdict::BothBad,
+                side if (side == "left") == own.a_is_left => Verdict::A,
+                _ => Verdict::B,
+            };
+            let own = labels.submit(assignment, &who, verdict, finished, caller.key_id().as_deref()).await?;
+            json!({"assignment": own.id, "feedback": own.feedback_id})
+        }
+        Said::Skip(reason) => json!({"assignment": labels.skip(assignment, &who, &reason, finished).await?.id}),
+    };
+    if next {
         let queue = labels.queue(&own.queue_id.to_string()).await?;
-        let desk = Desk { labels, queue, who: sent.who };
+        let desk = Desk { labels, queue, who };
         let lease = desk.lease().await?;
-        if let (Some(body), Value::Object(more)) = (body.as_object_mut(), desk.given(lease).await?) {
-            body.extend(more);
+        if let (Some(answered), Value::Object(more)) = (answered.as_object_mut(), desk.given(lease).await?) {
+            answered.extend(more);
         }
     }
-    Ok(answer(StatusCode::OK, &body))
+    Ok(answer(StatusCode::OK, &answered))
+}
+
+/// When the person decided: what the page measured, but never later than now. A verdict that waited for the network was made earlier.
+fn finished(own: &Assignment, latency_ms: Option<i64>) -> i64 {
+    let decided = |latency: i64| own.started.saturating_add(latency.saturating_mul(1000));
+    latency_ms.map_or(i64::MAX, decided).min(now())
 }
 
 #[cfg(test)]

@@ -4,11 +4,12 @@
 //! that promise is broken, whoever reads the row finds it failed. A response that was cancelled or deleted, here or through another
 //! server on the same database, is dropped, which frees its place in the engine.
 
+use crate::clock::{now, seconds};
 use crate::http::chat::ChatRun;
 use crate::http::drain::InFlight;
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
-use crate::http::responses::{in_our_words, now, seconds, whole};
+use crate::http::responses::{in_our_words, whole};
 use crate::responses::{Ending, Output, Template};
 use serde_json::Value;
 use std::collections::HashMap;
@@ -132,5 +133,5 @@ async fn finish(store: &Store, id: Uuid, ending: &Ending, body: &Value) {
 
 /// Until when this server is believed to be there, in microseconds since 1970.
 fn belief() -> i64 {
-    i64::try_from((now() + BELIEF).as_micros()).unwrap_or(i64::MAX)
+    now().saturating_add(i64::try_from(BELIEF.as_micros()).unwrap_or(i64::MAX))
 }

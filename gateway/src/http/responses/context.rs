@@ -6,10 +6,12 @@ use crate::responses::ResponseRequest;
 use crate::responses::id::{self, ItemId};
 use hyper::StatusCode;
 use serde_json::Value;
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-use tidemill_store::{MAX_CHAIN, ResponseStatus, Store, StoredResponse};
+use std::collections::{BTreeMap, BTreeSet};
+use tidemill_store::{Chain, MAX_CHAIN, MAX_CHAIN_BYTES, ResponseStatus, Store, StoredResponse};
 use uuid::Uuid;
+
+/// Responses whose items are looked up at once; of each, only the items that are wanted are kept.
+const LOOKUP: usize = 16;
 
 /// The items of a whole conversation.
 pub struct Context {
@@ -41,7 +43,7 @@ impl Context {
 
 /// The response of this id and all before it, the earliest first.
 async fn chain(store: &Store, owner: &str, last: Uuid, truncate: bool) -> Result<Vec<StoredResponse>, ApiError> {
-    let chain = store.response_chain(owner, last).await.map_err(unavailable)?;
+    let Chain { responses: chain, cut } = store.response_chain(owner, last).await.map_err(unavailable)?;
     let not_found = |message: String| ApiError::invalid("previous_response_id", "previous_response_not_found", message);
     let (Some(first), Some(end)) = (chain.first(), chain.last()) else {
         let message = format!(
@@ -56,7 +58,7 @@ async fn chain(store: &Store, owner: &str, last: Uuid, truncate: bool) -> Result
         return Err(ApiError::invalid("previous_response_id", "response_in_progress", message));
     }
     if let Some(missing) = first.previous {
-        if chain.len() < MAX_CHAIN {
+        if !cut {
             let message = format!(
                 "Previous response with id '{}' not found: '{}' goes on from it, and it was deleted since.",
                 id::shown(missing),
@@ -66,7 +68,7 @@ async fn chain(store: &Store, owner: &str, last: Uuid, truncate: bool) -> Result
         }
         if !truncate {
             let message = format!(
-                "Invalid 'previous_response_id': the conversation has more than {MAX_CHAIN} responses; set 'truncation' to 'auto' to leave out its beginning."
+                "Invalid 'previous_response_id': the conversation has more than {MAX_CHAIN} responses or {MAX_CHAIN_BYTES} bytes; set 'truncation' to 'auto' to leave out its beginning."
             );
             return Err(ApiError::invalid("previous_response_id", "invalid_value", message));
         }
@@ -83,34 +85,53 @@ pub fn items_of(chain: &[StoredResponse]) -> Vec<Value> {
     chain.iter().flat_map(of).collect()
 }
 
-/// The items, with those that are references replaced.
+/// The items, with those that are references replaced. A reference is short and what it names may be long: together they name no more
+/// than a conversation that is gone on from may hold.
 async fn resolved(store: &Store, owner: &str, items: &[Value]) -> Result<Vec<Value>, ApiError> {
-    let mut known: HashMap<Uuid, Vec<Value>> = HashMap::new();
+    let wanted = |item: &Value| (item["type"] == "item_reference").then(|| item["id"].as_str().unwrap_or_default().to_owned());
+    let ids: BTreeSet<String> = items.iter().filter_map(wanted).collect();
+    let responses: BTreeSet<Uuid> = ids.iter().filter_map(|id| ItemId::response_of(id)).collect();
+    if responses.len() > MAX_CHAIN {
+        let message =
+            format!("Invalid 'input': it refers to items of more than {MAX_CHAIN} responses; send the items themselves.");
+        return Err(ApiError::invalid("input", "invalid_value", message));
+    }
+    let responses: Vec<Uuid> = responses.into_iter().collect();
+    let mut known: BTreeMap<String, Value> = BTreeMap::new();
+    let (mut kept, mut bytes) = (0, 0);
+    let within = |bytes: usize| {
+        if bytes <= MAX_CHAIN_BYTES {
+            return Ok(());
+        }
+        let message = format!("Invalid 'input': the items that it refers to have more than {MAX_CHAIN_BYTES} bytes together.");
+        Err(ApiError::invalid("input", "invalid_value", message))
+    };
+    for part in responses.chunks(LOOKUP) {
+        for item in items_of(&store.responses(owner, part).await.map_err(unavailable)?) {
+            if let Some(id) = item["id"].as_str().filter(|id| ids.contains(*id) && !known.contains_key(*id)) {
+                kept += size(&item);
+                within(kept)?;
+                known.insert(id.to_owned(), item);
+            }
+        }
+    }
     let mut resolved = Vec::with_capacity(items.len());
     for (index, item) in items.iter().enumerate() {
-        if item["type"] != "item_reference" {
+        let Some(id) = wanted(item) else {
             resolved.push(item.clone());
             continue;
-        }
-        let wanted = item["id"].as_str().unwrap_or_default();
-        let not_found = || {
-            let shown: String = wanted.chars().take(100).collect();
+        };
+        let found = known.get(&id).ok_or_else(|| {
+            let shown: String = id.chars().take(100).collect();
             let message = format!(
                 "Item with id '{shown}' not found. Only items of responses that were stored can be referred to, and only by the key that made them."
             );
             let error = ApiError::client(StatusCode::NOT_FOUND, Some("item_not_found"), message);
             ApiError { param: Some(format!("input.{index}.id")), ..error }
-        };
-        let response = ItemId::response_of(wanted).ok_or_else(not_found)?;
-        let there = match known.entry(response) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(unknown) => {
-                let found = store.response(owner, response).await.map_err(unavailable)?;
-                unknown.insert(found.map(|found| items_of(&[found])).unwrap_or_default())
-            }
-        };
-        let found = there.iter().find(|item| item["id"] == wanted);
-        resolved.push(found.ok_or_else(not_found)?.clone());
+        })?;
+        bytes += size(found);
+        within(bytes)?;
+        resolved.push(found.clone());
     }
     Ok(resolved)
 }

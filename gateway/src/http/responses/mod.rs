@@ -6,6 +6,7 @@ mod stored;
 
 pub use stored::{cancel, delete, get, input_items};
 
+use crate::clock::{now, seconds};
 use crate::http::answer::answer;
 use crate::http::app::App;
 use crate::http::chat::ChatRun;
@@ -21,13 +22,12 @@ use crate::recording::Level;
 use crate::responses::output::EventLog;
 use crate::responses::stream::ResponseStream;
 use crate::responses::{Ending, Output, ResponseRequest, Template, conversation, item};
-use crate::upstream::{Events, LocalModel, Upstream};
+use crate::upstream::{Events, LocalModel};
 use axum::extract::{Request, State};
 use axum::response::Response;
 use context::Context;
 use hyper::StatusCode;
 use serde_json::{Value, json};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tidemill_store::{ResponseStatus, StoredResponse};
 
 /// What records call this endpoint.
@@ -76,7 +76,7 @@ pub async fn input_tokens(State(app): State<App>, request: Request) -> Result<Re
     let context = Context::of(&app.store, &owner(&asked.caller), &request).await?;
     let long = context.bytes > LONG_WORK;
     let count = move || {
-        let Upstream::Local(model) = asked.app.registry.find(Some(&request.model))?;
+        let model = asked.model(&request.model)?;
         let chat = chat_request(&model, request, &context.items)?;
         model.chat_tokens(&chat.prompt, &chat.offered_tools()).map(|(_, tokens)| tokens.len()).map_err(in_our_words)
     };
@@ -119,7 +119,7 @@ struct Prepared {
 
 impl Prepared {
     fn new(asked: Asked, mut request: ResponseRequest, context: Context) -> Result<Self, ApiError> {
-        let Upstream::Local(model) = asked.app.registry.find(Some(&request.model))?;
+        let model = asked.model(&request.model)?;
         let (stream, background, logprobs) = (request.generation.stream, request.background, request.logprobs);
         // Where texts are not to be recorded, one that stores them has to say so.
         let store =
@@ -136,7 +136,7 @@ impl Prepared {
         let now = now();
         let row = store.then(|| StoredResponse {
             id: run.id,
-            created: i64::try_from(now.as_micros()).unwrap_or(i64::MAX),
+            created: now,
             owner,
             user_key,
             previous,
@@ -147,7 +147,7 @@ impl Prepared {
         });
         Ok(Self {
             output: Output::new(run.id, model.tokenizer().clone(), logprobs),
-            template: Template::new(run.id, now.as_secs(), model.name(), store, run.sampling(), echo),
+            template: Template::new(run.id, now.unsigned_abs() / 1_000_000, model.name(), store, run.tier, run.sampling(), echo),
             keep_records: logprobs.is_some(),
             run,
             stream,
@@ -219,15 +219,6 @@ fn in_our_words(mut error: ApiError) -> ApiError {
         }
     }
     error
-}
-
-fn now() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
-}
-
-/// Since 1970.
-fn seconds() -> u64 {
-    now().as_secs()
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Reading, cancelling and deleting responses that were stored.
 
-use crate::http::answer::answer;
+use crate::clock::seconds;
+use crate::http::answer::{answer, list};
 use crate::http::app::App;
 use crate::http::auth::Caller;
 use crate::http::error::ApiError;
@@ -8,14 +9,14 @@ use crate::http::feedback::unavailable;
 use crate::http::generate::enter;
 use crate::http::query::parameters;
 use crate::http::responses::context::items_of;
-use crate::http::responses::seconds;
-use crate::http::stored_chats::{list_of, owner};
+use crate::http::stored_chats::owner;
 use crate::openai::listing::{Extra, Listing};
 use crate::responses::{Ending, id, object};
 use axum::extract::{Path, RawQuery, Request, State};
 use axum::response::Response;
 use hyper::StatusCode;
 use serde_json::json;
+use std::collections::HashSet;
 use tidemill_store::{Order, ResponseStatus, StoredResponse};
 
 /// `GET /v1/responses/{id}`
@@ -84,12 +85,15 @@ pub async fn input_items(
     let listing = Listing::parse(query.as_deref(), Order::NewestFirst, Extra::Items)?;
     let owner = owner(&Caller::of(&request));
     let Some(bare) = id::parse(&id) else { return Err(unknown(&id)) };
-    let mut chain = app.store.response_chain(&owner, bare).await.map_err(unavailable)?;
+    let mut chain = app.store.response_chain(&owner, bare).await.map_err(unavailable)?.responses;
     let Some(last) = chain.pop() else { return Err(unknown(&id)) };
     let mut items = items_of(&chain);
     items.extend(last.input);
+    // An item that was sent or referred to again has the same id: it is shown once, or its second place would lead back to the first.
+    let mut seen = HashSet::new();
+    items.retain(|item| seen.insert(item["id"].as_str().unwrap_or_default().to_owned()));
     let (page, has_more) = listing.page(items, |item| item["id"].as_str().unwrap_or_default().to_owned())?;
-    Ok(list_of(page, has_more))
+    Ok(list(page, has_more))
 }
 
 /// The owner's response; one whose server has gone while it was being made has failed.
@@ -100,8 +104,11 @@ async fn find(app: &App, owner: &str, id: &str) -> Result<StoredResponse, ApiErr
         let ending =
             Ending::Failed("The server that made this response ended before it was complete; send the request again.".into());
         object::end(&mut found.body, &ending, seconds());
-        app.store.end_response(bare, ending.status(), &found.body).await.map_err(unavailable)?;
         found.status = ending.status();
+        if !app.store.end_response(bare, ending.status(), &found.body).await.map_err(unavailable)? {
+            // It ended in the meantime.
+            found = app.store.response(owner, bare).await.map_err(unavailable)?.ok_or_else(|| unknown(id))?;
+        }
     }
     Ok(found)
 }

@@ -81,11 +81,14 @@ impl Parsers {
 
     /// How the answers to `prompt` are to be read.
     pub fn format(&self, prompt: &str, tools: &[&Tool], answer: u128) -> OutputFormat {
-        let in_reasoning = self.reasoning.is_some_and(|tags| prompt.trim_end().ends_with(tags.open));
+        let ends_with = |mark: fn(&ReasoningTags) -> &'static str| {
+            self.reasoning.is_some_and(|tags| prompt.trim_end().ends_with(mark(&tags)))
+        };
+        let (in_reasoning, reasoned) = (ends_with(|tags| tags.open), ends_with(|tags| tags.close));
         let function = |tool: &&Tool| Function { name: tool.name.clone(), schema: tool.parameters.clone() };
         let functions = tools.iter().map(function).collect();
         let calls = (!tools.is_empty()).then_some(self.calls);
-        OutputFormat { reasoning: self.reasoning, in_reasoning, calls, functions, single_call: false, answer }
+        OutputFormat { reasoning: self.reasoning, in_reasoning, reasoned, calls, functions, single_call: false, answer }
     }
 }
 

@@ -95,6 +95,8 @@ pub struct OutputFormat {
     pub reasoning: Option<ReasoningTags>,
     /// The prompt has opened the reasoning already.
     pub in_reasoning: bool,
+    /// The prompt has closed the reasoning already.
+    pub reasoned: bool,
     /// `None` where the request offers no tools: then nothing is a call.
     pub calls: Option<CallFormat>,
     /// Functions that the model may call.

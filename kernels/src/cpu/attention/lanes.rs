@@ -10,7 +10,7 @@ const EXP2: [f32; 6] = [1.000_000_1, std::f32::consts::LN_2, 0.240_221_07, 0.055
 ///
 /// # Safety
 /// Methods may only be called where the instructions of the implementing type exist, with pointers good for `N` elements.
-pub(in crate::cpu) trait Lanes {
+pub(crate) trait Lanes {
     type V: Copy;
     const N: usize;
     /// Rows of two vectors each whose sums the registers hold beside the operands.
@@ -35,7 +35,7 @@ pub(in crate::cpu) trait Lanes {
 }
 
 /// Four floats of plain Rust.
-pub(in crate::cpu) struct Portable;
+pub(crate) struct Portable;
 
 impl Lanes for Portable {
     type V = [f32; 4];
@@ -108,7 +108,7 @@ impl Lanes for Portable {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(in crate::cpu) use x86::{Avx2, Avx512};
+pub(crate) use x86::{Avx2, Avx512};
 #[cfg(target_arch = "x86_64")]
 pub(super) use x86::{dot_bf16, store_bf16};
 

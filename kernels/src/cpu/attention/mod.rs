@@ -6,14 +6,14 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
-pub(super) mod lanes;
+pub(crate) mod lanes;
 mod plan;
 mod storage;
 mod tile;
 mod vector;
 
 pub use plan::{AttentionPlan, SEGMENT};
-pub(super) use storage::bf16;
+pub(crate) use storage::bf16;
 pub use storage::{BLOCK, KvStorage};
 
 use crate::isa::Isa;

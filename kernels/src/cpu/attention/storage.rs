@@ -310,7 +310,7 @@ impl Drop for KvStorage {
 
 /// Rounds to the nearest bfloat16, ties to even; NaN stays NaN.
 #[inline(always)]
-pub(in crate::cpu) fn bf16(x: f32) -> u16 {
+pub(crate) fn bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
     let nan = (bits >> 16) as u16 | 0x40;

@@ -1,12 +1,12 @@
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::super::Position;
 use super::super::answer::Prompt;
-use super::super::query::{MetricLabel, MetricRange};
+use super::super::query::{Material, MetricLabel, MetricRange};
 use super::*;
 
 fn id(number: u128) -> Uuid {
@@ -19,6 +19,7 @@ fn answer(number: u128, user: &str, prompt: &str, text: &str) -> (String, Target
         id: id(number).to_string(),
         prompt: Arc::new(Prompt::new(vec![message])),
         text: text.into(),
+        parsed: None,
         model: Some("small".into()),
         variant: Some(format!("v{}", number % 2)),
         user: Some(user.into()),

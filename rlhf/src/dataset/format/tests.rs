@@ -253,3 +253,27 @@ fn openai_learns_the_last_answer_only_and_meets_no_key_that_it_refuses() {
         assert!(back.prompt()[1].extra.is_empty() && back.answers()[0][0].extra.is_empty(), "{back:?}");
     }
 }
+
+#[test]
+fn an_answer_with_calls_is_its_text_here_and_a_message_with_calls_elsewhere() {
+    let call =
+        |arguments: Value| json!([{"id": "call_0", "type": "function", "function": {"name": "f", "arguments": arguments}}]);
+    let parsed = json!({"content": "Look:", "reasoning_content": "Hm.", "tool_calls": call(json!({"a": 1}))});
+    let mut answer = says("assistant", "<think>Hm.</think>Look:<tool_call>…");
+    answer.extra.insert("parsed".into(), parsed);
+    let mut user = says("user", "Hi");
+    user.extra.insert("tools".into(), json!([{"type": "function", "function": {"name": "f"}}]));
+    let row = Row::new(Example::Demonstration { prompt: vec![user.clone()], completion: vec![answer] }, Origin::default());
+    let stored = StoredRow { row, split: Split::Train, verdict: None };
+    let trl = line(&stored, Format::Trl).unwrap();
+    assert_eq!(trl["tools"][0]["function"]["name"], "f");
+    assert_eq!(
+        trl["completion"],
+        json!([{"role": "assistant", "content": "Look:", "reasoning_content": "Hm.", "tool_calls": call(json!({"a": 1}))}])
+    );
+    let openai = line(&stored, Format::Openai).unwrap();
+    assert_eq!(openai["messages"][1], json!({"role": "assistant", "content": "Look:", "tool_calls": call(json!("{\"a\":1}"))}));
+    let own = line(&stored, Format::Tidemill).unwrap();
+    assert_eq!(own["completion"][0]["content"], "<think>Hm.</think>Look:<tool_call>…");
+    assert_eq!(parse(own, "f:1").unwrap(), stored);
+}

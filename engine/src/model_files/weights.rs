@@ -1,0 +1,102 @@
+//! Weights as they lie in the files: for a backend that packs them, and for training, which reads them where they are.
+
+use tidemill_kernels::{Format, MatrixSource};
+
+use super::ModelFiles;
+use crate::load_error::LoadError;
+use crate::model::weight_names::{Naming, Part, Weight};
+use crate::model_config::{Family, ModelConfig};
+
+/// A matrix `[n, k]` (output features, input features) in its file's format.
+#[derive(Debug)]
+pub struct FileMatrix<'a> {
+    /// Output features.
+    pub n: usize,
+    /// Input features.
+    pub k: usize,
+    /// Storage format of `data`.
+    pub format: Format,
+    /// `n` rows.
+    pub data: &'a [u8],
+    /// Output feature `i` is file row `row_order[i]`.
+    pub row_order: Option<Vec<u32>>,
+}
+
+impl FileMatrix<'_> {
+    /// For kernels.
+    pub fn source(&self) -> MatrixSource<'_> {
+        let Self { n, k, format, data, row_order } = self;
+        MatrixSource { n: *n, k: *k, format: *format, data, row_order: row_order.as_deref() }
+    }
+}
+
+impl ModelConfig {
+    /// `[n, k]` of a matrix; vectors are `[n, 1]`.
+    pub fn shape_of(&self, weight: Weight) -> (usize, usize) {
+        let &ModelConfig { hidden, intermediate, heads, kv_heads, head_dim, vocabulary, .. } = self;
+        let (queries, keys) = (heads * head_dim, kv_heads * head_dim);
+        match weight {
+            Weight::Embedding | Weight::Output => (vocabulary, hidden),
+            Weight::FinalNorm => (hidden, 1),
+            Weight::Layer(_, part) => match part {
+                Part::AttentionNorm | Part::FeedForwardNorm | Part::AttentionOutputBias | Part::DownBias => (hidden, 1),
+                Part::Query => (queries, hidden),
+                Part::Key | Part::Value => (keys, hidden),
+                Part::QueryBias => (queries, 1),
+                Part::KeyBias | Part::ValueBias => (keys, 1),
+                Part::QueryNorm | Part::KeyNorm => (head_dim, 1),
+                Part::AttentionOutput => (hidden, queries),
+                Part::Gate | Part::Up => (intermediate, hidden),
+                Part::GateBias | Part::UpBias => (intermediate, 1),
+                Part::Down => (hidden, intermediate),
+            },
+        }
+    }
+}
+
+impl ModelFiles {
+    /// A matrix of the model, checked against the configuration.
+    pub fn matrix(&self, weight: Weight) -> Result<FileMatrix<'_>, LoadError> {
+        let (n, k) = self.config.shape_of(weight);
+        let tensor = self.need(weight)?;
+        tensor.expect_shape(&[n, k])?;
+        if tensor.format.row_bytes(k).and_then(|row| row.checked_mul(n)) != Some(tensor.data.len()) {
+            let detail = format!("{} bytes are not {n} rows of {k} in {:?}", tensor.data.len(), tensor.format);
+            return Err(LoadError::corrupt(tensor.path, tensor.name, detail));
+        }
+        Ok(FileMatrix { n, k, format: tensor.format, data: tensor.data, row_order: self.row_order(weight, n) })
+    }
+
+    /// A norm's weight or a bias.
+    pub fn vector(&self, weight: Weight) -> Result<Vec<f32>, LoadError> {
+        let (width, _) = self.config.shape_of(weight);
+        let tensor = self.need(weight)?;
+        tensor.expect_shape(&[width])?;
+        let values = tensor.to_f32()?;
+        Ok(match self.row_order(weight, width) {
+            None => values,
+            Some(order) => order.iter().filter_map(|&row| values.get(row as usize).copied()).collect(),
+        })
+    }
+
+    /// The output matrix: the embedding table where the two are tied.
+    pub fn output(&self) -> Weight {
+        if self.config.tied_embeddings { Weight::Embedding } else { Weight::Output }
+    }
+
+    /// llama.cpp's converter reorders the rows of q and k in llama-family models so that rotated pairs are neighbours
+    /// (`LlamaModel.permute`); ours rotates halves, as the publishers' models do.
+    fn row_order(&self, weight: Weight, rows: usize) -> Option<Vec<u32>> {
+        let rotated = matches!(weight, Weight::Layer(_, Part::Query | Part::Key | Part::QueryBias | Part::KeyBias));
+        let paired = self.naming() == Naming::Gguf && matches!(self.config.family, Family::Llama | Family::Mistral);
+        if !(rotated && paired) {
+            return None;
+        }
+        let (head_dim, half) = (self.config.head_dim, self.config.head_dim / 2);
+        let order = (0..rows).map(|row| {
+            let (head, within) = (row / head_dim, row % head_dim);
+            head * head_dim + within % half * 2 + within / half
+        });
+        order.map(|row| u32::try_from(row).ok()).collect()
+    }
+}

@@ -1,0 +1,454 @@
+use super::*;
+use crate::blocks::quantize_row;
+use crate::ops::{AttentionSpec, Format, HeadShape, MatrixSource, Store};
+use crate::random::uniform;
+
+fn noise(seed: u64, n: usize) -> Vec<f32> {
+    (0..n as u64).map(|i| (uniform(seed, i) * 2.0 - 1.0) as f32).collect()
+}
+
+fn each(mut test: impl FnMut(&mut Compute, Precision)) {
+    for isa in Isa::available() {
+        for threads in [1, 3] {
+            for precision in [Precision::F32, Precision::Bf16] {
+                test(&mut Compute::new(threads, Some(isa), precision).unwrap(), precision);
+            }
+        }
+    }
+}
+
+/// `[m, k] · [k, n]` in doubles.
+fn exact(m: usize, n: usize, k: usize, left: impl Fn(usize, usize) -> f32, right: impl Fn(usize, usize) -> f32) -> Vec<f64> {
+    let mut out = vec![0.0; m * n];
+    for i in 0..m {
+        for j in 0..n {
+            out[i * n + j] = (0..k).map(|p| f64::from(left(i, p)) * f64::from(right(p, j))).sum();
+        }
+    }
+    out
+}
+
+fn close(got: &[f32], stride: usize, want: &[f64], m: usize, n: usize, k: usize, precision: Precision, what: &str) {
+    // Operands are at most 1: an error per product of two roundings, and sums that wander.
+    let tolerance = match precision {
+        Precision::F32 => 2e-6 * (k as f64).sqrt() + 1e-6,
+        Precision::Bf16 => 8e-3 * (k as f64).sqrt(),
+    };
+    for i in 0..m {
+        for j in 0..n {
+            let (got, want) = (f64::from(got[i * stride + j]), want[i * n + j]);
+            assert!((got - want).abs() <= tolerance, "{what} [{m}, {n}, {k}] at {i}, {j}: {got} is not {want}");
+        }
+    }
+}
+
+#[test]
+fn products_of_all_views_and_ragged_shapes() {
+    let shapes =
+        [(1, 1, 1), (3, 5, 7), (12, 32, 31), (17, 33, 64), (97, 260, 130), (100, 16, 1100), (16, 300, 1056), (33, 31, 2)];
+    each(|compute, precision| {
+        for (case, (m, n, k)) in shapes.into_iter().enumerate() {
+            let seed = 10 * case as u64;
+            let (ls, rs, os) = (k.max(m) + 3, k.max(n) + 1, n + 2);
+            let left = noise(seed, ls * ls.max(m));
+            let right = noise(seed + 1, rs * rs.max(n));
+            let views: [(View<'_>, bool); 2] =
+                [(View::Rows { data: &left, stride: ls }, false), (View::Columns { data: &left, stride: ls }, true)];
+            let others: [(View<'_>, bool); 2] =
+                [(View::Rows { data: &right, stride: rs }, false), (View::Columns { data: &right, stride: rs }, true)];
+            for (l, lt) in views {
+                for (r, rt) in others {
+                    let at = |data: &[f32], stride: usize, t: bool, i: usize, j: usize| {
+                        if t { data[j * stride + i] } else { data[i * stride + j] }
+                    };
+                    let mut want = exact(m, n, k, |i, p| at(&left, ls, lt, i, p), |p, j| at(&right, rs, rt, p, j));
+                    let mut out = vec![f32::NAN; m * os];
+                    let mut product = Product { m, n, k, left: l, right: Operand::View(r), scale: 1.0, store: Store::Replace };
+                    compute.matmul(&product, &mut out, os).unwrap();
+                    close(&out, os, &want, m, n, k, precision, "replaced");
+                    product.store = Store::Add;
+                    product.scale = 0.5;
+                    compute.matmul(&product, &mut out, os).unwrap();
+                    want.iter_mut().for_each(|v| *v *= 1.5);
+                    close(&out, os, &want, m, n, k, precision, "added");
+                    let padding = (0..m - 1).flat_map(|i| &out[i * os + n..(i + 1) * os]);
+                    assert!(padding.into_iter().all(|v| v.is_nan()), "written beside the result");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn stacks_of_values_and_file_weights_both_ways() {
+    let (n1, n2, n3, k) = (40, 21, 300, 512);
+    let plain = noise(1, n1 * k);
+    let half: Vec<u8> = noise(2, n2 * k).iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
+    let order: Vec<u32> = (0..n2 as u32).rev().collect();
+    let row_bytes = Format::Q4_1.row_bytes(k).unwrap();
+    let mut quantised = vec![0; n3 * row_bytes];
+    for (row, out) in noise(3, n3 * k).chunks(k).zip(quantised.chunks_mut(row_bytes)) {
+        quantize_row(Format::Q4_1, row, out).unwrap();
+    }
+    let blocks = [
+        Block::Values { data: &plain, n: n1 },
+        Block::Weight(MatrixSource { n: n2, k, format: Format::Bf16, data: &half, row_order: Some(&order) }),
+        Block::Weight(MatrixSource { n: n3, k, format: Format::Q4_1, data: &quantised, row_order: None }),
+    ];
+    let n = n1 + n2 + n3;
+    let mut dense = plain.clone();
+    for row in (0..n2).rev() {
+        dense.extend(half[row * k * 2..][..k * 2].as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()));
+    }
+    for row in 0..n3 {
+        let mut values = vec![0.0; k];
+        crate::blocks::dequantize_row(Format::Q4_1, &quantised[row * row_bytes..][..row_bytes], &mut values).unwrap();
+        dense.extend(values);
+    }
+    let m = 37;
+    let x = noise(4, m * k);
+    let y = noise(5, m * n);
+    each(|compute, precision| {
+        let mut out = vec![f32::NAN; m * n];
+        let forward = Product {
+            m,
+            n,
+            k,
+            left: View::Rows { data: &x, stride: k },
+            right: Operand::StackT(&blocks),
+            scale: 1.0,
+            store: Store::Replace,
+        };
+        compute.matmul(&forward, &mut out, n).unwrap();
+        let want = exact(m, n, k, |i, p| x[i * k + p], |p, j| dense[j * k + p]);
+        close(&out, n, &want, m, n, k, precision, "forward");
+        let mut back = vec![f32::NAN; m * k];
+        let backward = Product {
+            m,
+            n: k,
+            k: n,
+            left: View::Rows { data: &y, stride: n },
+            right: Operand::Stack(&blocks),
+            scale: 1.0,
+            store: Store::Replace,
+        };
+        compute.matmul(&backward, &mut back, k).unwrap();
+        let want = exact(m, k, n, |i, p| y[i * n + p], |p, j| dense[p * k + j]);
+        close(&back, k, &want, m, k, n, precision, "backward");
+    });
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let mut compute = Compute::new(1, None, Precision::F32).unwrap();
+    let data = noise(1, 12);
+    let mut out = vec![0.0; 12];
+    let rows = View::Rows { data: &data, stride: 4 };
+    let good = Product { m: 3, n: 4, k: 3, left: rows, right: Operand::View(rows), scale: 1.0, store: Store::Replace };
+    compute.matmul(&good, &mut out, 4).unwrap();
+    let short = [Block::Values { data: &data, n: 5 }];
+    for bad in [Product { m: 4, ..good }, Product { k: 5, ..good }, Product { right: Operand::StackT(&short), ..good }] {
+        assert!(matches!(compute.matmul(&bad, &mut out, 4), Err(KernelError::Shape { .. })));
+    }
+    assert!(compute.matmul(&good, &mut out[..11], 4).is_err());
+    assert!(compute.matmul(&good, &mut out, 3).is_err());
+    let empty = Product { m: 3, n: 4, k: 0, ..good };
+    compute.matmul(&empty, &mut out, 4).unwrap();
+    assert_eq!(out, [0.0; 12]);
+}
+
+/// The derivative of `loss` along `x[i]` by central differences in doubles.
+fn difference(x: &[f64], i: usize, loss: &dyn Fn(&[f64]) -> f64) -> f64 {
+    let mut moved = x.to_vec();
+    let step = 1e-5 * x[i].abs().max(1.0);
+    moved[i] = x[i] + step;
+    let above = loss(&moved);
+    moved[i] = x[i] - step;
+    (above - loss(&moved)) / (2.0 * step)
+}
+
+fn double(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|v| f64::from(*v)).collect()
+}
+
+fn weighted(values: &[f64], weights: &[f32]) -> f64 {
+    values.iter().zip(weights).map(|(v, w)| v * f64::from(*w)).sum()
+}
+
+/// Checks `got` against central differences of `Σ weights · forward(x)`.
+fn derivative_is(got: &[f32], x: &[f32], weights: &[f32], tolerance: f64, what: &str, forward: &dyn Fn(&[f64]) -> Vec<f64>) {
+    let x = double(x);
+    assert_eq!(got.len(), x.len(), "{what}");
+    for (i, got) in got.iter().enumerate() {
+        let want = difference(&x, i, &|x| weighted(&forward(x), weights));
+        assert!((f64::from(*got) - want).abs() <= tolerance * want.abs().max(1.0), "{what}: d/dx[{i}] is {got}, not {want}");
+    }
+}
+
+fn same(got: &[f32], want: &[f64], tolerance: f64, what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        assert!((f64::from(*got) - want).abs() <= tolerance * want.abs().max(1.0), "{what} at {i}: {got} is not {want}");
+    }
+}
+
+#[test]
+fn norms_of_rows_and_heads() {
+    let forward = |x: &[f64], weight: &[f64], pieces: Pieces, rows: usize| {
+        let mut out = x.to_vec();
+        for row in 0..rows {
+            for piece in 0..pieces.count {
+                let at = row * pieces.stride + pieces.offset + piece * pieces.width;
+                let x = &x[at..at + pieces.width];
+                let inverse = (x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64 + 1e-5).sqrt().recip();
+                for (i, v) in x.iter().enumerate() {
+                    out[at + i] = v * inverse * weight[i];
+                }
+            }
+        }
+        out
+    };
+    for pieces in [Pieces::rows(70), Pieces { stride: 21, offset: 4, count: 3, width: 5 }] {
+        let rows = 3;
+        let x = noise(1, rows * pieces.stride);
+        let (weight, dy) = (noise(2, pieces.width), noise(3, x.len()));
+        let wide = double(&weight);
+        each(|compute, _| {
+            let (mut out, mut inverse) = (x.clone(), vec![f32::NAN; rows * pieces.count]);
+            compute.rms_norm(&x, pieces, &weight, 1e-5, &mut out, &mut inverse).unwrap();
+            same(&out, &forward(&double(&x), &wide, pieces, rows), 1e-5, "rms_norm");
+            // What lies beside the pieces is passed on, and so is its derivative.
+            let mut dx = dy.clone();
+            compute.rms_norm_back(&x, pieces, &weight, &inverse, &dy, &mut dx, Store::Replace).unwrap();
+            derivative_is(&dx, &x, &dy, 1e-4, "rms_norm_back", &|x| forward(x, &wide, pieces, rows));
+            let mut twice = dx.clone();
+            compute.rms_norm_back(&x, pieces, &weight, &inverse, &dy, &mut twice, Store::Add).unwrap();
+            let inside = pieces.offset..pieces.offset + pieces.width;
+            for (twice, once) in twice[inside.clone()].iter().zip(&dx[inside]) {
+                assert!((twice - 2.0 * once).abs() <= 1e-5);
+            }
+            let mut dweight = vec![0.0; pieces.width];
+            compute.rms_norm_back_weight(&x, pieces, &inverse, &dy, &mut dweight).unwrap();
+            derivative_is(&dweight, &weight, &dy, 1e-4, "rms_norm_back_weight", &|w| forward(&double(&x), w, pieces, rows));
+        });
+    }
+}
+
+#[test]
+fn rotation_and_its_inverse() {
+    let pieces = Pieces { stride: 26, offset: 2, count: 3, width: 8 };
+    let frequencies = [1.0, 0.1, 0.01];
+    let rotation = Rotation::new(&frequencies, 1.0, 50);
+    let positions = [0, 7, 49, 3];
+    let x = noise(1, 4 * 26);
+    let forward = |x: &[f64]| {
+        let mut out = x.to_vec();
+        for (row, position) in positions.iter().enumerate() {
+            for piece in 0..3 {
+                for (i, frequency) in frequencies.iter().enumerate() {
+                    let at = row * 26 + 2 + piece * 8 + i;
+                    let (sin, cos) = (f64::from(*position) * f64::from(*frequency as f32)).sin_cos();
+                    out[at] = x[at] * cos - x[at + 3] * sin;
+                    out[at + 3] = x[at + 3] * cos + x[at] * sin;
+                }
+            }
+        }
+        out
+    };
+    let dy = noise(2, x.len());
+    each(|compute, _| {
+        let mut out = x.clone();
+        compute.rotate(&mut out, pieces, &rotation, &positions, false).unwrap();
+        same(&out, &forward(&double(&x)), 1e-5, "rotate");
+        compute.rotate(&mut out, pieces, &rotation, &positions, true).unwrap();
+        same(&out, &double(&x), 1e-5, "rotate back");
+        let mut dx = dy.clone();
+        compute.rotate(&mut dx, pieces, &rotation, &positions, true).unwrap();
+        derivative_is(&dx, &x, &dy, 1e-4, "rotate", &forward);
+        assert!(compute.rotate(&mut out, pieces, &rotation, &[0, 7, 50, 3], false).is_err());
+    });
+}
+
+#[test]
+fn gated_activation() {
+    let (rows, width) = (3, 37);
+    let x: Vec<f32> = noise(1, rows * 2 * width).iter().map(|v| v * 6.0).collect();
+    let dy = noise(2, rows * width);
+    let forward = |x: &[f64]| {
+        let mut out = Vec::new();
+        for row in x.chunks(2 * width) {
+            out.extend((0..width).map(|i| row[i] / (1.0 + (-row[i]).exp()) * row[width + i]));
+        }
+        out
+    };
+    each(|compute, _| {
+        let mut out = vec![f32::NAN; rows * width];
+        compute.silu_mul(&x, width, &mut out).unwrap();
+        same(&out, &forward(&double(&x)), 1e-5, "silu_mul");
+        let mut dx = vec![f32::NAN; x.len()];
+        compute.silu_mul_back(&x, width, &dy, &mut dx).unwrap();
+        derivative_is(&dx, &x, &dy, 1e-4, "silu_mul_back", &forward);
+    });
+}
+
+#[test]
+fn log_probabilities_over_a_vocabulary_in_pieces() {
+    let (rows, width, vocabulary) = (5, 6, 2500);
+    let hidden = noise(1, rows * width);
+    let head: Vec<f32> = noise(2, vocabulary * width).iter().map(|v| v * 3.0).collect();
+    let tokens = [0, 2047, 2048, 2499, 17];
+    let scale = 0.8;
+    let forward = |hidden: &[f64], head: &[f64]| -> Vec<f64> {
+        let logit = |row: usize, token: usize| -> f64 {
+            f64::from(scale) * (0..width).map(|i| hidden[row * width + i] * head[token * width + i]).sum::<f64>()
+        };
+        (0..rows)
+            .map(|row| {
+                let lse = (0..vocabulary).map(|token| logit(row, token).exp()).sum::<f64>().ln();
+                logit(row, tokens[row] as usize) - lse
+            })
+            .collect()
+    };
+    let (wide, wide_head) = (double(&hidden), double(&head));
+    let dout = noise(3, rows);
+    each(|compute, precision| {
+        let tolerance = if precision == Precision::F32 { 1e-5 } else { 3e-2 };
+        let call = LogProbs {
+            hidden: &hidden,
+            width,
+            head: Block::Values { data: &head, n: vocabulary },
+            vocabulary,
+            tokens: &tokens,
+            scale,
+        };
+        let (mut out, mut lse) = (vec![f32::NAN; rows], vec![f32::NAN; rows]);
+        compute.log_probs(call, &mut out, &mut lse).unwrap();
+        same(&out, &forward(&wide, &wide_head), tolerance, "log_probs");
+        let (mut dhidden, mut dhead) = (vec![f32::NAN; hidden.len()], vec![0.0; head.len()]);
+        compute.log_probs_back(call, &lse, &dout, &mut dhidden, Some(&mut dhead)).unwrap();
+        derivative_is(&dhidden, &hidden, &dout, tolerance, "log_probs_back", &|hidden| forward(hidden, &wide_head));
+        // A few tokens stand for all: the labelled ones, their neighbours, the ends of the pieces.
+        for token in [0, 1, 17, 2046, 2047, 2048, 2049, 2498, 2499] {
+            for i in token * width..(token + 1) * width {
+                let want = difference(&wide_head, i, &|head| weighted(&forward(&wide, head), &dout));
+                assert!((f64::from(dhead[i]) - want).abs() <= tolerance, "head {token}: {} is not {want}", dhead[i]);
+            }
+        }
+    });
+}
+
+fn attention_in_doubles(call: Attention<'_>, qkv: &[f64]) -> Vec<f64> {
+    let HeadShape { heads, kv_heads, head_dim } = call.shape;
+    let (rows, width) = (call.positions.len(), (heads + 2 * kv_heads) * head_dim);
+    let span_of = |row: usize| call.spans.iter().position(|span| (span.first..span.first + span.len).contains(&row)).unwrap();
+    let mut out = vec![0.0; rows * heads * head_dim];
+    for query in 0..rows {
+        let span = call.spans[span_of(query)];
+        let seen: Vec<usize> = (0..rows)
+            .filter(|key| {
+                let own = (span.first..=query).contains(key);
+                let prefix = span.prefix.is_some_and(|prefix| span_of(*key) == prefix);
+                let near = call
+                    .spec
+                    .sliding_window
+                    .is_none_or(|window| call.positions[*key] as usize + window > call.positions[query] as usize);
+                (own || prefix) && near
+            })
+            .collect();
+        for head in 0..heads {
+            let group = head / (heads / kv_heads);
+            let at = |row: usize, part: usize, i: usize| qkv[row * width + part * head_dim + i];
+            let scores: Vec<f64> = seen
+                .iter()
+                .map(|key| {
+                    f64::from(call.spec.scale)
+                        * (0..head_dim).map(|i| at(query, head, i) * at(*key, heads + group, i)).sum::<f64>()
+                })
+                .collect();
+            let max = scores.iter().copied().fold(f64::MIN, f64::max);
+            let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+            for (key, score) in seen.iter().zip(&scores) {
+                for i in 0..head_dim {
+                    out[(query * heads + head) * head_dim + i] +=
+                        (score - max).exp() / total * at(*key, heads + kv_heads + group, i);
+                }
+            }
+        }
+    }
+    out
+}
+
+#[test]
+fn attention_over_segments_that_share_prompts() {
+    let spans = [
+        Span { first: 0, len: 5, prefix: None },
+        Span { first: 5, len: 3, prefix: Some(0) },
+        Span { first: 8, len: 4, prefix: Some(0) },
+        Span { first: 12, len: 6, prefix: None },
+        Span { first: 18, len: 0, prefix: Some(3) },
+        Span { first: 18, len: 1, prefix: Some(3) },
+    ];
+    let positions: Vec<u32> = [0..5, 5..8, 5..9, 0..6, 6..7].into_iter().flatten().collect();
+    let shape = HeadShape { heads: 4, kv_heads: 2, head_dim: 6 };
+    let rows = positions.len();
+    let qkv: Vec<f32> = noise(1, rows * 8 * 6).iter().map(|v| v * 2.0).collect();
+    let dout = noise(2, rows * 4 * 6);
+    for sliding_window in [None, Some(4)] {
+        let call = Attention {
+            spans: &spans,
+            positions: &positions,
+            shape,
+            spec: AttentionSpec { scale: 0.4, sliding_window, soft_cap: None },
+        };
+        let want = attention_in_doubles(call, &double(&qkv));
+        each(|compute, precision| {
+            let tolerance = if precision == Precision::F32 { 2e-5 } else { 5e-2 };
+            let (mut out, mut lse) = (vec![f32::NAN; dout.len()], vec![f32::NAN; rows * 4]);
+            compute.attention(call, &qkv, &mut out, &mut lse).unwrap();
+            same(&out, &want, tolerance, "attention");
+            let mut dqkv = vec![f32::NAN; qkv.len()];
+            compute.attention_back(call, &qkv, &out, &lse, &dout, &mut dqkv).unwrap();
+            derivative_is(&dqkv, &qkv, &dout, tolerance, "attention_back", &|qkv| attention_in_doubles(call, qkv));
+        });
+    }
+}
+
+#[test]
+fn attention_over_blocks_of_queries() {
+    // Longer than a block of queries, so that blocks meet keys of earlier ones.
+    let spans = [Span { first: 0, len: 150, prefix: None }, Span { first: 150, len: 140, prefix: Some(0) }];
+    let positions: Vec<u32> = (0..290).collect();
+    let shape = HeadShape { heads: 2, kv_heads: 1, head_dim: 16 };
+    let qkv: Vec<f32> = noise(1, 290 * 4 * 16);
+    let dout = noise(2, 290 * 2 * 16);
+    for sliding_window in [None, Some(100)] {
+        let call = Attention {
+            spans: &spans,
+            positions: &positions,
+            shape,
+            spec: AttentionSpec { scale: 0.25, sliding_window, soft_cap: None },
+        };
+        let want = attention_in_doubles(call, &double(&qkv));
+        let mut results = Vec::new();
+        each(|compute, precision| {
+            let (mut out, mut lse, mut dqkv) = (vec![f32::NAN; dout.len()], vec![f32::NAN; 290 * 2], vec![f32::NAN; qkv.len()]);
+            compute.attention(call, &qkv, &mut out, &mut lse).unwrap();
+            same(&out, &want, if precision == Precision::F32 { 1e-5 } else { 2e-2 }, "attention");
+            compute.attention_back(call, &qkv, &out, &lse, &dout, &mut dqkv).unwrap();
+            results.push((precision, dqkv));
+        });
+        // All paths agree; that they agree with differences too is checked where differences are cheap, and here along a direction.
+        let reference = results[0].1.clone();
+        for (precision, dqkv) in &results {
+            same(dqkv, &double(&reference), if *precision == Precision::F32 { 1e-5 } else { 2e-2 }, "attention_back");
+        }
+        let direction = noise(3, qkv.len());
+        let along = |t: f64| {
+            let moved: Vec<f64> = qkv.iter().zip(&direction).map(|(x, d)| f64::from(*x) + t * f64::from(*d)).collect();
+            weighted(&attention_in_doubles(call, &moved), &dout)
+        };
+        let want = (along(1e-4) - along(-1e-4)) / 2e-4;
+        let got: f64 = reference.iter().zip(&direction).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
+        assert!((got - want).abs() <= 1e-3 * want.abs().max(1.0), "along a direction: {got} is not {want}");
+    }
+}
