@@ -1,12 +1,18 @@
 //! Feedback in, adapters out.
 //!
 //! [`dataset`] turns feedback into immutable snapshots of training rows. [`quality`] says whether a snapshot may be trained on.
-//! [`preference`] holds the losses of training on comparisons,
-//! as functions of values. Trainers and the registry join them here.
+//! [`collate`] makes tokens and packed [`batch`]es of rows. [`loss`] holds what every trainer minimises, as functions of tensors that
+//! know their gradients; [`optimizer`] moves the [`parameters`] along them; [`train`] is the one loop around it all.
 
 pub mod batch;
+pub mod collate;
 pub mod dataset;
-pub mod preference;
+mod durable;
+pub mod loss;
+pub mod optimizer;
+pub mod parameters;
 pub mod quality;
 pub mod random;
 pub mod statistics;
+mod tensors;
+pub mod train;

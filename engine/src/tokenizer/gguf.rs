@@ -167,8 +167,7 @@ fn byte_level(gguf: &Gguf, tokens: &[&str]) -> Result<(tokenizers::Tokenizer, bo
         .map_err(|error| LoadError::corrupt(gguf.path(), MERGES, error.to_string()))?;
     let mut pipeline = tokenizers::Tokenizer::new(model);
     if splitting == Splitting::Qwen2 {
-        let normalized = pipeline.with_normalizer(Some(NFC));
-        normalized.map_err(|error| LoadError::invalid(gguf.path(), PRE, error.to_string()))?;
+        pipeline.with_normalizer(Some(NFC)).map_err(|error| LoadError::invalid(gguf.path(), TOKENS, error.to_string()))?;
     }
     let pre_tokenizer = splitting.pre_tokenizer().map_err(|error| LoadError::invalid(gguf.path(), PRE, error.to_string()))?;
     pipeline.with_pre_tokenizer(Some(pre_tokenizer));
@@ -240,7 +239,9 @@ fn sentence_piece(gguf: &Gguf, tokens: &[&str], unknown: Option<u32>) -> Result<
         normalizers.push(Prepend::new("▁".to_owned()).into());
     }
     normalizers.push(Replace::new(" ", "▁").map_err(regex)?.into());
-    pipeline.with_normalizer(Some(Normalizers::new(normalizers))).map_err(regex)?;
+    pipeline
+        .with_normalizer(Some(Normalizers::new(normalizers)))
+        .map_err(|error| LoadError::invalid(gguf.path(), TOKENS, error.to_string()))?;
 
     let mut decoders: Vec<DecoderWrapper> = vec![tokenizers::decoders::byte_fallback::ByteFallback::new().into()];
     if space_first {

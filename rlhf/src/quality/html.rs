@@ -16,20 +16,12 @@ impl QualityReport {
     /// The page. `rows` are those that were assessed; without them findings are listed without their texts. What looks like
     /// personal data is replaced by its name.
     pub fn to_html(&self, rows: &[Row]) -> String {
-        let mut page = String::with_capacity(64 << 10);
-        page.push_str(
-            "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" \
-             content=\"width=device-width, initial-scale=1\"><meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; \
-             style-src 'unsafe-inline'\"><title>Quality report</title><style>",
-        );
-        page.push_str(include_str!("html/page.css"));
-        page.push_str("</style></head><body><main>");
-        self.head(&mut page);
-        self.checks(&mut page);
-        self.plots(&mut page);
-        self.findings(rows, &mut page);
-        page.push_str("</main></body></html>\n");
-        page
+        let mut body = String::with_capacity(64 << 10);
+        self.head(&mut body);
+        self.checks(&mut body);
+        self.plots(&mut body);
+        self.findings(rows, &mut body);
+        page("Quality report", &body)
     }
 
     // Writing to a string cannot fail, so results of `write!` are dropped here and below.
@@ -188,6 +180,17 @@ impl QualityReport {
     }
 }
 
+/// A page that needs nothing else: no scripts, no fonts, no network. `title` is text, `body` is HTML.
+pub(crate) fn page(title: &str, body: &str) -> String {
+    format!(
+        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width, \
+         initial-scale=1\"><meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src \
+         'unsafe-inline'\"><title>{}</title><style>{}</style></head><body><main>{body}</main></body></html>\n",
+        escape(title),
+        include_str!("html/page.css")
+    )
+}
+
 /// The texts of a row, side by side.
 fn texts(row: &Row, page: &mut String) {
     let names: &[&str] = match row.example {
@@ -239,7 +242,7 @@ fn excerpt(text: &str) -> String {
 }
 
 /// Text for the inside of an element or of a quoted attribute.
-pub(super) fn escape(text: &str) -> String {
+pub(crate) fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for character in text.chars() {
         match character {
@@ -255,7 +258,7 @@ pub(super) fn escape(text: &str) -> String {
 }
 
 /// Up to three significant decimals, without zeros at the end.
-pub(super) fn number(value: f64) -> String {
+pub(crate) fn number(value: f64) -> String {
     let decimals = if value.abs() >= 100.0 {
         0
     } else if value.abs() >= 10.0 {
@@ -269,7 +272,7 @@ pub(super) fn number(value: f64) -> String {
 }
 
 /// Digits in groups of three.
-fn thousands(count: usize) -> String {
+pub(crate) fn thousands(count: usize) -> String {
     let digits = count.to_string();
     let mut out = String::new();
     for (place, digit) in digits.chars().enumerate() {

@@ -13,7 +13,7 @@ mod drift;
 mod duplicate;
 #[cfg(test)]
 mod generate;
-mod html;
+pub(crate) mod html;
 pub mod injection;
 mod language;
 mod logistic;
@@ -22,7 +22,7 @@ mod noise;
 mod options;
 mod overlap;
 pub mod pii;
-mod plot;
+pub(crate) mod plot;
 pub mod reliability;
 mod report;
 pub mod share;

@@ -1,0 +1,71 @@
+//! Why a training ends without a result.
+
+use std::path::{Path, PathBuf};
+
+use crate::{optimizer::StateError, tensors::TensorsError};
+
+/// Each says what to do next.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// A field of the configuration.
+    #[error("training configuration: {0}")]
+    Config(String),
+    /// The rows.
+    #[error("{0}")]
+    Data(String),
+    /// The model's arithmetic.
+    #[error("the model could not compute a batch: {0}")]
+    Model(#[from] candle_core::Error),
+    /// A number that is not one.
+    #[error("{what} is not finite at step {step}; lower learning_rate, or look at the rows of that step")]
+    Diverged {
+        /// The loss or the gradient.
+        what: &'static str,
+        /// The step, from 1.
+        step: u64,
+    },
+    /// A file.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The folder's training is not this one.
+    #[error("{} holds a training with another {what}; choose another folder, or remove it", path.display())]
+    OtherTraining {
+        /// The folder.
+        path: PathBuf,
+        /// What differs.
+        what: &'static str,
+    },
+    /// A second process.
+    #[error("{} is in use by another training; wait for it, or choose another folder", .0.display())]
+    InUse(PathBuf),
+    /// A checkpoint's content.
+    #[error("a checkpoint cannot be read: {0}; remove it to go on from the one before")]
+    Checkpoint(String),
+    /// The training's thread.
+    #[error("the training stopped without a result; the log says why")]
+    Thread,
+}
+
+impl From<StateError> for TrainError {
+    fn from(error: StateError) -> Self {
+        Self::Checkpoint(error.to_string())
+    }
+}
+
+impl From<TensorsError> for TrainError {
+    fn from(error: TensorsError) -> Self {
+        Self::Checkpoint(error.to_string())
+    }
+}
+
+impl TrainError {
+    /// For `map_err`.
+    pub(super) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Io { path: path.to_owned(), source }
+    }
+}

@@ -1,0 +1,65 @@
+//! What the loop needs of a model.
+
+use candle_core::{Result, Tensor, Var};
+
+use crate::{
+    batch::Packed,
+    parameters::{Parameter, Parameters},
+    random::Random,
+};
+
+/// How a forward pass is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pass {
+    /// With what is being trained; without it the model is its own reference.
+    pub adapter: bool,
+    /// Dropout drawn from this seed; none for evaluation and for the reference.
+    pub dropout: Option<u64>,
+}
+
+impl Pass {
+    /// The model as it is now, without dropout.
+    pub const EVALUATE: Self = Self { adapter: true, dropout: None };
+    /// The model before training.
+    pub const REFERENCE: Self = Self { adapter: false, dropout: None };
+}
+
+/// A model that is trained. The same parameters, batch and pass give the same numbers, bit for bit.
+pub trait Policy: Sync {
+    /// Names the frozen weights and the tokenizer by their content: reference log-probabilities are kept under it.
+    fn base(&self) -> &str;
+
+    /// What training changes.
+    fn parameters(&self) -> &Parameters;
+
+    /// log π(label.token | everything that label.row sees), `[labels]` f32, in the order of the batch's labels.
+    fn log_probs(&self, batch: &Packed, pass: Pass) -> Result<Tensor>;
+
+    /// Hidden states behind the last norm, `[rows, width]` f32.
+    fn hidden(&self, batch: &Packed, rows: &[u32], pass: Pass) -> Result<Tensor>;
+
+    /// Width of a hidden state.
+    fn width(&self) -> usize;
+}
+
+/// A linear function of a hidden state: the reward of a completion, read off its last token.
+#[derive(Clone, Debug)]
+pub struct Head {
+    /// `[width]`, named as transformers names it.
+    pub weight: Parameter,
+}
+
+impl Head {
+    /// Normal with deviation 0.02, as transformers initialises it; the draws are our own.
+    pub fn new(width: usize, seed: u64) -> Result<Self> {
+        let mut random = Random::new(seed);
+        let values: Vec<f32> = (0..width).map(|_| (0.02 * random.normal()) as f32).collect();
+        let var = Var::from_vec(values, width, &candle_core::Device::Cpu)?;
+        Ok(Self { weight: Parameter { name: "score.weight".to_owned(), var } })
+    }
+
+    /// `[rows]` of hidden states `[rows, width]`.
+    pub fn rewards(&self, hidden: &Tensor) -> Result<Tensor> {
+        hidden.matmul(&self.weight.var.as_tensor().unsqueeze(1)?)?.squeeze(1)
+    }
+}
