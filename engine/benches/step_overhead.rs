@@ -7,8 +7,8 @@
 use std::time::Instant;
 use tidemill_engine::model::Model;
 use tidemill_engine::{
-    AdapterGeneration, Engine, EngineOptions, Event, Frontend, GenerationDefaults, Request, RequestId, SamplingParams,
-    ServedModel, Tenant, Tokenizer,
+    Engine, EngineOptions, Event, Frontend, GenerationDefaults, Request, RequestId, SamplingParams, ServedModel, Tenant,
+    Tokenizer,
 };
 use tidemill_kernels::{KernelError, KvDtype, MemoryUse, Sampled, StepBatch, StepOutput};
 
@@ -94,7 +94,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     sampling: sampling.clone(),
                     priority: 0,
                     cache_salt: None,
-                    adapter: AdapterGeneration(0),
+                    adapter: None,
                     tenant: Tenant::default(),
                     deadline: None,
                 };

@@ -166,7 +166,7 @@ impl Client {
         self.choices[index] = None;
         metrics.finished_choice(end.reason);
         let End { reason, stop, text } = end;
-        self.send(Event::Finished { choice: index, reason, stop, text, adapter: self.request.adapter });
+        self.send(Event::Finished { choice: index, reason, stop, text, adapter: self.request.generation() });
     }
 
     fn send(&mut self, event: Event) {

@@ -1,5 +1,7 @@
 //! The step loop, on a thread of its own.
 
+use crate::adapter::Adapter;
+use crate::adapters::{AdapterLease, AdapterRefused, AdapterTable, Description};
 use crate::backlog::Backlog;
 use crate::client::Client;
 use crate::embedding::Pooled;
@@ -16,7 +18,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tidemill_kernels::{KernelError, StepBatch, StepOutput};
+use tidemill_kernels::{KernelError, NO_ADAPTER, StepBatch, StepOutput};
 
 /// How often to look whether slow clients have caught up, when there is nothing else to do.
 const PAUSED_POLL: Duration = Duration::from_millis(2);
@@ -24,6 +26,8 @@ const PAUSED_POLL: Duration = Duration::from_millis(2);
 /// What reaches the loop.
 pub(crate) enum Command {
     Submit(Submission),
+    /// An adapter that fits the model.
+    Load(Box<Loading>),
     /// A flag of [`Status`] changed.
     Wake,
 }
@@ -37,8 +41,13 @@ pub(crate) struct Submission {
     pub(crate) pooled: Option<Pooled>,
 }
 
+pub(crate) struct Loading {
+    pub(crate) adapter: Adapter,
+    pub(crate) description: Description,
+    pub(crate) outcome: Sender<Result<AdapterLease, AdapterRefused>>,
+}
+
 /// What the loop and the handles share.
-#[derive(Default)]
 pub(crate) struct Status {
     /// Requests that were submitted and did not run yet.
     pub(crate) waiting: AtomicUsize,
@@ -47,14 +56,24 @@ pub(crate) struct Status {
     /// Mean time between two finished requests, in microseconds; 0 when unknown.
     pub(crate) finish_interval_us: AtomicU64,
     pub(crate) backlog: Mutex<Backlog>,
+    pub(crate) adapters: Mutex<AdapterTable>,
     stats: Mutex<Stats>,
     stopped: Mutex<Option<String>>,
 }
 
 impl Status {
-    /// Of an engine that runs `slots` sequences at once.
-    pub(crate) fn new(slots: usize) -> Self {
-        Self { backlog: Mutex::new(Backlog::new(slots)), ..Self::default() }
+    /// Of an engine that runs `slots` sequences at once and serves up to `adapters` adapters.
+    pub(crate) fn new(slots: usize, adapters: usize) -> Self {
+        Self {
+            waiting: AtomicUsize::new(0),
+            draining: AtomicBool::new(false),
+            cancel_all: AtomicBool::new(false),
+            finish_interval_us: AtomicU64::new(0),
+            backlog: Mutex::new(Backlog::new(slots)),
+            adapters: Mutex::new(AdapterTable::new(adapters)),
+            stats: Mutex::default(),
+            stopped: Mutex::default(),
+        }
     }
 
     pub(crate) fn stats(&self) -> Stats {
@@ -135,6 +154,7 @@ impl Core {
             self.tend_clients();
             let start = Instant::now();
             let tokens = self.scheduler.schedule(&mut self.flow.batch);
+            self.name_adapters();
             let prompt_tokens = tokens.saturating_sub(self.flow.batch.samples.len());
             self.flow.stalled = tokens == 0;
             if tokens == 0 {
@@ -162,10 +182,14 @@ impl Core {
             if self.status.cancel_all.swap(false, Ordering::AcqRel) {
                 self.cancel_all();
             }
+            for slot in lock(&self.status.adapters).freed() {
+                self.model.unload_adapter(slot);
+            }
             let idle = self.scheduler.requests() == 0;
             let draining = self.status.draining.load(Ordering::Acquire);
             match self.next_command(idle && !draining) {
                 Ok(Command::Submit(submission)) => self.accept(submission),
+                Ok(Command::Load(loading)) => self.load_adapter(*loading),
                 Ok(Command::Wake) => {}
                 // What was submitted before the draining began has been taken by now.
                 Err(TryRecvError::Empty) => return !(idle && draining),
@@ -188,6 +212,36 @@ impl Core {
             })
         } else {
             self.inbox.try_recv()
+        }
+    }
+
+    /// Between two steps. What the adapter replaces stays as long as a request uses it.
+    fn load_adapter(&mut self, loading: Loading) {
+        let Loading { adapter, description, outcome } = loading;
+        let placed = lock(&self.status.adapters).place(&description);
+        let loaded = placed.and_then(|slot| {
+            self.model.load_adapter(slot, &adapter)?;
+            // Somebody may have pinned the one that was to give way.
+            let put = lock(&self.status.adapters).put(slot, description);
+            if put.is_err() {
+                self.model.unload_adapter(slot);
+            }
+            put
+        });
+        // Who asked may have left; the adapter is there all the same.
+        outcome.try_send(loaded).ok();
+    }
+
+    /// Tells the backend which adapter each row of the step uses.
+    fn name_adapters(&mut self) {
+        let Flow { batch, clients, .. } = &mut self.flow;
+        let slot = |key: &RequestKey| clients.get(key).and_then(|client| client.request.adapter.as_ref()).map(AdapterLease::slot);
+        if self.scheduler.in_step().all(|key| slot(&key).is_none()) {
+            return;
+        }
+        for (key, span) in self.scheduler.in_step().zip(&batch.sequences) {
+            let rows = batch.adapters.len() + span.rows as usize;
+            batch.adapters.resize(rows, slot(&key).unwrap_or(NO_ADAPTER));
         }
     }
 

@@ -2,18 +2,21 @@
 //!
 //! It runs in the same batch as requests that generate. The engine always generates, so it draws one token, too, which nobody sees.
 
+use crate::adapters::AdapterLease;
 use crate::pooling::{Accumulator, PoolingMode};
-use crate::request::{AdapterGeneration, Event, FinishReason, Request, RequestId, SamplingParams, Tenant};
+use crate::request::{Event, FinishReason, Request, RequestId, SamplingParams, Tenant};
 use flume::{Receiver, Sender};
 use std::time::Instant;
 
 /// A text whose vector is wanted.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct EmbedRequest {
     /// Identity.
     pub id: RequestId,
     /// The text, tokenised; not empty.
     pub tokens: Vec<u32>,
+    /// Weights; `None` is the base model.
+    pub adapter: Option<AdapterLease>,
     /// Lower runs first.
     pub priority: i32,
     /// Whose it is.
@@ -32,7 +35,7 @@ impl EmbedRequest {
             sampling: SamplingParams { max_tokens: Some(1), temperature: 0.0, seed: Some(0), ..SamplingParams::default() },
             priority: self.priority,
             cache_salt,
-            adapter: AdapterGeneration::default(),
+            adapter: self.adapter,
             tenant: self.tenant,
             deadline: self.deadline,
         }

@@ -1,14 +1,17 @@
 //! The handle that the rest of the program holds.
 
+use crate::adapter::Adapter;
+use crate::adapters::{AdapterLease, AdapterRefused, Description, check_name};
 use crate::block_pool::{BLOCK_SIZE, SharedPool};
 use crate::chat_template::ChatTemplate;
 use crate::client;
-use crate::core::{Command, Core, Flow, Status, Submission, lock};
+use crate::core::{Command, Core, Flow, Loading, Status, Submission, lock};
 use crate::embedding::{EmbedRequest, Embedding, Pooled};
 use crate::generation_defaults::GenerationDefaults;
 use crate::grammar::{Compiler, Constraint, Grammar, GrammarError};
 use crate::memory;
 use crate::model::{Decoder, Model};
+use crate::model_config::ModelConfig;
 use crate::model_files::{Frontend, ModelFiles};
 use crate::options::{EngineOptions, StartError};
 use crate::pooling::Pooling;
@@ -19,6 +22,7 @@ use crate::tokenizer::Tokenizer;
 use crate::validate::validate;
 use flume::{Receiver, Sender, TrySendError};
 use std::hash::{BuildHasher, RandomState};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -42,6 +46,8 @@ struct Inner {
     compiler: Compiler,
     description: String,
     width: usize,
+    /// What adapters must fit.
+    adaptable: Option<ModelConfig>,
     commands: Sender<Command>,
     status: Arc<Status>,
     /// Disconnected when the thread has ended.
@@ -137,7 +143,7 @@ impl Engine {
             max_waiting: options.max_waiting,
             vocabulary: model.vocabulary(),
         };
-        let width = model.width();
+        let (width, adaptable) = (model.width(), model.adaptable().cloned());
         let held = model.memory();
         let memory = MemoryReport {
             weights: held.weights,
@@ -149,7 +155,7 @@ impl Engine {
         };
         // Submissions are bounded by `max_waiting`; the rest is for wake-ups.
         let (commands, inbox) = flume::bounded(options.max_waiting.saturating_add(64));
-        let status = Arc::new(Status::new(options.max_seqs));
+        let status = Arc::new(Status::new(options.max_seqs, options.max_adapters));
         let scheduling = SchedulerLimits {
             max_seqs: options.max_seqs,
             max_batch_tokens: options.max_batch_tokens,
@@ -172,8 +178,21 @@ impl Engine {
         // The standard library's hasher is seeded by the system: enough for seeds nobody asked to repeat.
         let seed = options.seed.unwrap_or_else(|| RandomState::new().hash_one(0u64));
         let seeds = AtomicU64::new(0);
-        let inner =
-            Inner { options, limits, memory, frontend, compiler, description, width, commands, status, ended, seed, seeds };
+        let inner = Inner {
+            options,
+            limits,
+            memory,
+            frontend,
+            compiler,
+            description,
+            width,
+            adaptable,
+            commands,
+            status,
+            ended,
+            seed,
+            seeds,
+        };
         Ok(Engine { inner: Arc::new(inner) })
     }
 
@@ -231,6 +250,58 @@ impl Engine {
                 })
             }
         }
+    }
+
+    /// Loads the adapter in `folder` under a name, while serving: as a new generation where the name is taken, in the place of the one
+    /// not asked for the longest where all are. Equal contents under the name that they have are left as they are. Blocks for the
+    /// reading and one step: call it from a thread that may. `created` is in seconds since 1970.
+    pub fn load_adapter(&self, name: &str, folder: &Path, pinned: bool, created: u64) -> Result<AdapterLease, AdapterRefused> {
+        let inner = &*self.inner;
+        check_name(name)?;
+        let Some(model) = inner.adaptable.as_ref().filter(|_| inner.options.max_adapters > 0) else {
+            return Err(AdapterRefused::Off);
+        };
+        let adapter = Adapter::read(folder)?;
+        let (rank, limit) = (adapter.max_rank(), inner.options.max_adapter_rank);
+        if rank > limit {
+            return Err(AdapterRefused::Rank { rank, limit });
+        }
+        adapter.check(model)?;
+        let (base, bytes) = (adapter.base.clone(), adapter.bytes());
+        let description = Description { name: name.to_owned(), digest: adapter.digest(), base, rank, bytes, created, pinned };
+        {
+            let table = lock(&inner.status.adapters);
+            if let Some(there) = table.same(&description) {
+                table.pin(name, pinned)?;
+                return Ok(there);
+            }
+        }
+        let (outcome, answer) = flume::bounded(1);
+        let loading = Box::new(Loading { adapter, description, outcome });
+        inner.commands.send(Command::Load(loading)).map_err(|_| AdapterRefused::Stopped)?;
+        answer.recv().map_err(|_| AdapterRefused::Stopped)?
+    }
+
+    /// Takes an adapter away: nobody can ask for it any more, and who has it goes on.
+    pub fn unload_adapter(&self, name: &str) -> Result<(), AdapterRefused> {
+        lock(&self.inner.status.adapters).unload(name)?;
+        self.wake();
+        Ok(())
+    }
+
+    /// Keeps an adapter when another needs room, or no longer.
+    pub fn pin_adapter(&self, name: &str, pinned: bool) -> Result<(), AdapterRefused> {
+        lock(&self.inner.status.adapters).pin(name, pinned)
+    }
+
+    /// The adapter of this name, to be given to requests.
+    pub fn adapter(&self, name: &str) -> Option<AdapterLease> {
+        lock(&self.inner.status.adapters).find(name)
+    }
+
+    /// All adapters that can be asked for, in the order in which they were loaded.
+    pub fn adapters(&self) -> Vec<AdapterLease> {
+        lock(&self.inner.status.adapters).list()
     }
 
     /// Fails when the first token could not come before the deadline.

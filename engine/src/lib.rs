@@ -7,6 +7,7 @@
 //! token never changes; a slow client never stalls the batch.
 
 pub mod adapter;
+pub mod adapters;
 pub mod backlog;
 pub mod batch;
 pub mod block_pool;
@@ -43,6 +44,7 @@ pub mod tokenizer;
 pub mod validate;
 
 pub use adapter::{Adapter, AdapterError, LoraConfig, Pair, Projection};
+pub use adapters::{AdapterLease, AdapterRefused};
 pub use chat_template::{ChatInput, ChatTemplate, TemplateError};
 pub use detokenizer::Detokenizer;
 pub use embedding::{EmbedError, EmbedRequest, Embedding};

@@ -30,6 +30,10 @@ pub struct EngineOptions {
     pub kv_dtype: KvDtype,
     /// Reuse of computed blocks between requests with equal prefixes.
     pub prefix_caching: bool,
+    /// Most adapters that can be asked for at once; 0 takes none.
+    pub max_adapters: usize,
+    /// Largest rank of an adapter.
+    pub max_adapter_rank: usize,
     /// Seeds the requests that bring no seed of their own; `None` is different on every start.
     pub seed: Option<u64>,
 }
@@ -52,6 +56,8 @@ impl EngineOptions {
             weight_format: WeightFormat::Auto,
             kv_dtype: KvDtype::Bf16,
             prefix_caching: true,
+            max_adapters: 16,
+            max_adapter_rank: 64,
             seed: None,
         }
     }
@@ -74,6 +80,12 @@ impl EngineOptions {
         }
         if self.max_model_len == Some(0) || self.max_model_len == Some(1) {
             return bad("--max-model-len", "must be at least 2: one prompt token and one generated".into());
+        }
+        if self.max_adapters > 4096 {
+            return bad("--max-loras", format!("must be at most 4096, not {}", self.max_adapters));
+        }
+        if self.max_adapter_rank == 0 {
+            return bad("--max-lora-rank", "must be at least 1".into());
         }
         if self.threads == Some(0) {
             return bad("--threads", "must be at least 1".into());
@@ -128,9 +140,11 @@ mod tests {
         assert!(good.check().is_ok());
         assert_eq!(good.served_name, "tiny");
         type Spoil = fn(&mut EngineOptions);
-        let cases: [(&str, Spoil); 5] = [
+        let cases: [(&str, Spoil); 7] = [
             ("--max-seqs", |o| o.max_seqs = 0),
             ("--max-batch-tokens", |o| o.max_batch_tokens = o.max_seqs - 1),
+            ("--max-loras", |o| o.max_adapters = 4097),
+            ("--max-lora-rank", |o| o.max_adapter_rank = 0),
             ("--max-waiting", |o| o.max_waiting = 0),
             ("--max-model-len", |o| o.max_model_len = Some(1)),
             ("--threads", |o| o.threads = Some(0)),

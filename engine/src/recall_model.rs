@@ -93,7 +93,7 @@ impl Model for RecallModel {
     }
 
     fn memory(&self) -> MemoryUse {
-        MemoryUse { weights: 0, kv: self.slots.len() * 8, activations: 0 }
+        MemoryUse { weights: 0, kv: self.slots.len() * 8, ..MemoryUse::default() }
     }
 
     fn describe(&self) -> String {

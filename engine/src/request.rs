@@ -1,5 +1,6 @@
 //! What goes into the engine and what comes out.
 
+use crate::adapters::AdapterLease;
 use crate::grammar::Grammar;
 use std::fmt;
 use std::sync::Arc;
@@ -116,12 +117,19 @@ pub struct Request {
     pub priority: i32,
     /// Prefix-cache entries are shared only between equal salts.
     pub cache_salt: Option<String>,
-    /// Weights.
-    pub adapter: AdapterGeneration,
+    /// Weights; `None` is the base model. The adapter stays loaded as long as somebody holds the request.
+    pub adapter: Option<AdapterLease>,
     /// Whose it is.
     pub tenant: Tenant,
     /// When the answer is of no more use: it is refused if it cannot come in time, and ended when the time has passed.
     pub deadline: Option<Instant>,
+}
+
+impl Request {
+    /// Which weights it uses.
+    pub fn generation(&self) -> AdapterGeneration {
+        self.adapter.as_ref().map(AdapterLease::generation).unwrap_or_default()
+    }
 }
 
 /// Why a choice ended.

@@ -195,7 +195,7 @@ impl Sequence {
     fn hash(&mut self, index: usize) -> BlockHash {
         while self.hashes.len() <= index {
             let parent = self.hashes.last().copied();
-            let parent = parent.unwrap_or_else(|| BlockHash::root(self.request.adapter, self.request.cache_salt.as_deref()));
+            let parent = parent.unwrap_or_else(|| BlockHash::root(self.request.generation(), self.request.cache_salt.as_deref()));
             let start = self.hashes.len() * BLOCK_SIZE;
             self.hashes.push(parent.child(&self.tokens[start..start + BLOCK_SIZE]));
         }
@@ -245,17 +245,16 @@ impl PenaltyHistory {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::request::{AdapterGeneration, RequestId, SamplingParams};
+    use crate::request::{RequestId, SamplingParams};
 
     pub(crate) fn request(prompt: Vec<u32>, sampling: SamplingParams) -> Request {
-        let adapter = AdapterGeneration(0);
         Request {
             id: RequestId(0),
             prompt,
             sampling,
             priority: 0,
             cache_salt: None,
-            adapter,
+            adapter: None,
             tenant: Tenant::default(),
             deadline: None,
         }

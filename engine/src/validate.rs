@@ -86,7 +86,7 @@ fn check(param: &'static str, holds: bool, message: impl FnOnce() -> String) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::request::{AdapterGeneration, RequestId};
+    use crate::request::RequestId;
 
     const LIMITS: EngineLimits =
         EngineLimits { max_model_len: 64, max_seqs: 8, max_batch_tokens: 8, max_waiting: 1, vocabulary: 100 };
@@ -98,7 +98,7 @@ mod tests {
             sampling: SamplingParams::default(),
             priority: 0,
             cache_salt: None,
-            adapter: AdapterGeneration(0),
+            adapter: None,
             tenant: crate::request::Tenant::default(),
             deadline: None,
         }

@@ -62,8 +62,9 @@ fn ids(value: &Value) -> Vec<u32> {
 
 /// Waits for the vector without a runtime.
 fn vector(engine: &Engine, id: u128, tokens: Vec<u32>) -> Vec<f32> {
-    let embedding =
-        engine.embed(EmbedRequest { id: RequestId(id), tokens, priority: 0, tenant: Tenant::default(), deadline: None }).unwrap();
+    let embedding = engine
+        .embed(EmbedRequest { id: RequestId(id), tokens, adapter: None, priority: 0, tenant: Tenant::default(), deadline: None })
+        .unwrap();
     wait_for(embedding.wait()).unwrap()
 }
 
@@ -132,7 +133,14 @@ fn many_texts_at_once_do_not_mix() {
         .map(|n| {
             let tokens = ids(&texts[n % texts.len()]["ids"]);
             engine
-                .embed(EmbedRequest { id: RequestId(n as u128), tokens, priority: 0, tenant: Tenant::default(), deadline: None })
+                .embed(EmbedRequest {
+                    id: RequestId(n as u128),
+                    tokens,
+                    adapter: None,
+                    priority: 0,
+                    tenant: Tenant::default(),
+                    deadline: None,
+                })
                 .unwrap()
         })
         .collect();

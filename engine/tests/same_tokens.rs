@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 use std::time::Duration;
-use tidemill_engine::{AdapterGeneration, Engine, EngineOptions, Event, Request, RequestId, SamplingParams, Tenant, Usage};
+use tidemill_engine::{Engine, EngineOptions, Event, Request, RequestId, SamplingParams, Tenant, Usage};
 
 const TEXTS: [&str; 6] = [
     "The capital of France is",
@@ -41,7 +41,7 @@ fn prompts(engine: &Engine) -> Vec<Vec<u32>> {
 
 fn submit(engine: &Engine, prompt: &[u32]) -> flume::Receiver<Event> {
     let sampling = SamplingParams { temperature: 0.0, max_tokens: Some(OUTPUT), ignore_eos: true, ..Default::default() };
-    let adapter = AdapterGeneration(0);
+    let adapter = None;
     let prompt = prompt.to_vec();
     let (tenant, deadline) = (Tenant::default(), None);
     let request = Request { id: RequestId(0), prompt, sampling, priority: 0, cache_salt: None, adapter, tenant, deadline };

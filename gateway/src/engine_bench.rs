@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use std::sync::Arc;
-use tidemill_engine::{AdapterGeneration, Engine, Event, Grammar, Request, RequestId, SamplingParams, SubmitError, Tenant};
+use tidemill_engine::{Engine, Event, Grammar, Request, RequestId, SamplingParams, SubmitError, Tenant};
 
 /// One load: `streams` at a time, each request `prompt` tokens in and `generate` out, greedy, all prompts different.
 #[derive(Clone, Copy, Debug)]
@@ -103,7 +103,7 @@ fn one(engine: &Engine, load: Load, index: usize, grammar: Option<&Arc<Grammar>>
         },
         priority: 0,
         cache_salt: Some(format!("bench-{index}")),
-        adapter: AdapterGeneration(0),
+        adapter: None,
         tenant: Tenant::default(),
         deadline: None,
     })?;

@@ -1,6 +1,6 @@
 //! Time of a step of a decoder with the shape of SmolLM2-135M, with a breakdown by kind of operation.
 //!
-//! `cargo bench -p tidemill-kernels --bench step -- [threads] [portable|avx2|avx512|amx] [w4|w8] [decode1|shared32|prefill512|…]`
+//! `cargo bench -p tidemill-kernels --bench step -- [threads] [portable|avx2|avx512|amx] [w4|w8] [decode1|shared32|prefill512|lora8|…]`
 #![allow(clippy::print_stdout, reason = "a benchmark prints its numbers")]
 #![allow(clippy::unwrap_used, reason = "a benchmark stops at the first error")]
 
@@ -18,6 +18,9 @@ use tidemill_kernels::*;
 
 const CONTEXT: usize = 160;
 const BLOCKS: usize = 256;
+/// Adapters that the steps called `lora` spread their sequences over (`lora 512`: one sequence, one adapter), and their rank.
+const ADAPTERS: u32 = 4;
+const RANK: usize = 16;
 
 fn shape() -> DecoderShape {
     DecoderShape {
@@ -66,6 +69,13 @@ fn prefill(noise: &mut Noise, rows: usize) -> StepBatch {
     batch
 }
 
+/// The same step with its rows spread over `adapters` adapters, sequence by sequence.
+fn adapted(mut batch: StepBatch, adapters: u32) -> StepBatch {
+    let slots = batch.sequences.iter().enumerate().flat_map(|(i, s)| std::iter::repeat_n(i as u32 % adapters, s.rows as usize));
+    batch.adapters = slots.collect();
+    batch
+}
+
 fn median(mut times: Vec<Duration>) -> Duration {
     times.sort();
     times[times.len() / 2]
@@ -100,6 +110,7 @@ fn main() {
         let backend = CpuBackend::new(CpuOptions { threads, isa, limits }).unwrap();
         let mut decoder = Decoder::new(backend, &weights, WeightFormat::Auto, BLOCKS, KvDtype::Bf16);
         drop(weights);
+        (0..ADAPTERS).for_each(|slot| decoder.load_adapter(noise, slot, RANK));
         println!("{name}: {}, {:?}", decoder.ops.describe(), decoder.ops.memory());
         let steps = [
             ("decode 1", decode(noise, 1), 1),
@@ -108,6 +119,10 @@ fn main() {
             ("shared 32", decode_shared(noise, 32), 32),
             ("prefill 128", prefill(noise, 128), 128),
             ("prefill 512", prefill(noise, 512), 512),
+            ("lora 1", adapted(decode(noise, 1), 1), 1),
+            ("lora 8", adapted(decode(noise, 8), ADAPTERS), 8),
+            ("lora 32", adapted(decode(noise, 32), ADAPTERS), 32),
+            ("lora 512", adapted(prefill(noise, 512), 1), 512),
         ];
         let short = |what: &str| what.replace(' ', "");
         let all = !args.iter().any(|a| steps.iter().any(|(what, ..)| short(what) == *a));

@@ -218,6 +218,28 @@ pub enum Store {
     Add,
 }
 
+/// A row that uses no adapter, in [`StepBatch::adapters`].
+pub const NO_ADAPTER: u32 = u32::MAX;
+
+/// A low-rank update of some columns of a linear: `out[column..column + n] += scale · B (A x)` (Hu et al. 2021).
+#[derive(Clone, Copy, Debug)]
+pub struct LowRank<'a> {
+    /// First column of the linear's output.
+    pub column: usize,
+    /// Output features.
+    pub n: usize,
+    /// Input features: the linear's.
+    pub k: usize,
+    /// Rank, ≥ 1.
+    pub rank: usize,
+    /// Scale.
+    pub scale: f32,
+    /// `[rank, k]`, row-major.
+    pub a: &'a [f32],
+    /// `[n, rank]`, row-major.
+    pub b: &'a [f32],
+}
+
 /// The rows of one sequence in a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SequenceSpan {
@@ -325,6 +347,8 @@ pub struct StepBatch {
     pub bias: Vec<(u32, f32)>,
     /// Blocks to copy (from, to) in all layers before anything else runs: copy on write.
     pub copies: Vec<(u32, u32)>,
+    /// `[tokens]` slot of each row's adapter or [`NO_ADAPTER`]; empty when no row has one.
+    pub adapters: Vec<u32>,
 }
 
 impl StepBatch {
@@ -339,11 +363,12 @@ impl StepBatch {
         self.history.clear();
         self.bias.clear();
         self.copies.clear();
+        self.adapters.clear();
     }
 
     /// Becomes equal to `other` in the memory it has (a derived `clone_from` would allocate anew).
     pub fn copy_from(&mut self, other: &StepBatch) {
-        let StepBatch { tokens, positions, slots, sequences, blocks, samples, history, bias, copies } = other;
+        let StepBatch { tokens, positions, slots, sequences, blocks, samples, history, bias, copies, adapters } = other;
         self.tokens.clone_from(tokens);
         self.positions.clone_from(positions);
         self.slots.clone_from(slots);
@@ -353,6 +378,7 @@ impl StepBatch {
         self.history.clone_from(history);
         self.bias.clone_from(bias);
         self.copies.clone_from(copies);
+        self.adapters.clone_from(adapters);
     }
 }
 
@@ -389,6 +415,8 @@ pub struct MemoryUse {
     pub kv: usize,
     /// Activations and scratch.
     pub activations: usize,
+    /// Adapters.
+    pub adapters: usize,
 }
 
 /// A backend. See the module text.
@@ -412,6 +440,12 @@ pub trait Ops: Send {
     /// Reserves the cache.
     fn alloc_kv(&mut self, spec: KvSpec) -> Result<KvCache, KernelError>;
 
+    /// Puts an adapter into a slot, in place of what was there; `sites[i]` updates the linear that the model file calls site `i`.
+    /// Between steps only. Slots are small numbers: memory is kept for all up to the largest.
+    fn load_adapter(&mut self, slot: u32, sites: &[Vec<LowRank<'_>>]) -> Result<(), KernelError>;
+    /// Empties a slot and frees its memory.
+    fn unload_adapter(&mut self, slot: u32);
+
     /// Starts a step: copies its metadata and carries out `batch.copies`.
     fn begin(&mut self, batch: &StepBatch) -> Result<(), KernelError>;
     /// `out[r] = table[tokens[r]]`
@@ -420,6 +454,9 @@ pub trait Ops: Send {
     fn rms_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf);
     /// `out = x wᵀ + bias`, or added to `out`.
     fn linear(&mut self, x: Buf, w: Matrix, bias: Option<Vector>, out: Buf, store: Store);
+    /// Adds to each row of `out` the update that the row's adapter has for `site`, computed from the same row of `x`. Nothing runs
+    /// when no row of the step has one.
+    fn lora(&mut self, x: Buf, site: usize, out: Buf);
     /// Norms (if any) and rotates q and k in place, then writes k and v to the cache at the step's slots.
     fn rope_cache(&mut self, qkv: Buf, shape: HeadShape, norm: Option<QkNorm>, rope: Rope, kv: KvCache, layer: usize);
     /// Causal attention of the step's queries over the cached keys and values: `out [tokens, heads * head_dim]`.

@@ -15,6 +15,10 @@ pub struct Shapes {
     vectors: Vec<usize>,
     ropes: Vec<usize>,
     caches: Vec<KvSpec>,
+    /// For each slot, for each site that is updated: input width, and the columns that the output must have.
+    adapters: Vec<Vec<Option<(usize, usize)>>>,
+    /// Slots that the step uses.
+    used: Vec<u32>,
     step: Option<Extent>,
     /// Slots of a step, sorted.
     slots: Vec<i64>,
@@ -30,6 +34,9 @@ struct Extent {
     /// Caches whose block tables were found good.
     checked: u64,
 }
+
+/// Adapters at once; a limit on what a wrong slot number may cost.
+const MAX_SLOTS: u32 = 1 << 16;
 
 fn shape<T>(op: &'static str, detail: String) -> Result<T, KernelError> {
     Err(KernelError::Shape { op, detail })
@@ -56,6 +63,8 @@ impl Shapes {
             vectors: Vec::new(),
             ropes: Vec::new(),
             caches: Vec::new(),
+            adapters: Vec::new(),
+            used: Vec::new(),
             step: None,
             slots: Vec::with_capacity(limits.max_tokens),
         }
@@ -128,6 +137,46 @@ impl Shapes {
         Ok(KvCache(self.caches.len() as u32 - 1))
     }
 
+    /// Checks an adapter's updates and registers it.
+    pub fn add_adapter(&mut self, slot: u32, sites: &[Vec<LowRank<'_>>]) -> Result<(), KernelError> {
+        const OP: &str = "load_adapter";
+        if slot >= MAX_SLOTS {
+            return Err(KernelError::Limit(format!("adapter slot {slot}; there are {MAX_SLOTS}")));
+        }
+        let mut registered = Vec::with_capacity(sites.len());
+        for (i, parts) in sites.iter().enumerate() {
+            let mut site: Option<(usize, usize)> = None;
+            for part in parts {
+                let &LowRank { column, n, k, rank, a, b, .. } = part;
+                let sizes = [Some(a.len()), Some(b.len())];
+                if n == 0 || k == 0 || rank == 0 || [rank.checked_mul(k), n.checked_mul(rank)] != sizes {
+                    return shape(
+                        OP,
+                        format!("factors of {} and {} numbers at site {i}: {rank} × {k}, {n} × {rank}", a.len(), b.len()),
+                    );
+                }
+                let columns = column.checked_add(n).ok_or_else(|| KernelError::Weight("too many columns".into()))?;
+                let (known, most) = site.unwrap_or((k, 0));
+                equal(OP, "input width of a site's part", k, known)?;
+                site = Some((k, most.max(columns)));
+            }
+            registered.push(site);
+        }
+        let slot = slot as usize;
+        if self.adapters.len() <= slot {
+            self.adapters.resize_with(slot + 1, Vec::new);
+        }
+        self.adapters[slot] = registered;
+        Ok(())
+    }
+
+    /// Forgets an adapter.
+    pub fn remove_adapter(&mut self, slot: u32) {
+        if let Some(sites) = self.adapters.get_mut(slot as usize) {
+            sites.clear();
+        }
+    }
+
     /// Rows that a buffer of this kind has at most.
     pub fn capacity(&self, rows: Rows) -> usize {
         match rows {
@@ -161,6 +210,14 @@ impl Shapes {
         if let Some(pair) = self.slots.windows(2).find(|pair| pair[0] == pair[1]) {
             return shape("begin", format!("two rows write slot {}", pair[0]));
         }
+        self.used.clear();
+        self.used.extend(batch.adapters.iter().copied().filter(|&slot| slot != NO_ADAPTER));
+        self.used.sort_unstable();
+        self.used.dedup();
+        let empty = |slot: &&u32| self.adapters.get(**slot as usize).is_none_or(Vec::is_empty);
+        if let Some(slot) = self.used.iter().find(empty) {
+            return shape("begin", format!("a row uses adapter slot {slot}, which is empty"));
+        }
         self.step = Some(extent);
         Ok(())
     }
@@ -175,6 +232,9 @@ impl Shapes {
         }
         equal(OP, "positions", batch.positions.len(), tokens)?;
         equal(OP, "slots", batch.slots.len(), tokens)?;
+        if !batch.adapters.is_empty() {
+            equal(OP, "adapters", batch.adapters.len(), tokens)?;
+        }
         let mut row = 0usize;
         for (i, s) in batch.sequences.iter().enumerate() {
             let last = row + s.rows as usize;
@@ -265,6 +325,26 @@ impl Shapes {
             Some(bias) => equal(OP, "bias", find(OP, "vector", &self.vectors, bias.0)?, n),
             None => Ok(()),
         }
+    }
+
+    /// See [`Ops::lora`]. `false` when no adapter of the step updates the site.
+    pub fn lora(&self, x: Buf, site: usize, out: Buf) -> Result<bool, KernelError> {
+        const OP: &str = "lora";
+        self.step(OP)?;
+        let (x_width, out_width) = self.pair(OP, x, out)?;
+        if self.buffer(OP, x)?.0 != Rows::Tokens {
+            return shape(OP, "input has a row per sample".into());
+        }
+        let mut any = false;
+        for &slot in &self.used {
+            let Some(&Some((k, columns))) = self.adapters.get(slot as usize).and_then(|sites| sites.get(site)) else { continue };
+            equal(OP, "input width", x_width, k)?;
+            if columns > out_width {
+                return shape(OP, format!("updates column {} of {out_width}", columns - 1));
+            }
+            any = true;
+        }
+        Ok(any)
     }
 
     /// The checks of both operations on a layer of the cache.

@@ -403,3 +403,155 @@ fn sampling_gives_the_same_tokens_and_log_probabilities() {
         }
     }
 }
+
+/// An adapter with random factors for linears that are stacked of the same parts, some parts left out.
+struct Factors {
+    k: usize,
+    sites: Vec<Vec<Factor>>,
+}
+
+struct Factor {
+    column: usize,
+    n: usize,
+    rank: usize,
+    scale: f32,
+    a: Vec<f32>,
+    b: Vec<f32>,
+}
+
+impl Factors {
+    fn random(noise: &mut Noise, sites: usize, k: usize, parts: &[usize]) -> Self {
+        let mut site = || {
+            let (mut column, mut list) = (0, Vec::new());
+            for &n in parts {
+                if noise.unit() < 0.8 {
+                    let rank = noise.pick(&[1, 2, 4, 7, 16, 33]);
+                    let (a, b) = (noise.values(rank * k, 0.5), noise.values(n * rank, 0.5));
+                    list.push(Factor { column, n, rank, scale: noise.pick(&[0.25, 2.0]), a, b });
+                }
+                column += n;
+            }
+            list
+        };
+        Factors { k, sites: (0..sites).map(|_| site()).collect() }
+    }
+
+    fn load<B: Ops + ?Sized>(&self, ops: &mut B, slot: u32) {
+        fn low_rank(f: &Factor, k: usize) -> LowRank<'_> {
+            LowRank { column: f.column, n: f.n, k, rank: f.rank, scale: f.scale, a: &f.a, b: &f.b }
+        }
+        let sites: Vec<Vec<LowRank<'_>>> =
+            self.sites.iter().map(|parts| parts.iter().map(|f| low_rank(f, self.k)).collect()).collect();
+        ops.load_adapter(slot, &sites).unwrap();
+    }
+}
+
+/// A step of single rows; each row's adapter is drawn from `slots`.
+fn mixed_step(noise: &mut Noise, rows: usize, slots: &[u32]) -> StepBatch {
+    let mut batch = StepBatch::default();
+    for row in 0..rows {
+        let tokens = vec![noise.below(50) as u32];
+        append(&mut batch, &mut Sequence { tokens, table: vec![row as u32], computed: 0 }, 1);
+    }
+    batch.slots.fill(-1);
+    batch.adapters = (0..rows).map(|_| noise.pick(slots)).collect();
+    batch
+}
+
+#[test]
+fn low_rank_updates_of_many_adapters_in_one_step() {
+    for (case, (rows, k, parts)) in
+        [(1, 64, &[32usize, 16, 16][..]), (7, 30, &[17, 5]), (70, 576, &[40]), (23, 129, &[64, 3, 61]), (5, 1, &[1])]
+            .into_iter()
+            .enumerate()
+    {
+        compare(&format!("lora on {rows} × {k} → {parts:?}"), 3e-6, |ops| {
+            let noise = &mut Noise::new(40 + case as u64);
+            let n: usize = parts.iter().sum();
+            let (inputs, starts) = (ops.load_table(noise, 50, k), ops.load_table(noise, 50, n));
+            let x = ops.alloc_poisoned(Rows::Tokens, k);
+            let [first, second, untouched] = [0; 3].map(|_| ops.alloc_poisoned(Rows::Tokens, n));
+            for slot in [0, 1, 4, 5] {
+                Factors::random(noise, 2, k, parts).load(ops, slot);
+            }
+            // A slot that is used again, and one that is empty again.
+            Factors::random(noise, 2, k, parts).load(ops, 1);
+            ops.unload_adapter(5);
+            ops.begin(&mixed_step(noise, rows, &[0, 1, 4, NO_ADAPTER])).unwrap();
+            ops.embedding(inputs, x);
+            for (site, out) in [first, second, untouched].into_iter().enumerate() {
+                ops.embedding(starts, out);
+                ops.lora(x, site, out);
+            }
+            ops.run();
+            vec![first, second, untouched]
+        });
+    }
+}
+
+#[test]
+fn a_rows_update_does_not_depend_on_its_neighbours() {
+    let (k, parts) = (100, [48, 20]);
+    for isa in Isa::available() {
+        let noise = &mut Noise::new(3);
+        let mut ops = CpuBackend::new(CpuOptions { threads: 3, isa: Some(isa), limits: LIMITS }).unwrap();
+        let (inputs, starts) = (ops.load_table(noise, 50, k), ops.load_table(noise, 50, 68));
+        let (x, out) = (ops.alloc_poisoned(Rows::Tokens, k), ops.alloc_poisoned(Rows::Tokens, 68));
+        for slot in 0..3 {
+            Factors::random(noise, 1, k, &parts).load(&mut ops, slot);
+        }
+        let mut run = |batch: &StepBatch| {
+            ops.begin(batch).unwrap();
+            ops.embedding(inputs, x);
+            ops.embedding(starts, out);
+            ops.lora(x, 0, out);
+            ops.run();
+            ops.read(out).unwrap()
+        };
+        let batch = mixed_step(noise, 70, &[0, 1, 2, NO_ADAPTER]);
+        let together = run(&batch);
+        for row in 0..70 {
+            let mut alone = StepBatch::default();
+            append(&mut alone, &mut Sequence { tokens: vec![batch.tokens[row]], table: vec![0], computed: 0 }, 1);
+            alone.slots.fill(-1);
+            alone.adapters = vec![batch.adapters[row]];
+            assert_eq!(run(&alone), together[row * 68..(row + 1) * 68], "{isa:?} row {row}");
+        }
+    }
+}
+
+#[test]
+fn adapters_that_do_not_fit_are_refused() {
+    let mut ops = CpuBackend::new(CpuOptions { threads: 1, isa: None, limits: LIMITS }).unwrap();
+    let noise = &mut Noise::new(5);
+    let (inputs, x, out) =
+        (ops.load_table(noise, 50, 8), ops.alloc_poisoned(Rows::Tokens, 8), ops.alloc_poisoned(Rows::Tokens, 12));
+    let values = [0.5; 64];
+    let good = LowRank { column: 4, n: 8, k: 8, rank: 2, scale: 1.0, a: &values[..16], b: &values[..16] };
+    let bad = [
+        LowRank { rank: 0, a: &[], b: &[], ..good },
+        LowRank { rank: 3, ..good },
+        LowRank { n: 9, ..good },
+        LowRank { column: usize::MAX, ..good },
+    ];
+    for bad in bad {
+        assert!(ops.load_adapter(0, &[vec![bad]]).is_err(), "{bad:?}");
+    }
+    assert!(ops.load_adapter(0, &[vec![good, LowRank { k: 4, rank: 4, n: 4, ..good }]]).is_err());
+    assert!(ops.load_adapter(u32::MAX - 1, &[vec![good]]).is_err());
+    let mut step = |slot: u32, part: Option<LowRank<'_>>| {
+        if let Some(part) = part {
+            ops.load_adapter(0, &[vec![part]])?;
+        }
+        ops.begin(&mixed_step(&mut Noise::new(1), 3, &[slot]))?;
+        ops.embedding(inputs, x);
+        ops.lora(x, 0, out);
+        ops.finish(&mut StepOutput::default())
+    };
+    assert!(step(0, None).unwrap_err().to_string().contains("slot 0"));
+    step(0, Some(good)).unwrap();
+    // Columns beyond the output, and an input of another width.
+    assert!(step(0, Some(LowRank { column: 5, ..good })).is_err());
+    assert!(step(0, Some(LowRank { k: 4, rank: 4, n: 4, ..good })).is_err());
+    step(0, Some(good)).unwrap();
+}

@@ -85,6 +85,25 @@ impl Adapter {
         self.pairs.iter().map(|pair| (pair.a.len() + pair.b.len()) * 4).sum()
     }
 
+    /// Names what the adapter computes: equal factors and scales give equal digests, whatever the files say beside them.
+    pub fn digest(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new_derive_key("tidemill 2026 adapter");
+        let mut bytes = Vec::new();
+        for Pair { layer, projection, rank, scale, a, b } in &self.pairs {
+            let sizes = [*layer, *projection as usize, *rank, a.len(), b.len()];
+            for size in sizes {
+                hasher.update(&(size as u64).to_le_bytes());
+            }
+            hasher.update(&scale.to_bits().to_le_bytes());
+            for values in [a, b] {
+                bytes.clear();
+                bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+                hasher.update(&bytes);
+            }
+        }
+        *hasher.finalize().as_bytes()
+    }
+
     /// Whether the adapter fits a base model: layers and shapes are its own, nothing is missing, every number is finite. The error
     /// names the tensor.
     pub fn check(&self, model: &ModelConfig) -> Result<(), AdapterError> {

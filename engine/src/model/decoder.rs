@@ -2,12 +2,13 @@
 //! gated feed-forward part. The families differ in biases, head norms, window and frequencies, all of which are data here.
 
 use tidemill_kernels::{
-    AttentionSpec, Buf, HeadShape, KernelError, KvCache, KvDtype, KvSpec, Matrix, MemoryUse, Ops, QkNorm, Rope, Rows, StepBatch,
-    StepOutput, Store, Vector, WeightFormat,
+    AttentionSpec, Buf, HeadShape, KernelError, KvCache, KvDtype, KvSpec, LowRank, Matrix, MemoryUse, Ops, QkNorm, Rope, Rows,
+    StepBatch, StepOutput, Store, Vector, WeightFormat,
 };
 
 use super::Model;
 use super::weight_names::{Part, Weight};
+use crate::adapter::{Adapter, Pair, Projection};
 use crate::load_error::LoadError;
 use crate::model_config::ModelConfig;
 use crate::model_files::{FileMatrix, ModelFiles};
@@ -69,6 +70,38 @@ struct Buffers {
     logits: Buf,
 }
 
+/// The linears of a layer, as adapters update them.
+#[derive(Clone, Copy)]
+enum Site {
+    Qkv,
+    AttentionOutput,
+    GateUp,
+    Down,
+}
+
+impl Site {
+    const COUNT: usize = 4;
+
+    /// The backend's number of the site.
+    fn number(self, layer: usize) -> usize {
+        layer * Site::COUNT + self as usize
+    }
+
+    /// Where a matrix is: its linear, and its first row there.
+    fn of(projection: Projection, config: &ModelConfig) -> (Site, usize) {
+        let &ModelConfig { heads, kv_heads, head_dim, intermediate, .. } = config;
+        match projection {
+            Projection::Query => (Site::Qkv, 0),
+            Projection::Key => (Site::Qkv, heads * head_dim),
+            Projection::Value => (Site::Qkv, (heads + kv_heads) * head_dim),
+            Projection::AttentionOutput => (Site::AttentionOutput, 0),
+            Projection::Gate => (Site::GateUp, 0),
+            Projection::Up => (Site::GateUp, intermediate),
+            Projection::Down => (Site::Down, 0),
+        }
+    }
+}
+
 impl Decoder {
     /// Packs the weights of `files` with `ops`. `progress` hears (bytes packed, bytes in all) after each matrix.
     pub fn load(
@@ -113,14 +146,18 @@ impl Decoder {
         for (index, layer) in weights.layers.iter().enumerate() {
             ops.rms_norm(b.hidden, layer.attention_norm, eps, b.normed);
             ops.linear(b.normed, layer.qkv.weight, layer.qkv.bias, b.qkv, Store::Replace);
+            ops.lora(b.normed, Site::Qkv.number(index), b.qkv);
             ops.rope_cache(b.qkv, *shape, layer.qk_norm, weights.rope, kv, index);
             ops.paged_attention(b.qkv, *shape, *attention, kv, index, b.attended);
             ops.linear(b.attended, layer.attention_output.weight, layer.attention_output.bias, b.hidden, Store::Add);
+            ops.lora(b.attended, Site::AttentionOutput.number(index), b.hidden);
 
             ops.rms_norm(b.hidden, layer.feed_forward_norm, eps, b.normed);
             ops.linear(b.normed, layer.gate_up.weight, layer.gate_up.bias, b.gate_up, Store::Replace);
+            ops.lora(b.normed, Site::GateUp.number(index), b.gate_up);
             ops.silu_and_mul(b.gate_up, b.gated);
             ops.linear(b.gated, layer.down.weight, layer.down.bias, b.hidden, Store::Add);
+            ops.lora(b.gated, Site::Down.number(index), b.hidden);
         }
         if all {
             ops.rms_norm(b.hidden, weights.final_norm, eps, b.normed);
@@ -165,6 +202,27 @@ impl Model for Decoder {
 
     fn width(&self) -> usize {
         self.config.hidden
+    }
+
+    fn adaptable(&self) -> Option<&ModelConfig> {
+        Some(&self.config)
+    }
+
+    fn load_adapter(&mut self, slot: u32, adapter: &Adapter) -> Result<(), KernelError> {
+        let mut sites = vec![Vec::new(); self.config.layers * Site::COUNT];
+        for Pair { layer, projection, rank, scale, a, b } in &adapter.pairs {
+            // Factors are in the order of the publisher's rows, and so is the packed base: see `FileMatrix::row_order`.
+            let (site, column) = Site::of(*projection, &self.config);
+            let (n, k) = projection.shape(&self.config);
+            if let Some(parts) = sites.get_mut(site.number(*layer)) {
+                parts.push(LowRank { column, n, k, rank: *rank, scale: *scale, a, b });
+            }
+        }
+        self.ops.load_adapter(slot, &sites)
+    }
+
+    fn unload_adapter(&mut self, slot: u32) {
+        self.ops.unload_adapter(slot);
     }
 
     fn memory(&self) -> MemoryUse {

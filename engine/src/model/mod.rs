@@ -7,6 +7,9 @@ use tidemill_kernels::{KernelError, KvDtype, MemoryUse, StepBatch, StepOutput};
 
 pub use decoder::Decoder;
 
+use crate::adapter::Adapter;
+use crate::model_config::ModelConfig;
+
 /// A model that computes steps. The scheduler knows nothing else about it.
 pub trait Model: Send {
     /// Size of the vocabulary that can be sampled.
@@ -25,6 +28,16 @@ pub trait Model: Send {
     fn width(&self) -> usize {
         0
     }
+    /// What adapters must fit; `None` when the model takes none.
+    fn adaptable(&self) -> Option<&ModelConfig> {
+        None
+    }
+    /// Puts an adapter that fits into a slot, between steps.
+    fn load_adapter(&mut self, _slot: u32, _adapter: &Adapter) -> Result<(), KernelError> {
+        Err(KernelError::Unsupported("this model takes no adapters".to_owned()))
+    }
+    /// Empties a slot that no row of a later step uses.
+    fn unload_adapter(&mut self, _slot: u32) {}
     /// Memory held, for the start-up lines.
     fn memory(&self) -> MemoryUse;
     /// Device, instruction path, weight format: for the start-up lines.

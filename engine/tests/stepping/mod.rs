@@ -2,7 +2,7 @@
 
 use tidemill_engine::Decoder;
 use tidemill_engine::model::Model;
-use tidemill_kernels::{KvDtype, SampleRow, SequenceSpan, StepBatch, StepOutput};
+use tidemill_kernels::{KvDtype, NO_ADAPTER, SampleRow, SequenceSpan, StepBatch, StepOutput};
 
 const BLOCK: usize = 32;
 const BLOCKS_PER_SEQUENCE: usize = 32;
@@ -10,18 +10,40 @@ const SEQUENCES: usize = 32;
 
 pub struct Stepper {
     decoder: Decoder,
+    /// Slot of each sequence's adapter; those beyond the list have none.
+    adapters: Vec<u32>,
 }
 
 impl Stepper {
     pub fn new(mut decoder: Decoder) -> Self {
         decoder.alloc_kv(BLOCKS_PER_SEQUENCE * SEQUENCES, BLOCK, KvDtype::F32).unwrap();
-        Self { decoder }
+        Self { decoder, adapters: Vec::new() }
+    }
+
+    /// The decoder.
+    #[allow(dead_code, reason = "each test binary uses a part")]
+    pub fn decoder(&mut self) -> &mut Decoder {
+        &mut self.decoder
+    }
+
+    /// Gives each sequence an adapter's slot or `NO_ADAPTER`.
+    #[allow(dead_code, reason = "each test binary uses a part")]
+    pub fn use_adapters(&mut self, slots: &[u32]) {
+        self.adapters = slots.to_vec();
+    }
+
+    fn add_rows(&self, batch: &mut StepBatch, sequence: usize, start: usize, tokens: &[u32]) {
+        add_rows(batch, sequence, start, tokens);
+        if !self.adapters.is_empty() {
+            let slot = self.adapters.get(sequence).copied().unwrap_or(NO_ADAPTER);
+            batch.adapters.resize(batch.tokens.len(), slot);
+        }
     }
 
     /// Logits after the tokens at `positions`, all computed in one step.
     pub fn logits(&mut self, tokens: &[u32], positions: &[u32]) -> Vec<Vec<f32>> {
         let mut batch = StepBatch::default();
-        add_rows(&mut batch, 0, 0, tokens);
+        self.add_rows(&mut batch, 0, 0, tokens);
         batch.samples = positions.iter().map(|&row| SampleRow::greedy(row)).collect();
         self.decoder.forward(&batch, &mut StepOutput::default()).unwrap();
         let logits = self.decoder.logits().unwrap();
@@ -36,7 +58,7 @@ impl Stepper {
         let mut answers: Vec<Vec<u32>> = Vec::new();
         for (sequence, prompt) in prompts.iter().enumerate() {
             let mut batch = StepBatch::default();
-            add_rows(&mut batch, sequence, 0, prompt);
+            self.add_rows(&mut batch, sequence, 0, prompt);
             batch.samples.push(SampleRow::greedy(prompt.len() as u32 - 1));
             self.decoder.forward(&batch, &mut out).unwrap();
             answers.push(vec![out.samples[0].token]);
@@ -51,7 +73,7 @@ impl Stepper {
             for &sequence in &running {
                 let answer = &answers[sequence];
                 batch.samples.push(SampleRow::greedy(batch.tokens.len() as u32));
-                add_rows(&mut batch, sequence, prompts[sequence].len() + answer.len() - 1, &answer[answer.len() - 1..]);
+                self.add_rows(&mut batch, sequence, prompts[sequence].len() + answer.len() - 1, &answer[answer.len() - 1..]);
             }
             self.decoder.forward(&batch, &mut out).unwrap();
             for (&sequence, sampled) in running.iter().zip(&out.samples) {

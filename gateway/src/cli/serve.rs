@@ -20,7 +20,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tidemill_engine::{Engine, StartError};
+use tidemill_engine::{AdapterRefused, Engine, StartError};
 use tidemill_store::{DataDir, Files, Retention, Store, StoreOptions};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -68,6 +68,15 @@ pub struct ServeArgs {
     /// Reuse what was computed for equal beginnings of prompts: true, false [default: true]
     #[arg(long, value_name = "BOOL")]
     prefix_caching: Option<String>,
+    /// Adapters that can be asked for at once; 0 takes none [default: 16]
+    #[arg(long, value_name = "N")]
+    max_loras: Option<String>,
+    /// Largest rank of an adapter [default: 64]
+    #[arg(long, value_name = "N")]
+    max_lora_rank: Option<String>,
+    /// Adapter to load at start, several times for several: a folder that PEFT wrote, of the first model or as MODEL:NAME=PATH
+    #[arg(long, value_name = "NAME=PATH")]
+    lora_modules: Vec<String>,
     /// Seed for requests that bring none [default: another one on every start]
     #[arg(long, value_name = "N")]
     seed: Option<String>,
@@ -163,6 +172,9 @@ impl ServeArgs {
         for model in &self.model {
             layer.push("model", model.clone(), Origin::Flag("model"));
         }
+        for module in &self.lora_modules {
+            layer.push("lora_modules", module.clone(), Origin::Flag("lora_modules"));
+        }
         let flags = [
             ("host", &self.host),
             ("port", &self.port),
@@ -176,6 +188,8 @@ impl ServeArgs {
             ("weights", &self.weights),
             ("kv_dtype", &self.kv_dtype),
             ("prefix_caching", &self.prefix_caching),
+            ("max_loras", &self.max_loras),
+            ("max_lora_rank", &self.max_lora_rank),
             ("seed", &self.seed),
             ("device", &self.device),
             ("drain_timeout", &self.drain_timeout),
@@ -250,6 +264,14 @@ pub enum ServeError {
         name: String,
         /// Why not, and the next step.
         source: StartError,
+    },
+    /// An adapter cannot be loaded.
+    #[error("cannot load the adapter `{name}`: {source}")]
+    Adapter {
+        /// As it was given.
+        name: String,
+        /// Why not, and the next step.
+        source: Box<AdapterRefused>,
     },
     /// A fault of ours while loading.
     #[error("loading broke off because of an internal error, reported above; please tell us which model it was")]
@@ -390,12 +412,28 @@ async fn fold_metrics(metrics: PrometheusHandle) {
     }
 }
 
+/// The adapter's name on the model `model`, if that is where it belongs: `MODEL:NAME`, and without a model the first.
+fn own_adapter<'a>(name: &'a str, model: &str, models: &[ModelSpec]) -> Option<&'a str> {
+    let of = |base: &str| name.strip_prefix(base).and_then(|rest| rest.strip_prefix(':'));
+    match models.iter().find_map(|other| Some((&other.name, of(&other.name)?))) {
+        Some((base, adapter)) => (base == model).then_some(adapter),
+        None => models.first().is_some_and(|first| first.name == model).then_some(name),
+    }
+}
+
 fn load_all(config: &Config, models: &[ModelSpec], app: &App, address: SocketAddr) -> Result<(), ServeError> {
     for model in models {
         let start = Instant::now();
         let engine = Engine::start(config.engine_options(model, models.len()), &mut |_, _| {})
             .map_err(|source| ServeError::Load { name: model.name.clone(), source })?;
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        for module in &config.lora_modules {
+            let Some(adapter) = own_adapter(&module.name, &model.name, models) else { continue };
+            // Who names it at start wants it to stay.
+            engine
+                .load_adapter(adapter, &module.path, true, created)
+                .map_err(|source| ServeError::Adapter { name: module.name.clone(), source: Box::new(source) })?;
+        }
         let loaded = LocalModel::new(engine, created).reading_as(config.parsers.of(&model.name));
         banner::loaded(&loaded, &model.path, start.elapsed());
         app.registry.loaded(&model.name, Upstream::Local(Arc::new(loaded)));

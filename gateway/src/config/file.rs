@@ -1,6 +1,6 @@
 //! `tidemill.toml`.
 
-use crate::config::layer::{Layer, NamedTable, Origin, Setting};
+use crate::config::layer::{LISTS, Layer, NamedTable, Origin, Setting};
 use crate::config::tables::TABLES;
 use crate::config::{ConfigError, KEYS};
 use std::ops::Range;
@@ -35,7 +35,7 @@ fn parse(path: &Path, text: &str) -> Result<Layer, ConfigError> {
         };
         let origin = |span: Range<usize>| Origin::File { path: path.to_owned(), line: line_of(span), key };
         match value.get_ref() {
-            DeValue::Array(items) if *key == "model" => {
+            DeValue::Array(items) if LISTS.contains(key) => {
                 for item in items.iter() {
                     let origin = origin(item.span());
                     layer.push(key, scalar(item.get_ref(), &origin)?, origin);
@@ -164,7 +164,7 @@ mod tests {
     #[test]
     fn several_models_keep_their_order() {
         let layer = parse(Path::new("t"), "model = [\n  \"a=x\",\n  \"b\"]").unwrap();
-        let models: Vec<_> = layer.models().into_iter().map(|(text, _)| text).collect();
+        let models: Vec<_> = layer.list("model").into_iter().map(|(text, _)| text).collect();
         assert_eq!(models, ["a=x", "b"]);
     }
 

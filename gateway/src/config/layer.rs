@@ -88,8 +88,11 @@ pub struct Layer {
     pub tables: Vec<NamedTable>,
 }
 
+/// Keys that may have several values: flags given several times, variables with commas, arrays in the file.
+pub(super) const LISTS: [&str; 2] = ["model", "lora_modules"];
+
 impl Layer {
-    /// Adds a setting. `model` may be added several times.
+    /// Adds a setting. Those of [`LISTS`] may be added several times.
     pub fn push(&mut self, key: &'static str, text: String, origin: Origin) {
         self.settings.push((key, Setting { text, origin }));
     }
@@ -106,10 +109,10 @@ impl Layer {
         self.settings.iter().find(|(name, _)| *name == key).map(|(_, setting)| setting)
     }
 
-    /// All values of `model`.
-    pub fn models(&self) -> Vec<(String, Origin)> {
-        let models = self.settings.iter().filter(|(name, _)| *name == "model");
-        models.map(|(_, setting)| (setting.text.clone(), setting.origin.clone())).collect()
+    /// All values of a key that is a list.
+    pub fn list(&self, key: &str) -> Vec<(String, Origin)> {
+        let values = self.settings.iter().filter(|(name, _)| *name == key);
+        values.map(|(_, setting)| (setting.text.clone(), setting.origin.clone())).collect()
     }
 }
 
@@ -134,12 +137,11 @@ pub fn from_env(env: impl IntoIterator<Item = (String, String)>) -> (Layer, Opti
             if text.starts_with("tcp://") || text.starts_with("udp://") {
                 continue;
             }
-            match *key {
-                "model" => {
-                    let models = text.split(',').map(str::trim).filter(|m| !m.is_empty());
-                    models.for_each(|model| layer.push(key, model.to_owned(), Origin::Variable(key)));
-                }
-                _ => layer.push(key, text, Origin::Variable(key)),
+            if LISTS.contains(key) {
+                let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
+                items.for_each(|item| layer.push(key, item.to_owned(), Origin::Variable(key)));
+            } else {
+                layer.push(key, text, Origin::Variable(key));
             }
         }
     }

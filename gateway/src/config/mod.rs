@@ -9,7 +9,7 @@ pub mod value;
 
 use layer::Setting;
 pub use layer::{Layer, Origin};
-pub use model_spec::{DEFAULT_MODEL, ModelSpec, models_dir};
+pub use model_spec::{DEFAULT_MODEL, LoraModule, ModelSpec, models_dir};
 pub use parsers::ParserConfig;
 
 use crate::feedback::Metrics;
@@ -32,7 +32,7 @@ use tidemill_store::Limits;
 pub const DEFAULT_FILE: &str = "tidemill.toml";
 
 /// Every setting, by its name in the file. The flag is the same with dashes, the variable the same in capitals after `TIDEMILL_`.
-pub const KEYS: [&str; 41] = [
+pub const KEYS: [&str; 44] = [
     "model",
     "host",
     "port",
@@ -46,6 +46,9 @@ pub const KEYS: [&str; 41] = [
     "weights",
     "kv_dtype",
     "prefix_caching",
+    "max_loras",
+    "max_lora_rank",
+    "lora_modules",
     "seed",
     "device",
     "drain_timeout",
@@ -170,6 +173,12 @@ pub struct Config {
     pub kv_dtype: KvDtype,
     /// Reuse of computed prefixes.
     pub prefix_caching: bool,
+    /// Adapters at once.
+    pub max_loras: usize,
+    /// Largest rank of an adapter.
+    pub max_lora_rank: usize,
+    /// Adapters to load at start.
+    pub lora_modules: Vec<LoraModule>,
     /// Seed of requests that bring none.
     pub seed: Option<u64>,
     /// Where to compute.
@@ -248,7 +257,7 @@ impl Config {
         let base = EngineOptions::new("");
         let files = FileLimits::default();
         Ok(Self {
-            models: layers.iter().map(Layer::models).find(|m| !m.is_empty()).unwrap_or_default(),
+            models: layers.iter().map(|layer| layer.list("model")).find(|m| !m.is_empty()).unwrap_or_default(),
             host: get("host").map_or(Ok(IpAddr::from([127, 0, 0, 1])), |s| s.parse(value::host))?,
             port: get("port").map_or(Ok(8080), |s| s.parse(value::port))?,
             data: get("data").map_or_else(|| PathBuf::from("./data"), |s| PathBuf::from(&s.text)),
@@ -275,6 +284,11 @@ impl Config {
                 s.parse(|text| value::choice(text, &[("bf16", KvDtype::Bf16), ("f32", KvDtype::F32)]))
             })?,
             prefix_caching: get("prefix_caching").map_or(Ok(true), |s| s.parse(value::switch))?,
+            max_loras: count("max_loras", 0)?.unwrap_or(base.max_adapters),
+            max_lora_rank: count("max_lora_rank", 1)?.unwrap_or(base.max_adapter_rank),
+            lora_modules: model_spec::lora_modules(
+                &layers.iter().map(|layer| layer.list("lora_modules")).find(|list| !list.is_empty()).unwrap_or_default(),
+            )?,
             seed: get("seed").map(|s| s.parse(value::seed)).transpose()?,
             device: get("device").map_or(Ok(Device::Auto), |s| s.parse(value::device))?,
             drain_timeout: get("drain_timeout").map_or(Ok(Duration::from_secs(30)), |s| s.parse(value::duration))?,
@@ -342,6 +356,8 @@ impl Config {
             weight_format: self.weights,
             kv_dtype: self.kv_dtype,
             prefix_caching: self.prefix_caching,
+            max_adapters: self.max_loras,
+            max_adapter_rank: self.max_lora_rank,
             seed: self.seed,
             ..EngineOptions::new(&model.path)
         }

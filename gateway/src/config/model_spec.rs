@@ -17,6 +17,26 @@ pub struct ModelSpec {
     pub path: PathBuf,
 }
 
+/// An adapter that is loaded at start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoraModule {
+    /// `adapter`, of the first model, or `base:adapter`.
+    pub name: String,
+    /// The folder that PEFT wrote.
+    pub path: PathBuf,
+}
+
+/// Reads `NAME=PATH`, as often as it is given.
+pub fn lora_modules(texts: &[(String, Origin)]) -> Result<Vec<LoraModule>, ConfigError> {
+    let module = |(text, origin): &(String, Origin)| {
+        let parts = text.split_once('=').filter(|(name, path)| !name.is_empty() && !path.is_empty());
+        let message = || format!("`{text}` should be NAME=PATH, with the folder of the adapter");
+        let (name, path) = parts.ok_or_else(|| ConfigError::Value { place: origin.to_string(), message: message() })?;
+        Ok(LoraModule { name: name.to_owned(), path: PathBuf::from(path) })
+    };
+    texts.iter().map(module).collect()
+}
+
 /// Where pulled models lie.
 pub fn models_dir(data: &Path) -> PathBuf {
     DataDir::new(data).models()

@@ -123,6 +123,11 @@ impl Caller {
         })
     }
 
+    /// What the audit calls the caller.
+    pub fn actor(&self) -> String {
+        self.name().map_or_else(|| "open server".to_owned(), |name| format!("key {name}"))
+    }
+
     /// The key's name, which for annotators is theirs.
     pub fn name(&self) -> Option<&str> {
         self.key.as_ref().map(|key| key.name.as_str())

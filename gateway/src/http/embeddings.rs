@@ -96,7 +96,14 @@ impl Prepared {
             model.check_fit(tokens.len(), None, "input")?;
             let id = RequestId(asked.app.store.issue_id().as_u128());
             let priority = asked.priority(asked.caller.tier(None), request.priority);
-            Ok(EmbedRequest { id, tokens, priority, tenant: asked.caller.tenant(), deadline: asked.deadline })
+            Ok(EmbedRequest {
+                id,
+                tokens,
+                adapter: model.adapter().cloned(),
+                priority,
+                tenant: asked.caller.tenant(),
+                deadline: asked.deadline,
+            })
         };
         let texts = request.input.iter().map(text).collect::<Result<Vec<_>, ApiError>>()?;
         let meter = asked.admit(&model, texts.iter().map(|text| text.tokens.len()).collect())?;

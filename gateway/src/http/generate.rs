@@ -19,7 +19,7 @@ use crate::upstream::{Events, LocalModel};
 use axum::extract::Request;
 use std::sync::Arc;
 use std::time::Instant;
-use tidemill_engine::{AdapterGeneration, EmbedRequest, RequestId, SamplingParams, Tenant};
+use tidemill_engine::{EmbedRequest, RequestId, SamplingParams, Tenant};
 use tidemill_store::records::{Inference, Status};
 use tidemill_store::{Store, Tier};
 use uuid::Uuid;
@@ -68,7 +68,7 @@ pub fn engine_request(
         sampling,
         priority: generation.priority,
         cache_salt: generation.cache_salt.clone(),
-        adapter: AdapterGeneration::default(),
+        adapter: model.adapter().cloned(),
         tenant: Tenant::default(),
         deadline: None,
     }
@@ -139,7 +139,7 @@ impl Asked {
     /// Lets a request in whose prompts have so many tokens each, or says which limit it would break. The place within the limits is
     /// held until the meter is dropped: give it to the events with [`Events::metered`].
     pub fn admit(&self, model: &LocalModel, inputs: Vec<usize>) -> Result<Meter, ApiError> {
-        let (admitted, levels) = self.app.limits.admit(self.caller.key.as_deref(), model.name(), inputs);
+        let (admitted, levels) = self.app.limits.admit(self.caller.key.as_deref(), model.base(), inputs);
         self.rate.set(levels);
         admitted
     }
@@ -164,7 +164,7 @@ impl Asked {
 
     /// How much of the answer is recorded; 503 when there is no room for what should be.
     pub fn level(&self, endpoint: &str, model: &LocalModel, id: Uuid) -> Result<Level, ApiError> {
-        let level = self.app.recording.level(endpoint, model.name(), id);
+        let level = self.app.recording.level(endpoint, model.base(), id);
         if level != Level::Off && !self.app.store.has_room() {
             let message =
                 "The server cannot record answers right now: its database is away or slow. Send the request again later.";
@@ -184,9 +184,9 @@ impl Asked {
             id: Uuid::from_u128(request.id.0),
             created: now(),
             endpoint: endpoint.to_owned(),
-            model: model.name().to_owned(),
-            adapter: request.adapter.0,
-            variant: None,
+            model: model.base().to_owned(),
+            adapter: request.generation().0,
+            variant: model.variant(),
             conversation: about.conversation.clone(),
             key_id: self.caller.key_id(),
             user_key: about.user_key.clone(),

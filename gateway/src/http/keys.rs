@@ -33,7 +33,7 @@ pub fn routes() -> Router<App> {
 }
 
 async fn create(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
-    let actor = actor(&request);
+    let actor = Caller::of(&request).actor();
     let body = app.body.json(request).await?;
     let mut fields = Fields::root(&body)?;
     let name = fields.require("name")?;
@@ -76,7 +76,7 @@ async fn one(State(app): State<App>, Path(id): Path<String>) -> Result<Response,
 }
 
 async fn change(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
-    let actor = actor(&request);
+    let actor = Caller::of(&request).actor();
     let body = app.body.json(request).await?;
     let mut fields = Fields::root(&body)?;
     let spec = KeySpec::parse(&body, &mut fields)?;
@@ -88,7 +88,7 @@ async fn change(State(app): State<App>, Path(id): Path<String>, request: Request
 }
 
 async fn rotate(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
-    let actor = actor(&request);
+    let actor = Caller::of(&request).actor();
     let body = app.body.read(request).await?;
     let body = if body.is_empty() { json!({}) } else { parse_json(&body)? };
     let mut fields = Fields::root(&body)?;
@@ -105,15 +105,11 @@ async fn rotate(State(app): State<App>, Path(id): Path<String>, request: Request
 }
 
 async fn revoke(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
-    let actor = actor(&request);
+    let actor = Caller::of(&request).actor();
     let revoked = app.store.revoke_key(&id).await.map_err(failed)?;
     let key = revoked.ok_or_else(|| unknown(&id))?;
     app.store.audit(&actor, "key.revoke", &key.name, json!({"id": key.id})).await.map_err(failed)?;
     Ok(answer(StatusCode::OK, &shown(&key)))
-}
-
-fn actor(request: &Request) -> String {
-    Caller::of(request).name().map_or_else(|| "open server".to_owned(), |name| format!("key {name}"))
 }
 
 /// The key as the API shows it.

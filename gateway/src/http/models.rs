@@ -9,6 +9,7 @@ use axum::extract::{Path, Request, State};
 use axum::response::Response;
 use hyper::StatusCode;
 use serde::Serialize;
+use std::sync::Arc;
 
 #[derive(Serialize)]
 struct ModelCard {
@@ -18,6 +19,10 @@ struct ModelCard {
     owned_by: &'static str,
     /// vLLM's; clients size their prompts by it. Unknown while the model loads.
     max_model_len: Option<usize>,
+    /// vLLM's: the base model of an adapter.
+    parent: Option<String>,
+    /// Names an adapter's contents, as records do.
+    generation: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -26,26 +31,52 @@ struct ModelList {
     data: Vec<ModelCard>,
 }
 
-fn cards(app: &App) -> impl Iterator<Item = ModelCard> {
-    app.registry.states().map(|(name, state)| {
-        let (created, max_model_len) = match state {
-            LoadState::Loading => (0, None),
-            LoadState::Ready(Upstream::Local(model)) => (model.created(), Some(model.context())),
-        };
-        ModelCard { id: name.to_owned(), object: "model", created, owned_by: "tidemill", max_model_len }
-    })
+/// Base models, then adapters: by their own name where that leads to them, else as `base:adapter`.
+fn cards(app: &App) -> Vec<ModelCard> {
+    let mut cards: Vec<ModelCard> = app.registry.states().map(|(name, state)| base_card(name, &state)).collect();
+    for Upstream::Local(model) in app.registry.ready() {
+        for adapter in model.engine().adapters() {
+            let taken = cards.iter().any(|card| card.id == adapter.name());
+            let whole = format!("{}:{}", model.name(), adapter.name());
+            cards.push(ModelCard {
+                id: if taken { whole } else { adapter.name().to_owned() },
+                created: adapter.created(),
+                parent: Some(model.name().to_owned()),
+                generation: Some(format!("{:016x}", adapter.generation().0)),
+                ..base_card(model.name(), &LoadState::Ready(Upstream::Local(Arc::clone(model))))
+            });
+        }
+    }
+    cards
+}
+
+fn base_card(name: &str, state: &LoadState) -> ModelCard {
+    let (created, max_model_len) = match state {
+        LoadState::Loading => (0, None),
+        LoadState::Ready(Upstream::Local(model)) => (model.created(), Some(model.context())),
+    };
+    let id = name.to_owned();
+    ModelCard { id, object: "model", created, owned_by: "tidemill", max_model_len, parent: None, generation: None }
+}
+
+impl ModelCard {
+    /// Whether a request could name it so.
+    fn is_called(&self, name: &str) -> bool {
+        let whole = |base: &String| name.strip_prefix(base.as_str()).and_then(|rest| rest.strip_prefix(':')) == Some(&self.id);
+        self.id == name || self.parent.as_ref().is_some_and(whole)
+    }
 }
 
 /// `GET /v1/models`: those that the caller may use.
 pub async fn list(State(app): State<App>, request: Request) -> Response {
     let caller = Caller::of(&request);
-    let data = cards(&app).filter(|card| caller.check_model(&card.id).is_ok()).collect();
+    let data = cards(&app).into_iter().filter(|card| caller.check_model(&card.id).is_ok()).collect();
     answer(StatusCode::OK, &ModelList { object: "list", data })
 }
 
 /// `GET /v1/models/{id}`; the id may hold slashes, plain or as `%2F`.
 pub async fn get(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
     Caller::of(&request).check_model(&id)?;
-    let card = cards(&app).find(|card| card.id == id).ok_or_else(|| ApiError::model_not_found(&id))?;
+    let card = cards(&app).into_iter().find(|card| card.is_called(&id)).ok_or_else(|| ApiError::model_not_found(&id))?;
     Ok(answer(StatusCode::OK, &card))
 }

@@ -11,7 +11,7 @@ use hyper::StatusCode;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidemill_engine::{AdapterGeneration, FinishReason, RequestId, Tenant};
+use tidemill_engine::{FinishReason, RequestId, Tenant};
 use tidemill_store::label::{Draft, NewTask};
 use tidemill_store::records::{Inference, Status};
 use uuid::Uuid;
@@ -132,9 +132,9 @@ fn prepare(
         id,
         created,
         endpoint: "chat".into(),
-        model: model.name().to_owned(),
-        adapter: 0,
-        variant: None,
+        model: model.base().to_owned(),
+        adapter: model.adapter().map_or(0, |adapter| adapter.generation().0),
+        variant: model.variant(),
         conversation: None,
         key_id: None,
         user_key,
@@ -159,7 +159,7 @@ fn prepare(
         sampling,
         priority: PRIORITY,
         cache_salt: None,
-        adapter: AdapterGeneration::default(),
+        adapter: model.adapter().cloned(),
         tenant: Tenant::default(),
         deadline: None,
     };

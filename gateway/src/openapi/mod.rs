@@ -1,6 +1,7 @@
 //! The OpenAPI 3.1 document of every route. It is written by hand, as the requests are read by hand: a test compares its paths with the
 //! router's, and the suite fires requests at a server by it.
 
+mod adapters;
 mod datasets;
 mod feedback;
 mod files;
@@ -36,6 +37,7 @@ pub fn document() -> Value {
         labeling::topic(),
         datasets::topic(),
         keys::topic(),
+        adapters::topic(),
     ];
     let mut paths = Map::new();
     let mut schemas = Map::from_iter([("Error".to_owned(), error())]);

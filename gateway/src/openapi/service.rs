@@ -38,6 +38,8 @@ pub fn topic() -> Topic {
         .with("object", just("model"))
         .with("created", seconds())
         .with("owned_by", text())
-        .with("max_model_len", nullable(whole(1, i64::from(u32::MAX))));
+        .with("max_model_len", nullable(whole(1, i64::from(u32::MAX))))
+        .with("parent", nullable(text()))
+        .with("generation", nullable(text()));
     Topic { operations, schemas: vec![("Model", model.schema())] }
 }

@@ -12,7 +12,9 @@ use crate::upstream::grammars::Grammars;
 use serde_json::Value;
 use std::borrow::Cow;
 use std::sync::Arc;
-use tidemill_engine::{ChatInput, ChatTemplate, Engine, GenerationDefaults, Grammar, Request, TemplateError, Tokenizer};
+use tidemill_engine::{
+    AdapterLease, ChatInput, ChatTemplate, Engine, GenerationDefaults, Grammar, Request, TemplateError, Tokenizer,
+};
 
 /// A loaded model.
 pub struct LocalModel {
@@ -20,9 +22,11 @@ pub struct LocalModel {
     fingerprint: String,
     created: u64,
     engine: Engine,
-    parsers: Parsers,
+    parsers: Arc<Parsers>,
     shown_special: Arc<[u32]>,
-    grammars: Grammars,
+    grammars: Arc<Grammars>,
+    /// Set for an adapter of the model.
+    adapter: Option<AdapterLease>,
 }
 
 impl LocalModel {
@@ -39,9 +43,8 @@ impl LocalModel {
             env!("CARGO_PKG_VERSION")
         );
         let (name, fingerprint) = (options.served_name.clone(), fingerprint(&configuration));
-        let parsers = Parsers::default();
-        let model =
-            Self { name, fingerprint, created, parsers, shown_special: Arc::default(), engine, grammars: Grammars::default() };
+        let (parsers, shown_special, grammars) = (Arc::default(), Arc::default(), Arc::default());
+        let model = Self { name, fingerprint, created, parsers, shown_special, engine, grammars, adapter: None };
         model.reading_as(ParserChoice::default())
     }
 
@@ -50,14 +53,43 @@ impl LocalModel {
         let template = self.engine.chat_template();
         let source = template.map_or("", |template| template.source());
         let tool_source = template.and_then(ChatTemplate::tool_source).unwrap_or_default();
-        self.parsers = Parsers::choose(choice, source, tool_source);
+        self.parsers = Arc::new(Parsers::choose(choice, source, tool_source));
         self.shown_special = self.parsers.marks().iter().filter_map(|mark| self.control_token(mark)).collect();
         self
+    }
+
+    /// The same with an adapter, under the name that the request used.
+    pub fn adapted(&self, asked: &str, adapter: AdapterLease) -> Self {
+        Self {
+            name: asked.to_owned(),
+            fingerprint: fingerprint(&format!("{} {:016x}", self.fingerprint, adapter.generation().0)),
+            created: adapter.created(),
+            engine: self.engine.clone(),
+            parsers: Arc::clone(&self.parsers),
+            shown_special: Arc::clone(&self.shown_special),
+            grammars: Arc::clone(&self.grammars),
+            adapter: Some(adapter),
+        }
     }
 
     /// Name that clients use.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Name of the base model: limits, prices and records go by it.
+    pub fn base(&self) -> &str {
+        &self.engine.options().served_name
+    }
+
+    /// The adapter that its requests use.
+    pub fn adapter(&self) -> Option<&AdapterLease> {
+        self.adapter.as_ref()
+    }
+
+    /// What a record calls the adapter: `base:adapter`.
+    pub fn variant(&self) -> Option<String> {
+        self.adapter.as_ref().map(|adapter| format!("{}:{}", self.base(), adapter.name()))
     }
 
     /// `system_fingerprint`.

@@ -2,7 +2,7 @@
 
 use crate::http::error::ApiError;
 use crate::upstream::Upstream;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 /// How far a model is.
 #[derive(Clone)]
@@ -52,17 +52,48 @@ impl Registry {
         self.slots.iter().filter_map(|slot| slot.upstream.get())
     }
 
-    /// The model that a request names; without a name, the first.
+    /// The model that a request names: a base model, `base:adapter`, or an adapter by its name alone (of the first model that has
+    /// it). Without a name, the first model.
     pub fn find(&self, name: Option<&str>) -> Result<Upstream, ApiError> {
         let slot = match name {
             Some(name) => self.slots.iter().find(|slot| slot.name == name),
             None => self.slots.first(),
         };
-        let slot = slot.ok_or_else(|| ApiError::model_not_found(name.unwrap_or_default()))?;
-        slot.upstream.get().cloned().ok_or_else(|| {
+        match (slot, name) {
+            (Some(slot), _) => slot.answering(),
+            (None, name) => self.find_adapter(name.unwrap_or_default()),
+        }
+    }
+
+    /// The base model of this name, or the first.
+    pub fn find_base(&self, name: Option<&str>) -> Result<Upstream, ApiError> {
+        let mut slots = self.slots.iter();
+        let slot = name.map_or_else(|| slots.next(), |name| self.slots.iter().find(|slot| slot.name == name));
+        slot.ok_or_else(|| ApiError::model_not_found(name.unwrap_or_default()))?.answering()
+    }
+
+    fn find_adapter(&self, name: &str) -> Result<Upstream, ApiError> {
+        let of_base = |slot: &&Slot| name.strip_prefix(slot.name.as_str()).is_some_and(|rest| rest.starts_with(':'));
+        if let Some(slot) = self.slots.iter().find(of_base) {
+            let Upstream::Local(model) = slot.answering()?;
+            let adapter = model.engine().adapter(&name[slot.name.len() + 1..]);
+            let adapter = adapter.ok_or_else(|| ApiError::model_not_found(name))?;
+            return Ok(Upstream::Local(Arc::new(model.adapted(name, adapter))));
+        }
+        let adapted = |Upstream::Local(model): &Upstream| {
+            let adapter = model.engine().adapter(name)?;
+            Some(Upstream::Local(Arc::new(model.adapted(name, adapter))))
+        };
+        self.ready().find_map(adapted).ok_or_else(|| ApiError::model_not_found(name))
+    }
+}
+
+impl Slot {
+    fn answering(&self) -> Result<Upstream, ApiError> {
+        self.upstream.get().cloned().ok_or_else(|| {
             ApiError::unavailable(
                 Some("model_loading"),
-                format!("The model `{}` is still loading; GET /ready says when it is there.", slot.name),
+                format!("The model `{}` is still loading; GET /ready says when it is there.", self.name),
                 1,
             )
         })

@@ -3,8 +3,9 @@
 use std::ops::Range;
 
 use super::attention::{AttentionCall, AttentionPath, AttentionPlan, AttentionScratch, BLOCK, KvStorage};
-use super::elementwise::Elementwise;
+use super::elementwise::{Elementwise, Level};
 use super::holdings::{Buffer, FORMS, RopeTable, Slots};
+use super::lora::{LoraCall, LoraPlan, PackedAdapter};
 use super::program::{Entry, Planned};
 use super::sampling::{SamplingScratch, sample_row};
 use crate::aligned::AlignedBuf;
@@ -17,6 +18,7 @@ use crate::packed::PackedMatrix;
 /// are: whole rows, tiles of a linear's output, heads of a sequence. Entries are kept apart by the stages of the pool.
 pub(super) struct Holdings {
     pub isa: Isa,
+    pub level: Level,
     pub rows: Elementwise,
     pub matrices: Vec<PackedMatrix>,
     pub vectors: Vec<AlignedBuf<f32>>,
@@ -26,6 +28,10 @@ pub(super) struct Holdings {
     pub caches: Vec<(KvStorage, AttentionPath)>,
     /// One for each head shape that was used; `bool` tells whether it is built for this step.
     pub plans: Vec<(HeadShape, AttentionPlan, bool)>,
+    /// By slot.
+    pub adapters: Vec<Option<PackedAdapter>>,
+    /// Which rows of the step have adapters.
+    pub lora: LoraPlan,
     pub batch: StepBatch,
     /// One for each sampled row.
     pub sampled: Slots<Sampled>,
@@ -33,6 +39,7 @@ pub(super) struct Holdings {
     pub tile_scratch: Slots<TileScratch>,
     pub sampling_scratch: Slots<SamplingScratch>,
     pub attention_scratch: Slots<AttentionScratch>,
+    pub lora_scratch: Slots<AlignedBuf<f32>>,
 }
 
 impl Holdings {
@@ -98,6 +105,13 @@ impl Holdings {
                         let add = store == Store::Add;
                         w.run_item(self.isa, item, input, rows, out.start(), out.stride, bias, add, scratch);
                     }
+                }
+                Entry::Lora { x, site, out } => {
+                    let (x, out) = (&self.buffers[x as usize], &self.buffers[out as usize]);
+                    let (level, adapters, plan) = (self.level, &self.adapters, &self.lora);
+                    let call = LoraCall { level, adapters, plan, site: site as usize, x, out };
+                    let scratch = self.lora_scratch.get_mut(thread);
+                    tasks.for_each(|task| call.run_task(task, scratch));
                 }
                 Entry::RopeCache { qkv, shape, norm, rope, kv, layer } => {
                     self.rope_cache(tasks, &self.buffers[qkv as usize], shape, norm, rope, kv, layer as usize);

@@ -8,6 +8,7 @@ pub mod attention;
 pub mod elementwise;
 mod execute;
 mod holdings;
+mod lora;
 pub mod math;
 pub mod pool;
 mod program;
@@ -21,6 +22,7 @@ use self::attention::{AttentionPath, AttentionPlan, AttentionScratch, KvStorage}
 use self::elementwise::{Elementwise, Level};
 use self::execute::Holdings;
 use self::holdings::{Buffer, FORMS, RopeTable, Slots, form_index};
+use self::lora::{LoraPlan, PackedAdapter};
 use self::pool::{Pool, Stage, available_threads};
 use self::program::{Entry, KINDS, Program};
 use self::sampling::SamplingScratch;
@@ -72,6 +74,8 @@ pub struct CpuBackend {
     max_k: usize,
     max_head_dim: usize,
     max_vocabulary: usize,
+    /// Floats of scratch that the widest adapter so far needs.
+    lora_scratch: usize,
     error: Option<KernelError>,
     sampled: bool,
     /// Entries that callers' outputs had too many.
@@ -106,6 +110,7 @@ impl CpuBackend {
             stages: Vec::new(),
             held: Holdings {
                 isa,
+                level,
                 rows: Elementwise::new(level),
                 matrices: Vec::new(),
                 vectors: Vec::new(),
@@ -113,16 +118,20 @@ impl CpuBackend {
                 buffers: Vec::new(),
                 caches: Vec::new(),
                 plans: Vec::new(),
+                adapters: Vec::new(),
+                lora: LoraPlan::default(),
                 batch: StepBatch::default(),
                 sampled: Slots::new((0..options.limits.max_samples).map(|_| Sampled::default())),
                 tile_scratch: tile_scratch(threads, 0)?,
                 sampling_scratch: Slots::new([]),
                 attention_scratch: Slots::new((0..threads).map(|_| AttentionScratch::new(0))),
+                lora_scratch: Slots::new([]),
             },
             arena: Arena::default(),
             max_k: 0,
             max_head_dim: 0,
             max_vocabulary: 0,
+            lora_scratch: 0,
             error: None,
             sampled: false,
             spare: Vec::with_capacity(options.limits.max_samples),
@@ -285,6 +294,7 @@ impl Ops for CpuBackend {
                 + h.ropes.iter().map(RopeTable::bytes).sum::<usize>(),
             kv: h.caches.iter().map(|(storage, _)| storage.bytes()).sum(),
             activations: h.buffers.iter().map(Buffer::bytes).sum(),
+            adapters: h.adapters.iter().flatten().map(PackedAdapter::bytes).sum(),
         }
     }
 
@@ -331,6 +341,37 @@ impl Ops for CpuBackend {
         Ok(handle)
     }
 
+    fn load_adapter(&mut self, slot: u32, sites: &[Vec<LowRank<'_>>]) -> Result<(), KernelError> {
+        self.shapes.add_adapter(slot, sites)?;
+        let packed = match PackedAdapter::pack(sites) {
+            Ok(packed) => packed,
+            Err(error) => {
+                self.unload_adapter(slot);
+                return Err(error);
+            }
+        };
+        let scratch = lora::scratch_len(packed.width());
+        if scratch > self.lora_scratch {
+            let each: Result<Vec<_>, _> =
+                (0..self.pool.threads()).map(|_| AlignedBuf::zeroed(scratch, "adapter scratch")).collect();
+            self.held.lora_scratch = Slots::new(each?);
+            self.lora_scratch = scratch;
+        }
+        let slot = slot as usize;
+        if self.held.adapters.len() <= slot {
+            self.held.adapters.resize_with(slot + 1, || None);
+        }
+        self.held.adapters[slot] = Some(packed);
+        Ok(())
+    }
+
+    fn unload_adapter(&mut self, slot: u32) {
+        self.shapes.remove_adapter(slot);
+        if let Some(held) = self.held.adapters.get_mut(slot as usize) {
+            *held = None;
+        }
+    }
+
     fn begin(&mut self, batch: &StepBatch) -> Result<(), KernelError> {
         self.error = None;
         self.sampled = false;
@@ -339,6 +380,7 @@ impl Ops for CpuBackend {
         self.held.batch.clear();
         self.shapes.begin(batch)?;
         self.held.batch.copy_from(batch);
+        self.held.lora.build(&batch.adapters, self.pool.threads());
         let positions = batch.positions.iter().max().map_or(0, |&last| last as usize + 1);
         self.held.ropes.iter_mut().for_each(|rope| rope.fill(positions));
         for (cache, _) in &self.held.caches {
@@ -379,6 +421,15 @@ impl Ops for CpuBackend {
         let items = self.held.matrices[w.0 as usize].items(self.rows(out));
         let bias = bias.map(|b| b.0);
         self.program.push(Entry::Linear { x: x.0, form, w: w.0, bias, out: out.0, store }, Some(out.0), items, 1);
+    }
+
+    fn lora(&mut self, x: Buf, site: usize, out: Buf) {
+        let check = self.shapes.lora(x, site, out);
+        let any = *check.as_ref().unwrap_or(&false);
+        if self.admit(check.map(|_| ())) && any {
+            let tasks = self.held.lora.tasks();
+            self.program.push(Entry::Lora { x: x.0, site: site as u32, out: out.0 }, Some(out.0), tasks, 1);
+        }
     }
 
     fn rope_cache(&mut self, qkv: Buf, shape: HeadShape, norm: Option<QkNorm>, rope: Rope, kv: KvCache, layer: usize) {

@@ -15,6 +15,7 @@ pub(super) enum Entry {
     Gather { x: u32, out: u32 },
     Convert { x: u32 },
     Linear { x: u32, form: u32, w: u32, bias: Option<u32>, out: u32, store: Store },
+    Lora { x: u32, site: u32, out: u32 },
     RopeCache { qkv: u32, shape: HeadShape, norm: Option<QkNorm>, rope: u32, kv: u32, layer: u32 },
     Attention { qkv: u32, shape: HeadShape, spec: AttentionSpec, kv: u32, layer: u32, plan: u32, out: u32 },
     AttentionMerge { qkv: u32, shape: HeadShape, spec: AttentionSpec, kv: u32, layer: u32, plan: u32, out: u32 },
@@ -22,7 +23,7 @@ pub(super) enum Entry {
 }
 
 /// Kinds of entries, for the profile.
-pub(super) const KINDS: [&str; 10] = [
+pub(super) const KINDS: [&str; 11] = [
     "embedding",
     "rms_norm",
     "silu_and_mul",
@@ -33,6 +34,7 @@ pub(super) const KINDS: [&str; 10] = [
     "paged_attention",
     "attention_merge",
     "sample",
+    "lora",
 ];
 
 impl Entry {
@@ -49,6 +51,7 @@ impl Entry {
             Entry::Attention { .. } => 7,
             Entry::AttentionMerge { .. } => 8,
             Entry::Sample { .. } => 9,
+            Entry::Lora { .. } => 10,
         }
     }
 

@@ -30,6 +30,16 @@ struct Buffer {
     data: Vec<f32>,
 }
 
+/// A [`LowRank`] that is kept.
+struct Update {
+    column: usize,
+    k: usize,
+    rank: usize,
+    scale: f32,
+    a: Vec<f32>,
+    b: Vec<f32>,
+}
+
 /// Keys and values of one cache, dense.
 struct Cache {
     spec: KvSpec,
@@ -61,6 +71,8 @@ pub struct Reference {
     ropes: Vec<RopeTable>,
     buffers: Vec<Buffer>,
     caches: Vec<Cache>,
+    /// For each slot, for each site.
+    adapters: Vec<Vec<Vec<Update>>>,
     batch: StepBatch,
     sampled: Vec<Sampled>,
     error: Option<KernelError>,
@@ -76,6 +88,7 @@ impl Reference {
             ropes: Vec::new(),
             buffers: Vec::new(),
             caches: Vec::new(),
+            adapters: Vec::new(),
             batch: StepBatch::default(),
             sampled: Vec::new(),
             error: None,
@@ -139,6 +152,7 @@ impl Ops for Reference {
             weights: 4 * self.matrices.iter().map(|m| m.weights.len()).sum::<usize>(),
             kv: 4 * self.caches.iter().map(|c| c.keys.len() + c.values.len()).sum::<usize>(),
             activations: 4 * self.buffers.iter().map(|b| b.data.len()).sum::<usize>(),
+            adapters: 4 * self.adapters.iter().flatten().flatten().map(|u| u.a.len() + u.b.len()).sum::<usize>(),
         }
     }
 
@@ -181,6 +195,25 @@ impl Ops for Reference {
         let handle = self.shapes.add_cache(spec)?;
         self.caches.push(Cache { spec, keys, values });
         Ok(handle)
+    }
+
+    fn load_adapter(&mut self, slot: u32, sites: &[Vec<LowRank<'_>>]) -> Result<(), KernelError> {
+        self.shapes.add_adapter(slot, sites)?;
+        let kept =
+            |p: &LowRank<'_>| Update { column: p.column, k: p.k, rank: p.rank, scale: p.scale, a: p.a.to_vec(), b: p.b.to_vec() };
+        let slot = slot as usize;
+        if self.adapters.len() <= slot {
+            self.adapters.resize_with(slot + 1, Vec::new);
+        }
+        self.adapters[slot] = sites.iter().map(|parts| parts.iter().map(kept).collect()).collect();
+        Ok(())
+    }
+
+    fn unload_adapter(&mut self, slot: u32) {
+        self.shapes.remove_adapter(slot);
+        if let Some(sites) = self.adapters.get_mut(slot as usize) {
+            sites.clear();
+        }
     }
 
     fn begin(&mut self, batch: &StepBatch) -> Result<(), KernelError> {
@@ -240,6 +273,25 @@ impl Ops for Reference {
                     Store::Add => (f64::from(*o) + p) as f32,
                 };
             }
+        }
+    }
+
+    fn lora(&mut self, x: Buf, site: usize, out: Buf) {
+        let check = self.shapes.lora(x, site, out);
+        if !self.admit(check.map(|_| ())) {
+            return;
+        }
+        for r in 0..self.batch.adapters.len() {
+            let sites = self.adapters.get(self.batch.adapters[r] as usize);
+            let mut row = self.row(out, r).to_vec();
+            for update in sites.and_then(|sites| sites.get(site)).into_iter().flatten() {
+                let inner: Vec<f64> = update.a.chunks_exact(update.k).map(|a| dot(self.row(x, r), a)).collect();
+                for (o, b) in row[update.column..].iter_mut().zip(update.b.chunks_exact(update.rank)) {
+                    let outer: f64 = b.iter().zip(&inner).map(|(&b, t)| f64::from(b) * t).sum();
+                    *o = (f64::from(*o) + f64::from(update.scale) * outer) as f32;
+                }
+            }
+            self.row_mut(out, r).copy_from_slice(&row);
         }
     }
 

@@ -126,6 +126,26 @@ impl<O: Ops> Decoder<O> {
         }
     }
 
+    /// A random adapter of one rank on every matrix.
+    pub fn load_adapter(&mut self, noise: &mut Noise, slot: u32, rank: usize) {
+        let DecoderShape { hidden, ffn, heads: HeadShape { heads, kv_heads, head_dim }, .. } = self.shape;
+        let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+        let sites: [(usize, &[usize]); 4] = [(hidden, &[q, kv, kv]), (q, &[hidden]), (hidden, &[ffn, ffn]), (ffn, &[hidden])];
+        // The same numbers for all matrices: only their sizes matter here.
+        let widest = hidden.max(ffn).max(q);
+        let values = noise.values(widest * rank, 0.01);
+        let site = |(k, parts): &(usize, &[usize])| {
+            let mut column = 0;
+            let part = |&n: &usize| {
+                column += n;
+                LowRank { column: column - n, n, k: *k, rank, scale: 1.0, a: &values[..rank * k], b: &values[..n * rank] }
+            };
+            parts.iter().map(part).collect::<Vec<_>>()
+        };
+        let all: Vec<_> = (0..self.shape.layers).flat_map(|_| sites.iter().map(site)).collect();
+        self.ops.load_adapter(slot, &all).unwrap();
+    }
+
     pub fn forward(&mut self, batch: &StepBatch, out: &mut StepOutput) -> Result<(), KernelError> {
         let (ops, heads) = (&mut self.ops, self.shape.heads);
         ops.begin(batch)?;
@@ -133,13 +153,17 @@ impl<O: Ops> Decoder<O> {
         for (index, layer) in self.layers.iter().enumerate() {
             ops.rms_norm(self.residual, layer.norms[0], 1e-5, self.normed);
             ops.linear(self.normed, layer.qkv, layer.bias, self.qkv, Store::Replace);
+            ops.lora(self.normed, index * 4, self.qkv);
             ops.rope_cache(self.qkv, heads, layer.head_norm, self.rope, self.kv, index);
             ops.paged_attention(self.qkv, heads, self.shape.spec, self.kv, index, self.attended);
             ops.linear(self.attended, layer.out, None, self.residual, Store::Add);
+            ops.lora(self.attended, index * 4 + 1, self.residual);
             ops.rms_norm(self.residual, layer.norms[1], 1e-5, self.normed);
             ops.linear(self.normed, layer.gate_up, None, self.gate_up, Store::Replace);
+            ops.lora(self.normed, index * 4 + 2, self.gate_up);
             ops.silu_and_mul(self.gate_up, self.activated);
             ops.linear(self.activated, layer.down, None, self.residual, Store::Add);
+            ops.lora(self.activated, index * 4 + 3, self.residual);
         }
         ops.gather(self.residual, self.sampled);
         ops.rms_norm(self.sampled, self.norm, 1e-5, self.sampled_normed);

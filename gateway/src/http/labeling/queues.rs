@@ -207,7 +207,8 @@ pub async fn add_prompts(State(app): State<App>, Path(queue): Path<String>, requ
         if let Some(model) = model
             && !registry.states().any(|(name, _)| name == model)
         {
-            return Err(ApiError::model_not_found(model));
+            // An adapter, then.
+            registry.find(Some(model))?;
         }
         let field = fields.require("prompts")?;
         let items = field.filled_array(MOST_ITEMS)?;

@@ -123,7 +123,7 @@ impl Prepared {
         let (stream, background, logprobs) = (request.generation.stream, request.background, request.logprobs);
         // Where texts are not to be recorded, one that stores them has to say so.
         let store =
-            background || request.store.unwrap_or_else(|| asked.app.recording.of(ENDPOINT, model.name()).0 == Level::Full);
+            background || request.store.unwrap_or_else(|| asked.app.recording.of(ENDPOINT, model.base()).0 == Level::Full);
         if store {
             can_store(&asked.app.store)?;
         }
