@@ -9,6 +9,7 @@
 //! Invariant: a record is either whole or absent. Files are written beside their place, flushed, and renamed into it; rows are
 //! written in transactions that are on the disk before they are acknowledged.
 
+pub mod adapters;
 mod batches;
 mod commit;
 mod data_dir;
@@ -38,6 +39,7 @@ mod store;
 mod stored_chats;
 mod usage;
 
+pub use adapters::{AdapterFilter, AdapterRefusal, AdapterState, Adapters, Alias, RegisteredAdapter, ServedAdapter};
 pub use batches::{Batch, BatchDraft, BatchOutcome, BatchProgress, BatchState, Batches};
 pub use data_dir::{DataDir, DataDirLock};
 pub use database::{Database, Dialect};
