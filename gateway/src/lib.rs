@@ -8,6 +8,7 @@
 //! receiver, which frees its sequences; nothing here computes on tokio's threads beyond parsing and short prompts; no text of a
 //! prompt or answer is logged unless `log_content` asks for it.
 
+pub mod adapters;
 pub mod anthropic;
 pub mod batches;
 pub mod chat;

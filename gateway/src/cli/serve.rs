@@ -1,5 +1,6 @@
 //! `tidemill serve`
 
+use crate::adapters::AdapterKeeper;
 use crate::batches::Batches;
 use crate::cli::banner;
 use crate::cli::shutdown::{Ended, leave_in_good_order};
@@ -329,8 +330,10 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle, 
         return Err(ServeError::NoKey(config.host));
     }
     let files = Files::open(&store, &DataDir::new(&config.data)).await?;
+    let registry = Arc::new(Registry::new(models.iter().map(|model| model.name.clone())));
     Ok(App {
-        registry: Arc::new(Registry::new(models.iter().map(|model| model.name.clone()))),
+        adapters: AdapterKeeper::new(&store, &DataDir::new(&config.data), Arc::clone(&registry)),
+        registry,
         drain: Drain::default(),
         origins: config.origins.clone(),
         body: BodyLimits { bytes: config.max_body, time: config.body_timeout },
@@ -377,9 +380,9 @@ async fn serve(config: Config, models: Vec<ModelSpec>, app: App) -> Result<(), S
     let server = Server::new(listener, app.clone(), config.connections, tls);
     let drain_timeout = config.drain_timeout;
     let loader = {
-        let app = app.clone();
+        let (app, runtime) = (app.clone(), tokio::runtime::Handle::current());
         move || {
-            let loaded = catch_unwind(AssertUnwindSafe(|| load_all(&config, &models, &app, address)));
+            let loaded = catch_unwind(AssertUnwindSafe(|| load_all(&config, &models, &app, address, &runtime)));
             if let Err(error) = loaded.unwrap_or(Err(ServeError::Loader)) {
                 // The receiver is gone only when the server is leaving anyway.
                 let _ = failed.send(error);
@@ -391,6 +394,7 @@ async fn serve(config: Config, models: Vec<ModelSpec>, app: App) -> Result<(), S
     }
     tokio::spawn(Arc::clone(app.limits.ledger()).keep_writing());
     tokio::spawn(crate::labeling::filler::keep_filling(app.clone()));
+    tokio::spawn(app.adapters.clone().keep_following());
     std::thread::Builder::new().name("tidemill-load".into()).spawn(loader).map_err(ServeError::Threads)?;
     let (ended, result) = oneshot::channel();
     let leave = async {
@@ -421,7 +425,13 @@ fn own_adapter<'a>(name: &'a str, model: &str, models: &[ModelSpec]) -> Option<&
     }
 }
 
-fn load_all(config: &Config, models: &[ModelSpec], app: &App, address: SocketAddr) -> Result<(), ServeError> {
+fn load_all(
+    config: &Config,
+    models: &[ModelSpec],
+    app: &App,
+    address: SocketAddr,
+    runtime: &tokio::runtime::Handle,
+) -> Result<(), ServeError> {
     for model in models {
         let start = Instant::now();
         let engine = Engine::start(config.engine_options(model, models.len()), &mut |_, _| {})
@@ -435,6 +445,10 @@ fn load_all(config: &Config, models: &[ModelSpec], app: &App, address: SocketAdd
                 .map_err(|source| ServeError::Adapter { name: module.name.clone(), source: Box::new(source) })?;
         }
         let loaded = LocalModel::new(engine, created).reading_as(config.parsers.of(&model.name));
+        // The base is served all the same, and its adapters as soon as the store answers.
+        if let Err(error) = runtime.block_on(app.adapters.prepare(&loaded)) {
+            tracing::warn!(%error, "cannot see which adapters are to be served");
+        }
         banner::loaded(&loaded, &model.path, start.elapsed());
         app.registry.loaded(&model.name, Upstream::Local(Arc::new(loaded)));
     }

@@ -1,5 +1,6 @@
 //! What every handler sees.
 
+use crate::adapters::AdapterKeeper;
 use crate::batches::Batches;
 use crate::datasets::DatasetJobs;
 use crate::feedback::Metrics;
@@ -21,6 +22,8 @@ use tidemill_store::{Files, Store};
 pub struct App {
     /// Models.
     pub registry: Arc<Registry>,
+    /// Registered adapters.
+    pub adapters: AdapterKeeper,
     /// Requests being answered.
     pub drain: Drain,
     /// Bounds on request bodies.

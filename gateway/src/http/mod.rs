@@ -1,6 +1,7 @@
 //! The front door: routes, limits, error shape, streaming, shutdown.
 
 mod activity;
+mod adapter_registry;
 mod adapters;
 mod answer;
 pub mod app;

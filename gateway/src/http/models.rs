@@ -35,14 +35,18 @@ struct ModelList {
 fn cards(app: &App) -> Vec<ModelCard> {
     let mut cards: Vec<ModelCard> = app.registry.states().map(|(name, state)| base_card(name, &state)).collect();
     for Upstream::Local(model) in app.registry.ready() {
-        for adapter in model.engine().adapters() {
-            let taken = cards.iter().any(|card| card.id == adapter.name());
-            let whole = format!("{}:{}", model.name(), adapter.name());
+        // What is in the engine by its generation has a name in the registry's list.
+        let loaded = model.engine().adapters().into_iter().filter(|adapter| !adapter.name().contains('@'));
+        let loaded = loaded.map(|adapter| (adapter.name().to_owned(), adapter));
+        let registered = app.registry.adapter_names(model.name());
+        let registered = registered.listed().map(|(name, adapter)| (name.to_owned(), adapter.clone())).collect::<Vec<_>>();
+        for (name, adapter) in loaded.chain(registered) {
+            let taken = cards.iter().any(|card| card.id == name);
             cards.push(ModelCard {
-                id: if taken { whole } else { adapter.name().to_owned() },
+                id: if taken { format!("{}:{name}", model.name()) } else { name },
                 created: adapter.created(),
                 parent: Some(model.name().to_owned()),
-                generation: Some(format!("{:016x}", adapter.generation().0)),
+                generation: Some(adapter.generation().to_string()),
                 ..base_card(model.name(), &LoadState::Ready(Upstream::Local(Arc::clone(model))))
             });
         }

@@ -6,8 +6,8 @@ use crate::http::app::App;
 use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
 use crate::http::{
-    adapters, batches, chat, completions, datasets, embeddings, feedback, files, interchange, keys, labeling, messages, models,
-    observe, probes, responses, stored_chats, tokens,
+    adapter_registry, adapters, batches, chat, completions, datasets, embeddings, feedback, files, interchange, keys, labeling,
+    messages, models, observe, probes, responses, stored_chats, tokens,
 };
 use crate::limits::shed;
 use axum::Router;
@@ -61,6 +61,7 @@ pub fn router(app: App) -> Router {
         .merge(console::routes())
         .merge(keys::routes())
         .merge(adapters::routes())
+        .merge(adapter_registry::routes())
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::get))
         .route("/health", get(probes::health))

@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use tempfile::TempDir;
+use tidemill::adapters::AdapterKeeper;
 use tidemill::batches::Batches;
 use tidemill::clock::now;
 use tidemill::datasets::DatasetJobs;
@@ -244,9 +245,10 @@ impl Setup {
         let engine = Engine::with_model(served, options).unwrap();
         let registry = Registry::new([MODEL.to_owned()]);
         assert!(registry.loaded(MODEL, Upstream::Local(Arc::new(LocalModel::new(engine, 7)))));
-        let store = store();
+        let (store, registry) = (store(), Arc::new(registry));
         App {
-            registry: Arc::new(registry),
+            adapters: AdapterKeeper::new(&store, &DataDir::new(folder()), Arc::clone(&registry)),
+            registry,
             drain: Drain::default(),
             origins: Origins::default(),
             body: BodyLimits::default(),
