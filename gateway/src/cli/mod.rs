@@ -1,5 +1,6 @@
 //! What a person types.
 
+mod adapter;
 mod banner;
 mod bench;
 mod chat;
@@ -40,6 +41,8 @@ enum Command {
     Train(Box<train::TrainArgs>),
     /// Measure adapters beside their base and each other.
     Eval(Box<eval::EvalArgs>),
+    /// Keep adapters and say which are served; merge and export them.
+    Adapter(Box<adapter::AdapterArgs>),
     /// Measure the engine alone on a model, without HTTP.
     Bench(bench::BenchArgs),
     /// Make, list and revoke API keys.
@@ -65,6 +68,7 @@ pub fn run() -> ExitCode {
         Command::Pull(args) => pull::run(&args).map_err(Into::into),
         Command::Chat(args) => chat::run(&args).map_err(Into::into),
         Command::Eval(args) => eval::run(&args).map_err(Into::into),
+        Command::Adapter(args) => adapter::run(&args).map_err(Into::into),
         Command::Bench(args) => bench::run(&args).map_err(Into::into),
         Command::Key(args) => key::run(&args).map_err(Into::into),
         Command::Data(args) => data::run(&args).map_err(Into::into),
