@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 mod data;
 mod dataset;
+mod jobs;
 mod key;
 mod label;
 mod pull;
@@ -36,6 +37,8 @@ enum Command {
     Dataset(Box<dataset::DatasetArgs>),
     /// Measure the engine alone on a model, without HTTP.
     Bench(bench::BenchArgs),
+    /// List, cancel, pause and resume fine-tuning jobs.
+    Jobs(jobs::JobsArgs),
     /// Make, list and revoke API keys.
     Key(key::KeyArgs),
     /// Erase a person's records.
@@ -55,6 +58,7 @@ pub fn run() -> ExitCode {
         Command::Pull(args) => pull::run(&args).map_err(Into::into),
         Command::Chat(args) => chat::run(&args).map_err(Into::into),
         Command::Bench(args) => bench::run(&args).map_err(Into::into),
+        Command::Jobs(args) => jobs::run(&args).map_err(Into::into),
         Command::Key(args) => key::run(&args).map_err(Into::into),
         Command::Data(args) => data::run(&args).map_err(Into::into),
         Command::Label(args) => label::run(&args).map_err(Into::into),
