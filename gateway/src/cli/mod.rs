@@ -12,6 +12,7 @@ mod pull;
 mod serve;
 mod shutdown;
 mod store_args;
+mod train;
 
 use clap::{Parser, Subcommand};
 use std::io::Write;
@@ -35,6 +36,8 @@ enum Command {
     Chat(chat::ChatArgs),
     /// Build, read and exchange datasets.
     Dataset(Box<dataset::DatasetArgs>),
+    /// Train an adapter on a dataset.
+    Train(Box<train::TrainArgs>),
     /// Measure the engine alone on a model, without HTTP.
     Bench(bench::BenchArgs),
     /// List, cancel, pause and resume fine-tuning jobs.
@@ -53,6 +56,10 @@ pub fn run() -> ExitCode {
         Command::Dataset(args) => match dataset::run(&args) {
             Ok(status) => return status,
             Err(error) => Err(error),
+        },
+        Command::Train(args) => match train::run(&args) {
+            Ok(status) => return status,
+            Err(error) => Err(error.into()),
         },
         Command::Serve(args) => serve::run(&args).map_err(Into::into),
         Command::Pull(args) => pull::run(&args).map_err(Into::into),

@@ -65,10 +65,12 @@ pub enum ModelError {
     },
 }
 
-fn failed(error: ModelError) -> candle_core::Error {
-    match error {
-        ModelError::Graph(error) => error,
-        other => candle_core::Error::wrap(other),
+impl From<ModelError> for candle_core::Error {
+    fn from(error: ModelError) -> Self {
+        match error {
+            ModelError::Graph(error) => error,
+            other => Self::wrap(other),
+        }
     }
 }
 
@@ -128,8 +130,9 @@ pub struct Model {
     final_norm: Arc<Vec<f32>>,
     parameters: Parameters,
     lora: LoraConfig,
-    rotation: Mutex<Arc<Rotation>>,
-    rotated: Mutex<usize>,
+    /// With how many positions it has.
+    rotation: Mutex<(usize, Arc<Rotation>)>,
+    base: String,
 }
 
 struct Layer {
@@ -170,13 +173,19 @@ impl Model {
         }
         let workshop = Arc::new(Workshop::new(options.threads, options.precision)?);
         let final_norm = Arc::new(files.vector(Weight::FinalNorm)?);
-        let rotation = Mutex::new(Arc::new(Rotation::new(&[], 1.0, 0)));
-        Ok(Self { files, options, workshop, layers, final_norm, parameters, lora, rotation, rotated: Mutex::new(0) })
+        let rotation = Mutex::new((0, Arc::new(Rotation::new(&[], 1.0, 0))));
+        let base = files.digest();
+        Ok(Self { files, options, workshop, layers, final_norm, parameters, lora, rotation, base })
     }
 
     /// What is trained, in order: one vector per adapted layer.
     pub fn parameters(&self) -> &Parameters {
         &self.parameters
+    }
+
+    /// Names the base model's weights by their content: [`ModelFiles::digest`].
+    pub fn base(&self) -> &str {
+        &self.base
     }
 
     /// The files of the base model.
@@ -257,13 +266,12 @@ impl Model {
 
     /// Cosines and sines for at least `positions`.
     fn rotation(&self, positions: usize) -> Arc<Rotation> {
-        let mut known = self.rotated.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut rotation = self.rotation.lock().unwrap_or_else(PoisonError::into_inner);
-        if *known < positions {
-            *known = positions.next_power_of_two().max(512);
-            *rotation = Arc::new(Rotation::new(&self.files.config().inverse_frequencies(), 1.0, *known));
+        let mut held = self.rotation.lock().unwrap_or_else(PoisonError::into_inner);
+        if held.0 < positions {
+            let positions = positions.next_power_of_two().max(512);
+            *held = (positions, Arc::new(Rotation::new(&self.files.config().inverse_frequencies(), 1.0, positions)));
         }
-        Arc::clone(&rotation)
+        Arc::clone(&held.1)
     }
 
     /// `[tokens, hidden]` rows of the embedding table.

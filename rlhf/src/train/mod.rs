@@ -25,4 +25,5 @@ pub use offline::{Offline, OfflineBatch, Prepare};
 pub use policy::{Head, Pass, Policy};
 pub use report::report;
 pub use run::{Ending, Outcome, Trainer, train};
+pub(crate) use run::{LOG, STACK};
 pub use watch::{Control, Progress, Stage, remaining};

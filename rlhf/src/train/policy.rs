@@ -2,27 +2,13 @@
 
 use candle_core::{Result, Tensor, Var};
 
+pub use crate::model::Pass;
 use crate::{
     batch::Packed,
+    model::Model,
     parameters::{Parameter, Parameters},
     random::Random,
 };
-
-/// How a forward pass is run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pass {
-    /// With what is being trained; without it the model is its own reference.
-    pub adapter: bool,
-    /// Dropout drawn from this seed; none for evaluation and for the reference.
-    pub dropout: Option<u64>,
-}
-
-impl Pass {
-    /// The model as it is now, without dropout.
-    pub const EVALUATE: Self = Self { adapter: true, dropout: None };
-    /// The model before training.
-    pub const REFERENCE: Self = Self { adapter: false, dropout: None };
-}
 
 /// A model that is trained. The same parameters, batch and pass give the same numbers, bit for bit.
 pub trait Policy: Sync {
@@ -40,6 +26,28 @@ pub trait Policy: Sync {
 
     /// Width of a hidden state.
     fn width(&self) -> usize;
+}
+
+impl Policy for Model {
+    fn base(&self) -> &str {
+        self.base()
+    }
+
+    fn parameters(&self) -> &Parameters {
+        self.parameters()
+    }
+
+    fn log_probs(&self, batch: &Packed, pass: Pass) -> Result<Tensor> {
+        self.log_probs(batch, pass).map_err(Into::into)
+    }
+
+    fn hidden(&self, batch: &Packed, rows: &[u32], pass: Pass) -> Result<Tensor> {
+        self.hidden(batch, rows, pass).map_err(Into::into)
+    }
+
+    fn width(&self) -> usize {
+        self.files().config().hidden
+    }
 }
 
 /// A linear function of a hidden state: the reward of a completion, read off its last token.

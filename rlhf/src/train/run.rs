@@ -22,8 +22,8 @@ use crate::{
 };
 
 /// Backward walks the graph by recursion.
-const STACK: usize = 256 << 20;
-const LOG: &str = "metrics.jsonl";
+pub(crate) const STACK: usize = 256 << 20;
+pub(crate) const LOG: &str = "metrics.jsonl";
 const REPORT: &str = "report.html";
 
 /// Where batches come from, and what is minimised over them. Those that learn from a dataset are [`super::Offline`]; one that samples
@@ -124,7 +124,7 @@ fn run<T: Trainer>(
         let mut metrics = Metrics::default();
         let mut loss = 0.0;
         for (index, batch) in trainer.step(step, model)?.iter().enumerate() {
-            let pass = Pass { adapter: true, dropout: config.dropout().then(|| seed(config.seed, step, index)) };
+            let pass = Pass { dropout: config.dropout().then(|| seed(config.seed, step, index)), ..Pass::TRAIN };
             let part = trainer.loss(batch, model, pass, &mut metrics)?;
             loss += f64::from(part.to_scalar::<f32>()?);
             run.optimizer.accumulate(&part.backward()?)?;
