@@ -5,6 +5,7 @@ CREATE TABLE fine_tuning_jobs (
     created BIGINT NOT NULL,
     key_id TEXT,
     model TEXT NOT NULL,
+    base TEXT NOT NULL,
     method TEXT NOT NULL,
     suffix TEXT,
     seed BIGINT NOT NULL,

@@ -24,6 +24,7 @@ fn draft(store: &Store, files: &Files, training: Uuid, key: Option<&str>) -> Fin
         created: 5,
         key_id: key.map(str::to_owned),
         model: "m".into(),
+        base: "m".into(),
         method: json!({"type": "supervised"}),
         suffix: Some("s".into()),
         seed: 7,

@@ -159,6 +159,7 @@ mod tests {
             created: 0,
             key_id: None,
             model: "m".into(),
+            base: "m".into(),
             method: json!({"type": "dpo"}),
             suffix: None,
             seed: 1,

@@ -81,6 +81,11 @@ impl FineTuning {
         &self.rows
     }
 
+    /// How this server trains.
+    pub fn options(&self) -> &FineTuningOptions {
+        &self.shared.options
+    }
+
     /// There is something to do.
     pub fn wake(&self) {
         self.shared.wake.notify_one();

@@ -56,6 +56,8 @@ impl Process {
         let append = |name: &str| OpenOptions::new().create(true).append(true).read(true).open(folder.join(name));
         let mut said = append(SAID)?;
         end_line(&mut said)?;
+        // Whoever reads it now must not find the number of the process before.
+        lock.set_len(0)?;
         let child = Command::new(program)
             .args(["train", "--job"])
             .arg(folder)
@@ -65,7 +67,6 @@ impl Process {
             // What is typed at the server's terminal is for the server, which tells its trainings itself.
             .process_group(0)
             .spawn()?;
-        lock.set_len(0)?;
         lock.seek(SeekFrom::Start(0))?;
         write!(lock, "{}", child.id())?;
         Ok(Some(Self { folder: folder.to_owned(), own: Some(child) }))

@@ -28,6 +28,18 @@ struct Line {
     metrics: BTreeMap<String, Option<f64>>,
     remaining_s: Option<f64>,
     message: Option<String>,
+    train: u64,
+    held_out: u64,
+    truncated: u64,
+    left_out: Vec<LeftOut>,
+}
+
+/// Rows that the trainer cannot use, for one reason.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct LeftOut {
+    reason: String,
+    rows: u64,
 }
 
 /// How a training ended, by its own words.
@@ -111,11 +123,19 @@ fn take(heard: &mut Heard, line: &Line, now: i64) {
             let loss = loss.map_or_else(String::new, |loss| format!(": full validation loss={loss:.4}"));
             heard.news.push(News::metrics(format!("Step {}/{}{loss}", line.step, heard.steps), metrics(line.step, found())));
         }
-        "prepared" => heard.steps = line.steps.max(heard.steps),
+        // Said again by every process, and told once: before the first step.
+        "prepared" if heard.tokens.is_none() => {
+            heard.steps = line.steps;
+            heard.tokens = Some(0);
+            let held_out = if line.held_out > 0 { format!(", {} to measure on", line.held_out) } else { String::new() };
+            heard.news.push(News::info(format!("{} examples to learn{held_out}: {} steps.", line.train, line.steps)));
+            if line.truncated > 0 {
+                heard.news.push(News::warn(format!("{} examples are longer than the model is trained on, and were cut.", line.truncated)));
+            }
+            let left_out = line.left_out.iter().map(|LeftOut { reason, rows }| format!("{rows} examples are left out: {reason}."));
+            heard.news.extend(left_out.map(News::warn));
+        }
         _ => {}
-    }
-    if let (Some(message), "warning") = (&line.message, line.event.as_str()) {
-        heard.news.push(News::warn(message.clone()));
     }
 }
 
@@ -182,17 +202,25 @@ mod tests {
 
     #[test]
     fn steps_are_told_once_and_half_a_line_waits() {
-        let whole = json!({"event": "prepared", "steps": 4}).to_string() + "\n" + &step(1, 0.5) + &step(2, 0.25);
+        let left_out = json!([{"reason": "too odd", "rows": 2}]);
+        let prepared = json!({"event": "prepared", "train": 8, "steps": 4, "left_out": left_out}).to_string() + "\n";
+        let whole = prepared.clone() + &step(1, 0.5) + &step(2, 0.25);
         let file = said(&(whole.clone() + "{\"event\":"));
         let heard = listen(file.path(), &Heard::default(), 7).unwrap().unwrap();
         assert_eq!((heard.read_bytes, heard.step, heard.steps, heard.tokens), (whole.len() as u64, 2, 4, Some(20)));
         assert_eq!(heard.estimated_finish, Some(2_000_007));
-        assert_eq!(heard.news.len(), 2);
-        assert_eq!(heard.news[0].message, "Step 1/4: training loss=0.5000");
-        assert_eq!(heard.news[1].metrics.as_ref().unwrap()["train_loss"], 0.25);
+        let told: Vec<_> = heard.news.iter().map(|news| (news.level, news.message.as_str())).collect();
+        let expected = [
+            ("info", "8 examples to learn: 4 steps."),
+            ("warn", "2 examples are left out: too odd."),
+            ("info", "Step 1/4: training loss=0.5000"),
+            ("info", "Step 2/4: training loss=0.2500"),
+        ];
+        assert_eq!(told, expected);
+        assert_eq!(heard.news[3].metrics.as_ref().unwrap()["train_loss"], 0.25);
         assert_eq!(listen(file.path(), &heard, 7).unwrap(), None);
         // A process that was killed after step 2 and goes on after step 1.
-        std::fs::write(file.path(), whole + "\n" + &step(2, 0.25) + &step(3, 0.125)).unwrap();
+        std::fs::write(file.path(), whole + "\n" + &prepared + &step(2, 0.25) + &step(3, 0.125)).unwrap();
         let again = listen(file.path(), &heard, 7).unwrap().unwrap();
         assert_eq!(again.news.iter().map(|news| news.message.as_str()).collect::<Vec<_>>(), ["Step 3/4: training loss=0.1250"]);
         assert_eq!(listen(Path::new("/nowhere"), &heard, 7).unwrap(), None);

@@ -5,7 +5,7 @@ use crate::fine_tuning::method::Method;
 use crate::fine_tuning::process::{LOG, Process, SAID};
 use crate::fine_tuning::progress::{self, Last, csv, listen};
 use crate::fine_tuning::rows::convert;
-use crate::fine_tuning::served::{self, ADAPTER};
+use crate::fine_tuning::served;
 use crate::fine_tuning::spec::{Bench, model_name, spec};
 use crate::fine_tuning::{FineTuningOptions, folder_of};
 use crate::http::App;
@@ -15,6 +15,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
+use tidemill_rlhf::job::{ADAPTER, LINEAGE};
 use tidemill_store::{
     FileRecord, FineTuningCheckpoint, FineTuningJob, FineTuningState as State, FineTunings, Heard, Made, News, StoreError, Viewer,
     write_atomically,
@@ -38,10 +39,12 @@ const PAUSE: Duration = Duration::from_secs(5);
 const MAX_ATTEMPTS: u64 = 4;
 /// Files that are looked through at once.
 const LOOKS: usize = 1;
-/// The rows, the training's log of metrics, and what it is told, in a job's folder.
+/// The rows and what the training is told, in a job's folder.
 const TRAIN: &str = "train.jsonl";
 const HELD_OUT: &str = "held_out.jsonl";
+/// What the trainer keeps there beside the adapter.
 const METRICS: &str = "metrics.jsonl";
+const REPORT: &str = "report.html";
 const SPEC: &str = "spec.json";
 
 /// What is to be done about a job.
@@ -147,10 +150,17 @@ impl Runner {
         let Ok(method) = Method::stored(&draft.method) else {
             return Ok(Err(Failure::new("invalid_method", "The job's method is not one that this server knows; make it again.")));
         };
-        let model = served::base(&self.app.registry, &draft.model);
-        let (Some(model), Some(base)) = (model, self.options.models.get(&draft.model)) else {
-            let message = format!("The model `{}` is not served here any more; start the server with it.", draft.model);
-            return Ok(Err(Failure { param: Some("model"), ..Failure::new("model_not_found", message) }));
+        let gone = |name: &str| {
+            let message = format!("The model `{name}` is not served here any more; choose another, or start the server with it.");
+            Ok(Err(Failure { param: Some("model"), ..Failure::new("model_not_found", message) }))
+        };
+        let model = served::base(&self.app.registry, &draft.base);
+        let (Some(model), Some(base)) = (model, self.options.models.get(&draft.base)) else { return gone(&draft.base) };
+        let adapter = if draft.model == draft.base {
+            None
+        } else {
+            let Some(parent) = self.rows.find_model(&draft.model, &Viewer::Anyone).await? else { return gone(&draft.model) };
+            Some(std::path::absolute(self.folder(parent.draft.id))?.join(ADAPTER))
         };
         let folder = std::path::absolute(self.folder(draft.id))?;
         std::fs::create_dir_all(&folder)?;
@@ -177,7 +187,8 @@ impl Runner {
         let rows = found.first().copied().unwrap_or_default();
         let method = method.resolved(rows.rows);
         let bench = Bench {
-            base: (&draft.model, &std::path::absolute(base)?),
+            base: (&draft.base, &std::path::absolute(base)?),
+            adapter: adapter.as_deref(),
             context: model.context(),
             max_rank: model.engine().options().max_adapter_rank,
             threads: self.options.threads,
@@ -186,7 +197,8 @@ impl Runner {
         };
         match spec(draft, &method, rows, &bench) {
             Ok(spec) => {
-                write_atomically(&folder.join(SPEC), spec.to_string().as_bytes())?;
+                let text = serde_json::to_vec_pretty(&spec).map_err(io::Error::other)?;
+                write_atomically(&folder.join(SPEC), &text)?;
                 Ok(Ok((method, method.steps(rows.rows), rows.rows)))
             }
             Err(error) => Ok(Err(Failure::new("invalid_method", format!("{error}.")))),
@@ -196,7 +208,7 @@ impl Runner {
     /// Trains, with as many processes as it takes.
     async fn train(&self, id: Uuid) -> Result<(), Trouble> {
         let Some(job) = self.rows.find(id, &Viewer::Anyone).await? else { return Ok(()) };
-        let folder = self.folder(id);
+        let folder = std::path::absolute(self.folder(id))?;
         let said = folder.join(SAID);
         let mut heard = Heard {
             read_bytes: job.read_bytes,
@@ -238,6 +250,8 @@ impl Runner {
             match progress::last(&said)? {
                 Some(Last::Finished) => return self.finish(&job, &heard).await,
                 Some(Last::Failed(why)) => {
+                    // Where it lies is nobody's business.
+                    let why = why.replace(&*folder.to_string_lossy(), "the job's folder");
                     let message = format!("The training failed: {}.", why.trim_end_matches('.'));
                     return self.fail(&job, Failure::new("training_failed", message)).await;
                 }
@@ -337,9 +351,9 @@ impl Runner {
     /// Serves the model, shows the metrics, and ends the job.
     async fn finish(&self, job: &FineTuningJob, heard: &Heard) -> Result<(), Trouble> {
         let (draft, folder, now) = (&job.draft, self.folder(job.draft.id), now());
-        let model = model_name(&draft.model, draft.suffix.as_deref(), draft.id);
+        let model = model_name(&draft.base, draft.suffix.as_deref(), draft.id);
         let mut news = vec![News::info(format!("The model `{model}` was made."))];
-        match served::serve(&self.app.registry, &draft.model, &model, folder.join(ADAPTER), now).await {
+        match served::serve(&self.app.registry, &draft.base, &model, folder.join(ADAPTER), now).await {
             Ok(()) => {}
             Err(error) if error.is_final() => {
                 return self.fail(job, Failure::new("invalid_model", format!("The model cannot be served: {error}."))).await;
@@ -368,7 +382,7 @@ impl Runner {
             tracing::info!(job = %draft.id, model, "fine-tuning job succeeded");
         } else {
             // Cancelled or paused in this very moment.
-            served::withdraw(&self.app.registry, &draft.model, &model);
+            served::withdraw(&self.app.registry, &draft.base, &model);
         }
         self.clear_if_ended(draft.id).await
     }
@@ -386,7 +400,7 @@ impl Runner {
     async fn clear_if_ended(&self, id: Uuid) -> Result<(), Trouble> {
         let state = self.rows.state(id).await?;
         let kept: &[&str] = match state {
-            Some(State::Succeeded) => &[ADAPTER, METRICS, SPEC, LOG, SAID, "report.html"],
+            Some(State::Succeeded) => &[ADAPTER, LINEAGE, METRICS, SPEC, LOG, SAID, REPORT],
             Some(State::Failed) => &[METRICS, SPEC, LOG, SAID],
             Some(State::Cancelled) | None => &[],
             Some(_) => return Ok(()),

@@ -7,10 +7,8 @@ use crate::upstream::{LocalModel, Registry, Upstream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tidemill_engine::{AdapterError, AdapterRefused};
+use tidemill_rlhf::job::ADAPTER;
 use tidemill_store::{FineTuningJob, FineTunings, StoreError};
-
-/// Where a job's process leaves the adapter, in the job's folder.
-pub const ADAPTER: &str = "adapter";
 
 /// Why a model is not served.
 #[derive(Debug, thiserror::Error)]
@@ -62,7 +60,7 @@ pub async fn serve_all(rows: &FineTunings, registry: &Registry, root: &Path, pla
     for FineTuningJob { draft, fine_tuned_model, finished, .. } in jobs {
         let Some(name) = fine_tuned_model else { continue };
         let folder = folder_of(root, draft.id).join(ADAPTER);
-        if let Err(error) = serve(registry, &draft.model, &name, folder, finished.unwrap_or(draft.created)).await {
+        if let Err(error) = serve(registry, &draft.base, &name, folder, finished.unwrap_or(draft.created)).await {
             tracing::warn!(model = name, %error, "a fine-tuned model is not served");
         }
     }

@@ -2,10 +2,9 @@
 
 use crate::fine_tuning::method::{Kind, Method};
 use crate::fine_tuning::rows::Found;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::path::Path;
-use tidemill_engine::Projection;
-use tidemill_rlhf::train::{TrainConfig, TrainError};
+use tidemill_rlhf::job::Spec;
 use tidemill_store::FineTuningDraft;
 use uuid::Uuid;
 
@@ -25,6 +24,8 @@ const CHECKPOINTS: u64 = 20;
 pub struct Bench<'a> {
     /// The base model's name and files.
     pub base: (&'a str, &'a Path),
+    /// The adapter that learns more; without it, a new one.
+    pub adapter: Option<&'a Path>,
     /// Most tokens that the model takes.
     pub context: usize,
     /// Largest rank that the server serves.
@@ -37,8 +38,8 @@ pub struct Bench<'a> {
     pub held_out: Option<&'a Path>,
 }
 
-/// `spec.json` of a job whose method is resolved.
-pub fn spec(draft: &FineTuningDraft, method: &Method, found: Found, bench: &Bench<'_>) -> Result<Value, TrainError> {
+/// What the process of a job whose method is resolved is told.
+pub fn spec(draft: &FineTuningDraft, method: &Method, found: Found, bench: &Bench<'_>) -> serde_json::Result<Spec> {
     let numbers = method.hyperparameters;
     let steps = method.steps(found.rows);
     let (name, rate) = match method.kind {
@@ -62,26 +63,15 @@ pub fn spec(draft: &FineTuningDraft, method: &Method, found: Found, bench: &Benc
         Kind::Supervised => {}
         Kind::Dpo => config["beta"] = numbers.beta.unwrap_or(0.1).into(),
     }
-    let config = TrainConfig::from_json(config)?;
-    let targets: Vec<&str> = Projection::ALL.iter().map(|projection| projection.name()).collect();
     let rank = RANK.min(bench.max_rank);
-    Ok(json!({
+    serde_json::from_value(json!({
         "base": { "name": bench.base.0, "path": bench.base.1 },
-        "dataset": null,
         "train_file": bench.train,
         "held_out_file": bench.held_out,
-        "held_out_share": 0.0,
         "config": config,
-        "lora": {
-            "r": rank,
-            "lora_alpha": 2 * rank,
-            "lora_dropout": 0.05,
-            "use_rslora": false,
-            "target_modules": targets,
-            "layers_to_transform": null,
-        },
+        "adapter": bench.adapter,
+        "lora": { "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.05 },
         "threads": bench.threads,
-        "precision": "bf16",
     }))
 }
 
@@ -98,6 +88,7 @@ pub fn model_name(base: &str, suffix: Option<&str>, job: Uuid) -> String {
 mod tests {
     use super::*;
     use crate::fine_tuning::method::Hyperparameters;
+    use serde_json::Value;
 
     fn draft() -> FineTuningDraft {
         FineTuningDraft {
@@ -105,6 +96,7 @@ mod tests {
             created: 0,
             key_id: None,
             model: "m".into(),
+            base: "m".into(),
             method: Value::Null,
             suffix: None,
             seed: 7,
@@ -120,6 +112,7 @@ mod tests {
     fn the_trainer_takes_what_it_is_told() {
         let bench = Bench {
             base: ("m", Path::new("/models/m.gguf")),
+            adapter: None,
             context: 2048,
             max_rank: 8,
             threads: 1,
@@ -130,11 +123,12 @@ mod tests {
             let asked = Hyperparameters { learning_rate_multiplier: Some(2.0), ..Hyperparameters::default() };
             let method = Method { kind, hyperparameters: asked }.resolved(100);
             let spec = spec(&draft(), &method, Found { rows: 100, several_turns: turns }, &bench).unwrap();
-            let config = TrainConfig::from_json(spec["config"].clone()).unwrap();
+            let config = &spec.config;
+            config.objective().unwrap();
             let rate = if kind == Kind::Dpo { 2e-5 } else { 4e-4 };
             assert_eq!((config.learning_rate, config.seed, config.max_length), (Some(rate), 7, Some(2048)));
             assert_eq!(config.assistant_only_loss, turns.then_some(true));
-            assert_eq!((config.save_steps, &spec["lora"]["r"], spec["lora"]["target_modules"].as_array().unwrap().len()), (5, &json!(8), 7));
+            assert_eq!((config.save_steps, spec.lora.r, spec.lora.lora_alpha), (5, 8, 16.0));
         }
     }
 

@@ -67,7 +67,7 @@ async fn create(State(app): State<App>, Extension(caller): Extension<Caller>, re
         return Err(field.unsupported("names services that this server does not know; GET the job's events instead."));
     }
     fields.finish()?;
-    check_model(&app, &caller, model)?;
+    let base = check_model(&app, &caller, model).await?;
     let training = file(&app, &caller, training, "training_file").await?;
     let validation = match validation {
         Some(text) => Some(file(&app, &caller, text, "validation_file").await?),
@@ -86,6 +86,7 @@ async fn create(State(app): State<App>, Extension(caller): Extension<Caller>, re
         created: now(),
         key_id: caller.key_id(),
         model: model.to_owned(),
+        base,
         method: method.to_json(),
         suffix: suffix.map(str::to_owned),
         // An id ends in bits that are as good as random.
@@ -104,23 +105,25 @@ async fn create(State(app): State<App>, Extension(caller): Extension<Caller>, re
     Ok(answer(StatusCode::OK, &shown(&find(&app, &caller, &name(id)).await?)))
 }
 
-/// Fails on a model that cannot be trained here.
-fn check_model(app: &App, caller: &Caller, name: &str) -> Result<(), ApiError> {
-    let Upstream::Local(model) = {
-        caller.check_model(name)?;
-        app.registry.find(Some(name))?
-    };
-    let refused = |why: String| ApiError::invalid("model", "model_not_available", format!("Invalid 'model': {why}"));
+/// The base of a model that can be trained here.
+async fn check_model(app: &App, caller: &Caller, name: &str) -> Result<String, ApiError> {
+    caller.check_model(name)?;
+    let Upstream::Local(model) = app.registry.find(Some(name))?;
+    let refused = |why: String| Err(ApiError::invalid("model", "model_not_available", format!("Invalid 'model': {why}")));
+    let base = model.base();
     if model.adapter().is_some() {
-        return Err(refused(format!("`{name}` is an adapter of `{}`; name a base model.", model.base())));
+        let made = app.fine_tuning.rows().find_model(name, &caller.viewer()).await.map_err(unavailable)?;
+        if made.is_none_or(|job| job.draft.place != app.files.place()) {
+            return refused(format!("`{name}` is an adapter that no job of yours made here; name its base, `{base}`."));
+        }
     }
     if model.engine().options().max_adapters == 0 {
-        return Err(refused("this server serves no adapters, so no model can be made; start it with --max-loras above 0.".to_owned()));
+        return refused("this server serves no adapters, so no model can be made; start it with --max-loras above 0.".to_owned());
     }
-    if !app.fine_tuning.trains(name) {
-        return Err(refused(format!("the files of `{name}` are not where this server could train them.")));
+    if !app.fine_tuning.trains(base) {
+        return refused(format!("the files of `{base}` are not where this server could train them."));
     }
-    Ok(())
+    Ok(base.to_owned())
 }
 
 /// Characters that a model's name can have.
@@ -269,7 +272,7 @@ pub async fn delete_model(app: &App, caller: &Caller, model: &str) -> Result<Res
     let news = [News::info(format!("The model `{model}` was deleted."))];
     rows.unserve(job.draft.id, &news, now()).await.map_err(unavailable)?;
     app.store.audit(&caller.actor(), "model.delete", model, json!({"job": name(job.draft.id)})).await.map_err(unavailable)?;
-    withdraw(&app.registry, &job.draft.model, model);
+    withdraw(&app.registry, &job.draft.base, model);
     Ok(answer(StatusCode::OK, &json!({ "id": model, "object": "model", "deleted": true })))
 }
 

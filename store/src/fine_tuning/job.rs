@@ -9,7 +9,7 @@ use crate::error::StoreError;
 use crate::inferences::parse;
 
 /// Columns of a job, in no order that matters.
-pub(super) const COLUMNS: &str = "id, created, key_id, model, method, suffix, seed, training_file, validation_file, metadata, result_file, \
+pub(super) const COLUMNS: &str = "id, created, key_id, model, base, method, suffix, seed, training_file, validation_file, metadata, result_file, \
      place, state, error, fine_tuned_model, served, has_result, finished, estimated_finish, trained_tokens, step, steps, read_bytes, attempts";
 
 /// Where a job is.
@@ -72,8 +72,10 @@ pub struct FineTuningDraft {
     pub created: i64,
     /// The key that made it.
     pub key_id: Option<String>,
-    /// The base model's name.
+    /// The model that learns more: a base model, or one that a job made of it.
     pub model: String,
+    /// The base model's name.
+    pub base: String,
     /// The method with its hyperparameters, in the form of the API.
     pub method: Value,
     /// Part of the new model's name.
@@ -199,6 +201,7 @@ pub(super) fn read(row: &AnyRow) -> Result<FineTuningJob, StoreError> {
             created: row.try_get("created")?,
             key_id: row.try_get("key_id")?,
             model: row.try_get("model")?,
+            base: row.try_get("base")?,
             method: parse(row, "method").map_err(bad)?.unwrap_or_default(),
             suffix: row.try_get("suffix")?,
             seed: row.try_get("seed")?,

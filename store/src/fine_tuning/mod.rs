@@ -98,14 +98,15 @@ impl FineTunings {
                     return Ok(false);
                 }
             }
-            let text = "INSERT INTO fine_tuning_jobs (id, created, key_id, model, method, suffix, seed, training_file, validation_file, \
+            let text = "INSERT INTO fine_tuning_jobs (id, created, key_id, model, base, method, suffix, seed, training_file, validation_file, \
                  metadata, result_file, place, state, served, has_result, step, steps, read_bytes, attempts, events) \
-                 VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,'validating_files',0,0,0,0,0,0,$13)";
+                 VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13,'validating_files',0,0,0,0,0,0,$14)";
             sqlx::query(text)
                 .bind(draft.id.to_string())
                 .bind(draft.created)
                 .bind(draft.key_id.clone())
                 .bind(clean(&draft.model).into_owned())
+                .bind(clean(&draft.base).into_owned())
                 .bind(clean(&draft.method.to_string()).into_owned())
                 .bind(draft.suffix.clone())
                 .bind(draft.seed)
