@@ -100,7 +100,7 @@ fn take(heard: &mut Heard, line: &Line, now: i64) {
     let found = || line.metrics.iter().filter_map(|(name, value)| Some((name.as_str(), (*value)?)));
     match line.event.as_str() {
         "progress" => {
-            heard.steps = line.steps.max(heard.steps);
+            heard.steps = if line.steps > 0 { line.steps } else { heard.steps };
             heard.tokens = Some(line.tokens.max(heard.tokens.unwrap_or(0)));
             let remaining = line.remaining_s.filter(|seconds| (0.0..1e9).contains(seconds));
             heard.estimated_finish = remaining.map(|seconds| now + (seconds * 1e6) as i64);
@@ -127,12 +127,12 @@ fn take(heard: &mut Heard, line: &Line, now: i64) {
         "prepared" if heard.tokens.is_none() => {
             heard.steps = line.steps;
             heard.tokens = Some(0);
-            let held_out = if line.held_out > 0 { format!(", {} to measure on", line.held_out) } else { String::new() };
-            heard.news.push(News::info(format!("{} examples to learn{held_out}: {} steps.", line.train, line.steps)));
+            let held_out = if line.held_out > 0 { format!("; to measure on: {}", line.held_out) } else { String::new() };
+            heard.news.push(News::info(format!("Examples to learn: {}{held_out}; steps: {}.", line.train, line.steps)));
             if line.truncated > 0 {
-                heard.news.push(News::warn(format!("{} examples are longer than the model is trained on, and were cut.", line.truncated)));
+                heard.news.push(News::warn(format!("Examples that are longer than what is trained on, and were cut: {}.", line.truncated)));
             }
-            let left_out = line.left_out.iter().map(|LeftOut { reason, rows }| format!("{rows} examples are left out: {reason}."));
+            let left_out = line.left_out.iter().map(|LeftOut { reason, rows }| format!("Examples left out: {rows}, because {reason}."));
             heard.news.extend(left_out.map(News::warn));
         }
         _ => {}
@@ -211,8 +211,8 @@ mod tests {
         assert_eq!(heard.estimated_finish, Some(2_000_007));
         let told: Vec<_> = heard.news.iter().map(|news| (news.level, news.message.as_str())).collect();
         let expected = [
-            ("info", "8 examples to learn: 4 steps."),
-            ("warn", "2 examples are left out: too odd."),
+            ("info", "Examples to learn: 8; steps: 4."),
+            ("warn", "Examples left out: 2, because too odd."),
             ("info", "Step 1/4: training loss=0.5000"),
             ("info", "Step 2/4: training loss=0.2500"),
         ];
