@@ -80,14 +80,21 @@ async fn what_a_training_says_becomes_events_and_its_end_a_model() {
     assert_eq!((&job["trained_tokens"], &job["hyperparameters"]["n_epochs"], &job["seed"]), (&json!(20), &json!(10), &json!(1)));
     let told = told(&router, &id).await;
     let has = |text: &str| told.iter().filter(|message| message.contains(text)).count();
-    assert_eq!((has("Step 1/2: training loss=2.0000"), has("Step 2/2"), has("Examples to learn: 1; steps: 2.")), (1, 1, 1), "{told:?}");
+    assert_eq!(
+        (has("Step 1/2: training loss=2.0000"), has("Step 2/2"), has("Examples to learn: 1; steps: 2.")),
+        (1, 1, 1),
+        "{told:?}"
+    );
     // The stand-in of the model takes no adapters.
     assert_eq!((has("not served now"), told.last().map(String::as_str)), (1, Some("The job has successfully completed.")));
     let result = job["result_files"][0].as_str().unwrap();
     let table = get(&router, &format!("/v1/files/{result}/content")).await.body;
     assert_eq!(String::from_utf8(table).unwrap(), "step,train_loss,epoch\n2,1,1\n");
     let checkpoints = get(&router, &format!("{JOBS}/{id}/checkpoints")).await.json();
-    assert_eq!((&checkpoints["data"][0]["step_number"], &checkpoints["data"][0]["metrics"]["train_loss"]), (&json!(2), &json!(1.0)));
+    assert_eq!(
+        (&checkpoints["data"][0]["step_number"], &checkpoints["data"][0]["metrics"]["train_loss"]),
+        (&json!(2), &json!(1.0))
+    );
     app.fine_tuning.close().await;
 }
 

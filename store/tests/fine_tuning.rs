@@ -7,8 +7,8 @@ mod support;
 use serde_json::{Map, json};
 use support::each;
 use tidemill_store::{
-    FileDraft, FileRecord, Files, FineTuningCheckpoint, FineTuningDraft, FineTuningState as State, FineTunings, Heard, Made, News,
-    Store, Viewer,
+    FileDraft, FileRecord, Files, FineTuningCheckpoint, FineTuningDraft, FineTuningState as State, FineTunings, Heard, Made,
+    News, Store, Viewer,
 };
 use uuid::Uuid;
 

@@ -137,7 +137,9 @@ fn described(job: &FineTuningJob, events: &[FineTuningEvent]) -> String {
     let error = job.error.as_ref().and_then(|error| error["message"].as_str());
     lines.extend(error.map(|error| format!("error       {error}")));
     lines.push(String::new());
-    lines.extend(events.iter().rev().map(|event| format!("{}  {:5}  {}", when(event.created), event.news.level, event.news.message)));
+    lines.extend(
+        events.iter().rev().map(|event| format!("{}  {:5}  {}", when(event.created), event.news.level, event.news.message)),
+    );
     lines.join("\n")
 }
 

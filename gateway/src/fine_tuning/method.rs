@@ -67,7 +67,9 @@ impl Method {
         let kind = match name.one_of(&["supervised", "dpo", "reinforcement"])? {
             "supervised" => Kind::Supervised,
             "dpo" => Kind::Dpo,
-            _ => return Err(name.unsupported("is 'reinforcement', which this server cannot train yet; use 'supervised' or 'dpo'.")),
+            _ => {
+                return Err(name.unsupported("is 'reinforcement', which this server cannot train yet; use 'supervised' or 'dpo'."));
+            }
         };
         let mut hyperparameters = None;
         for (key, of) in [("supervised", Some(Kind::Supervised)), ("dpo", Some(Kind::Dpo)), ("reinforcement", None)] {

@@ -115,8 +115,7 @@ impl FineTuning {
             tracing::warn!(%error, "cannot look for fine-tuned models; trying again in a moment");
             tokio::time::sleep(LOOK).await;
         }
-        let runner =
-            Arc::new(Runner::new(self.rows.clone(), app, options.clone(), self.shared.leaving.subscribe()));
+        let runner = Arc::new(Runner::new(self.rows.clone(), app, options.clone(), self.shared.leaving.subscribe()));
         if let Err(error) = self.end_strays(&runner).await {
             tracing::warn!(%error, "cannot look for trainings that nobody wants any more");
         }

@@ -130,9 +130,13 @@ fn take(heard: &mut Heard, line: &Line, now: i64) {
             let held_out = if line.held_out > 0 { format!("; to measure on: {}", line.held_out) } else { String::new() };
             heard.news.push(News::info(format!("Examples to learn: {}{held_out}; steps: {}.", line.train, line.steps)));
             if line.truncated > 0 {
-                heard.news.push(News::warn(format!("Examples that are longer than what is trained on, and were cut: {}.", line.truncated)));
+                heard.news.push(News::warn(format!(
+                    "Examples that are longer than what is trained on, and were cut: {}.",
+                    line.truncated
+                )));
             }
-            let left_out = line.left_out.iter().map(|LeftOut { reason, rows }| format!("Examples left out: {rows}, because {reason}."));
+            let left_out =
+                line.left_out.iter().map(|LeftOut { reason, rows }| format!("Examples left out: {rows}, because {reason}."));
             heard.news.extend(left_out.map(News::warn));
         }
         _ => {}
@@ -166,7 +170,8 @@ pub fn csv(log: &str) -> String {
         let Ok(line) = serde_json::from_str::<Map<String, Value>>(line) else { continue };
         let Some(step) = line.get("step").and_then(Value::as_u64) else { continue };
         let row = steps.entry(step).or_default();
-        let found = line.iter().filter(|(name, _)| *name != "step").filter_map(|(name, value)| Some((name.as_str(), value.as_f64()?)));
+        let found =
+            line.iter().filter(|(name, _)| *name != "step").filter_map(|(name, value)| Some((name.as_str(), value.as_f64()?)));
         if let Value::Object(named) = metrics(step, found) {
             row.extend(named.into_iter().filter_map(|(name, value)| Some((name, value.as_f64()?))));
         }

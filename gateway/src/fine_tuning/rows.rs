@@ -62,7 +62,9 @@ fn row(text: &[u8], place: &str, kind: Kind) -> Result<(StoredRow, usize), Strin
         Ok(Value::Object(object)) => object,
         Ok(_) => return Err("it is no JSON object; write one {…} per line".to_owned()),
         // Its own line number is always 1.
-        Err(error) => return Err(format!("it is no JSON ({}); write one whole {{…}} per line", error.to_string().replace("line 1 ", ""))),
+        Err(error) => {
+            return Err(format!("it is no JSON ({}); write one whole {{…}} per line", error.to_string().replace("line 1 ", "")));
+        }
     };
     let (object, weights) = cut(object)?;
     let mut stored = format::parse(object, place).map_err(|(what, fix)| format!("{what}; {fix}"))?;
@@ -118,7 +120,9 @@ fn cut(mut object: Map<String, Value>) -> Result<(Map<String, Value>, Vec<Option
             messages.truncate(last + 1);
             weights.truncate(last + 1);
         } else {
-            return Err("every answer has weight 0, so that nothing is learnt from it; give one weight 1, or leave it out".to_owned());
+            return Err(
+                "every answer has weight 0, so that nothing is learnt from it; give one weight 1, or leave it out".to_owned()
+            );
         }
     }
     Ok((object, weights))
@@ -169,7 +173,10 @@ mod tests {
         assert_eq!(found.unwrap(), Found { rows: 2, several_turns: false });
         assert_eq!((&rows[0]["kind"], &rows[0]["source"]), (&"demonstration".into(), &"in.jsonl:1".into()));
         let prompt = rows[1]["prompt"].as_array().unwrap();
-        assert_eq!((prompt.len(), prompt[2]["content"].as_str(), rows[1]["completion"][0]["content"].as_str()), (4, Some("b"), Some("d")));
+        assert_eq!(
+            (prompt.len(), prompt[2]["content"].as_str(), rows[1]["completion"][0]["content"].as_str()),
+            (4, Some("b"), Some("d"))
+        );
         let back = format::parse(rows[1].as_object().unwrap().clone(), "x").unwrap();
         assert_eq!(back.row.example.prompt()[2].extra[WEIGHT], 0);
         let two = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"},{"role":"user","content":"c"},{"role":"assistant","content":"d","weight":1}]}"#;

@@ -17,8 +17,8 @@ use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 use tidemill_rlhf::job::{ADAPTER, LINEAGE};
 use tidemill_store::{
-    FileRecord, FineTuningCheckpoint, FineTuningJob, FineTuningState as State, FineTunings, Heard, Made, News, StoreError, Viewer,
-    write_atomically,
+    FileRecord, FineTuningCheckpoint, FineTuningJob, FineTuningState as State, FineTunings, Heard, Made, News, StoreError,
+    Viewer, write_atomically,
 };
 use tokio::sync::{Semaphore, watch};
 use tokio::time::sleep;
@@ -233,7 +233,8 @@ impl Runner {
                 return self.finish(&job, &heard).await;
             }
             if attempts > MAX_ATTEMPTS {
-                let message = format!("The training process ended {MAX_ATTEMPTS} times without taking a step; the server's log says how.");
+                let message =
+                    format!("The training process ended {MAX_ATTEMPTS} times without taking a step; the server's log says how.");
                 return self.fail(&job, Failure::new("training_failed", message)).await;
             }
             let mut process = match left {
@@ -258,7 +259,9 @@ impl Runner {
                 Some(Last::Stopped) | None => {
                     let how = status.map_or_else(|| "in an unknown way".to_owned(), |status| status.to_string());
                     tracing::warn!(job = %id, how, log = %folder.join(LOG).display(), "a training ended before its time");
-                    news.push(News::warn(format!("The training process ended before its time ({how}); it goes on from its last checkpoint.")));
+                    news.push(News::warn(format!(
+                        "The training process ended before its time ({how}); it goes on from its last checkpoint."
+                    )));
                 }
             }
             sleep(POLL).await;
@@ -416,7 +419,11 @@ impl Runner {
                 continue;
             }
             let path = entry.path();
-            absent_is_fine(if entry.file_type()?.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) })?;
+            absent_is_fine(if entry.file_type()?.is_dir() {
+                std::fs::remove_dir_all(&path)
+            } else {
+                std::fs::remove_file(&path)
+            })?;
         }
         Ok(())
     }

@@ -86,7 +86,10 @@ async fn delete(
 ) -> Result<Response, ApiError> {
     let file = find(&app, &caller, &id, StatusCode::NOT_FOUND, "id").await?;
     if !app.files.delete(&file).await.map_err(unavailable)? {
-        let message = format!("The file `{}` is the input of a batch that runs, or of a fine-tuning job that looks through it; cancel that first.", name(file.id));
+        let message = format!(
+            "The file `{}` is the input of a batch that runs, or of a fine-tuning job that looks through it; cancel that first.",
+            name(file.id)
+        );
         return Err(ApiError::invalid("id", "file_in_use", message));
     }
     Ok(answer(StatusCode::OK, &json!({ "id": name(file.id), "object": "file", "deleted": true })))

@@ -75,8 +75,9 @@ async fn create(State(app): State<App>, Extension(caller): Extension<Caller>, re
     };
     let rows = app.fine_tuning.rows();
     if rows.open(app.files.place()).await.map_err(unavailable)?.len() >= MAX_OPEN {
-        let message =
-            format!("{MAX_OPEN} fine-tuning jobs run, wait or are paused on this server, the most that it takes; cancel one, or wait.");
+        let message = format!(
+            "{MAX_OPEN} fine-tuning jobs run, wait or are paused on this server, the most that it takes; cancel one, or wait."
+        );
         let error = ApiError::client(StatusCode::TOO_MANY_REQUESTS, Some("too_many_jobs"), message);
         return Err(ApiError { retry_after: Some(60), ..error });
     }
@@ -266,8 +267,13 @@ pub async fn delete_model(app: &App, caller: &Caller, model: &str) -> Result<Res
     let rows = app.fine_tuning.rows();
     let Some(job) = rows.find_model(model, &caller.viewer()).await.map_err(unavailable)? else {
         let served = app.registry.find(Some(model)).map(|_| ());
-        let message = format!("The model `{}` was not made by a fine-tuning job of yours and cannot be deleted.", model.chars().take(200).collect::<String>());
-        return Err(served.err().unwrap_or_else(|| ApiError::client(StatusCode::FORBIDDEN, Some("model_not_deletable"), message)));
+        let message = format!(
+            "The model `{}` was not made by a fine-tuning job of yours and cannot be deleted.",
+            model.chars().take(200).collect::<String>()
+        );
+        return Err(served
+            .err()
+            .unwrap_or_else(|| ApiError::client(StatusCode::FORBIDDEN, Some("model_not_deletable"), message)));
     };
     let news = [News::info(format!("The model `{model}` was deleted."))];
     rows.unserve(job.draft.id, &news, now()).await.map_err(unavailable)?;

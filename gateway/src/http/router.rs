@@ -6,8 +6,8 @@ use crate::http::app::App;
 use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
 use crate::http::{
-    adapters, batches, chat, completions, datasets, embeddings, feedback, files, fine_tuning, interchange, keys, labeling, messages, models,
-    observe, probes, responses, stored_chats, tokens,
+    adapters, batches, chat, completions, datasets, embeddings, feedback, files, fine_tuning, interchange, keys, labeling,
+    messages, models, observe, probes, responses, stored_chats, tokens,
 };
 use crate::limits::shed;
 use axum::Router;

@@ -4,8 +4,8 @@ use crate::openapi::Topic;
 use crate::openapi::generation::metadata;
 use crate::openapi::operation::Operation;
 use crate::openapi::schema::{
-    Object, any, count, either, flag, just, list, list_of, map, named, nullable, number, number_in, page, seconds, text, text_of, whole,
-    word,
+    Object, any, count, either, flag, just, list, list_of, map, named, nullable, number, number_in, page, seconds, text, text_of,
+    whole, word,
 };
 use serde_json::Value;
 use tidemill_store::Scope;
@@ -23,27 +23,31 @@ pub fn topic() -> Topic {
     };
     let part = |operation: Operation| operation.query("after", text()).query("limit", whole(1, 1000));
     let deleted = Object::answer().with("id", text()).with("object", just("model")).with("deleted", flag());
-    let operations = vec![
-        of_train(Operation::post("/v1/fine_tuning/jobs", TAG, "Make a model from files"))
-            .takes(new())
-            .answers(200, "The job.", named("FineTuningJob"))
-            .refuses(&[404, 409, 429]),
-        of_train(Operation::get("/v1/fine_tuning/jobs", TAG, "Jobs, the newest first"))
-            .query("after", text())
-            .query("limit", whole(1, 100))
-            .answers(200, "A page of them.", pages("FineTuningJob")),
-        job(Operation::get("/v1/fine_tuning/jobs/{id}", TAG, "How far a job is")),
-        job(Operation::post("/v1/fine_tuning/jobs/{id}/cancel", TAG, "End a job")).refuses(&[400]),
-        job(Operation::post("/v1/fine_tuning/jobs/{id}/pause", TAG, "Have a job stand still")).refuses(&[400]),
-        job(Operation::post("/v1/fine_tuning/jobs/{id}/resume", TAG, "Have a paused job go on")).refuses(&[400]),
-        part(one(Operation::get("/v1/fine_tuning/jobs/{id}/events", TAG, "What happened to a job, the newest first")))
-            .answers(200, "A page of it.", pages("FineTuningEvent")),
-        part(one(Operation::get("/v1/fine_tuning/jobs/{id}/checkpoints", TAG, "Models of a job that can be used")))
-            .answers(200, "A page of them.", pages("FineTuningCheckpoint")),
-        one(Operation::delete("/v1/models/{id}", TAG, "Delete a model that a job made"))
-            .answers(200, "It is gone.", deleted.schema())
-            .refuses(&[403]),
-    ];
+    let operations =
+        vec![
+            of_train(Operation::post("/v1/fine_tuning/jobs", TAG, "Make a model from files"))
+                .takes(new())
+                .answers(200, "The job.", named("FineTuningJob"))
+                .refuses(&[404, 409, 429]),
+            of_train(Operation::get("/v1/fine_tuning/jobs", TAG, "Jobs, the newest first"))
+                .query("after", text())
+                .query("limit", whole(1, 100))
+                .answers(200, "A page of them.", pages("FineTuningJob")),
+            job(Operation::get("/v1/fine_tuning/jobs/{id}", TAG, "How far a job is")),
+            job(Operation::post("/v1/fine_tuning/jobs/{id}/cancel", TAG, "End a job")).refuses(&[400]),
+            job(Operation::post("/v1/fine_tuning/jobs/{id}/pause", TAG, "Have a job stand still")).refuses(&[400]),
+            job(Operation::post("/v1/fine_tuning/jobs/{id}/resume", TAG, "Have a paused job go on")).refuses(&[400]),
+            part(one(Operation::get("/v1/fine_tuning/jobs/{id}/events", TAG, "What happened to a job, the newest first")))
+                .answers(200, "A page of it.", pages("FineTuningEvent")),
+            part(one(Operation::get("/v1/fine_tuning/jobs/{id}/checkpoints", TAG, "Models of a job that can be used"))).answers(
+                200,
+                "A page of them.",
+                pages("FineTuningCheckpoint"),
+            ),
+            one(Operation::delete("/v1/models/{id}", TAG, "Delete a model that a job made"))
+                .answers(200, "It is gone.", deleted.schema())
+                .refuses(&[403]),
+        ];
     let schemas = vec![
         ("FineTuningJob", shown()),
         ("FineTuningMethod", method()),

@@ -32,15 +32,8 @@ pub enum FineTuningState {
 }
 
 impl FineTuningState {
-    const ALL: [Self; 7] = [
-        Self::ValidatingFiles,
-        Self::Queued,
-        Self::Running,
-        Self::Paused,
-        Self::Succeeded,
-        Self::Failed,
-        Self::Cancelled,
-    ];
+    const ALL: [Self; 7] =
+        [Self::ValidatingFiles, Self::Queued, Self::Running, Self::Paused, Self::Succeeded, Self::Failed, Self::Cancelled];
     /// Those in which something is still to be done.
     pub const OPEN: [Self; 4] = [Self::ValidatingFiles, Self::Queued, Self::Running, Self::Paused];
 

@@ -253,7 +253,8 @@ impl FineTunings {
 
     /// Ends a job that runs, with its model; `false` when it does not.
     pub async fn succeed(&self, id: Uuid, made: &Made, news: &[News], now: i64) -> Result<bool, StoreError> {
-        let set = "state = 'succeeded', fine_tuned_model = $3, served = 1, has_result = $4, finished = $5, estimated_finish = NULL";
+        let set =
+            "state = 'succeeded', fine_tuned_model = $3, served = 1, has_result = $4, finished = $5, estimated_finish = NULL";
         let values = vec![
             Bind::Text(Some(made.model.clone())),
             Bind::Integer(Some(i64::from(made.result.is_some()))),
@@ -270,13 +271,7 @@ impl FineTunings {
     }
 
     /// Changes a row and tells of it, in one.
-    async fn change(
-        &self,
-        id: Uuid,
-        change: Change<'_>,
-        made: Option<&Made>,
-        now: i64,
-    ) -> Result<Option<AnyRow>, StoreError> {
+    async fn change(&self, id: Uuid, change: Change<'_>, made: Option<&Made>, now: i64) -> Result<Option<AnyRow>, StoreError> {
         patiently(async {
             let mut connection = self.database.write().acquire().await?;
             let mut transaction = connection.begin().await?;
@@ -292,7 +287,8 @@ impl FineTunings {
             tell(&mut transaction, id, last - change.news.len() as i64 + 1, change.news, now).await?;
             if let Some(made) = made {
                 for checkpoint in &made.checkpoints {
-                    let text = "INSERT INTO fine_tuning_checkpoints (job_id, step, created, model, metrics) VALUES ($1,$2,$3,$4,$5)";
+                    let text =
+                        "INSERT INTO fine_tuning_checkpoints (job_id, step, created, model, metrics) VALUES ($1,$2,$3,$4,$5)";
                     sqlx::query(text)
                         .bind(id.to_string())
                         .bind(checkpoint.step.cast_signed())
