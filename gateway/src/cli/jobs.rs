@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use clap::Subcommand;
-use tidemill_store::{FineTuningEvent, FineTuningJob, FineTunings, StoreError, Viewer};
+use tidemill_store::{FineTuningEvent, FineTuningJob, FineTunings, Viewer};
 use uuid::Uuid;
 
 use crate::cli::store_args::{StoreArgs, StoreCommandError};
@@ -97,7 +97,7 @@ fn follow(job: &JobArgs, wish: Wish) -> Result<(), StoreCommandError> {
     let state = job.store.with(|store| async move {
         let rows = FineTunings::new(store.database());
         let written = wish.write(&rows, id, now()).await?;
-        let state = rows.state(id).await.map_err(StoreError::from)?.ok_or_else(|| unknown(id))?;
+        let state = rows.state(id).await?.ok_or_else(|| unknown(id))?;
         match wish.refusal(state).filter(|_| !written) {
             Some(why) => Err(StoreCommandError::Usage(why)),
             None => Ok(state),

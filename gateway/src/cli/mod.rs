@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 mod data;
 mod dataset;
+mod eval;
 mod jobs;
 mod key;
 mod label;
@@ -38,6 +39,8 @@ enum Command {
     Dataset(Box<dataset::DatasetArgs>),
     /// Train an adapter on a dataset.
     Train(Box<train::TrainArgs>),
+    /// Measure adapters beside their base and each other.
+    Eval(Box<eval::EvalArgs>),
     /// Measure the engine alone on a model, without HTTP.
     Bench(bench::BenchArgs),
     /// List, cancel, pause and resume fine-tuning jobs.
@@ -64,6 +67,7 @@ pub fn run() -> ExitCode {
         Command::Serve(args) => serve::run(&args).map_err(Into::into),
         Command::Pull(args) => pull::run(&args).map_err(Into::into),
         Command::Chat(args) => chat::run(&args).map_err(Into::into),
+        Command::Eval(args) => eval::run(&args).map_err(Into::into),
         Command::Bench(args) => bench::run(&args).map_err(Into::into),
         Command::Jobs(args) => jobs::run(&args).map_err(Into::into),
         Command::Key(args) => key::run(&args).map_err(Into::into),

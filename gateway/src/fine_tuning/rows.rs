@@ -97,8 +97,11 @@ fn row(text: &[u8], place: &str, kind: Kind) -> Result<(StoredRow, usize), Strin
     Ok((stored, turns))
 }
 
+/// Of each message: 0, 1, or not said.
+type Weights = Vec<Option<i64>>;
+
 /// A conversation without what comes after the last turn that is learnt, and the weights of its messages.
-fn cut(mut object: Map<String, Value>) -> Result<(Map<String, Value>, Vec<Option<i64>>), String> {
+fn cut(mut object: Map<String, Value>) -> Result<(Map<String, Value>, Weights), String> {
     let Some(Value::Array(messages)) = object.get_mut("messages") else { return Ok((object, Vec::new())) };
     let mut weights = Vec::with_capacity(messages.len());
     for (index, message) in messages.iter().enumerate() {

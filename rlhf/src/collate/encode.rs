@@ -124,6 +124,14 @@ impl<'a> Encoder<'a> {
         encoded
     }
 
+    /// The tokens of a row's prompt with the header of the answer's turn: what a server would compute. None where the template or the
+    /// tokenizer refuses it.
+    pub fn prompt(&self, row: &Row) -> Option<Vec<u32>> {
+        let now = u64::try_from(row.origin.judged_at / 1_000_000).unwrap_or(0);
+        let text = self.render(&values(row.example.prompt()), true, now).ok()?;
+        self.tokenizer.encode(&text, false, true).ok()
+    }
+
     fn row(&self, row: &Row, teaches: Teaches) -> Result<Vec<Sample>, Dropped> {
         let sample = |prompt: &[Message], answers: &[&[Message]], good: bool| {
             // The template's clock stands where the judgement was given: the same row has the same tokens tomorrow.

@@ -15,5 +15,6 @@ mod tests;
 pub use error::JobError;
 pub use estimate::Estimate;
 pub use rows::Rows;
+pub(crate) use run::HEAD;
 pub use run::{ADAPTER, Finished, Job, LINEAGE, Prepared};
 pub use spec::{Base, Lora, Spec};

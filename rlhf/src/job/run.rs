@@ -20,7 +20,7 @@ pub const ADAPTER: &str = "adapter";
 /// What it was made of.
 pub const LINEAGE: &str = "lineage.json";
 /// The head of a reward model, beside its adapter.
-const HEAD: &str = "head.safetensors";
+pub(crate) const HEAD: &str = "head.safetensors";
 
 /// A model and rows as tokens: everything that is needed to train.
 pub struct Job {

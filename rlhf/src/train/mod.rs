@@ -23,6 +23,7 @@ pub use error::TrainError;
 pub use metrics::{Metrics, line};
 pub use offline::{Offline, OfflineBatch, Prepare};
 pub use policy::{Head, Pass, Policy};
+pub(crate) use reference::sums;
 pub use report::report;
 pub use run::{Ending, Outcome, Trainer, train};
 pub(crate) use run::{LOG, STACK};
