@@ -170,6 +170,32 @@ def own(client, job_id: str) -> dict:
     return client.fine_tuning.jobs.retrieve(job_id).model_extra["tidemill"]
 
 
+@pytest.mark.timeout(600)
+def test_a_made_model_learns_more_and_every_answer_of_a_conversation_is_learnt(start):
+    server = start(models=TINY)
+    client = server.client(_strict_response_validation=True)
+    turns = [{"role": "user", "content": "One?"}, said("First."), {"role": "user", "content": "Two?"}, said("Second.")]
+    few = {"model": "tiny", "method": supervised(n_epochs=2, batch_size=1)}
+
+    def learn(messages: list[dict], **changes):
+        file = upload(client, [{"messages": messages}])
+        return settled(client, client.fine_tuning.jobs.create(**{**few, "training_file": file, **changes}).id, "succeeded")
+
+    def first_loss(job) -> float:
+        """Of the first step: a mean over what is learnt, so it differs where other answers are."""
+        return next(event.data["train_loss"] for event in everything(client, job.id) if event.type == "metrics")
+
+    both = learn(turns, seed=1)
+    last = learn([turns[0], {**turns[1], "weight": 0}, *turns[2:]], seed=1)
+    assert first_loss(both) != first_loss(last)
+    more = learn(turns, seed=1, model=both.fine_tuned_model)
+    assert more.model == both.fine_tuned_model and more.fine_tuned_model.startswith("ft:tiny::") and more.fine_tuned_model != both.fine_tuned_model
+    # It begins where the other one ended.
+    assert first_loss(more) < first_loss(both)
+    parents = {model.id: model.model_extra["parent"] for model in client.models.list()}
+    assert parents[more.fine_tuned_model] == parents[both.fine_tuned_model] == "tiny"
+
+
 def process_of(server: Server, job_id: str) -> int:
     return int((server.data / "fine_tuning" / job_id.removeprefix("ftjob-") / "process").read_text())
 
