@@ -144,7 +144,16 @@ while :; do sleep 0.05; done"#;
     assert_eq!(post(&router, &path("cancel"), json!({})).await.json()["status"], "cancelled");
     let (status, _, _) = post(&router, &path("resume"), json!({})).await.error();
     assert_eq!(status, 400);
-    // Waits until both are gone.
+    let folders = || std::fs::read_dir(&app.fine_tuning.options().root).unwrap().count();
+    // One that never had its turn leaves nothing, either.
+    let waiting = make(&app, &router).await;
+    settled(&router, &waiting, |job| job["tidemill"]["state"] != "validating_files").await;
+    post(&router, &format!("{JOBS}/{waiting}/cancel"), json!({})).await.json();
+    let begin = Instant::now();
+    while folders() > 0 {
+        assert!(begin.elapsed() < Duration::from_secs(60));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     app.fine_tuning.close().await;
     let told = told(&router, &id).await;
     assert_eq!(told.iter().filter(|message| message.starts_with("Step 1/9")).count(), 1, "{told:?}");

@@ -68,7 +68,9 @@ impl Method {
             "supervised" => Kind::Supervised,
             "dpo" => Kind::Dpo,
             _ => {
-                return Err(name.unsupported("is 'reinforcement', which this server cannot train yet; use 'supervised' or 'dpo'."));
+                return Err(
+                    name.unsupported("is 'reinforcement', which this server cannot train yet; use 'supervised' or 'dpo'.")
+                );
             }
         };
         let mut hyperparameters = None;

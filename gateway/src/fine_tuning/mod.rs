@@ -23,7 +23,7 @@ use crate::fine_tuning::process::Process;
 use crate::fine_tuning::runner::{Runner, Task};
 use crate::http::App;
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -119,10 +119,16 @@ impl FineTuning {
         if let Err(error) = self.end_strays(&runner).await {
             tracing::warn!(%error, "cannot look for trainings that nobody wants any more");
         }
+        let mut known: HashSet<Uuid> = HashSet::new();
         loop {
             match self.rows.open(&place).await {
                 Err(error) => tracing::warn!(%error, "cannot look for fine-tuning jobs; trying again in a moment"),
                 Ok(mut open) => {
+                    let now: HashSet<Uuid> = open.iter().map(|job| job.draft.id).collect();
+                    for ended in known.difference(&now) {
+                        self.start(&runner, *ended, Task::End);
+                    }
+                    known = now;
                     for job in open.iter().filter(|job| job.state == State::ValidatingFiles) {
                         self.start(&runner, job.draft.id, Task::LookThrough);
                     }
@@ -160,13 +166,19 @@ impl FineTuning {
         self.running().values().filter(|task| **task != Task::LookThrough).count()
     }
 
-    /// Ends the processes of jobs that were cancelled or paused while no server was there.
+    /// Ends the processes of jobs that were cancelled or paused while no server was there, and removes what the cancelled ones left.
     async fn end_strays(&self, runner: &Arc<Runner>) -> Result<(), StoreError> {
         let Ok(folders) = std::fs::read_dir(&self.shared.options.root) else { return Ok(()) };
         for folder in folders.flatten().map(|entry| entry.path()) {
             let id = folder.file_name().and_then(|name| Uuid::try_parse(name.to_str()?).ok());
-            let Some(id) = id.filter(|_| matches!(Process::left(&folder), Ok(Some(_)))) else { continue };
-            if !matches!(self.rows.state(id).await?, Some(State::Queued | State::Running)) {
+            let Some(id) = id else { continue };
+            let unwanted = match self.rows.state(id).await? {
+                // Another database's, of a server that was started with it.
+                None | Some(State::Queued | State::Running) => false,
+                Some(State::Cancelled) => true,
+                Some(_) => matches!(Process::left(&folder), Ok(Some(_))),
+            };
+            if unwanted {
                 self.start(runner, id, Task::End);
             }
         }

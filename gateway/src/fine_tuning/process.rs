@@ -25,13 +25,13 @@ pub struct Process {
     own: Option<Child>,
 }
 
-fn open(folder: &Path) -> io::Result<File> {
-    OpenOptions::new().create(true).truncate(false).read(true).write(true).open(folder.join(LOCK))
+fn open(folder: &Path, create: bool) -> io::Result<File> {
+    OpenOptions::new().create(create).truncate(false).read(true).write(true).open(folder.join(LOCK))
 }
 
 /// The lock, unless somebody has it.
-fn take(folder: &Path) -> io::Result<Option<File>> {
-    let file = open(folder)?;
+fn take(folder: &Path, create: bool) -> io::Result<Option<File>> {
+    let file = open(folder, create)?;
     match file.try_lock() {
         Ok(()) => Ok(Some(file)),
         Err(TryLockError::WouldBlock) => Ok(None),
@@ -42,7 +42,7 @@ fn take(folder: &Path) -> io::Result<Option<File>> {
 impl Process {
     /// The process that an earlier server left at work in this folder.
     pub fn left(folder: &Path) -> io::Result<Option<Self>> {
-        match take(folder) {
+        match take(folder, false) {
             Ok(None) => Ok(Some(Self { folder: folder.to_owned(), own: None })),
             Ok(Some(_)) => Ok(None),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -52,7 +52,7 @@ impl Process {
 
     /// Starts `program train --job FOLDER`; `None` when somebody is at work there.
     pub fn start(program: &Path, folder: &Path) -> io::Result<Option<Self>> {
-        let Some(mut lock) = take(folder)? else { return Ok(None) };
+        let Some(mut lock) = take(folder, true)? else { return Ok(None) };
         let append = |name: &str| OpenOptions::new().create(true).append(true).read(true).open(folder.join(name));
         let mut said = append(SAID)?;
         end_line(&mut said)?;
@@ -76,7 +76,10 @@ impl Process {
     pub fn ended(&mut self) -> io::Result<Option<Option<ExitStatus>>> {
         match &mut self.own {
             Some(child) => Ok(child.try_wait()?.map(Some)),
-            None => Ok(take(&self.folder)?.map(|_| None)),
+            None => match take(&self.folder, false) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Some(None)),
+                taken => Ok(taken?.map(|_| None)),
+            },
         }
     }
 
@@ -103,7 +106,7 @@ impl Process {
             Some(child) => i32::try_from(child.id()).ok(),
             None => {
                 let mut text = String::new();
-                open(&self.folder).and_then(|mut file| file.read_to_string(&mut text)).ok()?;
+                open(&self.folder, false).and_then(|mut file| file.read_to_string(&mut text)).ok()?;
                 text.trim().parse().ok()
             }
         };

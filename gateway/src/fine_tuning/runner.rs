@@ -137,7 +137,10 @@ impl Runner {
             Ok((method, steps, rows)) => {
                 let word = if rows == 1 { "example" } else { "examples" };
                 let news = News::info(format!("The files are valid: {rows} {word}, {steps} steps. The job waits for its turn."));
-                self.rows.validated(id, &method.to_json(), steps, &[news], now()).await?;
+                if !self.rows.validated(id, &method.to_json(), steps, &[news], now()).await? {
+                    // Cancelled meanwhile.
+                    self.clear_if_ended(id).await?;
+                }
             }
             Err(failure) => self.fail(&job, failure).await?,
         }
@@ -336,10 +339,10 @@ impl Runner {
         }
     }
 
-    /// Ends a process that no job wants.
+    /// Ends a process that no job wants, where there is one.
     async fn end(&self, id: Uuid) -> Result<(), Trouble> {
         let folder = self.folder(id);
-        let Some(mut process) = Process::left(&folder)? else { return Ok(()) };
+        let Some(mut process) = Process::left(&folder)? else { return self.clear_if_ended(id).await };
         process.ask();
         let deadline = Instant::now() + CANCELLING;
         while process.ended()?.is_none() {
@@ -398,15 +401,16 @@ impl Runner {
         self.clear_if_ended(job.draft.id).await
     }
 
-    /// Removes from the folder of a job that has ended what nobody needs any more: all of it without a model, and with one everything
-    /// but the adapter and how it came to be. A failed one keeps its log.
+    /// Removes from the folder of a job that has ended what nobody needs any more: of a cancelled one everything, of one with a model
+    /// all but the adapter and how it came to be, of a failed one all but its logs.
     async fn clear_if_ended(&self, id: Uuid) -> Result<(), Trouble> {
         let state = self.rows.state(id).await?;
         let kept: &[&str] = match state {
             Some(State::Succeeded) => &[ADAPTER, LINEAGE, METRICS, SPEC, LOG, SAID, REPORT],
             Some(State::Failed) => &[METRICS, SPEC, LOG, SAID],
-            Some(State::Cancelled) | None => &[],
-            Some(_) => return Ok(()),
+            Some(State::Cancelled) => &[],
+            // Without a row it is another database's.
+            _ => return Ok(()),
         };
         let folder = self.folder(id);
         if kept.is_empty() {
@@ -425,6 +429,8 @@ impl Runner {
                 std::fs::remove_file(&path)
             })?;
         }
+        // Of one that never trained nothing is left; a folder with something in it stays.
+        let _ = std::fs::remove_dir(&folder);
         Ok(())
     }
 }
