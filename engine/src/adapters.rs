@@ -141,10 +141,14 @@ pub enum AdapterRefused {
     Stopped,
 }
 
+/// Begins the name of what a fine-tuning job made, which is the only one with colons: `ft:base:suffix:id`.
+const FINE_TUNED: &str = "ft:";
+
 /// Fails for a text that cannot name an adapter.
 pub(crate) fn check_name(name: &str) -> Result<(), AdapterRefused> {
     let fits = !name.is_empty() && name.chars().count() <= MAX_NAME;
-    if fits && !name.chars().any(|c| c.is_control() || c.is_whitespace() || c == ':' || c == '@') {
+    let colons = name.starts_with(FINE_TUNED) && !name.ends_with(':');
+    if fits && !name.chars().any(|c| c.is_control() || c.is_whitespace() || (c == ':' && !colons) || c == '@') {
         return Ok(());
     }
     Err(AdapterRefused::Name(name.chars().take(MAX_NAME).collect()))
@@ -349,10 +353,10 @@ mod tests {
         assert_eq!(table.freed(), [0]);
         assert!(table.unload("a").unwrap_err().to_string().contains("\"a\""));
         assert!(table.pin("a", true).is_err());
-        for name in ["", "a b", "a:b", "a@1", "a\n"] {
+        for name in ["", "a b", "a:b", "a@1", "a\n", "ft:", "ft:a:", "ft:a b"] {
             assert!(check_name(name).is_err(), "{name:?}");
         }
-        assert!(check_name("org/my-adapter.v2").is_ok());
+        assert!(check_name("org/my-adapter.v2").is_ok() && check_name("ft:org/base::0123").is_ok());
         assert_eq!(split_generation("a@000000000000002f"), ("a", Some(AdapterGeneration(47))));
         for name in ["a@2f", "a@000000000000002g", "a"] {
             assert_eq!(split_generation(name), (name, None));

@@ -19,6 +19,7 @@ pub mod console;
 pub mod datasets;
 pub mod engine_bench;
 pub mod feedback;
+pub mod fine_tuning;
 pub mod http;
 pub mod interchange;
 pub mod keys;

@@ -96,7 +96,7 @@ impl DataDir {
 }
 
 /// Writes a file so that after a crash it holds either the old bytes or the new ones.
-pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     let beside = path.with_extension("new");
     let write = || -> std::io::Result<()> {
         let mut file = File::create(&beside)?;

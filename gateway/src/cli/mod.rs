@@ -7,6 +7,7 @@ mod chat;
 mod data;
 mod dataset;
 mod eval;
+mod jobs;
 mod key;
 mod label;
 mod pull;
@@ -45,6 +46,8 @@ enum Command {
     Adapter(Box<adapter::AdapterArgs>),
     /// Measure the engine alone on a model, without HTTP.
     Bench(bench::BenchArgs),
+    /// List, cancel, pause and resume fine-tuning jobs.
+    Jobs(jobs::JobsArgs),
     /// Make, list and revoke API keys.
     Key(key::KeyArgs),
     /// Erase a person's records.
@@ -70,6 +73,7 @@ pub fn run() -> ExitCode {
         Command::Eval(args) => eval::run(&args).map_err(Into::into),
         Command::Adapter(args) => adapter::run(&args).map_err(Into::into),
         Command::Bench(args) => bench::run(&args).map_err(Into::into),
+        Command::Jobs(args) => jobs::run(&args).map_err(Into::into),
         Command::Key(args) => key::run(&args).map_err(Into::into),
         Command::Data(args) => data::run(&args).map_err(Into::into),
         Command::Label(args) => label::run(&args).map_err(Into::into),

@@ -1,15 +1,17 @@
-//! `GET /v1/models` and `GET /v1/models/{id}`.
+//! `GET /v1/models`, `GET /v1/models/{id}`, and `DELETE` of those that were made here.
 
 use crate::http::answer::answer;
 use crate::http::app::App;
-use crate::http::auth::Caller;
+use crate::http::auth::{Caller, forbidden};
 use crate::http::error::ApiError;
+use crate::http::fine_tuning::delete_model;
 use crate::upstream::{LoadState, Upstream};
 use axum::extract::{Path, Request, State};
 use axum::response::Response;
 use hyper::StatusCode;
 use serde::Serialize;
 use std::sync::Arc;
+use tidemill_store::Scope;
 
 #[derive(Serialize)]
 struct ModelCard {
@@ -83,4 +85,14 @@ pub async fn get(State(app): State<App>, Path(id): Path<String>, request: Reques
     Caller::of(&request).check_model(&id)?;
     let card = cards(&app).into_iter().find(|card| card.is_called(&id)).ok_or_else(|| ApiError::model_not_found(&id))?;
     Ok(answer(StatusCode::OK, &card))
+}
+
+/// `DELETE /v1/models/{id}`: a model that a fine-tuning job of the caller's made.
+pub async fn delete(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
+    let caller = Caller::of(&request);
+    if !caller.allows(Scope::Train) {
+        return Err(forbidden(Scope::Train));
+    }
+    caller.check_model(&id)?;
+    delete_model(&app, &caller, &id).await
 }

@@ -23,6 +23,7 @@ use tidemill::batches::Batches;
 use tidemill::clock::now;
 use tidemill::datasets::DatasetJobs;
 use tidemill::feedback::Metrics;
+use tidemill::fine_tuning::{FineTuning, FineTuningOptions};
 use tidemill::http::cors::Origins;
 use tidemill::http::drain::Drain;
 use tidemill::http::limits::{BodyLimits, FileLimits};
@@ -144,6 +145,13 @@ pub struct Setup {
     pub metrics: Metrics,
     pub limits: BTreeMap<String, Limits>,
     pub prices: Prices,
+    pub fine_tuning: Option<FineTuningOptions>,
+}
+
+/// Jobs are taken and wait.
+pub fn no_training() -> FineTuningOptions {
+    let models = BTreeMap::from([(MODEL.to_owned(), "parrot".into())]);
+    FineTuningOptions { root: folder().into(), program: "false".into(), jobs: 0, threads: 1, models }
 }
 
 impl Default for Setup {
@@ -158,6 +166,7 @@ impl Default for Setup {
             metrics: Metrics::new(),
             limits: BTreeMap::new(),
             prices: Prices::new(),
+            fine_tuning: None,
         }
     }
 }
@@ -260,6 +269,7 @@ impl Setup {
             files: wait(Files::open(&store, &DataDir::new(folder()))).unwrap(),
             file_limits: FileLimits { file: 1 << 20, total: 3 << 20 },
             batches: Batches::new(&store),
+            fine_tuning: FineTuning::new(&store, self.fine_tuning.unwrap_or_else(no_training)),
             store,
             background: Background::default(),
             recording: Arc::new(self.recording),
