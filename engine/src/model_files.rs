@@ -127,6 +127,19 @@ impl ModelFiles {
         self.weights.files.iter().map(|file| file.map.len() as u64).sum()
     }
 
+    /// Names the weights by their content: BLAKE3 of the weight files in hexadecimal digits, those of a model in several files in the order
+    /// of their names. Reads all of them.
+    pub fn digest(&self) -> String {
+        let mut files: Vec<&TensorFile> = self.weights.files.iter().collect();
+        files.sort_by(|a, b| a.path.cmp(&b.path));
+        let mut hasher = blake3::Hasher::new();
+        for file in files {
+            hasher.update(&(file.map.len() as u64).to_le_bytes());
+            hasher.update(&file.map);
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+
     /// Closes the weight files; what serving needs beside the weights is left.
     pub(crate) fn into_frontend(self) -> Frontend {
         let Self { tokenizer, chat_template, generation_defaults, end_of_turn, pooling, .. } = self;

@@ -2,7 +2,7 @@
 //!
 //! [`dataset`] turns feedback into immutable snapshots of training rows. [`quality`] says whether a snapshot may be trained on.
 //! [`collate`] makes tokens and packed [`batch`]es of rows. [`loss`] holds what every trainer minimises, as functions of tensors that
-//! know their gradients; [`optimizer`] moves the [`parameters`] along them; [`train`] is the one loop around it all.
+//! know their gradients; [`reward`] judges answers that are sampled while training; [`optimizer`] moves the [`parameters`] along them; [`train`] is the one loop around it all.
 
 pub mod batch;
 pub mod collate;
@@ -14,6 +14,7 @@ pub mod optimizer;
 pub mod parameters;
 pub mod quality;
 pub mod random;
+pub mod reward;
 pub mod statistics;
 mod tensors;
 pub mod train;

@@ -57,7 +57,7 @@ pub struct BadLines {
 }
 
 impl BadLines {
-    pub(super) fn push(&mut self, bad: BadLine) {
+    pub(crate) fn push(&mut self, bad: BadLine) {
         self.count += 1;
         if self.first.len() < TOLD {
             self.first.push(bad);

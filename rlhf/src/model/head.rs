@@ -8,7 +8,7 @@ use tidemill_kernels::Store;
 use tidemill_kernels::train::{Block, LogProbs, Pieces};
 
 use super::workshop::Workshop;
-use super::{ModelError, failed, slice};
+use super::{ModelError, slice};
 use crate::parameters::read;
 
 /// The final norm of some rows: `[rows, hidden]` to `[picked, hidden]`.
@@ -66,12 +66,12 @@ impl CustomOp1 for FinalNorm {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, strides: &Strides) -> candle_core::Result<(CpuStorage, Shape)> {
-        let out = self.forward(slice(x, strides)?).map_err(failed)?;
+        let out = self.forward(slice(x, strides)?)?;
         Ok((CpuStorage::F32(out), Shape::from((self.picked.len(), self.weight.len()))))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, dout: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let dx = read(x, |x| read(dout, |dout| self.backward(x, dout)))??.map_err(failed)?;
+        let dx = read(x, |x| read(dout, |dout| self.backward(x, dout)))???;
         Ok(Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?))
     }
 }
@@ -112,7 +112,7 @@ impl CustomOp1 for LogProbsOp {
         let (mut out, mut lse) = (vec![0.0; rows], vec![0.0; rows]);
         let done =
             self.with_call(slice(hidden, strides)?, |call| Ok(self.workshop.compute().log_probs(call, &mut out, &mut lse)?));
-        done.map_err(failed)?;
+        done?;
         *self.lse.lock().unwrap_or_else(PoisonError::into_inner) = lse;
         Ok((CpuStorage::F32(out), Shape::from(rows)))
     }
@@ -125,7 +125,7 @@ impl CustomOp1 for LogProbsOp {
                 self.with_call(hidden, |call| Ok(self.workshop.compute().log_probs_back(call, &lse, dout, &mut dhidden, None)?))
             })
         })??;
-        done.map_err(failed)?;
+        done?;
         Ok(Some(Tensor::from_vec(dhidden, hidden.shape(), &Device::Cpu)?))
     }
 }

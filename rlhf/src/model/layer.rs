@@ -12,7 +12,7 @@ use tidemill_kernels::{AttentionSpec, HeadShape, Store};
 
 use super::layout::{Group, GroupLayout, Layout};
 use super::workshop::Workshop;
-use super::{ModelError, failed, slice};
+use super::{ModelError, slice};
 use crate::parameters::read;
 use crate::random::mix;
 
@@ -151,7 +151,7 @@ impl LayerOp {
             candle_core::bail!("a layer got {} values and {} parameters for {rows} rows", x.len(), params.len());
         }
         let mut out = vec![0.0; x.len()];
-        let saved = self.pass(&mut self.workshop.compute(), params).forward(x, &mut out).map_err(failed)?;
+        let saved = self.pass(&mut self.workshop.compute(), params).forward(x, &mut out)?;
         if self.keep {
             *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some(saved);
         } else {
@@ -182,7 +182,7 @@ impl LayerOp {
                 Ok::<_, ModelError>(())
             })
         })??;
-        done.map_err(failed)?;
+        done?;
         Ok((Tensor::from_vec(dx, x.shape(), &Device::Cpu)?, dparams))
     }
 }

@@ -65,10 +65,12 @@ pub enum ModelError {
     },
 }
 
-fn failed(error: ModelError) -> candle_core::Error {
-    match error {
-        ModelError::Graph(error) => error,
-        other => candle_core::Error::wrap(other),
+impl From<ModelError> for candle_core::Error {
+    fn from(error: ModelError) -> Self {
+        match error {
+            ModelError::Graph(error) => error,
+            other => Self::wrap(other),
+        }
     }
 }
 
@@ -128,8 +130,9 @@ pub struct Model {
     final_norm: Arc<Vec<f32>>,
     parameters: Parameters,
     lora: LoraConfig,
-    rotation: Mutex<Arc<Rotation>>,
-    rotated: Mutex<usize>,
+    /// With how many positions it has.
+    rotation: Mutex<(usize, Arc<Rotation>)>,
+    base: String,
 }
 
 struct Layer {
@@ -170,13 +173,19 @@ impl Model {
         }
         let workshop = Arc::new(Workshop::new(options.threads, options.precision)?);
         let final_norm = Arc::new(files.vector(Weight::FinalNorm)?);
-        let rotation = Mutex::new(Arc::new(Rotation::new(&[], 1.0, 0)));
-        Ok(Self { files, options, workshop, layers, final_norm, parameters, lora, rotation, rotated: Mutex::new(0) })
+        let rotation = Mutex::new((0, Arc::new(Rotation::new(&[], 1.0, 0))));
+        let base = files.digest();
+        Ok(Self { files, options, workshop, layers, final_norm, parameters, lora, rotation, base })
     }
 
     /// What is trained, in order: one vector per adapted layer.
     pub fn parameters(&self) -> &Parameters {
         &self.parameters
+    }
+
+    /// Names the base model's weights by their content: [`ModelFiles::digest`].
+    pub fn base(&self) -> &str {
+        &self.base
     }
 
     /// The files of the base model.
@@ -197,15 +206,25 @@ impl Model {
 
     /// `[labels]` log-probabilities, f32.
     pub fn log_probs(&self, batch: &Packed, pass: Pass) -> Result<Tensor, ModelError> {
+        Ok(self.log_probs_and_hidden(batch, &[], pass)?.0)
+    }
+
+    /// Log-probabilities of the labels and states of rows, for the cost of one.
+    pub fn log_probs_and_hidden(&self, batch: &Packed, rows: &[u32], pass: Pass) -> Result<(Tensor, Tensor), ModelError> {
         let vocabulary = self.files.config().vocabulary;
         if let Some(label) = batch.labels.iter().find(|label| label.token as usize >= vocabulary) {
             return Err(ModelError::Token { token: label.token, vocabulary });
         }
-        if batch.labels.is_empty() {
-            return Ok(Tensor::zeros(0, DType::F32, &Device::Cpu)?);
+        let picked: Vec<u32> = batch.labels.iter().map(|label| label.row).chain(rows.iter().copied()).collect();
+        let labels = batch.labels.len();
+        if picked.is_empty() {
+            return Ok((Tensor::zeros(0, DType::F32, &Device::Cpu)?, Tensor::zeros((0, self.files.config().hidden), DType::F32, &Device::Cpu)?));
         }
-        let picked: Vec<u32> = batch.labels.iter().map(|label| label.row).collect();
-        let hidden = self.hidden(batch, &picked, pass)?;
+        let both = self.hidden(batch, &picked, pass)?;
+        let hidden = if rows.is_empty() { both.clone() } else { both.narrow(0, 0, labels)? };
+        if labels == 0 {
+            return Ok((Tensor::zeros(0, DType::F32, &Device::Cpu)?, both));
+        }
         let op = LogProbsOp {
             files: Arc::clone(&self.files),
             workshop: Arc::clone(&self.workshop),
@@ -213,7 +232,8 @@ impl Model {
             scale: 1.0 / pass.temperature,
             lse: Mutex::default(),
         };
-        Ok(if hidden.track_op() { hidden.apply_op1(op)? } else { hidden.apply_op1_no_bwd(&op)? })
+        let log_probs = if hidden.track_op() { hidden.apply_op1(op)? } else { hidden.apply_op1_no_bwd(&op)? };
+        Ok((log_probs, both.narrow(0, labels, rows.len())?))
     }
 
     /// `[rows.len(), hidden]` states behind the final norm of the rows asked for, f32: what value and reward heads read.
@@ -257,13 +277,12 @@ impl Model {
 
     /// Cosines and sines for at least `positions`.
     fn rotation(&self, positions: usize) -> Arc<Rotation> {
-        let mut known = self.rotated.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut rotation = self.rotation.lock().unwrap_or_else(PoisonError::into_inner);
-        if *known < positions {
-            *known = positions.next_power_of_two().max(512);
-            *rotation = Arc::new(Rotation::new(&self.files.config().inverse_frequencies(), 1.0, *known));
+        let mut held = self.rotation.lock().unwrap_or_else(PoisonError::into_inner);
+        if held.0 < positions {
+            let positions = positions.next_power_of_two().max(512);
+            *held = (positions, Arc::new(Rotation::new(&self.files.config().inverse_frequencies(), 1.0, positions)));
         }
-        Arc::clone(&rotation)
+        Arc::clone(&held.1)
     }
 
     /// `[tokens, hidden]` rows of the embedding table.

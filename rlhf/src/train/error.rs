@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::{optimizer::StateError, tensors::TensorsError};
+use tidemill_engine::{AdapterRefused, SubmitError};
+
+use crate::{model::ModelError, optimizer::StateError, reward::RewardError, tensors::TensorsError};
 
 /// Each says what to do next.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +48,21 @@ pub enum TrainError {
     /// A checkpoint's content.
     #[error("a checkpoint cannot be read: {0}; remove it to go on from the one before")]
     Checkpoint(String),
+    /// Answers could not be judged.
+    #[error(transparent)]
+    Reward(#[from] RewardError),
+    /// What is trained could not be given to the engine that samples.
+    #[error("the engine that samples did not take the adapter: {0}")]
+    Publish(#[from] AdapterRefused),
+    /// The adapter could not be read off the model.
+    #[error("the adapter could not be read off the model: {0}")]
+    Adapter(#[from] ModelError),
+    /// The engine did not take a prompt.
+    #[error("the engine that samples refused a prompt: {0}")]
+    Submit(#[from] SubmitError),
+    /// The engine failed.
+    #[error("the engine that samples failed: {0}")]
+    Sample(String),
     /// The training's thread.
     #[error("the training stopped without a result; the log says why")]
     Thread,
