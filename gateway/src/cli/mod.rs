@@ -11,6 +11,7 @@ mod pull;
 mod serve;
 mod shutdown;
 mod store_args;
+mod train;
 
 use clap::{Parser, Subcommand};
 use std::io::Write;
@@ -34,6 +35,8 @@ enum Command {
     Chat(chat::ChatArgs),
     /// Build, read and exchange datasets.
     Dataset(Box<dataset::DatasetArgs>),
+    /// Train an adapter on a dataset.
+    Train(Box<train::TrainArgs>),
     /// Measure the engine alone on a model, without HTTP.
     Bench(bench::BenchArgs),
     /// Make, list and revoke API keys.
@@ -50,6 +53,10 @@ pub fn run() -> ExitCode {
         Command::Dataset(args) => match dataset::run(&args) {
             Ok(status) => return status,
             Err(error) => Err(error),
+        },
+        Command::Train(args) => match train::run(&args) {
+            Ok(status) => return status,
+            Err(error) => Err(error.into()),
         },
         Command::Serve(args) => serve::run(&args).map_err(Into::into),
         Command::Pull(args) => pull::run(&args).map_err(Into::into),

@@ -56,6 +56,11 @@ impl Completion {
 }
 
 impl Sample {
+    /// Tokens of the prompt and of all completions.
+    pub fn tokens(&self) -> usize {
+        self.prompt.len() + self.completions.iter().map(|completion| completion.tokens.len()).sum::<usize>()
+    }
+
     /// Cuts every completion with its prompt to `max_length` tokens. Returns whether anything was cut.
     pub(crate) fn cut(&mut self, max_length: usize, mode: Truncation) -> bool {
         let longest = self.completions.iter().map(|completion| completion.tokens.len()).max().unwrap_or(0);

@@ -218,7 +218,10 @@ impl Model {
         let picked: Vec<u32> = batch.labels.iter().map(|label| label.row).chain(rows.iter().copied()).collect();
         let labels = batch.labels.len();
         if picked.is_empty() {
-            return Ok((Tensor::zeros(0, DType::F32, &Device::Cpu)?, Tensor::zeros((0, self.files.config().hidden), DType::F32, &Device::Cpu)?));
+            return Ok((
+                Tensor::zeros(0, DType::F32, &Device::Cpu)?,
+                Tensor::zeros((0, self.files.config().hidden), DType::F32, &Device::Cpu)?,
+            ));
         }
         let both = self.hidden(batch, &picked, pass)?;
         let hidden = if rows.is_empty() { both.clone() } else { both.narrow(0, 0, labels)? };

@@ -40,7 +40,7 @@ pub use agreement::{Judgement, Level};
 pub use options::{Limit, QualityOptions, Sizes, Thresholds};
 pub use report::{Bin, Check, Keep, Plots, QualityReport, Reason, RowVerdict, Status, Summary, Verdict};
 pub use share::Share;
-pub use split::Split;
+pub use split::{Split, by_prompt_cluster};
 
 use crate::dataset::{Example, Row};
 use corpus::{Corpus, Findings};

@@ -197,7 +197,8 @@ impl Judge {
             }
             Self::ExactMatch { answer: expected, column, ignore_case, inside } => {
                 let (expected, column, inside) = (expected.clone(), column.clone(), *inside);
-                let fold = if *ignore_case { |text: &str| text.trim().to_lowercase() } else { |text: &str| text.trim().to_owned() };
+                let fold =
+                    if *ignore_case { |text: &str| text.trim().to_lowercase() } else { |text: &str| text.trim().to_owned() };
                 Box::new(move |answer: &Answer<'_>| {
                     let expected = match (&expected, answer.columns.get(&column)) {
                         (Some(text), _) => fold(text),

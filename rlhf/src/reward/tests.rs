@@ -43,7 +43,13 @@ fn a_schema_is_kept_or_not() {
         "type": "object", "required": ["name", "age"], "additionalProperties": false,
         "properties": {"name": {"type": "string", "pattern": "^[A-Z]"}, "age": {"type": "integer", "minimum": 0}}
     });
-    let texts = [r#"{"name": "Ann", "age": 3}"#, r#"{"name": "Ann"}"#, r#"{"name": "ann", "age": 3}"#, r#"{"name": "Ann", "age": -1}"#, "Ann"];
+    let texts = [
+        r#"{"name": "Ann", "age": 3}"#,
+        r#"{"name": "Ann"}"#,
+        r#"{"name": "ann", "age": 3}"#,
+        r#"{"name": "Ann", "age": -1}"#,
+        "Ann",
+    ];
     assert_eq!(score(json!({"type": "json_schema", "schema": schema}), &texts, json!({})), [YES, NO, NO, NO, NO]);
     let half = Some(0.5);
     let partial = score(json!({"type": "json_schema", "schema": schema, "partial": true}), &texts, json!({}));
@@ -59,14 +65,10 @@ fn expressions_lengths_and_expected_answers() {
     assert_eq!(score(whole, &["a", "b", "ab", "a\n"], json!({})), [YES, YES, NO, NO]);
 
     let words = json!({"type": "length", "min": 2, "max": 4, "unit": "words"});
-    assert_eq!(score(words, &["a b", "a b c d", "a", "a b c d e", "", "a b c d e f g h i"], json!({})), [
-        YES,
-        YES,
-        Some(0.5),
-        Some(0.75),
-        NO,
-        NO
-    ]);
+    assert_eq!(
+        score(words, &["a b", "a b c d", "a", "a b c d e", "", "a b c d e f g h i"], json!({})),
+        [YES, YES, Some(0.5), Some(0.75), NO, NO]
+    );
     assert_eq!(score(json!({"type": "length", "max": 2, "unit": "characters"}), &["äö", "äöü"], json!({})), [YES, Some(0.5)]);
 
     let exact = json!({"type": "exact_match"});
@@ -81,7 +83,8 @@ fn expressions_lengths_and_expected_answers() {
 
 #[test]
 fn the_sum_is_weighted_and_no_opinion_counts_for_nothing() {
-    let functions = [json!({"type": "json"}), json!({"type": "length", "max": 4, "unit": "characters"}), json!({"type": "exact_match"})];
+    let functions =
+        [json!({"type": "json"}), json!({"type": "length", "max": 4, "unit": "characters"}), json!({"type": "exact_match"})];
     let rewards = rewards(&functions, Some(&[2.0, -0.5, 1.0])).unwrap();
     let columns = Map::new();
     let scores = rewards.score(&[answer("{}", &columns), answer("longer text", &columns)]).unwrap();
@@ -131,7 +134,11 @@ fn a_program_reads_the_answer_and_prints_its_reward() {
     let found = score(shell(script, 30.0), &["yes", "no", "none", &long], json!({"answer": "a\nb"}));
     assert_eq!(found, [Some(0.75), Some(0.0), None, Some(0.0)]);
     // It is told what the row says, and sees no more of the environment than it needs.
-    let found = score(shell("grep -q '\"answer\":\"42\"' && [ -z \"$CARGO_PKG_NAME\" ] && echo 1", 30.0), &["?"], json!({"answer": "42"}));
+    let found = score(
+        shell("grep -q '\"answer\":\"42\"' && [ -z \"$CARGO_PKG_NAME\" ] && echo 1", 30.0),
+        &["?"],
+        json!({"answer": "42"}),
+    );
     assert_eq!(found, [YES]);
     // One that does not read at all.
     assert_eq!(score(shell("echo 1", 30.0), &[&long], json!({})), [YES]);

@@ -386,7 +386,9 @@ impl TrainConfig {
             Method::Orpo => Objective::Orpo { beta: beta(0.1) },
             Method::Simpo => Objective::Simpo { beta: beta(2.0), gamma: self.simpo_gamma.unwrap_or(0.5) },
             Method::Rloo | Method::Grpo | Method::Ppo => {
-                return Err(config(format!("{:?} samples its answers; it does not learn from a dataset's", self.method).to_lowercase()));
+                return Err(config(
+                    format!("{:?} samples its answers; it does not learn from a dataset's", self.method).to_lowercase(),
+                ));
             }
         })
     }

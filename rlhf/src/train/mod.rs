@@ -26,8 +26,11 @@ pub use config::{
 pub use error::TrainError;
 pub use metrics::{Metrics, line};
 pub use offline::{Offline, OfflineBatch, Prepare};
-pub use online::{Ask, Drawn, EngineSampler, Online, OnlineBatch, Prompt, Question, Sampler, encode, engine_for, questions, read_questions};
+pub use online::{
+    Ask, Drawn, EngineSampler, Online, OnlineBatch, Prompt, Question, Sampler, encode, engine_for, questions, read_questions,
+};
 pub use policy::{Head, Pass, Policy};
 pub use report::report;
 pub use run::{Ending, Outcome, Trainer, train};
+pub(crate) use run::{LOG, STACK};
 pub use watch::{Control, Progress, Stage, remaining};

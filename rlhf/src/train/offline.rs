@@ -119,6 +119,11 @@ impl Offline {
         (self.rater_share, self.user_share)
     }
 
+    /// The head of a reward model.
+    pub fn head(&self) -> Option<&Head> {
+        self.head.as_ref()
+    }
+
     /// How many samples are trained on.
     pub fn samples(&self) -> usize {
         self.train.samples.len()

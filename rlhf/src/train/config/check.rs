@@ -92,7 +92,10 @@ impl TrainConfig {
         ];
         for (name, value, limit) in at_most {
             if value.is_some_and(|value| !(0.0..=limit).contains(&value)) {
-                return Err(config(format!("{name} must be at least 0 and at most {limit}, it is {}", value.unwrap_or_default())));
+                return Err(config(format!(
+                    "{name} must be at least 0 and at most {limit}, it is {}",
+                    value.unwrap_or_default()
+                )));
             }
         }
         if self.max_length.is_some_and(|length| length < 2) {

@@ -155,9 +155,21 @@ impl TrainConfig {
             return Err(config(format!("{:?} learns from a dataset; it samples nothing", self.method).to_lowercase()));
         }
         self.check_rewards()?;
+        let of_tokens = matches!(self.importance_sampling_mode, Some(CorrectionMode::TokenTruncate | CorrectionMode::TokenMask));
+        if rloo && of_tokens {
+            return Err(config(
+                "importance_sampling_mode must be one of whole answers for rloo: sequence_truncate or sequence_mask",
+            ));
+        }
         let answers = self.per_device_train_batch_size * self.gradient_accumulation_steps;
         let mini_batches = self.num_mini_batches.unwrap_or(1);
-        let group = self.num_generations.unwrap_or(if ppo { 1 } else if rloo { 2 } else { 8 });
+        let group = self.num_generations.unwrap_or(if ppo {
+            1
+        } else if rloo {
+            2
+        } else {
+            8
+        });
         if !ppo && group < 2 {
             return Err(config("num_generations must be at least 2: answers are compared with others to the same prompt"));
         }
@@ -191,9 +203,7 @@ impl TrainConfig {
     fn algorithm(&self) -> Result<Algorithm, TrainError> {
         Ok(match self.method {
             Method::Rloo => Algorithm::Rloo,
-            Method::Ppo => {
-                Algorithm::Ppo { range: self.cliprange_value.unwrap_or(0.2), weight: self.vf_coef.unwrap_or(0.1) }
-            }
+            Method::Ppo => Algorithm::Ppo { range: self.cliprange_value.unwrap_or(0.2), weight: self.vf_coef.unwrap_or(0.1) },
             _ => match self.loss_type.unwrap_or(LossType::Dapo) {
                 loss @ (LossType::Dapo | LossType::Grpo | LossType::DrGrpo) => {
                     Algorithm::Grpo { loss, beta: self.beta.unwrap_or(0.0) }
@@ -205,10 +215,9 @@ impl TrainConfig {
 
     fn advantages(&self) -> Advantages {
         match self.method {
-            Method::Rloo => Advantages::LeaveOneOut {
-                beta: self.beta.unwrap_or(0.05),
-                normalize: self.normalize_advantages.unwrap_or(false),
-            },
+            Method::Rloo => {
+                Advantages::LeaveOneOut { beta: self.beta.unwrap_or(0.05), normalize: self.normalize_advantages.unwrap_or(false) }
+            }
             Method::Ppo => Advantages::Estimated {
                 kl: AdaptiveKl {
                     coefficient: self.kl_coef.unwrap_or(0.05),

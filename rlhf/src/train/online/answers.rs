@@ -111,7 +111,11 @@ mod packed {
         let text = String::deserialize(deserializer)?;
         let bytes = STANDARD.decode(text).map_err(D::Error::custom)?;
         let (words, rest) = bytes.as_chunks::<4>();
-        if rest.is_empty() { Ok(words.iter().map(|word| T::from(*word)).collect()) } else { Err(D::Error::custom("half a number")) }
+        if rest.is_empty() {
+            Ok(words.iter().map(|word| T::from(*word)).collect())
+        } else {
+            Err(D::Error::custom("half a number"))
+        }
     }
 }
 
@@ -129,7 +133,8 @@ mod tests {
             returns: vec![f32::NAN],
             ..Rollout::default()
         };
-        let json = serde_json::to_string(&Turn { number: 3, groups: vec![Group { prompt: 1, answers: vec![rollout.clone()] }] }).unwrap();
+        let json = serde_json::to_string(&Turn { number: 3, groups: vec![Group { prompt: 1, answers: vec![rollout.clone()] }] })
+            .unwrap();
         let read: Turn = serde_json::from_str(&json).unwrap();
         let again = &read.groups[0].answers[0];
         assert_eq!((&again.tokens, again.ended, read.number), (&rollout.tokens, true, 3));

@@ -206,7 +206,9 @@ mod tests {
         let found = [groups[0].answers[0].advantage.clone(), groups[1].answers[0].advantage.clone()].concat();
         near(&found, &whiten(&raw, true));
         let means = metrics.means();
-        for (name, expected) in [("objective/kl", 1.0), ("objective/scores", 0.75), ("objective/non_score_reward", -0.1), ("kl_coef", 0.1)] {
+        for (name, expected) in
+            [("objective/kl", 1.0), ("objective/scores", 0.75), ("objective/non_score_reward", -0.1), ("kl_coef", 0.1)]
+        {
             assert!((means[name] - expected).abs() < 1e-6, "{name} {}", means[name]);
         }
         // A nat per answer is twice the target: the price rises by 0.2 · 2 / 100.

@@ -171,12 +171,8 @@ impl<'a> Online<'a> {
         let members = self.plan.step(number);
         let seed = mix(mix(self.seed ^ TRAINING) ^ number);
         let Judged { drawn, rewards } = self.ask(false, &members, self.told.group, seed)?;
-        let rollout = |drawn: Drawn| Rollout {
-            tokens: drawn.tokens,
-            sampled: drawn.log_probs,
-            ended: drawn.ended,
-            ..Rollout::default()
-        };
+        let rollout =
+            |drawn: Drawn| Rollout { tokens: drawn.tokens, sampled: drawn.log_probs, ended: drawn.ended, ..Rollout::default() };
         let group = |(prompt, drawn): (usize, Vec<Drawn>)| Group { prompt, answers: drawn.into_iter().map(rollout).collect() };
         let groups = members.into_iter().zip(drawn).map(group).collect();
         let mut turn = Turn { number, groups };
@@ -191,13 +187,7 @@ impl<'a> Online<'a> {
     }
 
     /// Log-probabilities of all answers, without gradient; with a head and the adapter, values beside them.
-    fn look(
-        &self,
-        model: &dyn Policy,
-        turn: &mut Turn,
-        pass: Pass,
-        put: fn(&mut Rollout, Vec<f32>),
-    ) -> Result<(), TrainError> {
+    fn look(&self, model: &dyn Policy, turn: &mut Turn, pass: Pass, put: fn(&mut Rollout, Vec<f32>)) -> Result<(), TrainError> {
         let pass = Pass { temperature: self.told.draw.temperature, ..pass };
         for batch in self.batches(turn, &turn.places(), Totals::default()) {
             let (log_probs, values) = self.forward(model, &batch.micro.batch, pass, pass.adapter)?;
@@ -247,10 +237,8 @@ impl<'a> Online<'a> {
         }
         let sizes: Vec<usize> = bundles.iter().map(|(_, _, rows)| *rows).collect();
         let batch = |members: Vec<usize>| {
-            let completions: Vec<_> = members
-                .iter()
-                .map(|bundle| turn.groups[bundles[*bundle].0].completions(&bundles[*bundle].1))
-                .collect();
+            let completions: Vec<_> =
+                members.iter().map(|bundle| turn.groups[bundles[*bundle].0].completions(&bundles[*bundle].1)).collect();
             let items = members.iter().zip(&completions).map(|(bundle, completions)| {
                 let prompt = &self.prompts[turn.groups[bundles[*bundle].0].prompt].tokens;
                 Item { sample: *bundle, prompt, completions }

@@ -72,6 +72,7 @@ impl Constants {
         }
         let owners = lengths.iter().enumerate().flat_map(|(index, length)| std::iter::repeat_n(index as u32, *length)).collect();
         let (mut old, mut advantages, mut weights) = (Vec::new(), Vec::new(), Vec::new());
+        let mut difference = Difference::default();
         let mut first = 0;
         for answer in answers {
             let length = answer.tokens.len();
@@ -85,12 +86,18 @@ impl Constants {
                 each => advantages.extend(each.iter().map(|advantage| f64::from(*advantage))),
             }
             let sampled: Vec<f64> = answer.sampled.iter().map(|value| f64::from(*value)).collect();
-            measure_sampler(&own, &sampled, told.correction, metrics);
+            difference.add(&own, &sampled, told.correction);
             weights.extend(corrected(&own, &sampled, told.correction));
             old.extend(own);
         }
+        difference.measure(told.correction, metrics);
         if [old.len(), advantages.len(), weights.len()] != [now.len(); 3] {
-            bail!("answers have {} tokens, but {} old log-probabilities and {} advantages", now.len(), old.len(), advantages.len());
+            bail!(
+                "answers have {} tokens, but {} old log-probabilities and {} advantages",
+                now.len(),
+                old.len(),
+                advantages.len()
+            );
         }
         Ok(Self { owners, lengths, old, advantages, weights })
     }
@@ -114,24 +121,38 @@ fn corrected(trainer: &[f64], sampler: &[f64], correction: Option<Correction>) -
     }
 }
 
-fn measure_sampler(trainer: &[f64], sampler: &[f64], correction: Option<Correction>, metrics: &mut Metrics) {
-    let differences: Vec<f64> = trainer.iter().zip(sampler).map(|(t, s)| (t - s).abs()).collect();
-    metrics.extend("sampling/sampling_logp_difference/mean", &differences);
-    metrics.add("sampling/sampling_logp_difference/max", differences.iter().copied().fold(0.0, f64::max), 1.0);
-    let Some(Correction { mode, cap }) = correction else { return };
-    let ratios: Vec<f64> = match mode {
-        CorrectionMode::SequenceMask | CorrectionMode::SequenceTruncate => {
-            vec![(trainer.iter().sum::<f64>() - sampler.iter().sum::<f64>()).exp()]
+/// How far the sampler's arithmetic is from the trainer's, over a batch.
+#[derive(Default)]
+struct Difference {
+    /// Of log-probabilities, by token.
+    tokens: Vec<f64>,
+    /// π_trainer / π_sampler, of what the correction looks at: answers or tokens.
+    ratios: Vec<f64>,
+}
+
+impl Difference {
+    fn add(&mut self, trainer: &[f64], sampler: &[f64], correction: Option<Correction>) {
+        let moved = || trainer.iter().zip(sampler).map(|(trainer, sampler)| trainer - sampler);
+        self.tokens.extend(moved().map(f64::abs));
+        match correction.map(|correction| correction.mode) {
+            None => {}
+            Some(CorrectionMode::SequenceMask | CorrectionMode::SequenceTruncate) => self.ratios.push(moved().sum::<f64>().exp()),
+            Some(CorrectionMode::TokenMask | CorrectionMode::TokenTruncate) => self.ratios.extend(moved().map(f64::exp)),
         }
-        CorrectionMode::TokenMask | CorrectionMode::TokenTruncate => {
-            trainer.iter().zip(sampler).map(|(t, s)| (t - s).exp()).collect()
-        }
-    };
-    metrics.extend("sampling/importance_sampling_ratio/mean", &ratios);
-    metrics.add("sampling/importance_sampling_ratio/min", ratios.iter().copied().fold(f64::INFINITY, f64::min), 1.0);
-    metrics.add("sampling/importance_sampling_ratio/max", ratios.iter().copied().fold(0.0, f64::max), 1.0);
-    let over: Vec<f64> = ratios.iter().map(|ratio| f64::from(u8::from(*ratio > cap))).collect();
-    metrics.extend("sampling/importance_sampling_ratio/capped", &over);
+    }
+
+    fn measure(&self, correction: Option<Correction>, metrics: &mut Metrics) {
+        let most = |values: &[f64]| values.iter().copied().fold(0.0, f64::max);
+        metrics.extend("sampling/sampling_logp_difference/mean", &self.tokens);
+        metrics.add("sampling/sampling_logp_difference/max", most(&self.tokens), 1.0);
+        let Some(Correction { cap, .. }) = correction else { return };
+        let least = self.ratios.iter().copied().fold(f64::INFINITY, f64::min);
+        metrics.extend("sampling/importance_sampling_ratio/mean", &self.ratios);
+        metrics.add("sampling/importance_sampling_ratio/min", least, 1.0);
+        metrics.add("sampling/importance_sampling_ratio/max", most(&self.ratios), 1.0);
+        let over: Vec<f64> = self.ratios.iter().map(|ratio| f64::from(u8::from(*ratio > cap))).collect();
+        metrics.extend("sampling/importance_sampling_ratio/capped", &over);
+    }
 }
 
 /// Shares of ratios that were held, by the side and by the sign of the advantage.
@@ -226,3 +247,6 @@ impl Batch<'_> {
 fn scalar(value: &Tensor) -> Result<f64> {
     value.to_dtype(DType::F64)?.to_scalar()
 }
+
+#[cfg(test)]
+mod tests;

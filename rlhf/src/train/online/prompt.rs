@@ -129,7 +129,11 @@ mod tests {
     fn a_file_has_a_prompt_per_line_and_bad_lines_are_counted() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("prompts.jsonl");
-        std::fs::write(&path, "{\"prompt\": \"a\", \"answer\": \"1\"}\n\n{\"messages\": [{\"role\": \"user\", \"content\": \"b\"}]}\n").unwrap();
+        std::fs::write(
+            &path,
+            "{\"prompt\": \"a\", \"answer\": \"1\"}\n\n{\"messages\": [{\"role\": \"user\", \"content\": \"b\"}]}\n",
+        )
+        .unwrap();
         let found = read_questions(&path).unwrap();
         assert_eq!((found[0].id.as_str(), found[1].id.as_str()), ("line 1", "line 3"));
         assert_eq!(found[0].columns, *json!({"answer": "1"}).as_object().unwrap());

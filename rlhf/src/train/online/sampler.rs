@@ -205,6 +205,9 @@ mod tests {
         assert_eq!(alone.iter().map(|(_, answers, _)| *answers).collect::<Vec<_>>(), [4, 4, 1]);
         assert_eq!(alone[0].2, 5);
         let beside = shape(&[ask(2, 7), ask(9, 5)]);
-        assert_eq!(beside[1..].iter().map(|part| part.2).collect::<Vec<_>>(), alone.iter().map(|part| part.2).collect::<Vec<_>>());
+        assert_eq!(
+            beside[1..].iter().map(|part| part.2).collect::<Vec<_>>(),
+            alone.iter().map(|part| part.2).collect::<Vec<_>>()
+        );
     }
 }

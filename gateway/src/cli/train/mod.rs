@@ -1,0 +1,195 @@
+//! `tidemill train`
+
+mod args;
+mod bar;
+mod events;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tidemill_rlhf::dataset::Datasets;
+use tidemill_rlhf::job::{Finished, Job, JobError, Rows, Spec};
+use tidemill_rlhf::train::{Control, Ending, Outcome, Progress, TrainError};
+use tidemill_store::{DataDir, Store, StoreError};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::serve::utf8_environment;
+use crate::config::{Config, ConfigError, Layer, Origin};
+pub use args::TrainArgs;
+
+/// Exit status of a training that was stopped and can go on (`EX_TEMPFAIL` of sysexits.h).
+const STOPPED: u8 = 75;
+/// The specification inside a job's folder.
+const SPEC: &str = "spec.json";
+
+/// Why the command ended without an adapter.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainCommandError {
+    /// The configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The training.
+    #[error(transparent)]
+    Job(#[from] JobError),
+    /// What was typed.
+    #[error("{0}")]
+    Usage(String),
+    /// A file.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A file that is not the JSON that was asked for.
+    #[error("{}: {error}", path.display())]
+    Json {
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        error: serde_json::Error,
+    },
+    /// The system gives no runtime or no signals.
+    #[error("cannot start: {0}")]
+    Runtime(std::io::Error),
+}
+
+/// Who hears how a training goes.
+trait Audience: Send {
+    fn prepared(&mut self, job: &Job);
+    fn preparing(&mut self, done: usize, all: usize);
+    fn progress(&mut self, progress: &Progress<'_>);
+    fn ended(&mut self, folder: &Path, outcome: &Outcome, finished: Option<&Finished>);
+    fn failed(&mut self, error: &TrainCommandError);
+}
+
+/// Runs the command.
+pub fn run(args: &TrainArgs) -> Result<ExitCode, TrainCommandError> {
+    if let Some(folder) = &args.job {
+        // A machine reads: whatever happens is a line.
+        let mut audience = events::Lines;
+        return Ok(match by_specification(args, folder, &mut audience) {
+            Ok(code) => code,
+            Err(error) => {
+                audience.failed(&error);
+                ExitCode::FAILURE
+            }
+        });
+    }
+    let config = config(args)?;
+    let spec = args.spec(&config)?;
+    let job = open(&config, &spec)?;
+    let mut bar = bar::Bar::new();
+    bar.prepared(&job);
+    if args.dry_run {
+        bar.estimated(&spec, &job.estimate()?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let folder = args.folder(&config, &spec);
+    keep(&folder, &spec)?;
+    train(&job, &folder, &mut bar)
+}
+
+fn by_specification(args: &TrainArgs, folder: &Path, audience: &mut dyn Audience) -> Result<ExitCode, TrainCommandError> {
+    let config = config(args)?;
+    let spec = Spec::read(&folder.join(SPEC))?;
+    let job = open(&config, &spec)?;
+    audience.prepared(&job);
+    train(&job, folder, audience)
+}
+
+fn config(args: &TrainArgs) -> Result<Config, TrainCommandError> {
+    let mut layer = Layer::default();
+    for (key, value) in [("data", &args.data), ("database", &args.database), ("datasets", &args.datasets)] {
+        if let Some(value) = value {
+            layer.push(key, value.clone(), Origin::Flag(key));
+        }
+    }
+    Ok(Config::load(layer, args.config_file.as_deref(), utf8_environment())?)
+}
+
+/// Reads the rows, from the store only where a dataset is named.
+fn open(config: &Config, spec: &Spec) -> Result<Job, TrainCommandError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(TrainCommandError::Runtime)?;
+    let rows = runtime.block_on(async {
+        if spec.dataset.is_none() {
+            return Ok::<_, TrainCommandError>(Rows::read(spec, None).await?);
+        }
+        let store = Store::open_for_command(&DataDir::new(&config.data), config.database.as_deref()).await?;
+        let rows = Rows::read(spec, Some(&Datasets::new(store.clone(), config.datasets_root()))).await;
+        store.close().await;
+        Ok(rows?)
+    })?;
+    Ok(Job::open(spec.clone(), rows)?)
+}
+
+/// Writes down what is trained in the folder; a second start with the same is the same training.
+fn keep(folder: &Path, spec: &Spec) -> Result<(), TrainCommandError> {
+    let path = folder.join(SPEC);
+    let failed = |source| TrainCommandError::File { path: path.clone(), source };
+    let text = serde_json::to_string_pretty(spec).map_err(|error| TrainCommandError::Json { path: path.clone(), error })?;
+    std::fs::create_dir_all(folder).map_err(failed)?;
+    let beside = folder.join("spec.partial");
+    std::fs::write(&beside, text + "\n").map_err(failed)?;
+    std::fs::rename(&beside, &path).map_err(failed)
+}
+
+fn train(job: &Job, folder: &Path, audience: &mut dyn Audience) -> Result<ExitCode, TrainCommandError> {
+    let stop = stop_by_signal()?;
+    let audience = std::sync::Mutex::new(audience);
+    let told = || audience.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut prepare = |done, all| {
+        told().preparing(done, all);
+        // Nothing is lost: what comes before the first step is computed again.
+        if stop.load(Ordering::Relaxed) {
+            std::process::exit(i32::from(STOPPED));
+        }
+    };
+    let mut watch = |progress: &Progress<'_>| {
+        told().progress(progress);
+        if stop.load(Ordering::Relaxed) { Control::Stop } else { Control::Continue }
+    };
+    let (outcome, finished) = job.train(folder, &mut prepare, &mut watch)?;
+    told().ended(folder, &outcome, finished.as_ref());
+    Ok(if outcome.ending == Ending::Stopped { ExitCode::from(STOPPED) } else { ExitCode::SUCCESS })
+}
+
+/// Set at the first SIGINT or SIGTERM; a second one ends the process at once.
+fn stop_by_signal() -> Result<Arc<AtomicBool>, TrainCommandError> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let seen = Arc::clone(&stop);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(TrainCommandError::Runtime)?;
+    let (mut term, mut int) = {
+        let _guard = runtime.enter();
+        let listen = |kind| signal(kind).map_err(TrainCommandError::Runtime);
+        (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?)
+    };
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            runtime.block_on(async {
+                loop {
+                    tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+                    if seen.swap(true, Ordering::Relaxed) {
+                        std::process::exit(130);
+                    }
+                    let _ = writeln!(std::io::stderr(), "stopping after this step; once more to stop at once");
+                }
+            });
+        })
+        .map_err(TrainCommandError::Runtime)?;
+    Ok(stop)
+}
+
+impl From<TrainError> for TrainCommandError {
+    fn from(error: TrainError) -> Self {
+        Self::Job(error.into())
+    }
+}

@@ -1,0 +1,20 @@
+//! A training as one piece of work: a [`Spec`] says which model learns what from which rows; [`Job`] does it in a folder of its own and
+//! leaves an adapter there.
+//!
+//! The folder holds what [`crate::train::train`] keeps, `adapter/` (PEFT's files) when the training has ended by itself, and
+//! `lineage.json`: what the adapter was made of.
+
+mod error;
+mod estimate;
+mod online;
+mod rows;
+mod run;
+mod spec;
+#[cfg(test)]
+mod tests;
+
+pub use error::JobError;
+pub use estimate::Estimate;
+pub use rows::Rows;
+pub use run::{ADAPTER, Finished, Job, LINEAGE, Prepared};
+pub use spec::{Base, Lora, Spec};

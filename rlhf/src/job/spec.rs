@@ -1,0 +1,185 @@
+//! What a training is made of, as `spec.json` holds it.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tidemill_engine::{LoraConfig, Projection};
+use tidemill_kernels::train::Precision;
+
+use super::JobError;
+use crate::train::TrainConfig;
+
+/// The largest share of rows that is held out.
+const MOST_HELD_OUT: f64 = 0.5;
+
+/// Everything that a training is a function of, beside the contents of the files it names.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spec {
+    /// The model that learns.
+    pub base: Base,
+    /// `NAME` or `NAME@VERSION` of a snapshot; this or `train_file`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dataset: Option<String>,
+    /// Train on a snapshot that failed its quality report.
+    #[serde(default)]
+    pub despite_report: bool,
+    /// Rows as JSONL, Parquet or a Delta table. Methods that sample take a JSONL file of prompts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub train_file: Option<PathBuf>,
+    /// Rows that are evaluated on and never learnt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out_file: Option<PathBuf>,
+    /// Share of the rows to hold out, by clusters of alike prompts, where they come without a part of their own.
+    #[serde(default)]
+    pub held_out_share: f64,
+    /// How it learns.
+    pub config: TrainConfig,
+    /// What is trained: a new adapter.
+    #[serde(default)]
+    pub lora: Lora,
+    /// Go on from this adapter instead of a new one; `lora` is then only its dropout.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<PathBuf>,
+    /// Threads; 0 is all that the process may use.
+    #[serde(default)]
+    pub threads: usize,
+    /// `bf16` (where the machine multiplies it; f32 elsewhere) or `f32`.
+    #[serde(default, with = "precision")]
+    pub precision: Precision,
+    /// Compute intermediate values again in the backward pass: less memory, a third more work.
+    #[serde(default)]
+    pub recompute: bool,
+}
+
+/// A base model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Base {
+    /// What the server calls it; stands in the adapter's configuration.
+    pub name: String,
+    /// A GGUF file or a folder.
+    pub path: PathBuf,
+}
+
+/// A LoRA adapter, under PEFT's names.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Lora {
+    /// Rank.
+    pub r: usize,
+    /// The scale is `lora_alpha / r`, or `lora_alpha / √r` with `use_rslora`.
+    pub lora_alpha: f64,
+    /// Part of the inputs that training sets to 0.
+    pub lora_dropout: f64,
+    /// Rank-stabilised scale.
+    pub use_rslora: bool,
+    /// `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`; or `all-linear` alone.
+    pub target_modules: Vec<String>,
+    /// Layers, from 0; all without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers_to_transform: Option<Vec<usize>>,
+}
+
+impl Default for Lora {
+    fn default() -> Self {
+        let LoraConfig { r, alpha, dropout, rslora, .. } = LoraConfig::default();
+        let target_modules = vec!["all-linear".to_owned()];
+        Self { r, lora_alpha: alpha, lora_dropout: dropout, use_rslora: rslora, target_modules, layers_to_transform: None }
+    }
+}
+
+impl Lora {
+    /// Checked, as the model takes it.
+    pub fn config(&self) -> Result<LoraConfig, JobError> {
+        let wrong = |field: &'static str, fix: String| Err(JobError::Spec { field, fix });
+        if self.r == 0 {
+            return wrong("lora.r", "must be at least 1".to_owned());
+        }
+        if !(self.lora_alpha.is_finite() && self.lora_alpha > 0.0) {
+            return wrong("lora.lora_alpha", format!("must be above 0, it is {}", self.lora_alpha));
+        }
+        if !(0.0..1.0).contains(&self.lora_dropout) {
+            return wrong("lora.lora_dropout", format!("must be from 0 to below 1, it is {}", self.lora_dropout));
+        }
+        let mut targets = Vec::new();
+        match self.target_modules.as_slice() {
+            [] => return wrong("lora.target_modules", "must name a module, or all-linear".to_owned()),
+            [all] if all == "all-linear" => targets.extend(Projection::ALL),
+            names => {
+                for name in names {
+                    match Projection::named(name) {
+                        Some(projection) => targets.push(projection),
+                        None => {
+                            let known = Projection::ALL.map(Projection::name).join(", ");
+                            return wrong("lora.target_modules", format!("`{name}` is none of {known}, all-linear"));
+                        }
+                    }
+                }
+            }
+        }
+        targets.sort_unstable();
+        targets.dedup();
+        let layers = self.layers_to_transform.clone().map(|mut layers| {
+            layers.sort_unstable();
+            layers.dedup();
+            layers
+        });
+        if layers.as_ref().is_some_and(Vec::is_empty) {
+            return wrong("lora.layers_to_transform", "names no layer; leave it out for all".to_owned());
+        }
+        Ok(LoraConfig { r: self.r, alpha: self.lora_alpha, dropout: self.lora_dropout, rslora: self.use_rslora, targets, layers })
+    }
+}
+
+impl Spec {
+    /// Reads `spec.json`; the error names the field.
+    pub fn read(path: &Path) -> Result<Self, JobError> {
+        let bytes = std::fs::read(path).map_err(JobError::io(path))?;
+        let value: Value = serde_json::from_slice(&bytes).map_err(|error| JobError::File { path: path.to_owned(), error })?;
+        let spec: Self = serde_json::from_value(value).map_err(|error| JobError::File { path: path.to_owned(), error })?;
+        spec.check()?;
+        Ok(spec)
+    }
+
+    /// Checks what can be known without opening anything.
+    pub fn check(&self) -> Result<(), JobError> {
+        self.config.check()?;
+        self.lora.config()?;
+        if self.dataset.is_some() == self.train_file.is_some() {
+            return Err(JobError::Spec { field: "dataset", fix: "name a dataset or a train_file, one of them".to_owned() });
+        }
+        if !(0.0..=MOST_HELD_OUT).contains(&self.held_out_share) {
+            let fix = format!("must be from 0 to {MOST_HELD_OUT}, it is {}", self.held_out_share);
+            return Err(JobError::Spec { field: "held_out_share", fix });
+        }
+        if self.held_out_share > 0.0 && self.held_out_file.is_some() {
+            let fix = "does not go with a held_out_file; leave one of them out".to_owned();
+            return Err(JobError::Spec { field: "held_out_share", fix });
+        }
+        Ok(())
+    }
+}
+
+/// `"bf16"` and `"f32"`.
+mod precision {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+    use tidemill_kernels::train::Precision;
+
+    pub fn serialize<S: Serializer>(precision: &Precision, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(match precision {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        })
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Precision, D::Error> {
+        match String::deserialize(deserializer)?.as_str() {
+            "f32" => Ok(Precision::F32),
+            "bf16" => Ok(Precision::Bf16),
+            other => Err(D::Error::custom(format!("precision: `{other}` is neither bf16 nor f32"))),
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! Whole trainings of a small model.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use tidemill_engine::Adapter;
+
+use super::*;
+use crate::train::{Control, Ending, TrainError};
+
+fn base() -> Base {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/qwen2");
+    Base { name: "tiny".to_owned(), path }
+}
+
+/// Twelve comparisons that want one word and not the other.
+fn pairs(folder: &Path) -> PathBuf {
+    let path = folder.join("pairs.jsonl");
+    let lines: Vec<String> = (0..12)
+        .map(|index| {
+            let line = json!({
+                "prompt": [{ "role": "user", "content": format!("Question number {index} is which?") }],
+                "chosen": [{ "role": "assistant", "content": "yes" }],
+                "rejected": [{ "role": "assistant", "content": "no, not at all" }],
+            });
+            line.to_string()
+        })
+        .collect();
+    fs::write(&path, lines.join("\n")).unwrap();
+    path
+}
+
+fn spec(folder: &Path, method: &str) -> Spec {
+    let config = json!({
+        "method": method, "learning_rate": 1e-3, "per_device_train_batch_size": 4, "num_train_epochs": 2, "logging_steps": 1, "save_steps": 2,
+    });
+    let spec = json!({
+        "base": base(), "train_file": pairs(folder), "held_out_share": 0.25, "config": config,
+        "lora": { "r": 4, "target_modules": ["v_proj", "down_proj"] }, "threads": 1,
+    });
+    serde_json::from_value(spec).unwrap()
+}
+
+async fn job(spec: Spec) -> Job {
+    let rows = Rows::read(&spec, None).await.unwrap();
+    Job::open(spec, rows).unwrap()
+}
+
+fn run(job: &Job, folder: &Path, steps: u64) -> (Ending, Option<Finished>) {
+    let (outcome, finished) = job
+        .train(folder, &mut |_, _| {}, &mut |progress| if progress.step >= steps { Control::Stop } else { Control::Continue })
+        .unwrap();
+    (outcome.ending, finished)
+}
+
+#[tokio::test]
+async fn a_specification_becomes_an_adapter_and_stopping_on_the_way_changes_no_byte_of_it() {
+    let place = tempfile::tempdir().unwrap();
+    let job = job(spec(place.path(), "dpo")).await;
+    let prepared = job.prepared();
+    assert_eq!((prepared.train + prepared.held_out, prepared.left_out.len()), (12, 0));
+    assert!(prepared.held_out >= 1 && prepared.steps > 2, "{prepared:?}");
+
+    let (whole, broken) = (place.path().join("whole"), place.path().join("broken"));
+    let (ending, finished) = run(&job, &whole, u64::MAX);
+    let finished = finished.unwrap();
+    assert_eq!((ending, &finished.adapter), (Ending::Finished, &whole.join(ADAPTER)));
+    assert_eq!(run(&job, &broken, 1), (Ending::Stopped, None));
+    assert!(!broken.join(ADAPTER).exists());
+    let (ending, again) = run(&job, &broken, u64::MAX);
+    assert_eq!((ending, again.unwrap().digest), (Ending::Finished, finished.digest.clone()));
+    for file in ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl"] {
+        assert_eq!(fs::read(whole.join(file)).unwrap(), fs::read(broken.join(file)).unwrap(), "{file}");
+    }
+    // Again in a folder that is finished: nothing to do, the same adapter.
+    assert_eq!(run(&job, &whole, u64::MAX).1.unwrap(), finished);
+
+    let adapter = Adapter::read(&finished.adapter).unwrap();
+    assert_eq!((adapter.base.as_str(), adapter.config.r, adapter.config.targets.len()), ("tiny", 4, 2));
+    assert!(adapter.pairs.iter().any(|pair| pair.b.iter().any(|value| *value != 0.0)));
+    let lineage: Value = serde_json::from_slice(&fs::read(whole.join(LINEAGE)).unwrap()).unwrap();
+    assert_eq!((&lineage["base"]["name"], &lineage["data"]["source"]), (&json!("tiny"), &json!("pairs.jsonl")));
+    assert_eq!(lineage["steps"], prepared.steps);
+    assert!(lineage["metrics"]["eval_loss"].is_f64(), "{lineage}");
+}
+
+#[tokio::test]
+async fn every_method_trains_and_a_training_goes_on_from_an_adapter() {
+    let place = tempfile::tempdir().unwrap();
+    let folder = |name: &str| place.path().join(name);
+    for method in ["sft", "reward", "kto", "orpo", "simpo"] {
+        let (_, finished) = run(&job(spec(place.path(), method)).await, &folder(method), u64::MAX);
+        let adapter = finished.unwrap().adapter;
+        assert_eq!(adapter.join("head.safetensors").exists(), method == "reward", "{method}");
+    }
+    let next = Spec { adapter: Some(folder("sft").join(ADAPTER)), ..spec(place.path(), "dpo") };
+    let (_, finished) = run(&job(next).await, &folder("next"), u64::MAX);
+    let (before, after) =
+        (Adapter::read(&folder("sft").join(ADAPTER)).unwrap(), Adapter::read(&finished.unwrap().adapter).unwrap());
+    assert_ne!(before.digest(), after.digest());
+    let distance = |a: &Adapter, b: &Adapter| -> f32 {
+        let both = a.pairs.iter().zip(&b.pairs);
+        both.flat_map(|(a, b)| a.a.iter().zip(&b.a)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    };
+    // A new adapter has other first numbers; this one moved a little from where it was.
+    assert!(distance(&before, &after) < 0.05, "{}", distance(&before, &after));
+    let estimate = job(spec(place.path(), "dpo")).await.estimate().unwrap();
+    assert!(estimate.steps > 2 && estimate.parameters > 0 && !estimate.step.is_zero(), "{estimate:?}");
+}
+
+#[tokio::test]
+async fn what_cannot_be_trained_is_refused_by_name() {
+    let place = tempfile::tempdir().unwrap();
+    let good = spec(place.path(), "dpo");
+    let refused = |change: Value| {
+        let mut value = json!(good);
+        for (key, new) in change.as_object().unwrap() {
+            value[key] = new.clone();
+        }
+        let path = place.path().join("spec.json");
+        fs::write(&path, value.to_string()).unwrap();
+        Spec::read(&path).unwrap_err().to_string()
+    };
+    for (change, part) in [
+        (json!({ "lora": { "r": 0 } }), "lora.r: must be at least 1"),
+        (json!({ "lora": { "lora_dropout": 1.0 } }), "lora.lora_dropout: must be from 0"),
+        (json!({ "lora": { "target_modules": ["lm_head"] } }), "`lm_head` is none of q_proj"),
+        (json!({ "lora": { "layers_to_transform": [] } }), "lora.layers_to_transform: names no layer"),
+        (json!({ "dataset": "a@1" }), "name a dataset or a train_file, one of them"),
+        (json!({ "held_out_share": 0.9 }), "held_out_share: must be from 0 to 0.5"),
+        (json!({ "held_out_file": "x" }), "does not go with a held_out_file"),
+        (json!({ "precision": "fp8" }), "`fp8` is neither bf16 nor f32"),
+        (json!({ "nonsense": 1 }), "nonsense"),
+        (json!({ "config": { "method": "dpo", "beta": -1 } }), "beta"),
+    ] {
+        assert!(refused(change.clone()).contains(part), "{change}: {}", refused(change.clone()));
+    }
+    let bad = place.path().join("bad.jsonl");
+    fs::write(&bad, "{\"prompt\": \"a\"}\n").unwrap();
+    let error = Rows::read(&Spec { train_file: Some(bad), ..good.clone() }, None).await.unwrap_err().to_string();
+    assert!(error.contains("bad.jsonl: line 1"), "{error}");
+    let wrong = Spec { base: Base { path: place.path().join("none"), ..base() }, ..good.clone() };
+    let rows = Rows::read(&good, None).await.unwrap();
+    assert!(Job::open(wrong, rows).err().unwrap().to_string().contains("none"));
+    // No pair among rows that only imitate.
+    let file = place.path().join("sft.jsonl");
+    fs::write(
+        &file,
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n",
+    )
+    .unwrap();
+    let job = job(Spec { train_file: Some(file), held_out_share: 0.0, ..good }).await;
+    assert_eq!(job.prepared().left_out[0].1, 1);
+    let error = job.train(&place.path().join("x"), &mut |_, _| {}, &mut |_| Control::Continue).unwrap_err();
+    assert!(matches!(error, JobError::Train(TrainError::Data(_))), "{error}");
+}
+
+/// A file of prompts, and rewards that only some answers of the tiny model get.
+fn sampled(folder: &Path, method: &str, rewards: Value) -> Spec {
+    let prompts = folder.join("prompts.jsonl");
+    let lines: Vec<String> = (0..8)
+        .map(|index| json!({ "prompt": format!("Question number {index} is which?"), "answer": "a" }).to_string())
+        .collect();
+    fs::write(&prompts, lines.join("\n")).unwrap();
+    let config = json!({
+        "method": method, "learning_rate": 1e-3, "per_device_train_batch_size": 8, "max_steps": 2, "logging_steps": 1, "save_steps": 1,
+        "max_completion_length": 8, "reward_funcs": rewards,
+    });
+    let spec = json!({
+        "base": base(), "train_file": prompts, "held_out_share": 0.25, "config": config,
+        "lora": { "r": 4, "target_modules": ["v_proj", "down_proj"] }, "threads": 1,
+    });
+    serde_json::from_value(spec).unwrap()
+}
+
+#[tokio::test]
+async fn methods_that_sample_ask_a_files_prompts_and_are_rewarded_by_functions_and_models() {
+    let place = tempfile::tempdir().unwrap();
+    let folder = |name: &str| place.path().join(name);
+    run(&job(spec(place.path(), "reward")).await, &folder("reward"), u64::MAX);
+    let rewards = json!([
+        { "type": "length", "unit": "characters", "max": 5 },
+        { "name": "judge", "type": "reward_model", "path": folder("reward").join(ADAPTER) },
+    ]);
+    for method in ["grpo", "rloo", "ppo"] {
+        let job = job(sampled(place.path(), method, rewards.clone())).await;
+        let prepared = job.prepared();
+        assert_eq!((prepared.train + prepared.held_out, prepared.steps), (8, 2), "{method}");
+        assert!(prepared.held_out >= 1 && prepared.tokens > 0);
+        let (whole, broken) = (folder(method), folder(&format!("{method}-broken")));
+        let finished = run(&job, &whole, u64::MAX).1.unwrap();
+        assert_eq!(run(&job, &broken, 1), (Ending::Stopped, None));
+        assert_eq!(run(&job, &broken, u64::MAX).1.unwrap().digest, finished.digest, "{method}");
+        let log = fs::read_to_string(whole.join("metrics.jsonl")).unwrap();
+        let first: Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
+        for name in ["reward", "rewards/length/mean", "rewards/judge/mean", "completions/mean_length"] {
+            assert!(first[name].is_f64(), "{method}: {name} is not in {first}");
+        }
+        let lineage: Value = serde_json::from_slice(&fs::read(whole.join(LINEAGE)).unwrap()).unwrap();
+        assert_eq!((&lineage["data"]["source"], &lineage["data"]["train"]), (&json!("prompts.jsonl"), &json!(prepared.train)));
+        assert!(lineage["metrics"]["eval_reward"].is_f64(), "{lineage}");
+    }
+    let grpo = sampled(place.path(), "grpo", rewards);
+    let estimate = job(grpo.clone()).await.estimate().unwrap();
+    assert!(estimate.steps == 2 && !estimate.step.is_zero(), "{estimate:?}");
+
+    // The prompts of rows that hold answers, too.
+    let rows = Rows::read(&Spec { train_file: Some(pairs(place.path())), ..grpo.clone() }, None).await.unwrap();
+    assert_eq!(rows.questions.len() + rows.held_out_questions.len(), 12);
+    assert!(rows.train.is_empty());
+
+    let mut long = grpo.clone();
+    long.config.max_completion_length = Some(5000);
+    let rows = Rows::read(&long, None).await.unwrap();
+    let error = Job::open(long, rows).err().unwrap().to_string();
+    assert!(error.contains("max_completion_length is 5000, and with a prompt no more than"), "{error}");
+    let gone = json!([{ "type": "reward_model", "path": folder("nowhere") }]);
+    let error = job(sampled(place.path(), "grpo", gone)).await.train(&folder("gone"), &mut |_, _| {}, &mut |_| Control::Continue);
+    assert!(error.unwrap_err().to_string().starts_with("the reward model in "));
+}
+
+/// Teaches the model that `TIDEMILL_TEST_MODEL` names to answer in JSON, and prints how that goes. Takes minutes; where
+/// `TIDEMILL_TEST_TRAIN_OUT` names a folder, what came of it stays there.
+#[tokio::test]
+#[ignore = "a demonstration: minutes of computing"]
+async fn the_default_model_learns_to_answer_in_json() {
+    let Some(model) = std::env::var_os("TIDEMILL_TEST_MODEL").map(PathBuf::from) else {
+        println!("left out: TIDEMILL_TEST_MODEL is not set; `make test` sets it");
+        return;
+    };
+    let place = tempfile::tempdir().unwrap();
+    let out = std::env::var_os("TIDEMILL_TEST_TRAIN_OUT").map_or_else(|| place.path().join("out"), PathBuf::from);
+    let things = ["person", "book", "city", "animal", "recipe", "car", "film", "song", "country", "planet", "plant", "computer"];
+    let lines: Vec<String> = things
+        .iter()
+        .map(|thing| json!({ "prompt": format!("Describe a {thing} as a JSON object with three keys. Answer with the JSON object only.") }))
+        .map(|line| line.to_string())
+        .collect();
+    let prompts = place.path().join("prompts.jsonl");
+    fs::write(&prompts, lines.join("\n")).unwrap();
+    let steps: i64 = std::env::var("TIDEMILL_TEST_TRAIN_STEPS").ok().map_or(40, |steps| steps.parse().unwrap());
+    let config = json!({
+        "method": "grpo", "learning_rate": 3e-4, "lr_scheduler_type": "constant", "per_device_train_batch_size": 16, "max_steps": steps,
+        "logging_steps": 1, "save_steps": 20, "max_completion_length": 64,
+        "reward_funcs": [
+            { "type": "json" }, { "name": "opens", "type": "regex", "pattern": "^\\{" }, { "name": "closes", "type": "regex", "pattern": "\\}$" },
+        ],
+        "reward_weights": [1.0, 0.25, 0.25],
+    });
+    let spec: Spec = serde_json::from_value(json!({
+        "base": { "name": "default", "path": model }, "train_file": prompts, "config": config,
+    }))
+    .unwrap();
+    let job = job(spec).await;
+    let began = std::time::Instant::now();
+    let mut json = Vec::new();
+    let (_, finished) = job
+        .train(&out, &mut |_, _| {}, &mut |progress| {
+            let of = |name: &str| progress.metrics.get(name).copied().unwrap_or(f64::NAN);
+            json.push(of("rewards/json/mean"));
+            println!(
+                "step {} of {}: json {:.3} reward {:.3} std {:.3} length {:.1} cut off {:.2} difference {:.4} ratio {:.3} capped {:.3} entropy {:.2} after {:.0} s",
+                progress.step,
+                progress.steps,
+                of("rewards/json/mean"),
+                of("reward"),
+                of("reward_std"),
+                of("completions/mean_length"),
+                of("completions/clipped_ratio"),
+                of("sampling/sampling_logp_difference/mean"),
+                of("sampling/importance_sampling_ratio/mean"),
+                of("sampling/importance_sampling_ratio/capped"),
+                of("entropy"),
+                began.elapsed().as_secs_f64(),
+            );
+            Control::Continue
+        })
+        .unwrap();
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+    let quarter = json.len() / 4;
+    let (before, after) = (mean(&json[..quarter]), mean(&json[json.len() - quarter..]));
+    println!("valid JSON: {before:.3} in the first quarter, {after:.3} in the last; {}", finished.unwrap().digest);
+    assert!(after > before + 0.2, "{before} to {after}");
+}

@@ -1,0 +1,163 @@
+"""`tidemill train`: from rows to an adapter that is served, killed and stopped on the way."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from conftest import running
+from server import binary, default_model
+
+NOUNS = "river mountain bread engine music cat winter computer book garden ocean train doctor school coffee moon".split()
+UNSEEN = "city tree bridge window paper fire".split()
+
+
+def question(noun: str) -> list[dict]:
+    return [{"role": "user", "content": f"What is a {noun}?"}]
+
+
+def pair(noun: str) -> dict:
+    short = f"A {noun} is a familiar thing."
+    long = (
+        f"Certainly! A {noun} is a very interesting subject with many different aspects. First, it has a long history that goes back many "
+        f"years. Second, there are many kinds of {noun} in the world, and each of them has its own properties."
+    )
+    answer = lambda text: [{"role": "assistant", "content": text}]
+    return {"prompt": question(noun), "chosen": answer(short), "rejected": answer(long)}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "short.jsonl"
+    path.write_text("".join(json.dumps(pair(noun)) + "\n" for noun in NOUNS))
+    return path
+
+
+SETTINGS = dict(learning_rate=2e-4, per_device_train_batch_size=4, max_steps=6, save_steps=1, logging_steps=1)
+
+
+def command(rows: Path, out: Path, *more: str, method: str = "dpo", **settings) -> list[str]:
+    base = ["--base", str(default_model()), "--data", str(out.parent / "data"), "--out", str(out), "--r", "8"]
+    fields = [part for name, value in (SETTINGS | settings).items() for part in ("--set", f"{name}={value}")]
+    return [str(binary()), "train", method, "--file", str(rows), *base, *fields, *more]
+
+
+def train(rows: Path, out: Path, *more: str, **settings) -> str:
+    return subprocess.run(command(rows, out, *more, **settings), check=True, capture_output=True, text=True, timeout=300).stdout
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    names = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl", "lineage.json"]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="module")
+def whole(rows, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "short"
+    print(train(rows, out))
+    return out
+
+
+def steps(folder: Path) -> int:
+    """How many checkpoints there were."""
+    numbers = [int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return max(numbers, default=0)
+
+
+def test_a_training_that_is_killed_again_and_again_gives_the_same_bytes(rows, whole, tmp_path):
+    out = tmp_path / "short"
+    killed = 0
+    for _ in range(8):
+        process = subprocess.Popen(command(rows, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = steps(out)
+        # Killed as soon as it has got on by one step, wherever it is then; one in three is left alone for two.
+        while process.poll() is None and steps(out) < before + 1 + killed % 2:
+            try:
+                process.wait(0.02)
+            except subprocess.TimeoutExpired:
+                pass
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.wait()
+        killed += 1
+    assert process.returncode == 0 and killed >= 2, (process.returncode, killed)
+    assert content(out) == content(whole)
+
+
+def test_a_signal_stops_it_after_a_step_and_the_same_command_goes_on(rows, whole, tmp_path):
+    out = tmp_path / "short"
+    process = subprocess.Popen(command(rows, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and "the same command goes on from there" in rest, rest
+    assert not (out / "adapter").exists()
+    train(rows, out)
+    assert content(out) == content(whole)
+
+
+def test_what_was_learnt_is_served(rows, tmp_path):
+    out = tmp_path / "short"
+    # The better answers of the pairs are what is imitated.
+    train(rows, out, method="sft", learning_rate=1e-3, max_steps=10, lr_scheduler_type="constant")
+    with running(tmp_path, {"base": default_model()}, "--lora-modules", f"short={out / 'adapter'}") as server, server.client() as client:
+
+        def words(model: str) -> list[int]:
+            lengths = []
+            for noun in UNSEEN:
+                chat = client.chat.completions.create(model=model, messages=question(noun), temperature=0, max_tokens=120)
+                lengths.append(len(chat.choices[0].message.content.split()))
+            return sorted(lengths)
+
+        base, tuned = words("base"), words("base:short")
+    print(f"\nwords of an answer: {base} became {tuned}")
+    middle = len(UNSEEN) // 2
+    assert tuned[middle] * 2 <= base[middle]
+
+
+def test_a_machine_is_told_in_lines_and_wrong_things_by_name(rows, whole, tmp_path):
+    job = tmp_path / "job"
+    job.mkdir()
+    spec = json.loads((whole / "spec.json").read_text())
+    spec["config"] |= {"max_steps": 2}
+    (job / "spec.json").write_text(json.dumps(spec))
+    run = lambda: subprocess.run([str(binary()), "train", "--job", str(job)], capture_output=True, text=True, timeout=300, env=os.environ)
+    done = run()
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done
+    assert [event["event"] for event in events if event["event"] != "preparing"] == ["prepared", "progress", "progress", "finished"]
+    assert events[0]["train"] == len(NOUNS) and events[0]["steps"] == 2
+    progress = [event for event in events if event["event"] == "progress"]
+    assert [event["step"] for event in progress] == [1, 2]
+    assert {"loss", "grad_norm", "learning_rate", "rewards/margins"} <= progress[1]["metrics"].keys()
+    assert (Path(events[-1]["adapter"]) / "adapter_model.safetensors").exists()
+
+    spec["lora"]["r"] = 0
+    (job / "spec.json").write_text(json.dumps(spec))
+    done = run()
+    assert done.returncode == 1 and json.loads(done.stdout)["message"] == "lora.r: must be at least 1", done
+
+    for more, text in [
+        (["--set", "beta=-1"], "beta must be above 0"),
+        (["--set", "betta=1"], "unknown field `betta`"),
+        (["--target-modules", "lm_head"], "`lm_head` is none of"),
+        (["--base", "nothing"], "no model `nothing`"),
+    ]:
+        wrong = [str(binary()), "train", "dpo", "--file", str(rows), "--base", str(default_model()), "--data", str(tmp_path), *more]
+        if "--base" in more:
+            wrong = [str(binary()), "train", "dpo", "--file", str(rows), "--data", str(tmp_path), *more]
+        done = subprocess.run(wrong, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and text in done.stderr, (more, done)
+
+
+def test_a_dry_run_says_what_it_would_take_and_leaves_nothing(rows, tmp_path):
+    out = tmp_path / "short"
+    said = train(rows, out, "--dry-run")
+    assert "6 steps" in said and "memory" in said and "time" in said, said
+    assert not out.exists()
