@@ -80,6 +80,7 @@ pub struct Online<'a> {
 struct State {
     /// Price of divergence, as bits.
     price: u64,
+    next: u64,
     /// Answers that there is more to learn from.
     turn: Option<Turn>,
 }
@@ -355,7 +356,7 @@ impl Trainer for Online<'_> {
         let goes_on = !self.next.is_multiple_of(self.told.uses());
         let turn = self.turn.as_ref().filter(|_| goes_on).cloned();
         // Texts and numbers: always JSON.
-        serde_json::to_value(State { price: self.price.coefficient.to_bits(), turn }).unwrap_or_default()
+        serde_json::to_value(State { price: self.price.coefficient.to_bits(), next: self.next, turn }).unwrap_or_default()
     }
 
     fn restore(&mut self, state: &Value) -> Result<(), TrainError> {
@@ -365,7 +366,7 @@ impl Trainer for Online<'_> {
             return Err(TrainError::Checkpoint("the trainer's state: it knows other prompts".to_owned()));
         }
         self.price.coefficient = f64::from_bits(state.price);
-        self.turn = state.turn;
+        (self.turn, self.next) = (state.turn, state.next);
         Ok(())
     }
 }
