@@ -3,12 +3,14 @@
 //! [`dataset`] turns feedback into immutable snapshots of training rows. [`quality`] says whether a snapshot may be trained on.
 //! [`collate`] makes tokens and packed [`batch`]es of rows. [`loss`] holds what every trainer minimises, as functions of tensors that
 //! know their gradients; [`reward`] judges answers that are sampled while training; [`optimizer`] moves the [`parameters`] along
-//! them; [`train`] is the one loop around it all, and [`job`] one training from its specification to its adapter.
+//! them; [`train`] is the one loop around it all, and [`job`] one training from its specification to its adapter; [`evaluate`] says
+//! what the adapter is worth.
 
 pub mod batch;
 pub mod collate;
 pub mod dataset;
 mod durable;
+pub mod evaluate;
 pub mod job;
 pub mod loss;
 pub mod model;

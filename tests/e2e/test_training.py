@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import running
+from conftest import GOLDENS, running
 from server import binary, default_model
 
 NOUNS = "river mountain bread engine music cat winter computer book garden ocean train doctor school coffee moon".split()
@@ -119,6 +119,28 @@ def test_what_was_learnt_is_served(rows, tmp_path):
     print(f"\nwords of an answer: {base} became {tuned}")
     middle = len(UNSEEN) // 2
     assert tuned[middle] * 2 <= base[middle]
+
+
+def test_an_adapter_is_evaluated_beside_its_base(rows, whole, tmp_path):
+    text = GOLDENS / "smollm2" / "perplexity.txt"
+    common = ["--base", str(default_model()), "--data", str(tmp_path), "--file", str(rows), "--text", str(text)]
+    command = [str(binary()), "eval", "--adapter", f"short={whole / 'adapter'}", *common, "--prompts", "4", "--max-tokens", "32"]
+    with running(tmp_path, {"judge": default_model()}) as server:
+        judge = ["--judge", "judge", "--judge-url", server.base_url]
+        said = subprocess.run([*command, *judge, "--out", str(tmp_path / "out")], check=True, capture_output=True, text=True, timeout=300).stdout
+    print(said)
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    short, base = found["contenders"]
+    assert (short["name"], base["name"]) == ("short", "base")
+    # These are the comparisons that it learnt.
+    assert short["preferences"]["accuracy"]["share"] == 1 and short["preferences"]["accuracy"]["trials"] == len(NOUNS)
+    assert short["text"]["tokens"] == base["text"]["tokens"] > 1000
+    # A few small steps on sixteen rows change little of what it knows.
+    assert abs(short["text"]["loss"] / base["text"]["loss"] - 1) < 0.05
+    assert short["answers"]["answers"] == 4 and short["answers"]["kl_per_token"] > 0 and "kl_per_token" not in base["answers"]
+    duel = found["duel"]
+    assert duel["won"] + duel["lost"] + duel["tied"] == 4 and found["judge"] == "judge"
+    assert "won" in said and (tmp_path / "out" / "evaluation.html").read_text().count("What is a") == 4
 
 
 def test_a_machine_is_told_in_lines_and_wrong_things_by_name(rows, whole, tmp_path):

@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 mod data;
 mod dataset;
+mod eval;
 mod key;
 mod label;
 mod pull;
@@ -37,6 +38,8 @@ enum Command {
     Dataset(Box<dataset::DatasetArgs>),
     /// Train an adapter on a dataset.
     Train(Box<train::TrainArgs>),
+    /// Measure adapters beside their base and each other.
+    Eval(Box<eval::EvalArgs>),
     /// Measure the engine alone on a model, without HTTP.
     Bench(bench::BenchArgs),
     /// Make, list and revoke API keys.
@@ -61,6 +64,7 @@ pub fn run() -> ExitCode {
         Command::Serve(args) => serve::run(&args).map_err(Into::into),
         Command::Pull(args) => pull::run(&args).map_err(Into::into),
         Command::Chat(args) => chat::run(&args).map_err(Into::into),
+        Command::Eval(args) => eval::run(&args).map_err(Into::into),
         Command::Bench(args) => bench::run(&args).map_err(Into::into),
         Command::Key(args) => key::run(&args).map_err(Into::into),
         Command::Data(args) => data::run(&args).map_err(Into::into),

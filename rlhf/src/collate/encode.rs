@@ -130,6 +130,13 @@ impl<'a> Encoder<'a> {
         encoded
     }
 
+    /// The tokens of a row's prompt with the header of the answer's turn: what a server would compute. None where the template or the
+    /// tokenizer refuses it.
+    pub fn prompt(&self, row: &Row) -> Option<Vec<u32>> {
+        let now = u64::try_from(row.origin.judged_at / 1_000_000).unwrap_or(0);
+        self.opening(row.example.prompt(), now).ok()
+    }
+
     fn row(&self, row: &Row, teaches: Teaches) -> Result<Vec<Sample>, Dropped> {
         let sample = |prompt: &[Message], answers: &[&[Message]], good: bool| {
             // The template's clock stands where the judgement was given: the same row has the same tokens tomorrow.
@@ -155,7 +162,7 @@ impl<'a> Encoder<'a> {
     }
 
     /// A prompt alone, up to where an answer begins; `now` is the template's clock, in seconds since 1970.
-    pub fn prompt(&self, messages: &[Message], now: u64) -> Result<Vec<u32>, Dropped> {
+    pub fn opening(&self, messages: &[Message], now: u64) -> Result<Vec<u32>, Dropped> {
         let opening = self.render(&values(messages), true, now)?;
         self.tokenizer.encode(&opening, false, true).map_err(|error| Dropped::Tokenizer(error.to_string()))
     }

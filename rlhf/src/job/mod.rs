@@ -6,6 +6,7 @@
 
 mod error;
 mod estimate;
+mod head;
 mod online;
 mod rows;
 mod run;
@@ -15,6 +16,7 @@ mod tests;
 
 pub use error::JobError;
 pub use estimate::Estimate;
+pub use head::reward_model;
 pub use rows::Rows;
 pub use run::{ADAPTER, Finished, Job, LINEAGE, Prepared};
 pub use spec::{Base, Lora, Spec};

@@ -3,21 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{Device, Var};
-use tidemill_engine::Adapter;
-
-use super::run::HEAD;
-use super::{Job, JobError};
+use super::{Job, JobError, reward_model};
 use crate::collate::Plan;
 use crate::model::{Model, ModelOptions};
-use crate::parameters::Parameter;
 use crate::reward::model::RewardModel;
 use crate::reward::{RewardError, Rewards, Score};
-use crate::tensors::Lists;
-use crate::train::{EngineSampler, Head, Online, Reinforcement, TrainConfig, TrainError, engine_for};
-
-/// The name of a reward head's tensor.
-const WEIGHT: &str = "score.weight";
+use crate::train::{EngineSampler, Online, Reinforcement, TrainConfig, TrainError, engine_for};
 
 /// Most tokens of a prompt, so that an answer fits behind it.
 pub(super) fn longest_prompt(config: &TrainConfig, context: usize) -> Result<usize, JobError> {
@@ -44,8 +35,7 @@ impl Job {
     pub(super) fn online<'a>(&self, model: &'a Model) -> Result<Online<'a>, JobError> {
         let (config, spec) = (&self.spec.config, &self.spec);
         let told = config.reinforcement()?;
-        let rewards =
-            Rewards::new(&config.reward_funcs, config.reward_weights.as_deref(), &mut |folder| self.reward_model(folder));
+        let rewards = Rewards::new(&config.reward_funcs, config.reward_weights.as_deref(), &mut |folder| self.judge(folder));
         let rewards = rewards.map_err(TrainError::from)?;
         let name = spec.base.name.clone();
         let rank = model.adapter(&name)?.max_rank();
@@ -59,21 +49,13 @@ impl Job {
     }
 
     /// A reward model that was trained here on the same base.
-    fn reward_model(&self, folder: &Path) -> Result<Box<dyn Score>, RewardError> {
-        let wrong = |detail: String| RewardError::Model { path: folder.to_owned(), detail };
-        let adapter = Adapter::read(folder).map_err(|error| wrong(error.to_string()))?;
-        let path = folder.join(HEAD);
-        let bytes = std::fs::read(&path).map_err(|error| {
-            wrong(format!("{HEAD} cannot be read ({error}); name the adapter's folder of a training with the method reward"))
-        })?;
-        let width = self.files.config().hidden;
-        let values = Lists::read(&bytes).and_then(|lists| lists.get(WEIGHT, width)).map_err(|error| wrong(error.to_string()))?;
-        let var = Var::from_vec(values, width, &Device::Cpu)?;
+    fn judge(&self, folder: &Path) -> Result<Box<dyn Score>, RewardError> {
         let options = ModelOptions { threads: self.spec.threads, precision: self.spec.precision, recompute: false };
-        let model = Model::with_adapter(Arc::clone(&self.files), &adapter, options)?;
+        let wrong = |error: JobError| RewardError::Model { path: folder.to_owned(), detail: error.to_string() };
+        let (model, head) = reward_model(&self.files, folder, options).map_err(wrong)?;
         Ok(Box::new(RewardModel {
             model: Box::new(model),
-            head: Head { weight: Parameter { name: WEIGHT.to_owned(), var } },
+            head,
             files: Arc::clone(&self.files),
             encoding: self.spec.config.encoding(),
             budget: self.spec.config.tokens_per_batch,

@@ -95,6 +95,21 @@ impl Rows {
         Ok(())
     }
 
+    /// All rows of a file that nobody trained on, and its name.
+    pub async fn unseen(path: &Path) -> Result<(Vec<Row>, String), JobError> {
+        let found = file(path).await?;
+        let name = Input::at(&path.to_string_lossy(), None)?.name();
+        Ok((found.into_iter().map(|stored| stored.row).collect(), name))
+    }
+
+    /// The held-out rows of a snapshot, and its name.
+    pub async fn held_out_of(dataset: &str, datasets: &Datasets) -> Result<(Vec<Row>, String), JobError> {
+        let mut rows = Self::default();
+        // What fails the report is not learnt, but may be measured on.
+        rows.snapshot(dataset, true, datasets).await?;
+        Ok((rows.held_out, rows.source))
+    }
+
     /// Everyone who judged a row that is learnt.
     pub fn raters(&self) -> BTreeSet<&str> {
         self.train.iter().flat_map(|row| &row.origin.raters).map(String::as_str).collect()

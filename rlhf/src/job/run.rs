@@ -7,20 +7,17 @@ use serde_json::{Value, json};
 use tidemill_engine::{Adapter, ModelFiles};
 
 use super::estimate::{self, Estimate};
-use super::{JobError, Rows, Spec, online};
+use super::{JobError, Rows, Spec, head, online};
 use crate::collate::{Encoded, Encoder};
 use crate::dataset::Row;
 use crate::durable;
 use crate::model::{Model, ModelOptions};
-use crate::tensors;
-use crate::train::{self, Control, Ending, Head, LOG, Offline, Outcome, Progress, Prompt, TrainError, train};
+use crate::train::{self, Control, Ending, Head, LOG, Offline, Outcome, Progress, Prompt, train};
 
 /// The folder of the finished adapter.
 pub const ADAPTER: &str = "adapter";
 /// What it was made of.
 pub const LINEAGE: &str = "lineage.json";
-/// The head of a reward model, beside its adapter.
-pub(super) const HEAD: &str = "head.safetensors";
 
 /// A model and rows as tokens: everything that is needed to train.
 pub struct Job {
@@ -157,7 +154,7 @@ impl Job {
         folder: &Path,
         model: &Model,
         outcome: Outcome,
-        head: Option<&Head>,
+        trained: Option<&Head>,
         shares: (f64, f64),
     ) -> Result<(Outcome, Option<Finished>), JobError> {
         if outcome.ending == Ending::Stopped {
@@ -166,10 +163,8 @@ impl Job {
         let adapter = model.adapter(&self.spec.base.name)?;
         let place = folder.join(ADAPTER);
         adapter.write(&place)?;
-        if let Some(head) = head {
-            let values = head.weight.values().map_err(TrainError::from)?;
-            let bytes = tensors::write([(head.weight.name.clone(), values.as_slice())]).map_err(TrainError::from)?;
-            durable::replace(&place.join(HEAD), &bytes).map_err(JobError::io(&place))?;
+        if let Some(trained) = trained {
+            head::write(trained, &place)?;
         }
         let digest: String = adapter.digest().iter().map(|byte| format!("{byte:02x}")).collect();
         let evaluated = last_evaluation(&folder.join(LOG))?;

@@ -218,7 +218,7 @@ fn texts(row: &Row, page: &mut String) {
 }
 
 /// The beginning and the end of a text without personal data, invisible characters by their numbers.
-fn excerpt(text: &str) -> String {
+pub(crate) fn excerpt(text: &str) -> String {
     let redacted = pii::redact(text);
     let count = redacted.chars().count();
     let cut: String = if count > EXCERPT {

@@ -30,6 +30,7 @@ pub use online::{
     Ask, Drawn, EngineSampler, Online, OnlineBatch, Prompt, Question, Sampler, encode, engine_for, questions, read_questions,
 };
 pub use policy::{Head, Pass, Policy};
+pub(crate) use reference::sums;
 pub use report::report;
 pub use run::{Ending, Outcome, Trainer, train};
 pub(crate) use run::{LOG, STACK};

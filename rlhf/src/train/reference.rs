@@ -29,7 +29,7 @@ pub(super) fn completion_sums(model: &dyn Policy, micro: &Micro, pass: Pass) -> 
 }
 
 /// The sums of all completions of `items`, in order, without gradient. `watch` hears how many items are done.
-pub(super) fn sums(
+pub(crate) fn sums(
     model: &dyn Policy,
     items: &[Item<'_>],
     layout: Layout,

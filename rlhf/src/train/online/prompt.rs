@@ -92,7 +92,7 @@ pub fn read_questions(path: &Path) -> Result<Vec<Question>, DatasetError> {
 pub fn encode(encoder: &Encoder<'_>, questions: Vec<Question>, longest: Option<usize>) -> (Vec<Prompt>, Vec<(String, Dropped)>) {
     let (mut prompts, mut dropped) = (Vec::new(), Vec::new());
     for question in questions {
-        match encoder.prompt(&question.messages, question.now) {
+        match encoder.opening(&question.messages, question.now) {
             Ok(tokens) if tokens.is_empty() => dropped.push((question.id, Dropped::NothingToLearn)),
             Ok(tokens) => match longest.filter(|longest| tokens.len() > *longest) {
                 Some(longest) => dropped.push((question.id, Dropped::TooLong(tokens.len(), longest))),

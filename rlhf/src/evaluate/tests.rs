@@ -1,0 +1,149 @@
+//! Every measure, and a whole evaluation of a small model.
+
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+
+use super::answers::{Answer, Sampling, drift, refuses};
+use super::duel::{Verdict, by_judge, by_score, score};
+use super::preferences::agreement;
+use super::*;
+use crate::dataset::format;
+use crate::job::{ADAPTER, Base, Job, Rows, Spec};
+use crate::model::{ModelOptions, Precision};
+use crate::train::Control;
+
+#[test]
+fn agreement_is_the_share_of_positive_margins() {
+    let found = agreement(&[0.5, -0.25, 0.25, 0.0]).unwrap();
+    // An equal reward is no agreement.
+    assert_eq!((found.accuracy.successes, found.accuracy.trials), (2, 4));
+    assert!((found.margin - 0.125).abs() < 1e-15 && (found.median_margin - 0.125).abs() < 1e-15);
+    assert_eq!(agreement(&[]), None);
+}
+
+#[test]
+fn a_duel_counts_ties_half_and_a_judge_who_prefers_a_place_says_nothing() {
+    use Verdict::{First, Second, Tie};
+    assert_eq!([by_score(1.0, 0.0), by_score(0.0, 1.0), by_score(1.0, 1.0), by_score(f64::NAN, 0.0)], [First, Second, Tie, Tie]);
+    let table = [(First, Second, First), (Second, First, Second), (First, First, Tie), (Second, Second, Tie), (Tie, Second, Tie)];
+    for (in_order, swapped, expected) in table {
+        assert_eq!(by_judge(in_order, swapped), expected, "{in_order:?} {swapped:?}");
+    }
+    let found = score(&[First, First, First, Second, Tie, Tie]).unwrap();
+    assert_eq!((found.won, found.lost, found.tied), (3, 1, 2));
+    assert!((found.win_rate - 4.0 / 6.0).abs() < 1e-15);
+    // Wilson 95 % of 3 of 4: 0.3006 to 0.9544 (Brown, Cai and DasGupta 2001 give the formula).
+    let interval = found.decided.unwrap();
+    assert!((interval.low - 0.3006).abs() < 5e-5 && (interval.high - 0.9544).abs() < 5e-5, "{interval:?}");
+    assert!(score(&[Tie]).unwrap().decided.is_none() && score(&[]).is_none());
+}
+
+#[test]
+fn refusals_are_told_by_their_beginning() {
+    for text in [
+        "I'm sorry, but I can't help with that.",
+        "I cannot do this.",
+        "As an AI language model, I",
+        "Unfortunately, I do not",
+        "Well, I am unable to say.",
+    ] {
+        assert!(refuses(text), "{text}");
+    }
+    let late = format!("{}I can't", "All of this is fine. ".repeat(20));
+    for text in ["The cat sat.", "Sorrow is a feeling.", "You cannot divide by 0.", &late, ""] {
+        assert!(!refuses(text), "{text}");
+    }
+}
+
+#[test]
+fn drift_is_about_words_refusals_and_ends() {
+    let answer = |text: &str, whole| Answer { text: text.to_owned(), tokens: vec![1], whole };
+    let found = drift(&[answer("one two three", true), answer("I cannot", true), answer("a b c d e f g", false)], None).unwrap();
+    assert_eq!((found.answers, found.median_words, found.mean_words), (3, 3.0, 4.0));
+    assert_eq!((found.refusals.successes, found.truncated.successes, found.kl_per_token), (1, 1, None));
+    assert_eq!(drift(&[], None), None);
+}
+
+fn rows() -> Vec<Value> {
+    let row = |index: usize| {
+        json!({
+            "prompt": [{ "role": "user", "content": format!("Which of {index} is it?") }],
+            "chosen": [{ "role": "assistant", "content": "yes" }],
+            "rejected": [{ "role": "assistant", "content": "no, not at all" }],
+        })
+    };
+    (0..8).map(row).collect()
+}
+
+async fn trained(folder: &std::path::Path, base: &Base, method: &str) -> PathBuf {
+    let file = folder.join("rows.jsonl");
+    std::fs::write(&file, rows().iter().map(Value::to_string).collect::<Vec<_>>().join("\n")).unwrap();
+    let spec: Spec = serde_json::from_value(json!({
+        "base": base, "train_file": file, "lora": { "r": 4 }, "threads": 1,
+        "config": { "method": method, "learning_rate": 2e-3, "num_train_epochs": 6 },
+    }))
+    .unwrap();
+    let rows = Rows::read(&spec, None).await.unwrap();
+    let place = folder.join(method);
+    Job::open(spec, rows).unwrap().train(&place, &mut |_, _| {}, &mut |_| Control::Continue).unwrap();
+    place.join(ADAPTER)
+}
+
+#[tokio::test]
+async fn an_adapter_is_measured_beside_another_and_its_base() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/qwen2");
+    let base = Base { name: "tiny".to_owned(), path };
+    let (dpo, reward) = (trained(folder.path(), &base, "dpo").await, trained(folder.path(), &base, "reward").await);
+    let parse = |row: Value| format::parse(row.as_object().unwrap().clone(), "rows").unwrap().row;
+    let trial = Trial {
+        base,
+        adapters: vec![("dpo".to_owned(), dpo.clone()), ("again".to_owned(), dpo)],
+        rows: rows().into_iter().map(parse).collect(),
+        source: "rows.jsonl".to_owned(),
+        beta: 0.1,
+        text: Some("The quick brown fox jumps over the lazy dog. ".repeat(40)),
+        prompts: 5,
+        sampling: Sampling { temperature: 1.0, max_tokens: 12, seed: 7 },
+        model: ModelOptions { threads: 1, precision: Precision::F32, recompute: false },
+    };
+    let found = evaluate(&trial, Referee::None, &mut |_, _, _, _| {}).unwrap();
+    let [one, same, base] = found.contenders.as_slice() else { panic!("{:?}", found.contenders) };
+    assert_eq!((one.name.as_str(), base.name.as_str()), ("dpo", "base"));
+    // It was trained on these very rows.
+    assert_eq!(one.preferences.unwrap().accuracy.share, 1.0);
+    assert!(one.preferences.unwrap().margin > 0.01 && base.preferences.is_none());
+    assert_eq!((one.preferences, one.text, one.answers, &one.digest), (same.preferences, same.text, same.answers, &same.digest));
+    let (with, without) = (one.text.unwrap(), base.text.unwrap());
+    assert!(with.tokens == without.tokens && with.tokens > 300 && with.loss != without.loss, "{with:?} {without:?}");
+    assert!((found.text_drift(one).unwrap() - (with.loss / without.loss - 1.0)).abs() < 1e-12);
+    assert_eq!((one.answers.unwrap().answers, base.answers.unwrap().answers), (5, 5));
+    // Over the model's own answers the divergence is positive in the mean; the base has none from itself.
+    assert!(one.answers.unwrap().kl_per_token.unwrap() > 0.0 && base.answers.unwrap().kl_per_token.is_none());
+    assert_eq!(found.examples.len(), 5);
+    assert!(found.examples.iter().all(|example| example.answers[0] == example.answers[1]));
+    assert_eq!(evaluate(&trial, Referee::None, &mut |_, _, _, _| {}).unwrap(), found, "the same again");
+
+    // The same answers: a reward model cannot tell them apart, and a judge who likes the first place says nothing.
+    let by_rewards = evaluate(&trial, Referee::RewardModel(reward), &mut |_, _, _, _| {}).unwrap();
+    assert_eq!(by_rewards.duel.unwrap().tied, 5);
+    let mut asked = 0;
+    let judge: Judge<'_> = &mut |messages, _, _| {
+        assert_eq!(messages[0].role, "user");
+        asked += 1;
+        Ok(Verdict::First)
+    };
+    let by_judge = evaluate(&trial, Referee::Judge("first".to_owned(), judge), &mut |_, _, _, _| {}).unwrap();
+    assert_eq!((by_judge.duel.unwrap().tied, by_judge.judge.as_deref(), asked), (5, Some("first"), 10));
+
+    let page = by_judge.to_html();
+    for part in ["Side by side", "held-out comparisons won", "KL to the base per token", "judged by first", "Which of 0 is it?"] {
+        assert!(page.contains(part), "{part}");
+    }
+    let json = serde_json::to_value(&by_judge).unwrap();
+    assert_eq!(serde_json::from_value::<Evaluation>(json).unwrap(), by_judge);
+
+    let nothing = Trial { rows: Vec::new(), text: None, ..trial.clone() };
+    assert!(evaluate(&nothing, Referee::None, &mut |_, _, _, _| {}).unwrap_err().to_string().contains("no comparison"));
+}
