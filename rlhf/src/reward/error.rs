@@ -44,11 +44,11 @@ pub enum RewardError {
     },
     /// A reward model's arithmetic.
     #[error("the reward model could not compute: {0}")]
-    Compute(#[from] ModelError),
+    Compute(Box<ModelError>),
 }
 
 impl From<candle_core::Error> for RewardError {
     fn from(error: candle_core::Error) -> Self {
-        Self::Compute(error.into())
+        Self::Compute(Box::new(error.into()))
     }
 }

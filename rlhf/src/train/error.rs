@@ -49,23 +49,48 @@ pub enum TrainError {
     #[error("a checkpoint cannot be read: {0}; remove it to go on from the one before")]
     Checkpoint(String),
     /// Answers could not be judged.
-    #[error(transparent)]
-    Reward(#[from] RewardError),
+    #[error("{0}")]
+    Reward(Box<RewardError>),
     /// What is trained could not be given to the engine that samples.
     #[error("the engine that samples did not take the adapter: {0}")]
-    Publish(#[from] AdapterRefused),
+    Publish(Box<AdapterRefused>),
     /// The adapter could not be read off the model.
     #[error("the adapter could not be read off the model: {0}")]
-    Adapter(#[from] ModelError),
+    Adapter(Box<ModelError>),
     /// The engine did not take a prompt.
     #[error("the engine that samples refused a prompt: {0}")]
-    Submit(#[from] SubmitError),
+    Submit(Box<SubmitError>),
     /// The engine failed.
     #[error("the engine that samples failed: {0}")]
     Sample(String),
     /// The training's thread.
     #[error("the training stopped without a result; the log says why")]
     Thread,
+}
+
+// Boxed: an error is moved about more often than it is looked at.
+impl From<RewardError> for TrainError {
+    fn from(error: RewardError) -> Self {
+        Self::Reward(Box::new(error))
+    }
+}
+
+impl From<AdapterRefused> for TrainError {
+    fn from(error: AdapterRefused) -> Self {
+        Self::Publish(Box::new(error))
+    }
+}
+
+impl From<ModelError> for TrainError {
+    fn from(error: ModelError) -> Self {
+        Self::Adapter(Box::new(error))
+    }
+}
+
+impl From<SubmitError> for TrainError {
+    fn from(error: SubmitError) -> Self {
+        Self::Submit(Box::new(error))
+    }
 }
 
 impl From<StateError> for TrainError {

@@ -87,6 +87,9 @@ impl<'a> EngineSampler<'a> {
     }
 }
 
+/// Where a part's answers go.
+type Place = Mutex<Option<Result<Vec<Drawn>, TrainError>>>;
+
 /// As many answers to one prompt as the engine makes at once.
 #[derive(Clone, Copy)]
 struct Part<'a> {
@@ -164,7 +167,7 @@ impl Sampler for EngineSampler<'_> {
         let parts = parts(asks, most);
         let next = AtomicUsize::new(0);
         let failed = AtomicBool::new(false);
-        let found: Vec<Mutex<Option<Result<Vec<Drawn>, TrainError>>>> = parts.iter().map(|_| Mutex::new(None)).collect();
+        let found: Vec<Place> = parts.iter().map(|_| Mutex::new(None)).collect();
         // A reader for each request that runs: the engine does not wait for answers that nobody reads.
         std::thread::scope(|scope| {
             for _ in 0..parts.len().min(most + 1) {
