@@ -253,16 +253,31 @@ impl Engine {
     }
 
     /// Loads the adapter in `folder` under a name, while serving: as a new generation where the name is taken, in the place of the one
-    /// not asked for the longest where all are. A name that ends in `@` and a generation (16 hexadecimal digits) takes no other. Equal contents under the name that they have are left as they are. Blocks for the
-    /// reading and one step: call it from a thread that may. `created` is in seconds since 1970.
+    /// not asked for the longest where all are. A name that ends in `@` and a generation (16 hexadecimal digits) takes no other.
+    /// Equal contents under the name that they have are left as they are. Blocks for the reading and one step: call it from a thread
+    /// that may. `created` is in seconds since 1970.
     pub fn load_adapter(&self, name: &str, folder: &Path, pinned: bool, created: u64) -> Result<AdapterLease, AdapterRefused> {
+        check_name(split_generation(name).0)?;
+        if !self.takes_adapters() {
+            return Err(AdapterRefused::Off);
+        }
+        self.publish_adapter(name, Adapter::read(folder)?, pinned, created)
+    }
+
+    /// The same with an adapter that is in memory, as a trainer has it.
+    pub fn publish_adapter(
+        &self,
+        name: &str,
+        adapter: Adapter,
+        pinned: bool,
+        created: u64,
+    ) -> Result<AdapterLease, AdapterRefused> {
         let inner = &*self.inner;
         let (plain, promised) = split_generation(name);
         check_name(plain)?;
-        let Some(model) = inner.adaptable.as_ref().filter(|_| inner.options.max_adapters > 0) else {
+        let Some(model) = inner.adaptable.as_ref().filter(|_| self.takes_adapters()) else {
             return Err(AdapterRefused::Off);
         };
-        let adapter = Adapter::read(folder)?;
         let (rank, limit) = (adapter.max_rank(), inner.options.max_adapter_rank);
         if rank > limit {
             return Err(AdapterRefused::Rank { rank, limit });
@@ -285,6 +300,10 @@ impl Engine {
         let loading = Box::new(Loading { adapter, description, outcome });
         inner.commands.send(Command::Load(loading)).map_err(|_| AdapterRefused::Stopped)?;
         answer.recv().map_err(|_| AdapterRefused::Stopped)?
+    }
+
+    fn takes_adapters(&self) -> bool {
+        self.inner.adaptable.is_some() && self.inner.options.max_adapters > 0
     }
 
     /// Takes an adapter away: nobody can ask for it any more, and who has it goes on.

@@ -48,6 +48,8 @@ pub enum Dropped {
     NothingToLearn,
     /// The text cannot be tokenised.
     Tokenizer(String),
+    /// The prompt leaves no room for an answer: its tokens, and the most that it may have.
+    TooLong(usize, usize),
 }
 
 impl fmt::Display for Dropped {
@@ -62,6 +64,10 @@ impl fmt::Display for Dropped {
             Self::Boundary => f.write_str("the tokenizer joins the end of the prompt with the beginning of the answer"),
             Self::NothingToLearn => f.write_str("its answer is empty, or nothing of it fits into max_length"),
             Self::Tokenizer(detail) => f.write_str(detail),
+            Self::TooLong(tokens, limit) => write!(
+                f,
+                "its prompt has {tokens} tokens, and beside max_completion_length no more than {limit} fit into max_length"
+            ),
         }
     }
 }
@@ -128,8 +134,7 @@ impl<'a> Encoder<'a> {
     /// tokenizer refuses it.
     pub fn prompt(&self, row: &Row) -> Option<Vec<u32>> {
         let now = u64::try_from(row.origin.judged_at / 1_000_000).unwrap_or(0);
-        let text = self.render(&values(row.example.prompt()), true, now).ok()?;
-        self.tokenizer.encode(&text, false, true).ok()
+        self.opening(row.example.prompt(), now).ok()
     }
 
     fn row(&self, row: &Row, teaches: Teaches) -> Result<Vec<Sample>, Dropped> {
@@ -154,6 +159,12 @@ impl<'a> Encoder<'a> {
             }
             _ => Err(Dropped::Unsuitable),
         }
+    }
+
+    /// A prompt alone, up to where an answer begins; `now` is the template's clock, in seconds since 1970.
+    pub fn opening(&self, messages: &[Message], now: u64) -> Result<Vec<u32>, Dropped> {
+        let opening = self.render(&values(messages), true, now)?;
+        self.tokenizer.encode(&opening, false, true).map_err(|error| Dropped::Tokenizer(error.to_string()))
     }
 
     /// Prompt and completions as tokens.

@@ -12,4 +12,4 @@ mod tests;
 pub mod text;
 
 pub use report::{Contender, Evaluation, Example};
-pub use run::{EvaluateError, Judge, Referee, Trial, Work, evaluate, reward_model};
+pub use run::{EvaluateError, Judge, Referee, Trial, Work, evaluate};

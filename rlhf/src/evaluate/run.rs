@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use candle_core::{Device, Var};
 use tidemill_engine::{Adapter, AdapterRefused, Engine, EngineOptions, ModelFiles, StartError};
 
 use super::answers::{self, Answer, AnswerError, Sampling};
@@ -14,11 +13,9 @@ use super::report::{Contender, Evaluation, Example};
 use super::text;
 use crate::collate::{Encoder, Sample, Teaches};
 use crate::dataset::{Message, Row};
-use crate::job::{HEAD, JobError};
+use crate::job::{JobError, reward_model};
 use crate::model::{Model, ModelOptions};
-use crate::parameters::Parameter;
-use crate::tensors::Lists;
-use crate::train::{Head, Pass, TrainConfig, TrainError};
+use crate::train::{Pass, TrainConfig};
 
 /// What is evaluated, and on what.
 #[derive(Clone, Debug)]
@@ -255,22 +252,4 @@ fn decide(
             Ok((Some(name), verdicts))
         }
     }
-}
-
-/// A reward model as [`crate::job`] leaves it: an adapter with a head beside it.
-pub fn reward_model(
-    files: &Arc<ModelFiles>,
-    folder: &std::path::Path,
-    options: ModelOptions,
-) -> Result<(Model, Head), EvaluateError> {
-    let path = folder.join(HEAD);
-    let bytes = std::fs::read(&path).map_err(|source| JobError::Io { path: path.clone(), source })?;
-    let adapter = Adapter::read(folder).map_err(JobError::from)?;
-    let model = Model::with_adapter(Arc::clone(files), &adapter, options).map_err(JobError::from)?;
-    let name = "score.weight";
-    let lists = Lists::read(&bytes).map_err(TrainError::from).map_err(JobError::from)?;
-    let values = lists.get(name, files.config().hidden).map_err(TrainError::from).map_err(JobError::from)?;
-    let width = values.len();
-    let var = Var::from_vec(values, width, &Device::Cpu)?;
-    Ok((model, Head { weight: Parameter { name: name.to_owned(), var } }))
 }

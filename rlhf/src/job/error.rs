@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use tidemill_engine::{AdapterError, LoadError};
+use tidemill_engine::{AdapterError, LoadError, StartError};
 
 use crate::dataset::DatasetError;
 use crate::dataset::import::BadLines;
@@ -64,6 +64,9 @@ pub enum JobError {
     /// The model cannot chat.
     #[error("{0} has no chat template, so rows cannot be turned into its tokens; train an instruct model")]
     Template(String),
+    /// The engine that samples did not start.
+    #[error("the engine that samples did not start: {0}")]
+    Engine(#[from] StartError),
     /// The training.
     #[error(transparent)]
     Train(#[from] TrainError),

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::collate::Sample;
 use crate::model::Model;
-use crate::train::{Metrics, Offline, Pass, TrainConfig, TrainError, Trainer};
+use crate::train::{Metrics, Offline, Online, Pass, TrainConfig, TrainError, Trainer};
 
 /// What a training will take on this machine.
 #[derive(Clone, Debug, PartialEq)]
@@ -56,6 +56,25 @@ pub(super) fn measure(model: &Model, config: &TrainConfig, samples: Vec<Sample>)
     let preparation = prepared.mul_f64(all as f64 / taken.max(1) as f64);
     let parameters = model.parameters().elements() as u64;
     Ok(Estimate { parameters, steps, step, preparation, training, peak_memory: peak_memory() })
+}
+
+/// Samples and computes the first step of a trainer that samples, and throws it away.
+pub(super) fn sampled(model: &Model, trainer: &mut Online<'_>) -> Result<Estimate, TrainError> {
+    let (steps, began) = (trainer.steps(), Instant::now());
+    std::thread::scope(|scope| {
+        let work = || -> Result<(), TrainError> {
+            for batch in &trainer.step(0, model)? {
+                drop(trainer.loss(batch, model, Pass::TRAIN, &mut Metrics::default())?.backward()?);
+            }
+            Ok(())
+        };
+        let thread = std::thread::Builder::new().stack_size(crate::train::STACK).spawn_scoped(scope, work);
+        thread.map_err(|source| TrainError::Io { path: "a thread".into(), source })?.join().map_err(|_| TrainError::Thread)?
+    })?;
+    let step = began.elapsed();
+    let training = step.saturating_mul(u32::try_from(steps).unwrap_or(u32::MAX));
+    let parameters = model.parameters().elements() as u64;
+    Ok(Estimate { parameters, steps, step, preparation: Duration::ZERO, training, peak_memory: peak_memory() })
 }
 
 /// The resident set's high-water mark, as Linux tells it.

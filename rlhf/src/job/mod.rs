@@ -6,6 +6,8 @@
 
 mod error;
 mod estimate;
+mod head;
+mod online;
 mod rows;
 mod run;
 mod spec;
@@ -14,7 +16,7 @@ mod tests;
 
 pub use error::JobError;
 pub use estimate::Estimate;
+pub use head::reward_model;
 pub use rows::Rows;
-pub(crate) use run::HEAD;
 pub use run::{ADAPTER, Finished, Job, LINEAGE, Prepared};
 pub use spec::{Base, Lora, Spec};

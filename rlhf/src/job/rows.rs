@@ -5,8 +5,9 @@ use std::path::Path;
 
 use super::{JobError, Spec};
 use crate::dataset::import::{BadLines, Input};
-use crate::dataset::{Datasets, Row, StoredRow};
+use crate::dataset::{Datasets, Example, Message, Origin, Row, StoredRow};
 use crate::quality::{Keep, Split, by_prompt_cluster};
+use crate::train::{Question, questions, read_questions};
 
 /// The rows of a training.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -15,6 +16,10 @@ pub struct Rows {
     pub train: Vec<Row>,
     /// To evaluate on.
     pub held_out: Vec<Row>,
+    /// What methods that sample ask: the rows' prompts, or those of a file of prompts.
+    pub questions: Vec<Question>,
+    /// What they are evaluated on.
+    pub held_out_questions: Vec<Question>,
     /// Left out because the quality report drops them.
     pub dropped: usize,
     /// `NAME@VERSION` of the snapshot, or the name of the file.
@@ -27,6 +32,10 @@ impl Rows {
     /// Reads them. `datasets` is where snapshots are; files need none.
     pub async fn read(spec: &Spec, datasets: Option<&Datasets>) -> Result<Self, JobError> {
         let mut rows = Self::default();
+        if let (true, Some(path)) = (spec.config.method.samples(), &spec.train_file) {
+            rows.ask(path, spec)?;
+            return Ok(rows);
+        }
         match (&spec.dataset, &spec.train_file) {
             (Some(name), _) => {
                 let fix = || "needs the store that keeps it; use a train_file without one".to_owned();
@@ -42,8 +51,12 @@ impl Rows {
         }
         if let Some(path) = &spec.held_out_file {
             // Whatever part a line says that it belongs to: this file is for evaluation.
-            let found = file(path).await?;
-            rows.held_out.extend(found.into_iter().map(|stored| stored.row));
+            if spec.config.method.samples() {
+                rows.held_out_questions = read_questions(path)?;
+            } else {
+                let found = file(path).await?;
+                rows.held_out.extend(found.into_iter().map(|stored| stored.row));
+            }
         }
         if spec.held_out_share > 0.0 && rows.held_out.is_empty() {
             let parts = by_prompt_cluster(&rows.train, spec.held_out_share, spec.config.seed);
@@ -52,7 +65,34 @@ impl Rows {
             rows.train = train.into_iter().map(|(row, _)| row).collect();
             rows.held_out = held_out.into_iter().map(|(row, _)| row).collect();
         }
+        if spec.config.method.samples() {
+            rows.questions = questions(&rows.train);
+            rows.held_out_questions.extend(questions(&rows.held_out));
+        }
         Ok(rows)
+    }
+
+    /// The prompts of a file.
+    fn ask(&mut self, path: &Path, spec: &Spec) -> Result<(), JobError> {
+        self.source = Input::at(&path.to_string_lossy(), None)?.name();
+        self.questions = read_questions(path)?;
+        if let Some(path) = &spec.held_out_file {
+            self.held_out_questions = read_questions(path)?;
+        }
+        if spec.held_out_share > 0.0 {
+            // Alike prompts are told by their text, and a prompt alone is a row without an answer.
+            let row = |question: &Question| {
+                let (prompt, completion) = (question.messages.clone(), vec![Message::assistant("")]);
+                Row::new(Example::Demonstration { prompt, completion }, Origin::default())
+            };
+            let rows: Vec<Row> = self.questions.iter().map(row).collect();
+            let parts = by_prompt_cluster(&rows, spec.held_out_share, spec.config.seed);
+            let (held_out, train): (Vec<_>, Vec<_>) =
+                self.questions.drain(..).zip(parts).partition(|(_, part)| *part == Split::HeldOut);
+            self.questions = train.into_iter().map(|(question, _)| question).collect();
+            self.held_out_questions = held_out.into_iter().map(|(question, _)| question).collect();
+        }
+        Ok(())
     }
 
     /// All rows of a file that nobody trained on, and its name.

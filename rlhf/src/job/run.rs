@@ -7,36 +7,36 @@ use serde_json::{Value, json};
 use tidemill_engine::{Adapter, ModelFiles};
 
 use super::estimate::{self, Estimate};
-use super::{JobError, Rows, Spec};
+use super::{JobError, Rows, Spec, head, online};
 use crate::collate::{Encoded, Encoder};
 use crate::dataset::Row;
 use crate::durable;
 use crate::model::{Model, ModelOptions};
-use crate::tensors;
-use crate::train::{Control, Ending, LOG, Offline, Outcome, Progress, TrainError, train};
+use crate::train::{self, Control, Ending, Head, LOG, Offline, Outcome, Progress, Prompt, train};
 
 /// The folder of the finished adapter.
 pub const ADAPTER: &str = "adapter";
 /// What it was made of.
 pub const LINEAGE: &str = "lineage.json";
-/// The head of a reward model, beside its adapter.
-pub(crate) const HEAD: &str = "head.safetensors";
 
 /// A model and rows as tokens: everything that is needed to train.
 pub struct Job {
-    spec: Spec,
-    files: Arc<ModelFiles>,
+    pub(super) spec: Spec,
+    pub(super) files: Arc<ModelFiles>,
     rows: Rows,
     train: Encoded,
     held_out: Encoded,
+    /// Of methods that sample.
+    pub(super) prompts: Vec<Prompt>,
+    pub(super) held_out_prompts: Vec<Prompt>,
 }
 
 /// What a training will compute.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Prepared {
-    /// Samples to learn.
+    /// Samples to learn; of methods that sample, prompts.
     pub train: usize,
-    /// Samples to evaluate on.
+    /// Samples or prompts to evaluate on.
     pub held_out: usize,
     /// Samples that were cut to the greatest length.
     pub truncated: usize,
@@ -66,28 +66,42 @@ impl Job {
         let files = Arc::new(ModelFiles::open(&spec.base.path)?);
         let template = files.chat_template().ok_or_else(|| JobError::Template(spec.base.name.clone()))?;
         let encoder = Encoder::new(template, files.tokenizer(), spec.config.encoding());
+        if spec.config.method.samples() {
+            let longest = online::longest_prompt(&spec.config, files.config().max_positions)?;
+            let (prompts, mut dropped) = train::encode(&encoder, rows.questions.clone(), Some(longest));
+            let (held_out_prompts, others) = train::encode(&encoder, rows.held_out_questions.clone(), Some(longest));
+            dropped.extend(others);
+            let (train, held_out) = (Encoded { dropped, ..Encoded::default() }, Encoded::default());
+            return Ok(Self { spec, files, rows, train, held_out, prompts, held_out_prompts });
+        }
         let encode = |rows: &[Row]| encoder.rows(rows, spec.config.teaches());
         let (train, held_out) = (encode(&rows.train), encode(&rows.held_out));
-        Ok(Self { spec, files, rows, train, held_out })
+        Ok(Self { spec, files, rows, train, held_out, prompts: Vec::new(), held_out_prompts: Vec::new() })
     }
 
     /// What it will compute.
     pub fn prepared(&self) -> Prepared {
         let whole =
             Encoded { dropped: [self.train.dropped.clone(), self.held_out.dropped.clone()].concat(), ..Encoded::default() };
-        let tokens = |encoded: &Encoded| encoded.samples.iter().map(|sample| sample.tokens() as u64).sum();
+        let tokens = |encoded: &Encoded| -> u64 { encoded.samples.iter().map(|sample| sample.tokens() as u64).sum() };
+        let steps = match (self.spec.config.reinforcement(), self.train.samples.len()) {
+            (Ok(told), _) => online::steps(&self.spec.config, &told, self.prompts.len()),
+            (Err(_), 0) => 0,
+            (Err(_), samples) => self.spec.config.plan(samples).steps(),
+        };
+        let asked: u64 = self.prompts.iter().map(|prompt| prompt.tokens.len() as u64).sum();
         Prepared {
-            train: self.train.samples.len(),
-            held_out: self.held_out.samples.len(),
+            train: self.train.samples.len() + self.prompts.len(),
+            held_out: self.held_out.samples.len() + self.held_out_prompts.len(),
             truncated: self.train.truncated + self.held_out.truncated,
             dropped_by_report: self.rows.dropped,
             left_out: whole.reasons(),
-            steps: if self.train.samples.is_empty() { 0 } else { self.spec.config.plan(self.train.samples.len()).steps() },
-            tokens: tokens(&self.train),
+            steps,
+            tokens: tokens(&self.train) + asked,
         }
     }
 
-    fn model(&self) -> Result<Model, JobError> {
+    pub(super) fn model(&self) -> Result<Model, JobError> {
         let Spec { lora, adapter, threads, precision, recompute, config, .. } = &self.spec;
         let options = ModelOptions { threads: *threads, precision: *precision, recompute: *recompute };
         let lora = lora.config()?;
@@ -105,6 +119,10 @@ impl Job {
     /// Measures one step, and says what the whole will take. Trains nothing.
     pub fn estimate(&self) -> Result<Estimate, JobError> {
         let model = self.model()?;
+        if self.spec.config.method.samples() {
+            let mut trainer = self.online(&model)?;
+            return Ok(estimate::sampled(&model, &mut trainer)?);
+        }
         Ok(estimate::measure(&model, &self.spec.config, self.train.samples.clone())?)
     }
 
@@ -118,24 +136,39 @@ impl Job {
     ) -> Result<(Outcome, Option<Finished>), JobError> {
         let model = self.model()?;
         let config = &self.spec.config;
+        if config.method.samples() {
+            let mut trainer = self.online(&model)?;
+            let outcome = train(&model, &mut trainer, config, folder, watch)?;
+            return self.finish(folder, &model, outcome, None, (0.0, 0.0));
+        }
         let (train_samples, held_out) = (self.train.samples.clone(), self.held_out.samples.clone());
         let cache = folder.join("reference");
         let mut trainer = Offline::new(&model, config, train_samples, held_out, Some(&cache), prepare)?;
         let outcome = train(&model, &mut trainer, config, folder, watch)?;
+        self.finish(folder, &model, outcome, trainer.head(), trainer.largest_shares())
+    }
+
+    /// Writes the adapter and what it was made of, unless the training can go on.
+    fn finish(
+        &self,
+        folder: &Path,
+        model: &Model,
+        outcome: Outcome,
+        trained: Option<&Head>,
+        shares: (f64, f64),
+    ) -> Result<(Outcome, Option<Finished>), JobError> {
         if outcome.ending == Ending::Stopped {
             return Ok((outcome, None));
         }
         let adapter = model.adapter(&self.spec.base.name)?;
         let place = folder.join(ADAPTER);
         adapter.write(&place)?;
-        if let Some(head) = trainer.head() {
-            let values = head.weight.values().map_err(TrainError::from)?;
-            let bytes = tensors::write([(head.weight.name.clone(), values.as_slice())]).map_err(TrainError::from)?;
-            durable::replace(&place.join(HEAD), &bytes).map_err(JobError::io(&place))?;
+        if let Some(trained) = trained {
+            head::write(trained, &place)?;
         }
         let digest: String = adapter.digest().iter().map(|byte| format!("{byte:02x}")).collect();
         let evaluated = last_evaluation(&folder.join(LOG))?;
-        let lineage = self.lineage(&model, &outcome, &evaluated, trainer.largest_shares());
+        let lineage = self.lineage(model, &outcome, &evaluated, shares);
         let path = folder.join(LINEAGE);
         durable::replace(&path, format!("{lineage:#}\n").as_bytes()).map_err(JobError::io(&path))?;
         tracing::info!(digest, "the adapter is finished");
@@ -151,8 +184,8 @@ impl Job {
             "data": {
                 "source": self.rows.source,
                 "content_hash": self.rows.content_hash,
-                "train": self.train.samples.len(),
-                "held_out": self.held_out.samples.len(),
+                "train": self.train.samples.len() + self.prompts.len(),
+                "held_out": self.held_out.samples.len() + self.held_out_prompts.len(),
                 "raters": raters,
                 "largest_rater_share": shares.0,
                 "largest_user_share": shares.1,
@@ -172,5 +205,5 @@ impl Job {
 fn last_evaluation(path: &Path) -> Result<Value, JobError> {
     let text = std::fs::read_to_string(path).map_err(JobError::io(path))?;
     let lines = text.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    Ok(lines.into_iter().find(|line| line.get("eval_loss").is_some()).unwrap_or_default())
+    Ok(lines.into_iter().find(|line| line.get("eval_loss").or(line.get("eval_reward")).is_some()).unwrap_or_default())
 }

@@ -25,7 +25,7 @@ pub struct Spec {
     /// Train on a snapshot that failed its quality report.
     #[serde(default)]
     pub despite_report: bool,
-    /// Rows as JSONL, Parquet or a Delta table.
+    /// Rows as JSONL, Parquet or a Delta table. Methods that sample take a JSONL file of prompts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub train_file: Option<PathBuf>,
     /// Rows that are evaluated on and never learnt.
@@ -145,7 +145,7 @@ impl Spec {
 
     /// Checks what can be known without opening anything.
     pub fn check(&self) -> Result<(), JobError> {
-        self.config.objective()?;
+        self.config.check()?;
         self.lora.config()?;
         if self.dataset.is_some() == self.train_file.is_some() {
             return Err(JobError::Spec { field: "dataset", fix: "name a dataset or a train_file, one of them".to_owned() });

@@ -155,3 +155,131 @@ async fn what_cannot_be_trained_is_refused_by_name() {
     let error = job.train(&place.path().join("x"), &mut |_, _| {}, &mut |_| Control::Continue).unwrap_err();
     assert!(matches!(error, JobError::Train(TrainError::Data(_))), "{error}");
 }
+
+/// A file of prompts, and rewards that only some answers of the tiny model get.
+fn sampled(folder: &Path, method: &str, rewards: Value) -> Spec {
+    let prompts = folder.join("prompts.jsonl");
+    let lines: Vec<String> = (0..8)
+        .map(|index| json!({ "prompt": format!("Question number {index} is which?"), "answer": "a" }).to_string())
+        .collect();
+    fs::write(&prompts, lines.join("\n")).unwrap();
+    let config = json!({
+        "method": method, "learning_rate": 1e-3, "per_device_train_batch_size": 8, "max_steps": 2, "logging_steps": 1, "save_steps": 1,
+        "max_completion_length": 8, "reward_funcs": rewards,
+    });
+    let spec = json!({
+        "base": base(), "train_file": prompts, "held_out_share": 0.25, "config": config,
+        "lora": { "r": 4, "target_modules": ["v_proj", "down_proj"] }, "threads": 1,
+    });
+    serde_json::from_value(spec).unwrap()
+}
+
+#[tokio::test]
+async fn methods_that_sample_ask_a_files_prompts_and_are_rewarded_by_functions_and_models() {
+    let place = tempfile::tempdir().unwrap();
+    let folder = |name: &str| place.path().join(name);
+    run(&job(spec(place.path(), "reward")).await, &folder("reward"), u64::MAX);
+    let rewards = json!([
+        { "type": "length", "unit": "characters", "max": 5 },
+        { "name": "judge", "type": "reward_model", "path": folder("reward").join(ADAPTER) },
+    ]);
+    for method in ["grpo", "rloo", "ppo"] {
+        let job = job(sampled(place.path(), method, rewards.clone())).await;
+        let prepared = job.prepared();
+        assert_eq!((prepared.train + prepared.held_out, prepared.steps), (8, 2), "{method}");
+        assert!(prepared.held_out >= 1 && prepared.tokens > 0);
+        let (whole, broken) = (folder(method), folder(&format!("{method}-broken")));
+        let finished = run(&job, &whole, u64::MAX).1.unwrap();
+        assert_eq!(run(&job, &broken, 1), (Ending::Stopped, None));
+        assert_eq!(run(&job, &broken, u64::MAX).1.unwrap().digest, finished.digest, "{method}");
+        let log = fs::read_to_string(whole.join("metrics.jsonl")).unwrap();
+        let first: Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
+        for name in ["reward", "rewards/length/mean", "rewards/judge/mean", "completions/mean_length"] {
+            assert!(first[name].is_f64(), "{method}: {name} is not in {first}");
+        }
+        let lineage: Value = serde_json::from_slice(&fs::read(whole.join(LINEAGE)).unwrap()).unwrap();
+        assert_eq!((&lineage["data"]["source"], &lineage["data"]["train"]), (&json!("prompts.jsonl"), &json!(prepared.train)));
+        assert!(lineage["metrics"]["eval_reward"].is_f64(), "{lineage}");
+    }
+    let grpo = sampled(place.path(), "grpo", rewards);
+    let estimate = job(grpo.clone()).await.estimate().unwrap();
+    assert!(estimate.steps == 2 && !estimate.step.is_zero(), "{estimate:?}");
+
+    // The prompts of rows that hold answers, too.
+    let rows = Rows::read(&Spec { train_file: Some(pairs(place.path())), ..grpo.clone() }, None).await.unwrap();
+    assert_eq!(rows.questions.len() + rows.held_out_questions.len(), 12);
+    assert!(rows.train.is_empty());
+
+    let mut long = grpo.clone();
+    long.config.max_completion_length = Some(5000);
+    let rows = Rows::read(&long, None).await.unwrap();
+    let error = Job::open(long, rows).err().unwrap().to_string();
+    assert!(error.contains("max_completion_length is 5000, and with a prompt no more than"), "{error}");
+    let gone = json!([{ "type": "reward_model", "path": folder("nowhere") }]);
+    let error = job(sampled(place.path(), "grpo", gone)).await.train(&folder("gone"), &mut |_, _| {}, &mut |_| Control::Continue);
+    assert!(error.unwrap_err().to_string().starts_with("the reward model in "));
+}
+
+/// Teaches the model that `TIDEMILL_TEST_MODEL` names to answer in JSON, and prints how that goes. Takes minutes; where
+/// `TIDEMILL_TEST_TRAIN_OUT` names a folder, what came of it stays there.
+#[tokio::test]
+#[ignore = "a demonstration: minutes of computing"]
+async fn the_default_model_learns_to_answer_in_json() {
+    let Some(model) = std::env::var_os("TIDEMILL_TEST_MODEL").map(PathBuf::from) else {
+        println!("left out: TIDEMILL_TEST_MODEL is not set; `make test` sets it");
+        return;
+    };
+    let place = tempfile::tempdir().unwrap();
+    let out = std::env::var_os("TIDEMILL_TEST_TRAIN_OUT").map_or_else(|| place.path().join("out"), PathBuf::from);
+    let things = ["person", "book", "city", "animal", "recipe", "car", "film", "song", "country", "planet", "plant", "computer"];
+    let lines: Vec<String> = things
+        .iter()
+        .map(|thing| json!({ "prompt": format!("Describe a {thing} as a JSON object with three keys. Answer with the JSON object only.") }))
+        .map(|line| line.to_string())
+        .collect();
+    let prompts = place.path().join("prompts.jsonl");
+    fs::write(&prompts, lines.join("\n")).unwrap();
+    let steps: i64 = std::env::var("TIDEMILL_TEST_TRAIN_STEPS").ok().map_or(40, |steps| steps.parse().unwrap());
+    let config = json!({
+        "method": "grpo", "learning_rate": 3e-4, "lr_scheduler_type": "constant", "per_device_train_batch_size": 16, "max_steps": steps,
+        "logging_steps": 1, "save_steps": 20, "max_completion_length": 64,
+        "reward_funcs": [
+            { "type": "json" }, { "name": "opens", "type": "regex", "pattern": "^\\{" }, { "name": "closes", "type": "regex", "pattern": "\\}$" },
+        ],
+        "reward_weights": [1.0, 0.25, 0.25],
+    });
+    let spec: Spec = serde_json::from_value(json!({
+        "base": { "name": "default", "path": model }, "train_file": prompts, "config": config,
+    }))
+    .unwrap();
+    let job = job(spec).await;
+    let began = std::time::Instant::now();
+    let mut json = Vec::new();
+    let (_, finished) = job
+        .train(&out, &mut |_, _| {}, &mut |progress| {
+            let of = |name: &str| progress.metrics.get(name).copied().unwrap_or(f64::NAN);
+            json.push(of("rewards/json/mean"));
+            println!(
+                "step {} of {}: json {:.3} reward {:.3} std {:.3} length {:.1} cut off {:.2} difference {:.4} ratio {:.3} capped {:.3} entropy {:.2} after {:.0} s",
+                progress.step,
+                progress.steps,
+                of("rewards/json/mean"),
+                of("reward"),
+                of("reward_std"),
+                of("completions/mean_length"),
+                of("completions/clipped_ratio"),
+                of("sampling/sampling_logp_difference/mean"),
+                of("sampling/importance_sampling_ratio/mean"),
+                of("sampling/importance_sampling_ratio/capped"),
+                of("entropy"),
+                began.elapsed().as_secs_f64(),
+            );
+            Control::Continue
+        })
+        .unwrap();
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+    let quarter = json.len() / 4;
+    let (before, after) = (mean(&json[..quarter]), mean(&json[json.len() - quarter..]));
+    println!("valid JSON: {before:.3} in the first quarter, {after:.3} in the last; {}", finished.unwrap().digest);
+    assert!(after > before + 0.2, "{before} to {after}");
+}

@@ -143,6 +143,26 @@ fn a_sequence_far_off_policy_counts_for_nothing() {
 }
 
 #[test]
+fn whitened_values_have_deviation_1_and_keep_their_mean_when_told_so() {
+    let values = [1.0, 2.0, 4.0, 5.0];
+    assert!((advantage::deviation(&values) - (10.0f64 / 3.0).sqrt()).abs() < 1e-12);
+    for (shift, expected) in [(true, 0.0), (false, 3.0)] {
+        let white = advantage::whiten(&values, shift);
+        close(white.iter().sum::<f64>() / 4.0, expected, 1e-9);
+        close(advantage::deviation(&white), 1.0, 1e-8);
+    }
+    // Of equal values nothing is made.
+    assert_eq!(advantage::whiten(&[2.0, 2.0], true), [0.0, 0.0]);
+    assert_eq!(advantage::deviation(&[3.0]), 0.0);
+}
+
+#[test]
+fn a_truncated_ratio_stays_at_its_cap() {
+    close(advantage::truncated_weight(-10.0, -10.5, 3.0), 0.5f64.exp(), 1e-12);
+    assert_eq!(advantage::truncated_weight(-10.0, -20.0, 3.0), 3.0);
+}
+
+#[test]
 fn the_price_of_divergence_follows_its_target() {
     let mut price = AdaptiveKl { coefficient: 0.05, target: 6.0, horizon: 10_000.0 };
     // Twice the target, clipped at +0.2: ·(1 + 0.2·64/10000).

@@ -206,15 +206,28 @@ impl Model {
 
     /// `[labels]` log-probabilities, f32.
     pub fn log_probs(&self, batch: &Packed, pass: Pass) -> Result<Tensor, ModelError> {
+        Ok(self.log_probs_and_hidden(batch, &[], pass)?.0)
+    }
+
+    /// Log-probabilities of the labels and states of rows, for the cost of one.
+    pub fn log_probs_and_hidden(&self, batch: &Packed, rows: &[u32], pass: Pass) -> Result<(Tensor, Tensor), ModelError> {
         let vocabulary = self.files.config().vocabulary;
         if let Some(label) = batch.labels.iter().find(|label| label.token as usize >= vocabulary) {
             return Err(ModelError::Token { token: label.token, vocabulary });
         }
-        if batch.labels.is_empty() {
-            return Ok(Tensor::zeros(0, DType::F32, &Device::Cpu)?);
+        let picked: Vec<u32> = batch.labels.iter().map(|label| label.row).chain(rows.iter().copied()).collect();
+        let labels = batch.labels.len();
+        if picked.is_empty() {
+            return Ok((
+                Tensor::zeros(0, DType::F32, &Device::Cpu)?,
+                Tensor::zeros((0, self.files.config().hidden), DType::F32, &Device::Cpu)?,
+            ));
         }
-        let picked: Vec<u32> = batch.labels.iter().map(|label| label.row).collect();
-        let hidden = self.hidden(batch, &picked, pass)?;
+        let both = self.hidden(batch, &picked, pass)?;
+        let hidden = if rows.is_empty() { both.clone() } else { both.narrow(0, 0, labels)? };
+        if labels == 0 {
+            return Ok((Tensor::zeros(0, DType::F32, &Device::Cpu)?, both));
+        }
         let op = LogProbsOp {
             files: Arc::clone(&self.files),
             workshop: Arc::clone(&self.workshop),
@@ -222,7 +235,8 @@ impl Model {
             scale: 1.0 / pass.temperature,
             lse: Mutex::default(),
         };
-        Ok(if hidden.track_op() { hidden.apply_op1(op)? } else { hidden.apply_op1_no_bwd(&op)? })
+        let log_probs = if hidden.track_op() { hidden.apply_op1(op)? } else { hidden.apply_op1_no_bwd(&op)? };
+        Ok((log_probs, both.narrow(0, labels, rows.len())?))
     }
 
     /// `[rows.len(), hidden]` states behind the final norm of the rows asked for, f32: what value and reward heads read.

@@ -5,14 +5,23 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+mod check;
+mod defaults;
+mod online;
+#[cfg(test)]
+mod tests;
+
+pub use online::{Advantages, Algorithm, Correction, CorrectionMode, Draw, Reinforcement, RewardScale};
+
 use super::TrainError;
 use crate::{
     collate::{Caps, EncodeOptions, Plan, Teaches, Truncation},
     loss::PairLoss,
     optimizer::{AdamW, Schedule, SchedulerType},
+    reward::RewardFunction,
 };
 
-/// The trainers that learn from a dataset.
+/// The trainers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Method {
@@ -28,9 +37,22 @@ pub enum Method {
     Orpo,
     /// Comparison by mean log-probabilities, without a reference.
     Simpo,
+    /// Answers that the model samples are compared with others to the same prompt by their rewards, whole answers at a time.
+    Rloo,
+    /// The same by rewards relative to their group, token by token.
+    Grpo,
+    /// The same with a learnt estimate of what rewards to expect.
+    Ppo,
 }
 
-/// DPO's losses, under TRL's names.
+impl Method {
+    /// Whether it learns from answers that the model samples while it is trained, not from a dataset's.
+    pub fn samples(self) -> bool {
+        matches!(self, Self::Rloo | Self::Grpo | Self::Ppo)
+    }
+}
+
+/// DPO's and GRPO's losses, under TRL's names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LossType {
@@ -47,6 +69,13 @@ pub enum LossType {
     SigmoidNorm,
     /// Anchored: raises the chosen and lowers the rejected answer, each by itself.
     ApoZero,
+    /// GRPO: every token of the step counts alike. Its default. Over a whole step TRL's `bnpo` is the same.
+    #[serde(alias = "bnpo")]
+    Dapo,
+    /// GRPO: every answer counts alike, however long.
+    Grpo,
+    /// GRPO: every token counts one part of `max_completion_length`, whatever the answers' lengths.
+    DrGrpo,
 }
 
 /// Everything that a training is told. Fields that only some methods use are refused by the others.
@@ -56,7 +85,7 @@ pub struct TrainConfig {
     /// Which trainer.
     pub method: Method,
 
-    /// Peak learning rate. Default: sft 2e-5, reward 1e-4, the others 1e-6.
+    /// Peak learning rate. Default: sft 2e-5, reward 1e-4, ppo 3e-6, the others 1e-6.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
     /// How the learning rate changes over the steps.
@@ -84,7 +113,7 @@ pub struct TrainConfig {
     #[serde(default = "defaults::max_grad_norm")]
     pub max_grad_norm: f64,
 
-    /// Rows of a batch. A step takes this times `gradient_accumulation_steps`; how many are computed at once is up to
+    /// Rows of a batch; of methods that sample, answers. A step takes this times `gradient_accumulation_steps`; how many are computed at once is up to
     /// `tokens_per_batch` and changes nothing but memory and speed.
     #[serde(default = "defaults::per_device_train_batch_size")]
     pub per_device_train_batch_size: usize,
@@ -107,7 +136,7 @@ pub struct TrainConfig {
     #[serde(default = "defaults::yes")]
     pub shuffle: bool,
 
-    /// Most tokens of a prompt with a completion; null for no limit.
+    /// Most tokens of a prompt with a completion; null for no limit. Methods that sample leave out prompts that would not fit.
     #[serde(default = "defaults::max_length")]
     pub max_length: Option<usize>,
     /// What gives way above it.
@@ -135,7 +164,7 @@ pub struct TrainConfig {
     /// Go back to the best checkpoint in the end.
     #[serde(default)]
     pub load_best_model_at_end: bool,
-    /// The metric of the evaluation that says which is best.
+    /// The metric of the evaluation that says which is best. Methods that sample take `eval_reward` where this is `eval_loss`.
     #[serde(default = "defaults::metric_for_best_model")]
     pub metric_for_best_model: String,
     /// Whether more of it is better. Default: not for a loss, otherwise yes.
@@ -149,10 +178,11 @@ pub struct TrainConfig {
     pub early_stopping_threshold: f64,
 
     /// dpo, kto, orpo: how strongly the policy is held to the reference, or the weight of the comparison; default 0.1. simpo: the scale
-    /// of rewards; default 2.
+    /// of rewards; default 2. rloo: price of divergence from the reference within the reward; default 0.05. grpo: its price in the loss;
+    /// default 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub beta: Option<f64>,
-    /// dpo: which loss; default sigmoid.
+    /// dpo: which loss; default sigmoid. grpo: default dapo.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_type: Option<LossType>,
     /// dpo with sigmoid or robust: share of labels taken to be wrong, below 0.5; default 0.
@@ -180,6 +210,95 @@ pub struct TrainConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub assistant_only_loss: Option<bool>,
 
+    /// rloo, grpo, ppo: what answers are rewarded for; at least one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reward_funcs: Vec<RewardFunction>,
+    /// rloo, grpo, ppo: factor of each reward in the sum; default 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reward_weights: Option<Vec<f64>>,
+    /// rloo, grpo: answers to each prompt, which are compared with one another; default 2 and 8. It divides the answers of a step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub num_generations: Option<usize>,
+    /// rloo, grpo, ppo: most tokens of an answer; default 256.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_completion_length: Option<usize>,
+    /// rloo, grpo, ppo: of sampling, and of the policy whose log-probabilities are taken; default 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<f64>,
+    /// rloo, grpo, ppo: sample among the likeliest tokens that have this much of the probability; default 1, off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top_p: Option<f64>,
+    /// rloo, grpo, ppo: sample among so many likeliest tokens; default 0, off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<u32>,
+    /// rloo, grpo, ppo: sample among tokens at least so likely as this share of the likeliest; default 0, off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_p: Option<f64>,
+    /// rloo, grpo: steps that learn from the same answers; default 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub num_iterations: Option<usize>,
+    /// rloo, grpo: how far below 1 the ratio of new to old probability may go before it earns nothing more; default 0.2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epsilon: Option<f64>,
+    /// rloo, grpo: how far above 1; default `epsilon`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epsilon_high: Option<f64>,
+    /// grpo: what advantages are divided by: the deviation of rewards in the group, over the whole step, or nothing. Default group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale_rewards: Option<RewardScale>,
+    /// rloo: shift and scale advantages over the step to mean 0 and deviation 1; default false.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub normalize_advantages: Option<bool>,
+    /// grpo: learn nothing from answers that were cut off; default false.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask_truncated_completions: Option<bool>,
+    /// rloo, grpo, ppo: weigh answers by how likely the trainer finds them beside the sampler, whose arithmetic differs a little; default
+    /// true.
+    #[serde(default, alias = "vllm_importance_sampling_correction", skip_serializing_if = "Option::is_none")]
+    pub importance_sampling_correction: Option<bool>,
+    /// How it weighs. Default: rloo sequence_truncate, grpo sequence_mask, ppo token_truncate.
+    #[serde(default, alias = "vllm_importance_sampling_mode", skip_serializing_if = "Option::is_none")]
+    pub importance_sampling_mode: Option<CorrectionMode>,
+    /// The largest weight; default 3.
+    #[serde(default, alias = "vllm_importance_sampling_cap", skip_serializing_if = "Option::is_none")]
+    pub importance_sampling_cap: Option<f64>,
+    /// ppo: how often each batch of answers is learnt from; default 4.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub num_ppo_epochs: Option<usize>,
+    /// ppo: steps that such an epoch is cut into; default 1. So many times more answers are sampled at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub num_mini_batches: Option<usize>,
+    /// ppo: price of divergence from the reference, per nat; default 0.05.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl_coef: Option<f64>,
+    /// ppo: divergence per answer that the price aims at; without it the price stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl_target: Option<f64>,
+    /// ppo: answers over which the price follows; default 10000.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl_horizon: Option<f64>,
+    /// ppo: how far from 1 the ratio of new to old probability may go; default 0.2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cliprange: Option<f64>,
+    /// ppo: how far estimates of value may move from those the answers were sampled with; default 0.2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cliprange_value: Option<f64>,
+    /// ppo: weight of the values' loss; default 0.1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vf_coef: Option<f64>,
+    /// ppo: what a later reward is worth, per token; default 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gamma: Option<f64>,
+    /// ppo: how far advantages look ahead before they trust the values; default 0.95.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lam: Option<f64>,
+    /// ppo: scale rewards over the step to deviation 1; default false.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub whiten_rewards: Option<bool>,
+    /// ppo: taken off the reward of an answer that was cut off; default 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missing_eos_penalty: Option<f64>,
+
     /// Factor of rows by who judged them; 1 for those not named.
     #[serde(default)]
     pub rater_weights: BTreeMap<String, f64>,
@@ -192,54 +311,6 @@ pub struct TrainConfig {
     /// Largest share of the loss that one user may have; null for no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_user_share: Option<f64>,
-}
-
-mod defaults {
-    pub(super) fn adam_beta1() -> f64 {
-        0.9
-    }
-    pub(super) fn adam_beta2() -> f64 {
-        0.999
-    }
-    pub(super) fn adam_epsilon() -> f64 {
-        1e-8
-    }
-    pub(super) fn max_grad_norm() -> f64 {
-        1.0
-    }
-    pub(super) fn per_device_train_batch_size() -> usize {
-        8
-    }
-    pub(super) fn gradient_accumulation_steps() -> usize {
-        1
-    }
-    pub(super) fn tokens_per_batch() -> usize {
-        4096
-    }
-    pub(super) fn num_train_epochs() -> f64 {
-        3.0
-    }
-    pub(super) fn max_steps() -> i64 {
-        -1
-    }
-    pub(super) fn seed() -> u64 {
-        42
-    }
-    pub(super) fn yes() -> bool {
-        true
-    }
-    pub(super) fn max_length() -> Option<usize> {
-        Some(1024)
-    }
-    pub(super) fn logging_steps() -> u64 {
-        10
-    }
-    pub(super) fn save_steps() -> u64 {
-        500
-    }
-    pub(super) fn metric_for_best_model() -> String {
-        "eval_loss".to_owned()
-    }
 }
 
 /// What a step minimises, with its constants.
@@ -295,14 +366,13 @@ impl TrainConfig {
     /// Reads a configuration as JSON; the error names the field.
     pub fn from_json(value: Value) -> Result<Self, TrainError> {
         let config: Self = serde_json::from_value(value).map_err(|error| TrainError::Config(error.to_string()))?;
-        config.objective()?;
+        config.check()?;
         Ok(config)
     }
 
-    /// Checks every field, and says what is minimised.
+    /// Checks every field, and says what a method that learns from a dataset minimises.
     pub fn objective(&self) -> Result<Objective, TrainError> {
-        self.check_ranges()?;
-        self.check_belonging()?;
+        self.check_fields()?;
         let beta = |default: f64| self.beta.unwrap_or(default);
         Ok(match self.method {
             Method::Sft => Objective::Sft,
@@ -315,6 +385,11 @@ impl TrainConfig {
             },
             Method::Orpo => Objective::Orpo { beta: beta(0.1) },
             Method::Simpo => Objective::Simpo { beta: beta(2.0), gamma: self.simpo_gamma.unwrap_or(0.5) },
+            Method::Rloo | Method::Grpo | Method::Ppo => {
+                return Err(config(
+                    format!("{:?} samples its answers; it does not learn from a dataset's", self.method).to_lowercase(),
+                ));
+            }
         })
     }
 
@@ -328,6 +403,9 @@ impl TrainConfig {
             LossType::Ipo => PairLoss::Ipo,
             LossType::SigmoidNorm => PairLoss::SigmoidNorm,
             LossType::ApoZero => PairLoss::ApoZero,
+            LossType::Dapo | LossType::Grpo | LossType::DrGrpo => {
+                return Err(config("loss_type must be one of dpo's: sigmoid, hinge, ipo, robust, sigmoid_norm, apo_zero"));
+            }
         };
         if epsilon > 0.0 && plain != PairLoss::Sigmoid {
             return Err(config("label_smoothing is for loss_type sigmoid and robust; leave it out"));
@@ -335,91 +413,13 @@ impl TrainConfig {
         Ok(plain)
     }
 
-    fn check_ranges(&self) -> Result<(), TrainError> {
-        let positive = [
-            ("learning_rate", self.learning_rate()),
-            ("adam_epsilon", self.adam_epsilon),
-            ("num_train_epochs", self.num_train_epochs),
-            ("beta", self.beta.unwrap_or(1.0)),
-            ("per_device_train_batch_size", self.per_device_train_batch_size as f64),
-            ("gradient_accumulation_steps", self.gradient_accumulation_steps as f64),
-            ("tokens_per_batch", self.tokens_per_batch as f64),
-            ("logging_steps", self.logging_steps as f64),
-            ("save_steps", self.save_steps as f64),
-            ("eval_steps", self.eval_steps.unwrap_or(1) as f64),
-            ("save_total_limit", self.save_total_limit.unwrap_or(1) as f64),
-            ("early_stopping_patience", self.early_stopping_patience.unwrap_or(1) as f64),
-            ("max_rater_share", self.max_rater_share.unwrap_or(1.0)),
-            ("max_user_share", self.max_user_share.unwrap_or(1.0)),
-        ];
-        for (name, value) in positive {
-            if !(value.is_finite() && value > 0.0) {
-                return Err(config(format!("{name} must be above 0, it is {value}")));
-            }
-        }
-        let weights = [("rater_weights", &self.rater_weights), ("user_weights", &self.user_weights)];
-        let weights = weights.into_iter().flat_map(|(name, weights)| weights.values().map(move |weight| (name, *weight)));
-        let not_negative = [
-            ("weight_decay", self.weight_decay),
-            ("max_grad_norm", self.max_grad_norm),
-            ("early_stopping_threshold", self.early_stopping_threshold),
-            ("rpo_alpha", self.rpo_alpha.unwrap_or(0.0)),
-            ("desirable_weight", self.desirable_weight.unwrap_or(0.0)),
-            ("undesirable_weight", self.undesirable_weight.unwrap_or(0.0)),
-            ("simpo_gamma", self.simpo_gamma.unwrap_or(0.0)),
-            ("center_rewards_coefficient", self.center_rewards_coefficient.unwrap_or(0.0)),
-        ];
-        for (name, value) in not_negative.into_iter().chain(weights) {
-            if !(value.is_finite() && value >= 0.0) {
-                return Err(config(format!("{name} must be 0 or above, it is {value}")));
-            }
-        }
-        let below = [
-            ("adam_beta1", self.adam_beta1, 1.0),
-            ("adam_beta2", self.adam_beta2, 1.0),
-            ("warmup_ratio", self.warmup_ratio, 1.0),
-            ("label_smoothing", self.label_smoothing.unwrap_or(0.0), 0.5),
-        ];
-        for (name, value, limit) in below {
-            if !(0.0..limit).contains(&value) {
-                return Err(config(format!("{name} must be at least 0 and below {limit}, it is {value}")));
-            }
-        }
-        if self.max_length.is_some_and(|length| length < 2) {
-            return Err(config("max_length must leave room for a prompt and a completion: at least 2, or null"));
-        }
-        if self.max_steps < -1 || self.max_steps == 0 {
-            return Err(config(format!("max_steps must be above 0, or -1 for epochs; it is {}", self.max_steps)));
-        }
-        Ok(())
-    }
-
-    fn check_belonging(&self) -> Result<(), TrainError> {
-        use Method::{Dpo, Kto, Orpo, Reward, Sft, Simpo};
-        let fields: [(&str, bool, &[Method]); 10] = [
-            ("beta", self.beta.is_some(), &[Dpo, Kto, Orpo, Simpo]),
-            ("loss_type", self.loss_type.is_some(), &[Dpo]),
-            ("label_smoothing", self.label_smoothing.is_some(), &[Dpo]),
-            ("rpo_alpha", self.rpo_alpha.is_some(), &[Dpo]),
-            ("precompute_ref_log_probs", self.precompute_ref_log_probs.is_some(), &[Dpo, Kto]),
-            ("desirable_weight", self.desirable_weight.is_some(), &[Kto]),
-            ("undesirable_weight", self.undesirable_weight.is_some(), &[Kto]),
-            ("simpo_gamma", self.simpo_gamma.is_some(), &[Simpo]),
-            ("center_rewards_coefficient", self.center_rewards_coefficient.is_some(), &[Reward]),
-            ("assistant_only_loss", self.assistant_only_loss.is_some(), &[Sft]),
-        ];
-        match fields.into_iter().find(|(_, given, methods)| *given && !methods.contains(&self.method)) {
-            Some((name, ..)) => Err(config(format!("{name} is not used by {:?}; leave it out", self.method).to_lowercase())),
-            None => Ok(()),
-        }
-    }
-
     /// Peak learning rate.
     pub fn learning_rate(&self) -> f64 {
         self.learning_rate.unwrap_or(match self.method {
             Method::Sft => 2e-5,
             Method::Reward => 1e-4,
-            Method::Dpo | Method::Kto | Method::Orpo | Method::Simpo => 1e-6,
+            Method::Ppo => 3e-6,
+            Method::Dpo | Method::Kto | Method::Orpo | Method::Simpo | Method::Rloo | Method::Grpo => 1e-6,
         })
     }
 
@@ -428,9 +428,15 @@ impl TrainConfig {
         !self.disable_dropout.unwrap_or(self.method != Method::Sft)
     }
 
+    /// The metric that says which evaluation is best. What a method that samples minimises says little, so there it is the reward.
+    pub fn best_metric(&self) -> &str {
+        let by_default = self.method.samples() && self.metric_for_best_model == defaults::metric_for_best_model();
+        if by_default { "eval_reward" } else { &self.metric_for_best_model }
+    }
+
     /// Whether more of the metric is better.
     pub fn greater_is_better(&self) -> bool {
-        self.greater_is_better.unwrap_or(!self.metric_for_best_model.ends_with("loss"))
+        self.greater_is_better.unwrap_or(!self.best_metric().ends_with("loss"))
     }
 
     /// AdamW's constants.
@@ -466,10 +472,10 @@ impl TrainConfig {
         }
     }
 
-    /// What of the rows the method learns from.
+    /// What of the rows the method learns from; those that sample take the prompts of any.
     pub fn teaches(&self) -> Teaches {
         match self.method {
-            Method::Sft => Teaches::Imitation,
+            Method::Sft | Method::Rloo | Method::Grpo | Method::Ppo => Teaches::Imitation,
             Method::Kto => Teaches::Judgement,
             Method::Reward | Method::Dpo | Method::Orpo | Method::Simpo => Teaches::Comparison,
         }
@@ -488,76 +494,4 @@ impl TrainConfig {
 
 fn config(text: impl Into<String>) -> TrainError {
     TrainError::Config(text.into())
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    #[test]
-    fn a_method_alone_is_a_configuration_with_the_fields_own_defaults() {
-        let config = TrainConfig::from_json(json!({"method": "dpo"})).unwrap();
-        assert_eq!((config.learning_rate(), config.dropout(), config.max_length), (1e-6, false, Some(1024)));
-        let expected = Objective::Dpo { loss: PairLoss::Sigmoid, beta: 0.1, imitate: 0.0 };
-        assert_eq!(config.objective().unwrap(), expected);
-        assert_eq!(TrainConfig::new(Method::Dpo), config);
-        assert!(TrainConfig::new(Method::Sft).dropout());
-        let again = TrainConfig::from_json(serde_json::to_value(&config).unwrap()).unwrap();
-        assert_eq!(again, config);
-    }
-
-    #[test]
-    fn losses_have_trls_names() {
-        let loss = |name: &str, epsilon: f64| {
-            let fields = json!({"method": "dpo", "loss_type": name, "label_smoothing": epsilon});
-            match TrainConfig::from_json(fields).unwrap().objective().unwrap() {
-                Objective::Dpo { loss, .. } => loss,
-                other => panic!("{other:?}"),
-            }
-        };
-        assert_eq!(loss("sigmoid", 0.1), PairLoss::Conservative { epsilon: 0.1 });
-        assert_eq!(loss("robust", 0.1), PairLoss::Robust { epsilon: 0.1 });
-        let plain = [
-            ("hinge", PairLoss::Hinge),
-            ("ipo", PairLoss::Ipo),
-            ("sigmoid_norm", PairLoss::SigmoidNorm),
-            ("apo_zero", PairLoss::ApoZero),
-        ];
-        for (name, expected) in plain {
-            assert_eq!(loss(name, 0.0), expected);
-        }
-    }
-
-    #[test]
-    fn what_is_wrong_is_named() {
-        for (fields, expected) in [
-            (json!({"method": "dpo", "betta": 0.1}), "unknown field `betta`"),
-            (json!({"method": "ppo"}), "unknown variant `ppo`"),
-            (json!({"beta": 0.1}), "missing field `method`"),
-            (json!({"method": "sft", "beta": 0.1}), "beta is not used by sft; leave it out"),
-            (json!({"method": "dpo", "beta": 0}), "beta must be above 0, it is 0"),
-            (
-                json!({"method": "dpo", "loss_type": "ipo", "label_smoothing": 0.1}),
-                "label_smoothing is for loss_type sigmoid and robust",
-            ),
-            (json!({"method": "dpo", "label_smoothing": 0.5}), "label_smoothing must be at least 0 and below 0.5"),
-            (json!({"method": "sft", "max_steps": 0}), "max_steps must be above 0, or -1 for epochs"),
-            (json!({"method": "sft", "learning_rate": -1.0}), "learning_rate must be above 0"),
-            (json!({"method": "sft", "rater_weights": {"r": -1.0}}), "rater_weights must be 0 or above"),
-            (json!({"method": "sft", "max_length": 1}), "max_length must leave room"),
-        ] {
-            let error = TrainConfig::from_json(fields).unwrap_err().to_string();
-            assert!(error.contains(expected), "{error}");
-        }
-    }
-
-    #[test]
-    fn warm_up_is_given_in_steps_or_as_a_share() {
-        let mut config = TrainConfig { warmup_ratio: 0.1, ..TrainConfig::new(Method::Sft) };
-        assert_eq!(config.schedule(25).warmup, 3);
-        config.warmup_steps = 7;
-        assert_eq!(config.schedule(25).warmup, 7);
-    }
 }

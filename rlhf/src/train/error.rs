@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::{optimizer::StateError, tensors::TensorsError};
+use tidemill_engine::{AdapterRefused, SubmitError};
+
+use crate::{model::ModelError, optimizer::StateError, reward::RewardError, tensors::TensorsError};
 
 /// Each says what to do next.
 #[derive(Debug, thiserror::Error)]
@@ -46,9 +48,49 @@ pub enum TrainError {
     /// A checkpoint's content.
     #[error("a checkpoint cannot be read: {0}; remove it to go on from the one before")]
     Checkpoint(String),
+    /// Answers could not be judged.
+    #[error("{0}")]
+    Reward(Box<RewardError>),
+    /// What is trained could not be given to the engine that samples.
+    #[error("the engine that samples did not take the adapter: {0}")]
+    Publish(Box<AdapterRefused>),
+    /// The adapter could not be read off the model.
+    #[error("the adapter could not be read off the model: {0}")]
+    Adapter(Box<ModelError>),
+    /// The engine did not take a prompt.
+    #[error("the engine that samples refused a prompt: {0}")]
+    Submit(Box<SubmitError>),
+    /// The engine failed.
+    #[error("the engine that samples failed: {0}")]
+    Sample(String),
     /// The training's thread.
     #[error("the training stopped without a result; the log says why")]
     Thread,
+}
+
+// Boxed: an error is moved about more often than it is looked at.
+impl From<RewardError> for TrainError {
+    fn from(error: RewardError) -> Self {
+        Self::Reward(Box::new(error))
+    }
+}
+
+impl From<AdapterRefused> for TrainError {
+    fn from(error: AdapterRefused) -> Self {
+        Self::Publish(Box::new(error))
+    }
+}
+
+impl From<ModelError> for TrainError {
+    fn from(error: ModelError) -> Self {
+        Self::Adapter(Box::new(error))
+    }
+}
+
+impl From<SubmitError> for TrainError {
+    fn from(error: SubmitError) -> Self {
+        Self::Submit(Box::new(error))
+    }
 }
 
 impl From<StateError> for TrainError {

@@ -1,4 +1,5 @@
 //! Training: one loop for all methods ([`train`]), told by a [`TrainConfig`], fed by a [`Trainer`], over a model that is a [`Policy`].
+//! [`Offline`] learns from a dataset, [`Online`] from answers that the model samples while it is trained.
 //!
 //! A training lives in a folder: `metrics.jsonl`, checkpoints, `report.html`. Killed at any moment and started again with the same
 //! configuration, rows and model, it gives the same log and the same parameters, bit for bit, as one that was never killed: rows and
@@ -10,6 +11,7 @@ mod error;
 mod metrics;
 mod objective;
 mod offline;
+mod online;
 mod policy;
 mod reference;
 mod report;
@@ -18,10 +20,15 @@ mod run;
 mod tests;
 mod watch;
 
-pub use config::{LossType, Method, Objective, TrainConfig};
+pub use config::{
+    Advantages, Algorithm, Correction, CorrectionMode, Draw, LossType, Method, Objective, Reinforcement, RewardScale, TrainConfig,
+};
 pub use error::TrainError;
 pub use metrics::{Metrics, line};
 pub use offline::{Offline, OfflineBatch, Prepare};
+pub use online::{
+    Ask, Drawn, EngineSampler, Online, OnlineBatch, Prompt, Question, Sampler, encode, engine_for, questions, read_questions,
+};
 pub use policy::{Head, Pass, Policy};
 pub(crate) use reference::sums;
 pub use report::report;

@@ -24,6 +24,11 @@ pub trait Policy: Sync {
     /// Hidden states behind the last norm, `[rows, width]` f32.
     fn hidden(&self, batch: &Packed, rows: &[u32], pass: Pass) -> Result<Tensor>;
 
+    /// Both at once, for what costs one forward pass where a model shares it.
+    fn log_probs_and_hidden(&self, batch: &Packed, rows: &[u32], pass: Pass) -> Result<(Tensor, Tensor)> {
+        Ok((self.log_probs(batch, pass)?, self.hidden(batch, rows, pass)?))
+    }
+
     /// Width of a hidden state.
     fn width(&self) -> usize;
 }
@@ -45,12 +50,16 @@ impl Policy for Model {
         self.hidden(batch, rows, pass).map_err(Into::into)
     }
 
+    fn log_probs_and_hidden(&self, batch: &Packed, rows: &[u32], pass: Pass) -> Result<(Tensor, Tensor)> {
+        self.log_probs_and_hidden(batch, rows, pass).map_err(Into::into)
+    }
+
     fn width(&self) -> usize {
         self.files().config().hidden
     }
 }
 
-/// A linear function of a hidden state: the reward of a completion, read off its last token.
+/// A linear function of a hidden state: the reward of a completion, read off its last token, or the value of what stands so far.
 #[derive(Clone, Debug)]
 pub struct Head {
     /// `[width]`, named as transformers names it.
@@ -64,6 +73,12 @@ impl Head {
         let values: Vec<f32> = (0..width).map(|_| (0.02 * random.normal()) as f32).collect();
         let var = Var::from_vec(values, width, &candle_core::Device::Cpu)?;
         Ok(Self { weight: Parameter { name: "score.weight".to_owned(), var } })
+    }
+
+    /// One that says 0 of everything, under a name of its own: an estimate of value before anything was learnt.
+    pub fn zero(name: &str, width: usize) -> Result<Self> {
+        let var = Var::from_vec(vec![0f32; width], width, &candle_core::Device::Cpu)?;
+        Ok(Self { weight: Parameter { name: name.to_owned(), var } })
     }
 
     /// `[rows]` of hidden states `[rows, width]`.

@@ -11,13 +11,15 @@ use crate::quality::{
 };
 
 /// Curves that share a picture, most telling first. Others follow, each in its own.
-const GROUPS: [(&str, &[&str]); 9] = [
+const GROUPS: [(&str, &[&str]); 11] = [
+    ("Reward", &["reward", "eval_reward"]),
     ("Loss", &["loss", "eval_loss"]),
     ("Share of comparisons won", &["rewards/accuracies", "eval_rewards/accuracies"]),
     ("Rewards", &["rewards/chosen", "rewards/rejected", "eval_rewards/chosen", "eval_rewards/rejected"]),
     ("Margin of rewards", &["rewards/margins", "eval_rewards/margins"]),
     ("Log-probabilities", &["logps/chosen", "logps/rejected", "eval_logps/chosen", "eval_logps/rejected"]),
     ("Divergence from the reference", &["kl", "eval_kl"]),
+    ("Length of answers", &["completions/mean_length", "eval_completions/mean_length"]),
     ("Imitation", &["nll_loss", "eval_nll_loss"]),
     ("Length of the gradient", &["grad_norm"]),
     ("Learning rate", &["learning_rate"]),
@@ -49,10 +51,12 @@ pub fn report(config: &TrainConfig, log: &str) -> String {
     let percent = |value: f64| format!("{} %", number(100.0 * value));
     type Show<'a> = &'a dyn Fn(f64) -> String;
     let fine = |value: f64| format!("{value:.4}").replace('-', "−");
-    let tiles: [(&str, &str, Show<'_>); 7] = [
+    let tiles: [(&str, &str, Show<'_>); 9] = [
         ("steps", "step", &whole),
         ("epochs", "epoch", &number),
         ("tokens", "num_tokens", &whole),
+        ("reward", "reward", &fine),
+        ("held-out reward", "eval_reward", &fine),
         ("loss", "loss", &fine),
         ("held-out loss", "eval_loss", &fine),
         ("comparisons won", "rewards/accuracies", &percent),

@@ -56,6 +56,11 @@ pub trait Trainer: Send {
     /// A batch's part of the loss, a scalar; adds what else is measured.
     fn loss(&self, batch: &Self::Batch, model: &dyn Policy, pass: Pass, metrics: &mut Metrics) -> candle_core::Result<Tensor>;
 
+    /// What was measured since it was last asked, beside the losses.
+    fn measured(&mut self) -> Metrics {
+        Metrics::default()
+    }
+
     /// What it keeps from step to step and needs after a restart.
     fn state(&self) -> Value {
         Value::Null
@@ -130,6 +135,7 @@ fn run<T: Trainer>(
             run.optimizer.accumulate(&part.backward()?)?;
             run.state.tokens += T::tokens(batch);
         }
+        metrics.merge(&trainer.measured());
         run.check_finite(loss)?;
         let rate = config.learning_rate() * run.schedule.factor(step);
         let norm = run.optimizer.step(rate, Some(config.max_grad_norm).filter(|max| *max > 0.0))?;
@@ -145,8 +151,9 @@ fn run<T: Trainer>(
 
         if run.due(config.eval_steps.unwrap_or(trainer.steps_per_epoch())) {
             let batches = trainer.held_out(model)?;
-            if !batches.is_empty() {
-                let found = evaluate(trainer, model, &batches)?;
+            let measured = trainer.measured();
+            if !batches.is_empty() || measured != Metrics::default() {
+                let found = evaluate(trainer, model, &batches, measured)?;
                 let better = run.judge(config, &found)?;
                 if better {
                     run.save(config, trainer)?;
@@ -174,13 +181,19 @@ fn with(mut metrics: BTreeMap<String, f64>, more: &[(&str, f64)]) -> BTreeMap<St
 }
 
 /// Metrics over the held-out rows, their names beginning with `eval_`.
-fn evaluate<T: Trainer>(trainer: &T, model: &dyn Policy, batches: &[T::Batch]) -> Result<BTreeMap<String, f64>, TrainError> {
-    let mut metrics = Metrics::default();
+fn evaluate<T: Trainer>(
+    trainer: &T,
+    model: &dyn Policy,
+    batches: &[T::Batch],
+    mut metrics: Metrics,
+) -> Result<BTreeMap<String, f64>, TrainError> {
     let mut loss = 0.0;
     for batch in batches {
         loss += f64::from(trainer.loss(batch, model, Pass::EVALUATE, &mut metrics)?.to_scalar::<f32>()?);
     }
-    metrics.add("loss", loss, 1.0);
+    if !batches.is_empty() {
+        metrics.add("loss", loss, 1.0);
+    }
     Ok(metrics.means().into_iter().map(|(name, value)| (format!("eval_{name}"), value)).collect())
 }
 
@@ -218,7 +231,7 @@ struct Run {
 
 impl Run {
     fn open<T: Trainer>(model: &dyn Policy, trainer: &mut T, config: &TrainConfig, path: &Path) -> Result<Self, TrainError> {
-        config.objective()?;
+        config.check()?;
         let folder = Folder::open(path)?;
         let mut parameters = model.parameters().clone();
         for parameter in trainer.parameters() {
@@ -292,7 +305,7 @@ impl Run {
     /// Logs an evaluation; says whether it is the best so far, and ends the training when there was none for too long.
     fn judge(&mut self, config: &TrainConfig, found: &BTreeMap<String, f64>) -> Result<bool, TrainError> {
         self.append(found)?;
-        let name = &config.metric_for_best_model;
+        let name = config.best_metric();
         let prefixed = format!("eval_{name}");
         let Some(value) = found.get(name).or_else(|| found.get(&prefixed)) else {
             let known: Vec<&str> = found.keys().map(String::as_str).collect();

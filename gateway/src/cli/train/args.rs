@@ -13,13 +13,13 @@ use crate::config::{Config, Origin, model_spec};
 /// Train an adapter on a dataset.
 #[derive(Debug, clap::Args)]
 pub struct TrainArgs {
-    /// sft, reward, dpo, kto, orpo or simpo
+    /// sft, reward, dpo, kto, orpo or simpo; or, from answers sampled while training, rloo, grpo or ppo
     #[arg(required_unless_present = "job", value_parser = method)]
     method: Option<Method>,
     /// Snapshot to learn from: NAME (its newest) or NAME@VERSION
     #[arg(long, value_name = "DATASET", required_unless_present_any = ["file", "job"], conflicts_with = "file")]
     dataset: Option<String>,
-    /// Rows to learn from, as a file: JSONL (TRL, OpenAI), Parquet, or a Delta table
+    /// Rows to learn from, as a file: JSONL (TRL, OpenAI), Parquet, or a Delta table; for rloo, grpo and ppo JSONL of prompts
     #[arg(long, value_name = "FILE")]
     file: Option<PathBuf>,
     /// Rows to evaluate on, as a file
@@ -55,7 +55,7 @@ pub struct TrainArgs {
     /// Layers it changes, such as 20,21,22 [default: all]
     #[arg(long, value_name = "N,N", value_delimiter = ',')]
     layers: Vec<usize>,
-    /// A field of the training, under TRL's name: learning_rate=1e-5, beta=0.2, loss_type=ipo; may be repeated
+    /// A field of the training, under TRL's name: learning_rate=1e-5, beta=0.2, loss_type=ipo, reward_funcs=[{"type":"json"}]; may be repeated
     #[arg(long = "set", value_name = "FIELD=VALUE", value_parser = field)]
     fields: Vec<(String, Value)>,
     /// Fields of the training as JSON in a file; --set comes after it

@@ -1,0 +1,64 @@
+//! Trainings that sample their answers: the engine beside the model, and the rewards.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::{Job, JobError, reward_model};
+use crate::collate::Plan;
+use crate::model::{Model, ModelOptions};
+use crate::reward::model::RewardModel;
+use crate::reward::{RewardError, Rewards, Score};
+use crate::train::{EngineSampler, Online, Reinforcement, TrainConfig, TrainError, engine_for};
+
+/// Most tokens of a prompt, so that an answer fits behind it.
+pub(super) fn longest_prompt(config: &TrainConfig, context: usize) -> Result<usize, JobError> {
+    let told = config.reinforcement()?;
+    let whole = config.max_length.unwrap_or(context).min(context);
+    let room = whole.checked_sub(told.draw.max_tokens).filter(|room| *room > 0);
+    let answer = told.draw.max_tokens;
+    let fix = || {
+        format!(
+            "max_completion_length is {answer}, and with a prompt no more than {whole} tokens fit; lower it, or raise max_length"
+        )
+    };
+    Ok(room.ok_or_else(|| TrainError::Config(fix()))?)
+}
+
+/// Steps over so many prompts.
+pub(super) fn steps(config: &TrainConfig, told: &Reinforcement, prompts: usize) -> u64 {
+    let plan = Plan { batch: told.prompts(), max_steps: None, ..config.plan(prompts) };
+    u64::try_from(config.max_steps).unwrap_or(if prompts == 0 { 0 } else { plan.steps() * told.uses() })
+}
+
+impl Job {
+    /// The trainer, with an engine of its own over the same base.
+    pub(super) fn online<'a>(&self, model: &'a Model) -> Result<Online<'a>, JobError> {
+        let (config, spec) = (&self.spec.config, &self.spec);
+        let told = config.reinforcement()?;
+        let rewards = Rewards::new(&config.reward_funcs, config.reward_weights.as_deref(), &mut |folder| self.judge(folder));
+        let rewards = rewards.map_err(TrainError::from)?;
+        let name = spec.base.name.clone();
+        let rank = model.adapter(&name)?.max_rank();
+        let prompts = self.prompts.iter().chain(&self.held_out_prompts);
+        let longest = prompts.map(|prompt| prompt.tokens.len()).max().unwrap_or(1) + told.draw.max_tokens;
+        let sequences = told.group * told.prompts();
+        let threads = Some(spec.threads).filter(|threads| *threads > 0);
+        let engine = engine_for(&spec.base.path, sequences, longest, rank, threads)?;
+        let sampler = EngineSampler::new(engine, move || model.adapter(&name));
+        Ok(Online::new(model, config, self.prompts.clone(), self.held_out_prompts.clone(), rewards, sampler)?)
+    }
+
+    /// A reward model that was trained here on the same base.
+    fn judge(&self, folder: &Path) -> Result<Box<dyn Score>, RewardError> {
+        let options = ModelOptions { threads: self.spec.threads, precision: self.spec.precision, recompute: false };
+        let wrong = |error: JobError| RewardError::Model { path: folder.to_owned(), detail: error.to_string() };
+        let (model, head) = reward_model(&self.files, folder, options).map_err(wrong)?;
+        Ok(Box::new(RewardModel {
+            model: Box::new(model),
+            head,
+            files: Arc::clone(&self.files),
+            encoding: self.spec.config.encoding(),
+            budget: self.spec.config.tokens_per_batch,
+        }))
+    }
+}

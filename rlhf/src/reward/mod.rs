@@ -1,0 +1,100 @@
+//! What an answer is worth: functions of its text, programs, reward models, and weighted sums of them.
+//!
+//! A [`RewardFunction`] is configuration; [`Rewards`] are such functions ready to judge. Those that look at the text are pure;
+//! [`program`] and [`model`] hold the others. The same answers get the same rewards, as far as a program keeps to that.
+
+mod error;
+mod function;
+mod json;
+pub mod model;
+pub mod program;
+#[cfg(test)]
+mod tests;
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use crate::dataset::Message;
+
+pub use error::RewardError;
+pub use function::{Judge, LengthUnit, RewardFunction};
+
+/// What is judged.
+#[derive(Clone, Copy, Debug)]
+pub struct Answer<'a> {
+    /// The conversation that it answers.
+    pub prompt: &'a [Message],
+    /// What else the prompt's row says, as the expected answer.
+    pub columns: &'a Map<String, Value>,
+    /// Its text, without special tokens.
+    pub text: &'a str,
+    /// How many tokens were sampled.
+    pub tokens: usize,
+}
+
+/// Judges answers. `None` is no opinion, which counts for nothing.
+pub trait Score: Send + Sync {
+    /// One reward per answer, in order.
+    fn score(&self, answers: &[Answer<'_>]) -> Result<Vec<Option<f64>>, RewardError>;
+}
+
+struct Weighed {
+    name: String,
+    weight: f64,
+    score: Box<dyn Score>,
+}
+
+/// Functions that are ready to judge, with their weights.
+pub struct Rewards(Vec<Weighed>);
+
+/// What answers got.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scores {
+    /// By function: its name and one reward per answer.
+    pub each: Vec<(String, Vec<Option<f64>>)>,
+    /// The weighted sum of each answer's rewards; 0 where nobody had an opinion.
+    pub total: Vec<f64>,
+}
+
+/// Opens the reward model in a folder.
+pub type OpenModel<'a> = &'a mut dyn FnMut(&Path) -> Result<Box<dyn Score>, RewardError>;
+
+impl Rewards {
+    /// Makes the functions ready; `weights` has one number for each, 1 without. `open` is asked for reward models.
+    pub fn new(functions: &[RewardFunction], weights: Option<&[f64]>, open: OpenModel<'_>) -> Result<Self, RewardError> {
+        let ready = |(index, function): (usize, &RewardFunction)| {
+            let weight = weights.and_then(|weights| weights.get(index)).copied().unwrap_or(1.0);
+            let score = match &function.judge {
+                Judge::RewardModel { path } => open(path)?,
+                judge => judge.ready()?,
+            };
+            Ok::<_, RewardError>(Weighed { name: function.name().to_owned(), weight, score })
+        };
+        Ok(Self(functions.iter().enumerate().map(ready).collect::<Result<_, _>>()?))
+    }
+
+    /// Functions of one's own: their names, weights, and what they do.
+    pub fn of(functions: impl IntoIterator<Item = (String, f64, Box<dyn Score>)>) -> Self {
+        Self(functions.into_iter().map(|(name, weight, score)| Weighed { name, weight, score }).collect())
+    }
+
+    /// Judges answers. A reward that is no number is an error: it would spoil the model.
+    pub fn score(&self, answers: &[Answer<'_>]) -> Result<Scores, RewardError> {
+        let mut scores = Scores { each: Vec::with_capacity(self.0.len()), total: vec![0.0; answers.len()] };
+        for Weighed { name, weight, score } in &self.0 {
+            let found = score.score(answers)?;
+            if let Some(bad) = found.iter().flatten().find(|reward| !reward.is_finite()) {
+                return Err(RewardError::NotFinite { name: name.clone(), reward: *bad });
+            }
+            for (total, reward) in scores.total.iter_mut().zip(&found) {
+                *total += weight * reward.unwrap_or(0.0);
+            }
+            scores.each.push((name.clone(), found));
+        }
+        if !answers.is_empty() && scores.each.iter().all(|(_, rewards)| rewards.iter().all(Option::is_none)) {
+            return Err(RewardError::NoOpinion);
+        }
+        Ok(scores)
+    }
+}
