@@ -91,7 +91,7 @@ impl AdapterLease {
 }
 
 /// The first 63 bits of the digest (a database's integers have a sign); 0 is the base model.
-fn generation(digest: &[u8; 32]) -> AdapterGeneration {
+pub(crate) fn generation(digest: &[u8; 32]) -> AdapterGeneration {
     let [a, b, c, d, e, f, g, h, ..] = *digest;
     AdapterGeneration((u64::from_le_bytes([a, b, c, d, e, f, g, h]) >> 1).max(1))
 }
@@ -105,6 +105,14 @@ pub enum AdapterRefused {
     /// The name cannot be one.
     #[error("\"{0}\" cannot be an adapter's name; use 1 to {MAX_NAME} visible characters without spaces, \":\" and \"@\"")]
     Name(String),
+    /// The name promises other contents.
+    #[error("the files are of generation {found}, not what \"{name}\" says; they were changed, restore them")]
+    Generation {
+        /// The name, with the generation that was promised.
+        name: String,
+        /// The generation of the files.
+        found: AdapterGeneration,
+    },
     /// Its rank is above the limit.
     #[error("the rank {rank} is above {limit}, the largest that this server takes; start it with a higher --max-lora-rank")]
     Rank {
@@ -133,13 +141,26 @@ pub enum AdapterRefused {
     Stopped,
 }
 
+/// Begins the name of what a fine-tuning job made, which is the only one with colons: `ft:base:suffix:id`.
+const FINE_TUNED: &str = "ft:";
+
 /// Fails for a text that cannot name an adapter.
 pub(crate) fn check_name(name: &str) -> Result<(), AdapterRefused> {
     let fits = !name.is_empty() && name.chars().count() <= MAX_NAME;
-    if fits && !name.chars().any(|c| c.is_control() || c.is_whitespace() || c == ':' || c == '@') {
+    let colons = name.starts_with(FINE_TUNED) && !name.ends_with(':');
+    if fits && !name.chars().any(|c| c.is_control() || c.is_whitespace() || (c == ':' && !colons) || c == '@') {
         return Ok(());
     }
     Err(AdapterRefused::Name(name.chars().take(MAX_NAME).collect()))
+}
+
+/// Splits `NAME@GENERATION`, a name that promises what is loaded under it.
+pub(crate) fn split_generation(name: &str) -> (&str, Option<AdapterGeneration>) {
+    let parts = name.rsplit_once('@').filter(|(_, digits)| digits.len() == 16);
+    match parts.and_then(|(name, digits)| Some((name, u64::from_str_radix(digits, 16).ok()?))) {
+        Some((name, generation)) => (name, Some(AdapterGeneration(generation))),
+        None => (name, None),
+    }
 }
 
 /// The adapters that can be asked for, and those that are on their way out. A value: knows no model and no clock.
@@ -332,9 +353,13 @@ mod tests {
         assert_eq!(table.freed(), [0]);
         assert!(table.unload("a").unwrap_err().to_string().contains("\"a\""));
         assert!(table.pin("a", true).is_err());
-        for name in ["", "a b", "a:b", "a@1", "a\n"] {
+        for name in ["", "a b", "a:b", "a@1", "a\n", "ft:", "ft:a:", "ft:a b"] {
             assert!(check_name(name).is_err(), "{name:?}");
         }
-        assert!(check_name("org/my-adapter.v2").is_ok());
+        assert!(check_name("org/my-adapter.v2").is_ok() && check_name("ft:org/base::0123").is_ok());
+        assert_eq!(split_generation("a@000000000000002f"), ("a", Some(AdapterGeneration(47))));
+        for name in ["a@2f", "a@000000000000002g", "a"] {
+            assert_eq!(split_generation(name), (name, None));
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! The handle that the rest of the program holds.
 
 use crate::adapter::Adapter;
-use crate::adapters::{AdapterLease, AdapterRefused, Description, check_name};
+use crate::adapters::{AdapterLease, AdapterRefused, Description, check_name, split_generation};
 use crate::block_pool::{BLOCK_SIZE, SharedPool};
 use crate::chat_template::ChatTemplate;
 use crate::client;
@@ -253,11 +253,12 @@ impl Engine {
     }
 
     /// Loads the adapter in `folder` under a name, while serving: as a new generation where the name is taken, in the place of the one
-    /// not asked for the longest where all are. Equal contents under the name that they have are left as they are. Blocks for the
+    /// not asked for the longest where all are. A name that ends in `@` and a generation (16 hexadecimal digits) takes no other. Equal contents under the name that they have are left as they are. Blocks for the
     /// reading and one step: call it from a thread that may. `created` is in seconds since 1970.
     pub fn load_adapter(&self, name: &str, folder: &Path, pinned: bool, created: u64) -> Result<AdapterLease, AdapterRefused> {
         let inner = &*self.inner;
-        check_name(name)?;
+        let (plain, promised) = split_generation(name);
+        check_name(plain)?;
         let Some(model) = inner.adaptable.as_ref().filter(|_| inner.options.max_adapters > 0) else {
             return Err(AdapterRefused::Off);
         };
@@ -267,6 +268,10 @@ impl Engine {
             return Err(AdapterRefused::Rank { rank, limit });
         }
         adapter.check(model)?;
+        let found = adapter.generation();
+        if promised.is_some_and(|promised| promised != found) {
+            return Err(AdapterRefused::Generation { name: name.to_owned(), found });
+        }
         let (base, bytes) = (adapter.base.clone(), adapter.bytes());
         let description = Description { name: name.to_owned(), digest: adapter.digest(), base, rank, bytes, created, pinned };
         {
@@ -292,6 +297,11 @@ impl Engine {
     /// Keeps an adapter when another needs room, or no longer.
     pub fn pin_adapter(&self, name: &str, pinned: bool) -> Result<(), AdapterRefused> {
         lock(&self.inner.status.adapters).pin(name, pinned)
+    }
+
+    /// The sizes that adapters must fit, where the model takes any.
+    pub fn adaptable(&self) -> Option<&ModelConfig> {
+        self.inner.adaptable.as_ref()
     }
 
     /// The adapter of this name, to be given to requests.

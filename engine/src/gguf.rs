@@ -18,6 +18,20 @@ use crate::tensor_file::{Placement, TensorFile};
 pub(crate) struct Gguf {
     pub file: TensorFile,
     metadata: Metadata,
+    /// Where the descriptions of tensors begin.
+    descriptions: usize,
+    alignment: usize,
+}
+
+/// What the file says of a tensor.
+pub(crate) struct Description {
+    pub name: String,
+    /// Outermost dimension first.
+    pub shape: Vec<usize>,
+    /// ggml's number.
+    pub storage: u32,
+    /// Bytes of the file; of a storage that we cannot read, up to the next tensor.
+    pub bytes: Range<usize>,
 }
 
 type Metadata = HashMap<String, Entry>;
@@ -71,8 +85,34 @@ impl Gguf {
     }
 
     fn parse(path: &Path, map: Mmap) -> Result<Self, LoadError> {
-        let (metadata, tensors) = Cursor { path, bytes: &map, at: 0 }.file()?;
-        Ok(Self { file: TensorFile { path: path.to_owned(), map, tensors }, metadata })
+        let Parsed { metadata, tensors, descriptions, alignment } = Cursor { path, bytes: &map, at: 0 }.file()?;
+        Ok(Self { file: TensorFile { path: path.to_owned(), map, tensors }, metadata, descriptions, alignment })
+    }
+
+    /// The bytes before the descriptions of tensors: version, counts, metadata.
+    pub fn head(&self) -> &[u8] {
+        self.file.map.get(..self.descriptions).unwrap_or_default()
+    }
+
+    /// What the places of tensors are multiples of.
+    pub fn alignment(&self) -> usize {
+        self.alignment
+    }
+
+    /// All tensors, in the file's order.
+    pub fn descriptions(&self) -> Result<Vec<Description>, LoadError> {
+        let mut cursor = Cursor { path: self.path(), bytes: &self.file.map, at: self.descriptions };
+        let described = (0..self.file.tensors.len()).map(|_| cursor.tensor()).collect::<Result<Vec<_>, _>>()?;
+        let starts: Vec<usize> = self.file.tensors.values().map(|placement| placement.bytes.start).collect();
+        let described = described.into_iter().map(|Described { name, shape, storage, .. }| {
+            let mut bytes = self.file.tensors.get(&name).map(|placement| placement.bytes.clone()).unwrap_or_default();
+            if bytes.is_empty() {
+                let next = starts.iter().copied().filter(|start| *start > bytes.start).min();
+                bytes.end = next.unwrap_or(self.file.map.len());
+            }
+            Description { name, shape, storage, bytes }
+        });
+        Ok(described.collect())
     }
 
     /// The file, for error texts.
@@ -192,6 +232,22 @@ impl Gguf {
     }
 }
 
+/// A whole file.
+struct Parsed {
+    metadata: Metadata,
+    tensors: Placements,
+    descriptions: usize,
+    alignment: usize,
+}
+
+/// A tensor as it is described.
+struct Described {
+    name: String,
+    shape: Vec<usize>,
+    storage: u32,
+    offset: usize,
+}
+
 /// Reads the file front to back.
 struct Cursor<'a> {
     path: &'a Path,
@@ -200,7 +256,7 @@ struct Cursor<'a> {
 }
 
 impl Cursor<'_> {
-    fn file(&mut self) -> Result<(Metadata, Placements), LoadError> {
+    fn file(&mut self) -> Result<Parsed, LoadError> {
         if self.bytes.len() < MAGIC.len() || &self.bytes[..MAGIC.len()] != MAGIC {
             return Err(LoadError::not_a_model(self.path, "not a GGUF file: it does not begin with \"GGUF\""));
         }
@@ -240,7 +296,8 @@ impl Cursor<'_> {
                 .ok_or_else(|| LoadError::corrupt(self.path, "general.alignment", format!("{value} is not a power of two")))?,
             Some(_) => return Err(LoadError::corrupt(self.path, "general.alignment", "not a whole number")),
         };
-        Ok((metadata, self.tensors(tensors, alignment)?))
+        let descriptions = self.at;
+        Ok(Parsed { metadata, tensors: self.tensors(tensors, alignment)?, descriptions, alignment })
     }
 
     fn tensors(&mut self, count: usize, alignment: usize) -> Result<Placements, LoadError> {
@@ -250,7 +307,8 @@ impl Cursor<'_> {
         }
         let start = self.at.next_multiple_of(alignment);
         let mut tensors = HashMap::with_capacity(described.len());
-        for (name, mut placement, offset) in described {
+        for Described { name, shape, storage: number, offset } in described {
+            let mut placement = Placement { shape, format: storage(number), bytes: 0..0 };
             let corrupt = |detail: &str| LoadError::corrupt(self.path, &name, detail);
             if !offset.is_multiple_of(alignment) {
                 return Err(corrupt("the offset is not aligned"));
@@ -273,7 +331,7 @@ impl Cursor<'_> {
         Ok(tensors)
     }
 
-    fn tensor(&mut self) -> Result<(String, Placement, usize), LoadError> {
+    fn tensor(&mut self) -> Result<Described, LoadError> {
         let name = self.owned_text("tensor name")?;
         let dimensions = self.u32(&name)? as usize;
         if dimensions > MAX_DIMENSIONS {
@@ -285,9 +343,9 @@ impl Cursor<'_> {
         }
         // GGUF says the innermost dimension first.
         shape.reverse();
-        let format = storage(self.u32(&name)?);
+        let storage = self.u32(&name)?;
         let offset = self.size(&name)?;
-        Ok((name, Placement { shape, format, bytes: 0..0 }, offset))
+        Ok(Described { name, shape, storage, offset })
     }
 
     fn entry(&mut self, key: &str, kind: Kind, depth: usize) -> Result<Entry, LoadError> {
@@ -416,6 +474,23 @@ fn storage(number: u32) -> Result<Format, String> {
         15 => return Err("Q8_K".to_owned()),
         other => return Err(format!("ggml type {other}")),
     })
+}
+
+/// The same the other way round.
+pub(crate) const fn storage_number(format: Format) -> u32 {
+    match format {
+        Format::F32 => 0,
+        Format::F16 => 1,
+        Format::Q4_0 => 2,
+        Format::Q4_1 => 3,
+        Format::Q5_0 => 6,
+        Format::Q5_1 => 7,
+        Format::Q8_0 => 8,
+        Format::Q4K => 12,
+        Format::Q5K => 13,
+        Format::Q6K => 14,
+        Format::Bf16 => 30,
+    }
 }
 
 /// Bytes of a tensor, or `None` when its sizes overflow or are no whole number of blocks.

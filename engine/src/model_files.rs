@@ -169,6 +169,11 @@ impl ModelFiles {
         })
     }
 
+    /// The mapped files, in the order of the model's parts.
+    pub(crate) fn weight_files(&self) -> &[TensorFile] {
+        &self.weights.files
+    }
+
     /// Whose names and conventions the tensors follow.
     pub(crate) fn naming(&self) -> Naming {
         self.weights.naming

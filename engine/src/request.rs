@@ -14,6 +14,12 @@ pub struct RequestId(pub u128);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct AdapterGeneration(pub u64);
 
+impl std::fmt::Display for AdapterGeneration {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
 /// How tokens are drawn and when to stop. Ranges are checked by [`SamplingParams::validate`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {

@@ -8,6 +8,7 @@
 //! receiver, which frees its sequences; nothing here computes on tokio's threads beyond parsing and short prompts; no text of a
 //! prompt or answer is logged unless `log_content` asks for it.
 
+pub mod adapters;
 pub mod anthropic;
 pub mod batches;
 pub mod chat;
@@ -18,6 +19,7 @@ pub mod console;
 pub mod datasets;
 pub mod engine_bench;
 pub mod feedback;
+pub mod fine_tuning;
 pub mod http;
 pub mod interchange;
 pub mod keys;

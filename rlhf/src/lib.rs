@@ -3,7 +3,8 @@
 //! [`dataset`] turns feedback into immutable snapshots of training rows. [`quality`] says whether a snapshot may be trained on.
 //! [`collate`] makes tokens and packed [`batch`]es of rows. [`loss`] holds what every trainer minimises, as functions of tensors that
 //! know their gradients; [`optimizer`] moves the [`parameters`] along them; [`train`] is the one loop around it all, and [`job`] one
-//! training from its specification to its adapter; [`evaluate`] says what the adapter is worth.
+//! training from its specification to its adapter; [`evaluate`] says what the adapter is worth. [`registry`] keeps the adapters that
+//! come out.
 
 pub mod batch;
 pub mod collate;
@@ -17,6 +18,7 @@ pub mod optimizer;
 pub mod parameters;
 pub mod quality;
 pub mod random;
+pub mod registry;
 pub mod statistics;
 mod tensors;
 pub mod train;

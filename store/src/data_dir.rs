@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::error::StoreError;
 use crate::model_record::ModelRecord;
 
-/// `./data` by default. Layout: `models/<name>/` for pulled models, `lock` while a server runs.
+/// `./data` by default. Layout: `models/<name>/` for pulled models, `adapters/<generation>/` for registered adapters, `lock` while a server runs.
 #[derive(Clone, Debug)]
 pub struct DataDir {
     root: PathBuf,
@@ -33,6 +33,11 @@ impl DataDir {
     /// Where pulled models lie.
     pub fn models(&self) -> PathBuf {
         self.root.join("models")
+    }
+
+    /// Where registered adapters lie, each in a folder named by its generation.
+    pub fn adapters(&self) -> PathBuf {
+        self.root.join("adapters")
     }
 
     /// The folder of a model: `org/name` becomes `org--name`, as the Hugging Face cache writes it.
@@ -91,7 +96,7 @@ impl DataDir {
 }
 
 /// Writes a file so that after a crash it holds either the old bytes or the new ones.
-pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     let beside = path.with_extension("new");
     let write = || -> std::io::Result<()> {
         let mut file = File::create(&beside)?;

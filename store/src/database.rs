@@ -152,6 +152,8 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (5, "indexes", include_str!("../migrations/0005_indexes.sql")),
     (6, "structured answers", include_str!("../migrations/0006_structured_answers.sql")),
     (7, "label progress", include_str!("../migrations/0007_label_progress.sql")),
+    (8, "adapters", include_str!("../migrations/0008_adapters.sql")),
+    (9, "fine-tuning", include_str!("../migrations/0009_fine_tuning.sql")),
 ];
 
 fn without_password(url: &str) -> String {

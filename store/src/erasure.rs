@@ -9,14 +9,15 @@
 //! SQLite overwrites what it deletes (`secure_delete`), and its write-ahead log is emptied afterwards. Postgres does so when it vacuums.
 //!
 //! What remains is a pseudonym (a keyed hash) of the person and of each answer: in the audit, in place of their name in the lineage of
-//! snapshots, and in `erasures`, by which a record that waited elsewhere (the spill log of another gateway), or a response that was
+//! snapshots and adapters, and in `erasures`, by which a record that waited elsewhere (the spill log of another gateway), or a response that was
 //! going on from an erased one, is left out when it comes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use serde::Serialize;
 use serde_json::json;
+use sqlx::any::AnyRow;
 use sqlx::{AnyConnection, AssertSqlSafe, Connection, Row};
 use uuid::Uuid;
 
@@ -61,7 +62,7 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64
         // In the order in which all others come to these tables: a verdict holds its task when it writes feedback. Whoever is writing
         // is waited for, and seen below; whoever comes now waits, and sees the marks.
         let lock = "LOCK TABLE label_tasks, label_drafts, inferences, choices, feedback, feedback_targets, stored_chats, responses, \
-                    snapshots, snapshot_sources IN SHARE ROW EXCLUSIVE MODE";
+                    snapshots, snapshot_sources, adapters IN SHARE ROW EXCLUSIVE MODE";
         sqlx::query(lock).execute(&mut *sql).await?;
     }
 
@@ -105,6 +106,7 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64
     mark(sql, &marks, now).await?;
     let renamed = "UPDATE snapshot_sources SET source = $2 WHERE source = $1";
     sqlx::query(renamed).bind(user.clone()).bind(pseudonym.clone()).execute(&mut *sql).await?;
+    crate::adapters::rename_in_lineage(sql, database.dialect(), &user, &pseudonym).await?;
     for (table, column, keys) in [
         ("label_tasks", "id", &tasks),
         ("label_assignments", "task_id", &tasks),
@@ -161,26 +163,38 @@ async fn with_successors(sql: &mut AnyConnection, mut found: BTreeSet<String>) -
 
 /// Marks the snapshots, and the adapters that were trained from them or from such an adapter; returns their names, sorted.
 async fn taint(sql: &mut AnyConnection, ids: &BTreeSet<String>, reason: &str) -> Result<(Vec<String>, Vec<String>), sqlx::Error> {
-    let (mut snapshots, mut adapters) = (BTreeSet::new(), BTreeSet::new());
-    let mut parents: Vec<String> = Vec::new();
-    let trained = "UPDATE adapters SET tainted = COALESCE(tainted, $2) WHERE snapshot_id = $1 RETURNING name, generation";
+    let (mut snapshots, mut adapters) = (BTreeSet::new(), BTreeMap::new());
+    let mut parents = Vec::new();
     for id in ids {
         let text = "UPDATE snapshots SET tainted = COALESCE(tainted, $2), report = '{}' WHERE id = $1 RETURNING name, version";
-        snapshots.extend(marked(sql, text, id, reason).await?);
+        let rows = sqlx::query(text).bind(id.clone()).bind(reason.to_owned()).fetch_all(&mut *sql).await?;
+        for row in &rows {
+            snapshots.insert(format!("{}@{}", row.try_get::<String, _>(0)?, row.try_get::<i64, _>(1)?));
+        }
+        let trained = "UPDATE adapters SET tainted = COALESCE(tainted, $2) WHERE snapshot_id = $1 RETURNING id, name, generation";
         parents.extend(marked(sql, trained, id, reason).await?);
     }
-    let continued = "UPDATE adapters SET tainted = COALESCE(tainted, $2) WHERE base = $1 RETURNING name, generation";
-    while let Some(parent) = parents.pop() {
-        if adapters.insert(parent.clone()) {
-            parents.extend(marked(sql, continued, &parent, reason).await?);
+    let continued = "UPDATE adapters SET tainted = COALESCE(tainted, $2) WHERE parent = $1 RETURNING id, name, generation";
+    while let Some((id, name)) = parents.pop() {
+        if adapters.insert(id.clone(), name).is_none() {
+            parents.extend(marked(sql, continued, &id, reason).await?);
         }
     }
-    Ok((snapshots.into_iter().collect(), adapters.into_iter().collect()))
+    let mut adapters: Vec<String> = adapters.into_values().collect();
+    adapters.sort_unstable();
+    Ok((snapshots.into_iter().collect(), adapters))
 }
 
-async fn marked(sql: &mut AnyConnection, text: &'static str, key: &str, reason: &str) -> Result<Vec<String>, sqlx::Error> {
+/// Ids and names of the adapters that the statement marks.
+async fn marked(
+    sql: &mut AnyConnection,
+    text: &'static str,
+    key: &str,
+    reason: &str,
+) -> Result<Vec<(String, String)>, sqlx::Error> {
     let rows = sqlx::query(text).bind(key.to_owned()).bind(reason.to_owned()).fetch_all(sql).await?;
-    rows.iter().map(|row| Ok(format!("{}@{}", row.try_get::<String, _>(0)?, row.try_get::<i64, _>(1)?))).collect()
+    let read = |row: &AnyRow| Ok((row.try_get(0)?, crate::adapters::reference(&row.try_get::<String, _>(1)?, row.try_get(2)?)));
+    rows.iter().map(read).collect()
 }
 
 pub(crate) async fn mark(sql: &mut AnyConnection, subjects: &[String], now: i64) -> Result<(), sqlx::Error> {

@@ -27,9 +27,11 @@ const COLUMNS: &str = "id, created, key_id, filename, purpose, bytes, expires, p
 const PART: &str = "part";
 /// Rows that one look for expired files takes.
 const SWEEP: i64 = 200;
-/// A file that a batch still reads must stay.
+/// A file that a batch or a fine-tuning job still reads must stay.
 const UNUSED: &str = "NOT EXISTS (SELECT 1 FROM batches WHERE batches.input_file = files.id \
-                      AND batches.state IN ('validating','in_progress','finalizing','cancelling'))";
+                      AND batches.state IN ('validating','in_progress','finalizing','cancelling')) \
+                      AND NOT EXISTS (SELECT 1 FROM fine_tuning_jobs WHERE files.id IN (training_file, validation_file) \
+                      AND fine_tuning_jobs.state = 'validating_files')";
 
 /// A file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -182,7 +184,7 @@ impl Files {
         .await
     }
 
-    /// Removes a file; `false` when a batch still reads it.
+    /// Removes a file; `false` when a batch or a fine-tuning job still reads it.
     pub async fn delete(&self, file: &FileRecord) -> Result<bool, StoreError> {
         let text = format!("DELETE FROM files WHERE id = $1 AND {UNUSED}");
         let query = sqlx::query(AssertSqlSafe(text)).bind(file.id.to_string());

@@ -9,6 +9,7 @@
 //! Invariant: a record is either whole or absent. Files are written beside their place, flushed, and renamed into it; rows are
 //! written in transactions that are on the disk before they are acknowledged.
 
+pub mod adapters;
 mod batches;
 mod commit;
 mod data_dir;
@@ -16,6 +17,7 @@ mod database;
 pub mod erasure;
 mod error;
 mod files;
+mod fine_tuning;
 mod ids;
 mod inferences;
 mod job;
@@ -38,12 +40,16 @@ mod store;
 mod stored_chats;
 mod usage;
 
+pub use adapters::{AdapterFilter, AdapterRefusal, AdapterState, Adapters, Alias, RegisteredAdapter, ServedAdapter};
 pub use batches::{Batch, BatchDraft, BatchOutcome, BatchProgress, BatchState, Batches};
-pub use data_dir::{DataDir, DataDirLock};
+pub use data_dir::{DataDir, DataDirLock, write_atomically};
 pub use database::{Database, Dialect};
 pub use erasure::Erasure;
 pub use error::{Full, StoreError};
 pub use files::{FileDraft, FileRecord, Files, Incoming, Viewer};
+pub use fine_tuning::{
+    FineTuningCheckpoint, FineTuningDraft, FineTuningEvent, FineTuningJob, FineTuningState, FineTunings, Heard, Made, News,
+};
 pub use inferences::InferenceFilter;
 pub use job::{Job, JobState, Jobs};
 pub use judged::{JudgedAnswer, JudgedTask, judged_answers, judged_tasks};

@@ -170,7 +170,7 @@ async fn insert_metadata(sql: &mut AnyConnection, id: Uuid, metadata: &Map<Strin
 }
 
 /// How a name and its value are looked for; JSON keeps the two apart and has no NUL.
-fn pair(name: &str, value: &str) -> String {
+pub(crate) fn pair(name: &str, value: &str) -> String {
     json(&[name, value])
 }
 

@@ -69,18 +69,19 @@ fn a_person_is_removed_everywhere_and_what_was_made_from_them_is_marked() {
             run(&store, snapshot, &[id, id]).await;
             run(&store, source, &[id, kind, &of]).await;
         }
-        let adapter = "INSERT INTO adapters (id, created, name, generation, base, content_hash, location, snapshot_id, metrics) \
-                       VALUES ($1, 1, $1, 7, $2, '', '', $3, '{}')";
-        run(&store, adapter, &["first", "base", "s1"]).await;
-        run(&store, adapter, &["second", "first@7", "s3"]).await;
-        run(&store, adapter, &["other", "base", "s3"]).await;
+        let adapter = "INSERT INTO adapters (id, created, name, generation, base, content_hash, location, parent, snapshot_id, lineage, \
+                       metrics) VALUES ($1, 1, $1, 7, 'base', '', '', $2, $3, $4, '{}')";
+        let lineage = r#"{"raters":["ann@example.org","rater"],"config":{"rater_weights":{"ann@example.org":0.5}}}"#;
+        run(&store, adapter, &["first", "", "s1", lineage]).await;
+        run(&store, adapter, &["second", "first", "s3", "{}"]).await;
+        run(&store, adapter, &["other", "", "s3", "{}"]).await;
 
         // Still in the queue when the erasure begins.
         store.record(hers.clone()).unwrap();
         let erased = store.erase_user("ann@example.org").await.unwrap();
         assert_eq!((erased.inferences, erased.feedback, erased.labels), (1, 3, 1));
         assert_eq!(erased.snapshots, ["s1@1", "s2@1"]);
-        assert_eq!(erased.adapters, ["first@7", "second@7"]);
+        assert_eq!(erased.adapters, ["first@0000000000000007", "second@0000000000000007"]);
 
         let answers = store.list_inferences(&InferenceFilter::default()).await.unwrap().items;
         assert_eq!(answers, vec![his.clone()]);
@@ -99,6 +100,8 @@ fn a_person_is_removed_everywhere_and_what_was_made_from_them_is_marked() {
             "the report of what has none of her"
         );
         assert_eq!(count("SELECT COUNT(*) FROM adapters WHERE tainted IS NULL").await, 1);
+        let lineage = one(&store, "SELECT lineage FROM adapters WHERE id = 'first'").await;
+        assert!(!lineage.contains("ann") && lineage.contains("\"rater\"") && lineage.contains("0.5"), "{lineage}");
         let audit = one(&store, "SELECT subject || detail FROM audit WHERE action = 'erase'").await;
         assert!(!audit.contains("ann") && audit.contains("\"inferences\":1"), "{audit}");
         assert_eq!(count("SELECT COUNT(*) FROM snapshot_sources WHERE source LIKE '%ann%'").await, 0);

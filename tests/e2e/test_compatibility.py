@@ -14,6 +14,7 @@ import pytest
 from compatibility import IGNORED, REJECTED, Endpoint, Row, page
 from compatibility.chat import CHAT
 from compatibility.files import BATCH_LIST, BATCHES, FILE_LIST, FILES, LINE
+from compatibility.fine_tuning import JOB_LIST, JOBS
 from compatibility.messages import COUNT, MESSAGES
 from compatibility.models import DETOKENIZE, EMBEDDINGS, MODERATIONS, TOKENIZE
 from compatibility.responses import INPUT_ITEMS, RESPONSES, RETRIEVE, a_response
@@ -25,7 +26,7 @@ from server import Answer
 PAGE = Path(__file__).parent.parent.parent / "docs" / "compatibility.md"
 ENDPOINTS = [
     CHAT, STORED_LIST, STORED_MESSAGES, COMPLETIONS, RESPONSES, RETRIEVE, INPUT_ITEMS, MESSAGES, COUNT, EMBEDDINGS, MODERATIONS, FILES,
-    FILE_LIST, BATCHES, BATCH_LIST, TOKENIZE, DETOKENIZE,
+    FILE_LIST, BATCHES, BATCH_LIST, JOBS, JOB_LIST, TOKENIZE, DETOKENIZE,
 ]
 ROWS = [
     pytest.param(endpoint, row, id=f"{endpoint.title} {row.name} {number}")
@@ -98,10 +99,15 @@ def a_file(server) -> str:
     return server.request("POST", FILES.path, *form({"file": LINE, "purpose": "batch"})).json()["id"]
 
 
+def a_bad_file(server) -> str:
+    """The id of a file for fine-tuning in which nothing can be learnt."""
+    return server.request("POST", FILES.path, *form({"file": "{}", "purpose": "fine-tune"})).json()["id"]
+
+
 # What stands for the places in a path or a body.
 PLACES = {
     RETRIEVE.path: ("id", a_response), INPUT_ITEMS.path: ("id", a_response), STORED_MESSAGES.path: ("id", a_chat),
-    STORED_LIST.title: ("id", a_chat), BATCHES.title: ("file", a_file), FILE_LIST.title: ("id", a_file),
+    STORED_LIST.title: ("id", a_chat), BATCHES.title: ("file", a_file), FILE_LIST.title: ("id", a_file), JOBS.title: ("file", a_bad_file),
 }
 
 

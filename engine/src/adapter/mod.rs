@@ -17,7 +17,9 @@ use std::collections::HashSet;
 use serde_json::{Map, Value};
 
 use self::modules::Modules;
+use crate::adapters::generation;
 use crate::model_config::ModelConfig;
+use crate::request::AdapterGeneration;
 
 pub use config::LoraConfig;
 pub use error::AdapterError;
@@ -102,6 +104,11 @@ impl Adapter {
             }
         }
         *hasher.finalize().as_bytes()
+    }
+
+    /// What an engine calls these contents.
+    pub fn generation(&self) -> AdapterGeneration {
+        generation(&self.digest())
     }
 
     /// Whether the adapter fits a base model: layers and shapes are its own, nothing is missing, every number is finite. The error

@@ -101,6 +101,28 @@ impl Naming {
 }
 
 impl Part {
+    /// All that a layer can have.
+    pub(crate) const ALL: [Part; 18] = [
+        Part::AttentionNorm,
+        Part::Query,
+        Part::Key,
+        Part::Value,
+        Part::QueryBias,
+        Part::KeyBias,
+        Part::ValueBias,
+        Part::QueryNorm,
+        Part::KeyNorm,
+        Part::AttentionOutput,
+        Part::AttentionOutputBias,
+        Part::FeedForwardNorm,
+        Part::Gate,
+        Part::Up,
+        Part::Down,
+        Part::GateBias,
+        Part::UpBias,
+        Part::DownBias,
+    ];
+
     const fn names(self) -> (&'static str, &'static str) {
         match self {
             Part::AttentionNorm => ("input_layernorm.weight", "attn_norm.weight"),

@@ -1,11 +1,13 @@
 //! What a person types.
 
+mod adapter;
 mod banner;
 mod bench;
 mod chat;
 mod data;
 mod dataset;
 mod eval;
+mod jobs;
 mod key;
 mod label;
 mod pull;
@@ -40,8 +42,12 @@ enum Command {
     Train(Box<train::TrainArgs>),
     /// Measure adapters beside their base and each other.
     Eval(Box<eval::EvalArgs>),
+    /// Keep adapters and say which are served; merge and export them.
+    Adapter(Box<adapter::AdapterArgs>),
     /// Measure the engine alone on a model, without HTTP.
     Bench(bench::BenchArgs),
+    /// List, cancel, pause and resume fine-tuning jobs.
+    Jobs(jobs::JobsArgs),
     /// Make, list and revoke API keys.
     Key(key::KeyArgs),
     /// Erase a person's records.
@@ -65,7 +71,9 @@ pub fn run() -> ExitCode {
         Command::Pull(args) => pull::run(&args).map_err(Into::into),
         Command::Chat(args) => chat::run(&args).map_err(Into::into),
         Command::Eval(args) => eval::run(&args).map_err(Into::into),
+        Command::Adapter(args) => adapter::run(&args).map_err(Into::into),
         Command::Bench(args) => bench::run(&args).map_err(Into::into),
+        Command::Jobs(args) => jobs::run(&args).map_err(Into::into),
         Command::Key(args) => key::run(&args).map_err(Into::into),
         Command::Data(args) => data::run(&args).map_err(Into::into),
         Command::Label(args) => label::run(&args).map_err(Into::into),

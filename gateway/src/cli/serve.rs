@@ -1,10 +1,12 @@
 //! `tidemill serve`
 
+use crate::adapters::AdapterKeeper;
 use crate::batches::Batches;
 use crate::cli::banner;
 use crate::cli::shutdown::{Ended, leave_in_good_order};
 use crate::config::{Config, ConfigError, Layer, ModelSpec, Origin};
 use crate::datasets::DatasetJobs;
+use crate::fine_tuning::{FineTuning, FineTuningOptions};
 use crate::http::drain::Drain;
 use crate::http::limits::BodyLimits;
 use crate::http::responses::background::Background;
@@ -131,6 +133,12 @@ pub struct ServeArgs {
     /// Folder or URL that holds the datasets' tables [default: datasets in the data directory]
     #[arg(long, value_name = "PLACE")]
     datasets: Option<String>,
+    /// Fine-tuning jobs that train at once; 0 takes them and leaves them waiting [default: 1]
+    #[arg(long, value_name = "N")]
+    training_jobs: Option<String>,
+    /// Threads of a fine-tuning job, beside those that serve [default: half of the cores]
+    #[arg(long, value_name = "N")]
+    training_threads: Option<String>,
     /// How much of each answer is recorded: full, metadata, off [default: full]
     #[arg(long, value_name = "LEVEL")]
     record: Option<String>,
@@ -208,6 +216,8 @@ impl ServeArgs {
             ("reasoning_parser", &self.reasoning_parser),
             ("database", &self.database),
             ("datasets", &self.datasets),
+            ("training_jobs", &self.training_jobs),
+            ("training_threads", &self.training_threads),
             ("record", &self.record),
             ("record_share", &self.record_share),
             ("spill_size", &self.spill_size),
@@ -249,6 +259,9 @@ pub enum ServeError {
     /// The system gives no threads.
     #[error("cannot start threads: {0}")]
     Threads(std::io::Error),
+    /// The system does not say which program this is, and fine-tuning jobs are run by it.
+    #[error("cannot tell where this program lies: {0}; see that /proc is there")]
+    Program(std::io::Error),
     /// The address is taken or not ours.
     #[error("cannot listen on {address}: {source}; choose another --port or --host")]
     Listen {
@@ -299,10 +312,13 @@ pub fn run(args: &ServeArgs) -> Result<(), ServeError> {
     let result = runtime.block_on(async {
         let app = open(&config, &models, metrics, observer.clone()).await?;
         let (store, datasets, batches) = (app.store.clone(), app.datasets.clone(), app.batches.clone());
+        let fine_tuning = app.fine_tuning.clone();
         let limits = Arc::clone(&app.limits);
         tokio::spawn(batches.clone().run(app.clone(), config.retention_age));
+        tokio::spawn(fine_tuning.clone().run(app.clone()));
         let result = serve(config, models, app).await;
         batches.close().await;
+        fine_tuning.close().await;
         datasets.close().await;
         if let Err(error) = limits.ledger().flush().await {
             tracing::error!(%error, "what keys have used in the last moment is lost");
@@ -329,8 +345,10 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle, 
         return Err(ServeError::NoKey(config.host));
     }
     let files = Files::open(&store, &DataDir::new(&config.data)).await?;
+    let registry = Arc::new(Registry::new(models.iter().map(|model| model.name.clone())));
     Ok(App {
-        registry: Arc::new(Registry::new(models.iter().map(|model| model.name.clone()))),
+        adapters: AdapterKeeper::new(&store, &DataDir::new(&config.data), Arc::clone(&registry)),
+        registry,
         drain: Drain::default(),
         origins: config.origins.clone(),
         body: BodyLimits { bytes: config.max_body, time: config.body_timeout },
@@ -342,10 +360,23 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle, 
         files,
         file_limits: config.file_limits,
         batches: Batches::new(&store),
+        fine_tuning: FineTuning::new(&store, fine_tuning_options(config, models)?),
         store,
         background: Background::default(),
         recording: Arc::new(config.recording.clone()),
         feedback_metrics: Arc::new(config.metrics.clone()),
+    })
+}
+
+/// How jobs train: by this very program, beside a server that needs the other half of the cores.
+fn fine_tuning_options(config: &Config, models: &[ModelSpec]) -> Result<FineTuningOptions, ServeError> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Ok(FineTuningOptions {
+        root: DataDir::new(&config.data).root().join("fine_tuning"),
+        program: std::env::current_exe().map_err(ServeError::Program)?,
+        jobs: config.training_jobs,
+        threads: config.training_threads.unwrap_or((cores / 2).max(1)),
+        models: models.iter().map(|model| (model.name.clone(), model.path.clone())).collect(),
     })
 }
 
@@ -377,9 +408,9 @@ async fn serve(config: Config, models: Vec<ModelSpec>, app: App) -> Result<(), S
     let server = Server::new(listener, app.clone(), config.connections, tls);
     let drain_timeout = config.drain_timeout;
     let loader = {
-        let app = app.clone();
+        let (app, runtime) = (app.clone(), tokio::runtime::Handle::current());
         move || {
-            let loaded = catch_unwind(AssertUnwindSafe(|| load_all(&config, &models, &app, address)));
+            let loaded = catch_unwind(AssertUnwindSafe(|| load_all(&config, &models, &app, address, &runtime)));
             if let Err(error) = loaded.unwrap_or(Err(ServeError::Loader)) {
                 // The receiver is gone only when the server is leaving anyway.
                 let _ = failed.send(error);
@@ -391,6 +422,7 @@ async fn serve(config: Config, models: Vec<ModelSpec>, app: App) -> Result<(), S
     }
     tokio::spawn(Arc::clone(app.limits.ledger()).keep_writing());
     tokio::spawn(crate::labeling::filler::keep_filling(app.clone()));
+    tokio::spawn(app.adapters.clone().keep_following());
     std::thread::Builder::new().name("tidemill-load".into()).spawn(loader).map_err(ServeError::Threads)?;
     let (ended, result) = oneshot::channel();
     let leave = async {
@@ -421,7 +453,13 @@ fn own_adapter<'a>(name: &'a str, model: &str, models: &[ModelSpec]) -> Option<&
     }
 }
 
-fn load_all(config: &Config, models: &[ModelSpec], app: &App, address: SocketAddr) -> Result<(), ServeError> {
+fn load_all(
+    config: &Config,
+    models: &[ModelSpec],
+    app: &App,
+    address: SocketAddr,
+    runtime: &tokio::runtime::Handle,
+) -> Result<(), ServeError> {
     for model in models {
         let start = Instant::now();
         let engine = Engine::start(config.engine_options(model, models.len()), &mut |_, _| {})
@@ -435,6 +473,10 @@ fn load_all(config: &Config, models: &[ModelSpec], app: &App, address: SocketAdd
                 .map_err(|source| ServeError::Adapter { name: module.name.clone(), source: Box::new(source) })?;
         }
         let loaded = LocalModel::new(engine, created).reading_as(config.parsers.of(&model.name));
+        // The base is served all the same, and its adapters as soon as the store answers.
+        if let Err(error) = runtime.block_on(app.adapters.prepare(&loaded)) {
+            tracing::warn!(%error, "cannot see which adapters are to be served");
+        }
         banner::loaded(&loaded, &model.path, start.elapsed());
         app.registry.loaded(&model.name, Upstream::Local(Arc::new(loaded)));
     }

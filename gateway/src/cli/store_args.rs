@@ -43,6 +43,14 @@ impl StoreArgs {
         &self,
         work: impl FnOnce(Store) -> W,
     ) -> Result<T, StoreCommandError> {
+        self.with_config(|store, _| work(store))
+    }
+
+    /// The same for work that needs more of what `serve` would be told.
+    pub fn with_config<T>(
+        &self,
+        work: impl AsyncFnOnce(Store, Config) -> Result<T, StoreCommandError>,
+    ) -> Result<T, StoreCommandError> {
         let mut layer = Layer::default();
         layer.flag("data", self.data.as_ref());
         layer.flag("database", self.database.as_ref());
@@ -50,7 +58,7 @@ impl StoreArgs {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             let store = Store::open_for_command(&DataDir::new(&config.data), config.database.as_deref()).await?;
-            let result = work(store.clone()).await;
+            let result = work(store.clone(), config).await;
             store.close().await;
             result
         })

@@ -32,7 +32,7 @@ use tidemill_store::Limits;
 pub const DEFAULT_FILE: &str = "tidemill.toml";
 
 /// Every setting, by its name in the file. The flag is the same with dashes, the variable the same in capitals after `TIDEMILL_`.
-pub const KEYS: [&str; 44] = [
+pub const KEYS: [&str; 46] = [
     "model",
     "host",
     "port",
@@ -67,6 +67,8 @@ pub const KEYS: [&str; 44] = [
     "reasoning_parser",
     "database",
     "datasets",
+    "training_jobs",
+    "training_threads",
     "record",
     "record_share",
     "spill_size",
@@ -209,6 +211,10 @@ pub struct Config {
     pub database: Option<String>,
     /// Folder or URL of the datasets' tables; `None` is a folder in the data directory.
     pub datasets: Option<String>,
+    /// Fine-tuning jobs that train at once.
+    pub training_jobs: usize,
+    /// Threads of each; `None` is half of the cores.
+    pub training_threads: Option<usize>,
     /// Which answers are recorded, and how much of them.
     pub recording: Recording,
     /// Most bytes of records that wait on disk while the database is away.
@@ -318,6 +324,8 @@ impl Config {
             },
             database: get("database").map(|s| s.text.clone()),
             datasets: get("datasets").map(|s| s.text.clone()),
+            training_jobs: count("training_jobs", 0)?.unwrap_or(1),
+            training_threads: count("training_threads", 1)?,
             recording: Recording {
                 level: get("record").map_or(Ok(Level::Full), |s| s.parse(tables::level))?,
                 share: get("record_share").map_or(Ok(1.0), |s| s.parse(value::share))?,

@@ -44,6 +44,13 @@ async fn load(State(app): State<App>, request: Request) -> Result<Response, ApiE
         let message = format!("Invalid 'lora_name': `{name}` is the name of a model that is served here; choose another.");
         return Err(ApiError::invalid("lora_name", "invalid_value", message));
     }
+    if name.contains('@') {
+        return Err(ApiError::invalid("lora_name", "invalid_value", "Invalid 'lora_name': a name holds no '@'; choose another."));
+    }
+    if app.registry.adapter_names(model.name()).get(name).is_some() {
+        let message = format!("Invalid 'lora_name': `{name}` is a registered adapter or an alias; choose another.");
+        return Err(ApiError::invalid("lora_name", "adapter_exists", message));
+    }
     if !in_place && model.engine().adapters().iter().any(|adapter| adapter.name() == name) {
         let message = format!(
             "The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set 'load_inplace' to true."
@@ -58,7 +65,7 @@ async fn load(State(app): State<App>, request: Request) -> Result<Response, ApiE
     let loaded =
         tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::fault("The adapter's files could not be read."))?;
     let adapter = loaded.map_err(|error| refused(&name, &error))?;
-    let detail = json!({"model": model.name(), "path": path, "generation": format!("{:016x}", adapter.generation().0)});
+    let detail = json!({"model": model.name(), "path": path, "generation": adapter.generation().to_string()});
     app.store.audit(&actor, "adapter.load", &name, detail).await.map_err(unavailable)?;
     Ok(done(format!("Success: LoRA adapter '{name}' added successfully.")))
 }
@@ -73,6 +80,11 @@ async fn unload(State(app): State<App>, request: Request) -> Result<Response, Ap
     fields.ignore(&["lora_int_id"]);
     fields.finish()?;
     let model = base_model(&app, base)?;
+    if name.contains('@') || app.registry.adapter_names(model.name()).get(name).is_some() {
+        let message =
+            format!("`{name}` is a registered adapter or an alias; POST /v1/adapters/{name}/retire takes it out of service.");
+        return Err(ApiError::invalid("lora_name", "registered_adapter", message));
+    }
     model.engine().unload_adapter(name).map_err(|error| refused(name, &error))?;
     app.store.audit(&actor, "adapter.unload", name, json!({"model": model.name()})).await.map_err(unavailable)?;
     Ok(done(format!("Success: LoRA adapter '{name}' removed successfully.")))
@@ -103,7 +115,9 @@ fn refused(name: &str, error: &AdapterRefused) -> ApiError {
             )
         },
         AdapterRefused::Files(AdapterError::Folder { .. }) => named("lora_path", "adapter_not_found", StatusCode::NOT_FOUND),
-        AdapterRefused::Files(_) | AdapterRefused::Rank { .. } => named("lora_path", "invalid_adapter", StatusCode::BAD_REQUEST),
+        AdapterRefused::Files(_) | AdapterRefused::Rank { .. } | AdapterRefused::Generation { .. } => {
+            named("lora_path", "invalid_adapter", StatusCode::BAD_REQUEST)
+        }
         AdapterRefused::Name(_) => named("lora_name", "invalid_value", StatusCode::BAD_REQUEST),
         AdapterRefused::Full(_) | AdapterRefused::Off => named("lora_name", "no_room", StatusCode::CONFLICT),
         AdapterRefused::Draining(_) | AdapterRefused::Stopped => ApiError::unavailable(Some("busy"), format!("{error}."), 1),

@@ -1,8 +1,10 @@
 //! What every handler sees.
 
+use crate::adapters::AdapterKeeper;
 use crate::batches::Batches;
 use crate::datasets::DatasetJobs;
 use crate::feedback::Metrics;
+use crate::fine_tuning::FineTuning;
 use crate::http::auth::Auth;
 use crate::http::cors::Origins;
 use crate::http::drain::Drain;
@@ -21,6 +23,8 @@ use tidemill_store::{Files, Store};
 pub struct App {
     /// Models.
     pub registry: Arc<Registry>,
+    /// Registered adapters.
+    pub adapters: AdapterKeeper,
     /// Requests being answered.
     pub drain: Drain,
     /// Bounds on request bodies.
@@ -47,6 +51,8 @@ pub struct App {
     pub file_limits: FileLimits,
     /// Requests that are answered in the background.
     pub batches: Batches,
+    /// Models that are made from files.
+    pub fine_tuning: FineTuning,
     /// Responses that are made while nobody waits.
     pub background: Background,
     /// Metrics that feedback may name.

@@ -249,14 +249,28 @@ pub fn require(
 + Send
 + Sync
 + 'static {
-    from_fn_with_state(scope, check)
+    require_either([scope, scope])
 }
 
-async fn check(State(scope): State<Scope>, request: Request, next: Next) -> Response {
-    if request.extensions().get::<Caller>().is_some_and(|caller| caller.allows(scope)) {
+/// The same for a key that needs one of two scopes; a refusal names the first.
+pub fn require_either(
+    scopes: [Scope; 2],
+) -> impl Layer<
+    Route,
+    Service: Service<Request, Response: IntoResponse, Error: Into<Infallible>, Future: Send> + Clone + Send + Sync + 'static,
+> + Clone
++ Send
++ Sync
++ 'static {
+    from_fn_with_state(scopes, check)
+}
+
+async fn check(State(scopes): State<[Scope; 2]>, request: Request, next: Next) -> Response {
+    let caller = request.extensions().get::<Caller>();
+    if caller.is_some_and(|caller| scopes.into_iter().any(|scope| caller.allows(scope))) {
         return next.run(request).await;
     }
-    forbidden(scope).into_response()
+    forbidden(scopes[0]).into_response()
 }
 
 /// 403 for a key without the scope.

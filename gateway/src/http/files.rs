@@ -3,7 +3,7 @@
 use crate::clock::now;
 use crate::http::answer::{answer, list as list_page};
 use crate::http::app::App;
-use crate::http::auth::{Caller, require};
+use crate::http::auth::{Caller, require_either};
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
 use crate::http::generate::enter;
@@ -28,13 +28,13 @@ const BATCH_SECONDS: i64 = 30 * 24 * 3600;
 /// What is read from the disk at once.
 const CHUNK: usize = 64 * 1024;
 
-/// The routes, which need a key of scope `chat`.
+/// The routes, which need a key of scope `chat` or `train`: files are for batches and for fine-tuning.
 pub fn routes() -> Router<App> {
     Router::new()
         .route("/v1/files", post(create).get(list))
         .route("/v1/files/{id}", get(show).delete(delete))
         .route("/v1/files/{id}/content", get(content))
-        .route_layer(require(Scope::Chat))
+        .route_layer(require_either([Scope::Chat, Scope::Train]))
 }
 
 async fn create(State(app): State<App>, Extension(caller): Extension<Caller>, request: Request) -> Result<Response, ApiError> {
@@ -86,7 +86,10 @@ async fn delete(
 ) -> Result<Response, ApiError> {
     let file = find(&app, &caller, &id, StatusCode::NOT_FOUND, "id").await?;
     if !app.files.delete(&file).await.map_err(unavailable)? {
-        let message = format!("The file `{}` is the input of a batch that runs; cancel the batch first.", name(file.id));
+        let message = format!(
+            "The file `{}` is the input of a batch that runs, or of a fine-tuning job that looks through it; cancel that first.",
+            name(file.id)
+        );
         return Err(ApiError::invalid("id", "file_in_use", message));
     }
     Ok(answer(StatusCode::OK, &json!({ "id": name(file.id), "object": "file", "deleted": true })))

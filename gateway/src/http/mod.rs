@@ -1,6 +1,7 @@
 //! The front door: routes, limits, error shape, streaming, shutdown.
 
 mod activity;
+mod adapter_registry;
 mod adapters;
 mod answer;
 pub mod app;
@@ -18,6 +19,7 @@ mod embeddings;
 pub mod error;
 pub mod feedback;
 mod files;
+mod fine_tuning;
 pub mod generate;
 mod interchange;
 mod keys;
@@ -40,4 +42,6 @@ mod upload;
 
 pub use app::App;
 pub use auth::{Auth, Caller, require};
+pub use files::name as file_name;
+pub use fine_tuning::name as job_name;
 pub use router::router;

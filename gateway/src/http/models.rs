@@ -1,15 +1,17 @@
-//! `GET /v1/models` and `GET /v1/models/{id}`.
+//! `GET /v1/models`, `GET /v1/models/{id}`, and `DELETE` of those that were made here.
 
 use crate::http::answer::answer;
 use crate::http::app::App;
-use crate::http::auth::Caller;
+use crate::http::auth::{Caller, forbidden};
 use crate::http::error::ApiError;
+use crate::http::fine_tuning::delete_model;
 use crate::upstream::{LoadState, Upstream};
 use axum::extract::{Path, Request, State};
 use axum::response::Response;
 use hyper::StatusCode;
 use serde::Serialize;
 use std::sync::Arc;
+use tidemill_store::Scope;
 
 #[derive(Serialize)]
 struct ModelCard {
@@ -35,14 +37,18 @@ struct ModelList {
 fn cards(app: &App) -> Vec<ModelCard> {
     let mut cards: Vec<ModelCard> = app.registry.states().map(|(name, state)| base_card(name, &state)).collect();
     for Upstream::Local(model) in app.registry.ready() {
-        for adapter in model.engine().adapters() {
-            let taken = cards.iter().any(|card| card.id == adapter.name());
-            let whole = format!("{}:{}", model.name(), adapter.name());
+        // What is in the engine by its generation has a name in the registry's list.
+        let loaded = model.engine().adapters().into_iter().filter(|adapter| !adapter.name().contains('@'));
+        let loaded = loaded.map(|adapter| (adapter.name().to_owned(), adapter));
+        let registered = app.registry.adapter_names(model.name());
+        let registered = registered.listed().map(|(name, adapter)| (name.to_owned(), adapter.clone())).collect::<Vec<_>>();
+        for (name, adapter) in loaded.chain(registered) {
+            let taken = cards.iter().any(|card| card.id == name);
             cards.push(ModelCard {
-                id: if taken { whole } else { adapter.name().to_owned() },
+                id: if taken { format!("{}:{name}", model.name()) } else { name },
                 created: adapter.created(),
                 parent: Some(model.name().to_owned()),
-                generation: Some(format!("{:016x}", adapter.generation().0)),
+                generation: Some(adapter.generation().to_string()),
                 ..base_card(model.name(), &LoadState::Ready(Upstream::Local(Arc::clone(model))))
             });
         }
@@ -79,4 +85,14 @@ pub async fn get(State(app): State<App>, Path(id): Path<String>, request: Reques
     Caller::of(&request).check_model(&id)?;
     let card = cards(&app).into_iter().find(|card| card.is_called(&id)).ok_or_else(|| ApiError::model_not_found(&id))?;
     Ok(answer(StatusCode::OK, &card))
+}
+
+/// `DELETE /v1/models/{id}`: a model that a fine-tuning job of the caller's made.
+pub async fn delete(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
+    let caller = Caller::of(&request);
+    if !caller.allows(Scope::Train) {
+        return Err(forbidden(Scope::Train));
+    }
+    caller.check_model(&id)?;
+    delete_model(&app, &caller, &id).await
 }

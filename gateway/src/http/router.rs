@@ -6,8 +6,8 @@ use crate::http::app::App;
 use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
 use crate::http::{
-    adapters, batches, chat, completions, datasets, embeddings, feedback, files, interchange, keys, labeling, messages, models,
-    observe, probes, responses, stored_chats, tokens,
+    adapter_registry, adapters, batches, chat, completions, datasets, embeddings, feedback, files, fine_tuning, interchange,
+    keys, labeling, messages, models, observe, probes, responses, stored_chats, tokens,
 };
 use crate::limits::shed;
 use axum::Router;
@@ -56,13 +56,15 @@ pub fn router(app: App) -> Router {
         .merge(datasets::routes())
         .merge(files::routes())
         .merge(batches::routes())
+        .merge(fine_tuning::routes())
         .merge(labeling::routes())
         .merge(interchange::routes())
         .merge(console::routes())
         .merge(keys::routes())
         .merge(adapters::routes())
+        .merge(adapter_registry::routes())
         .route("/v1/models", get(models::list))
-        .route("/v1/models/{*id}", get(models::get))
+        .route("/v1/models/{*id}", get(models::get).delete(models::delete))
         .route("/health", get(probes::health))
         .route("/ready", get(probes::ready))
         .route("/version", get(probes::version))

@@ -7,7 +7,7 @@ use tidemill_store::Order;
 /// Most items of a page.
 const MAX_LIMIT: usize = 100;
 
-/// Most `metadata[key]` of a list: as many as a chat can have.
+/// Most `metadata[key]` of a list: as many as an object can have.
 const MAX_PAIRS: usize = 16;
 
 /// Which part of a list is wanted.
@@ -34,6 +34,8 @@ pub enum Extra {
     Messages,
     /// `include`: the input items of a response.
     Items,
+    /// `metadata`, and no `order`: fine-tuning jobs.
+    Jobs,
 }
 
 impl Listing {
@@ -43,14 +45,16 @@ impl Listing {
         let names = form_urlencoded::parse(query.unwrap_or_default().as_bytes());
         let metadata: Vec<_> = names.map(|(name, _)| name).filter(|name| metadata_key(name).is_some()).collect();
         if metadata.len() > MAX_PAIRS {
-            return Err(invalid("metadata", "at most 16 pairs can be asked for, as many as a chat can have"));
+            return Err(invalid("metadata", "at most 16 pairs can be asked for, as many as an object can have"));
         }
-        let mut known = vec!["after", "limit", "order"];
+        let mut known = vec!["after", "limit"];
+        let pairs = metadata.iter().map(|name| name.as_ref());
         match extra {
-            Extra::Chats => known.extend(["model"].into_iter().chain(metadata.iter().map(|name| name.as_ref()))),
-            Extra::Messages => {}
+            Extra::Chats => known.extend(["order", "model"].into_iter().chain(pairs)),
+            Extra::Messages => known.push("order"),
             // What can be included with an item is there anyway.
-            Extra::Items => known.extend(["include", "include[]"]),
+            Extra::Items => known.extend(["order", "include", "include[]"]),
+            Extra::Jobs => known.extend(pairs),
         }
         for parameter in parameters(query, &known)? {
             match parameter.name.as_ref() {

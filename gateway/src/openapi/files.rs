@@ -17,7 +17,9 @@ const KEEP: (i64, i64) = (3600, 2_592_000);
 /// `/v1/files` and `/v1/batches`
 pub fn topic() -> Topic {
     let of_chat = |operation: Operation| operation.scope(Scope::Chat).refuses(&[503]);
+    let of_files = |operation: Operation| operation.either_scope([Scope::Chat, Scope::Train]).refuses(&[503]);
     let one = |operation: Operation| of_chat(operation).refuses(&[404]);
+    let one_file = |operation: Operation| of_files(operation).refuses(&[404]);
     let pages = |item: &str| {
         let ids = page(named(item)).with("first_id", nullable(text())).with("last_id", nullable(text()));
         ids.with("has_more", flag()).schema()
@@ -31,22 +33,22 @@ pub fn topic() -> Topic {
         .may("output_expires_after", expiry.schema());
     let deleted = Object::answer().with("id", text()).with("object", just("file")).with("deleted", flag());
     let operations = vec![
-        of_chat(Operation::post("/v1/files", FILES, "Send a file")).takes_as("multipart/form-data", upload()).answers(
+        of_files(Operation::post("/v1/files", FILES, "Send a file")).takes_as("multipart/form-data", upload()).answers(
             200,
             "The file.",
             named("File"),
         ),
-        of_chat(Operation::get("/v1/files", FILES, "Files, the newest first"))
+        of_files(Operation::get("/v1/files", FILES, "Files, the newest first"))
             .query("purpose", text())
             .query("after", text())
             .query("limit", whole(1, 10_000))
             .query("order", word(&["asc", "desc"]))
             .answers(200, "A page of them.", pages("File")),
-        one(Operation::get("/v1/files/{id}", FILES, "One file")).answers(200, "The file.", named("File")),
-        one(Operation::delete("/v1/files/{id}", FILES, "Remove a file"))
+        one_file(Operation::get("/v1/files/{id}", FILES, "One file")).answers(200, "The file.", named("File")),
+        one_file(Operation::delete("/v1/files/{id}", FILES, "Remove a file"))
             .answers(200, "It is gone.", deleted.schema())
             .refuses(&[400]),
-        one(Operation::get("/v1/files/{id}/content", FILES, "What is in a file"))
+        one_file(Operation::get("/v1/files/{id}/content", FILES, "What is in a file"))
             .answers_as(200, "The bytes that were sent.", "application/octet-stream", json!({}))
             .refuses(&[409]),
         of_chat(Operation::post("/v1/batches", BATCHES, "Answer a file of requests in the background"))

@@ -5,6 +5,7 @@ mod adapters;
 mod datasets;
 mod feedback;
 mod files;
+mod fine_tuning;
 mod generation;
 mod keys;
 mod labeling;
@@ -33,6 +34,7 @@ pub fn document() -> Value {
         messages::topic(),
         responses::topic(),
         files::topic(),
+        fine_tuning::topic(),
         feedback::topic(),
         labeling::topic(),
         datasets::topic(),

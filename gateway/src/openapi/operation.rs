@@ -13,6 +13,8 @@ enum Access {
     AnyKey,
     /// Keys with this scope.
     Scoped(Scope),
+    /// Keys with one of these scopes.
+    Either([Scope; 2]),
 }
 
 /// An operation: what it takes and every way in which it answers.
@@ -83,6 +85,11 @@ impl Operation {
     /// Needs a key with this scope.
     pub fn scope(self, scope: Scope) -> Self {
         Self { access: Access::Scoped(scope), ..self }.refuses(&[403])
+    }
+
+    /// Needs a key with one of these scopes.
+    pub fn either_scope(self, scopes: [Scope; 2]) -> Self {
+        Self { access: Access::Either(scopes), ..self }.refuses(&[403])
     }
 
     /// A parameter behind the question mark, which may be left out.
@@ -174,6 +181,9 @@ impl Operation {
         match self.access {
             Access::Open => object["security"] = json!([]),
             Access::AnyKey => {}
+            Access::Either([one, other]) => {
+                object["description"] = format!("Needs the scope `{}` or `{}`.", one.as_str(), other.as_str()).into();
+            }
             Access::Scoped(scope) => object["description"] = format!("Needs the scope `{}`.", scope.as_str()).into(),
         }
         object

@@ -62,7 +62,7 @@ impl LocalModel {
     pub fn adapted(&self, asked: &str, adapter: AdapterLease) -> Self {
         Self {
             name: asked.to_owned(),
-            fingerprint: fingerprint(&format!("{} {:016x}", self.fingerprint, adapter.generation().0)),
+            fingerprint: fingerprint(&format!("{} {}", self.fingerprint, adapter.generation())),
             created: adapter.created(),
             engine: self.engine.clone(),
             parsers: Arc::clone(&self.parsers),
@@ -87,9 +87,10 @@ impl LocalModel {
         self.adapter.as_ref()
     }
 
-    /// What a record calls the adapter: `base:adapter`.
+    /// What a record calls the adapter: `base:adapter`, without the generation, which stands beside it.
     pub fn variant(&self) -> Option<String> {
-        self.adapter.as_ref().map(|adapter| format!("{}:{}", self.base(), adapter.name()))
+        let plain = |adapter: &AdapterLease| adapter.name().split('@').next().unwrap_or_default().to_owned();
+        self.adapter.as_ref().map(|adapter| format!("{}:{}", self.base(), plain(adapter)))
     }
 
     /// `system_fingerprint`.

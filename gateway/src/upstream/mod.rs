@@ -1,10 +1,12 @@
 //! What answers a request: an engine in this process.
 
+mod adapter_names;
 mod events;
 mod grammars;
 mod local;
 mod registry;
 
+pub use adapter_names::{AdapterNames, Named};
 pub use events::Events;
 pub use local::LocalModel;
 pub use registry::{LoadState, Registry};

@@ -18,10 +18,12 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use tempfile::TempDir;
+use tidemill::adapters::AdapterKeeper;
 use tidemill::batches::Batches;
 use tidemill::clock::now;
 use tidemill::datasets::DatasetJobs;
 use tidemill::feedback::Metrics;
+use tidemill::fine_tuning::{FineTuning, FineTuningOptions};
 use tidemill::http::cors::Origins;
 use tidemill::http::drain::Drain;
 use tidemill::http::limits::{BodyLimits, FileLimits};
@@ -143,6 +145,13 @@ pub struct Setup {
     pub metrics: Metrics,
     pub limits: BTreeMap<String, Limits>,
     pub prices: Prices,
+    pub fine_tuning: Option<FineTuningOptions>,
+}
+
+/// Jobs are taken and wait.
+pub fn no_training() -> FineTuningOptions {
+    let models = BTreeMap::from([(MODEL.to_owned(), "parrot".into())]);
+    FineTuningOptions { root: folder().into(), program: "false".into(), jobs: 0, threads: 1, models }
 }
 
 impl Default for Setup {
@@ -157,6 +166,7 @@ impl Default for Setup {
             metrics: Metrics::new(),
             limits: BTreeMap::new(),
             prices: Prices::new(),
+            fine_tuning: None,
         }
     }
 }
@@ -244,9 +254,10 @@ impl Setup {
         let engine = Engine::with_model(served, options).unwrap();
         let registry = Registry::new([MODEL.to_owned()]);
         assert!(registry.loaded(MODEL, Upstream::Local(Arc::new(LocalModel::new(engine, 7)))));
-        let store = store();
+        let (store, registry) = (store(), Arc::new(registry));
         App {
-            registry: Arc::new(registry),
+            adapters: AdapterKeeper::new(&store, &DataDir::new(folder()), Arc::clone(&registry)),
+            registry,
             drain: Drain::default(),
             origins: Origins::default(),
             body: BodyLimits::default(),
@@ -258,6 +269,7 @@ impl Setup {
             files: wait(Files::open(&store, &DataDir::new(folder()))).unwrap(),
             file_limits: FileLimits { file: 1 << 20, total: 3 << 20 },
             batches: Batches::new(&store),
+            fine_tuning: FineTuning::new(&store, self.fine_tuning.unwrap_or_else(no_training)),
             store,
             background: Background::default(),
             recording: Arc::new(self.recording),

@@ -1,0 +1,125 @@
+//! An adapter made part of its base: a model of its own, that any program runs which runs the base.
+//!
+//! A merged matrix is `W + scale · B A`, computed in f32 from what the base's file holds and rounded once to what it is stored as.
+//! Everything else is copied byte for byte. The result appears under its name whole or not at all.
+
+mod error;
+mod gguf;
+mod matrix;
+mod safetensors;
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use tidemill_kernels::Format;
+
+use crate::adapter::{Adapter, Projection};
+use crate::model::weight_names::{Naming, Part, Weight};
+use crate::model_config::ModelConfig;
+use crate::model_files::ModelFiles;
+
+pub use error::MergeError;
+
+/// What a merged model is written as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Container {
+    /// A folder as Hugging Face's tools read it.
+    Safetensors,
+    /// One file.
+    Gguf,
+}
+
+/// How a model is merged.
+#[derive(Clone, Debug)]
+pub struct MergeOptions {
+    /// What is written.
+    pub container: Container,
+    /// What merged matrices are stored as. `None`: what the base stores them as, where that is not quantised; else f16 in GGUF and bf16
+    /// in safetensors, which keep what the adapter adds.
+    pub storage: Option<Format>,
+    /// Folder with `config.json`, tokenizer and chat template of a safetensors model; `None` is the base's own.
+    pub files_from: Option<PathBuf>,
+}
+
+/// What was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Merged {
+    /// Matrices that the adapter changed.
+    pub matrices: usize,
+    /// Size of the weight files.
+    pub bytes: u64,
+}
+
+/// Writes the base with the adapter in it to `to`, a folder or a file that does not exist yet.
+pub fn merge(base: &ModelFiles, adapter: &Adapter, to: &Path, options: &MergeOptions) -> Result<Merged, MergeError> {
+    adapter.check(base.config())?;
+    if to.exists() {
+        return Err(MergeError::Exists(to.to_owned()));
+    }
+    let name = to.file_name().unwrap_or_default().to_string_lossy();
+    let parent = to.parent().filter(|parent| *parent != Path::new("")).unwrap_or_else(|| Path::new("."));
+    at("create", parent, fs::create_dir_all(parent))?;
+    let beside = parent.join(format!(".{name}.{}.part", std::process::id()));
+    let written = write(base, adapter, &beside, options).and_then(|merged| {
+        same_model(base.config(), &beside, options)?;
+        at("rename", to, fs::rename(&beside, to))?;
+        at("write", parent, File::open(parent).and_then(|folder| folder.sync_all()))?;
+        Ok(merged)
+    });
+    if written.is_err() {
+        // What is left over is of no use to anybody.
+        let _ = if beside.is_dir() { fs::remove_dir_all(&beside) } else { fs::remove_file(&beside) };
+    }
+    written
+}
+
+fn write(base: &ModelFiles, adapter: &Adapter, beside: &Path, options: &MergeOptions) -> Result<Merged, MergeError> {
+    match (options.container, base.naming()) {
+        (Container::Gguf, Naming::Gguf) => gguf::write(base, adapter, beside, options.storage),
+        (Container::Gguf, _) => Err(MergeError::Unsupported(
+            "a GGUF file is made from a base in GGUF only; merge into safetensors and convert those, or take the base's GGUF file".into(),
+        )),
+        (Container::Safetensors, naming) => {
+            let plain = [None, Some(Format::F32), Some(Format::F16), Some(Format::Bf16)];
+            if !plain.contains(&options.storage) {
+                return Err(MergeError::Unsupported("safetensors hold f32, f16 or bf16; choose one of these".into()));
+            }
+            at("create", beside, fs::create_dir(beside))?;
+            match naming {
+                Naming::Gguf => safetensors::from_gguf(base, adapter, beside, options),
+                Naming::HuggingFace | Naming::HuggingFaceBare => safetensors::copy(base, adapter, beside, options),
+            }
+        }
+    }
+}
+
+/// What was written opens, and is the base's architecture.
+fn same_model(config: &ModelConfig, written: &Path, options: &MergeOptions) -> Result<(), MergeError> {
+    let merged = ModelFiles::open(written)?;
+    let sizes = |c: &ModelConfig| (c.family, c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.intermediate, c.vocabulary);
+    if sizes(merged.config()) == sizes(config) && merged.config().tied_embeddings == config.tied_embeddings {
+        return Ok(());
+    }
+    let from = options.files_from.as_deref().unwrap_or(Path::new("the base")).display();
+    Err(MergeError::Unsupported(format!(
+        "config.json in {from} describes another model; name the folder of the base's own publisher"
+    )))
+}
+
+/// The matrix that an adapter calls by this name.
+fn weight(layer: usize, projection: Projection) -> Weight {
+    let part = match projection {
+        Projection::Query => Part::Query,
+        Projection::Key => Part::Key,
+        Projection::Value => Part::Value,
+        Projection::AttentionOutput => Part::AttentionOutput,
+        Projection::Gate => Part::Gate,
+        Projection::Up => Part::Up,
+        Projection::Down => Part::Down,
+    };
+    Weight::Layer(layer, part)
+}
+
+fn at<T>(action: &'static str, path: &Path, result: std::io::Result<T>) -> Result<T, MergeError> {
+    result.map_err(|source| MergeError::Io { action, path: path.to_owned(), source })
+}

@@ -1,0 +1,199 @@
+//! Fine-tuning jobs: a client's files become an adapter that is served under a name of its own.
+//!
+//! A job lives in a row and in a folder. The row says what is to happen ([`wish`]), and whoever runs it follows; the folder holds the
+//! training, which is a process of its own ([`process`]) so that serving keeps its latency. The process says how far it is in a file
+//! ([`progress`]), outlives the server, and goes on from its checkpoint when it was killed.
+
+mod method;
+mod process;
+mod progress;
+mod rows;
+mod runner;
+mod served;
+mod spec;
+#[cfg(test)]
+mod stand_in;
+mod wish;
+
+pub use method::Method;
+pub use served::withdraw;
+pub use wish::Wish;
+
+use crate::fine_tuning::process::Process;
+use crate::fine_tuning::runner::{Runner, Task};
+use crate::http::App;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tidemill_store::{FineTuningState as State, FineTunings, Store, StoreError};
+use tokio::sync::{Notify, watch};
+use uuid::Uuid;
+
+/// Jobs that the command line or another server changed are looked for this often.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How this server trains.
+#[derive(Clone, Debug)]
+pub struct FineTuningOptions {
+    /// Folder of the jobs' folders.
+    pub root: PathBuf,
+    /// The program that is started as `PROGRAM train --job FOLDER`.
+    pub program: PathBuf,
+    /// Jobs that train at once; 0 when this server only takes them.
+    pub jobs: usize,
+    /// Threads of each.
+    pub threads: usize,
+    /// Where the base models lie, by name.
+    pub models: BTreeMap<String, PathBuf>,
+}
+
+/// Runs the fine-tuning jobs of this server. Cloning is cheap.
+#[derive(Clone)]
+pub struct FineTuning {
+    rows: FineTunings,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    options: FineTuningOptions,
+    wake: Notify,
+    running: Mutex<HashMap<Uuid, Task>>,
+    leaving: watch::Sender<bool>,
+}
+
+/// The folder of a job.
+fn folder_of(root: &Path, job: Uuid) -> PathBuf {
+    root.join(job.to_string())
+}
+
+impl FineTuning {
+    /// Over a store. Nothing runs before [`FineTuning::run`].
+    pub fn new(store: &Store, options: FineTuningOptions) -> Self {
+        let (leaving, _) = watch::channel(false);
+        let shared = Shared { options, wake: Notify::new(), running: Mutex::default(), leaving };
+        Self { rows: FineTunings::new(store.database()), shared: Arc::new(shared) }
+    }
+
+    /// The rows.
+    pub fn rows(&self) -> &FineTunings {
+        &self.rows
+    }
+
+    /// How this server trains.
+    pub fn options(&self) -> &FineTuningOptions {
+        &self.shared.options
+    }
+
+    /// There is something to do.
+    pub fn wake(&self) {
+        self.shared.wake.notify_one();
+    }
+
+    /// Whether this server can train the base model of this name.
+    pub fn trains(&self, model: &str) -> bool {
+        self.shared.options.models.contains_key(model)
+    }
+
+    /// Serves what jobs have made, and runs what there is and what comes, until [`FineTuning::close`].
+    pub async fn run(self, app: App) {
+        let mut leaving = self.shared.leaving.subscribe();
+        tokio::select! {
+            _ = leaving.wait_for(|leaving| *leaving) => {}
+            () = self.keep_running(app) => {}
+        }
+    }
+
+    async fn keep_running(&self, app: App) {
+        while !app.registry.all_ready() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        let options = &self.shared.options;
+        let place = app.files.place().to_owned();
+        while let Err(error) = served::serve_all(&self.rows, &app.registry, &options.root, &place).await {
+            tracing::warn!(%error, "cannot look for fine-tuned models; trying again in a moment");
+            tokio::time::sleep(LOOK).await;
+        }
+        let runner = Arc::new(Runner::new(self.rows.clone(), app, options.clone(), self.shared.leaving.subscribe()));
+        if let Err(error) = self.end_strays(&runner).await {
+            tracing::warn!(%error, "cannot look for trainings that nobody wants any more");
+        }
+        let mut known: HashSet<Uuid> = HashSet::new();
+        loop {
+            match self.rows.open(&place).await {
+                Err(error) => tracing::warn!(%error, "cannot look for fine-tuning jobs; trying again in a moment"),
+                Ok(mut open) => {
+                    let now: HashSet<Uuid> = open.iter().map(|job| job.draft.id).collect();
+                    for ended in known.difference(&now) {
+                        self.start(&runner, *ended, Task::End);
+                    }
+                    known = now;
+                    for job in open.iter().filter(|job| job.state == State::ValidatingFiles) {
+                        self.start(&runner, job.draft.id, Task::LookThrough);
+                    }
+                    // What has begun goes first: after a restart, it goes on.
+                    open.retain(|job| matches!(job.state, State::Queued | State::Running));
+                    open.sort_by_key(|job| (job.state != State::Running, job.draft.id));
+                    for job in open {
+                        if self.training() < options.jobs {
+                            self.start(&runner, job.draft.id, Task::Train);
+                        }
+                    }
+                }
+            }
+            tokio::select! {
+                () = self.shared.wake.notified() => {}
+                () = tokio::time::sleep(LOOK) => {}
+            }
+        }
+    }
+
+    fn start(&self, runner: &Arc<Runner>, id: Uuid, task: Task) {
+        if let Entry::Vacant(free) = self.running().entry(id) {
+            free.insert(task);
+            let (jobs, runner) = (self.clone(), runner.clone());
+            tokio::spawn(async move {
+                runner.run(id, task).await;
+                jobs.running().remove(&id);
+                jobs.wake();
+            });
+        }
+    }
+
+    /// Trainings under way, those that are about to stop among them.
+    fn training(&self) -> usize {
+        self.running().values().filter(|task| **task != Task::LookThrough).count()
+    }
+
+    /// Ends the processes of jobs that were cancelled or paused while no server was there, and removes what the cancelled ones left.
+    async fn end_strays(&self, runner: &Arc<Runner>) -> Result<(), StoreError> {
+        let Ok(folders) = std::fs::read_dir(&self.shared.options.root) else { return Ok(()) };
+        for folder in folders.flatten().map(|entry| entry.path()) {
+            let id = folder.file_name().and_then(|name| Uuid::try_parse(name.to_str()?).ok());
+            let Some(id) = id else { continue };
+            let unwanted = match self.rows.state(id).await? {
+                // Another database's, of a server that was started with it.
+                None | Some(State::Queued | State::Running) => false,
+                Some(State::Cancelled) => true,
+                Some(_) => matches!(Process::left(&folder), Ok(Some(_))),
+            };
+            if unwanted {
+                self.start(runner, id, Task::End);
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the trainings to keep a checkpoint and stop, and waits until they have. They go on at the next start.
+    pub async fn close(&self) {
+        self.shared.leaving.send_replace(true);
+        while !self.running().is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    fn running(&self) -> MutexGuard<'_, HashMap<Uuid, Task>> {
+        self.shared.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

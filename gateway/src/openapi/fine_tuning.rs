@@ -1,0 +1,145 @@
+//! Fine-tuning jobs, and the models that they make.
+
+use crate::openapi::Topic;
+use crate::openapi::generation::metadata;
+use crate::openapi::operation::Operation;
+use crate::openapi::schema::{
+    Object, any, count, either, flag, just, list, list_of, map, named, nullable, number, number_in, page, seconds, text, text_of,
+    whole, word,
+};
+use serde_json::Value;
+use tidemill_store::Scope;
+
+const TAG: &str = "fine-tuning";
+
+/// `/v1/fine_tuning/jobs`, and `DELETE /v1/models/{id}`
+pub fn topic() -> Topic {
+    let of_train = |operation: Operation| operation.scope(Scope::Train).refuses(&[503]);
+    let one = |operation: Operation| of_train(operation).refuses(&[404]);
+    let job = |operation: Operation| one(operation).answers(200, "The job.", named("FineTuningJob"));
+    let pages = |item: &str| {
+        let ids = page(named(item)).with("first_id", nullable(text())).with("last_id", nullable(text()));
+        ids.with("has_more", flag()).schema()
+    };
+    let part = |operation: Operation| operation.query("after", text()).query("limit", whole(1, 1000));
+    let deleted = Object::answer().with("id", text()).with("object", just("model")).with("deleted", flag());
+    let operations =
+        vec![
+            of_train(Operation::post("/v1/fine_tuning/jobs", TAG, "Make a model from files"))
+                .takes(new())
+                .answers(200, "The job.", named("FineTuningJob"))
+                .refuses(&[404, 409, 429]),
+            of_train(Operation::get("/v1/fine_tuning/jobs", TAG, "Jobs, the newest first"))
+                .query("after", text())
+                .query("limit", whole(1, 100))
+                .answers(200, "A page of them.", pages("FineTuningJob")),
+            job(Operation::get("/v1/fine_tuning/jobs/{id}", TAG, "How far a job is")),
+            job(Operation::post("/v1/fine_tuning/jobs/{id}/cancel", TAG, "End a job")).refuses(&[400]),
+            job(Operation::post("/v1/fine_tuning/jobs/{id}/pause", TAG, "Have a job stand still")).refuses(&[400]),
+            job(Operation::post("/v1/fine_tuning/jobs/{id}/resume", TAG, "Have a paused job go on")).refuses(&[400]),
+            part(one(Operation::get("/v1/fine_tuning/jobs/{id}/events", TAG, "What happened to a job, the newest first")))
+                .answers(200, "A page of it.", pages("FineTuningEvent")),
+            part(one(Operation::get("/v1/fine_tuning/jobs/{id}/checkpoints", TAG, "Models of a job that can be used"))).answers(
+                200,
+                "A page of them.",
+                pages("FineTuningCheckpoint"),
+            ),
+            one(Operation::delete("/v1/models/{id}", TAG, "Delete a model that a job made"))
+                .answers(200, "It is gone.", deleted.schema())
+                .refuses(&[403]),
+        ];
+    let schemas = vec![
+        ("FineTuningJob", shown()),
+        ("FineTuningMethod", method()),
+        ("FineTuningEvent", event()),
+        ("FineTuningCheckpoint", checkpoint()),
+    ];
+    Topic { operations, schemas }
+}
+
+fn or_auto(schema: Value) -> Value {
+    either([just("auto"), schema])
+}
+
+/// The numbers that every method has.
+fn numbers() -> Object {
+    Object::request()
+        .may("batch_size", or_auto(whole(1, 256)))
+        .may("learning_rate_multiplier", or_auto(number_in(0.0, 100.0)))
+        .may("n_epochs", or_auto(whole(1, 50)))
+}
+
+fn method() -> Value {
+    let supervised = Object::request().with("type", just("supervised"));
+    let supervised = supervised.may("supervised", Object::request().may("hyperparameters", numbers().schema()).schema());
+    let dpo = numbers().may("beta", or_auto(number_in(0.0, 2.0))).schema();
+    let dpo = Object::request().with("type", just("dpo")).may("dpo", Object::request().may("hyperparameters", dpo).schema());
+    either([supervised.schema(), dpo.schema()])
+}
+
+fn new() -> Value {
+    Object::request()
+        .with("model", text())
+        .with("training_file", text())
+        .may("validation_file", text())
+        .may("method", named("FineTuningMethod"))
+        .may("hyperparameters", numbers().schema())
+        .may("suffix", text_of(1, 64))
+        .may("seed", whole(0, i64::from(i32::MAX)))
+        .may("metadata", metadata())
+        .may("integrations", list_of(0, 0, any()))
+        .schema()
+}
+
+fn shown() -> Value {
+    let error = Object::answer().with("code", text()).with("message", text()).with("param", nullable(text()));
+    let words = ["validating_files", "queued", "running", "succeeded", "failed", "cancelled"];
+    let own = Object::answer().with("state", text()).with("step", count()).with("steps", count());
+    Object::answer()
+        .with("id", text())
+        .with("object", just("fine_tuning.job"))
+        .with("model", text())
+        .with("created_at", seconds())
+        .with("finished_at", nullable(seconds()))
+        .with("fine_tuned_model", nullable(text()))
+        .with("organization_id", text())
+        .with("result_files", list(text()))
+        .with("status", word(&words))
+        .with("validation_file", nullable(text()))
+        .with("training_file", text())
+        .with("hyperparameters", map(any()))
+        .with("trained_tokens", nullable(count()))
+        .with("error", nullable(error.schema()))
+        .with("user_provided_suffix", nullable(text()))
+        .with("seed", count())
+        .with("estimated_finish", nullable(seconds()))
+        .with("integrations", list(any()))
+        .with("metadata", nullable(metadata()))
+        .with("method", named("FineTuningMethod"))
+        .with("tidemill", own.schema())
+        .schema()
+}
+
+fn event() -> Value {
+    Object::answer()
+        .with("id", text())
+        .with("object", just("fine_tuning.job.event"))
+        .with("created_at", seconds())
+        .with("level", word(&["info", "warn", "error"]))
+        .with("message", text())
+        .with("data", nullable(map(any())))
+        .with("type", word(&["message", "metrics"]))
+        .schema()
+}
+
+fn checkpoint() -> Value {
+    Object::answer()
+        .with("id", text())
+        .with("object", just("fine_tuning.job.checkpoint"))
+        .with("created_at", seconds())
+        .with("fine_tuned_model_checkpoint", text())
+        .with("fine_tuning_job_id", text())
+        .with("metrics", map(number()))
+        .with("step_number", count())
+        .schema()
+}

@@ -1,0 +1,191 @@
+//! Adapters, their states and aliases, on every database.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
+
+mod support;
+
+use serde_json::json;
+use support::{answer, each};
+use tidemill_store::{
+    AdapterFilter, AdapterRefusal, AdapterState, Adapters, RegisteredAdapter, Snapshot, Snapshots, Sources, Store,
+};
+use uuid::Uuid;
+
+fn adapter(store: &Store, name: &str, generation: u64) -> RegisteredAdapter {
+    RegisteredAdapter {
+        id: store.issue_id(),
+        created: 5,
+        updated: 5,
+        name: name.into(),
+        generation,
+        base: "base".into(),
+        base_hash: Some("ba5e".into()),
+        content_hash: format!("{generation:016x}"),
+        location: format!("adapters/{generation:016x}"),
+        lineage: json!({"raters": ["ann"], "config": {"method": "dpo"}}),
+        metrics: json!({"eval_loss": 0.25}),
+        ..RegisteredAdapter::default()
+    }
+}
+
+async fn served(adapters: &Adapters) -> Vec<(String, Vec<String>)> {
+    let served = adapters.served().await.unwrap();
+    served.into_iter().map(|adapter| (format!("{}@{:x}", adapter.name, adapter.generation), adapter.aliases)).collect()
+}
+
+fn row(name: &str, aliases: &[&str]) -> (String, Vec<String>) {
+    (name.to_owned(), aliases.iter().map(|alias| (*alias).to_owned()).collect())
+}
+
+async fn audit(store: &Store) -> Vec<(String, String)> {
+    let text = "SELECT action, subject FROM audit WHERE actor = 'ann' ORDER BY id";
+    sqlx::query_as(text).fetch_all(store.database().read()).await.unwrap()
+}
+
+#[test]
+fn an_adapter_comes_back_as_it_was_written_and_is_registered_once() {
+    each(async |place| {
+        let store = place.open().await;
+        let adapters = Adapters::new(&store);
+        // All 63 bits.
+        let new = adapter(&store, "support", u64::MAX >> 1);
+        assert_eq!(adapters.insert(&new, "ann").await.unwrap(), new);
+        assert_eq!(adapters.find(new.id).await.unwrap(), Some(new.clone()));
+        let again = RegisteredAdapter { id: store.issue_id(), metrics: json!({}), ..new.clone() };
+        assert_eq!(adapters.insert(&again, "ann").await.unwrap(), new, "the same contents are the same adapter");
+        let elsewhere = RegisteredAdapter { id: store.issue_id(), base: "other".into(), ..new.clone() };
+        adapters.insert(&elsewhere, "ann").await.unwrap();
+        let newer = adapter(&store, "support", 2);
+        adapters.insert(&newer, "ann").await.unwrap();
+        let list = async |filter: AdapterFilter| adapters.list(&filter).await.unwrap();
+        assert_eq!(list(AdapterFilter::default()).await.items, [newer.clone(), elsewhere.clone(), new.clone()]);
+        let of_base = AdapterFilter { base: Some("base".into()), limit: Some(1), ..Default::default() };
+        let page = list(of_base.clone()).await;
+        assert_eq!((page.items, page.has_more), (vec![newer.clone()], true));
+        assert_eq!(list(AdapterFilter { before: Some(newer.id), ..of_base }).await.items, [new]);
+        assert!(list(AdapterFilter { state: Some(AdapterState::Serving), ..Default::default() }).await.items.is_empty());
+        let registered: Vec<String> = audit(&store).await.into_iter().map(|(action, _)| action).collect();
+        assert_eq!(registered, ["adapter.register"; 3]);
+        store.close().await;
+    });
+}
+
+#[test]
+fn serving_replaces_what_no_alias_needs_and_revoking_is_for_good() {
+    each(async |place| {
+        let store = place.open().await;
+        let adapters = Adapters::new(&store);
+        let mut made = Vec::new();
+        for generation in 1..=3 {
+            made.push(adapters.insert(&adapter(&store, "a", generation), "ann").await.unwrap());
+        }
+        let other = adapters.insert(&adapter(&store, "b", 9), "ann").await.unwrap();
+        let [one, two, three] = [made[0].id, made[1].id, made[2].id];
+        assert!(matches!(adapters.set_alias("champion", one, "ann").await, Err(AdapterRefusal::NotServed { .. })));
+        adapters.serve(one, false, "ann").await.unwrap();
+        adapters.serve(other.id, false, "ann").await.unwrap();
+        adapters.set_alias("champion", one, "ann").await.unwrap();
+        assert_eq!(served(&adapters).await, [row("a@1", &["champion"]), row("b@9", &[])]);
+        // The first has an alias and stays; the second has none and goes.
+        let (now, retired) = adapters.serve(two, false, "ann").await.unwrap();
+        assert_eq!((now.state, retired.len()), (AdapterState::Serving, 0));
+        assert!(now.served.is_some());
+        let (_, retired) = adapters.serve(three, false, "ann").await.unwrap();
+        assert_eq!(retired.iter().map(|adapter| adapter.id).collect::<Vec<_>>(), [two]);
+        assert_eq!(served(&adapters).await, [row("a@1", &["champion"]), row("b@9", &[]), row("a@3", &[])]);
+
+        assert!(
+            matches!(adapters.retire(one, "ann").await, Err(AdapterRefusal::Aliased { aliases, .. }) if aliases == ["champion"])
+        );
+        let (_, before) = adapters.set_alias("champion", three, "ann").await.unwrap();
+        assert_eq!(before, Some(one));
+        assert_eq!(adapters.retire(one, "ann").await.unwrap().state, AdapterState::Retired);
+        adapters.set_alias("best", three, "ann").await.unwrap();
+        assert_eq!(served(&adapters).await, [row("b@9", &[]), row("a@3", &["best", "champion"])]);
+
+        let (revoked, aliases) = adapters.revoke(three, "ann").await.unwrap();
+        assert_eq!((revoked.state, aliases), (AdapterState::Revoked, vec!["best".to_owned(), "champion".to_owned()]));
+        assert_eq!(served(&adapters).await, [row("b@9", &[])]);
+        assert!(adapters.aliases().await.unwrap().is_empty());
+        assert!(
+            matches!(adapters.serve(three, true, "ann").await, Err(AdapterRefusal::Revoked(name)) if name == "a@0000000000000003")
+        );
+        assert!(matches!(adapters.set_alias("x", three, "ann").await, Err(AdapterRefusal::Revoked(_))));
+        assert!(matches!(adapters.insert(&adapter(&store, "a", 3), "ann").await, Err(AdapterRefusal::Revoked(_))));
+        assert_eq!(adapters.revoke(three, "ann").await.unwrap().0.state, AdapterState::Revoked);
+        // What was retired can come back.
+        adapters.serve(one, false, "ann").await.unwrap();
+        assert_eq!(served(&adapters).await, [row("b@9", &[]), row("a@1", &[])]);
+        let changes = audit(&store).await;
+        let champion: Vec<&str> =
+            changes.iter().filter(|(_, subject)| subject == "champion").map(|(action, _)| action.as_str()).collect();
+        assert_eq!(champion, ["adapter.alias", "adapter.alias"]);
+        assert!(changes.contains(&("adapter.revoke".into(), "a@0000000000000003".into())));
+        store.close().await;
+    });
+}
+
+#[test]
+fn a_name_means_one_thing() {
+    each(async |place| {
+        let store = place.open().await;
+        let adapters = Adapters::new(&store);
+        let a = adapters.insert(&adapter(&store, "a", 1), "ann").await.unwrap();
+        adapters.insert(&adapter(&store, "b", 2), "ann").await.unwrap();
+        adapters.serve(a.id, false, "ann").await.unwrap();
+        for name in ["a", "b", "base"] {
+            assert!(matches!(adapters.set_alias(name, a.id, "ann").await, Err(AdapterRefusal::NameTaken { .. })), "{name}");
+        }
+        adapters.set_alias("champion", a.id, "ann").await.unwrap();
+        assert!(matches!(adapters.insert(&adapter(&store, "champion", 3), "ann").await, Err(AdapterRefusal::NameTaken { .. })));
+        // An alias of one base says nothing about another's names.
+        let elsewhere = RegisteredAdapter { base: "other".into(), ..adapter(&store, "champion", 3) };
+        adapters.insert(&elsewhere, "ann").await.unwrap();
+        assert!(matches!(adapters.remove_alias("other", "champion", "ann").await, Err(AdapterRefusal::NoAlias(_))));
+        assert_eq!(adapters.remove_alias("base", "champion", "ann").await.unwrap(), a.id);
+        assert!(matches!(adapters.serve(Uuid::now_v7(), false, "ann").await, Err(AdapterRefusal::Unknown(_))));
+        store.close().await;
+    });
+}
+
+#[test]
+fn an_adapter_of_what_was_erased_is_tainted_from_the_start_and_names_nobody() {
+    each(async |place| {
+        let store = place.open().await;
+        let (adapters, snapshots) = (Adapters::new(&store), Snapshots::new(store.database()));
+        let hers = answer(&store, "ann");
+        store.record(hers.clone()).unwrap();
+        store.flush().await;
+        let snapshot = Snapshot {
+            id: store.issue_id(),
+            name: "d".into(),
+            version: 1,
+            created: 5,
+            query: json!({}),
+            content_hash: String::new(),
+            location: String::new(),
+            table_version: 1,
+            row_counts: json!({}),
+            verdict: "pass".into(),
+            report: json!({}),
+            tainted: None,
+        };
+        let sources: Sources = [("inference", [hers.id.to_string()].into()), ("rater", ["ann".to_owned()].into())].into();
+        snapshots.insert(&snapshot, &sources, false).await.unwrap();
+        let early = RegisteredAdapter { snapshot: Some(snapshot.id), ..adapter(&store, "early", 1) };
+        let early = adapters.insert(&early, "trainer").await.unwrap();
+        assert_eq!(early.tainted, None);
+        assert_eq!(store.erase_user("ann").await.unwrap().adapters, ["early@0000000000000001"]);
+        let early = adapters.find(early.id).await.unwrap().unwrap();
+        assert!(early.tainted.is_some() && !early.lineage.to_string().contains("ann"), "{early:?}");
+
+        let late = RegisteredAdapter { snapshot: Some(snapshot.id), ..adapter(&store, "late", 2) };
+        let late = adapters.insert(&late, "trainer").await.unwrap();
+        assert_eq!(late.tainted, early.tainted);
+        assert!(!late.lineage.to_string().contains("ann") && late.lineage.to_string().contains("dpo"), "{}", late.lineage);
+        let child = RegisteredAdapter { parent: Some(early.id), lineage: json!({}), ..adapter(&store, "child", 3) };
+        assert_eq!(adapters.insert(&child, "trainer").await.unwrap().tainted, early.tainted);
+        assert!(matches!(adapters.serve(late.id, false, "boss").await, Err(AdapterRefusal::Tainted(_))));
+        assert_eq!(adapters.serve(late.id, true, "boss").await.unwrap().0.state, AdapterState::Serving);
+        store.close().await;
+    });
+}

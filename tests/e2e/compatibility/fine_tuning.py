@@ -1,0 +1,63 @@
+"""Rows of fine-tuning jobs."""
+
+from openai.types.fine_tuning import FineTuningJob
+from openai.types.fine_tuning.job_create_params import JobCreateParams
+from openai.types.fine_tuning.job_list_params import JobListParams
+
+from compatibility import Endpoint, honoured, rejected
+from compatibility.effects import holds
+from conftest import MODEL
+
+
+def supervised(**numbers) -> dict:
+    return {"type": "supervised", "supervised": {"hyperparameters": numbers}}
+
+
+def dpo(**numbers) -> dict:
+    return {"type": "dpo", "dpo": {"hyperparameters": numbers}}
+
+
+def has(**fields):
+    return holds(lambda body: fields.items() <= body.items())
+
+
+# The file's id is put in by the test; its lines are none that could be trained on, so that what is asked for is not done.
+JOBS = Endpoint(
+    "POST", "/v1/fine_tuning/jobs", {"model": MODEL, "training_file": "{file}"},
+    [
+        honoured("model", MODEL, has(model=MODEL, fine_tuned_model=None)),
+        rejected("model", "nope", "404: not served"),
+        honoured("training_file", "{file}", holds(lambda body: body["training_file"].startswith("file-"))),
+        rejected("training_file", "file-0", "one that is not there"),
+        honoured("validation_file", "{file}", holds(lambda body: body["validation_file"].startswith("file-"))),
+        honoured("method", supervised(n_epochs=2), holds(lambda body: body["hyperparameters"]["n_epochs"] == 2)),
+        honoured("method", dpo(beta=0.3, batch_size="auto"), holds(lambda body: body["method"]["dpo"]["hyperparameters"]["beta"] == 0.3)),
+        rejected("method", dpo(beta=3), "above 0, up to 2"),
+        rejected("method", supervised(n_epochs=51), "1–50"),
+        rejected("method", {"type": "reinforcement", "reinforcement": {"grader": {"type": "string_check"}}}, "not yet"),
+        honoured("hyperparameters", {"batch_size": 4}, holds(lambda body: body["hyperparameters"]["batch_size"] == 4), "older; for `supervised`"),
+        rejected("hyperparameters", {"batch_size": 257}, "1–256"),
+        rejected("hyperparameters", {"learning_rate_multiplier": 0}, "above 0, up to 100"),
+        honoured("suffix", "shop-1.2", has(user_provided_suffix="shop-1.2")),
+        rejected("suffix", "x" * 65, "at most 64 characters"),
+        rejected("suffix", "a b", "letters, digits, `-`, `_`, `.`"),
+        honoured("seed", 7, has(seed=7)),
+        rejected("seed", -1, "0–2,147,483,647"),
+        honoured("metadata", {"team": "mill"}, has(metadata={"team": "mill"})),
+        honoured("integrations", [], has(integrations=[])),
+        rejected("integrations", [{"type": "wandb", "wandb": {"project": "p"}}], "no services of others"),
+        rejected("nonsense", 1, "any unknown field"),
+    ],
+    frozenset(JobCreateParams.__annotations__), answer=FineTuningJob,
+)
+
+JOB_LIST = Endpoint(
+    "GET", "/v1/fine_tuning/jobs", {},
+    [
+        honoured("limit", 1, holds(lambda body: len(body["data"]) <= 1)),
+        rejected("limit", 101, "1–100"),
+        rejected("after", "ftjob-0", "not the id of a job"),
+        honoured("metadata[team]", "nobody", holds(lambda body: body["data"] == [])),
+    ],
+    frozenset(JobListParams.__annotations__), how="query",
+)
