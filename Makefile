@@ -23,7 +23,7 @@ ARGILLA      := $(CACHE)/argilla-venv
 TEST_DATA  := $(CACHE)/test-data
 TEST_MODEL := $(TEST_DATA)/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: chromium help serve build test lint test-build test-rust test-e2e bench bench-store oracle clean
+.PHONY: chromium help serve build test lint test-build test-rust test-e2e bench bench-store bench-train oracle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -88,6 +88,12 @@ bench: build ## ours beside llama.cpp, vLLM and OpenVINO on this machine; rewrit
 
 bench-store: build $(TEST_MODEL) ## how fast feedback is taken through HTTP: 1, 16 and 64 connections, and batches
 	CARGO="$(CARGO)" tests/bench_feedback.sh $(BIN) $(TEST_MODEL)
+
+bench-train: $(TEST_MODEL) ## DPO beside TRL + PEFT, and each trick undone; rewrites its part of docs/benchmarks.md (about half an hour)
+	tests/oracle/run.sh --environment
+	bench=$$($(CARGO) bench -p tidemill-rlhf --bench train --locked --no-run --message-format=json \
+		| sed -n 's/.*"name":"train".*"executable":"\([^"]*\)".*/\1/p' | tail -1); \
+	$(PYTHON) tests/bench_train.py "$$bench" $(TEST_MODEL) $(CACHE)/oracle-venv/bin/python --each $(ARGS)
 
 oracle: ## regenerate the expected values with transformers and torch
 	tests/oracle/run.sh

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Regenerates tests/goldens with transformers and torch (`make oracle`). Takes about ten minutes and 6 GB under .cache/.
+# Regenerates tests/goldens with transformers and torch (`make oracle`). Takes about twenty minutes and 6 GB under .cache/.
 #   tests/oracle/run.sh [MODEL.gguf]
+#   tests/oracle/run.sh --environment       only makes the Python environment, for `make bench-train`
 # MODEL.gguf is the default model; without it, it comes out of the wheel that `tidemill pull` uses.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -12,6 +13,7 @@ if ! cmp -s tests/oracle/requirements.txt "$venv/installed.txt"; then
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r tests/oracle/requirements.txt
     cp tests/oracle/requirements.txt "$venv/installed.txt"
 fi
+[[ ${1:-} != --environment ]] || exit 0
 python=$venv/bin/python
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error
 
@@ -33,4 +35,9 @@ goldens=tests/goldens
 "$python" tests/oracle/tiny_gguf.py $goldens
 "$python" tests/oracle/default_model.py "$model" $goldens/smollm2
 "$python" tests/oracle/perplexity.py "$model" $goldens/smollm2/perplexity.txt $goldens/smollm2/perplexity.json "$cache/oracle-scratch"
+# The curves of TRL (about ten minutes), then the adapter that we train on the same rows, and what PEFT makes of it.
+"$python" tests/oracle/trl_curves.py "$model" $goldens/trl
+TIDEMILL_TEST_MODEL=$(realpath "$model") TIDEMILL_WRITE_ADAPTER=$PWD/$goldens/trl/ours \
+    ${CARGO:-cargo} test -p tidemill-rlhf --locked --test trl a_small_adapter_is_the_one_that_trl_trains
+"$python" tests/oracle/trl_ours.py "$model" $goldens/trl $goldens/trl/ours
 find $goldens -size +1000k -print -quit | grep . && { echo "a golden is larger than 1 MB" >&2; exit 1; } || true

@@ -47,6 +47,16 @@ pub(super) struct Scores {
     slopes: Vec<f32>,
 }
 
+impl Scores {
+    /// `len` numbers of any value.
+    pub fn row(&mut self, len: usize) -> &mut [f32] {
+        if self.scores.len() < len {
+            self.scores.resize(len, 0.0);
+        }
+        &mut self.scores[..len]
+    }
+}
+
 /// Keys of a query block: a run of rows and how many of them the block's first query sees.
 struct Keys {
     rows: Range<usize>,
@@ -113,14 +123,16 @@ impl Attention<'_> {
         keys
     }
 
-    /// Forbids the scores that a query must not see.
+    /// Forbids the scores that a query must not see: what comes after it, and what is too far before.
     fn mask(&self, query: usize, keys: &Keys, scores: &mut [f32]) {
-        let position = self.positions[query] as usize;
-        for (key, score) in keys.rows.clone().zip(scores) {
-            let outside = self.spec.sliding_window.is_some_and(|window| self.positions[key] as usize + window <= position);
-            if (keys.own && key > query) || outside {
-                *score = f32::NEG_INFINITY;
-            }
+        let first = keys.rows.start;
+        if keys.own {
+            scores[(query + 1 - first).min(keys.rows.len())..].fill(f32::NEG_INFINITY);
+        }
+        if let Some(window) = self.spec.sliding_window {
+            // Positions of the run are consecutive.
+            let outside = (self.positions[query] as usize + 1).saturating_sub(window + self.positions[first] as usize);
+            scores[..outside.min(keys.rows.len())].fill(f32::NEG_INFINITY);
         }
     }
 
@@ -178,8 +190,9 @@ impl Attention<'_> {
         let HeadShape { heads, kv_heads, head_dim } = self.shape;
         let width = self.width();
         let columns = keys.iter().map(|keys| keys.rows.len()).sum();
-        scores.clear();
-        scores.resize(block.len() * columns, 0.0);
+        if scores.len() < block.len() * columns {
+            scores.resize(block.len() * columns, 0.0);
+        }
         for keys in keys {
             let key_offset = (heads + head / (heads / kv_heads)) * head_dim;
             let product = Product {
@@ -315,8 +328,9 @@ fn head_back(
     let value_offset = key_offset + kv_heads * head_dim;
     let keys = call.keys(span, block);
     let columns = call.scores(hand, qkv, *head, block, &keys, &mut memory.scores);
-    memory.slopes.clear();
-    memory.slopes.resize(block.len() * columns, 0.0);
+    if memory.slopes.len() < block.len() * columns {
+        memory.slopes.resize(block.len() * columns, 0.0);
+    }
     let dout_view = part(dout, wide, block, query_offset);
     for keys in &keys {
         // Along the probabilities: dO Vᵀ.

@@ -1,18 +1,25 @@
 //! Log-probabilities of chosen tokens, from hidden states, without a `[rows, vocabulary]` tensor.
 //!
-//! The vocabulary is walked in pieces: a piece of the logits is made, used and forgotten. The derivative makes it again.
+//! The vocabulary is walked in pieces: a piece of the logits is made, used and forgotten. A log-probability's derivative along its hidden
+//! state is the token's row of the head minus the mean of all rows under the softmax, so it collects in the same walk, relative to the
+//! largest logit so far (as attention does with its values; Milakov & Gimelshein 2018).
 
 use super::Compute;
 use super::matmul::Product;
-use super::operand::{Block, Operand, View};
+use super::operand::{Block, Operand, View, decode};
 use super::rows::Shared;
+use crate::aligned::AlignedBuf;
 use crate::error::KernelError;
 use crate::ops::{MatrixSource, Store};
 
-/// Tokens of the vocabulary per piece: a multiple of the lines that pack together.
-const PIECE: usize = 2048;
+/// Logits per piece, about: they stay in the second-level cache.
+const PIECE: usize = 1 << 20;
+/// Fewest tokens of the vocabulary per piece, and what their number is a multiple of: the lines that pack together.
+const TOKENS: usize = 256;
+/// Most tokens of a piece.
+const MOST_TOKENS: usize = 2048;
 /// Rows per piece.
-const ROWS: usize = 4096;
+const ROWS: usize = 2048;
 
 /// Which tokens' log-probabilities are wanted: of row `i` of `hidden`, that of `tokens[i]`.
 #[derive(Clone, Copy)]
@@ -32,14 +39,16 @@ pub struct LogProbs<'a> {
 }
 
 impl<'a> LogProbs<'a> {
-    fn check(&self, per_row: &[usize]) -> Result<(), KernelError> {
+    fn check(&self, out: usize, slopes: Option<usize>) -> Result<(), KernelError> {
         let rows = self.tokens.len();
         let head = match self.head {
             Block::Values { data, n } => n >= self.vocabulary && data.len() == n * self.width,
             Block::Weight(source) => source.n >= self.vocabulary && source.k == self.width && source.row_order.is_none(),
+            Block::Corner { .. } => false,
         };
         let tokens = self.tokens.iter().all(|token| (*token as usize) < self.vocabulary);
-        if head && tokens && self.hidden.len() == rows * self.width && per_row.iter().all(|len| *len == rows) {
+        let sizes = self.hidden.len() == rows * self.width && slopes.is_none_or(|slopes| slopes == rows * self.width);
+        if head && tokens && sizes && out == rows {
             return Ok(());
         }
         let detail = format!("{rows} rows of {} over {} tokens", self.width, self.vocabulary);
@@ -49,6 +58,8 @@ impl<'a> LogProbs<'a> {
     /// Tokens `first..first + n` of the head.
     fn piece(&self, first: usize, n: usize) -> Block<'a> {
         match self.head {
+            // Refused by the check.
+            Block::Corner { .. } => self.head,
             Block::Values { data, .. } => Block::Values { data: &data[first * self.width..][..n * self.width], n },
             Block::Weight(source) => {
                 let row = source.format.row_bytes(source.k).unwrap_or(0);
@@ -63,116 +74,95 @@ impl<'a> LogProbs<'a> {
 }
 
 impl Compute {
-    /// `out[i] = log softmax(scale * hidden[i] headᵀ)[tokens[i]]`; `lse[i]` gets the logarithm of the denominator.
-    pub fn log_probs(&mut self, call: LogProbs<'_>, out: &mut [f32], lse: &mut [f32]) -> Result<(), KernelError> {
-        call.check(&[out.len(), lse.len()])?;
-        for (index, (out, lse)) in out.chunks_mut(ROWS).zip(lse.chunks_mut(ROWS)).enumerate() {
-            self.log_probs_of(call.rows(index * ROWS..index * ROWS + out.len()), out, lse)?;
+    /// `out[i] = log softmax(scale * hidden[i] headᵀ)[tokens[i]]`; row `i` of `slopes [rows, width]`, where wanted, gets its derivative along
+    /// `hidden[i]`.
+    pub fn log_probs(&mut self, call: LogProbs<'_>, out: &mut [f32], mut slopes: Option<&mut [f32]>) -> Result<(), KernelError> {
+        call.check(out.len(), slopes.as_ref().map(|slopes| slopes.len()))?;
+        for (index, out) in out.chunks_mut(ROWS).enumerate() {
+            let rows = index * ROWS..index * ROWS + out.len();
+            let slopes = slopes.as_mut().map(|slopes| &mut slopes[rows.start * call.width..rows.end * call.width]);
+            let mut logits = std::mem::replace(&mut self.logits, AlignedBuf::zeroed(0, "logits")?);
+            let done = self.log_probs_of(call.rows(rows), out, slopes, &mut logits);
+            self.logits = logits;
+            done?;
         }
         Ok(())
     }
 
-    fn log_probs_of(&mut self, call: LogProbs<'_>, out: &mut [f32], lse: &mut [f32]) -> Result<(), KernelError> {
-        let rows = call.tokens.len();
-        let mut logits = vec![0.0; rows * PIECE.min(call.vocabulary)];
+    fn log_probs_of(
+        &mut self,
+        call: LogProbs<'_>,
+        out: &mut [f32],
+        mut slopes: Option<&mut [f32]>,
+        logits: &mut AlignedBuf<f32>,
+    ) -> Result<(), KernelError> {
+        let (rows, width, ops, level) = (call.tokens.len(), call.width, self.rows, self.kernel.level());
+        let tokens = (PIECE / rows.max(1) / TOKENS * TOKENS).clamp(TOKENS, MOST_TOKENS);
+        // Rows a power of two apart would share a few sets of the cache.
+        let stride = tokens + 16;
+        if logits.len() < rows * stride {
+            *logits = AlignedBuf::zeroed(rows * stride, "logits")?;
+        }
         // Largest logit so far and the sum of exponentials relative to it.
-        lse.fill(f32::NEG_INFINITY);
-        let mut totals = vec![0.0; rows];
-        for first in (0..call.vocabulary).step_by(PIECE) {
-            let n = self.logits(&call, first, &mut logits)?;
-            let ops = self.rows;
-            let (out, lse, totals, logits) = (Shared::new(out), Shared::new(lse), Shared::new(&mut totals), &logits);
+        let (mut largest, mut totals) = (vec![f32::NEG_INFINITY; rows], vec![0.0; rows]);
+        for first in (0..call.vocabulary).step_by(tokens) {
+            let n = (call.vocabulary - first).min(tokens);
+            let piece = [call.piece(first, n)];
+            let product = Product {
+                m: rows,
+                n,
+                k: width,
+                left: View::Rows { data: call.hidden, stride: width },
+                right: Operand::StackT(&piece),
+                scale: call.scale,
+                store: Store::Replace,
+            };
+            self.matmul(&product, logits, stride)?;
+            let shared = [Shared::new(out), Shared::new(&mut largest), Shared::new(&mut totals), Shared::new(logits)];
+            let collected = slopes.as_mut().map(|slopes| Shared::new(slopes));
             self.each_row(rows, |row| {
-                // SAFETY: one element of each per row.
-                let (out, max, total) = unsafe { (out.range(row..row + 1), lse.range(row..row + 1), totals.range(row..row + 1)) };
-                let logits = &logits[row * n..][..n];
-                (max[0], total[0]) = ops.log_sum(logits, (max[0], total[0]));
+                // SAFETY: one element of each per row, and rows are disjoint.
+                let [out, max, total] = [0, 1, 2].map(|i| unsafe { shared[i].range(row..row + 1) });
+                // SAFETY: as above.
+                let logits = unsafe { shared[3].range(row * stride..row * stride + n) };
                 if let Some(logit) = (call.tokens[row] as usize).checked_sub(first).and_then(|at| logits.get(at)) {
                     out[0] = *logit;
                 }
-            })?;
-        }
-        for ((out, lse), total) in out.iter_mut().zip(lse).zip(&totals) {
-            *lse += total.ln();
-            *out -= *lse;
-        }
-        Ok(())
-    }
-
-    /// The derivatives of [`Self::log_probs`] for the derivatives `dout [rows]` of its results: along `hidden`, stored to `dhidden`, and
-    /// along the head, added to `dhead [vocabulary, width]` when that is wanted. `lse` is what the call gave.
-    pub fn log_probs_back(
-        &mut self,
-        call: LogProbs<'_>,
-        lse: &[f32],
-        dout: &[f32],
-        dhidden: &mut [f32],
-        mut dhead: Option<&mut [f32]>,
-    ) -> Result<(), KernelError> {
-        call.check(&[lse.len(), dout.len()])?;
-        let head_fits = dhead.as_ref().is_none_or(|dhead| dhead.len() >= call.vocabulary * call.width);
-        if dhidden.len() != call.hidden.len() || !head_fits {
-            return Err(KernelError::Shape { op: "log_probs_back", detail: "derivatives of another size".to_owned() });
-        }
-        for (index, dhidden) in dhidden.chunks_mut(ROWS * call.width.max(1)).enumerate() {
-            let rows = index * ROWS..index * ROWS + dhidden.len() / call.width;
-            let (lse, dout) = (&lse[rows.clone()], &dout[rows.clone()]);
-            self.log_probs_back_of(call.rows(rows), lse, dout, dhidden, dhead.as_deref_mut())?;
-        }
-        Ok(())
-    }
-
-    fn log_probs_back_of(
-        &mut self,
-        call: LogProbs<'_>,
-        lse: &[f32],
-        dout: &[f32],
-        dhidden: &mut [f32],
-        mut dhead: Option<&mut [f32]>,
-    ) -> Result<(), KernelError> {
-        let (rows, width, ops) = (call.tokens.len(), call.width, self.rows);
-        let mut logits = vec![0.0; rows * PIECE.min(call.vocabulary)];
-        for first in (0..call.vocabulary).step_by(PIECE) {
-            let n = self.logits(&call, first, &mut logits)?;
-            let shared = Shared::new(&mut logits);
-            self.each_row(rows, |row| {
-                // SAFETY: rows are disjoint.
-                let logits = unsafe { shared.range(row * n..(row + 1) * n) };
-                ops.log_prob_back(logits, lse[row], dout[row]);
-                if let Some(logit) = (call.tokens[row] as usize).checked_sub(first).and_then(|at| logits.get_mut(at)) {
-                    *logit += dout[row];
+                let before = max[0];
+                match &collected {
+                    None => (max[0], total[0]) = ops.log_sum(logits, (before, total[0])),
+                    Some(collected) => {
+                        (max[0], total[0]) = ops.exp_sum(logits, (before, total[0]));
+                        if max[0] > before && first > 0 {
+                            // SAFETY: as above.
+                            ops.scale(unsafe { collected.range(row * width..(row + 1) * width) }, (before - max[0]).exp());
+                        }
+                    }
                 }
             })?;
-            let along_logits = View::Rows { data: &logits, stride: n };
-            let store = if first == 0 { Store::Replace } else { Store::Add };
-            let piece = [call.piece(first, n)];
-            let right = Operand::Stack(&piece);
-            let back = Product { m: rows, n: width, k: n, left: along_logits, right, scale: call.scale, store };
-            self.matmul(&back, dhidden, width)?;
-            if let Some(dhead) = dhead.as_deref_mut() {
-                let left = View::Columns { data: &logits, stride: n };
-                let right = Operand::View(View::Rows { data: call.hidden, stride: width });
-                let weight = Product { m: n, n: width, k: rows, left, right, scale: call.scale, store: Store::Add };
-                self.matmul(&weight, &mut dhead[first * width..(first + n) * width], width)?;
+            if let Some(slopes) = slopes.as_deref_mut() {
+                let store = if first == 0 { Store::Replace } else { Store::Add };
+                let (left, right) = (View::Rows { data: logits, stride }, Operand::Stack(&piece));
+                self.matmul(&Product { m: rows, n: width, k: n, left, right, scale: 1.0, store }, slopes, width)?;
             }
         }
+        for ((out, largest), total) in out.iter_mut().zip(&largest).zip(&totals) {
+            *out -= largest + total.ln();
+        }
+        if let Some(slopes) = slopes {
+            let slopes = Shared::new(slopes);
+            let head = [call.head];
+            self.threads.run(&[rows], |_, row, scratch| {
+                // SAFETY: rows are disjoint.
+                let slope = unsafe { slopes.range(row * width..(row + 1) * width) };
+                let own = scratch.scores.row(width);
+                let token = call.tokens[row] as usize;
+                // SAFETY: the level is the processor's; the token was checked.
+                unsafe { decode(level, &head, width, token..token + 1, 0..width, own, width) };
+                let total = totals[row];
+                slope.iter_mut().zip(own).for_each(|(slope, own)| *slope = call.scale * (*own - *slope / total));
+            })?;
+        }
         Ok(())
-    }
-
-    /// Logits of a piece of the vocabulary, `[rows, n]`; returns `n`.
-    fn logits(&mut self, call: &LogProbs<'_>, first: usize, out: &mut [f32]) -> Result<usize, KernelError> {
-        let n = (call.vocabulary - first).min(PIECE);
-        let piece = [call.piece(first, n)];
-        let product = Product {
-            m: call.tokens.len(),
-            n,
-            k: call.width,
-            left: View::Rows { data: call.hidden, stride: call.width },
-            right: Operand::StackT(&piece),
-            scale: call.scale,
-            store: Store::Replace,
-        };
-        self.matmul(&product, out, n)?;
-        Ok(n)
     }
 }

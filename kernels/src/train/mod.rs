@@ -16,10 +16,11 @@ mod tile;
 pub use attention::{Attention, Span};
 pub use cross_entropy::LogProbs;
 pub use dropout::Dropout;
-pub use matmul::Product;
+pub use matmul::{LowRank, Product};
 pub use operand::{Block, Operand, View};
 pub use rows::{Pieces, Rotation};
 
+use crate::aligned::AlignedBuf;
 use crate::cpu::elementwise::Elementwise;
 use crate::error::KernelError;
 use crate::isa::Isa;
@@ -45,6 +46,8 @@ pub struct Compute {
     rows: RowOps,
     threads: Threads,
     packed: Packed,
+    /// A piece of the logits.
+    logits: AlignedBuf<f32>,
 }
 
 impl Compute {
@@ -62,6 +65,7 @@ impl Compute {
             rows: RowOps(kernel.level()),
             threads: Threads::new(threads, kernel)?,
             packed: Packed::new()?,
+            logits: AlignedBuf::zeroed(0, "logits")?,
         })
     }
 
@@ -72,7 +76,7 @@ impl Compute {
 
     /// Bytes of scratch memory held.
     pub fn bytes(&self) -> usize {
-        self.packed.bytes()
+        self.packed.bytes() + self.logits.bytes()
     }
 }
 

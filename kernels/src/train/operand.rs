@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::blocks::dequantize_row;
+use crate::cpu::elementwise::Level;
 use crate::error::KernelError;
 use crate::ops::{Format, MatrixSource};
 
@@ -21,12 +22,26 @@ pub enum Block<'a> {
     },
     /// A frozen weight as it lies in its file.
     Weight(MatrixSource<'a>),
+    /// A matrix `[n, rank]` times `scale` from column `first` on, zeros beside it: what one of several adapted matrices that share their
+    /// input adds to the stack of them.
+    Corner {
+        /// `n * rank` values.
+        data: &'a [f32],
+        /// Output features.
+        n: usize,
+        /// Columns that are not zeros.
+        rank: usize,
+        /// First of them.
+        first: usize,
+        /// Multiplies the values.
+        scale: f32,
+    },
 }
 
 impl Block<'_> {
     fn n(&self) -> usize {
         match self {
-            Block::Values { n, .. } => *n,
+            Block::Values { n, .. } | Block::Corner { n, .. } => *n,
             Block::Weight(source) => source.n,
         }
     }
@@ -98,7 +113,10 @@ fn check_stack(blocks: &[Block<'_>], n: usize, k: usize) -> Result<(), KernelErr
             Block::Values { data, n } if data.len() != n * k => {
                 return Err(shape(format!("{} values for a [{n}, {k}] matrix", data.len())));
             }
-            Block::Values { .. } => {}
+            Block::Corner { data, n, rank, first, .. } if data.len() != n * rank || first + rank > k => {
+                return Err(shape(format!("{} values for [{n}, {rank}] from column {first} of {k} on", data.len())));
+            }
+            Block::Values { .. } | Block::Corner { .. } => {}
             Block::Weight(source) => {
                 let bytes = source.format.row_bytes(k).and_then(|row| row.checked_mul(source.n));
                 if source.k != k || bytes != Some(source.data.len()) {
@@ -119,17 +137,38 @@ fn check_stack(blocks: &[Block<'_>], n: usize, k: usize) -> Result<(), KernelErr
 
 /// Writes rows `rows`, columns `columns` of a stack to `out`, `stride` apart. `columns` starts at a multiple of [`DECODE`] and ends at
 /// one or at `k`. The stack was checked.
-pub(super) fn decode(blocks: &[Block<'_>], k: usize, rows: Range<usize>, columns: Range<usize>, out: &mut [f32], stride: usize) {
+///
+/// # Safety
+/// The processor runs `level`.
+pub(super) unsafe fn decode(
+    level: Level,
+    blocks: &[Block<'_>],
+    k: usize,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    out: &mut [f32],
+    stride: usize,
+) {
     let mut first = 0;
     for block in blocks {
         let end = first + block.n();
         for row in rows.start.max(first)..rows.end.min(end) {
             let line = &mut out[(row - rows.start) * stride..][..columns.len()];
             match block {
+                Block::Corner { data, rank, first: corner, scale, .. } => {
+                    line.fill(0.0);
+                    let wanted = columns.start.max(*corner)..columns.end.min(corner + rank);
+                    if !wanted.is_empty() {
+                        let own = &data[(row - first) * rank..][wanted.start - corner..wanted.end - corner];
+                        let out = &mut line[wanted.start - columns.start..wanted.end - columns.start];
+                        out.iter_mut().zip(own).for_each(|(out, own)| *out = own * scale);
+                    }
+                }
                 Block::Values { data, .. } => line.copy_from_slice(&data[(row - first) * k..][columns.clone()]),
                 Block::Weight(source) => {
                     let row = source.row_order.map_or(row - first, |order| order[row - first] as usize);
-                    decode_row(source.format, source.data, row, k, columns.clone(), line);
+                    // SAFETY: the caller's promise.
+                    unsafe { decode_row(level, source.format, source.data, row, k, columns.clone(), line) };
                 }
             }
         }
@@ -137,10 +176,18 @@ pub(super) fn decode(blocks: &[Block<'_>], k: usize, rows: Range<usize>, columns
     }
 }
 
-fn decode_row(format: Format, data: &[u8], row: usize, k: usize, columns: Range<usize>, out: &mut [f32]) {
+/// # Safety
+/// The processor runs `level`.
+unsafe fn decode_row(level: Level, format: Format, data: &[u8], row: usize, k: usize, columns: Range<usize>, out: &mut [f32]) {
     let (len, bytes) = (format.block_len(), format.block_bytes());
     let start = row * (k / len) * bytes;
     let data = &data[start + columns.start / len * bytes..start + columns.end / len * bytes];
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the caller's promise; whole blocks of a checked stack. Processors with AVX-512 have F16C.
+    if level == Level::Avx512 && unsafe { super::pack::avx512::decode(format, data, out) } {
+        return;
+    }
+    let _ = level;
     // Whole blocks of a checked stack: the lengths agree.
     let _ = dequantize_row(format, data, out);
 }

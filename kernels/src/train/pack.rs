@@ -3,10 +3,12 @@
 //! A strip is a few neighbouring *lines* of an operand (rows of the left one, columns of the right one) over a slice of the inner
 //! dimension. Lines and steps that the operand does not have are zeros.
 
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx512;
+
 use std::ops::Range;
 
 use super::operand::{Block, DECODE, Operand, View, decode};
-use crate::cpu::attention::bf16;
 use crate::cpu::elementwise::Level;
 
 /// Steps of the inner dimension that one bf16 tile covers; slices are multiples of it.
@@ -29,6 +31,14 @@ impl Layout {
         match self {
             Layout::Lanes(width) => width,
             Layout::Pairs | Layout::Tiles => 16,
+        }
+    }
+
+    /// `k` steps, rounded up to whole tiles where strips have them.
+    pub fn whole(self, k: usize) -> usize {
+        match self {
+            Layout::Lanes(_) => k,
+            Layout::Pairs | Layout::Tiles => k.next_multiple_of(TILE_K),
         }
     }
 
@@ -74,49 +84,51 @@ impl<'a> Lines<'a> {
     }
 }
 
-/// Packs lines `lines` (whole strips, but for the last) of `count` over steps `steps` to `out`, strip after strip.
+/// Packs lines `lines` (whole strips, but for the last) over `steps` steps to `out`, strip after strip, each `bytes` from the one before.
 ///
 /// # Safety
-/// The processor runs `level`. `out` is writable for the strips and aligned for vectors. The operand was checked to hold `count` lines
+/// The processor runs `level`. `out` is writable for the strips and aligned for vectors. The operand was checked to hold the lines
 /// and all of `steps`; `scratch` holds [`scratch_len`] values. Stacks across want `lines.start` at a multiple of [`DECODE`].
 pub(super) unsafe fn pack(
     level: Level,
     layout: Layout,
     source: Lines<'_>,
-    count: usize,
     lines: Range<usize>,
-    steps: Range<usize>,
+    steps: usize,
     out: *mut u8,
+    bytes: usize,
     scratch: &mut [f32],
 ) {
     let width = layout.width();
-    let lines = lines.start..lines.end.min(count);
     let strip = |line: usize| (line - lines.start) / width;
-    let bytes = layout.strip_bytes(steps.len());
     // SAFETY: the caller's promise; parts lie within the strips.
     unsafe {
         match source {
             Lines::Along { data, stride } => {
                 for first in lines.clone().step_by(width) {
                     let valid = (lines.end - first).min(width);
-                    let part = Part { data: &data[first * stride + steps.start..], stride, valid, len: steps.len(), at: 0 };
+                    let part = Part { data: &data[first * stride..], stride, valid, len: steps, at: 0 };
                     part.write::<true>(level, layout, out.add(strip(first) * bytes));
                 }
             }
             Lines::Across { data, stride } => {
-                for first in lines.clone().step_by(width) {
-                    let valid = (lines.end - first).min(width);
-                    let part = Part { data: &data[steps.start * stride + first..], stride, valid, len: steps.len(), at: 0 };
-                    part.write::<false>(level, layout, out.add(strip(first) * bytes));
+                // A few steps of all strips at a time: neighbouring strips read neighbouring memory.
+                for begin in (0..steps).step_by(TILE_K) {
+                    let len = TILE_K.min(steps - begin);
+                    for first in lines.clone().step_by(width) {
+                        let valid = (lines.end - first).min(width);
+                        let part = Part { data: &data[begin * stride + first..], stride, valid, len, at: begin };
+                        part.write::<false>(level, layout, out.add(strip(first) * bytes));
+                    }
                 }
             }
             Lines::StackAlong { blocks, k } => {
                 for first in lines.clone().step_by(width) {
                     let valid = (lines.end - first).min(width);
-                    for begin in steps.clone().step_by(DECODE) {
-                        let end = (begin + DECODE).min(steps.end);
-                        decode(blocks, k, first..first + valid, begin..end, scratch, DECODE);
-                        let part = Part { data: scratch, stride: DECODE, valid, len: end - begin, at: begin - steps.start };
+                    for begin in (0..steps).step_by(DECODE) {
+                        let end = (begin + DECODE).min(steps);
+                        decode(level, blocks, k, first..first + valid, begin..end, scratch, DECODE);
+                        let part = Part { data: scratch, stride: DECODE, valid, len: end - begin, at: begin };
                         part.write::<true>(level, layout, out.add(strip(first) * bytes));
                     }
                 }
@@ -124,13 +136,13 @@ pub(super) unsafe fn pack(
             Lines::StackAcross { blocks, k } => {
                 for group in lines.clone().step_by(DECODE) {
                     let group = group..(group + DECODE).min(lines.end);
-                    for begin in steps.clone().step_by(TILE_K) {
-                        let end = (begin + TILE_K).min(steps.end);
-                        decode(blocks, k, begin..end, group.clone(), scratch, DECODE);
+                    for begin in (0..steps).step_by(TILE_K) {
+                        let end = (begin + TILE_K).min(steps);
+                        decode(level, blocks, k, begin..end, group.clone(), scratch, DECODE);
                         for first in group.clone().step_by(width) {
                             let valid = (group.end - first).min(width);
                             let data = &scratch[first - group.start..];
-                            let part = Part { data, stride: DECODE, valid, len: end - begin, at: begin - steps.start };
+                            let part = Part { data, stride: DECODE, valid, len: end - begin, at: begin };
                             part.write::<false>(level, layout, out.add(strip(first) * bytes));
                         }
                     }
@@ -175,12 +187,20 @@ impl Part<'_> {
     }
 
     /// # Safety
-    /// As [`Part::write`] on a processor with these.
+    /// As [`Part::write`] on a processor with these; with a matrix unit, which the bf16 layouts are for, it converts to bf16, too.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq")]
     unsafe fn write_avx512<const ALONG: bool>(self, layout: Layout, strip: *mut u8) {
-        // SAFETY: the caller's promise.
-        unsafe { self.write_body::<ALONG>(layout, strip) }
+        // SAFETY: the caller's promise; steps `at..at + len` of the strip.
+        unsafe {
+            match layout {
+                Layout::Tiles => self.tiles::<ALONG>(strip.cast::<u16>().add(self.at * 16)),
+                Layout::Pairs => self.pairs::<ALONG>(strip.cast::<u32>().add(self.at / 2 * 16)),
+                Layout::Lanes(12) if ALONG => self.lanes_along::<12>(strip.cast::<f32>().add(self.at * 12)),
+                Layout::Lanes(32) if ALONG => self.lanes_along::<32>(strip.cast::<f32>().add(self.at * 32)),
+                _ => self.write_body::<ALONG>(layout, strip),
+            }
+        }
     }
 
     /// # Safety
@@ -211,16 +231,8 @@ impl Part<'_> {
                         _ => self.lanes::<ALONG, 4>(out),
                     }
                 }
-                Layout::Pairs => {
-                    let padded = self.len.next_multiple_of(TILE_K);
-                    let out = std::slice::from_raw_parts_mut(strip.cast::<u32>().add(self.at / 2 * 16), padded / 2 * 16);
-                    self.pairs::<ALONG>(out);
-                }
-                Layout::Tiles => {
-                    let padded = self.len.next_multiple_of(TILE_K);
-                    let out = std::slice::from_raw_parts_mut(strip.cast::<u16>().add(self.at * 16), padded * 16);
-                    self.tiles::<ALONG>(out);
-                }
+                // Written by [`Self::write_avx512`] alone: a matrix unit has these around it.
+                Layout::Pairs | Layout::Tiles => {}
             }
         }
     }
@@ -248,71 +260,4 @@ impl Part<'_> {
             }
         }
     }
-
-    /// `out [len / 2][16]` pairs of steps: the first in the low half.
-    #[inline(always)]
-    fn pairs<const ALONG: bool>(self, out: &mut [u32]) {
-        let out = out.as_chunks_mut::<16>().0;
-        let whole = self.len / 2;
-        if self.valid < 16 || self.len < out.len() * 2 {
-            out.fill([0; 16]);
-        }
-        if ALONG {
-            for lane in 0..self.valid {
-                let line = &self.data[lane * self.stride..][..self.len];
-                for (pair, values) in out.iter_mut().zip(line.as_chunks::<2>().0) {
-                    pair[lane] = join(values[0], values[1]);
-                }
-                if self.len % 2 == 1 {
-                    out[whole][lane] = join(line[self.len - 1], 0.0);
-                }
-            }
-        } else {
-            for (p, pair) in out.iter_mut().enumerate().take(self.len.div_ceil(2)) {
-                let low = &self.data[2 * p * self.stride..][..self.valid];
-                if 2 * p + 1 < self.len {
-                    let high = &self.data[(2 * p + 1) * self.stride..][..self.valid];
-                    for ((out, low), high) in pair.iter_mut().zip(low).zip(high) {
-                        *out = join(*low, *high);
-                    }
-                } else {
-                    for (out, low) in pair.iter_mut().zip(low) {
-                        *out = join(*low, 0.0);
-                    }
-                }
-            }
-        }
-    }
-
-    /// `out [len / 32][16][32]`.
-    #[inline(always)]
-    fn tiles<const ALONG: bool>(self, out: &mut [u16]) {
-        if self.valid < 16 || !self.len.is_multiple_of(TILE_K) {
-            out.fill(0);
-        }
-        for (tile, out) in out.as_chunks_mut::<{ 16 * TILE_K }>().0.iter_mut().enumerate() {
-            let first = tile * TILE_K;
-            let len = (self.len - first).min(TILE_K);
-            if ALONG {
-                for (lane, row) in out.as_chunks_mut::<TILE_K>().0.iter_mut().enumerate().take(self.valid) {
-                    let line = &self.data[lane * self.stride + first..][..len];
-                    for (out, value) in row.iter_mut().zip(line) {
-                        *out = bf16(*value);
-                    }
-                }
-            } else {
-                for p in 0..len {
-                    let line = &self.data[(first + p) * self.stride..][..self.valid];
-                    for (lane, value) in line.iter().enumerate() {
-                        out[lane * TILE_K + p] = bf16(*value);
-                    }
-                }
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn join(low: f32, high: f32) -> u32 {
-    u32::from(bf16(low)) | u32::from(bf16(high)) << 16
 }

@@ -102,17 +102,19 @@ impl Rotation {
     }
 }
 
+/// Σ value over the elements of three slices of one length: element `i` goes to accumulator `i mod LANES`, then they are halved pairwise.
+/// Arrays, not indices, so that nothing is checked inside the loop.
 #[inline(always)]
-fn sum(width: usize, value: impl Fn(usize) -> f32) -> f32 {
+fn sum([a, b, c]: [&[f32]; 3], value: impl Fn(f32, f32, f32) -> f32) -> f32 {
+    let ((a, a_rest), (b, b_rest), (c, c_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>(), c.as_chunks::<LANES>());
     let mut sums = [0f32; LANES];
-    let whole = width / LANES * LANES;
-    for first in (0..whole).step_by(LANES) {
-        for (lane, sum) in sums.iter_mut().enumerate() {
-            *sum += value(first + lane);
+    for ((a, b), c) in a.iter().zip(b).zip(c) {
+        for lane in 0..LANES {
+            sums[lane] += value(a[lane], b[lane], c[lane]);
         }
     }
-    for (lane, sum) in sums.iter_mut().enumerate().take(width - whole) {
-        *sum += value(whole + lane);
+    for (((sum, a), b), c) in sums.iter_mut().zip(a_rest).zip(b_rest).zip(c_rest) {
+        *sum += value(*a, *b, *c);
     }
     let mut width = LANES / 2;
     while width > 0 {
@@ -128,7 +130,7 @@ fn sum(width: usize, value: impl Fn(usize) -> f32) -> f32 {
 #[inline(always)]
 fn rms_norm_body(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> f32 {
     let x = &x[..out.len()];
-    let inverse = 1.0 / (sum(x.len(), |i| x[i] * x[i]) / x.len() as f32 + eps).sqrt();
+    let inverse = 1.0 / (sum([x, x, x], |x, _, _| x * x) / x.len() as f32 + eps).sqrt();
     for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
         *out = x * inverse * weight;
     }
@@ -140,7 +142,7 @@ fn rms_norm_body(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> f32 {
 fn rms_norm_back_body(x: &[f32], weight: &[f32], inverse: f32, dy: &[f32], add: bool, dx: &mut [f32]) {
     let n = dx.len();
     let (x, weight, dy) = (&x[..n], &weight[..n], &dy[..n]);
-    let along = sum(n, |i| dy[i] * weight[i] * x[i]) / n as f32 * inverse * inverse * inverse;
+    let along = sum([dy, weight, x], |dy, weight, x| dy * weight * x) / n as f32 * inverse * inverse * inverse;
     for i in 0..n {
         let value = inverse * dy[i] * weight[i] - x[i] * along;
         dx[i] = if add { dx[i] + value } else { value };
@@ -181,7 +183,7 @@ fn softmax_body(scores: &mut [f32]) -> f32 {
     for score in scores.iter_mut() {
         *score = exp(*score - max);
     }
-    let total = sum(scores.len(), |i| scores[i]);
+    let total = sum([scores, scores, scores], |score, _, _| score);
     let inverse = 1.0 / total;
     for score in scores.iter_mut() {
         *score *= inverse;
@@ -203,22 +205,30 @@ fn softmax_back_body(scores: &mut [f32], lse: f32, inner: f32, dp: &mut [f32]) {
 fn log_sum_body(logits: &[f32], so_far: (f32, f32)) -> (f32, f32) {
     let max = largest(logits);
     let max = if so_far.0 > max { so_far.0 } else { max };
-    let total = sum(logits.len(), |i| exp(logits[i] - max));
+    let total = sum([logits, logits, logits], |logit, _, _| exp(logit - max));
     (max, total + so_far.1 * exp(so_far.0 - max))
 }
 
-/// Logits become `−gradient * probability`.
+/// [`log_sum_body`], and the logits become their exponentials relative to the largest so far.
 #[inline(always)]
-fn log_prob_back_body(logits: &mut [f32], lse: f32, gradient: f32) {
+fn exp_sum_body(logits: &mut [f32], so_far: (f32, f32)) -> (f32, f32) {
+    let max = largest(logits);
+    let max = if so_far.0 > max { so_far.0 } else { max };
     for logit in logits.iter_mut() {
-        *logit = -gradient * exp(*logit - lse);
+        *logit = exp(*logit - max);
     }
+    let logits = &*logits;
+    (max, sum([logits, logits, logits], |p, _, _| p) + so_far.1 * exp(so_far.0 - max))
+}
+
+#[inline(always)]
+fn scale_body(x: &mut [f32], factor: f32) {
+    x.iter_mut().for_each(|x| *x *= factor);
 }
 
 #[inline(always)]
 fn dot_body(a: &[f32], b: &[f32]) -> f32 {
-    let b = &b[..a.len()];
-    sum(a.len(), |i| a[i] * b[i])
+    sum([a, b, a], |a, b, _| a * b)
 }
 
 macro_rules! instantiate {
@@ -233,8 +243,9 @@ macro_rules! instantiate {
             instantiate!(@one $safety ($($feature)?) softmax_back = softmax_back_body(
                 scores: &mut [f32], lse: f32, inner: f32, dp: &mut [f32]) -> ());
             instantiate!(@one $safety ($($feature)?) log_sum = log_sum_body(logits: &[f32], so_far: (f32, f32)) -> (f32, f32));
-            instantiate!(@one $safety ($($feature)?) log_prob_back = log_prob_back_body(
-                logits: &mut [f32], lse: f32, gradient: f32) -> ());
+            instantiate!(@one $safety ($($feature)?) exp_sum = exp_sum_body(
+                logits: &mut [f32], so_far: (f32, f32)) -> (f32, f32));
+            instantiate!(@one $safety ($($feature)?) scale = scale_body(x: &mut [f32], factor: f32) -> ());
             instantiate!(@one $safety ($($feature)?) dot = dot_body(a: &[f32], b: &[f32]) -> f32);
         }
     };
@@ -286,8 +297,12 @@ impl RowOps {
         dispatch!(self.0, log_sum(logits, so_far))
     }
 
-    pub fn log_prob_back(self, logits: &mut [f32], lse: f32, gradient: f32) {
-        dispatch!(self.0, log_prob_back(logits, lse, gradient))
+    pub fn exp_sum(self, logits: &mut [f32], so_far: (f32, f32)) -> (f32, f32) {
+        dispatch!(self.0, exp_sum(logits, so_far))
+    }
+
+    pub fn scale(self, x: &mut [f32], factor: f32) {
+        dispatch!(self.0, scale(x, factor))
     }
 
     pub fn dot(self, a: &[f32], b: &[f32]) -> f32 {

@@ -321,19 +321,84 @@ fn log_probabilities_over_a_vocabulary_in_pieces() {
             tokens: &tokens,
             scale,
         };
-        let (mut out, mut lse) = (vec![f32::NAN; rows], vec![f32::NAN; rows]);
-        compute.log_probs(call, &mut out, &mut lse).unwrap();
+        let (mut out, mut slopes) = (vec![f32::NAN; rows], vec![f32::NAN; hidden.len()]);
+        compute.log_probs(call, &mut out, None).unwrap();
         same(&out, &forward(&wide, &wide_head), tolerance, "log_probs");
-        let (mut dhidden, mut dhead) = (vec![f32::NAN; hidden.len()], vec![0.0; head.len()]);
-        compute.log_probs_back(call, &lse, &dout, &mut dhidden, Some(&mut dhead)).unwrap();
-        derivative_is(&dhidden, &hidden, &dout, tolerance, "log_probs_back", &|hidden| forward(hidden, &wide_head));
-        // A few tokens stand for all: the labelled ones, their neighbours, the ends of the pieces.
-        for token in [0, 1, 17, 2046, 2047, 2048, 2049, 2498, 2499] {
-            for (i, got) in dhead.iter().enumerate().skip(token * width).take(width) {
-                let want = difference(&wide_head, i, &|head| weighted(&forward(&wide, head), &dout));
-                assert!((f64::from(*got) - want).abs() <= tolerance, "head {token}: {got} is not {want}");
-            }
-        }
+        out.fill(f32::NAN);
+        compute.log_probs(call, &mut out, Some(&mut slopes)).unwrap();
+        same(&out, &forward(&wide, &wide_head), tolerance, "log_probs");
+        slopes.chunks_mut(width).zip(&dout).for_each(|(slope, dout)| slope.iter_mut().for_each(|slope| *slope *= dout));
+        derivative_is(&slopes, &hidden, &dout, tolerance, "log_probs", &|hidden| forward(hidden, &wide_head));
+        let other = LogProbs { tokens: &[0, 1, 2, 3, 2500], ..call };
+        assert!(compute.log_probs(other, &mut out, None).is_err());
+    });
+}
+
+#[test]
+fn a_product_goes_on_with_one_of_low_rank() {
+    let (m, k, ranks) = (70, 1300, [5, 3]);
+    let (n, rank) = ([30, 11, 40], 8);
+    let (x, w, a) = (noise(1, m * k), noise(2, 81 * k), noise(3, rank * k));
+    let (first, last) = (noise(4, 30 * 5), noise(5, 40 * 3));
+    let weights = [Block::Values { data: &w, n: 81 }];
+    let down = [Block::Values { data: &a, n: rank }];
+    // The middle matrix is not adapted.
+    let up = [
+        Block::Corner { data: &first, n: n[0], rank: ranks[0], first: 0, scale: 0.5 },
+        Block::Corner { data: &[], n: n[1], rank: 0, first: 5, scale: 1.0 },
+        Block::Corner { data: &last, n: n[2], rank: ranks[1], first: 5, scale: 2.0 },
+    ];
+    let b = |feature: usize, r: usize| match (feature, r) {
+        (0..30, 0..5) => 0.5 * first[feature * 5 + r],
+        (41.., 5..) => 2.0 * last[(feature - 41) * 3 + r - 5],
+        _ => 0.0,
+    };
+    let low = exact(m, rank, k, |i, p| x[i * k + p], |p, r| a[r * k + p]);
+    let base = exact(m, 81, k, |i, p| x[i * k + p], |p, j| w[j * k + p]);
+    let mut want = base.clone();
+    for (index, want) in want.iter_mut().enumerate() {
+        *want += (0..rank).map(|r| low[index / 81 * rank + r] * f64::from(b(index % 81, r))).sum::<f64>();
+    }
+    let dy = noise(6, m * 81);
+    let back_low = exact(m, rank, 81, |i, j| dy[i * 81 + j], b);
+    let mut back = exact(m, k, 81, |i, j| dy[i * 81 + j], |j, p| w[j * k + p]);
+    for (index, want) in back.iter_mut().enumerate() {
+        *want += (0..rank).map(|r| back_low[index / k * rank + r] * f64::from(a[r * k + index % k])).sum::<f64>();
+    }
+    each(|compute, precision| {
+        let (mut out, mut got) = (vec![f32::NAN; m * 81], vec![f32::NAN; m * rank]);
+        let left = View::Rows { data: &x, stride: k };
+        let product = Product { m, n: 81, k, left, right: Operand::StackT(&weights), scale: 1.0, store: Store::Replace };
+        let along = LowRank { rank, down: Some(Operand::StackT(&down)), up: Some(Operand::StackT(&up)) };
+        compute.matmul_with(&product, Some(along), &mut got, &mut out, 81).unwrap();
+        close(&got, rank, &low, m, rank, k, precision, "low");
+        // The low part is as large as 8, and so is its rounding.
+        close(&out, 81, &want, m, 81, 8 * k, precision, "with a low rank");
+        out.fill(f32::NAN);
+        compute.matmul_with(&product, Some(LowRank { down: None, ..along }), &mut got, &mut out, 81).unwrap();
+        close(&out, 81, &want, m, 81, 8 * k, precision, "with a low part that is given");
+        out.fill(f32::NAN);
+        compute.matmul_with(&product, Some(LowRank { up: None, ..along }), &mut got, &mut out, 81).unwrap();
+        close(&out, 81, &base, m, 81, k, precision, "down alone");
+        close(&got, rank, &low, m, rank, k, precision, "low alone");
+
+        // Where nothing was learnt yet, nothing changes, to the bit.
+        let zeros = [Block::Corner { data: &[0.0; 81 * 8], n: 81, rank, first: 0, scale: 2.0 }];
+        let mut plain = out.clone();
+        compute.matmul(&product, &mut plain, 81).unwrap();
+        compute
+            .matmul_with(&product, Some(LowRank { up: Some(Operand::StackT(&zeros)), ..along }), &mut got, &mut out, 81)
+            .unwrap();
+        assert_eq!(plain, out);
+
+        let (mut dx, mut got) = (vec![f32::NAN; m * k], vec![f32::NAN; m * rank]);
+        let left = View::Rows { data: &dy, stride: 81 };
+        let product = Product { m, n: k, k: 81, left, right: Operand::Stack(&weights), scale: 1.0, store: Store::Replace };
+        let along = LowRank { rank, down: Some(Operand::Stack(&up)), up: Some(Operand::Stack(&down)) };
+        compute.matmul_with(&product, Some(along), &mut got, &mut dx, k).unwrap();
+        close(&got, rank, &back_low, m, rank, 81, precision, "low, back");
+        close(&dx, k, &back, m, k, 8 * k, precision, "back with a low rank");
+        assert!(compute.matmul_with(&product, Some(along), &mut got[1..], &mut dx, k).is_err());
     });
 }
 

@@ -19,7 +19,7 @@ pub(super) struct Scratch {
 }
 
 /// Stages that one call may have.
-const STAGES: usize = 2;
+const STAGES: usize = 3;
 
 pub(super) struct Threads {
     pool: Pool,

@@ -24,8 +24,8 @@ pub(super) struct Kernel {
     pub right: Layout,
     /// Strips of each operand per tile.
     pub strips: usize,
-    /// Steps of the inner dimension per slice.
-    pub slice: usize,
+    /// Steps of the inner dimension per slice, at most: its strips of the right operand fit the first-level cache.
+    slice: usize,
 }
 
 impl Kernel {
@@ -34,11 +34,18 @@ impl Kernel {
         let single =
             |isa, rows, columns| Kernel { isa, left: Layout::Lanes(rows), right: Layout::Lanes(columns), strips: 1, slice: 256 };
         match (isa, precision) {
-            (Isa::Amx, Precision::Bf16) => Kernel { isa, left: Layout::Tiles, right: Layout::Pairs, strips: 2, slice: 1024 },
+            (Isa::Amx, Precision::Bf16) if rounds() => {
+                Kernel { isa, left: Layout::Tiles, right: Layout::Pairs, strips: 2, slice: 640 }
+            }
             (Isa::Amx | Isa::Avx512, _) => single(Isa::Avx512, 12, 32),
             (Isa::Avx2, _) => single(isa, 6, 16),
             (Isa::Portable, _) => single(isa, 4, 8),
         }
+    }
+
+    /// Steps of a slice when there are `steps` in all.
+    pub fn slice(self, steps: usize) -> usize {
+        steps.div_ceil(steps.div_ceil(self.slice).max(1)).next_multiple_of(TILE_K)
     }
 
     /// The level of row operations beside it.
@@ -62,24 +69,47 @@ impl Kernel {
         }
     }
 
+    /// Makes what was written past the caches visible to threads that learn of it later.
+    pub fn settle(self) {
+        #[cfg(target_arch = "x86_64")]
+        if self.isa == Isa::Amx {
+            // SAFETY: the matrix unit has this around it.
+            unsafe { std::arch::x86_64::_mm_sfence() };
+        }
+    }
+
     /// `to += scale * left · right` for the part of the tile that exists, or `=` unless `add`.
     ///
     /// # Safety
-    /// The thread is prepared. `left` and `right` point to as many strips as [`Self::strips`] or the valid part needs, over `steps > 0`
-    /// steps; `to` is writable for its valid part and nobody else touches that; `scratch` holds [`MAX_TILE`] values on a cache line.
-    pub unsafe fn multiply(self, left: *const u8, right: *const u8, steps: usize, to: Target, scratch: *mut f32) {
+    /// The thread is prepared. The operands point to as many strips, `strips` bytes apart, as [`Self::strips`] or the valid part needs,
+    /// over `steps > 0` steps; `to` is writable for its valid part and nobody else touches that; `scratch` holds [`MAX_TILE`] values on a
+    /// cache line.
+    pub unsafe fn multiply(self, operands: [*const u8; 2], strips: [usize; 2], steps: usize, to: Target, scratch: *mut f32) {
+        let [left, right] = operands.map(<*const u8>::cast);
         // SAFETY: the caller's promise.
         unsafe {
             match self.isa {
                 #[cfg(target_arch = "x86_64")]
-                Isa::Amx => matrix_unit(left, right, steps, to, scratch),
+                Isa::Amx => matrix_unit(operands, strips, steps, to, scratch),
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 => avx512(left.cast(), right.cast(), steps, to, scratch),
+                Isa::Avx512 => avx512(left, right, steps, to, scratch),
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 => avx2(left.cast(), right.cast(), steps, to, scratch),
-                _ => single::<Portable, 4>(left.cast(), right.cast(), steps, to, scratch),
+                Isa::Avx2 => avx2(left, right, steps, to, scratch),
+                _ => single::<Portable, 4>(left, right, steps, to, scratch),
             }
         }
+    }
+}
+
+/// Whether the machine converts to bfloat16 by itself, as those with a matrix unit do.
+fn rounds() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        is_x86_feature_detected!("avx512bf16")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
     }
 }
 
@@ -93,6 +123,8 @@ pub(super) struct Target {
     pub columns: usize,
     pub add: bool,
     pub scale: f32,
+    /// Write past the caches: nobody reads the result before they have forgotten it.
+    pub past: bool,
 }
 
 impl Target {
@@ -172,18 +204,36 @@ unsafe fn avx2(left: *const f32, right: *const f32, steps: usize, to: Target, sc
 /// As [`Kernel::multiply`] on a machine with AMX.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,fma")]
-unsafe fn matrix_unit(left: *const u8, right: *const u8, steps: usize, to: Target, scratch: *mut f32) {
-    let tiles = steps.div_ceil(TILE_K);
-    let strip = tiles * TILE_K * 32;
+unsafe fn matrix_unit(operands: [*const u8; 2], strips: [usize; 2], steps: usize, to: Target, scratch: *mut f32) {
+    use std::arch::x86_64::*;
     let (tall, wide) = (to.rows.div_ceil(16).min(2), to.columns.div_ceil(16).min(2));
-    // SAFETY: the caller's promise; a strip is `strip` bytes long.
+    let scale = _mm512_set1_ps(to.scale);
+    let past = to.past && !to.add && to.columns == 32 && to.stride.is_multiple_of(16) && to.out.addr().is_multiple_of(64);
+    // SAFETY: the caller's promise; masks keep to the columns that exist.
     unsafe {
-        let a = [left, left.add(strip * (tall - 1))];
-        let b = [right, right.add(strip * (wide - 1))];
-        amx::bf16_block(a, tall, b, wide, tiles, scratch);
-        for row in 0..tall {
-            for column in 0..wide {
-                to.store(scratch.add((row * wide + column) * 256), 16, row * 16, column * 16, 16, 16);
+        let [a, b] = [(0, tall), (1, wide)].map(|(i, used)| [operands[i], operands[i].add(strips[i] * (used - 1))]);
+        amx::bf16_block(a, tall, b, wide, steps.div_ceil(TILE_K), scratch);
+        if past {
+            for row in 0..to.rows {
+                let sums = scratch.add(row / 16 * 512 + row % 16 * 16);
+                let out = to.out.add(row * to.stride);
+                _mm512_stream_ps(out, _mm512_mul_ps(_mm512_load_ps(sums), scale));
+                _mm512_stream_ps(out.add(16), _mm512_mul_ps(_mm512_load_ps(sums.add(256)), scale));
+            }
+            return;
+        }
+        for column in 0..wide {
+            let valid = (to.columns - column * 16).min(16);
+            let mask: __mmask16 = if valid == 16 { !0 } else { (1 << valid) - 1 };
+            for row in 0..to.rows {
+                let sums = _mm512_load_ps(scratch.add((row / 16 * wide + column) * 256 + row % 16 * 16));
+                let out = to.out.add(row * to.stride + column * 16);
+                let value = if to.add {
+                    _mm512_fmadd_ps(sums, scale, _mm512_maskz_loadu_ps(mask, out))
+                } else {
+                    _mm512_mul_ps(sums, scale)
+                };
+                _mm512_mask_storeu_ps(out, mask, value);
             }
         }
     }

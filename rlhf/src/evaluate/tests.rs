@@ -106,7 +106,7 @@ async fn an_adapter_is_measured_beside_another_and_its_base() {
         text: Some("The quick brown fox jumps over the lazy dog. ".repeat(40)),
         prompts: 5,
         sampling: Sampling { temperature: 1.0, max_tokens: 12, seed: 7 },
-        model: ModelOptions { threads: 1, precision: Precision::F32, recompute: false },
+        model: ModelOptions { threads: 1, precision: Precision::F32, ..ModelOptions::default() },
     };
     let found = evaluate(&trial, Referee::None, &mut |_, _, _, _| {}).unwrap();
     let [one, same, base] = found.contenders.as_slice() else { panic!("{:?}", found.contenders) };

@@ -103,7 +103,7 @@ impl Job {
 
     pub(super) fn model(&self) -> Result<Model, JobError> {
         let Spec { lora, adapter, threads, precision, recompute, config, .. } = &self.spec;
-        let options = ModelOptions { threads: *threads, precision: *precision, recompute: *recompute };
+        let options = ModelOptions { threads: *threads, precision: *precision, recompute: *recompute, ..ModelOptions::default() };
         let lora = lora.config()?;
         Ok(match adapter {
             None => Model::new(Arc::clone(&self.files), &lora, config.seed, options)?,

@@ -7,7 +7,7 @@ use tidemill_engine::ModelFiles;
 use tidemill_kernels::Store;
 use tidemill_kernels::train::{Block, LogProbs, Pieces};
 
-use super::workshop::Workshop;
+use super::workshop::{Buffer, Workshop};
 use super::{ModelError, slice};
 use crate::parameters::read;
 
@@ -21,7 +21,7 @@ pub(super) struct FinalNorm {
 }
 
 impl FinalNorm {
-    fn gather(&self, x: &[f32]) -> Result<Vec<f32>, ModelError> {
+    fn gather(&self, x: &[f32]) -> Result<Buffer, ModelError> {
         let hidden = self.weight.len();
         let mut out = self.workshop.buffer(self.picked.len() * hidden);
         for (out, row) in out.chunks_mut(hidden).zip(&self.picked) {
@@ -83,8 +83,10 @@ pub(super) struct LogProbsOp {
     pub tokens: Vec<u32>,
     /// One over the temperature.
     pub scale: f32,
-    /// Logarithms of the denominators.
-    pub lse: Mutex<Vec<f32>>,
+    /// Whether a backward pass may come.
+    pub keep: bool,
+    /// For the backward pass: each log-probability's derivative along its hidden state.
+    pub slopes: Mutex<Buffer>,
 }
 
 impl LogProbsOp {
@@ -109,23 +111,31 @@ impl CustomOp1 for LogProbsOp {
 
     fn cpu_fwd(&self, hidden: &CpuStorage, strides: &Strides) -> candle_core::Result<(CpuStorage, Shape)> {
         let rows = self.tokens.len();
-        let (mut out, mut lse) = (vec![0.0; rows], vec![0.0; rows]);
-        let done =
-            self.with_call(slice(hidden, strides)?, |call| Ok(self.workshop.compute().log_probs(call, &mut out, &mut lse)?));
-        done?;
-        *self.lse.lock().unwrap_or_else(PoisonError::into_inner) = lse;
+        let hidden = slice(hidden, strides)?;
+        let mut out = vec![0.0; rows];
+        let mut slopes = if self.keep { self.workshop.buffer(hidden.len()) } else { Buffer::default() };
+        let wanted = self.keep.then_some(&mut *slopes);
+        self.with_call(hidden, |call| Ok(self.workshop.compute().log_probs(call, &mut out, wanted)?))?;
+        *self.slopes.lock().unwrap_or_else(PoisonError::into_inner) = slopes;
         Ok((CpuStorage::F32(out), Shape::from(rows)))
     }
 
     fn bwd(&self, hidden: &Tensor, _: &Tensor, dout: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let lse = self.lse.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let mut dhidden = vec![0.0; hidden.elem_count()];
-        let done = read(hidden, |hidden| {
-            read(dout, |dout| {
-                self.with_call(hidden, |call| Ok(self.workshop.compute().log_probs_back(call, &lse, dout, &mut dhidden, None)?))
-            })
-        })??;
-        done?;
+        let slopes = self.slopes.lock().unwrap_or_else(PoisonError::into_inner);
+        let width = self.files.config().hidden;
+        if slopes.len() != hidden.elem_count() {
+            candle_core::bail!("log-probabilities were computed without a backward pass to come");
+        }
+        let mut dhidden = Vec::with_capacity(slopes.len());
+        read(dout, |dout| {
+            dout.iter().zip(slopes.chunks(width)).for_each(|(dout, slopes)| dhidden.extend(slopes.iter().map(|s| dout * s)));
+        })?;
         Ok(Some(Tensor::from_vec(dhidden, hidden.shape(), &Device::Cpu)?))
+    }
+}
+
+impl Drop for LogProbsOp {
+    fn drop(&mut self) {
+        self.workshop.give_back(std::mem::take(self.slopes.get_mut().unwrap_or_else(PoisonError::into_inner)));
     }
 }

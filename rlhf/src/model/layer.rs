@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout as Strides, Shape, Tensor};
 use tidemill_engine::{ModelConfig, ModelFiles, Part, Projection, Weight};
-use tidemill_kernels::train::{Attention, Block, Compute, Dropout, Operand, Pieces, Product, Rotation, Span, View};
+use tidemill_kernels::train::{Attention, Block, Compute, Dropout, LowRank, Operand, Pieces, Product, Rotation, Span, View};
 use tidemill_kernels::{AttentionSpec, HeadShape, Store};
 
-use super::layout::{Group, GroupLayout, Layout};
-use super::workshop::Workshop;
+use super::layout::{Group, GroupLayout, Layout, Slot};
+use super::workshop::{Buffer, Workshop};
 use super::{ModelError, slice};
 use crate::parameters::read;
 use crate::random::mix;
@@ -87,33 +87,35 @@ pub(super) struct LayerOp {
     pub dropout: Option<(f64, u64)>,
     /// Whether a backward pass may come, and what it needs should be kept rather than computed again.
     pub keep: bool,
+    /// Whether gradients of frozen weights are computed, and forgotten.
+    pub frozen_gradients: bool,
     pub saved: Mutex<Option<Saved>>,
 }
 
 /// Queries and keys before their norms (a `qkv` of its own), and the inverse roots, `[rows, heads]` and `[rows, kv_heads]`.
-type RawHeads = (Vec<f32>, [Vec<f32>; 2]);
+type RawHeads = (Buffer, [Buffer; 2]);
 
 /// What the forward pass leaves for the backward one.
 pub(super) struct Saved {
     /// Inverse roots of the two norms, `[rows]`.
-    inverse: [Vec<f32>; 2],
+    inverse: [Buffer; 2],
     /// `[rows, (heads + 2 kv_heads) * head_dim]`, rotated.
-    qkv: Vec<f32>,
+    qkv: Buffer,
     raw: Option<RawHeads>,
     /// `[rows, heads * head_dim]`
-    attended: Vec<f32>,
+    attended: Buffer,
     /// `[rows, heads]`
-    lse: Vec<f32>,
+    lse: Buffer,
     /// The residual stream between the halves, `[rows, hidden]`.
-    middle: Vec<f32>,
+    middle: Buffer,
     /// `[rows, 2 * intermediate]`
-    gate_up: Vec<f32>,
+    gate_up: Buffer,
     /// `A x` of each group, `[rows, ranks]`.
-    shrunk: [Vec<f32>; 4],
+    shrunk: [Buffer; 4],
 }
 
 impl Saved {
-    fn buffers(self) -> impl Iterator<Item = Vec<f32>> {
+    fn buffers(self) -> impl Iterator<Item = Buffer> {
         let Self { inverse, qkv, raw, attended, lse, middle, gate_up, shrunk } = self;
         let raw = raw.into_iter().flat_map(|(raw, inverse)| std::iter::once(raw).chain(inverse));
         inverse.into_iter().chain([qkv, attended, lse, middle, gate_up]).chain(shrunk).chain(raw)
@@ -228,17 +230,28 @@ impl CustomOp2 for LayerOp {
     }
 }
 
+/// `scale · B` of a group's matrices, each beside those of the others.
+fn second_factors<'a>(config: &ModelConfig, group: Group, layout: &GroupLayout, params: &'a [f32]) -> Vec<Block<'a>> {
+    let factor = |projection: &Projection| match layout.slots.iter().find(|slot| slot.projection == *projection) {
+        Some(Slot { b, shape, rank, first_rank, scale, .. }) => {
+            Block::Corner { data: &params[b.clone()], n: shape.0, rank: *rank, first: *first_rank, scale: *scale }
+        }
+        None => Block::Corner { data: &[], n: projection.shape(config).0, rank: 0, first: 0, scale: 0.0 },
+    };
+    group.projections().iter().map(factor).collect()
+}
+
 impl Pass<'_> {
     fn layout(&self, group: Group) -> Option<&GroupLayout> {
         let layout = self.op.layout.as_deref()?;
         Some(&layout.groups[group as usize]).filter(|group| !group.slots.is_empty())
     }
 
-    fn buffer(&self, width: usize) -> Vec<f32> {
+    fn buffer(&self, width: usize) -> Buffer {
         self.op.workshop.buffer(self.rows * width)
     }
 
-    fn give_back(&self, buffers: impl IntoIterator<Item = Vec<f32>>) {
+    fn give_back(&self, buffers: impl IntoIterator<Item = Buffer>) {
         buffers.into_iter().for_each(|buffer| self.op.workshop.give_back(buffer));
     }
 
@@ -269,12 +282,26 @@ impl Pass<'_> {
     }
 
     /// `out (+)= W x + b + scale · B A x` of a group; returns `A x`.
-    fn linear(&mut self, group: Group, x: &[f32], out: &mut [f32], store: Store) -> Result<Vec<f32>, ModelError> {
+    fn linear(&mut self, group: Group, x: &[f32], out: &mut [f32], store: Store) -> Result<Buffer, ModelError> {
         let ((n, k), m) = (self.sizes(group), self.rows);
-        let input = View::Rows { data: x, stride: k };
+        let layout = self.layout(group).cloned().unwrap_or_default();
+        let (params, rank) = (self.params, layout.ranks);
+        let a = [Block::Values { data: &params[layout.a.clone()], n: rank }];
+        let b = second_factors(self.config, group, &layout, params);
+        let mut shrunk = self.buffer(rank);
+        let dropped = if rank > 0 { self.dropped(group, x)? } else { None };
+        if let Some(dropped) = &dropped {
+            let left = View::Rows { data: dropped, stride: k };
+            let right = Operand::StackT(&a);
+            let product = Product { m, n: rank, k, left, right, scale: 1.0, store: Store::Replace };
+            self.compute.matmul(&product, &mut shrunk, rank)?;
+        }
+        let down = dropped.is_none().then_some(Operand::StackT(&a));
+        let along = LowRank { rank, down, up: Some(Operand::StackT(&b)) };
+        let left = View::Rows { data: x, stride: k };
         self.with_weights(group, |pass, blocks| {
-            let product = Product { m, n, k, left: input, right: Operand::StackT(blocks), scale: 1.0, store };
-            Ok(pass.compute.matmul(&product, out, n)?)
+            let product = Product { m, n, k, left, right: Operand::StackT(blocks), scale: 1.0, store };
+            Ok(pass.compute.matmul_with(&product, Some(along), &mut shrunk, out, n)?)
         })?;
         let bias = &self.op.weights.biases[group as usize];
         if !bias.is_empty() {
@@ -282,31 +309,12 @@ impl Pass<'_> {
                 row.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
             }
         }
-        let Some(layout) = self.layout(group).cloned() else { return Ok(Vec::new()) };
-        let mut shrunk = self.buffer(layout.ranks);
-        let dropped = self.dropped(group, x)?;
-        let left = View::Rows { data: dropped.as_deref().unwrap_or(x), stride: k };
-        let a = [Block::Values { data: &self.params[layout.a.clone()], n: layout.ranks }];
-        let product = Product { m, n: layout.ranks, k, left, right: Operand::StackT(&a), scale: 1.0, store: Store::Replace };
-        self.compute.matmul(&product, &mut shrunk, layout.ranks)?;
-        for slot in &layout.slots {
-            let product = Product {
-                m,
-                n: slot.shape.0,
-                k: slot.rank,
-                left: View::Rows { data: &shrunk[slot.first_rank..], stride: layout.ranks },
-                right: Operand::View(View::Columns { data: &self.params[slot.b.clone()], stride: slot.rank }),
-                scale: slot.scale,
-                store: Store::Add,
-            };
-            self.compute.matmul(&product, &mut out[slot.column..], n)?;
-        }
         self.give_back(dropped);
         Ok(shrunk)
     }
 
     /// The input of a group's `A`, where it is not the group's own input.
-    fn dropped(&mut self, group: Group, x: &[f32]) -> Result<Option<Vec<f32>>, ModelError> {
+    fn dropped(&mut self, group: Group, x: &[f32]) -> Result<Option<Buffer>, ModelError> {
         let Some(dropout) = self.dropout(group) else { return Ok(None) };
         let mut dropped = self.op.workshop.buffer(x.len());
         self.compute.dropout(dropout, x, &mut dropped, Store::Replace)?;
@@ -324,37 +332,41 @@ impl Pass<'_> {
         dparams: &mut [f32],
     ) -> Result<(), ModelError> {
         let ((n, k), m) = (self.sizes(group), self.rows);
-        let along_result = View::Rows { data: dy, stride: n };
+        let left = View::Rows { data: dy, stride: n };
+        let layout = self.layout(group).cloned().unwrap_or_default();
+        let (params, ranks) = (self.params, layout.ranks);
+        let a = [Block::Values { data: &params[layout.a.clone()], n: ranks }];
+        let b = second_factors(self.config, group, &layout, params);
+        let mut dshrunk = self.buffer(ranks);
+        // A mask stands between the input and what comes back through `A`.
+        let up = self.dropout(group).is_none().then_some(Operand::Stack(&a));
+        let along = LowRank { rank: ranks, down: Some(Operand::Stack(&b)), up };
         self.with_weights(group, |pass, blocks| {
             let right = Operand::Stack(blocks);
-            let product = Product { m, n: k, k: n, left: along_result, right, scale: 1.0, store: Store::Replace };
-            Ok(pass.compute.matmul(&product, dx, k)?)
+            let product = Product { m, n: k, k: n, left, right, scale: 1.0, store: Store::Replace };
+            Ok(pass.compute.matmul_with(&product, Some(along), &mut dshrunk, dx, k)?)
         })?;
-        let Some(layout) = self.layout(group).cloned() else { return Ok(()) };
-        let ranks = layout.ranks;
-        let mut dshrunk = self.buffer(ranks);
+        if self.op.frozen_gradients {
+            let mut forgotten = self.op.workshop.buffer(n * k);
+            let (left, right) = (View::Columns { data: dy, stride: n }, Operand::View(View::Rows { data: x, stride: k }));
+            let product = Product { m: n, n: k, k: m, left, right, scale: 1.0, store: Store::Replace };
+            self.compute.matmul(&product, &mut forgotten, k)?;
+            self.give_back([forgotten]);
+        }
+        if ranks == 0 {
+            return Ok(());
+        }
         for slot in &layout.slots {
-            let (out, rank) = (slot.shape.0, slot.rank);
-            let own = &dy[slot.column..];
             let product = Product {
-                m,
-                n: rank,
-                k: out,
-                left: View::Rows { data: own, stride: n },
-                right: Operand::View(View::Rows { data: &self.params[slot.b.clone()], stride: rank }),
+                m: slot.shape.0,
+                n: slot.rank,
+                k: m,
+                left: View::Columns { data: &dy[slot.column..], stride: n },
+                right: Operand::View(View::Rows { data: &shrunk[slot.first_rank..], stride: ranks }),
                 scale: slot.scale,
                 store: Store::Replace,
             };
-            self.compute.matmul(&product, &mut dshrunk[slot.first_rank..], ranks)?;
-            let along_b = Product {
-                m: out,
-                n: rank,
-                k: m,
-                left: View::Columns { data: own, stride: n },
-                right: Operand::View(View::Rows { data: &shrunk[slot.first_rank..], stride: ranks }),
-                ..product
-            };
-            self.compute.matmul(&along_b, &mut dparams[slot.b.clone()], rank)?;
+            self.compute.matmul(&product, &mut dparams[slot.b.clone()], slot.rank)?;
         }
         let dropped = self.dropped(group, x)?;
         let input = dropped.as_deref().unwrap_or(x);
@@ -368,24 +380,13 @@ impl Pass<'_> {
             store: Store::Replace,
         };
         self.compute.matmul(&along_a, &mut dparams[layout.a.clone()], k)?;
-        let a = [Block::Values { data: &self.params[layout.a.clone()], n: ranks }];
-        let mut along_input = Product {
-            m,
-            n: k,
-            k: ranks,
-            left: View::Rows { data: &dshrunk, stride: ranks },
-            right: Operand::Stack(&a),
-            scale: 1.0,
-            store: Store::Add,
-        };
-        match (self.dropout(group), dropped) {
-            (Some(dropout), Some(mut along)) => {
-                along_input.store = Store::Replace;
-                self.compute.matmul(&along_input, &mut along, k)?;
-                self.compute.dropout(dropout, &along, dx, Store::Add)?;
-                self.give_back([along]);
-            }
-            _ => self.compute.matmul(&along_input, dx, k)?,
+        if let (Some(dropout), Some(mut along)) = (self.dropout(group), dropped) {
+            let left = View::Rows { data: &dshrunk, stride: ranks };
+            let right = Operand::Stack(&a);
+            let product = Product { m, n: k, k: ranks, left, right, scale: 1.0, store: Store::Replace };
+            self.compute.matmul(&product, &mut along, k)?;
+            self.compute.dropout(dropout, &along, dx, Store::Add)?;
+            self.give_back([along]);
         }
         self.give_back([dshrunk]);
         Ok(())
@@ -407,7 +408,7 @@ impl Pass<'_> {
         if let Some(norms) = &self.op.weights.head_norms {
             let mut before = self.op.workshop.buffer(qkv.len());
             before.copy_from_slice(qkv);
-            let mut inverses = [Vec::new(), Vec::new()];
+            let mut inverses = [Buffer::default(), Buffer::default()];
             for ((pieces, weight), inverse) in self.pieces().into_iter().zip(norms).zip(&mut inverses) {
                 *inverse = self.buffer(pieces.count);
                 self.compute.rms_norm(&before, pieces, weight, self.config.rms_eps, qkv, inverse)?;

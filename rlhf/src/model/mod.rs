@@ -91,11 +91,13 @@ pub struct ModelOptions {
     pub precision: Precision,
     /// Compute a layer's intermediate values again in the backward pass rather than keep them: a third more work for a tenth of the memory.
     pub recompute: bool,
+    /// Compute gradients of frozen weights, too, and forget them. Only to measure what leaving them out is worth.
+    pub frozen_gradients: bool,
 }
 
 impl Default for ModelOptions {
     fn default() -> Self {
-        Self { threads: 0, precision: Precision::Bf16, recompute: false }
+        Self { threads: 0, precision: Precision::Bf16, recompute: false, frozen_gradients: false }
     }
 }
 
@@ -233,7 +235,8 @@ impl Model {
             workshop: Arc::clone(&self.workshop),
             tokens: batch.labels.iter().map(|label| label.token).collect(),
             scale: 1.0 / pass.temperature,
-            lse: Mutex::default(),
+            keep: hidden.track_op(),
+            slopes: Mutex::default(),
         };
         let log_probs = if hidden.track_op() { hidden.apply_op1(op)? } else { hidden.apply_op1_no_bwd(&op)? };
         Ok((log_probs, both.narrow(0, labels, rows.len())?))
@@ -254,6 +257,7 @@ impl Model {
                 workshop: Arc::clone(&self.workshop),
                 dropout: pass.dropout.map(|key| (self.lora.dropout, key)),
                 keep: graph && !self.options.recompute,
+                frozen_gradients: self.options.frozen_gradients,
                 saved: Mutex::default(),
             };
             hidden = match (adapted, graph) {

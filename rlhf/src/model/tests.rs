@@ -23,7 +23,7 @@ fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
-const EXACT: ModelOptions = ModelOptions { threads: 2, precision: Precision::F32, recompute: false };
+const EXACT: ModelOptions = ModelOptions { threads: 2, precision: Precision::F32, recompute: false, frozen_gradients: false };
 
 /// Largest and root mean square difference between our log-probabilities and those of the recorded logits, over all tokens of the
 /// recorded positions.
