@@ -50,7 +50,7 @@ impl Job {
 
     /// A reward model that was trained here on the same base.
     fn judge(&self, folder: &Path) -> Result<Box<dyn Score>, RewardError> {
-        let options = ModelOptions { threads: self.spec.threads, precision: self.spec.precision, recompute: false };
+        let options = ModelOptions { threads: self.spec.threads, precision: self.spec.precision, ..ModelOptions::default() };
         let wrong = |error: JobError| RewardError::Model { path: folder.to_owned(), detail: error.to_string() };
         let (model, head) = reward_model(&self.files, folder, options).map_err(wrong)?;
         Ok(Box::new(RewardModel {

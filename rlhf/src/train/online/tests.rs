@@ -24,7 +24,7 @@ fn golden(family: &str) -> PathBuf {
 fn model() -> Model {
     let files = Arc::new(ModelFiles::open(&golden("llama")).unwrap());
     let lora = LoraConfig { r: 4, alpha: 8.0, dropout: 0.0, ..LoraConfig::default() };
-    Model::new(files, &lora, 3, ModelOptions { threads: 2, precision: Precision::F32, recompute: false }).unwrap()
+    Model::new(files, &lora, 3, ModelOptions { threads: 2, precision: Precision::F32, ..ModelOptions::default() }).unwrap()
 }
 
 fn prompts(count: u32) -> Vec<Prompt> {
