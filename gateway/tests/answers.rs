@@ -266,7 +266,10 @@ async fn harmless_fields_of_real_clients_are_accepted() {
 async fn models_are_listed_and_found_with_slashes_of_both_kinds() {
     let router = Setup::default().router();
     let list = get(&router, "/v1/models").await.json();
-    let card = json!({"id": MODEL, "object": "model", "created": 7, "owned_by": "tidemill", "max_model_len": 512});
+    // A base model has no parent, and says so as vLLM does.
+    let card = json!({
+        "id": MODEL, "object": "model", "created": 7, "owned_by": "tidemill", "max_model_len": 512, "parent": null, "generation": null
+    });
     assert_eq!(list, json!({"object": "list", "data": [card]}));
     assert_eq!(get(&router, "/v1/models/org/parrot").await.json(), card);
     assert_eq!(get(&router, "/v1/models/org%2Fparrot").await.json(), card);

@@ -159,9 +159,10 @@ def test_what_is_wrong_is_named(strict):
     assert "two answers" in settled(strict, made.id, "failed", seconds=PATIENCE).error.message
 
 
-def long_job(client, **changes):
-    """Long enough to be met in the middle."""
-    lines = [{"messages": [{"role": "user", "content": f"Count to {n}."}, said(" ".join(map(str, range(n))))]} for n in range(1, 21)]
+def long_job(client, rows: int = 60, **changes):
+    """Fifty steps for each row: enough of them to be met in the middle."""
+    line = lambda n: {"messages": [{"role": "user", "content": f"Count to {n}."}, said(" ".join(map(str, range(n))))]}
+    lines = [line(1 + row % 20) for row in range(rows)]
     method = supervised(n_epochs=50, batch_size=1)
     return client.fine_tuning.jobs.create(**{"model": "tiny", "training_file": upload(client, lines), "seed": 3, "method": method, **changes})
 
@@ -218,8 +219,11 @@ def test_jobs_take_turns_and_are_paused_resumed_and_cancelled(start):
     server = start(models=TINY)
     client = server.client(_strict_response_validation=True)
     data = ["--data", server.data]
-    first, second = long_job(client), long_job(client)
+    # Neither comes to its end. The turn is that of the job whose files are looked through first.
+    first = long_job(client, rows=400)
     settled(client, first.id, "running")
+    second = long_job(client, rows=400)
+    settled(client, second.id, "queued")
     eventually("it trains", lambda: own(client, first.id)["step"] > 5)
     assert client.fine_tuning.jobs.retrieve(first.id).estimated_finish
     assert (own(client, second.id)["state"], len(trainings(server))) == ("queued", 1)
@@ -265,7 +269,7 @@ def test_whatever_is_killed_nothing_is_lost_and_nothing_trains_twice(start, tmp_
     try:
         past(60)
         os.kill(process_of(server, job.id), signal.SIGKILL)
-        past(250)
+        past(400)
         # The training goes on without a server, and the next one finds it.
         trainer = process_of(server, job.id)
         server.kill()
@@ -273,7 +277,7 @@ def test_whatever_is_killed_nothing_is_lost_and_nothing_trains_twice(start, tmp_
         server = Server(tmp_path, TINY)
         server.wait_ready()
         client = server.client()
-        past(400)
+        past(700)
         assert trainings(server) == [trainer]
         # Both at once.
         server.kill()
@@ -281,7 +285,7 @@ def test_whatever_is_killed_nothing_is_lost_and_nothing_trains_twice(start, tmp_
         server = Server(tmp_path, TINY)
         server.wait_ready()
         client = server.client()
-        past(500)
+        past(1000)
         # In good order: nothing is left behind.
         assert server.stop() == 0 and not trainings(server)
         server = Server(tmp_path, TINY)
@@ -290,7 +294,8 @@ def test_whatever_is_killed_nothing_is_lost_and_nothing_trains_twice(start, tmp_
         done = settled(client, job.id, "succeeded")
         assert client.files.content(done.result_files[0]).text == expected
         told = [event.data["step"] for event in everything(client, job.id) if event.type == "metrics"]
-        assert told == list(range(1, 1001))
+        # Of three thousand steps every third is told.
+        assert told == list(range(3, 3001, 3))
         ask = {"messages": [{"role": "user", "content": "Count to 3."}], "max_tokens": 4, "temperature": 0}
         answer = client.chat.completions.create(model=done.fine_tuned_model, **ask).choices[0].message.content
         # And the model is there again after a start.
