@@ -9,9 +9,9 @@ import time
 import openai
 import pytest
 
-from conftest import GOLDENS, MODEL
+from conftest import GOLDENS, MODEL, running
 from queues import new_key
-from server import PATIENCE, Server, binary, eventually
+from server import PATIENCE, Server, binary, default_model, eventually
 
 TINY = {"tiny": GOLDENS / "llama"}
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima", "Cuba": "Havana", "Kenya": "Nairobi"}
@@ -57,8 +57,9 @@ def tidemill(*arguments) -> str:
 
 
 @pytest.fixture(scope="module")
-def strict(server):
-    with server.client(_strict_response_validation=True) as client:
+def strict(tmp_path_factory):
+    """A server of its own: others count the models of theirs."""
+    with running(tmp_path_factory.mktemp("jobs"), {MODEL: default_model()}) as server, server.client(_strict_response_validation=True) as client:
         yield client
 
 
