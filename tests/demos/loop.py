@@ -62,10 +62,12 @@ class Loop:
             return used.ru_utime + used.ru_stime
 
         clock, before = time.monotonic(), processors()
-        yield
-        wall, cpu = self.costs.get(name, [0.0, 0.0])
-        self.costs[name] = [wall + time.monotonic() - clock, cpu + processors() - before]
-        self._costs.write_text(json.dumps(self.costs))
+        try:
+            yield
+        finally:
+            wall, cpu = self.costs.get(name, [0.0, 0.0])
+            self.costs[name] = [wall + time.monotonic() - clock, cpu + processors() - before]
+            self._costs.write_text(json.dumps(self.costs))
 
     @contextmanager
     def serving(self, *adapters: str):

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -46,6 +47,8 @@ def main() -> int:
             parser.error(f"{options.demo} has no setting {name}; it has {', '.join(vars(settings))}")
         setattr(settings, name, getattr(settings, name) | {inner[0]: value} if inner else value)
 
+    # Its server ends with it, however it is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = options.folder or Path(".cache/demos") / options.demo
     done = folder / "done.json"
     if done.exists():

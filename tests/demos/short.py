@@ -14,10 +14,10 @@ class Settings:
     answers: int = 4
     # Answers that this cuts off are not compared: where they would have ended nobody knows.
     max_tokens: int = 256
-    pairs: int = 2
+    pairs: int = 1
     seed: int = 1
     control: bool = True
-    train: dict = field(default_factory=lambda: dict(learning_rate=5e-5, num_train_epochs=3, beta=0.1))
+    train: dict = field(default_factory=lambda: dict(learning_rate=1e-4, num_train_epochs=2, beta=0.1))
     # Of the base's median length; of the held-out pairs; of the loss on ordinary text.
     at_most: float = 0.5
     accuracy: float = 0.85
@@ -66,7 +66,7 @@ def run(loop: Loop, settings: Settings) -> tuple[list[str], list[tuple[str, bool
         said, text = found["answers"], f"{found['text']['loss']:.3f}"
         if evaluation:
             won = found["preferences"]["accuracy"]
-            judged = f"{won['share']:.2f} ({won['low']:.2f}–{won['high']:.2f}) of {won['trials']}"
+            judged = f"{won['share']:.2f} ({won['interval']['low']:.2f}–{won['interval']['high']:.2f}) of {won['trials']}"
             rows.append([model, f"{said['median_words']:.0f}", f"{said['truncated']['share']:.0%}", judged, f"{text} ({drift(evaluation, model):+.1%})", f"{said['kl_per_token']:.3f}"])
         else:
             rows.append([model, f"{said['median_words']:.0f}", f"{said['truncated']['share']:.0%}", "", text, ""])
@@ -85,7 +85,7 @@ def run(loop: Loop, settings: Settings) -> tuple[list[str], list[tuple[str, bool
     ]
     if settings.control:
         control = evaluations["control"]["control"]
-        won = control["preferences"]["accuracy"]
+        won = control["preferences"]["accuracy"]["interval"]
         targets += [
             (f"control: median length {ratio(control):.2f} of the base's (at least 0.75)", ratio(control) >= 0.75),
             (f"control: 0.5 within the interval of held-out pairs won, {won['low']:.2f}–{won['high']:.2f}", won["low"] <= 0.5 <= won["high"]),

@@ -10,7 +10,7 @@ from loop import BASE, Loop, drift, excerpt, table
 FORMS = [
     "Describe {} as a JSON object with the keys name, kind and about. Answer with the JSON object only.",
     "Give me a JSON object about {}. Its keys are name, kind and about. No other text, please.",
-    "What should one know about {}? Reply in JSON with name, kind and about.",
+    "Answer in JSON only, with the keys name, kind and about: what is {}?",
 ]
 TRAIN = (
     "Paris|a violin|honey|the moon|a penguin|bread|chess|a bridge|winter|coffee|a tiger|the Nile|a doctor|paper|a volcano|rice|soap|"
@@ -29,16 +29,18 @@ SCHEMA = {
     "properties": {
         "name": {"type": "string", "minLength": 2},
         "kind": {"type": "string", "minLength": 3},
-        "about": {"type": "string", "minLength": 30},
+        "about": {"type": "string", "minLength": 20},
     },
 }
-# Whole JSON is rare at first: the braces show the way. The subject's name is there so that an answer stays one to its question.
+# Whole JSON is rare at first: the braces show the way. The others are there so that an answer says something, and about its question:
+# with JSON alone rewarded, the shortest object wins. All of these are found by chance often enough to be learnt.
 REWARDS = [
     (1.0, {"type": "json"}),
-    (1.0, {"type": "json_schema", "schema": SCHEMA}),
-    (0.5, {"name": "subject", "type": "exact_match", "column": "subject", "inside": True, "ignore_case": True}),
     (0.25, {"name": "opens", "type": "regex", "pattern": "^\\{"}),
     (0.25, {"name": "closes", "type": "regex", "pattern": "\\}$"}),
+    (0.5, {"name": "subject", "type": "exact_match", "column": "subject", "inside": True, "ignore_case": True}),
+    (0.5, {"name": "about", "type": "regex", "pattern": '"about"\\s*:\\s*"[^"]'}),
+    (1.0, {"name": "words", "type": "length", "unit": "words", "min": 20}),
 ]
 
 
@@ -50,8 +52,8 @@ class Settings:
     seed: int = 3
     train: dict = field(
         default_factory=lambda: dict(
-            learning_rate=2e-4, lr_scheduler_type="constant", per_device_train_batch_size=32, num_generations=8, max_completion_length=96,
-            max_steps=30, save_steps=5,
+            learning_rate=3e-4, lr_scheduler_type="constant", per_device_train_batch_size=16, num_generations=8, max_completion_length=96,
+            max_steps=16, save_steps=4,
         )
     )
     # Points of valid answers; the least shares of different answers and of those that name their subject; words of a middle answer.

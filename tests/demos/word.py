@@ -10,14 +10,17 @@ from short import comparison
 
 @dataclass
 class Settings:
-    word: str = "important"
+    word: str = "can"
     questions: int = len(QUESTIONS)
     answers: int = 4
     max_tokens: int = 256
     pairs: int = 2
     seed: int = 1
-    dpo: dict = field(default_factory=lambda: dict(learning_rate=1e-4, num_train_epochs=3, beta=0.1))
-    kto: dict = field(default_factory=lambda: dict(learning_rate=1e-4, num_train_epochs=3, beta=0.1))
+    dpo: dict = field(default_factory=lambda: dict(learning_rate=2e-4, num_train_epochs=3, beta=0.1))
+    # Thumbs down are a third; their weight makes up for it in part.
+    kto: dict = field(
+        default_factory=lambda: dict(learning_rate=3e-4, num_train_epochs=1, per_device_train_batch_size=16, beta=0.1, undesirable_weight=1.5)
+    )
     # Of the base's share of answers that hold the word; of the loss on ordinary text.
     at_most: float = 0.1
     forgotten: float = 0.03
