@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from loop import BASE, Loop, drift, excerpt, table
@@ -32,15 +32,13 @@ SCHEMA = {
         "about": {"type": "string", "minLength": 20},
     },
 }
-# Whole JSON is rare at first: the braces show the way. The others are there so that an answer says something, and about its question:
-# with JSON alone rewarded, the shortest object wins. All of these are found by chance often enough to be learnt.
+# Whole JSON is rare at first: the braces show the way. The other two are there so that an answer says something, and about its question.
 REWARDS = [
     (1.0, {"type": "json"}),
+    (0.5, {"name": "says", "type": "regex", "pattern": '"about"\\s*:\\s*"[^"]{20,}"'}),
+    (0.5, {"name": "subject", "type": "exact_match", "column": "subject", "inside": True, "ignore_case": True}),
     (0.25, {"name": "opens", "type": "regex", "pattern": "^\\{"}),
     (0.25, {"name": "closes", "type": "regex", "pattern": "\\}$"}),
-    (0.5, {"name": "subject", "type": "exact_match", "column": "subject", "inside": True, "ignore_case": True}),
-    (0.5, {"name": "about", "type": "regex", "pattern": '"about"\\s*:\\s*"[^"]'}),
-    (1.0, {"name": "words", "type": "length", "unit": "words", "min": 20}),
 ]
 
 
@@ -53,14 +51,15 @@ class Settings:
     train: dict = field(
         default_factory=lambda: dict(
             learning_rate=3e-4, lr_scheduler_type="constant", per_device_train_batch_size=16, num_generations=8, max_completion_length=96,
-            max_steps=16, save_steps=4,
+            max_steps=40, save_steps=5,
         )
     )
-    # Points of valid answers; the least shares of different answers and of those that name their subject; words of a middle answer.
+    # Points of valid answers. What a collapse would miss: shares of different answers, of answers that another prompt got, too, and of those
+    # that name their subject.
     gain: float = 0.30
-    different: float = 0.9
-    naming: float = 0.5
-    words: int = 10
+    different: float = 0.75
+    shared: float = 0.02
+    naming: float = 0.75
 
 
 def questions(subjects: list[str]) -> list[dict]:
@@ -107,20 +106,23 @@ def run(loop: Loop, settings: Settings) -> tuple[list[str], list[tuple[str, bool
     subject = {row["prompt"]: row["subject"].lower() for row in unseen}
     measured, rows = {}, []
     for model, answers in said.items():
-        count, texts = len(answers), Counter(answer.text.strip() for answer in answers)
+        count, prompts_of = len(answers), defaultdict(set)
+        for answer in answers:
+            prompts_of[answer.text.strip()].add(answer.prompt)
         found = [read(answer.text) for answer in answers]
         measured[model] = one = {
             "valid": sum(value is not None for value in found) / count,
             "schema": sum(map(follows, found)) / count,
             "naming": sum(subject[answer.prompt] in answer.text.lower() for answer in answers) / count,
-            "different": len(texts) / count,
+            "different": len(prompts_of) / count,
+            "shared": sum(len(prompts_of[answer.text.strip()]) > 1 for answer in answers) / count,
             "words": statistics.median(answer.words for answer in answers),
         }
         text = evaluation[model]["text"]["loss"]
         own = ["", f"{text:.3f}"] if model == BASE else [f"{evaluation[model]['answers']['kl_per_token']:.3f}", f"{text:.3f} ({drift(evaluation, model):+.1%})"]
-        rows.append([model, *(f"{one[key]:.1%}" for key in ("valid", "schema", "naming", "different")), f"{one['words']:.0f}", *own])
+        rows.append([model, *(f"{one[key]:.1%}" for key in ("valid", "schema", "naming", "different", "shared")), f"{one['words']:.0f}", *own])
     lines = [f"{len(asked)} prompts to learn on, {len(unseen)} held out with {settings.answers} answers each.", ""]
-    head = ["", "valid JSON", "by the schema", "name their subject", "different answers", "median words", "KL per token", "loss on text"]
+    head = ["", "valid JSON", "by the schema", "name their subject", "different answers", "shared by prompts", "median words", "KL per token", "loss on text"]
     lines += table(head, rows)
     first = {model: {answer.prompt: answer.text for answer in reversed(answers)} for model, answers in said.items()}
     lines += table(["held-out prompt", *said], [[excerpt(row["prompt"]), *(excerpt(first[model][row["prompt"]]) for model in said)] for row in unseen[:4]])
@@ -130,6 +132,6 @@ def run(loop: Loop, settings: Settings) -> tuple[list[str], list[tuple[str, bool
         (f"valid JSON {before['valid']:.0%} to {after['valid']:.0%}, {100 * gain:+.0f} points (at least {100 * settings.gain:+.0f})", gain >= settings.gain),
         (f"different answers {after['different']:.0%} (at least {settings.different:.0%})", after["different"] >= settings.different),
         (f"answers that name their subject {after['naming']:.0%} (at least {settings.naming:.0%})", after["naming"] >= settings.naming),
-        (f"median words {after['words']:.0f} (at least {settings.words})", after["words"] >= settings.words),
+        (f"answers that another prompt got, too, {after['shared']:.0%} (at most {settings.shared:.0%})", after["shared"] <= settings.shared),
     ]
     return lines, targets
