@@ -14,22 +14,23 @@ class Settings:
     answers: int = 4
     # Answers that this cuts off are not compared: where they would have ended nobody knows.
     max_tokens: int = 256
-    pairs: int = 1
+    # Fewer words than this part of the other's, or nobody would notice.
+    shorter: float = 0.67
     seed: int = 1
     control: bool = True
-    train: dict = field(default_factory=lambda: dict(learning_rate=1e-4, num_train_epochs=2, beta=0.1))
+    train: dict = field(default_factory=lambda: dict(learning_rate=2e-4, num_train_epochs=1, per_device_train_batch_size=4, beta=0.1))
     # Of the base's median length; of the held-out pairs; of the loss on ordinary text.
     at_most: float = 0.5
     accuracy: float = 0.85
     forgotten: float = 0.03
 
 
-def pairs(answers: list[Answer], most: int) -> list[tuple[Answer, Answer]]:
-    """Shortest and longest answer of each prompt, then the next inner two."""
+def pairs(answers: list[Answer], shorter: float) -> list[tuple[Answer, Answer]]:
+    """Shortest and longest answer of each prompt."""
     found = []
     for _, group in groupby(answers, key=lambda answer: answer.prompt):
         whole = sorted((answer for answer in group if answer.whole), key=lambda answer: (answer.words, answer.id))
-        found += [(a, b) for a, b in list(zip(whole, reversed(whole)))[: min(most, len(whole) // 2)] if a.words < b.words]
+        found += [(a, b) for a, b in zip(whole[:1], whole[-1:]) if a.words < shorter * b.words]
     return found
 
 
@@ -44,7 +45,7 @@ def run(loop: Loop, settings: Settings) -> tuple[list[str], list[tuple[str, bool
         asked = QUESTIONS[: settings.questions]
         answers = loop.ask(server, "answers", asked, n=settings.answers, seed=1000 * settings.seed, max_tokens=settings.max_tokens)
         coin = random.Random(settings.seed)
-        for number, pair in enumerate(pairs(answers, settings.pairs)):
+        for number, pair in enumerate(pairs(answers, settings.shorter)):
             judgements = [comparison("length", number, pair, pair[0])]
             if settings.control:
                 judgements.append(comparison("coin", number, pair, coin.choice(pair)))

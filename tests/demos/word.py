@@ -11,6 +11,7 @@ from short import comparison
 @dataclass
 class Settings:
     word: str = "can"
+    methods: list = field(default_factory=lambda: ["dpo", "kto"])
     questions: int = len(QUESTIONS)
     answers: int = 4
     max_tokens: int = 256
@@ -44,13 +45,14 @@ def run(loop: Loop, settings: Settings) -> tuple[list[str], list[tuple[str, bool
             {"target": answer.id, "kind": "thumb", "value": not holds(answer), "source": "thumbs", "idempotency_key": f"thumb-{number}"}
             for number, answer in enumerate(whole)
         ])
-    snapshots = {"dpo": loop.dataset("dpo", "--source", "pairs"), "kto": loop.dataset("kto", "--source", "thumbs")}
+    sources = {"dpo": "pairs", "kto": "thumbs"}
+    snapshots = {method: loop.dataset(method, "--source", sources[method]) for method in settings.methods}
     for method in snapshots:
         with loop.stage("training"):
             told = getattr(settings, method)
             loop.train(method, method, "--dataset", method, "--despite-report", logging_steps=1, seed=settings.seed, **told)
     # Neither of the two has seen these; that they are among those asked above changes nothing: nobody learnt from the answers.
-    unseen = sorted(set(loop.held_out("dpo")) & set(loop.held_out("kto")))
+    unseen = sorted(set.intersection(*(set(loop.held_out(method)) for method in snapshots)))
     said: dict[str, list[Answer]] = {}
     with loop.stage("answers again"), loop.serving(*snapshots) as server:
         for model in [BASE, *snapshots]:
@@ -66,7 +68,7 @@ def run(loop: Loop, settings: Settings) -> tuple[list[str], list[tuple[str, bool
         own = evaluations.get(model)
         cells = [f"{rate[model]:.1%}", f"{1000 * sum(len(pattern.findall(answer.text)) for answer in answers) / sum(words):.2f}"]
         cells += ["" if own is None else f"{rate[model] / rate[BASE]:.2f}", f"{words[len(words) // 2]}"]
-        text = (own or evaluations["dpo"])[model]["text"]["loss"]
+        text = (own or evaluations[settings.methods[0]])[model]["text"]["loss"]
         cells.append(f"{text:.3f}" if own is None else f"{text:.3f} ({drift(own, model):+.1%})")
         cells.append("" if own is None else f"{own[model]['answers']['kl_per_token']:.3f}")
         rows.append([model, *cells])
@@ -77,8 +79,8 @@ def run(loop: Loop, settings: Settings) -> tuple[list[str], list[tuple[str, bool
                 (f"{model}: loss on text {worse:+.1%} (at most {settings.forgotten:+.0%})", worse <= settings.forgotten),
             ]
     lines = [
-        f"The word is “{settings.word}”. {len(unseen)} held-out prompts, {settings.answers} answers each. Rows of pairs: {row_counts(snapshots['dpo'])}; "
-        f"of thumbs: {row_counts(snapshots['kto'])}.",
+        f"The word is “{settings.word}”. {len(unseen)} held-out prompts, {settings.answers} answers each. "
+        + " ".join(f"{method}: {row_counts(snapshot)}." for method, snapshot in snapshots.items()),
         "",
         *table(["", "answers with the word", "per 1,000 words", "of the base's rate", "median words", "loss on text", "KL per token"], rows),
     ]
