@@ -438,6 +438,7 @@ pub fn answered(store: &Store, user: &str, prompt: &str, texts: &[&str], mean_lo
         messages: Some(json!([{"role": "user", "content": prompt}])),
         prompt_text: None,
         prompt_ids: vec![1],
+        exposure: None,
         choices: texts.iter().enumerate().map(choice).collect(),
     }
 }
