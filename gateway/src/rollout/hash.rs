@@ -192,7 +192,8 @@ mod tests {
     /// `cases.json`, "getBucketRange".
     #[test]
     fn ranges_are_those_of_the_other_sdks() {
-        let cases: [(usize, f64, Option<&[f64]>, &[(f64, f64)]); 13] = [
+        type Case = (usize, f64, Option<&'static [f64]>, &'static [(f64, f64)]);
+        let cases: [Case; 13] = [
             (2, 1.0, None, &[(0.0, 0.5), (0.5, 1.0)]),
             (2, 0.5, None, &[(0.0, 0.25), (0.5, 0.75)]),
             (2, 0.0, None, &[(0.0, 0.0), (0.5, 0.5)]),

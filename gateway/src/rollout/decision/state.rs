@@ -38,7 +38,7 @@ pub struct State {
 
 /// Whether a rollout runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "status")]
+#[serde(rename_all = "snake_case", tag = "kind")]
 pub enum Status {
     /// Weights may rise.
     Running,
@@ -79,7 +79,8 @@ impl Status {
     }
 }
 
-/// What was measured.
+/// What was measured. The tests take observations for independent, and those of one unit are not: where units keep their arm, a unit
+/// that answered often is one observation, such as its mean.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Measured {
     /// Units that each arm has answered since [`State::since`].
@@ -159,7 +160,7 @@ pub struct Decision {
 
 /// What was done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "action")]
+#[serde(rename_all = "snake_case", tag = "kind")]
 pub enum Action {
     /// It began.
     Start,

@@ -68,7 +68,7 @@ pub fn beta_cdf(x: f64, a: f64, b: f64) -> f64 {
 fn beta_fraction(x: f64, a: f64, b: f64) -> f64 {
     let coefficient = |term: usize| {
         let m = (term / 2) as f64;
-        if term % 2 == 0 {
+        if term.is_multiple_of(2) {
             m * (b - m) * x / ((a + 2.0 * m - 1.0) * (a + 2.0 * m))
         } else {
             -(a + m) * (a + b + m) * x / ((a + 2.0 * m) * (a + 2.0 * m + 1.0))
