@@ -187,6 +187,14 @@ mod tests {
         let step = |hash: u32, unit: u32| (hash ^ unit).wrapping_mul(PRIME);
         assert_eq!(absorb(OFFSET, "é"), step(OFFSET, 0xe9));
         assert_eq!(absorb(OFFSET, "😀"), step(step(OFFSET, 0xd83d), 0xde00));
+        // What GrowthBook's JavaScript SDK 1.8.0 gives.
+        for (value, first, second) in [("é😀", 0.032, 0.0156), ("日本語", 0.215, 0.4482), ("𝒳y", 0.453, 0.9671)] {
+            assert_eq!(
+                (bucket("seed", value, HashVersion::V1), bucket("seed", value, HashVersion::V2)),
+                (first, second),
+                "{value}"
+            );
+        }
     }
 
     /// `cases.json`, "getBucketRange".
