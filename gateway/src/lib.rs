@@ -30,5 +30,6 @@ pub mod openapi;
 pub mod pull;
 pub mod recording;
 pub mod responses;
+pub mod rollout;
 pub mod telemetry;
 pub mod upstream;
