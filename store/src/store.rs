@@ -7,9 +7,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde_json::Value;
 use uuid::Uuid;
 
+use crate::audit::Act;
 use crate::error::{Full, StoreError};
 use crate::ids::IdKey;
-use crate::inferences::{self, InferenceFilter, json};
+use crate::inferences::{self, InferenceFilter};
 use crate::judgements::{self, Acknowledged, FeedbackChange, FeedbackFilter};
 use crate::key_terms::KeyTerms;
 use crate::keys::{self, ApiKey, Scope};
@@ -304,15 +305,12 @@ impl Store {
 
     /// Writes down who did what to what.
     pub async fn audit(&self, actor: &str, action: &str, subject: &str, detail: Value) -> Result<(), StoreError> {
-        let text = "INSERT INTO audit (id, at, actor, action, subject, detail) VALUES ($1, $2, $3, $4, $5, $6)";
-        let query = sqlx::query(text)
-            .bind(self.issue_id().to_string())
-            .bind(now_us())
-            .bind(clean(actor).into_owned())
-            .bind(clean(action).into_owned())
-            .bind(clean(subject).into_owned())
-            .bind(json(&detail));
-        patiently(async { Ok(query.execute(self.0.database.write()).await.map(drop)?) }).await
+        let act = Act { id: self.issue_id(), at: now_us(), actor, action, subject, detail: &detail };
+        patiently(async {
+            let mut connection = self.0.database.write().acquire().await?;
+            Ok(act.write(&mut connection).await?)
+        })
+        .await
     }
 
     /// Waits until every answer that was taken is durable: in the database, or in the spill log.

@@ -94,6 +94,8 @@ class Server:
             command += ["--model", f"{name}={path}"]
         # No variable of the surrounding shell and no tidemill.toml of the working directory has a say.
         environment = {key: value for key, value in os.environ.items() if not key.startswith("TIDEMILL_")}
+        # Trainings must get on even where other work keeps the cores busy.
+        environment["TIDEMILL_TRAINING_PRIORITY"] = "low"
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [str(part) for part in command + list(arguments)],

@@ -215,6 +215,15 @@ def trainings(server: Server) -> list[int]:
     return found
 
 
+def test_a_job_takes_what_nobody_else_wants(start):
+    server = start("--training-priority", "idle", models=TINY)
+    client = server.client()
+    job = long_job(client, rows=400)
+    settled(client, job.id, "running")
+    eventually("its process steps aside", lambda: [os.sched_getscheduler(pid) for pid in trainings(server)] == [os.SCHED_IDLE])
+    client.fine_tuning.jobs.cancel(job.id)
+
+
 @pytest.mark.timeout(900)
 def test_jobs_take_turns_and_are_paused_resumed_and_cancelled(start):
     server = start(models=TINY)

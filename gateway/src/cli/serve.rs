@@ -139,6 +139,9 @@ pub struct ServeArgs {
     /// Threads of a fine-tuning job, beside those that serve [default: half of the cores]
     #[arg(long, value_name = "N")]
     training_threads: Option<String>,
+    /// How urgent a fine-tuning job is: idle (what nobody else wants) or low (a small share whatever happens) [default: idle]
+    #[arg(long, value_name = "PRIORITY")]
+    training_priority: Option<String>,
     /// How much of each answer is recorded: full, metadata, off [default: full]
     #[arg(long, value_name = "LEVEL")]
     record: Option<String>,
@@ -218,6 +221,7 @@ impl ServeArgs {
             ("datasets", &self.datasets),
             ("training_jobs", &self.training_jobs),
             ("training_threads", &self.training_threads),
+            ("training_priority", &self.training_priority),
             ("record", &self.record),
             ("record_share", &self.record_share),
             ("spill_size", &self.spill_size),
@@ -376,6 +380,7 @@ fn fine_tuning_options(config: &Config, models: &[ModelSpec]) -> Result<FineTuni
         program: std::env::current_exe().map_err(ServeError::Program)?,
         jobs: config.training_jobs,
         threads: config.training_threads.unwrap_or((cores / 2).max(1)),
+        priority: config.training_priority,
         models: models.iter().map(|model| (model.name.clone(), model.path.clone())).collect(),
     })
 }

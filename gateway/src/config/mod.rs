@@ -13,6 +13,7 @@ pub use model_spec::{DEFAULT_MODEL, LoraModule, ModelSpec, models_dir};
 pub use parsers::ParserConfig;
 
 use crate::feedback::Metrics;
+use crate::fine_tuning::TrainingPriority;
 use crate::http::auth::DEFAULT_GRACE;
 use crate::http::cors::Origins;
 use crate::http::limits::{BodyLimits, FileLimits};
@@ -69,6 +70,7 @@ pub const KEYS: [&str; 46] = [
     "datasets",
     "training_jobs",
     "training_threads",
+    "training_priority",
     "record",
     "record_share",
     "spill_size",
@@ -215,6 +217,8 @@ pub struct Config {
     pub training_jobs: usize,
     /// Threads of each; `None` is half of the cores.
     pub training_threads: Option<usize>,
+    /// How urgent each is.
+    pub training_priority: TrainingPriority,
     /// Which answers are recorded, and how much of them.
     pub recording: Recording,
     /// Most bytes of records that wait on disk while the database is away.
@@ -326,6 +330,9 @@ impl Config {
             datasets: get("datasets").map(|s| s.text.clone()),
             training_jobs: count("training_jobs", 0)?.unwrap_or(1),
             training_threads: count("training_threads", 1)?,
+            training_priority: get("training_priority").map_or(Ok(TrainingPriority::default()), |s| {
+                s.parse(|text| value::choice(text, &[("idle", TrainingPriority::Idle), ("low", TrainingPriority::Low)]))
+            })?,
             recording: Recording {
                 level: get("record").map_or(Ok(Level::Full), |s| s.parse(tables::level))?,
                 share: get("record_share").map_or(Ok(1.0), |s| s.parse(value::share))?,

@@ -5,6 +5,7 @@
 //! ([`progress`]), outlives the server, and goes on from its checkpoint when it was killed.
 
 mod method;
+mod priority;
 mod process;
 mod progress;
 mod rows;
@@ -16,6 +17,7 @@ mod stand_in;
 mod wish;
 
 pub use method::Method;
+pub use priority::TrainingPriority;
 pub use served::withdraw;
 pub use wish::Wish;
 
@@ -45,6 +47,8 @@ pub struct FineTuningOptions {
     pub jobs: usize,
     /// Threads of each.
     pub threads: usize,
+    /// How urgent each is.
+    pub priority: TrainingPriority,
     /// Where the base models lie, by name.
     pub models: BTreeMap<String, PathBuf>,
 }

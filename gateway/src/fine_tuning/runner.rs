@@ -242,7 +242,7 @@ impl Runner {
             }
             let mut process = match left {
                 Some(left) => left,
-                None => Process::start(&self.options.program, &folder)?
+                None => Process::start(&self.options.program, &folder, self.options.priority)?
                     .ok_or_else(|| io::Error::new(io::ErrorKind::ResourceBusy, "another process trains in it"))?,
             };
             tracing::info!(job = %id, adopted = more == 0, "training");

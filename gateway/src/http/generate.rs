@@ -203,6 +203,7 @@ impl Asked {
             messages: None,
             prompt_text: None,
             prompt_ids: request.prompt.clone(),
+            exposure: None,
             choices: Vec::new(),
         }
     }

@@ -151,6 +151,7 @@ fn prepare(
         messages: Some(draft.prompt.clone()),
         prompt_text: Some(prompt_text),
         prompt_ids: prompt.clone(),
+        exposure: None,
         choices: Vec::new(),
     };
     let request = tidemill_engine::Request {

@@ -192,6 +192,7 @@ mod tests {
             messages: Some(serde_json::json!([])),
             prompt_text: Some("hi".into()),
             prompt_ids: vec![1, 2],
+            exposure: None,
             choices: Vec::new(),
         };
         let choice_ids = (0..ids).map(|i| Uuid::from_u128(1 + i as u128)).collect();

@@ -23,7 +23,7 @@ use tidemill::batches::Batches;
 use tidemill::clock::now;
 use tidemill::datasets::DatasetJobs;
 use tidemill::feedback::Metrics;
-use tidemill::fine_tuning::{FineTuning, FineTuningOptions};
+use tidemill::fine_tuning::{FineTuning, FineTuningOptions, TrainingPriority};
 use tidemill::http::cors::Origins;
 use tidemill::http::drain::Drain;
 use tidemill::http::limits::{BodyLimits, FileLimits};
@@ -151,7 +151,14 @@ pub struct Setup {
 /// Jobs are taken and wait.
 pub fn no_training() -> FineTuningOptions {
     let models = BTreeMap::from([(MODEL.to_owned(), "parrot".into())]);
-    FineTuningOptions { root: folder().into(), program: "false".into(), jobs: 0, threads: 1, models }
+    FineTuningOptions {
+        root: folder().into(),
+        program: "false".into(),
+        jobs: 0,
+        threads: 1,
+        priority: TrainingPriority::Low,
+        models,
+    }
 }
 
 impl Default for Setup {
@@ -431,6 +438,7 @@ pub fn answered(store: &Store, user: &str, prompt: &str, texts: &[&str], mean_lo
         messages: Some(json!([{"role": "user", "content": prompt}])),
         prompt_text: None,
         prompt_ids: vec![1],
+        exposure: None,
         choices: texts.iter().enumerate().map(choice).collect(),
     }
 }

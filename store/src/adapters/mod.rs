@@ -13,8 +13,8 @@ use sqlx::{AnyConnection, AssertSqlSafe};
 use uuid::Uuid;
 
 use crate::Store;
+use crate::audit::Act;
 use crate::error::StoreError;
-use crate::inferences;
 use crate::page::{self, Page};
 use crate::patience::{at_length, patiently};
 use crate::statement::{Select, clean, clean_option};
@@ -459,17 +459,7 @@ impl Adapters {
         if let Some(detail) = detail.as_object_mut() {
             detail.remove("lineage");
         }
-        let text = "INSERT INTO audit (id, at, actor, action, subject, detail) VALUES ($1, $2, $3, $4, $5, $6)";
-        sqlx::query(text)
-            .bind(self.store.issue_id().to_string())
-            .bind(now_us())
-            .bind(clean(actor).into_owned())
-            .bind(action.to_owned())
-            .bind(clean(subject).into_owned())
-            .bind(clean(&inferences::json(&detail)).into_owned())
-            .execute(sql)
-            .await
-            .map(drop)
+        Act { id: self.store.issue_id(), at: now_us(), actor, action, subject, detail: &detail }.write(sql).await
     }
 }
 

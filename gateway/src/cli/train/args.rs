@@ -9,6 +9,7 @@ use tidemill_rlhf::train::{Method, TrainConfig};
 
 use super::TrainCommandError;
 use crate::config::{Config, Origin, model_spec};
+use crate::fine_tuning::TrainingPriority;
 
 /// Train an adapter on a dataset.
 #[derive(Debug, clap::Args)]
@@ -88,6 +89,9 @@ pub struct TrainArgs {
     /// Do what spec.json in this folder says, and tell it as lines of JSON
     #[arg(long, value_name = "DIR", conflicts_with_all = ["method", "dataset", "file", "out", "dry_run"])]
     pub job: Option<PathBuf>,
+    /// How urgent it is, as a job: idle (what nobody else wants) or low
+    #[arg(long, value_enum, default_value_t, requires = "job", hide_default_value = true)]
+    pub priority: TrainingPriority,
     /// Directory for models and records [default: ./data]
     #[arg(long, value_name = "DIR")]
     pub data: Option<String>,

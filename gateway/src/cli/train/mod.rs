@@ -23,8 +23,6 @@ pub use args::TrainArgs;
 
 /// Exit status of a training that was stopped and can go on (`EX_TEMPFAIL` of sysexits.h).
 const STOPPED: u8 = 75;
-/// What a job adds to its niceness before it starts a thread.
-const NICE: i32 = 10;
 /// The specification inside a job's folder.
 const SPEC: &str = "spec.json";
 
@@ -76,8 +74,7 @@ trait Audience: Send {
 /// Runs the command.
 pub fn run(args: &TrainArgs) -> Result<ExitCode, TrainCommandError> {
     if let Some(folder) = &args.job {
-        // Somebody's server runs on this machine, and goes first.
-        let _ = rustix::process::nice(NICE);
+        args.priority.take();
         // A machine reads: whatever happens is a line.
         let mut audience = events::Lines;
         return Ok(match by_specification(args, folder, &mut audience) {
