@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tidemill_engine::{AdapterLease, AdapterRefused, Engine, ModelFiles};
-use tidemill_rlhf::registry::{Base, Registry};
+use tidemill_rlhf::registry::{Base, Registry, check_base};
 use tidemill_store::{DataDir, ServedAdapter, Store, StoreError};
 use uuid::Uuid;
 
@@ -84,7 +84,7 @@ impl AdapterKeeper {
         let mut loaded = self.0.loaded.lock().await;
         let served = self.0.registry.served().await?;
         for Upstream::Local(model) in self.0.models.ready() {
-            self.update(model.name(), model.engine(), &served, loaded.entry(model.name().to_owned()).or_default()).await;
+            self.update(model, &served, loaded.entry(model.name().to_owned()).or_default()).await;
         }
         self.problems().retain(|id, _| served.iter().any(|adapter| adapter.id == *id));
         Ok(())
@@ -94,7 +94,7 @@ impl AdapterKeeper {
     pub async fn prepare(&self, model: &LocalModel) -> Result<(), StoreError> {
         let mut loaded = self.0.loaded.lock().await;
         let served = self.0.registry.served().await?;
-        self.update(model.name(), model.engine(), &served, loaded.entry(model.name().to_owned()).or_default()).await;
+        self.update(model, &served, loaded.entry(model.name().to_owned()).or_default()).await;
         Ok(())
     }
 
@@ -117,7 +117,8 @@ impl AdapterKeeper {
         }
     }
 
-    async fn update(&self, base: &str, engine: &Engine, served: &[ServedAdapter], loaded: &mut HashMap<Uuid, AdapterLease>) {
+    async fn update(&self, model: &LocalModel, served: &[ServedAdapter], loaded: &mut HashMap<Uuid, AdapterLease>) {
+        let (base, engine) = (model.name(), model.engine());
         let wanted: Vec<&ServedAdapter> = served.iter().filter(|adapter| adapter.base == base).collect();
         let is_wanted = |id: &Uuid| wanted.iter().any(|adapter| adapter.id == *id);
         let leaving: Vec<AdapterLease> = loaded.extract_if(|id, _| !is_wanted(id)).map(|(_, lease)| lease).collect();
@@ -129,7 +130,7 @@ impl AdapterKeeper {
             if !loaded.contains_key(&adapter.id)
                 // A place that was freed may be what was missing.
                 && (!leaving.is_empty() || self.is_due(adapter.id))
-                && let Some(lease) = self.load(engine, adapter).await
+                && let Some(lease) = self.load(model, adapter).await
             {
                 loaded.insert(adapter.id, lease);
             }
@@ -146,24 +147,19 @@ impl AdapterKeeper {
         }
     }
 
-    async fn load(&self, engine: &Engine, adapter: &ServedAdapter) -> Option<AdapterLease> {
+    async fn load(&self, model: &LocalModel, adapter: &ServedAdapter) -> Option<AdapterLease> {
         let name = format!("{}@{:016x}", adapter.name, adapter.generation);
-        let folder = self.0.registry.folder(&adapter.location);
-        let created = u64::try_from(adapter.created / 1_000_000).unwrap_or_default();
-        let work = {
-            let (engine, name) = (engine.clone(), name.clone());
-            move || engine.load_adapter(&name, &folder, true, created)
+        let loaded = match self.fits(model, &name, adapter).await {
+            Ok(()) => self.read(model.engine(), &name, adapter).await,
+            Err(why) => Err((why, AGAIN)),
         };
-        let (message, wait) = match tokio::task::spawn_blocking(work).await {
-            Ok(Ok(lease)) => {
+        let (message, wait) = match loaded {
+            Ok(lease) => {
                 tracing::info!(adapter = name, model = adapter.base, "an adapter is served");
                 self.problems().remove(&adapter.id);
                 return Some(lease);
             }
-            // Ends by itself within moments.
-            Ok(Err(error @ AdapterRefused::Draining(_))) => (error.to_string(), Duration::ZERO),
-            Ok(Err(error)) => (error.to_string(), AGAIN),
-            Err(_) => ("its files could not be read because of an internal error".to_owned(), AGAIN),
+            Err(problem) => problem,
         };
         let problem = Problem { message: message.clone(), next: Instant::now() + wait };
         let known = self.problems().insert(adapter.id, problem);
@@ -171,6 +167,33 @@ impl AdapterKeeper {
             tracing::error!(adapter = name, model = adapter.base, reason = message, "an adapter cannot be served");
         }
         None
+    }
+
+    /// Whether the model's weights are those that the adapter was registered for. Shapes are looked at when it is read.
+    async fn fits(&self, model: &LocalModel, name: &str, adapter: &ServedAdapter) -> Result<(), String> {
+        let Some(wanted) = adapter.base_hash.as_deref() else {
+            tracing::info!(
+                adapter = name,
+                model = adapter.base,
+                "nobody said which weights an adapter was made for; only its shapes are compared"
+            );
+            return Ok(());
+        };
+        check_base(name, Some(wanted), self.base(model).await.hash.as_deref()).map_err(|error| error.to_string())
+    }
+
+    /// Its files into the engine; else why not, and how long to wait before trying again.
+    async fn read(&self, engine: &Engine, name: &str, adapter: &ServedAdapter) -> Result<AdapterLease, (String, Duration)> {
+        let folder = self.0.registry.folder(&adapter.location);
+        let created = u64::try_from(adapter.created / 1_000_000).unwrap_or_default();
+        let (engine, name) = (engine.clone(), name.to_owned());
+        match tokio::task::spawn_blocking(move || engine.load_adapter(&name, &folder, true, created)).await {
+            Ok(Ok(lease)) => Ok(lease),
+            // Ends by itself within moments.
+            Ok(Err(error @ AdapterRefused::Draining(_))) => Err((error.to_string(), Duration::ZERO)),
+            Ok(Err(error)) => Err((error.to_string(), AGAIN)),
+            Err(_) => Err(("its files could not be read because of an internal error".to_owned(), AGAIN)),
+        }
     }
 
     fn is_due(&self, id: Uuid) -> bool {

@@ -79,6 +79,11 @@ impl Store {
         Ok(Self::of(database, ids, recorder))
     }
 
+    /// Whether there is one already that opening would find, as far as can be told without a connection.
+    pub fn is_there(data: &DataDir, url: Option<&str>) -> bool {
+        url.is_some() || data.database().is_file()
+    }
+
     /// For a command beside a running server: nothing in the background, and every write goes to the database at once.
     pub async fn open_for_command(data: &DataDir, url: Option<&str>) -> Result<Self, StoreError> {
         let (database, ids) = connect(data, url).await?;
@@ -336,7 +341,7 @@ async fn connect(data: &DataDir, url: Option<&str>) -> Result<(Database, IdKey),
         None => {
             let root = data.root();
             std::fs::create_dir_all(root).map_err(|error| StoreError::io("cannot create", root, error))?;
-            Database::sqlite_url(&root.join("tidemill.db"))
+            Database::sqlite_url(&data.database())
         }
     };
     let database = Database::open(&url, PATIENCE).await?;

@@ -238,6 +238,7 @@ fn refused(param: &'static str, error: RegistryError) -> ApiError {
             _ => of(param, "invalid_adapter", StatusCode::BAD_REQUEST, &error),
         },
         RegistryError::Changed { .. } => conflict("adapter_damaged", &error),
+        RegistryError::OtherBase { .. } => conflict("other_base", &error),
         RegistryError::Name(_) => of("name", "invalid_value", StatusCode::BAD_REQUEST, &error),
         RegistryError::Alias(_) => of("alias", "invalid_value", StatusCode::BAD_REQUEST, &error),
         RegistryError::NotFound(_) if param == "path" => of("parent", "adapter_not_found", StatusCode::NOT_FOUND, &error),

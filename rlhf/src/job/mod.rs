@@ -17,6 +17,7 @@ mod tests;
 pub use error::JobError;
 pub use estimate::Estimate;
 pub use head::reward_model;
+pub(crate) use online::judge_of;
 pub use rows::Rows;
 pub use run::{ADAPTER, Finished, Job, LINEAGE, Prepared};
 pub use spec::{Base, Lora, Spec};

@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use tidemill_engine::ModelFiles;
+
 use super::{Job, JobError, reward_model};
 use crate::collate::Plan;
 use crate::model::{Model, ModelOptions};
@@ -48,17 +50,26 @@ impl Job {
         Ok(Online::new(model, config, self.prompts.clone(), self.held_out_prompts.clone(), rewards, sampler)?)
     }
 
-    /// A reward model that was trained here on the same base.
     fn judge(&self, folder: &Path) -> Result<Box<dyn Score>, RewardError> {
         let options = ModelOptions { threads: self.spec.threads, precision: self.spec.precision, ..ModelOptions::default() };
-        let wrong = |error: JobError| RewardError::Model { path: folder.to_owned(), detail: error.to_string() };
-        let (model, head) = reward_model(&self.files, folder, options).map_err(wrong)?;
-        Ok(Box::new(RewardModel {
-            model: Box::new(model),
-            head,
-            files: Arc::clone(&self.files),
-            encoding: self.spec.config.encoding(),
-            budget: self.spec.config.tokens_per_batch,
-        }))
+        judge_of(&self.files, folder, options, &self.spec.config)
     }
+}
+
+/// A reward model that was trained here on the same base.
+pub(crate) fn judge_of(
+    files: &Arc<ModelFiles>,
+    folder: &Path,
+    options: ModelOptions,
+    config: &TrainConfig,
+) -> Result<Box<dyn Score>, RewardError> {
+    let wrong = |error: JobError| RewardError::Model { path: folder.to_owned(), detail: error.to_string() };
+    let (model, head) = reward_model(files, folder, options).map_err(wrong)?;
+    Ok(Box::new(RewardModel {
+        model: Box::new(model),
+        head,
+        files: Arc::clone(files),
+        encoding: config.encoding(),
+        budget: config.tokens_per_batch,
+    }))
 }

@@ -187,6 +187,7 @@ impl Job {
                 "train": self.train.samples.len() + self.prompts.len(),
                 "held_out": self.held_out.samples.len() + self.held_out_prompts.len(),
                 "raters": raters,
+                "shuffled_labels": self.spec.shuffled_labels,
                 "largest_rater_share": shares.0,
                 "largest_user_share": shares.1,
             },

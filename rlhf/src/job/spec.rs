@@ -51,6 +51,9 @@ pub struct Spec {
     /// Compute intermediate values again in the backward pass: less memory, a third more work.
     #[serde(default)]
     pub recompute: bool,
+    /// Turn half of the labels around, those held out included: a control, whose adapter no gate may let pass.
+    #[serde(default)]
+    pub shuffled_labels: bool,
 }
 
 /// A base model.

@@ -15,6 +15,9 @@ pub enum RewardError {
         /// What is wrong and what would be right.
         detail: String,
     },
+    /// The functions and their weights together.
+    #[error("{0}")]
+    Setting(String),
     /// A reward that is no number.
     #[error("the reward {name} gave {reward}; rewards are finite numbers")]
     NotFinite {

@@ -57,6 +57,29 @@ pub struct Scores {
     pub total: Vec<f64>,
 }
 
+/// Whether functions and weights make sense, each and together; reward models are looked for when they are opened.
+pub fn check(functions: &[RewardFunction], weights: Option<&[f64]>) -> Result<(), RewardError> {
+    let wrong = |text: String| Err(RewardError::Setting(text));
+    if functions.is_empty() {
+        return wrong("reward_funcs says what answers are rewarded for; name at least one, as {\"type\": \"json\"}".to_owned());
+    }
+    if let Some(weights) = weights {
+        if weights.len() != functions.len() {
+            let (given, needed) = (weights.len(), functions.len());
+            return wrong(format!("reward_weights has {given} numbers for {needed} reward_funcs; give one for each"));
+        }
+        if let Some(bad) = weights.iter().find(|weight| !weight.is_finite()) {
+            return wrong(format!("reward_weights must be finite numbers, one is {bad}"));
+        }
+    }
+    let mut names: Vec<&str> = functions.iter().map(RewardFunction::name).collect();
+    names.sort_unstable();
+    if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        return wrong(format!("two reward_funcs are called {}; give each a \"name\" of its own", twice[0]));
+    }
+    functions.iter().try_for_each(RewardFunction::check)
+}
+
 /// Opens the reward model in a folder.
 pub type OpenModel<'a> = &'a mut dyn FnMut(&Path) -> Result<Box<dyn Score>, RewardError>;
 

@@ -74,6 +74,15 @@ pub struct TrainArgs {
     /// Folder of the training [default: training/NAME in the data directory]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// What the registry calls the adapter, where the data directory has a store [default: the name of the training's folder]
+    #[arg(long, value_name = "NAME", conflicts_with = "no_register")]
+    pub name: Option<String>,
+    /// Leave the adapter in the training's folder
+    #[arg(long)]
+    pub no_register: bool,
+    /// A control: turn half of the labels around, those held out included. What comes out must fail the gates of `tidemill eval`
+    #[arg(long)]
+    shuffled_labels: bool,
     /// Say what it would take, measured on one step, and train nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -136,6 +145,7 @@ impl TrainArgs {
             threads: self.threads.unwrap_or(0),
             precision: self.precision.unwrap_or_default(),
             recompute: self.recompute,
+            shuffled_labels: self.shuffled_labels,
         };
         spec.check()?;
         Ok(spec)

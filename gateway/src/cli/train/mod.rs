@@ -3,6 +3,7 @@
 mod args;
 mod bar;
 mod events;
+mod register;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -95,7 +96,9 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode, TrainCommandError> {
     }
     let folder = args.folder(&config, &spec);
     keep(&folder, &spec)?;
-    train(&job, &folder, &mut bar)
+    let ended = train(&job, &folder, &mut bar)?;
+    register::register(args, &config, &spec, &folder);
+    Ok(ended)
 }
 
 fn by_specification(args: &TrainArgs, folder: &Path, audience: &mut dyn Audience) -> Result<ExitCode, TrainCommandError> {
