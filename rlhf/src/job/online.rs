@@ -3,11 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Job, JobError, reward_model};
+use super::{Job, JobError, head};
 use crate::collate::Plan;
 use crate::model::{Model, ModelOptions};
+use crate::reward::grader::Grading;
 use crate::reward::model::RewardModel;
-use crate::reward::{RewardError, Rewards, Score};
+use crate::reward::{Judge, RewardError, Rewards, Score};
 use crate::train::{EngineSampler, Online, Reinforcement, TrainConfig, TrainError, engine_for};
 
 /// Most tokens of a prompt, so that an answer fits behind it.
@@ -35,7 +36,7 @@ impl Job {
     pub(super) fn online<'a>(&self, model: &'a Model) -> Result<Online<'a>, JobError> {
         let (config, spec) = (&self.spec.config, &self.spec);
         let told = config.reinforcement()?;
-        let rewards = Rewards::new(&config.reward_funcs, config.reward_weights.as_deref(), &mut |folder| self.judge(folder));
+        let rewards = Rewards::new(&config.reward_funcs, config.reward_weights.as_deref(), &mut |judge| self.judge(judge));
         let rewards = rewards.map_err(TrainError::from)?;
         let name = spec.base.name.clone();
         let rank = model.adapter(&name)?.max_rank();
@@ -48,11 +49,20 @@ impl Job {
         Ok(Online::new(model, config, self.prompts.clone(), self.held_out_prompts.clone(), rewards, sampler)?)
     }
 
+    /// A judge that needs more than the answers' text.
+    fn judge(&self, judge: &Judge) -> Result<Box<dyn Score>, RewardError> {
+        match judge {
+            Judge::Grader { grader } => Ok(Box::new(Grading { grader: (**grader).clone(), oracle: self.oracle.clone() })),
+            Judge::RewardModel { path } => self.reward_model(path),
+            other => other.ready(),
+        }
+    }
+
     /// A reward model that was trained here on the same base.
-    fn judge(&self, folder: &Path) -> Result<Box<dyn Score>, RewardError> {
+    fn reward_model(&self, folder: &Path) -> Result<Box<dyn Score>, RewardError> {
         let options = ModelOptions { threads: self.spec.threads, precision: self.spec.precision, ..ModelOptions::default() };
         let wrong = |error: JobError| RewardError::Model { path: folder.to_owned(), detail: error.to_string() };
-        let (model, head) = reward_model(&self.files, folder, options).map_err(wrong)?;
+        let (model, head) = head::reward_model(&self.files, folder, options).map_err(wrong)?;
         Ok(Box::new(RewardModel {
             model: Box::new(model),
             head,
