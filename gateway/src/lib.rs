@@ -20,6 +20,7 @@ pub mod datasets;
 pub mod engine_bench;
 pub mod feedback;
 pub mod fine_tuning;
+pub mod graders;
 pub mod http;
 pub mod interchange;
 pub mod keys;

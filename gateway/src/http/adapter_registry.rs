@@ -213,7 +213,7 @@ async fn follow(app: &App) {
 }
 
 /// `param` is the field that named the adapter or its files.
-fn refused(param: &'static str, error: RegistryError) -> ApiError {
+pub fn refused(param: &'static str, error: RegistryError) -> ApiError {
     let of = |param: &str, code: &'static str, status: StatusCode, error: &dyn std::fmt::Display| ApiError {
         param: Some(param.to_owned()),
         ..ApiError::client(status, Some(code), format!("{error}."))

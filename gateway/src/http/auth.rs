@@ -59,6 +59,13 @@ impl Caller {
         Self { open: key.is_none(), key }
     }
 
+    /// The caller of a key's id, or of a server without keys, for the same; `None` when the key does not work any more.
+    pub async fn of_key(store: &Store, id: Option<&str>) -> Result<Option<Self>, StoreError> {
+        let Some(id) = id else { return Ok(Some(Self::later(None))) };
+        let key = store.key(id).await?.filter(|key| !key.has_expired(now()));
+        Ok(key.map(|key| Self::later(Some(Arc::new(key)))))
+    }
+
     /// Whose files and batches the caller sees: all of them without keys and with an `admin` key, else those of the key.
     pub fn viewer(&self) -> Viewer {
         match &self.key {

@@ -21,6 +21,8 @@ pub mod feedback;
 mod files;
 mod fine_tuning;
 pub mod generate;
+mod graders;
+pub mod inside;
 mod interchange;
 mod keys;
 pub mod labeling;

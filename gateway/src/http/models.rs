@@ -42,13 +42,21 @@ fn cards(app: &App) -> Vec<ModelCard> {
         let loaded = loaded.map(|adapter| (adapter.name().to_owned(), adapter));
         let registered = app.registry.adapter_names(model.name());
         let registered = registered.listed().map(|(name, adapter)| (name.to_owned(), adapter.clone())).collect::<Vec<_>>();
-        for (name, adapter) in loaded.chain(registered) {
+        let found = loaded.chain(registered).map(|(name, adapter)| (name, adapter.created(), adapter.generation()));
+        let mut found: Vec<_> = found.collect();
+        // What gave way can be asked for all the same.
+        for (name, meant) in app.registry.offered(model.name()).iter().filter(|(_, meant)| meant.listed) {
+            if found.iter().all(|(known, ..)| known != name) {
+                found.push((name.clone(), meant.created, meant.generation));
+            }
+        }
+        for (name, created, generation) in found {
             let taken = cards.iter().any(|card| card.id == name);
             cards.push(ModelCard {
                 id: if taken { format!("{}:{name}", model.name()) } else { name },
-                created: adapter.created(),
+                created,
                 parent: Some(model.name().to_owned()),
-                generation: Some(adapter.generation().to_string()),
+                generation: Some(generation.to_string()),
                 ..base_card(model.name(), &LoadState::Ready(Upstream::Local(Arc::clone(model))))
             });
         }

@@ -9,7 +9,7 @@ mod registry;
 pub use adapter_names::{AdapterNames, Named};
 pub use events::Events;
 pub use local::LocalModel;
-pub use registry::{LoadState, Registry};
+pub use registry::{LoadState, OnDemand, Registry};
 
 use std::sync::Arc;
 

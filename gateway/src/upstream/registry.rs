@@ -2,8 +2,10 @@
 
 use crate::http::error::ApiError;
 use crate::upstream::{AdapterNames, Upstream};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
-use tidemill_engine::AdapterLease;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use tidemill_engine::{AdapterGeneration, AdapterLease};
+use tokio::sync::Notify;
 
 /// How far a model is.
 #[derive(Clone)]
@@ -17,12 +19,31 @@ pub enum LoadState {
 /// All models of this server, in the order they were named.
 pub struct Registry {
     slots: Vec<Slot>,
+    /// Adapters on demand that somebody asked for and the engine does not have, by their name there.
+    wished: Mutex<BTreeSet<String>>,
+    wishing: Notify,
 }
 
 struct Slot {
     name: String,
     upstream: OnceLock<Upstream>,
     registered: RwLock<Arc<AdapterNames<AdapterLease>>>,
+    on_demand: RwLock<Arc<BTreeMap<String, OnDemand>>>,
+}
+
+/// An adapter that has a place in the engine for as long as nobody asks for another that needs it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OnDemand {
+    /// Its name in the engine.
+    pub in_engine: String,
+    /// Names its contents.
+    pub generation: AdapterGeneration,
+    /// In seconds since 1970.
+    pub created: u64,
+    /// Shown in lists.
+    pub listed: bool,
+    /// Why it could not be loaded.
+    pub problem: Option<String>,
 }
 
 impl Registry {
@@ -31,8 +52,10 @@ impl Registry {
         Self {
             slots: names
                 .into_iter()
-                .map(|name| Slot { name, upstream: OnceLock::new(), registered: RwLock::default() })
+                .map(|name| Slot { name, upstream: OnceLock::new(), registered: RwLock::default(), on_demand: RwLock::default() })
                 .collect(),
+            wished: Mutex::default(),
+            wishing: Notify::new(),
         }
     }
 
@@ -46,6 +69,33 @@ impl Registry {
         if let Some(slot) = self.slots.iter().find(|slot| slot.name == base) {
             *slot.registered.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(names);
         }
+    }
+
+    /// What the base model has on demand, by the names that lead there.
+    pub fn offer(&self, base: &str, names: BTreeMap<String, OnDemand>) {
+        if let Some(slot) = self.slots.iter().find(|slot| slot.name == base) {
+            *slot.on_demand.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(names);
+        }
+    }
+
+    /// The same.
+    pub fn offered(&self, base: &str) -> Arc<BTreeMap<String, OnDemand>> {
+        self.slots.iter().find(|slot| slot.name == base).map(Slot::on_demand).unwrap_or_default()
+    }
+
+    /// Returns when somebody has asked for an adapter that is on demand and not in its engine.
+    pub async fn wishing(&self) {
+        self.wishing.notified().await;
+    }
+
+    /// Remembers that somebody wants an adapter on demand, by its name in the engine. There are no more wishes than there are offers.
+    pub fn wish(&self, in_engine: &str) {
+        self.wished.lock().unwrap_or_else(PoisonError::into_inner).insert(in_engine.to_owned());
+    }
+
+    /// Their names in the engine, each once.
+    pub fn take_wished(&self) -> BTreeSet<String> {
+        std::mem::take(&mut *self.wished.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The names of registered adapters that the base model has.
@@ -102,11 +152,40 @@ impl Registry {
         let of_base = |slot: &&Slot| name.strip_prefix(slot.name.as_str()).is_some_and(|rest| rest.starts_with(':'));
         if let Some(slot) = self.slots.iter().find(of_base) {
             let (upstream, adapter) = (slot.answering()?, &name[slot.name.len() + 1..]);
-            let adapter = slot.registered().get(adapter).cloned().or_else(|| upstream.loaded(adapter));
-            return adapter.map(|adapter| upstream.adapted(name, adapter)).ok_or_else(|| ApiError::model_not_found(name));
+            let found = slot.registered().get(adapter).cloned().or_else(|| upstream.loaded(adapter));
+            return match found {
+                Some(adapter) => Ok(upstream.adapted(name, adapter)),
+                None => self.find_on_demand(slot, adapter).unwrap_or_else(|| Err(ApiError::model_not_found(name))),
+            };
         }
         let adapted = |upstream: &Upstream| Some(upstream.adapted(name, upstream.loaded(name)?));
-        self.ready().find_map(adapted).ok_or_else(|| ApiError::model_not_found(name))
+        if let Some(found) = self.ready().find_map(adapted) {
+            return Ok(found);
+        }
+        let on_demand = self.slots.iter().find_map(|slot| self.find_on_demand(slot, name));
+        on_demand.unwrap_or_else(|| Err(ApiError::model_not_found(name)))
+    }
+
+    /// An adapter on demand; where the engine does not have it, it is wished for, and the error says when to come again.
+    fn find_on_demand(&self, slot: &Slot, name: &str) -> Option<Result<Upstream, ApiError>> {
+        let (upstream, offered) = (slot.upstream.get()?, slot.on_demand());
+        let meant = offered.get(name)?;
+        if let Some(adapter) = upstream.loaded(&meant.in_engine) {
+            return Some(Ok(upstream.adapted(name, adapter)));
+        }
+        self.wish(&meant.in_engine);
+        self.wishing.notify_one();
+        let shown: String = name.chars().take(200).collect();
+        Some(Err(match &meant.problem {
+            None => ApiError::unavailable(
+                Some("model_loading"),
+                format!("The model `{shown}` had given way to others and is being loaded again; send the request again."),
+                1,
+            ),
+            Some(why) => {
+                ApiError::unavailable(Some("model_not_loaded"), format!("The model `{shown}` cannot be loaded now: {why}."), 30)
+            }
+        }))
     }
 }
 
@@ -125,6 +204,10 @@ impl Upstream {
 }
 
 impl Slot {
+    fn on_demand(&self) -> Arc<BTreeMap<String, OnDemand>> {
+        Arc::clone(&self.on_demand.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
     fn registered(&self) -> Arc<AdapterNames<AdapterLease>> {
         Arc::clone(&self.registered.read().unwrap_or_else(PoisonError::into_inner))
     }
