@@ -14,7 +14,7 @@ use tidemill_rlhf::registry::{Base, Registry};
 use tidemill_store::{DataDir, ServedAdapter, Store, StoreError};
 use uuid::Uuid;
 
-use crate::upstream::{self, AdapterNames, LocalModel, Upstream};
+use crate::upstream::{self, AdapterNames, LocalModel};
 
 /// How often the store is looked at.
 const EVERY: Duration = Duration::from_secs(1);
@@ -83,7 +83,7 @@ impl AdapterKeeper {
     pub async fn follow(&self) -> Result<(), StoreError> {
         let mut loaded = self.0.loaded.lock().await;
         let served = self.0.registry.served().await?;
-        for Upstream::Local(model) in self.0.models.ready() {
+        for model in self.0.models.local() {
             self.update(model.name(), model.engine(), &served, loaded.entry(model.name().to_owned()).or_default()).await;
         }
         self.problems().retain(|id, _| served.iter().any(|adapter| adapter.id == *id));

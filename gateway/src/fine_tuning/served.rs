@@ -3,7 +3,7 @@
 //! This is the one place that knows where a finished adapter lies and how it comes to be served.
 
 use crate::fine_tuning::folder_of;
-use crate::upstream::{LocalModel, Registry, Upstream};
+use crate::upstream::{LocalModel, Registry};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tidemill_engine::{AdapterError, AdapterRefused};
@@ -39,8 +39,7 @@ impl NotServed {
 /// The base model of this name, if it answers.
 pub fn base(registry: &Registry, name: &str) -> Option<Arc<LocalModel>> {
     let found = registry.states().any(|(known, _)| known == name);
-    let Upstream::Local(model) = registry.find_base(Some(name)).ok().filter(|_| found)?;
-    Some(model)
+    registry.find_local_base(Some(name)).ok().filter(|_| found)
 }
 
 /// Serves the adapter in `folder` under `name`, beside the base model. The same contents under the same name change nothing.
@@ -54,7 +53,7 @@ pub async fn serve(registry: &Registry, base: &str, name: &str, folder: PathBuf,
 
 /// Serves what the jobs of this data directory made: as many as the engine takes, the newest last, so that the oldest give way.
 pub async fn serve_all(rows: &FineTunings, registry: &Registry, root: &Path, place: &str) -> Result<(), StoreError> {
-    let most = registry.ready().map(|Upstream::Local(model)| model.engine().options().max_adapters).sum();
+    let most = registry.local().map(|model| model.engine().options().max_adapters).sum();
     let mut jobs = rows.served(place, most).await?;
     jobs.reverse();
     for FineTuningJob { draft, fine_tuned_model, finished, .. } in jobs {
