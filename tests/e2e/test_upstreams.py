@@ -10,7 +10,7 @@ import pytest
 
 from conftest import MODEL
 from queues import new_key
-from server import PATIENCE, Server, binary, default_model
+from server import PATIENCE, STOP_SECONDS, Server, binary, default_model
 from test_network import Certificate, start_tls  # noqa: F401
 from test_tools import QUESTION, WEATHER, check_weather, named
 
@@ -175,6 +175,6 @@ def test_a_stopped_gateway_ends_what_is_left(pair, start, monkeypatch):
             for _ in stream:
                 pass
         assert error.value.body["code"] == "cancelled"
-    assert gateway.stop() == 0
+    assert gateway.process.wait(STOP_SECONDS) == 0
     # The model's server is free again.
     pair.origin.wait_idle()

@@ -75,7 +75,7 @@ enum Answerer {
         /// It takes its time to be prepared.
         long: bool,
         /// As it came.
-        asked: Asked,
+        asked: Box<Asked>,
         /// As it came.
         in_flight: InFlight,
     },
@@ -130,7 +130,7 @@ where
         Prepared::Remote(call) => match Box::pin(call.answer(in_flight)).await? {
             Answerer::Remote(response) => Ok(response),
             Answerer::Local { body, long, asked, in_flight } => {
-                let prepared = off_path(long, move || prepare(asked, &body)).await??;
+                let prepared = off_path(long, move || prepare(*asked, &body)).await??;
                 Box::pin(run(prepared, in_flight)).await
             }
         },
@@ -230,7 +230,7 @@ impl RemoteCall {
                     let mut body = Arc::unwrap_or_clone(self.body);
                     body.insert("model".into(), name.as_str().into());
                     let long = self.length > LONG_WORK;
-                    return Ok(Answerer::Local { body: Value::Object(body), long, asked: self.asked, in_flight });
+                    return Ok(Answerer::Local { body: Value::Object(body), long, asked: Box::new(self.asked), in_flight });
                 }
             }
         }
