@@ -17,7 +17,7 @@ use tidemill_rlhf::registry::{Base, Registry, check_base};
 use tidemill_store::{DataDir, ServedAdapter, Store, StoreError};
 use uuid::Uuid;
 
-use crate::upstream::{self, AdapterNames, LocalModel, OnDemand, Upstream};
+use crate::upstream::{self, AdapterNames, LocalModel, OnDemand};
 
 /// How often the store is looked at.
 const EVERY: Duration = Duration::from_secs(1);
@@ -98,7 +98,7 @@ impl AdapterKeeper {
         let mut loaded = self.0.loaded.lock().await;
         let served = self.0.registry.served().await?;
         let wished = self.0.models.take_wished();
-        for Upstream::Local(model) in self.0.models.ready() {
+        for model in self.0.models.local() {
             let held = loaded.entry(model.name().to_owned()).or_default();
             self.update(model, &served, &wished, held).await;
         }

@@ -7,7 +7,7 @@ use crate::clock::now;
 use crate::http::error::ApiError;
 use crate::http::inside::{Inside, Sent};
 use crate::http::{App, Caller};
-use crate::upstream::Upstream;
+use crate::upstream::LocalModel;
 use bytes::Bytes;
 use hyper::StatusCode;
 use serde_json::{Value, json};
@@ -23,6 +23,8 @@ use uuid::Uuid;
 
 /// Most lines that run at once, over all batches; fewer where the engines run fewer.
 const MAX_RUNNING: usize = 256;
+/// Lines at once where all models are other servers'.
+const REMOTE_AT_ONCE: usize = 8;
 /// KiB of lines that run at once, over all batches: a line of 10 MB takes its share of it.
 const RUNNING_KIB: u32 = 64 * 1024;
 /// What is read ahead of a batch's input.
@@ -80,12 +82,11 @@ impl Runner {
     /// For models that are loaded.
     pub(super) fn new(rows: Rows, app: App, leaving: watch::Receiver<bool>) -> Self {
         // No more than run at once, so that none of them wait in the queue; and never the half of it that others need.
-        let fits = |upstream: &Upstream| {
-            let Upstream::Local(model) = upstream;
+        let fits = |model: &Arc<LocalModel>| {
             let limits = model.engine().limits();
             limits.max_seqs.min(limits.max_waiting / 2)
         };
-        let slots = app.registry.ready().map(fits).min().unwrap_or(1).clamp(1, MAX_RUNNING);
+        let slots = app.registry.local().map(fits).min().unwrap_or(REMOTE_AT_ONCE).clamp(1, MAX_RUNNING);
         let inside = Inside::new(app.clone());
         let (slots, room) = (Arc::new(Semaphore::new(slots)), Arc::new(Semaphore::new(RUNNING_KIB as usize)));
         Self { rows, app, inside, slots, room, looks: Semaphore::new(LOOKS), leaving }

@@ -4,7 +4,7 @@
 
 use crate::fine_tuning::spec::{adapter_name, checkpoint_name, model_name};
 use crate::http::{App, job_name};
-use crate::upstream::{LocalModel, Registry as Models, Upstream};
+use crate::upstream::{LocalModel, Registry as Models};
 use serde_json::{Map, Value};
 use std::path::Path;
 use std::sync::Arc;
@@ -50,8 +50,7 @@ pub struct Model {
 /// The base model of this name, if it answers.
 pub fn base(models: &Models, name: &str) -> Option<Arc<LocalModel>> {
     let found = models.states().any(|(known, _)| known == name);
-    let Upstream::Local(model) = models.find_base(Some(name)).ok().filter(|_| found)?;
-    Some(model)
+    models.find_local_base(Some(name)).ok().filter(|_| found)
 }
 
 /// Registers what a job made in `folder` and puts it into service: the models of earlier epochs, and the last. Doing so again changes

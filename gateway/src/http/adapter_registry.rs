@@ -113,7 +113,7 @@ async fn register(State(app): State<App>, request: Request) -> Result<Response, 
     let mut object = |key: &'static str| fields.get(key).map(|field| field.map().cloned().map(Value::Object)).transpose();
     let (config, metrics) = (object("config")?, object("metrics")?);
     fields.finish()?;
-    let crate::upstream::Upstream::Local(model) = app.registry.find_base(base)?;
+    let model = app.registry.find_local_base(base)?;
     let plain = Lineage::new(name, app.adapters.base(&model).await);
     let lineage = Lineage {
         snapshot,

@@ -6,7 +6,7 @@ use crate::http::auth::{Caller, require};
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
 use crate::openai::fields::Fields;
-use crate::upstream::{LocalModel, Upstream};
+use crate::upstream::LocalModel;
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
@@ -96,8 +96,7 @@ fn is_registered(app: &App, model: &LocalModel, name: &str) -> bool {
 }
 
 fn base_model(app: &App, name: Option<&str>) -> Result<Arc<LocalModel>, ApiError> {
-    let Upstream::Local(model) = app.registry.find_base(name)?;
-    Ok(model)
+    app.registry.find_local_base(name)
 }
 
 /// Plain text, as vLLM answers.

@@ -5,7 +5,7 @@ use crate::http::cors::Origins;
 use crate::http::error::ApiError;
 use crate::keys::{KeyRing, Known};
 use crate::telemetry::Trail;
-use crate::upstream::{LocalModel, Registry, Upstream};
+use crate::upstream::{LocalModel, Registry};
 use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -112,7 +112,7 @@ impl Caller {
     pub fn model(&self, registry: &Registry, name: Option<&str>) -> Result<Arc<LocalModel>, ApiError> {
         // First of all: what exists here is not everybody's business.
         name.map_or(Ok(()), |name| self.check_model(name))?;
-        let Upstream::Local(model) = registry.find(name)?;
+        let model = registry.find_local(name)?;
         self.check_model(model.name())?;
         Ok(model)
     }

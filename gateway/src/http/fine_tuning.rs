@@ -15,7 +15,6 @@ use crate::http::query::parameters;
 use crate::openai::about;
 use crate::openai::fields::{Field, Fields};
 use crate::openai::listing::{Extra, Listing};
-use crate::upstream::Upstream;
 use axum::extract::{Path, RawQuery, Request, State};
 use axum::response::Response;
 use axum::routing::{get, post};
@@ -115,7 +114,7 @@ async fn create(State(app): State<App>, Extension(caller): Extension<Caller>, re
 /// The base of a model that can be trained here.
 async fn check_model(app: &App, caller: &Caller, name: &str, method: &Method) -> Result<String, ApiError> {
     caller.check_model(name)?;
-    let Upstream::Local(model) = app.registry.find(Some(name))?;
+    let model = app.registry.find_local(Some(name))?;
     let refused = |why: String| Err(ApiError::invalid("model", "model_not_available", format!("Invalid 'model': {why}")));
     let base = model.base();
     if model.adapter().is_some() {

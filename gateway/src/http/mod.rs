@@ -32,6 +32,7 @@ mod models;
 mod observe;
 mod probes;
 pub mod query;
+mod remote;
 pub mod responses;
 mod router;
 pub mod server;

@@ -19,7 +19,7 @@ struct ModelCard {
     object: &'static str,
     created: u64,
     owned_by: &'static str,
-    /// vLLM's; clients size their prompts by it. Unknown while the model loads.
+    /// vLLM's; clients size their prompts by it. Unknown while the model loads, and of one that another server answers.
     max_model_len: Option<usize>,
     /// vLLM's: the base model of an adapter.
     parent: Option<String>,
@@ -36,7 +36,7 @@ struct ModelList {
 /// Base models, then adapters: by their own name where that leads to them, else as `base:adapter`.
 fn cards(app: &App) -> Vec<ModelCard> {
     let mut cards: Vec<ModelCard> = app.registry.states().map(|(name, state)| base_card(name, &state)).collect();
-    for Upstream::Local(model) in app.registry.ready() {
+    for model in app.registry.local() {
         // What is in the engine by its generation has a name in the registry's list.
         let loaded = model.engine().adapters().into_iter().filter(|adapter| !adapter.name().contains('@'));
         let loaded = loaded.map(|adapter| (adapter.name().to_owned(), adapter));
@@ -65,12 +65,13 @@ fn cards(app: &App) -> Vec<ModelCard> {
 }
 
 fn base_card(name: &str, state: &LoadState) -> ModelCard {
-    let (created, max_model_len) = match state {
-        LoadState::Loading => (0, None),
-        LoadState::Ready(Upstream::Local(model)) => (model.created(), Some(model.context())),
+    let (created, owned_by, max_model_len) = match state {
+        LoadState::Loading => (0, "tidemill", None),
+        LoadState::Ready(Upstream::Local(model)) => (model.created(), "tidemill", Some(model.context())),
+        LoadState::Ready(Upstream::Remote(model)) => (model.created(), "remote", None),
     };
     let id = name.to_owned();
-    ModelCard { id, object: "model", created, owned_by: "tidemill", max_model_len, parent: None, generation: None }
+    ModelCard { id, object: "model", created, owned_by, max_model_len, parent: None, generation: None }
 }
 
 impl ModelCard {

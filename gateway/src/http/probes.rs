@@ -16,7 +16,7 @@ use tidemill_engine::Health;
 
 /// Alive: the process answers. An engine that died is not alive any more; only a restart brings it back.
 pub async fn health(State(app): State<App>) -> Result<Response, ApiError> {
-    for Upstream::Local(model) in app.registry.ready() {
+    for model in app.registry.local() {
         if let Health::Stopped(why) = model.engine().health() {
             return Err(ApiError::unavailable(
                 Some("engine_stopped"),
@@ -41,6 +41,8 @@ pub async fn ready(State(app): State<App>) -> Response {
                     Health::Draining => "draining",
                     Health::Stopped(_) => "stopped",
                 },
+                // Whether the other server is there shows with each request, and is no reason to restart this one.
+                LoadState::Ready(Upstream::Remote(_)) => "ready",
             };
             (name.to_owned(), state.into())
         })

@@ -1,7 +1,7 @@
 //! Which models are served, and how far each one is.
 
 use crate::http::error::ApiError;
-use crate::upstream::{AdapterNames, Upstream};
+use crate::upstream::{AdapterNames, LocalModel, RemoteModel, Upstream};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use tidemill_engine::{AdapterGeneration, AdapterLease};
@@ -103,6 +103,17 @@ impl Registry {
         self.slots.iter().find(|slot| slot.name == base).map(Slot::registered).unwrap_or_default()
     }
 
+    /// Adds models that other servers answer; they are there at once. Their names are none of those that were given before.
+    pub fn with_remotes(mut self, remotes: impl IntoIterator<Item = Arc<RemoteModel>>) -> Self {
+        self.slots.extend(remotes.into_iter().map(|remote| Slot {
+            name: remote.name().to_owned(),
+            upstream: OnceLock::from(Upstream::Remote(remote)),
+            registered: RwLock::default(),
+            on_demand: RwLock::default(),
+        }));
+        self
+    }
+
     /// Names and states.
     pub fn states(&self) -> impl Iterator<Item = (&str, LoadState)> {
         self.slots.iter().map(|slot| {
@@ -117,8 +128,34 @@ impl Registry {
     }
 
     /// Models that answer.
-    pub fn ready(&self) -> impl Iterator<Item = &Upstream> {
+    fn ready(&self) -> impl Iterator<Item = &Upstream> {
         self.slots.iter().filter_map(|slot| slot.upstream.get())
+    }
+
+    /// Those of them that run in this process.
+    pub fn local(&self) -> impl Iterator<Item = &Arc<LocalModel>> {
+        self.ready().filter_map(|upstream| match upstream {
+            Upstream::Local(model) => Some(model),
+            Upstream::Remote(_) => None,
+        })
+    }
+
+    /// The remote model of this name.
+    pub fn remote(&self, name: &str) -> Option<&Arc<RemoteModel>> {
+        self.ready().find_map(|upstream| match upstream {
+            Upstream::Remote(model) if model.name() == name => Some(model),
+            _ => None,
+        })
+    }
+
+    /// Like [`Registry::find`], for what needs an engine or a tokenizer.
+    pub fn find_local(&self, name: Option<&str>) -> Result<Arc<LocalModel>, ApiError> {
+        self.find(name)?.into_local()
+    }
+
+    /// Like [`Registry::find_base`], for what needs an engine or a tokenizer.
+    pub fn find_local_base(&self, name: Option<&str>) -> Result<Arc<LocalModel>, ApiError> {
+        self.find_base(name)?.into_local()
     }
 
     /// The model that a request names: a base model, `base:adapter`, or an adapter by its name alone (of the first model that has
@@ -136,7 +173,7 @@ impl Registry {
     }
 
     /// The base model of this name, or the first.
-    pub fn find_base(&self, name: Option<&str>) -> Result<Upstream, ApiError> {
+    fn find_base(&self, name: Option<&str>) -> Result<Upstream, ApiError> {
         let mut slots = self.slots.iter();
         let slot = name.map_or_else(|| slots.next(), |name| self.slots.iter().find(|slot| slot.name == name));
         slot.ok_or_else(|| ApiError::model_not_found(name.unwrap_or_default()))?.answering()
@@ -145,21 +182,22 @@ impl Registry {
     fn find_adapter(&self, name: &str) -> Result<Upstream, ApiError> {
         // An alias may hold colons, so all of the name is looked for first.
         for slot in &self.slots {
-            if let (Some(upstream), Some(adapter)) = (slot.upstream.get(), slot.registered().get(name)) {
-                return Ok(upstream.adapted(name, adapter.clone()));
+            if let (Some(Upstream::Local(model)), Some(adapter)) = (slot.upstream.get(), slot.registered().get(name)) {
+                return Ok(adapted(model, name, adapter.clone()));
             }
         }
         let of_base = |slot: &&Slot| name.strip_prefix(slot.name.as_str()).is_some_and(|rest| rest.starts_with(':'));
         if let Some(slot) = self.slots.iter().find(of_base) {
-            let (upstream, adapter) = (slot.answering()?, &name[slot.name.len() + 1..]);
-            let found = slot.registered().get(adapter).cloned().or_else(|| upstream.loaded(adapter));
+            let Upstream::Local(model) = slot.answering()? else { return Err(ApiError::model_not_found(name)) };
+            let own = &name[slot.name.len() + 1..];
+            let found = slot.registered().get(own).cloned().or_else(|| loaded(&model, own));
             return match found {
-                Some(adapter) => Ok(upstream.adapted(name, adapter)),
-                None => self.find_on_demand(slot, adapter).unwrap_or_else(|| Err(ApiError::model_not_found(name))),
+                Some(adapter) => Ok(adapted(&model, name, adapter)),
+                None => self.find_on_demand(slot, own).unwrap_or_else(|| Err(ApiError::model_not_found(name))),
             };
         }
-        let adapted = |upstream: &Upstream| Some(upstream.adapted(name, upstream.loaded(name)?));
-        if let Some(found) = self.ready().find_map(adapted) {
+        let by_name = |model: &Arc<LocalModel>| Some(adapted(model, name, loaded(model, name)?));
+        if let Some(found) = self.local().find_map(by_name) {
             return Ok(found);
         }
         let on_demand = self.slots.iter().find_map(|slot| self.find_on_demand(slot, name));
@@ -168,10 +206,11 @@ impl Registry {
 
     /// An adapter on demand; where the engine does not have it, it is wished for, and the error says when to come again.
     fn find_on_demand(&self, slot: &Slot, name: &str) -> Option<Result<Upstream, ApiError>> {
-        let (upstream, offered) = (slot.upstream.get()?, slot.on_demand());
+        let Upstream::Local(model) = slot.upstream.get()? else { return None };
+        let offered = slot.on_demand();
         let meant = offered.get(name)?;
-        if let Some(adapter) = upstream.loaded(&meant.in_engine) {
-            return Some(Ok(upstream.adapted(name, adapter)));
+        if let Some(adapter) = loaded(model, &meant.in_engine) {
+            return Some(Ok(adapted(model, name, adapter)));
         }
         self.wish(&meant.in_engine);
         self.wishing.notify_one();
@@ -189,17 +228,29 @@ impl Registry {
     }
 }
 
-impl Upstream {
-    /// An adapter that is in the engine under a name that somebody chose. What was registered is there by its generation, too, and may
-    /// be on its way out.
-    fn loaded(&self, name: &str) -> Option<AdapterLease> {
-        let Self::Local(model) = self;
-        if name.contains('@') { None } else { model.engine().adapter(name) }
-    }
+/// An adapter that is in the engine under a name that somebody chose. What was registered is there by its generation, too, and may be
+/// on its way out.
+fn loaded(model: &LocalModel, name: &str) -> Option<AdapterLease> {
+    if name.contains('@') { None } else { model.engine().adapter(name) }
+}
 
-    fn adapted(&self, asked: &str, adapter: AdapterLease) -> Self {
-        let Self::Local(model) = self;
-        Self::Local(Arc::new(model.adapted(asked, adapter)))
+fn adapted(model: &LocalModel, asked: &str, adapter: AdapterLease) -> Upstream {
+    Upstream::Local(Arc::new(model.adapted(asked, adapter)))
+}
+
+impl Upstream {
+    /// The model in this process, or a refusal that names what a remote one can be asked for.
+    fn into_local(self) -> Result<Arc<LocalModel>, ApiError> {
+        match self {
+            Self::Local(model) => Ok(model),
+            Self::Remote(model) => {
+                let message = format!(
+                    "The model `{}` is answered by another server, and this needs a model that is loaded here. Other servers are asked for /v1/chat/completions, /v1/completions and /v1/embeddings.",
+                    model.name()
+                );
+                Err(ApiError::invalid("model", "remote_model", message))
+            }
+        }
     }
 }
 
@@ -226,6 +277,7 @@ impl Slot {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::upstream::remote::{RemoteSpec, Remotes, ServerSpec};
 
     #[test]
     fn an_unknown_model_is_404_and_a_loading_one_503() {
@@ -234,5 +286,19 @@ mod tests {
         let loading = registry.find(Some("a")).err().unwrap();
         assert_eq!((loading.status.as_u16(), loading.retry_after), (503, Some(1)));
         assert!(!registry.all_ready());
+    }
+
+    #[test]
+    fn a_remote_model_is_there_at_once_and_refused_where_an_engine_is_needed() {
+        let remotes = Remotes {
+            servers: vec![ServerSpec::new("s", "http://127.0.0.1:1")],
+            models: vec![RemoteSpec::new("far", vec!["s".into()])],
+        };
+        let registry = Registry::new([]).with_remotes(RemoteModel::all(&remotes, 1).unwrap());
+        assert!(registry.all_ready() && registry.remote("far").is_some() && registry.local().next().is_none());
+        assert!(matches!(registry.find(Some("far")), Ok(Upstream::Remote(_))));
+        let error = registry.find_local(Some("far")).err().unwrap();
+        assert_eq!((error.status.as_u16(), error.code.as_deref()), (400, Some("remote_model")));
+        assert_eq!(registry.find(Some("far:adapter")).err().unwrap().status.as_u16(), 404);
     }
 }
