@@ -15,7 +15,7 @@ use crate::collate::{Encoder, Sample, Teaches};
 use crate::dataset::{Message, Row};
 use crate::job::{JobError, judge_of, reward_model};
 use crate::model::{Model, ModelOptions};
-use crate::reward::{self, Judge, RewardError, RewardFunction, Rewards};
+use crate::reward::{self, RewardError, RewardFunction, Rewards};
 use crate::train::{Pass, Prompt, Question, TrainConfig};
 
 /// What is evaluated, and on what.
@@ -318,7 +318,7 @@ fn by_rules(
     watch: &mut dyn FnMut(Work, &str, usize, usize),
 ) -> Result<Decided, EvaluateError> {
     let config = TrainConfig::new(crate::train::Method::Grpo);
-    let mut open = |judge: &Judge| judge_of(files, judge, None, trial.model, &config);
+    let mut open = |judge: &reward::Judge| judge_of(files, judge, None, trial.model, &config);
     let ready = Rewards::new(&rules.functions, rules.weights.as_deref(), &mut open)?;
     let (mut totals, mut rewards) = (Vec::new(), Vec::new());
     for (done, answers) in said.iter().enumerate() {

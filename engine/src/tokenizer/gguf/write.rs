@@ -124,7 +124,9 @@ impl Splitting {
         let found = Splitting::ALL.into_iter().find(same)?;
         let composes = json["normalizer"]["type"] == "NFC";
         let fits = (composes || json["normalizer"].is_null()) && composes == (found == Splitting::Qwen2);
-        (fits && (model["ignore_merges"] == true) == found.takes_whole_words_first()).then_some(found)
+        // Where every token can be merged together, as training leaves them, it makes no difference to take whole words first.
+        let fits = fits && (model["ignore_merges"] != true || found.takes_whole_words_first());
+        fits.then_some(found)
     }
 
     /// What `tokenizer.ggml.pre` calls it.

@@ -6,7 +6,7 @@ mod events;
 mod register;
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,8 +17,8 @@ use tidemill_rlhf::train::{Control, Ending, Outcome, Progress, TrainError};
 use tidemill_store::{DataDir, Store, StoreError};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::serve::utf8_environment;
-use crate::config::{Config, ConfigError, Layer, Origin};
+use super::store_args::StoreCommandError;
+use crate::config::{Config, ConfigError};
 use crate::graders::DeskOracle;
 pub use args::TrainArgs;
 
@@ -30,37 +30,24 @@ const SPEC: &str = "spec.json";
 /// Why the command ended without an adapter.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainCommandError {
-    /// The configuration is wrong.
+    /// The store, its configuration, a file, or what was typed.
     #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The store.
-    #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(#[from] StoreCommandError),
     /// The training.
     #[error(transparent)]
     Job(#[from] JobError),
-    /// What was typed.
-    #[error("{0}")]
-    Usage(String),
-    /// A file.
-    #[error("{}: {source}", path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why not.
-        source: std::io::Error,
-    },
-    /// A file that is not the JSON that was asked for.
-    #[error("{}: {error}", path.display())]
-    Json {
-        /// Which.
-        path: PathBuf,
-        /// Why not.
-        error: serde_json::Error,
-    },
-    /// The system gives no runtime or no signals.
-    #[error("cannot start: {0}")]
-    Runtime(std::io::Error),
+}
+
+impl From<StoreError> for TrainCommandError {
+    fn from(error: StoreError) -> Self {
+        StoreCommandError::from(error).into()
+    }
+}
+
+impl From<ConfigError> for TrainCommandError {
+    fn from(error: ConfigError) -> Self {
+        StoreCommandError::from(error).into()
+    }
 }
 
 /// Who hears how a training goes.
@@ -86,7 +73,7 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode, TrainCommandError> {
             }
         });
     }
-    let config = config(args)?;
+    let config = args.place.config()?;
     let spec = args.spec(&config)?;
     let job = open(&config, &spec)?;
     let mut bar = bar::Bar::new();
@@ -103,7 +90,7 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode, TrainCommandError> {
 }
 
 fn by_specification(args: &TrainArgs, folder: &Path, audience: &mut dyn Audience) -> Result<ExitCode, TrainCommandError> {
-    let config = config(args)?;
+    let config = args.place.config()?;
     let spec = Spec::read(&folder.join(SPEC))?;
     let stop = Arc::new(AtomicBool::new(false));
     let job = open(&config, &spec)?.asking(Arc::new(DeskOracle::new(folder, Arc::clone(&stop), leave)));
@@ -116,19 +103,9 @@ fn leave() {
     std::process::exit(i32::from(STOPPED));
 }
 
-fn config(args: &TrainArgs) -> Result<Config, TrainCommandError> {
-    let mut layer = Layer::default();
-    for (key, value) in [("data", &args.data), ("database", &args.database), ("datasets", &args.datasets)] {
-        if let Some(value) = value {
-            layer.push(key, value.clone(), Origin::Flag(key));
-        }
-    }
-    Ok(Config::load(layer, args.config_file.as_deref(), utf8_environment())?)
-}
-
 /// Reads the rows, from the store only where a dataset is named.
 fn open(config: &Config, spec: &Spec) -> Result<Job, TrainCommandError> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(TrainCommandError::Runtime)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(StoreCommandError::Runtime)?;
     let rows = runtime.block_on(async {
         if spec.dataset.is_none() {
             return Ok::<_, TrainCommandError>(Rows::read(spec, None).await?);
@@ -144,12 +121,12 @@ fn open(config: &Config, spec: &Spec) -> Result<Job, TrainCommandError> {
 /// Writes down what is trained in the folder; a second start with the same is the same training.
 fn keep(folder: &Path, spec: &Spec) -> Result<(), TrainCommandError> {
     let path = folder.join(SPEC);
-    let failed = |source| TrainCommandError::File { path: path.clone(), source };
-    let text = serde_json::to_string_pretty(spec).map_err(|error| TrainCommandError::Json { path: path.clone(), error })?;
-    std::fs::create_dir_all(folder).map_err(failed)?;
+    let reason = |error: serde_json::Error| StoreCommandError::Json { path: path.clone(), reason: error.to_string() };
+    let text = serde_json::to_string_pretty(spec).map_err(reason)?;
+    std::fs::create_dir_all(folder).map_err(StoreCommandError::file(folder))?;
     let beside = folder.join("spec.partial");
-    std::fs::write(&beside, text + "\n").map_err(failed)?;
-    std::fs::rename(&beside, &path).map_err(failed)
+    std::fs::write(&beside, text + "\n").map_err(StoreCommandError::file(&beside))?;
+    Ok(std::fs::rename(&beside, &path).map_err(StoreCommandError::file(&path))?)
 }
 
 fn train(job: &Job, folder: &Path, audience: &mut dyn Audience, stop: Arc<AtomicBool>) -> Result<ExitCode, TrainCommandError> {
@@ -174,10 +151,10 @@ fn train(job: &Job, folder: &Path, audience: &mut dyn Audience, stop: Arc<Atomic
 
 /// Sets `seen` at the first SIGINT or SIGTERM; a second one ends the process at once.
 fn stop_by_signal(seen: Arc<AtomicBool>) -> Result<(), TrainCommandError> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(TrainCommandError::Runtime)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(StoreCommandError::Runtime)?;
     let (mut term, mut int) = {
         let _guard = runtime.enter();
-        let listen = |kind| signal(kind).map_err(TrainCommandError::Runtime);
+        let listen = |kind| signal(kind).map_err(StoreCommandError::Runtime);
         (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?)
     };
     std::thread::Builder::new()
@@ -193,7 +170,7 @@ fn stop_by_signal(seen: Arc<AtomicBool>) -> Result<(), TrainCommandError> {
                 }
             });
         })
-        .map_err(TrainCommandError::Runtime)?;
+        .map_err(StoreCommandError::Runtime)?;
     Ok(())
 }
 
