@@ -23,7 +23,7 @@ ARGILLA      := $(CACHE)/argilla-venv
 TEST_DATA  := $(CACHE)/test-data
 TEST_MODEL := $(TEST_DATA)/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: chromium help serve build test lint test-build test-rust test-e2e demo demo-short demo-word demo-json bench bench-store bench-train oracle clean
+.PHONY: chromium help serve build test lint test-build test-rust test-e2e demo demo-short demo-word demo-json bench bench-store bench-train bench-beside oracle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -104,6 +104,10 @@ bench-train: $(TEST_MODEL) ## DPO beside TRL + PEFT, and each trick undone; rewr
 	bench=$$($(CARGO) bench -p tidemill-rlhf --bench train --locked --no-run --message-format=json \
 		| sed -n 's/.*"name":"train".*"executable":"\([^"]*\)".*/\1/p' | tail -1); \
 	$(PYTHON) tests/bench_train.py "$$bench" $(TEST_MODEL) $(CACHE)/oracle-venv/bin/python --each $(ARGS)
+
+bench-beside: build $(TEST_MODEL) ## what a fine-tuning job costs those who are served beside it; rewrites its part of docs/benchmarks.md
+	$(CARGO) build --release --locked -p tidemill-loadtest
+	$(PYTHON) tests/bench_beside.py $(BIN) $(dir $(BIN))tidemill-loadtest $(TEST_MODEL) $(ARGS)
 
 oracle: ## regenerate the expected values with transformers and torch
 	tests/oracle/run.sh

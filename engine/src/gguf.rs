@@ -4,6 +4,8 @@
 //! little-endian. Nothing that the file claims is believed: every count and length is checked against the bytes that are left
 //! before anything is reserved.
 
+mod pairs;
+
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
@@ -13,6 +15,8 @@ use tidemill_kernels::mmap::Mmap;
 
 use crate::load_error::LoadError;
 use crate::tensor_file::{Placement, TensorFile};
+
+pub(crate) use pairs::{Pairs, Planned, padding};
 
 /// A parsed file.
 pub(crate) struct Gguf {
@@ -89,9 +93,23 @@ impl Gguf {
         Ok(Self { file: TensorFile { path: path.to_owned(), map, tensors }, metadata, descriptions, alignment })
     }
 
-    /// The bytes before the descriptions of tensors: version, counts, metadata.
-    pub fn head(&self) -> &[u8] {
-        self.file.map.get(..self.descriptions).unwrap_or_default()
+    /// The metadata as it stands in the file, without the keys that are left out.
+    pub fn pairs(&self, left_out: &[&str]) -> Result<Pairs, LoadError> {
+        // Behind the version.
+        let mut cursor = Cursor { path: self.path(), bytes: &self.file.map, at: MAGIC.len() + size_of::<u32>() };
+        cursor.size("tensor count")?;
+        let count = cursor.count("metadata count", 13)?;
+        let mut pairs = Pairs::default();
+        for _ in 0..count {
+            let start = cursor.at;
+            let key = cursor.owned_text("metadata key")?;
+            let kind = cursor.kind(&key)?;
+            cursor.entry(&key, kind, 0)?;
+            if !left_out.contains(&key.as_str()) {
+                pairs.copied(&self.file.map[start..cursor.at]);
+            }
+        }
+        Ok(pairs)
     }
 
     /// What the places of tensors are multiples of.

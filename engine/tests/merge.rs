@@ -9,7 +9,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use stepping::Stepper;
-use tidemill_engine::{Adapter, Container, Decoder, MergeError, MergeOptions, ModelFiles, Part, Projection, Weight, merge};
+use tidemill_engine::{
+    Adapter, Container, Decoder, LoraConfig, MergeError, MergeOptions, ModelConfig, ModelFiles, Pair, Part, Projection, Weight,
+    merge,
+};
 use tidemill_kernels::reference::Reference;
 use tidemill_kernels::{Format, Limits, WeightFormat};
 
@@ -22,6 +25,17 @@ fn goldens(family: &str) -> PathBuf {
 
 fn options(container: Container, storage: Option<Format>) -> MergeOptions {
     MergeOptions { container, storage, files_from: None }
+}
+
+/// An adapter of a model that changes nothing.
+fn nothing(files: &ModelFiles) -> Adapter {
+    let (out, input) = Projection::Query.shape(files.config());
+    let pair = Pair { layer: 0, projection: Projection::Query, rank: 1, scale: 1.0, a: vec![1.0; input], b: vec![0.0; out] };
+    Adapter::new(
+        LoraConfig { r: 1, targets: vec![Projection::Query], layers: Some(vec![0]), ..LoraConfig::default() },
+        "",
+        vec![pair],
+    )
 }
 
 /// The merged model answers what PEFT answered with base and adapter.
@@ -42,6 +56,7 @@ fn answers_as_peft_did(merged: &Path, adapter: &Path, label: &str) {
     assert_eq!(stepper.greedy(&[&prompt], 32, &[])[0], greedy[..32.min(greedy.len())], "{label}");
 }
 
+/// `TIDEMILL_WRITE_MERGED` names a folder where the merged models stay, for `tests/oracle/merged.py`.
 #[test]
 fn a_merged_model_computes_what_peft_computed_in_every_container() {
     for (family, names) in [("llama", &["all", "some", "patterns"][..]), ("qwen3", &["all"])] {
@@ -49,22 +64,59 @@ fn a_merged_model_computes_what_peft_computed_in_every_container() {
         for name in names {
             let adapter = folder.join("adapters").join(name);
             let read = Adapter::read(&adapter).unwrap();
-            let out = tempfile::tempdir().unwrap();
+            let temporary = tempfile::tempdir().unwrap();
+            let kept = std::env::var_os("TIDEMILL_WRITE_MERGED").map(|root| Path::new(&root).join(family).join(name));
+            let out = kept.as_deref().unwrap_or(temporary.path());
             let gguf = folder.join(format!("{family}.gguf"));
             for (base, container, files_from, to) in [
                 (folder.clone(), Container::Safetensors, None, "folder"),
                 (gguf.clone(), Container::Gguf, None, "model.gguf"),
+                (folder.clone(), Container::Gguf, None, "converted.gguf"),
                 (gguf.clone(), Container::Safetensors, Some(folder.clone()), "from-gguf"),
             ] {
-                let to = out.path().join(to);
+                let to = out.join(to);
                 let files = ModelFiles::open(&base).unwrap();
                 let options = MergeOptions { container, storage: Some(Format::F32), files_from };
                 let merged = merge(&files, &read, &to, &options).unwrap();
                 assert_eq!(merged.matrices, read.pairs.len());
                 answers_as_peft_did(&to, &adapter, &format!("{family} {name} {}", to.display()));
             }
-            assert_eq!(fs::read_dir(out.path()).unwrap().count(), 3, "nothing is left beside them");
+            read.write_gguf(ModelFiles::open(&folder).unwrap().config(), &out.join("adapter.gguf")).unwrap();
+            assert_eq!(fs::read_dir(out).unwrap().count(), 5, "nothing is left beside them");
         }
+    }
+}
+
+#[test]
+fn a_gguf_file_of_a_base_in_safetensors_says_everything_that_its_folder_says() {
+    for family in ["llama", "llama3", "qwen2", "qwen3"] {
+        let folder = goldens(family);
+        let base = ModelFiles::open(&folder).unwrap();
+        let out = tempfile::tempdir().unwrap();
+        let to = out.path().join("model.gguf");
+        merge(&base, &nothing(&base), &to, &options(Container::Gguf, None)).unwrap();
+        answers_as_peft_did(&to, &folder, family);
+        let merged = ModelFiles::open(&to).unwrap();
+        // What gguf-py wrote of the same model.
+        let known = ModelFiles::open(&folder.join(format!("{family}.gguf"))).unwrap();
+        let like = ModelConfig { rope_scaling: known.config().rope_scaling.clone(), ..merged.config().clone() };
+        assert_eq!(like, *known.config(), "{family}");
+        for (own, other) in merged.config().inverse_frequencies().iter().zip(known.config().inverse_frequencies()) {
+            assert!((own / other - 1.0).abs() < 1e-5, "{family}: {own} {other}");
+        }
+        assert_eq!((merged.name(), merged.end_of_turn()), (base.name(), base.end_of_turn()), "{family}");
+        assert_eq!(merged.tokenizer().special_tokens(), base.tokenizer().special_tokens(), "{family}");
+        assert_eq!(merged.tokenizer().vocabulary(), known.tokenizer().vocabulary(), "{family}");
+        let expected: Value = serde_json::from_slice(&fs::read(folder.join("expected.json")).unwrap()).unwrap();
+        for case in expected["encode"].as_array().unwrap() {
+            let ids =
+                |key: &str| -> Vec<u32> { case[key].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect() };
+            let text = case["text"].as_str().unwrap();
+            assert_eq!(merged.tokenizer().encode(text, false, true).unwrap(), ids("ids"), "{family}: {text}");
+            assert_eq!(merged.tokenizer().encode(text, true, true).unwrap(), ids("ids_with_special"), "{family}: {text}");
+        }
+        let (own, others) = (merged.chat_template().unwrap(), base.chat_template().unwrap());
+        assert_eq!((own.source(), own.tool_source()), (others.source(), others.tool_source()), "{family}");
     }
 }
 
@@ -134,7 +186,9 @@ fn what_cannot_be_merged_is_refused_with_the_reason_and_leaves_nothing() {
         merge(base, adapter, &to, options).unwrap_err().to_string()
     };
     assert!(why(&base, &other, &options(Container::Safetensors, None)).contains("another base model"));
-    assert!(why(&base, &adapter, &options(Container::Gguf, None)).contains("base in GGUF only"));
+    // Pieces of SentencePiece have scores in GGUF, and `tokenizer.json` has none.
+    let pieces = ModelFiles::open(&goldens("mistral")).unwrap();
+    assert!(why(&pieces, &nothing(&pieces), &options(Container::Gguf, None)).contains("merge into safetensors"));
     assert!(why(&base, &adapter, &options(Container::Safetensors, Some(Format::Q8_0))).contains("f32, f16 or bf16"));
     assert!(why(&gguf, &adapter, &options(Container::Gguf, Some(Format::Q5_0))).contains("choose f32"));
     let from = |family: &str| MergeOptions { files_from: Some(goldens(family)), ..options(Container::Safetensors, None) };

@@ -16,8 +16,9 @@ use tempfile::TempDir;
 use tidemill::adapters::AdapterKeeper;
 use tidemill::http::{App, router};
 use tidemill::upstream::{LocalModel, Registry, Upstream};
-use tidemill_engine::{Engine, EngineOptions};
+use tidemill_engine::{Engine, EngineOptions, ModelFiles};
 use tidemill_kernels::{KvDtype, WeightFormat};
+use tidemill_rlhf::registry::{Base, Lineage};
 use tidemill_store::{DataDir, Scope};
 
 const TOKENS: usize = 16;
@@ -146,7 +147,7 @@ async fn an_adapter_is_registered_served_named_and_revoked() {
     assert_eq!(server.change("support", "retire").await.json()["state"], "retired");
     assert_eq!(server.answer("support").await, 404);
     assert_eq!(server.models().await, ["tiny"]);
-    let Upstream::Local(model) = server.app.registry.find_base(None).unwrap();
+    let model = server.app.registry.find_local_base(None).unwrap();
     assert!(model.engine().adapters().is_empty(), "memory is freed");
 
     let listed = server.call("GET", "/v1/adapters?base=tiny", Value::Null).await.json();
@@ -208,6 +209,27 @@ async fn a_damaged_adapter_keeps_nothing_else_from_being_served() {
     std::fs::write(tensors(&bad), whole).unwrap();
     assert_eq!(server.change("bad", "serve").await.json()["problem"], Value::Null);
     assert_eq!(server.answer("bad").await, greedy("all"));
+}
+
+#[tokio::test]
+async fn an_adapter_of_other_weights_under_the_same_shapes_is_not_served() {
+    let server = Server::new();
+    let registry = server.app.adapters.registry().clone();
+    let config = ModelFiles::open(&golden("")).unwrap().config().clone();
+    let of = |hash: Option<&str>| Base { hash: hash.map(str::to_owned), config: Some(config.clone()), ..Base::named("tiny") };
+    registry.register(&golden("adapters/all"), Lineage::new("foreign", of(Some(&"f".repeat(64))))).await.unwrap();
+    registry.register(&golden("adapters/some"), Lineage::new("unknown", of(None))).await.unwrap();
+    let own = server.register("own", "patterns").await;
+    let refused = server.change("foreign", "serve").await.json();
+    let problem = refused["problem"].as_str().unwrap();
+    for part in ["other weights", "ffffffffffff…", &own["base_hash"].as_str().unwrap()[..12], "--any-base"] {
+        assert!(problem.contains(part), "{part}: {problem}");
+    }
+    assert_eq!(server.answer("foreign").await, 404);
+    // Where nobody said what it was made for, shapes are all that there is.
+    assert_eq!(server.change("unknown", "serve").await.json()["problem"], Value::Null);
+    assert_eq!(server.change("own", "serve").await.json()["problem"], Value::Null);
+    assert_eq!((server.answer("unknown").await, server.answer("own").await), (greedy("some"), greedy("patterns")));
 }
 
 #[tokio::test]

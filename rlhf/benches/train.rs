@@ -120,10 +120,8 @@ fn measure(arguments: &Arguments) -> Value {
 
     let folder = tempfile::tempdir().expect("a folder");
     let (began, cpu) = (Instant::now(), processor_time());
-    let mut offline = Offline::new(&policy, &config, samples, Vec::new(), None, &mut |_, _| {}).expect("rows");
-    if without("shared-prompt") {
-        offline.separate_prompts();
-    }
+    let share = !without("shared-prompt");
+    let mut offline = Offline::laid_out(share, &policy, &config, samples, Vec::new(), None, &mut |_, _| {}).expect("rows");
     let prepared = began.elapsed();
     let (mut wall, mut spent, mut first_loss) = (0.0, 0.0, None);
     train(&policy, &mut offline, &config, folder.path(), &mut |progress| {

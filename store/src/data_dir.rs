@@ -30,6 +30,11 @@ impl DataDir {
         &self.root
     }
 
+    /// The database, unless records are kept elsewhere.
+    pub fn database(&self) -> PathBuf {
+        self.root.join("tidemill.db")
+    }
+
     /// Where pulled models lie.
     pub fn models(&self) -> PathBuf {
         self.root.join("models")

@@ -154,6 +154,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (7, "label progress", include_str!("../migrations/0007_label_progress.sql")),
     (8, "adapters", include_str!("../migrations/0008_adapters.sql")),
     (9, "fine-tuning", include_str!("../migrations/0009_fine_tuning.sql")),
+    (10, "rollouts", include_str!("../migrations/0010_rollouts.sql")),
 ];
 
 fn without_password(url: &str) -> String {

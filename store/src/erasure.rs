@@ -21,6 +21,7 @@ use sqlx::any::AnyRow;
 use sqlx::{AnyConnection, AssertSqlSafe, Connection, Row};
 use uuid::Uuid;
 
+use crate::audit::Act;
 use crate::error::StoreError;
 use crate::ids::IdKey;
 use crate::statement::{clean, list};
@@ -130,13 +131,8 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64
     };
     sqlx::query(position).bind(format!("\"author\":{}", json!(user))).execute(&mut *sql).await?;
     crate::label::forget_annotator(sql, &user).await?;
-    sqlx::query("INSERT INTO audit (id, at, actor, action, subject, detail) VALUES ($1, $2, 'operator', 'erase', $3, $4)")
-        .bind(audit_id.to_string())
-        .bind(now)
-        .bind(pseudonym.clone())
-        .bind(json!(erasure).to_string())
-        .execute(&mut *sql)
-        .await?;
+    let act = Act { id: audit_id, at: now, actor: "operator", action: "erase", subject: &pseudonym, detail: &json!(erasure) };
+    act.write(sql).await?;
     // Until here others read what is gone now, and may be making something of it: that is as old as its reading.
     let end = now.saturating_add(i64::try_from(begun.elapsed().as_micros()).unwrap_or(i64::MAX));
     mark(sql, &[pseudonym], end).await?;

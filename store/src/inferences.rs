@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::Database;
 use crate::error::StoreError;
 use crate::page::{self, Order, Page};
-use crate::records::{Choice, Inference, Kind, Status};
+use crate::records::{Choice, Exposure, Inference, Kind, Status};
 use crate::statement::{Insert, Select, clean, clean_option, list, number};
 
 /// Which answers; everything absent is any.
@@ -66,6 +66,10 @@ const INFERENCES: Insert = Insert {
         "messages",
         "prompt_text",
         "prompt_ids",
+        "rollout_id",
+        "arm",
+        "unit",
+        "refused",
         "bytes",
     ],
 };
@@ -116,6 +120,10 @@ pub(crate) async fn insert(connection: &mut AnyConnection, rows: &[Inference]) -
                 .bind(row.messages.as_ref().map(json))
                 .bind(clean_option(row.prompt_text.as_deref()))
                 .bind(bytes_of_ids(&row.prompt_ids))
+                .bind(row.exposure.map(|exposure| exposure.rollout.to_string()))
+                .bind(row.exposure.map(|exposure| i64::from(exposure.arm)))
+                .bind(row.exposure.map(|exposure| exposure.unit))
+                .bind(row.exposure.and_then(|exposure| exposure.refused).map(i64::from))
                 .bind(size_of(row) as i64);
         }
         new += query.fetch_all(&mut *connection).await?.len();
@@ -251,8 +259,19 @@ fn read(row: &AnyRow) -> Result<Inference, StoreError> {
         messages: parse(row, "messages").map_err(|reason| bad(&reason))?,
         prompt_text: row.try_get("prompt_text")?,
         prompt_ids: ids_of_bytes(row.try_get("prompt_ids")?),
+        exposure: exposure(row)?,
         choices: Vec::new(),
     })
+}
+
+fn exposure(row: &AnyRow) -> Result<Option<Exposure>, sqlx::Error> {
+    let (rollout, arm, unit): (Option<String>, Option<i64>, Option<i64>) =
+        (row.try_get("rollout_id")?, row.try_get("arm")?, row.try_get("unit")?);
+    let refused: Option<i64> = row.try_get("refused")?;
+    // Our own writing: half an exposure is none.
+    Ok(rollout.as_deref().and_then(|rollout| Uuid::try_parse(rollout).ok()).zip(arm).zip(unit).map(|((rollout, arm), unit)| {
+        Exposure { rollout, arm: u32::try_from(arm).unwrap_or(u32::MAX), unit, refused: refused.map(|refused| refused != 0) }
+    }))
 }
 
 fn read_choice(row: &AnyRow) -> Result<Choice, StoreError> {

@@ -10,12 +10,14 @@
 //! written in transactions that are on the disk before they are acknowledged.
 
 pub mod adapters;
+mod audit;
 mod batches;
 mod commit;
 mod data_dir;
 mod database;
 pub mod erasure;
 mod error;
+mod exposures;
 mod files;
 mod fine_tuning;
 mod ids;
@@ -34,6 +36,7 @@ mod recorder;
 pub mod records;
 mod responses;
 pub mod retention;
+mod rollouts;
 mod snapshot;
 mod statement;
 mod store;
@@ -46,6 +49,7 @@ pub use data_dir::{DataDir, DataDirLock, write_atomically};
 pub use database::{Database, Dialect};
 pub use erasure::Erasure;
 pub use error::{Full, StoreError};
+pub use exposures::{ArmCounts, Exposures, FirstTokens, UnitSums};
 pub use files::{FileDraft, FileRecord, Files, Incoming, Viewer};
 pub use fine_tuning::{
     FineTuningCheckpoint, FineTuningDraft, FineTuningEvent, FineTuningJob, FineTuningState, FineTunings, Heard, Made, News,
@@ -59,6 +63,7 @@ pub use keys::{ApiKey, Scope};
 pub use model_record::{ModelFile, ModelRecord};
 pub use page::{MAX_PAGE, Order, Page};
 pub use responses::{Chain, MAX_CHAIN, MAX_CHAIN_BYTES, ResponseStatus, StoredResponse};
+pub use rollouts::{Rollout, RolloutChange, RolloutDecision, RolloutFilter, RolloutRefusal, Rollouts};
 pub use snapshot::{Snapshot, Snapshots, Sources};
 pub use store::{Retention, Store, StoreOptions};
 pub use stored_chats::{ChatFilter, StoredChat};

@@ -118,6 +118,11 @@ impl Select {
         }
     }
 
+    /// A condition without a value.
+    pub(crate) fn plain(&mut self, condition: &str) {
+        self.condition(condition);
+    }
+
     /// What follows the conditions.
     pub(crate) fn end(&mut self, text: &str) {
         self.text.push_str(text);

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde_json::Value;
 use uuid::Uuid;
 
+use crate::audit::Act;
 use crate::error::{Full, StoreError};
 use crate::ids::IdKey;
-use crate::inferences::{self, InferenceFilter, json};
+use crate::inferences::{self, InferenceFilter};
 use crate::judgements::{self, Acknowledged, FeedbackChange, FeedbackFilter};
 use crate::key_terms::KeyTerms;
 use crate::keys::{self, ApiKey, Scope};
@@ -76,6 +77,11 @@ impl Store {
         let (database, ids) = connect(&options.data, options.url.as_deref()).await?;
         let recorder = Recorder::start(database.clone(), ids.clone(), &options).await?;
         Ok(Self::of(database, ids, recorder))
+    }
+
+    /// Whether there is one already that opening would find, as far as can be told without a connection.
+    pub fn is_there(data: &DataDir, url: Option<&str>) -> bool {
+        url.is_some() || data.database().is_file()
     }
 
     /// For a command beside a running server: nothing in the background, and every write goes to the database at once.
@@ -299,15 +305,12 @@ impl Store {
 
     /// Writes down who did what to what.
     pub async fn audit(&self, actor: &str, action: &str, subject: &str, detail: Value) -> Result<(), StoreError> {
-        let text = "INSERT INTO audit (id, at, actor, action, subject, detail) VALUES ($1, $2, $3, $4, $5, $6)";
-        let query = sqlx::query(text)
-            .bind(self.issue_id().to_string())
-            .bind(now_us())
-            .bind(clean(actor).into_owned())
-            .bind(clean(action).into_owned())
-            .bind(clean(subject).into_owned())
-            .bind(json(&detail));
-        patiently(async { Ok(query.execute(self.0.database.write()).await.map(drop)?) }).await
+        let act = Act { id: self.issue_id(), at: now_us(), actor, action, subject, detail: &detail };
+        patiently(async {
+            let mut connection = self.0.database.write().acquire().await?;
+            Ok(act.write(&mut connection).await?)
+        })
+        .await
     }
 
     /// Waits until every answer that was taken is durable: in the database, or in the spill log.
@@ -338,7 +341,7 @@ async fn connect(data: &DataDir, url: Option<&str>) -> Result<(Database, IdKey),
         None => {
             let root = data.root();
             std::fs::create_dir_all(root).map_err(|error| StoreError::io("cannot create", root, error))?;
-            Database::sqlite_url(&root.join("tidemill.db"))
+            Database::sqlite_url(&data.database())
         }
     };
     let database = Database::open(&url, PATIENCE).await?;

@@ -125,6 +125,30 @@ fn serving_replaces_what_no_alias_needs_and_revoking_is_for_good() {
 }
 
 #[test]
+fn what_was_measured_is_kept_beside_the_metrics_of_the_training() {
+    each(async |place| {
+        let store = place.open().await;
+        let adapters = Adapters::new(&store);
+        let made = adapters.insert(&adapter(&store, "a", 1), "ann").await.unwrap();
+        for accuracy in [0.5, 0.75] {
+            let found = json!({"accuracy": accuracy});
+            let evaluated = adapters.evaluated(made.id, &found, "ann").await.unwrap();
+            assert_eq!(evaluated.metrics, json!({"eval_loss": 0.25, "evaluation": {"accuracy": accuracy}}));
+            assert_eq!(
+                adapters.find(made.id).await.unwrap(),
+                Some(RegisteredAdapter { metrics: evaluated.metrics, ..made.clone() })
+            );
+        }
+        let actions: Vec<String> = audit(&store).await.into_iter().map(|(action, _)| action).collect();
+        assert_eq!(actions, ["adapter.register", "adapter.evaluate", "adapter.evaluate"]);
+        assert!(matches!(adapters.evaluated(Uuid::now_v7(), &json!({}), "ann").await, Err(AdapterRefusal::Unknown(_))));
+        adapters.serve(made.id, false, "ann").await.unwrap();
+        assert_eq!(adapters.served().await.unwrap()[0].base_hash.as_deref(), Some("ba5e"));
+        store.close().await;
+    });
+}
+
+#[test]
 fn a_name_means_one_thing() {
     each(async |place| {
         let store = place.open().await;

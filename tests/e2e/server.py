@@ -88,12 +88,14 @@ class Server:
         self.data = folder / "data"
         self.log_path = folder / f"server-{self.port}.log"
         self.base_url = f"http://127.0.0.1:{self.port}/v1"
-        self.model = next(iter(models))
+        self.model = next(iter(models), None)
         command = [binary(), "serve", "--host", "127.0.0.1", "--port", str(self.port), "--data", self.data]
         for name, path in models.items():
             command += ["--model", f"{name}={path}"]
         # No variable of the surrounding shell and no tidemill.toml of the working directory has a say.
         environment = {key: value for key, value in os.environ.items() if not key.startswith("TIDEMILL_")}
+        # Trainings must get on even where other work keeps the cores busy.
+        environment["TIDEMILL_TRAINING_PRIORITY"] = "low"
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [str(part) for part in command + list(arguments)],

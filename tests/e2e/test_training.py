@@ -183,3 +183,102 @@ def test_a_dry_run_says_what_it_would_take_and_leaves_nothing(rows, tmp_path):
     said = train(rows, out, "--dry-run")
     assert "6 steps" in said and "memory" in said and "time" in said, said
     assert not out.exists()
+
+
+def tidemill(*arguments: object, status: int = 0) -> str:
+    done = subprocess.run([str(binary()), *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    """A training with forty pairs to learn and thirty-two held out, beside a store; and the same with shuffled labels."""
+    home = tmp_path_factory.mktemp("kept")
+    tidemill("key", "list", "--data", home / "data")
+    many = [f"{colour} {noun}" for colour in ["red", "small", "old"] for noun in [*NOUNS, *UNSEEN]]
+    for name, nouns in [("train", many[:40]), ("held", many[-32:]), ("prompts", UNSEEN)]:
+        (home / f"{name}.jsonl").write_text("".join(json.dumps(pair(noun)) + "\n" for noun in nouns))
+    for name, more in [("short", []), ("control", ["--shuffled-labels"])]:
+        rows = home / "train.jsonl"
+        subprocess.run(command(rows, home / name, *more, learning_rate=3e-4, max_steps=10), check=True, timeout=300)
+    return home
+
+
+def judged(home: Path, adapter: object, *more: str, rows: str = "held", status: int = 0) -> tuple[dict, str]:
+    """`tidemill eval` on comparisons alone."""
+    gates = home / "gates.json"
+    names = "win_rate text_loss kl_per_token shortest longest refusals truncated raters rater_share".split()
+    gates.write_text(json.dumps(dict.fromkeys(names) | {"preferences": 40}))
+    common = ["--base", default_model(), "--data", home / "data", "--file", home / f"{rows}.jsonl", "--prompts", "0", "--gates", gates]
+    said = tidemill("eval", "--adapter", adapter, *common, "--out", home / "out", *more, status=status)
+    print(said)
+    return json.loads((home / "out" / "evaluation.json").read_text()), said
+
+
+def test_what_was_trained_is_registered_and_keeps_its_evaluation(kept):
+    data = ["--data", kept / "data"]
+    listed = tidemill("adapter", "list", *data)
+    assert listed.startswith("short@") and "candidate" in listed and "control" not in listed
+    found, said = judged(kept, "short")
+    assert found["contenders"][0]["trained_on"] == {"samples": 40, "raters": 0, "rater_share": 0.0, "shuffled_labels": False}
+    assert found["gates"]["passed"] and "pass: all 3 gates are open" in said
+    shown = tidemill("adapter", "show", "short", *data)
+    assert "gates passed" in shown and "accuracy 1.000" in shown and "held.jsonl" in shown
+    # The same training again is the same adapter.
+    again = subprocess.run(
+        command(kept / "train.jsonl", kept / "short", "--name", "short", learning_rate=3e-4, max_steps=10),
+        check=True, capture_output=True, text=True, timeout=300,
+    )
+    assert "is registered for" in again.stdout
+    assert len(tidemill("adapter", "list", *data).splitlines()) == 1
+    # Other weights of the same shapes.
+    other = kept / "other.gguf"
+    bytes_ = bytearray(default_model().read_bytes())
+    bytes_[-1] ^= 1
+    other.write_bytes(bytes_)
+    refused = tidemill("eval", "--adapter", "short", "--base", f"{default_model().stem}={other}", *data, "--file", kept / "held.jsonl", status=1)
+    assert "other weights" in refused
+    refused = tidemill("adapter", "import", "again", kept / "short", "--base", other, *data, status=1)
+    assert "other weights" in refused and "--any-base" in refused
+    tidemill("adapter", "import", "again", kept / "short", "--base", other, "--any-base", *data)
+    assert "only shapes are compared" in tidemill("adapter", "show", "again", *data)
+    other.unlink()
+
+
+def test_shuffled_labels_are_refused_by_the_gates(kept):
+    for adapter, more in [("control/adapter", ["--shuffled-labels"]), ("short/adapter", ["--shuffled-labels"])]:
+        found, said = judged(kept, kept / adapter, *more, status=4)
+        shut = [check["gate"] for check in found["gates"]["checks"] if not check["passed"]]
+        assert shut == ["accuracy"] and "refused: 1 of 3 gates are shut" in said
+    assert found["contenders"][0]["preferences"]["accuracy"]["share"] == 0.5
+
+
+def test_rules_judge_the_answers(kept):
+    rules = json.dumps([{"type": "length", "max": 12, "unit": "words"}, {"type": "regex", "pattern": "^A "}])
+    common = ["--base", default_model(), "--data", kept / "data", "--file", kept / "prompts.jsonl", "--max-tokens", "24"]
+    said = tidemill(
+        "eval", "--adapter", f"short={kept / 'short' / 'adapter'}", *common, "--reward-funcs", rules, "--reward-weights", "[1, 0.5]",
+        "--gates", "default", "--out", kept / "rules", status=4,
+    )
+    print(said)
+    found = json.loads((kept / "rules" / "evaluation.json").read_text())
+    assert found["judge"] == "length + 0.5 × regex"
+    names = ["short", "base"]
+
+    def reward(text: str) -> float:
+        words = len(text.split())
+        return max(0.0, 1.0 - max(0, words - 12) / 12) + 0.5 * text.startswith("A ")
+
+    totals = [[reward(example["answers"][place]) for example in found["examples"]] for place in range(2)]
+    won = sum(one > other for one, other in zip(*totals, strict=True))
+    lost = sum(one < other for one, other in zip(*totals, strict=True))
+    assert (found["duel"]["won"], found["duel"]["lost"], found["duel"]["tied"]) == (won, lost, len(UNSEEN) - won - lost)
+    for place, name in enumerate(names):
+        rewards = found["contenders"][place]["rewards"]
+        assert found["contenders"][place]["name"] == name
+        assert rewards["length"] + 0.5 * rewards["regex"] == pytest.approx(sum(totals[place]) / len(UNSEEN))
+    assert "win_rate" in said and "not measured" in said
+    for wrong, text in [('[{"type": "jason"}]', "--reward-funcs"), ("[]", "name at least one"), ('[{"type": "length"}]', "give min, max or both")]:
+        refused = tidemill("eval", "--adapter", kept / "short" / "adapter", *common, "--reward-funcs", wrong, status=1)
+        assert text in refused

@@ -31,10 +31,16 @@ goldens=tests/goldens
 "$python" tests/oracle/tiny_models.py $goldens
 "$python" tests/oracle/embeddings.py $goldens
 "$python" tests/oracle/optimizer.py $goldens/optimizer.json
+"$python" tests/oracle/similarity.py $goldens
 "$python" tests/oracle/adapters.py $goldens
 "$python" tests/oracle/tiny_gguf.py $goldens
 "$python" tests/oracle/default_model.py "$model" $goldens/smollm2
 "$python" tests/oracle/perplexity.py "$model" $goldens/smollm2/perplexity.txt $goldens/smollm2/perplexity.json "$cache/oracle-scratch"
+# What we merge, opened by transformers.
+merged=$cache/oracle-scratch/merged
+rm -rf "$merged"
+TIDEMILL_WRITE_MERGED=$merged ${CARGO:-cargo} test -p tidemill-engine --locked --test merge a_merged_model_computes
+"$python" tests/oracle/merged.py "$merged" $goldens
 # The curves of TRL (about ten minutes), then the adapter that we train on the same rows, and what PEFT makes of it.
 "$python" tests/oracle/trl_curves.py "$model" $goldens/trl
 TIDEMILL_TEST_MODEL=$(realpath "$model") TIDEMILL_WRITE_ADAPTER=$PWD/$goldens/trl/ours \

@@ -5,6 +5,7 @@
 
 mod config;
 mod error;
+mod gguf;
 mod modules;
 mod projection;
 mod read;

@@ -1,5 +1,6 @@
 //! The matrices of a layer that can be adapted.
 
+use crate::model::weight_names::Part;
 use crate::model_config::ModelConfig;
 
 /// A matrix of a decoder layer, under the names that PEFT and `transformers` use.
@@ -43,6 +44,19 @@ impl Projection {
             Projection::Gate => "gate_proj",
             Projection::Up => "up_proj",
             Projection::Down => "down_proj",
+        }
+    }
+
+    /// The layer's tensor that it adapts.
+    pub(crate) const fn part(self) -> Part {
+        match self {
+            Projection::Query => Part::Query,
+            Projection::Key => Part::Key,
+            Projection::Value => Part::Value,
+            Projection::AttentionOutput => Part::AttentionOutput,
+            Projection::Gate => Part::Gate,
+            Projection::Up => Part::Up,
+            Projection::Down => Part::Down,
         }
     }
 

@@ -1,4 +1,4 @@
-//! A merged GGUF file: the base's, with other matrices in it.
+//! A merged GGUF file: the base's, with other matrices in it; or a base in safetensors, with its metadata written anew.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -7,96 +7,168 @@ use std::path::Path;
 
 use tidemill_kernels::Format;
 
-use super::matrix::{MergedMatrix, Order};
-use super::{MergeError, Merged, at, weight};
+use super::content::Content;
+use super::matrix::Order;
+use super::{MergeError, Merged, all_weights, at, weight};
 use crate::adapter::{Adapter, Pair};
-use crate::gguf::{Description, Gguf, storage_number, tensor_bytes};
-use crate::model::weight_names::Naming;
+use crate::gguf::{Description, Gguf, Pairs, Planned, padding, storage_number, tensor_bytes};
+use crate::load_error::LoadError;
+use crate::model::weight_names::{Naming, Weight};
 use crate::model_files::ModelFiles;
 
-pub(super) fn write(base: &ModelFiles, adapter: &Adapter, to: &Path, storage: Option<Format>) -> Result<Merged, MergeError> {
-    let source = Gguf::open(base.path())?;
-    if source.integer("split.count")?.unwrap_or(1) > 1 {
-        return Err(MergeError::Unsupported(
-            "the base is split into several files; join them first (llama-gguf-split --merge)".into(),
-        ));
-    }
+/// What says that a model lies in several files.
+const SPLIT: [&str; 3] = ["split.no", "split.count", "split.tensors.count"];
+/// Where tensors begin, in files of our own.
+const ALIGNMENT: usize = 32;
+/// The divisors of rotary frequencies.
+const ROPE_FACTORS: &str = "rope_freqs.weight";
+
+/// A tensor of the file to be.
+struct Tensor<'a> {
+    planned: Planned,
+    content: Content<'a>,
+    order: Order,
+}
+
+/// From a base in GGUF, in one file or several: one file with the same tensors.
+pub(super) fn copy(base: &ModelFiles, adapter: &Adapter, to: &Path, storage: Option<Format>) -> Result<Merged, MergeError> {
+    let parts = base.weight_files().iter().map(|file| Gguf::open(&file.path)).collect::<Result<Vec<_>, LoadError>>()?;
+    let Some(first) = parts.first() else {
+        return Err(MergeError::Unsupported("the base has no weight files".into()));
+    };
     let changed: HashMap<String, &Pair> =
         adapter.pairs.iter().map(|pair| (Naming::Gguf.name(weight(pair.layer, pair.projection)), pair)).collect();
-    let descriptions = source.descriptions()?;
-    // What each tensor will be stored as; those that are copied keep even what we could not read.
-    let target = |name: &str| {
-        let own = source.file.tensors.get(name).and_then(|placement| placement.format.clone().ok());
-        changed.get(name).map(|_| storage.unwrap_or_else(|| plain(own)))
-    };
-    let mut out = BufWriter::with_capacity(1 << 20, at("create", to, File::create(to))?);
-    let mut place = Place { path: to, written: 0, out: &mut out };
-    place.put(source.head())?;
-    let mut offset = 0usize;
-    for Description { name, shape, storage, bytes } in &descriptions {
-        let (number, len) = match target(name) {
-            Some(format) => (storage_number(format), tensor_bytes(format, shape).unwrap_or(0)),
-            None => (*storage, bytes.len()),
-        };
-        place.put(&(name.len() as u64).to_le_bytes())?;
-        place.put(name.as_bytes())?;
-        place.put(&(shape.len() as u32).to_le_bytes())?;
-        for size in shape.iter().rev() {
-            place.put(&(*size as u64).to_le_bytes())?;
+    let mut tensors = Vec::new();
+    for part in &parts {
+        for Description { name, shape, storage: number, bytes } in part.descriptions()? {
+            tensors.push(match changed.get(&name).copied() {
+                Some(pair) => {
+                    let matrix = base.matrix(weight(pair.layer, pair.projection))?;
+                    let storage = storage.unwrap_or_else(|| plain(matrix.format));
+                    let (content, len) = Content::matrix(&name, matrix, Some(pair), storage);
+                    Tensor {
+                        planned: Planned { name, shape, storage: storage_number(storage), len },
+                        content,
+                        order: Order::File,
+                    }
+                }
+                // Also what we could not read.
+                None => {
+                    let bytes = part.file.map.get(bytes).unwrap_or_default();
+                    let planned = Planned { name, shape, storage: number, len: bytes.len() };
+                    Tensor { planned, content: Content::Copied(bytes), order: Order::File }
+                }
+            });
         }
-        place.put(&number.to_le_bytes())?;
-        place.put(&(offset as u64).to_le_bytes())?;
-        offset = (offset + len).next_multiple_of(source.alignment());
     }
-    place.pad(source.alignment())?;
-    for Description { name, bytes, .. } in &descriptions {
-        match (changed.get(name.as_str()), target(name)) {
-            (Some(pair), Some(storage)) => {
-                let matrix = base.matrix(weight(pair.layer, pair.projection))?;
-                MergedMatrix { name: name.clone(), matrix, pair: Some(pair), storage }.write(Order::File, to, &mut place)?;
-            }
-            _ => place.put(source.file.map.get(bytes.clone()).unwrap_or_default())?,
-        }
-        place.pad(source.alignment())?;
-    }
-    let bytes = place.written as u64;
-    at("write", to, out.flush())?;
-    at("write", to, out.get_ref().sync_all())?;
+    let bytes = write(to, &first.pairs(&SPLIT)?, &tensors, first.alignment())?;
     Ok(Merged { matrices: changed.len(), bytes })
 }
 
+/// From a base in safetensors: under the names, in the row order and with the metadata that llama.cpp's converter gives them.
+pub(super) fn from_safetensors(
+    base: &ModelFiles,
+    adapter: &Adapter,
+    to: &Path,
+    storage: Option<Format>,
+) -> Result<Merged, MergeError> {
+    let config = base.config();
+    let changed: HashMap<Weight, &Pair> = adapter.pairs.iter().map(|pair| (weight(pair.layer, pair.projection), pair)).collect();
+    let mut tensors = Vec::new();
+    tensors.extend(config.rope_factors().map(|factors| vector(ROPE_FACTORS.to_owned(), factors)));
+    let mut formats: HashMap<Format, usize> = HashMap::new();
+    for weight in all_weights(base)? {
+        let name = Naming::Gguf.name(weight);
+        let (rows, columns) = config.shape_of(weight);
+        let order = config.gguf_row_order(weight, rows);
+        if columns == 1 {
+            let values = base.vector(weight)?;
+            tensors.push(vector(
+                name,
+                match order {
+                    Some(order) => reordered(&values, &order),
+                    None => values,
+                },
+            ));
+            continue;
+        }
+        let matrix = base.matrix(weight)?;
+        let pair = changed.get(&weight).copied();
+        let storage = storage.filter(|_| pair.is_some()).unwrap_or(matrix.format);
+        let (content, len) = Content::matrix(&name, matrix, pair, storage);
+        *formats.entry(storage).or_default() += len;
+        let planned = Planned { name, shape: vec![rows, columns], storage: storage_number(storage), len };
+        tensors.push(Tensor { planned, content, order: order.map_or(Order::File, Order::Of) });
+    }
+    let most = formats.into_iter().max_by_key(|(_, bytes)| *bytes).map_or(Format::F32, |(format, _)| format);
+    let bytes = write(to, &metadata(base, most)?, &tensors, ALIGNMENT)?;
+    Ok(Merged { matrices: changed.len(), bytes })
+}
+
+/// Everything that a reader needs beside the tensors.
+fn metadata(base: &ModelFiles, most: Format) -> Result<Pairs, MergeError> {
+    let pairs = Pairs::default().text("general.type", "model").text("general.name", base.name());
+    // llama.cpp's `llama_ftype`: what most of the file is.
+    let file_type = match most {
+        Format::F16 => 1,
+        Format::Q4_0 => 2,
+        Format::Q4_1 => 3,
+        Format::Q8_0 => 7,
+        Format::Bf16 => 32,
+        _ => 0,
+    };
+    let pairs = pairs.u32("general.file_type", file_type).u32("general.quantization_version", 2);
+    let pairs = base.config().to_gguf(pairs);
+    let mut pairs = base.tokenizer().to_gguf(&base.path().join("tokenizer.json"), base.config().vocabulary, pairs)?;
+    let eos = base.tokenizer().special_tokens().eos;
+    // A GGUF file has room for three tokens that end a turn.
+    let others = base.end_of_turn().iter().filter(|token| Some(**token) != eos);
+    for (key, token) in ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"].into_iter().zip(others) {
+        pairs = pairs.u32(key, *token);
+    }
+    let Some(template) = base.chat_template() else { return Ok(pairs) };
+    pairs = pairs.text("tokenizer.chat_template", template.source());
+    Ok(match template.tool_source().filter(|tools| *tools != template.source()) {
+        Some(tools) => pairs.texts("tokenizer.chat_templates", &["tool_use"]).text("tokenizer.chat_template.tool_use", tools),
+        None => pairs,
+    })
+}
+
+fn vector(name: String, values: Vec<f32>) -> Tensor<'static> {
+    let shape = vec![values.len()];
+    let len = tensor_bytes(Format::F32, &shape).unwrap_or(0);
+    let planned = Planned { name, shape, storage: storage_number(Format::F32), len };
+    Tensor { planned, content: Content::Vector(values), order: Order::File }
+}
+
+/// Value `i` goes to place `order[i]`.
+fn reordered(values: &[f32], order: &[u32]) -> Vec<f32> {
+    let mut placed = vec![0.0; values.len()];
+    for (value, place) in values.iter().zip(order) {
+        placed[*place as usize] = *value;
+    }
+    placed
+}
+
+/// Writes a file; returns its size.
+fn write(to: &Path, pairs: &Pairs, tensors: &[Tensor<'_>], alignment: usize) -> Result<u64, MergeError> {
+    let planned: Vec<Planned> = tensors.iter().map(|tensor| tensor.planned.clone()).collect();
+    let head = pairs.before_data(&planned, alignment);
+    let mut out = BufWriter::with_capacity(1 << 20, at("create", to, File::create(to))?);
+    at("write", to, out.write_all(&head))?;
+    let mut written = head.len();
+    for Tensor { planned, content, order } in tensors {
+        content.write(order, to, &mut out)?;
+        let zeros = padding(planned.len, alignment);
+        at("write", to, out.write_all(&vec![0; zeros]))?;
+        written += planned.len + zeros;
+    }
+    at("write", to, out.flush())?;
+    at("write", to, out.get_ref().sync_all())?;
+    Ok(written as u64)
+}
+
 /// Quantising again would round away what the adapter adds.
-fn plain(own: Option<Format>) -> Format {
-    own.filter(|format| format.block_len() == 1).unwrap_or(Format::F16)
-}
-
-/// Where the file is being written.
-struct Place<'a> {
-    path: &'a Path,
-    written: usize,
-    out: &'a mut BufWriter<File>,
-}
-
-impl Place<'_> {
-    fn put(&mut self, bytes: &[u8]) -> Result<(), MergeError> {
-        let path = self.path;
-        at("write", path, self.write_all(bytes))
-    }
-
-    fn pad(&mut self, alignment: usize) -> Result<(), MergeError> {
-        let missing = self.written.next_multiple_of(alignment) - self.written;
-        self.put(&vec![0; missing])
-    }
-}
-
-impl Write for Place<'_> {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let written = self.out.write(bytes)?;
-        self.written += written;
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        self.out.flush()
-    }
+fn plain(own: Format) -> Format {
+    if own.block_len() == 1 { own } else { Format::F16 }
 }

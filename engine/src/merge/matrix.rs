@@ -13,13 +13,15 @@ use crate::model_files::FileMatrix;
 /// Largest finite f16.
 const F16_MAX: f32 = 65504.0;
 
-/// Whose order the rows are written in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// In which order the rows are written.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Order {
     /// As they lie in the base's file.
     File,
     /// As the publisher has them.
     Publisher,
+    /// Output feature `i` at place `order[i]`.
+    Of(Vec<u32>),
 }
 
 /// A matrix with what an adapter adds to it.
@@ -32,7 +34,7 @@ pub(super) struct MergedMatrix<'a> {
 
 impl MergedMatrix<'_> {
     /// Writes all rows.
-    pub fn write(&self, order: Order, path: &Path, out: &mut dyn Write) -> Result<(), MergeError> {
+    pub fn write(&self, order: &Order, path: &Path, out: &mut dyn Write) -> Result<(), MergeError> {
         let FileMatrix { n, k, format, data, row_order } = &self.matrix;
         let source_bytes = format.row_bytes(*k).unwrap_or(0);
         let target_bytes = self.storage.row_bytes(*k).ok_or_else(|| {
@@ -40,30 +42,22 @@ impl MergedMatrix<'_> {
             MergeError::Unsupported(format!("{name}: rows of {k} numbers cannot be stored as {storage:?}; choose f16 or bf16"))
         })?;
         // Output feature i is file row row_order[i].
-        let features: Vec<usize> = match (order, row_order) {
-            (Order::File, Some(rows)) => {
-                let mut features = vec![0; *n];
-                for (feature, row) in rows.iter().enumerate() {
-                    features[*row as usize] = feature;
-                }
-                features
-            }
-            _ => (0..*n).collect(),
+        let features = match (order, row_order) {
+            (Order::File, Some(rows)) => features_by_place(rows),
+            (Order::Of(places), _) => features_by_place(places),
+            (Order::File, None) | (Order::Publisher, _) => (0..*n).collect(),
         };
-        let file_row = |position: usize| match (order, row_order) {
-            (Order::Publisher, Some(rows)) => rows[position] as usize,
-            _ => position,
-        };
+        let row_of = |feature: usize| row_order.as_ref().map_or(feature, |rows| rows[feature] as usize);
         let (mut values, mut bytes) = (vec![0f32; *k], vec![0u8; target_bytes]);
-        for (position, feature) in features.iter().enumerate() {
-            let row = &data[file_row(position) * source_bytes..][..source_bytes];
+        for feature in features {
+            let row = &data[row_of(feature) * source_bytes..][..source_bytes];
             if self.pair.is_none() && self.storage == *format {
                 at("write", path, out.write_all(row))?;
                 continue;
             }
             dequantize_row(*format, row, &mut values)?;
             if let Some(pair) = self.pair {
-                add(pair, *feature, &mut values);
+                add(pair, feature, &mut values);
             }
             if self.storage == Format::F16
                 && let Some(value) = values.iter().find(|value| value.abs() > F16_MAX)
@@ -75,6 +69,15 @@ impl MergedMatrix<'_> {
         }
         Ok(())
     }
+}
+
+/// Which feature lies at each place, where feature `i` lies at `places[i]`.
+fn features_by_place(places: &[u32]) -> Vec<usize> {
+    let mut features = vec![0; places.len()];
+    for (feature, place) in places.iter().enumerate() {
+        features[*place as usize] = feature;
+    }
+    features
 }
 
 /// Adds row `feature` of `scale · B A`.

@@ -3,10 +3,13 @@
 //! A merged matrix is `W + scale · B A`, computed in f32 from what the base's file holds and rounded once to what it is stored as.
 //! Everything else is copied byte for byte. The result appears under its name whole or not at all.
 
+mod content;
 mod error;
 mod gguf;
 mod matrix;
 mod safetensors;
+#[cfg(test)]
+mod tests;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -75,10 +78,12 @@ pub fn merge(base: &ModelFiles, adapter: &Adapter, to: &Path, options: &MergeOpt
 
 fn write(base: &ModelFiles, adapter: &Adapter, beside: &Path, options: &MergeOptions) -> Result<Merged, MergeError> {
     match (options.container, base.naming()) {
-        (Container::Gguf, Naming::Gguf) => gguf::write(base, adapter, beside, options.storage),
-        (Container::Gguf, _) => Err(MergeError::Unsupported(
-            "a GGUF file is made from a base in GGUF only; merge into safetensors and convert those, or take the base's GGUF file".into(),
-        )),
+        (Container::Gguf, Naming::Gguf) => gguf::copy(base, adapter, beside, options.storage),
+        (Container::Gguf, Naming::HuggingFace | Naming::HuggingFaceBare) => {
+            let merged = gguf::from_safetensors(base, adapter, beside, options.storage)?;
+            same_tokens(base, beside)?;
+            Ok(merged)
+        }
         (Container::Safetensors, naming) => {
             let plain = [None, Some(Format::F32), Some(Format::F16), Some(Format::Bf16)];
             if !plain.contains(&options.storage) {
@@ -96,7 +101,9 @@ fn write(base: &ModelFiles, adapter: &Adapter, beside: &Path, options: &MergeOpt
 /// What was written opens, and is the base's architecture.
 fn same_model(config: &ModelConfig, written: &Path, options: &MergeOptions) -> Result<(), MergeError> {
     let merged = ModelFiles::open(written)?;
-    let sizes = |c: &ModelConfig| (c.family, c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.intermediate, c.vocabulary);
+    let sizes = |c: &ModelConfig| {
+        (c.gguf_architecture(), c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.intermediate, c.vocabulary)
+    };
     if sizes(merged.config()) == sizes(config) && merged.config().tied_embeddings == config.tied_embeddings {
         return Ok(());
     }
@@ -106,18 +113,40 @@ fn same_model(config: &ModelConfig, written: &Path, options: &MergeOptions) -> R
     )))
 }
 
+/// What a tokenizer is asked to find out whether it is the one that it should be: letters, digits, spaces, scripts and a control token.
+const PROBE: &str = "Hello, world! It's 3.14 of 12345, WE'LL see.\n\n\t  Ünïcödé 日本語 🙂 fooBar_baz\r\n don't<|im_end|> end ";
+
+/// The tokenizer that was put together from the file's metadata cuts texts as the base's does.
+fn same_tokens(base: &ModelFiles, written: &Path) -> Result<(), MergeError> {
+    let merged = ModelFiles::open(written)?;
+    let tokens = |files: &ModelFiles| files.tokenizer().encode(PROBE, true, true).ok();
+    if tokens(&merged).is_some() && tokens(&merged) == tokens(base) {
+        return Ok(());
+    }
+    Err(MergeError::Unsupported(
+        "the base's tokenizer is none that a GGUF file can describe; merge into safetensors, and convert those with the converter of its publisher"
+            .into(),
+    ))
+}
+
+/// Every tensor that the base has.
+fn all_weights(base: &ModelFiles) -> Result<Vec<Weight>, MergeError> {
+    let mut weights = vec![Weight::Embedding];
+    for layer in 0..base.config().layers {
+        for part in Part::ALL {
+            if base.find(Weight::Layer(layer, part))?.is_some() {
+                weights.push(Weight::Layer(layer, part));
+            }
+        }
+    }
+    weights.push(Weight::FinalNorm);
+    weights.extend((!base.config().tied_embeddings).then_some(Weight::Output));
+    Ok(weights)
+}
+
 /// The matrix that an adapter calls by this name.
 fn weight(layer: usize, projection: Projection) -> Weight {
-    let part = match projection {
-        Projection::Query => Part::Query,
-        Projection::Key => Part::Key,
-        Projection::Value => Part::Value,
-        Projection::AttentionOutput => Part::AttentionOutput,
-        Projection::Gate => Part::Gate,
-        Projection::Up => Part::Up,
-        Projection::Down => Part::Down,
-    };
-    Weight::Layer(layer, part)
+    Weight::Layer(layer, projection.part())
 }
 
 fn at<T>(action: &'static str, path: &Path, result: std::io::Result<T>) -> Result<T, MergeError> {

@@ -8,11 +8,11 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use tidemill_kernels::Format;
 
-use super::matrix::{MergedMatrix, Order};
-use super::{MergeError, MergeOptions, Merged, at, weight};
+use super::content::Content;
+use super::matrix::Order;
+use super::{MergeError, MergeOptions, Merged, all_weights, at, weight};
 use crate::adapter::{Adapter, Pair};
-use crate::gguf::tensor_bytes;
-use crate::model::weight_names::{Naming, Part, Weight};
+use crate::model::weight_names::{Naming, Weight};
 use crate::model_files::{FileMatrix, ModelFiles};
 use crate::tensor_file::{Placement, TensorFile};
 
@@ -26,12 +26,6 @@ struct Planned<'a> {
     shape: Vec<usize>,
     len: usize,
     content: Content<'a>,
-}
-
-enum Content<'a> {
-    Copied(&'a [u8]),
-    Matrix(MergedMatrix<'a>),
-    Vector(Vec<f32>),
 }
 
 /// From a base in safetensors: the same files with the same tensors.
@@ -95,24 +89,9 @@ pub(super) fn from_gguf(base: &ModelFiles, adapter: &Adapter, to: &Path, options
     Ok(Merged { matrices: pairs.len(), bytes })
 }
 
-fn all_weights(base: &ModelFiles) -> Result<Vec<Weight>, MergeError> {
-    let mut weights = vec![Weight::Embedding];
-    for layer in 0..base.config().layers {
-        for part in Part::ALL {
-            if base.find(Weight::Layer(layer, part))?.is_some() {
-                weights.push(Weight::Layer(layer, part));
-            }
-        }
-    }
-    weights.push(Weight::FinalNorm);
-    weights.extend((!base.config().tied_embeddings).then_some(Weight::Output));
-    Ok(weights)
-}
-
 fn merged<'a>(name: &str, matrix: FileMatrix<'a>, pair: Option<&'a Pair>, storage: Format) -> Planned<'a> {
     let shape = vec![matrix.n, matrix.k];
-    let len = tensor_bytes(storage, &shape).unwrap_or(0);
-    let content = Content::Matrix(MergedMatrix { name: name.to_owned(), matrix, pair, storage });
+    let (content, len) = Content::matrix(name, matrix, pair, storage);
     Planned { name: name.to_owned(), dtype: dtype(storage), shape, len, content }
 }
 
@@ -148,14 +127,7 @@ fn write(path: &Path, planned: &[Planned<'_>]) -> Result<u64, MergeError> {
     at("write", path, out.write_all(&(header.len() as u64).to_le_bytes()))?;
     at("write", path, out.write_all(&header))?;
     for plan in planned {
-        match &plan.content {
-            Content::Copied(bytes) => at("write", path, out.write_all(bytes))?,
-            Content::Matrix(matrix) => matrix.write(Order::Publisher, path, &mut out)?,
-            Content::Vector(values) => {
-                let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-                at("write", path, out.write_all(&bytes))?;
-            }
-        }
+        plan.content.write(&Order::Publisher, path, &mut out)?;
     }
     at("write", path, out.flush())?;
     at("write", path, out.get_ref().sync_all())?;

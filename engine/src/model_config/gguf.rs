@@ -1,7 +1,7 @@
 //! Configurations from GGUF metadata.
 
 use super::{Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES};
-use crate::gguf::Gguf;
+use crate::gguf::{Gguf, Pairs};
 use crate::load_error::LoadError;
 
 const ARCHITECTURE: &str = "general.architecture";
@@ -75,6 +75,60 @@ impl ModelConfig {
         };
         config.check(gguf.path())?;
         Ok(config)
+    }
+}
+
+impl ModelConfig {
+    /// What llama.cpp calls the architecture. A Mistral model is a llama with a window.
+    pub(crate) fn gguf_architecture(&self) -> &'static str {
+        match self.family {
+            Family::Llama | Family::Mistral => "llama",
+            Family::Qwen2 => "qwen2",
+            Family::Qwen3 => "qwen3",
+        }
+    }
+
+    /// The metadata that [`ModelConfig::from_gguf`] reads; [`ModelConfig::rope_factors`] are a tensor.
+    pub(crate) fn to_gguf(&self, pairs: Pairs) -> Pairs {
+        let architecture = self.gguf_architecture();
+        let key = |name: &str| format!("{architecture}.{name}");
+        let sizes = [
+            ("block_count", self.layers),
+            ("context_length", self.max_positions),
+            ("embedding_length", self.hidden),
+            ("feed_forward_length", self.intermediate),
+            ("attention.head_count", self.heads),
+            ("attention.head_count_kv", self.kv_heads),
+            ("attention.key_length", self.head_dim),
+            ("attention.value_length", self.head_dim),
+            ("rope.dimension_count", self.head_dim),
+            ("vocab_size", self.vocabulary),
+        ];
+        let window = self.sliding_window.map(|window| ("attention.sliding_window", window));
+        let mut pairs = pairs.text(ARCHITECTURE, architecture);
+        for (name, size) in sizes.into_iter().chain(window) {
+            // No size comes near the end of 32 bits: `check` has seen to it.
+            pairs = pairs.u32(&key(name), u32::try_from(size).unwrap_or(u32::MAX));
+        }
+        pairs =
+            pairs.f32(&key("attention.layer_norm_rms_epsilon"), self.rms_eps).f32(&key("rope.freq_base"), self.rope_theta as f32);
+        if let RopeScaling::Linear { factor } = self.rope_scaling {
+            pairs = pairs.text(&key("rope.scaling.type"), "linear").f32(&key("rope.scaling.factor"), factor as f32);
+        }
+        pairs
+    }
+
+    /// `rope_freqs.weight` of a GGUF file: what each frequency is divided by, where that is not the same for all.
+    pub(crate) fn rope_factors(&self) -> Option<Vec<f32>> {
+        match &self.rope_scaling {
+            RopeScaling::None | RopeScaling::Linear { .. } => None,
+            RopeScaling::Factors(factors) => Some(factors.clone()),
+            scaling @ RopeScaling::Llama3 { .. } => {
+                let half = self.head_dim / 2;
+                let plain = (0..half).map(|i| self.rope_theta.powf(-(i as f64) / half as f64));
+                Some(plain.enumerate().map(|(i, frequency)| (frequency / scaling.stretch(i, frequency)) as f32).collect())
+            }
+        }
     }
 }
 

@@ -84,15 +84,22 @@ impl ModelFiles {
         if self.config.tied_embeddings { Weight::Embedding } else { Weight::Output }
     }
 
+    fn row_order(&self, weight: Weight, rows: usize) -> Option<Vec<u32>> {
+        (self.naming() == Naming::Gguf).then(|| self.config.gguf_row_order(weight, rows)).flatten()
+    }
+}
+
+impl ModelConfig {
+    /// The order in which a GGUF file has the rows of a matrix: output feature `i` is file row `order[i]`. None for the publisher's own.
+    ///
     /// llama.cpp's converter reorders the rows of q and k in llama-family models so that rotated pairs are neighbours
     /// (`LlamaModel.permute`); ours rotates halves, as the publishers' models do.
-    fn row_order(&self, weight: Weight, rows: usize) -> Option<Vec<u32>> {
+    pub(crate) fn gguf_row_order(&self, weight: Weight, rows: usize) -> Option<Vec<u32>> {
         let rotated = matches!(weight, Weight::Layer(_, Part::Query | Part::Key | Part::QueryBias | Part::KeyBias));
-        let paired = self.naming() == Naming::Gguf && matches!(self.config.family, Family::Llama | Family::Mistral);
-        if !(rotated && paired) {
+        if !(rotated && matches!(self.family, Family::Llama | Family::Mistral)) {
             return None;
         }
-        let (head_dim, half) = (self.config.head_dim, self.config.head_dim / 2);
+        let (head_dim, half) = (self.head_dim, self.head_dim / 2);
         let order = (0..rows).map(|row| {
             let (head, within) = (row / head_dim, row % head_dim);
             head * head_dim + within % half * 2 + within / half

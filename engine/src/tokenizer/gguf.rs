@@ -1,6 +1,8 @@
 //! Tokenizers from GGUF metadata: the same pipelines as the publishers' `tokenizer.json`, put together again from vocabulary,
 //! merges or scores, and the name of the way texts are split.
 
+mod write;
+
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::normalizers::{NFC, Prepend, Replace, Sequence as Normalizers};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -159,7 +161,7 @@ fn byte_level(gguf: &Gguf, tokens: &[&str]) -> Result<(tokenizers::Tokenizer, bo
             pair.ok_or_else(|| LoadError::corrupt(gguf.path(), MERGES, format!("\"{merge}\" is not a pair")))
         })
         .collect::<Result<Merges, LoadError>>()?;
-    let whole_words_first = matches!(splitting, Splitting::Llama3 | Splitting::Tekken);
+    let whole_words_first = splitting.takes_whole_words_first();
     let model = BPE::builder()
         .vocab_and_merges(vocabulary(gguf, tokens)?, merges)
         .ignore_merges(whole_words_first)
@@ -176,6 +178,11 @@ fn byte_level(gguf: &Gguf, tokens: &[&str]) -> Result<(tokenizers::Tokenizer, bo
 }
 
 impl Splitting {
+    /// A word that is a token is not merged together; such models also begin texts with a BOS token.
+    fn takes_whole_words_first(self) -> bool {
+        matches!(self, Splitting::Llama3 | Splitting::Tekken)
+    }
+
     /// The publishers' own patterns: `pre_tokenizer` of their `tokenizer.json`.
     fn pre_tokenizer(self) -> tokenizers::Result<PreTokenizers> {
         let patterns: &[&str] = match self {

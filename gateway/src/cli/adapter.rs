@@ -1,9 +1,10 @@
 //! `tidemill adapter`
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use serde_json::Value;
 use tidemill_engine::{Container, LoadError, MergeError, MergeOptions, ModelFiles, merge};
 use tidemill_kernels::Format;
 use tidemill_rlhf::job::LINEAGE;
@@ -42,7 +43,7 @@ enum AdapterCommand {
     Unalias(UnaliasArgs),
     /// Write the base model with the adapter in it, as a model of its own.
     Merge(MergeArgs),
-    /// Write the adapter's folder, as PEFT reads it.
+    /// Write the adapter's folder, as PEFT reads it, or a GGUF file, as llama.cpp does.
     Export(ExportArgs),
 }
 
@@ -82,6 +83,9 @@ struct ImportArgs {
     /// Adapter that its training went on from
     #[arg(long, value_name = "ADAPTER")]
     parent: Option<String>,
+    /// Whatever weights it was made for: only its shapes are compared with the base, now and whenever it is served
+    #[arg(long)]
+    any_base: bool,
     /// Serve it at once
     #[arg(long)]
     serve: bool,
@@ -140,9 +144,12 @@ struct MergeArgs {
 struct ExportArgs {
     #[command(flatten)]
     one: One,
-    /// A new folder
-    #[arg(long, value_name = "DIR")]
+    /// A new folder, or a new .gguf file
+    #[arg(long, value_name = "PATH")]
     out: PathBuf,
+    /// The base model of a .gguf file, as for `serve --model` [default: the model of the name that the adapter was registered for]
+    #[arg(long, value_name = "[NAME=]PATH")]
+    base: Option<String>,
 }
 
 /// Why the command ended without what was asked for.
@@ -207,9 +214,15 @@ pub fn run(args: &AdapterArgs) -> Result<(), AdapterCommandError> {
             Ok(())
         }),
         AdapterCommand::Merge(args) => with(&args.one.store, async |registry, config| merged(&registry, &config, args).await),
-        AdapterCommand::Export(args) => with(&args.one.store, async |registry, _| {
+        AdapterCommand::Export(args) => with(&args.one.store, async |registry, config| {
             let adapter = registry.get(&args.one.adapter).await?;
-            registry.export(&adapter, &args.out).await?;
+            if is_gguf(&args.out) {
+                // Its rows lie as the base's do.
+                let base = ModelFiles::open(&base_of(&config, &adapter, args.base.as_deref())?.path)?;
+                registry.open(&adapter).await?.write_gguf(base.config(), &args.out).map_err(RegistryError::from)?;
+            } else {
+                registry.export(&adapter, &args.out).await?;
+            }
             say(&format!("{} is in {}", adapter.reference(), args.out.display()));
             Ok(())
         }),
@@ -263,7 +276,10 @@ fn described(adapter: &RegisteredAdapter, aliases: &[Alias]) -> String {
         format!("  state        {}", adapter.state.as_str()),
         format!("  aliases      {}", names(adapter, aliases)),
         format!("  base         {}", adapter.base),
-        format!("  base hash    {}", adapter.base_hash.as_deref().unwrap_or("unknown")),
+        format!(
+            "  base hash    {}",
+            adapter.base_hash.as_deref().unwrap_or("unknown; only shapes are compared when it is served")
+        ),
         format!("  content      {}", adapter.content_hash),
         format!("  folder       {}", adapter.location),
         format!("  dataset      {}", text("dataset")),
@@ -273,12 +289,48 @@ fn described(adapter: &RegisteredAdapter, aliases: &[Alias]) -> String {
         format!("  made by      {}", text("code_version")),
         format!("  lora         {}", lineage["lora"]),
         format!("  config       {}", lineage["config"]),
-        format!("  metrics      {}", adapter.metrics),
+        format!("  metrics      {}", without_evaluation(&adapter.metrics)),
     ];
+    if let Some(found) = adapter.metrics.get("evaluation") {
+        lines.push(format!("  evaluation   {}", evaluated(found)));
+    }
     if let Some(tainted) = &adapter.tainted {
         lines.push(format!("  tainted      {}; think twice before it is served", tainted["reason"].as_str().unwrap_or("yes")));
     }
     lines.join("\n")
+}
+
+fn without_evaluation(metrics: &Value) -> Value {
+    let mut metrics = metrics.clone();
+    metrics.as_object_mut().map(|metrics| metrics.shift_remove("evaluation"));
+    metrics
+}
+
+/// What `tidemill eval` kept of its last look at the adapter, in a line.
+fn evaluated(found: &Value) -> String {
+    let number = |value: &Value, decimals: usize| value.as_f64().map(|value| format!("{value:.decimals$}"));
+    let parts = [
+        found["at"].as_i64().map(when),
+        found["rows"].as_str().map(|rows| format!("on {rows}")),
+        number(&found["preferences"]["accuracy"]["share"], 3).map(|share| format!("accuracy {share}")),
+        number(&found["duel"]["win_rate"], 3)
+            .map(|rate| format!("win rate {rate} against {} by {}", text_of(&found["against"]), text_of(&found["judge"]))),
+        number(&found["text_drift"], 4).map(|drift| format!("loss on text {drift}")),
+        found["gates"]["passed"]
+            .as_bool()
+            .map(|passed| if passed { "gates passed".to_owned() } else { "refused by the gates".to_owned() }),
+        found["report"].as_str().map(str::to_owned),
+    ];
+    parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+fn text_of(value: &Value) -> &str {
+    value.as_str().unwrap_or("unknown")
+}
+
+/// What is said of an adapter that is kept now.
+pub(super) fn registered(adapter: &RegisteredAdapter) -> String {
+    format!("{} is registered for {}, as a {}", adapter.reference(), adapter.base, adapter.state.as_str())
 }
 
 fn told_served(adapter: &RegisteredAdapter, retired: &[RegisteredAdapter]) {
@@ -296,10 +348,24 @@ fn models(config: &Config, named: Option<&str>) -> Result<Vec<ModelSpec>, Config
     }
 }
 
+/// The base model of an adapter: the one that is named, else the model of the name that the adapter was registered for.
+pub(super) fn base_of(config: &Config, adapter: &RegisteredAdapter, named: Option<&str>) -> Result<ModelSpec, ConfigError> {
+    let of_name = models(config, named).ok().and_then(|models| models.into_iter().find(|model| model.name == adapter.base));
+    match of_name {
+        Some(model) => Ok(model),
+        // Called otherwise here, or pulled under this name.
+        None => Ok(models(config, Some(named.unwrap_or(&adapter.base)))?.remove(0)),
+    }
+}
+
 async fn import(registry: &Registry, config: &Config, args: &ImportArgs) -> Result<(), AdapterCommandError> {
     let models = models(config, args.base.as_deref())?;
     let Some(model) = models.first() else { return Err(StoreCommandError::Usage("no model was found".to_owned()).into()) };
-    let base = Base::of(&model.name, &ModelFiles::open(&model.path)?);
+    let files = ModelFiles::open(&model.path)?;
+    let base = match args.any_base {
+        false => Base::of(&model.name, &files),
+        true => Base { config: Some(files.config().clone()), ..Base::named(&model.name) },
+    };
     let adapter = match args.folder.join(LINEAGE).is_file() {
         true if args.dataset.is_some() || args.parent.is_some() => {
             let text = "the training's lineage.json says what --dataset and --parent would say; leave them out";
@@ -316,7 +382,7 @@ async fn import(registry: &Registry, config: &Config, args: &ImportArgs) -> Resu
             registry.register(&args.folder, lineage).await?
         }
     };
-    say(&format!("{} is registered for {}, as a {}", adapter.reference(), adapter.base, adapter.state.as_str()));
+    say(&registered(&adapter));
     if args.serve {
         let (adapter, retired) = registry.serve(&adapter.id.to_string(), false).await?;
         told_served(&adapter, &retired);
@@ -327,13 +393,7 @@ async fn import(registry: &Registry, config: &Config, args: &ImportArgs) -> Resu
 async fn merged(registry: &Registry, config: &Config, args: &MergeArgs) -> Result<(), AdapterCommandError> {
     let registered = registry.get(&args.one.adapter).await?;
     let adapter = registry.open(&registered).await?;
-    let named = args.base.as_deref();
-    let of_name = models(config, named).ok().and_then(|models| models.into_iter().find(|model| model.name == registered.base));
-    let model = match (of_name, named) {
-        (Some(model), _) => model,
-        // Called otherwise here, or pulled under this name.
-        (None, _) => models(config, Some(named.unwrap_or(&registered.base)))?.remove(0),
-    };
+    let model = base_of(config, &registered, args.base.as_deref())?;
     let base = ModelFiles::open(&model.path)?;
     if registered.base_hash.as_ref().is_some_and(|hash| *hash != base.digest()) {
         let _ = writeln!(
@@ -342,8 +402,7 @@ async fn merged(registry: &Registry, config: &Config, args: &MergeArgs) -> Resul
             model.path.display()
         );
     }
-    let is_gguf = args.out.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("gguf"));
-    let container = if is_gguf { Container::Gguf } else { Container::Safetensors };
+    let container = if is_gguf(&args.out) { Container::Gguf } else { Container::Safetensors };
     let storage = args.dtype.as_deref().map(|text| choice(text, &FORMATS)).transpose();
     let storage = storage.map_err(|why| StoreCommandError::Usage(format!("--dtype: {why}")))?;
     let options = MergeOptions { container, storage, files_from: args.files_from.clone() };
@@ -351,6 +410,10 @@ async fn merged(registry: &Registry, config: &Config, args: &MergeArgs) -> Resul
     let size = written.bytes as f64 / 1e6;
     say(&format!("{} matrices merged; {} ({size:.0} MB)", written.matrices, args.out.display()));
     Ok(())
+}
+
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("gguf"))
 }
 
 const FORMATS: [(&str, Format); 6] = [
@@ -378,13 +441,26 @@ mod tests {
             generation: 7,
             base: "b".into(),
             lineage: serde_json::json!({"dataset": "thumbs@2", "raters": ["ann", "bob"], "config": {"method": "dpo"}}),
+            metrics: serde_json::json!({"eval_loss": 0.5, "evaluation": {
+                "at": 0, "rows": "thumbs@2", "preferences": {"accuracy": {"share": 0.75}}, "against": "base", "judge": "json",
+                "duel": {"win_rate": 0.625}, "gates": {"passed": false},
+            }}),
             tainted: Some(serde_json::json!({"reason": "erasure"})),
             ..RegisteredAdapter::default()
         };
         let alias = |name: &str, adapter| Alias { base: "b".into(), name: name.into(), adapter, updated: 0 };
         let aliases = [alias("champion", adapter.id), alias("other", uuid::Uuid::max())];
         let text = described(&adapter, &aliases);
-        for part in ["support@0000000000000007", "champion\n", "thumbs@2", "raters       2", "\"dpo\"", "erasure"] {
+        for part in [
+            "support@0000000000000007",
+            "champion\n",
+            "thumbs@2",
+            "raters       2",
+            "\"dpo\"",
+            "erasure",
+            "metrics      {\"eval_loss\":0.5}",
+            "1970-01-01 00:00, on thumbs@2, accuracy 0.750, win rate 0.625 against base by json, refused by the gates",
+        ] {
             assert!(text.contains(part), "{part}: {text}");
         }
         assert!(!text.contains("other"), "{text}");

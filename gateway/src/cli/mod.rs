@@ -11,6 +11,7 @@ mod jobs;
 mod key;
 mod label;
 mod pull;
+mod rollout;
 mod serve;
 mod shutdown;
 mod store_args;
@@ -54,6 +55,8 @@ enum Command {
     Data(data::DataArgs),
     /// Move labeling queues to Label Studio or Argilla and back.
     Label(label::LabelArgs),
+    /// Check a rollout's assignment and plan its traffic.
+    Rollout(rollout::RolloutArgs),
 }
 
 /// Runs the command line and says how it ended.
@@ -67,16 +70,20 @@ pub fn run() -> ExitCode {
             Ok(status) => return status,
             Err(error) => Err(error.into()),
         },
+        Command::Eval(args) => match eval::run(&args) {
+            Ok(status) => return status,
+            Err(error) => Err(error.into()),
+        },
         Command::Serve(args) => serve::run(&args).map_err(Into::into),
         Command::Pull(args) => pull::run(&args).map_err(Into::into),
         Command::Chat(args) => chat::run(&args).map_err(Into::into),
-        Command::Eval(args) => eval::run(&args).map_err(Into::into),
         Command::Adapter(args) => adapter::run(&args).map_err(Into::into),
         Command::Bench(args) => bench::run(&args).map_err(Into::into),
         Command::Jobs(args) => jobs::run(&args).map_err(Into::into),
         Command::Key(args) => key::run(&args).map_err(Into::into),
         Command::Data(args) => data::run(&args).map_err(Into::into),
         Command::Label(args) => label::run(&args).map_err(Into::into),
+        Command::Rollout(args) => rollout::run(&args).map_err(Into::into),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -5,6 +5,7 @@ mod layer;
 pub mod model_spec;
 mod parsers;
 mod tables;
+mod upstreams;
 pub mod value;
 
 use layer::Setting;
@@ -13,6 +14,7 @@ pub use model_spec::{DEFAULT_MODEL, LoraModule, ModelSpec, models_dir};
 pub use parsers::ParserConfig;
 
 use crate::feedback::Metrics;
+use crate::fine_tuning::TrainingPriority;
 use crate::http::auth::DEFAULT_GRACE;
 use crate::http::cors::Origins;
 use crate::http::limits::{BodyLimits, FileLimits};
@@ -20,6 +22,7 @@ use crate::http::server::Bounds;
 use crate::limits::Prices;
 use crate::openai::parse::ParserChoice;
 use crate::recording::{Level, Recording};
+use crate::upstream::remote::Remotes;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -32,7 +35,7 @@ use tidemill_store::Limits;
 pub const DEFAULT_FILE: &str = "tidemill.toml";
 
 /// Every setting, by its name in the file. The flag is the same with dashes, the variable the same in capitals after `TIDEMILL_`.
-pub const KEYS: [&str; 46] = [
+pub const KEYS: [&str; 47] = [
     "model",
     "host",
     "port",
@@ -49,6 +52,7 @@ pub const KEYS: [&str; 46] = [
     "max_loras",
     "max_lora_rank",
     "lora_modules",
+    "upstream",
     "seed",
     "device",
     "drain_timeout",
@@ -69,6 +73,7 @@ pub const KEYS: [&str; 46] = [
     "datasets",
     "training_jobs",
     "training_threads",
+    "training_priority",
     "record",
     "record_share",
     "spill_size",
@@ -149,7 +154,7 @@ pub enum LogFormat {
 /// Everything `tidemill serve` needs to know.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// As given: `NAME=PATH`, a path, or the name of a pulled model; empty means the default model.
+    /// As given: `NAME=PATH`, a path, or the name of a pulled model; empty means the default model, or none where others are remote.
     pub models: Vec<(String, Origin)>,
     /// Address to listen on.
     pub host: IpAddr,
@@ -181,6 +186,8 @@ pub struct Config {
     pub max_lora_rank: usize,
     /// Adapters to load at start.
     pub lora_modules: Vec<LoraModule>,
+    /// Models that other servers answer.
+    pub remotes: Remotes,
     /// Seed of requests that bring none.
     pub seed: Option<u64>,
     /// Where to compute.
@@ -215,6 +222,8 @@ pub struct Config {
     pub training_jobs: usize,
     /// Threads of each; `None` is half of the cores.
     pub training_threads: Option<usize>,
+    /// How urgent each is.
+    pub training_priority: TrainingPriority,
     /// Which answers are recorded, and how much of them.
     pub recording: Recording,
     /// Most bytes of records that wait on disk while the database is away.
@@ -295,6 +304,7 @@ impl Config {
             lora_modules: model_spec::lora_modules(
                 &layers.iter().map(|layer| layer.list("lora_modules")).find(|list| !list.is_empty()).unwrap_or_default(),
             )?,
+            remotes: upstreams::remotes(layers)?,
             seed: get("seed").map(|s| s.parse(value::seed)).transpose()?,
             device: get("device").map_or(Ok(Device::Auto), |s| s.parse(value::device))?,
             drain_timeout: get("drain_timeout").map_or(Ok(Duration::from_secs(30)), |s| s.parse(value::duration))?,
@@ -326,6 +336,9 @@ impl Config {
             datasets: get("datasets").map(|s| s.text.clone()),
             training_jobs: count("training_jobs", 0)?.unwrap_or(1),
             training_threads: count("training_threads", 1)?,
+            training_priority: get("training_priority").map_or(Ok(TrainingPriority::default()), |s| {
+                s.parse(|text| value::choice(text, &[("idle", TrainingPriority::Idle), ("low", TrainingPriority::Low)]))
+            })?,
             recording: Recording {
                 level: get("record").map_or(Ok(Level::Full), |s| s.parse(tables::level))?,
                 share: get("record_share").map_or(Ok(1.0), |s| s.parse(value::share))?,
@@ -345,9 +358,14 @@ impl Config {
         })
     }
 
-    /// The models to serve, found on disk.
+    /// The models to load, found on disk: the default one where nobody names any, here or elsewhere.
     pub fn resolve_models(&self) -> Result<Vec<ModelSpec>, ConfigError> {
-        model_spec::resolve_all(&self.models, &self.data)
+        if self.models.is_empty() && !self.remotes.models.is_empty() {
+            return Ok(Vec::new());
+        }
+        let models = model_spec::resolve_all(&self.models, &self.data)?;
+        upstreams::check_names(&self.remotes, models.iter().map(|model| &model.name))?;
+        Ok(models)
     }
 
     /// What the engine of one of `models` models is started with.

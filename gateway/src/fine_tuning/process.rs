@@ -4,6 +4,7 @@
 //! server: whoever finds it taken knows that somebody trains there, and two never do. What the process says goes to files, not pipes, so
 //! that it can go on while there is no server, and the next one listens where the last one stopped.
 
+use crate::fine_tuning::TrainingPriority;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -50,8 +51,8 @@ impl Process {
         }
     }
 
-    /// Starts `program train --job FOLDER`; `None` when somebody is at work there.
-    pub fn start(program: &Path, folder: &Path) -> io::Result<Option<Self>> {
+    /// Starts `program train --job FOLDER --priority WORD`; `None` when somebody is at work there.
+    pub fn start(program: &Path, folder: &Path, priority: TrainingPriority) -> io::Result<Option<Self>> {
         let Some(mut lock) = take(folder, true)? else { return Ok(None) };
         let append = |name: &str| OpenOptions::new().create(true).append(true).read(true).open(folder.join(name));
         let mut said = append(SAID)?;
@@ -61,6 +62,7 @@ impl Process {
         let child = Command::new(program)
             .args(["train", "--job"])
             .arg(folder)
+            .args(["--priority", priority.as_str()])
             .stdin(lock.try_clone()?)
             .stdout(said)
             .stderr(append(LOG)?)
@@ -150,8 +152,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         assert!(Process::left(&folder.path().join("nowhere")).unwrap().is_none());
         let program = program(folder.path(), "exec sleep 600");
-        let mut first = Process::start(&program, folder.path()).unwrap().unwrap();
-        assert!(Process::start(&program, folder.path()).unwrap().is_none());
+        let mut first = Process::start(&program, folder.path(), TrainingPriority::Low).unwrap().unwrap();
+        assert!(Process::start(&program, folder.path(), TrainingPriority::Low).unwrap().is_none());
         // As the next server sees it.
         let mut left = Process::left(folder.path()).unwrap().unwrap();
         assert!(left.ended().unwrap().is_none());
@@ -165,11 +167,11 @@ mod tests {
     fn what_it_says_is_kept_behind_half_a_line() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join(SAID), "{\"event\":").unwrap();
-        let program = program(folder.path(), "echo \"$1 $2 $3\"; echo why >&2; exit 3");
-        let mut process = Process::start(&program, folder.path()).unwrap().unwrap();
+        let program = program(folder.path(), "echo \"$1 $2 $3 $4 $5\"; echo why >&2; exit 3");
+        let mut process = Process::start(&program, folder.path(), TrainingPriority::Low).unwrap().unwrap();
         assert_eq!(end(&mut process).unwrap().code(), Some(3));
         let said = std::fs::read_to_string(folder.path().join(SAID)).unwrap();
-        assert_eq!(said, format!("{{\"event\":\ntrain --job {}\n", folder.path().display()));
+        assert_eq!(said, format!("{{\"event\":\ntrain --job {} --priority low\n", folder.path().display()));
         assert_eq!(std::fs::read_to_string(folder.path().join(LOG)).unwrap(), "why\n");
     }
 }

@@ -200,6 +200,7 @@ mod tests {
             messages: Some(json!([{"role": "user", "content": "hi"}])),
             prompt_text: None,
             prompt_ids: vec![1],
+            exposure: None,
             choices: texts.iter().enumerate().map(choice).collect(),
         }
     }

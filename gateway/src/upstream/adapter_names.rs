@@ -74,6 +74,7 @@ mod tests {
 
     fn served(id: u128, name: &str, aliases: &[&str]) -> ServedAdapter {
         ServedAdapter {
+            base_hash: None,
             id: Uuid::from_u128(id),
             created: 0,
             name: name.into(),

@@ -23,7 +23,7 @@ use tidemill::batches::Batches;
 use tidemill::clock::now;
 use tidemill::datasets::DatasetJobs;
 use tidemill::feedback::Metrics;
-use tidemill::fine_tuning::{FineTuning, FineTuningOptions};
+use tidemill::fine_tuning::{FineTuning, FineTuningOptions, TrainingPriority};
 use tidemill::http::cors::Origins;
 use tidemill::http::drain::Drain;
 use tidemill::http::limits::{BodyLimits, FileLimits};
@@ -32,7 +32,8 @@ use tidemill::http::{App, Auth, router};
 use tidemill::limits::{Limiter, Prices};
 use tidemill::recording::Recording;
 use tidemill::telemetry::Observer;
-use tidemill::upstream::{LocalModel, Registry, Upstream};
+use tidemill::upstream::remote::Remotes;
+use tidemill::upstream::{LocalModel, Registry, RemoteModel, Upstream};
 use tidemill_engine::model::Model;
 use tidemill_engine::model_files::Frontend;
 use tidemill_engine::{ChatTemplate, Engine, EngineOptions, GenerationDefaults, ServedModel, Tokenizer};
@@ -145,13 +146,21 @@ pub struct Setup {
     pub metrics: Metrics,
     pub limits: BTreeMap<String, Limits>,
     pub prices: Prices,
+    pub remotes: Remotes,
     pub fine_tuning: Option<FineTuningOptions>,
 }
 
 /// Jobs are taken and wait.
 pub fn no_training() -> FineTuningOptions {
     let models = BTreeMap::from([(MODEL.to_owned(), "parrot".into())]);
-    FineTuningOptions { root: folder().into(), program: "false".into(), jobs: 0, threads: 1, models }
+    FineTuningOptions {
+        root: folder().into(),
+        program: "false".into(),
+        jobs: 0,
+        threads: 1,
+        priority: TrainingPriority::Low,
+        models,
+    }
 }
 
 impl Default for Setup {
@@ -166,6 +175,7 @@ impl Default for Setup {
             metrics: Metrics::new(),
             limits: BTreeMap::new(),
             prices: Prices::new(),
+            remotes: Remotes::default(),
             fine_tuning: None,
         }
     }
@@ -252,7 +262,8 @@ impl Setup {
             description: "parrot".into(),
         };
         let engine = Engine::with_model(served, options).unwrap();
-        let registry = Registry::new([MODEL.to_owned()]);
+        let remotes = RemoteModel::all(&self.remotes, 7).unwrap();
+        let registry = Registry::new([MODEL.to_owned()]).with_remotes(remotes);
         assert!(registry.loaded(MODEL, Upstream::Local(Arc::new(LocalModel::new(engine, 7)))));
         let (store, registry) = (store(), Arc::new(registry));
         App {
@@ -431,6 +442,7 @@ pub fn answered(store: &Store, user: &str, prompt: &str, texts: &[&str], mean_lo
         messages: Some(json!([{"role": "user", "content": prompt}])),
         prompt_text: None,
         prompt_ids: vec![1],
+        exposure: None,
         choices: texts.iter().enumerate().map(choice).collect(),
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod answer;
 pub mod build;
+pub mod control;
 mod counts;
 mod error;
 pub mod format;

@@ -1,5 +1,6 @@
 //! The evaluation as one page: numbers side by side, then what the models said.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use super::duel::Verdict;
@@ -36,6 +37,7 @@ impl Evaluation {
         );
         self.numbers(&mut body);
         self.decision(&mut body);
+        self.passage(&mut body);
         self.texts(&mut body);
         page("Evaluation", &body)
     }
@@ -61,17 +63,26 @@ impl Evaluation {
         }
         body.push_str("</tr></thead><tbody>");
         for (name, cell) in rows {
-            let cells: Vec<Option<String>> = self.contenders.iter().map(cell).collect();
-            if cells.iter().all(Option::is_none) {
-                continue;
-            }
-            let _ = write!(body, "<tr><td>{name}");
-            for cell in cells {
-                let _ = write!(body, "<td>{}", cell.unwrap_or_else(|| "<span class=soft>–</span>".to_owned()));
-            }
-            body.push_str("</tr>");
+            self.row(body, name, cell);
+        }
+        let rules: BTreeSet<&String> = self.contenders.iter().flat_map(|one| one.rewards.keys()).collect();
+        for rule in rules {
+            self.row(body, &format!("mean reward, {rule}"), &|one| one.rewards.get(rule).copied().map(decimals));
         }
         body.push_str("</tbody></table></div>");
+    }
+
+    /// A number of each; nothing where none has it.
+    fn row(&self, body: &mut String, name: &str, cell: &dyn Fn(&Contender) -> Option<String>) {
+        let cells: Vec<Option<String>> = self.contenders.iter().map(cell).collect();
+        if cells.iter().all(Option::is_none) {
+            return;
+        }
+        let _ = write!(body, "<tr><td>{}", escape(name));
+        for cell in cells {
+            let _ = write!(body, "<td>{}", cell.unwrap_or_else(|| "<span class=soft>–</span>".to_owned()));
+        }
+        body.push_str("</tr>");
     }
 
     fn decision(&self, body: &mut String) {
@@ -97,6 +108,20 @@ impl Evaluation {
             duel.tied,
             percent(duel.win_rate)
         );
+    }
+
+    /// What the gates said.
+    fn passage(&self, body: &mut String) {
+        let Some(report) = &self.gates else { return };
+        let (mark, word) = if report.passed { ("keep", "pass") } else { ("drop", "refused") };
+        let _ = write!(body, "<h2>Gates <span class=\"chip {mark}\">{word}</span></h2><div class=\"card scroll\"><table><tbody>");
+        for check in &report.checks {
+            let (mark, word) = if check.passed { ("keep", "open") } else { ("drop", "shut") };
+            let change = check.change.as_deref().map_or_else(String::new, |change| format!("<br><i>{}</i>", escape(change)));
+            let (gate, finding) = (escape(&check.gate), escape(&check.finding));
+            let _ = write!(body, "<tr><td><span class=\"chip {mark}\">{word}</span><td>{gate}<td>{finding}{change}</tr>");
+        }
+        body.push_str("</tbody></table></div>");
     }
 
     fn texts(&self, body: &mut String) {

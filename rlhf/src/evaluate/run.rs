@@ -1,6 +1,6 @@
 //! Measures models one after the other.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -9,35 +9,49 @@ use tidemill_engine::{Adapter, AdapterRefused, Engine, EngineOptions, ModelFiles
 use super::answers::{self, Answer, AnswerError, Sampling};
 use super::duel::{self, Verdict};
 use super::preferences;
-use super::report::{Contender, Evaluation, Example};
+use super::report::{Contender, Evaluation, Example, TrainedOn};
 use super::text;
 use crate::collate::{Encoder, Sample, Teaches};
 use crate::dataset::{Message, Row};
-use crate::job::{JobError, reward_model};
+use crate::job::{JobError, judge_of, reward_model};
 use crate::model::{Model, ModelOptions};
-use crate::train::{Pass, TrainConfig};
+use crate::reward::{self, RewardError, RewardFunction, Rewards};
+use crate::train::{Pass, Prompt, Question, TrainConfig};
 
 /// What is evaluated, and on what.
 #[derive(Clone, Debug)]
 pub struct Trial {
     /// The base model's name and place.
     pub base: crate::job::Base,
-    /// Names and folders of the adapters: one against the base, or two against each other.
-    pub adapters: Vec<(String, PathBuf)>,
-    /// Comparisons and prompts, and where they came from.
+    /// The adapters: one against the base, or two against each other.
+    pub adapters: Vec<Entrant>,
+    /// Comparisons, and where they came from.
     pub rows: Vec<Row>,
     /// See `rows`.
     pub source: String,
+    /// What is asked; [`questions`](crate::train::questions) takes it from rows.
+    pub questions: Vec<Question>,
     /// The β of implicit rewards.
     pub beta: f64,
     /// Ordinary text.
     pub text: Option<String>,
-    /// Prompts to answer, 0 for none.
+    /// How many of the questions are answered, 0 for none.
     pub prompts: usize,
     /// How answers are drawn.
     pub sampling: Sampling,
     /// How the differentiable model computes.
     pub model: ModelOptions,
+}
+
+/// An adapter that is measured.
+#[derive(Clone, Debug)]
+pub struct Entrant {
+    /// What the report calls it.
+    pub name: String,
+    /// Its folder.
+    pub folder: PathBuf,
+    /// What its lineage says.
+    pub trained_on: Option<TrainedOn>,
 }
 
 /// What is being done.
@@ -62,8 +76,37 @@ pub enum Referee<'a> {
     None,
     /// A reward model: the folder of its adapter and head.
     RewardModel(PathBuf),
+    /// Rules: whose answer earns more.
+    Rules(Rules),
     /// Anybody; with the name that the report gives them.
     Judge(String, Judge<'a>),
+}
+
+/// Reward functions with their weights, as trainings that sample have them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rules {
+    /// At least one, each with a name of its own.
+    pub functions: Vec<RewardFunction>,
+    /// One for each; 1 without.
+    pub weights: Option<Vec<f64>>,
+}
+
+impl Rules {
+    /// Checked.
+    pub fn new(functions: Vec<RewardFunction>, weights: Option<Vec<f64>>) -> Result<Self, RewardError> {
+        reward::check(&functions, weights.as_deref())?;
+        Ok(Self { functions, weights })
+    }
+
+    /// What the report calls them.
+    fn name(&self) -> String {
+        let weight = |at: usize| self.weights.as_ref().and_then(|weights| weights.get(at)).copied().unwrap_or(1.0);
+        let one = |(at, function): (usize, &RewardFunction)| match weight(at) {
+            1.0 => function.name().to_owned(),
+            weight => format!("{weight} × {}", function.name()),
+        };
+        self.functions.iter().enumerate().map(one).collect::<Vec<_>>().join(" + ")
+    }
 }
 
 /// Why there is no evaluation.
@@ -84,6 +127,9 @@ pub enum EvaluateError {
     /// The arithmetic.
     #[error(transparent)]
     Graph(#[from] candle_core::Error),
+    /// The rules.
+    #[error(transparent)]
+    Reward(#[from] RewardError),
     /// The judge.
     #[error("the judge: {0}")]
     Judge(String),
@@ -113,7 +159,7 @@ pub fn evaluate(
         None => Vec::new(),
     };
     let engine = if prompts.is_empty() { None } else { Some(engine(trial)?) };
-    let ids: Vec<Vec<u32>> = prompts.iter().map(|(_, tokens)| tokens.clone()).collect();
+    let ids: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.tokens.clone()).collect();
 
     let mut contenders = Vec::new();
     let mut said: Vec<Vec<Answer>> = Vec::new();
@@ -124,7 +170,7 @@ pub fn evaluate(
         Ok(answers::draw(engine, lease.as_ref(), &ids, trial.sampling, |done| watch(Work::Answers, name, done, total))?)
     };
     let mut base_text = None;
-    for (name, folder) in &trial.adapters {
+    for Entrant { name, folder, trained_on } in &trial.adapters {
         let adapter = Adapter::read(folder).map_err(JobError::from)?;
         let model = Model::with_adapter(Arc::clone(&files), &adapter, trial.model).map_err(JobError::from)?;
         let total = 2 * comparisons.len();
@@ -143,6 +189,8 @@ pub fn evaluate(
             preferences: preferences::agreement(&margins),
             text,
             answers: answers::drift(&answers, divergence),
+            trained_on: *trained_on,
+            ..Contender::default()
         });
         said.push(answers);
     }
@@ -158,13 +206,14 @@ pub fn evaluate(
     let mut examples: Vec<Example> = prompts
         .iter()
         .enumerate()
-        .map(|(index, (messages, _))| Example {
-            prompt: messages.last().map(|last| last.content.clone()).unwrap_or_default(),
+        .map(|(index, prompt)| Example {
+            prompt: prompt.question.messages.last().map(|last| last.content.clone()).unwrap_or_default(),
             answers: said.iter().map(|answers| answers[index].text.clone()).collect(),
             verdict: None,
         })
         .collect();
-    let (judge, verdicts) = decide(&files, trial, referee, &prompts, [&said[0], &said[1]], watch)?;
+    let Decided { judge, verdicts, rewards } = decide(&files, trial, referee, &prompts, &said, watch)?;
+    contenders.iter_mut().zip(rewards).for_each(|(contender, rewards)| contender.rewards = rewards);
     examples.iter_mut().zip(&verdicts).for_each(|(example, verdict)| example.verdict = Some(*verdict));
     Ok(Evaluation {
         base: trial.base.name.clone(),
@@ -174,6 +223,7 @@ pub fn evaluate(
         contenders,
         judge,
         duel: duel::score(&verdicts),
+        gates: None,
         examples,
     })
 }
@@ -185,25 +235,16 @@ fn encoded(files: &ModelFiles, trial: &Trial, teaches: Teaches) -> Result<Vec<Sa
     Ok(Encoder::new(template, files.tokenizer(), options).rows(&trial.rows, teaches).samples)
 }
 
-type Prompt<'a> = (&'a [Message], Vec<u32>);
-
-/// The first prompts of the rows, each once, as messages and as tokens.
-fn prompts<'a>(files: &ModelFiles, trial: &'a Trial) -> Result<Vec<Prompt<'a>>, EvaluateError> {
-    let mut seen = BTreeSet::new();
-    let mut found = Vec::new();
+/// The first questions that the template takes, as tokens.
+fn prompts(files: &ModelFiles, trial: &Trial) -> Result<Vec<Prompt>, EvaluateError> {
     let template = files.chat_template().ok_or_else(|| JobError::Template(trial.base.name.clone()))?;
     let options = TrainConfig::new(crate::train::Method::Dpo).encoding();
     let encoder = Encoder::new(template, files.tokenizer(), options);
-    for row in &trial.rows {
-        if found.len() == trial.prompts {
-            break;
-        }
-        let messages = row.example.prompt();
-        if let Some(tokens) = encoder.prompt(row).filter(|tokens| !tokens.is_empty() && seen.insert(tokens.clone())) {
-            found.push((messages, tokens));
-        }
-    }
-    Ok(found)
+    let prompt = |question: &Question| {
+        let tokens = encoder.opening(&question.messages, question.now).ok().filter(|tokens| !tokens.is_empty())?;
+        Some(Prompt { question: question.clone(), tokens })
+    };
+    Ok(trial.questions.iter().filter_map(prompt).take(trial.prompts).collect())
 }
 
 fn engine(trial: &Trial) -> Result<Engine, EvaluateError> {
@@ -213,25 +254,36 @@ fn engine(trial: &Trial) -> Result<Engine, EvaluateError> {
     Ok(Engine::start(EngineOptions { threads, max_adapters: adapters, ..defaults }, &mut |_, _| {})?)
 }
 
-/// Verdicts over the first two contenders' answers, and who gave them.
+/// Who decided the duel of the first two, and how.
+#[derive(Default)]
+struct Decided {
+    judge: Option<String>,
+    /// One per prompt.
+    verdicts: Vec<Verdict>,
+    /// Mean rewards of each contender, where rules judged.
+    rewards: Vec<BTreeMap<String, f64>>,
+}
+
+/// `said` has every contender's answers, in their order.
 fn decide(
     files: &Arc<ModelFiles>,
     trial: &Trial,
     referee: Referee<'_>,
-    prompts: &[Prompt<'_>],
-    [first, second]: [&[Answer]; 2],
+    prompts: &[Prompt],
+    said: &[Vec<Answer>],
     watch: &mut dyn FnMut(Work, &str, usize, usize),
-) -> Result<(Option<String>, Vec<Verdict>), EvaluateError> {
+) -> Result<Decided, EvaluateError> {
+    let [first, second, ..] = said else { return Ok(Decided::default()) };
     match referee {
-        Referee::None => Ok((None, Vec::new())),
+        Referee::None => Ok(Decided::default()),
         Referee::RewardModel(folder) => {
             let (model, head) = reward_model(files, &folder, trial.model)?;
             let completion = |answer: &Answer| crate::collate::Completion { tokens: answer.tokens.clone(), learnt: None };
             let samples: Vec<Sample> = prompts
                 .iter()
                 .zip(first.iter().zip(second))
-                .map(|((_, prompt), (first, second))| Sample {
-                    prompt: prompt.clone(),
+                .map(|(prompt, (first, second))| Sample {
+                    prompt: prompt.tokens.clone(),
                     completions: vec![completion(first), completion(second)],
                     ..Sample::default()
                 })
@@ -239,17 +291,57 @@ fn decide(
             watch(Work::Duel, "reward model", 0, samples.len());
             let rewards = preferences::rewards(&model, &head, &samples)?;
             let verdicts = rewards.chunks_exact(2).map(|pair| duel::by_score(pair[0], pair[1])).collect();
-            Ok((Some(folder.display().to_string()), verdicts))
+            Ok(Decided { judge: Some(folder.display().to_string()), verdicts, ..Decided::default() })
         }
+        Referee::Rules(rules) => by_rules(files, trial, &rules, prompts, said, watch),
         Referee::Judge(name, judge) => {
             let mut verdicts = Vec::with_capacity(prompts.len());
-            for ((messages, _), (first, second)) in prompts.iter().zip(first.iter().zip(second)) {
+            for (prompt, (first, second)) in prompts.iter().zip(first.iter().zip(second)) {
+                let messages = &prompt.question.messages;
                 let in_order = judge(messages, &first.text, &second.text)?;
                 let swapped = judge(messages, &second.text, &first.text)?;
                 verdicts.push(duel::by_judge(in_order, swapped));
                 watch(Work::Duel, &name, verdicts.len(), prompts.len());
             }
-            Ok((Some(name), verdicts))
+            Ok(Decided { judge: Some(name), verdicts, ..Decided::default() })
         }
     }
+}
+
+/// Whose answer earns the larger weighted sum of rewards; what each earns in the mean is told of all.
+fn by_rules(
+    files: &Arc<ModelFiles>,
+    trial: &Trial,
+    rules: &Rules,
+    prompts: &[Prompt],
+    said: &[Vec<Answer>],
+    watch: &mut dyn FnMut(Work, &str, usize, usize),
+) -> Result<Decided, EvaluateError> {
+    let config = TrainConfig::new(crate::train::Method::Grpo);
+    let mut open = |judge: &reward::Judge| judge_of(files, judge, None, trial.model, &config);
+    let ready = Rewards::new(&rules.functions, rules.weights.as_deref(), &mut open)?;
+    let (mut totals, mut rewards) = (Vec::new(), Vec::new());
+    for (done, answers) in said.iter().enumerate() {
+        watch(Work::Duel, "rules", done, said.len());
+        let judged: Vec<reward::Answer<'_>> = prompts
+            .iter()
+            .zip(answers)
+            .map(|(prompt, answer)| reward::Answer {
+                prompt: &prompt.question.messages,
+                columns: &prompt.question.columns,
+                text: &answer.text,
+                tokens: answer.tokens.len(),
+            })
+            .collect();
+        let scores = ready.score(&judged)?;
+        let mean = |(name, rewards): (String, Vec<Option<f64>>)| {
+            let known: Vec<f64> = rewards.into_iter().flatten().collect();
+            (!known.is_empty()).then(|| (name, known.iter().sum::<f64>() / known.len() as f64))
+        };
+        rewards.push(scores.each.into_iter().filter_map(mean).collect());
+        totals.push(scores.total);
+    }
+    let [first, second, ..] = totals.as_slice() else { return Ok(Decided::default()) };
+    let verdicts = first.iter().zip(second).map(|(first, second)| duel::by_score(*first, *second)).collect();
+    Ok(Decided { judge: Some(rules.name()), verdicts, rewards })
 }

@@ -8,10 +8,12 @@ use super::answers::{Answer, Sampling, drift, refuses};
 use super::duel::{Verdict, by_judge, by_score, score};
 use super::preferences::agreement;
 use super::*;
-use crate::dataset::format;
-use crate::job::{ADAPTER, Base, Job, Rows, Spec};
+use crate::dataset::control::shuffle_labels;
+use crate::dataset::{Row, format};
+use crate::job::{ADAPTER, Base, Job, LINEAGE, Rows, Spec};
 use crate::model::{ModelOptions, Precision};
-use crate::train::Control;
+use crate::reward::{Judge as Rule, LengthUnit, RewardFunction};
+use crate::train::{Control, questions};
 
 #[test]
 fn agreement_is_the_share_of_positive_margins() {
@@ -65,7 +67,8 @@ fn drift_is_about_words_refusals_and_ends() {
     assert_eq!(drift(&[], None), None);
 }
 
-fn rows() -> Vec<Value> {
+/// Comparisons of one word with several, about `numbers`.
+fn rows(numbers: std::ops::Range<usize>) -> Vec<Value> {
     let row = |index: usize| {
         json!({
             "prompt": [{ "role": "user", "content": format!("Which of {index} is it?") }],
@@ -73,40 +76,65 @@ fn rows() -> Vec<Value> {
             "rejected": [{ "role": "assistant", "content": "no, not at all" }],
         })
     };
-    (0..8).map(row).collect()
+    numbers.map(row).collect()
 }
 
-async fn trained(folder: &std::path::Path, base: &Base, method: &str) -> PathBuf {
+fn parsed(rows: Vec<Value>) -> Vec<Row> {
+    let parse = |row: Value| format::parse(row.as_object().unwrap().clone(), "rows").unwrap().row;
+    rows.into_iter().map(parse).collect()
+}
+
+fn tiny() -> Base {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/qwen2");
+    Base { name: "tiny".to_owned(), path }
+}
+
+async fn trained(folder: &std::path::Path, method: &str, rows: &[Value], shuffled: bool) -> PathBuf {
     let file = folder.join("rows.jsonl");
-    std::fs::write(&file, rows().iter().map(Value::to_string).collect::<Vec<_>>().join("\n")).unwrap();
+    std::fs::write(&file, rows.iter().map(Value::to_string).collect::<Vec<_>>().join("\n")).unwrap();
     let spec: Spec = serde_json::from_value(json!({
-        "base": base, "train_file": file, "lora": { "r": 4 }, "threads": 1,
+        "base": tiny(), "train_file": file, "lora": { "r": 4 }, "threads": 1, "shuffled_labels": shuffled,
         "config": { "method": method, "learning_rate": 2e-3, "num_train_epochs": 6 },
     }))
     .unwrap();
     let rows = Rows::read(&spec, None).await.unwrap();
-    let place = folder.join(method);
+    let place = folder.join(format!("{method}-{shuffled}"));
     Job::open(spec, rows).unwrap().train(&place, &mut |_, _| {}, &mut |_| Control::Continue).unwrap();
     place.join(ADAPTER)
+}
+
+/// With what its lineage says.
+fn entrant(name: &str, folder: &std::path::Path) -> Entrant {
+    let text = std::fs::read(folder.parent().unwrap().join(LINEAGE)).unwrap();
+    let lineage: Value = serde_json::from_slice(&text).unwrap();
+    Entrant { name: name.to_owned(), folder: folder.to_owned(), trained_on: TrainedOn::of(&lineage["data"]) }
+}
+
+fn trial(adapters: Vec<Entrant>, rows: Vec<Row>) -> Trial {
+    Trial {
+        base: tiny(),
+        adapters,
+        questions: questions(&rows),
+        rows,
+        source: "rows.jsonl".to_owned(),
+        beta: 0.1,
+        text: None,
+        prompts: 0,
+        sampling: Sampling { temperature: 1.0, max_tokens: 12, seed: 7 },
+        model: ModelOptions { threads: 1, precision: Precision::F32, ..ModelOptions::default() },
+    }
 }
 
 #[tokio::test]
 async fn an_adapter_is_measured_beside_another_and_its_base() {
     let folder = tempfile::tempdir().unwrap();
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/qwen2");
-    let base = Base { name: "tiny".to_owned(), path };
-    let (dpo, reward) = (trained(folder.path(), &base, "dpo").await, trained(folder.path(), &base, "reward").await);
-    let parse = |row: Value| format::parse(row.as_object().unwrap().clone(), "rows").unwrap().row;
+    let learnt = rows(0..8);
+    let dpo = trained(folder.path(), "dpo", &learnt, false).await;
+    let reward = trained(folder.path(), "reward", &learnt, false).await;
     let trial = Trial {
-        base,
-        adapters: vec![("dpo".to_owned(), dpo.clone()), ("again".to_owned(), dpo)],
-        rows: rows().into_iter().map(parse).collect(),
-        source: "rows.jsonl".to_owned(),
-        beta: 0.1,
         text: Some("The quick brown fox jumps over the lazy dog. ".repeat(40)),
         prompts: 5,
-        sampling: Sampling { temperature: 1.0, max_tokens: 12, seed: 7 },
-        model: ModelOptions { threads: 1, precision: Precision::F32, ..ModelOptions::default() },
+        ..trial(vec![entrant("dpo", &dpo), entrant("again", &dpo)], parsed(learnt))
     };
     let found = evaluate(&trial, Referee::None, &mut |_, _, _, _| {}).unwrap();
     let [one, same, base] = found.contenders.as_slice() else { panic!("{:?}", found.contenders) };
@@ -137,6 +165,32 @@ async fn an_adapter_is_measured_beside_another_and_its_base() {
     let by_judge = evaluate(&trial, Referee::Judge("first".to_owned(), judge), &mut |_, _, _, _| {}).unwrap();
     assert_eq!((by_judge.duel.unwrap().tied, by_judge.judge.as_deref(), asked), (5, Some("first"), 10));
 
+    // Against the base: rules over the answers as they are, however those came about.
+    let alone = Trial { adapters: vec![entrant("dpo", &dpo)], ..trial.clone() };
+    let short = RewardFunction::named("short", Rule::Length { min: None, max: Some(2), unit: LengthUnit::Words });
+    let words = RewardFunction::named("letter", Rule::Regex { pattern: "[a-z]".to_owned(), whole: false });
+    let rules = Rules::new(vec![short, words], Some(vec![1.0, 0.5])).unwrap();
+    let by_rules = evaluate(&alone, Referee::Rules(rules.clone()), &mut |_, _, _, _| {}).unwrap();
+    assert_eq!(by_rules.judge.as_deref(), Some("short + 0.5 × letter"));
+    let earns = |text: &str| {
+        let words = text.split_whitespace().count();
+        let short = if words <= 2 { 1.0 } else { (1.0 - (words - 2) as f64 / 2.0).max(0.0) };
+        short + 0.5 * f64::from(u8::from(text.contains(|letter: char| letter.is_ascii_lowercase())))
+    };
+    let expected: Vec<Verdict> =
+        by_rules.examples.iter().map(|example| by_score(earns(&example.answers[0]), earns(&example.answers[1]))).collect();
+    assert_eq!(by_rules.examples.iter().map(|example| example.verdict.unwrap()).collect::<Vec<_>>(), expected);
+    assert_eq!(by_rules.duel, score(&expected));
+    for (place, contender) in by_rules.contenders.iter().enumerate() {
+        let total: f64 = by_rules.examples.iter().map(|example| earns(&example.answers[place])).sum::<f64>() / 5.0;
+        let told = contender.rewards["short"] + 0.5 * contender.rewards["letter"];
+        assert!((told - total).abs() < 1e-12, "{told} {total}");
+    }
+    assert!(by_rules.to_html().contains("mean reward, short"));
+    // The second one is the same adapter: whatever the rules are, nobody wins.
+    assert_eq!(evaluate(&trial, Referee::Rules(rules), &mut |_, _, _, _| {}).unwrap().duel.unwrap().tied, 5);
+    assert!(Rules::new(Vec::new(), None).unwrap_err().to_string().contains("name at least one"));
+
     let page = by_judge.to_html();
     for part in ["Side by side", "held-out comparisons won", "KL to the base per token", "judged by first", "Which of 0 is it?"] {
         assert!(page.contains(part), "{part}");
@@ -144,6 +198,44 @@ async fn an_adapter_is_measured_beside_another_and_its_base() {
     let json = serde_json::to_value(&by_judge).unwrap();
     assert_eq!(serde_json::from_value::<Evaluation>(json).unwrap(), by_judge);
 
-    let nothing = Trial { rows: Vec::new(), text: None, ..trial.clone() };
+    let nothing = Trial { rows: Vec::new(), questions: Vec::new(), text: None, ..trial.clone() };
     assert!(evaluate(&nothing, Referee::None, &mut |_, _, _, _| {}).unwrap_err().to_string().contains("no comparison"));
+}
+
+#[tokio::test]
+async fn shuffled_labels_fail_the_gate_that_true_ones_pass() {
+    let folder = tempfile::tempdir().unwrap();
+    let learnt = rows(0..16);
+    let (honest, control) =
+        (trained(folder.path(), "dpo", &learnt, false).await, trained(folder.path(), "dpo", &learnt, true).await);
+    let held_out = parsed(rows(100..140));
+    let mut shuffled = held_out.clone();
+    shuffle_labels(&mut shuffled, 5);
+    // What is asked of a comparison alone; nobody judged these rows, and nothing is answered.
+    let gates: Gates = serde_json::from_value(json!({
+        "win_rate": null, "text_loss": null, "kl_per_token": null, "shortest": null, "longest": null, "refusals": null, "truncated": null,
+        "preferences": 16, "raters": null, "rater_share": null,
+    }))
+    .unwrap();
+    let measured = |adapter: &std::path::Path, rows: &[Row]| {
+        let trial = trial(vec![entrant("one", adapter)], rows.to_vec());
+        evaluate(&trial, Referee::None, &mut |_, _, _, _| {}).unwrap()
+    };
+    let found = measured(&honest, &held_out);
+    let report = gates.judge(&found);
+    assert!(report.passed, "{}", report.to_text());
+    assert_eq!(found.contenders[0].trained_on.unwrap().samples, 16);
+    // Labels that mean nothing: learnt, as the whole of a control does, or only measured on.
+    for adapter in [&control, &honest] {
+        let mut found = measured(adapter, &shuffled);
+        let report = gates.judge(&found);
+        let shut: Vec<&str> = report.checks.iter().filter(|check| !check.passed).map(|check| check.gate.as_str()).collect();
+        assert_eq!((report.passed, shut), (false, vec!["accuracy"]), "{}", report.to_text());
+        assert_eq!(found.contenders[0].trained_on.unwrap().shuffled_labels, adapter == &control);
+        found.gates = Some(report);
+        let page = found.to_html();
+        assert!(page.contains("refused") && page.contains("more preferences or cleaner"), "{page}");
+        let json = serde_json::to_value(&found).unwrap();
+        assert_eq!(serde_json::from_value::<Evaluation>(json).unwrap(), found);
+    }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::{JobError, Spec};
+use crate::dataset::control::shuffle_labels;
 use crate::dataset::import::{BadLines, Input};
 use crate::dataset::{Datasets, Example, Message, Origin, Row, StoredRow};
 use crate::quality::{Keep, Split, by_prompt_cluster};
@@ -64,6 +65,10 @@ impl Rows {
                 rows.train.drain(..).zip(parts).partition(|(_, part)| *part == Split::HeldOut);
             rows.train = train.into_iter().map(|(row, _)| row).collect();
             rows.held_out = held_out.into_iter().map(|(row, _)| row).collect();
+        }
+        if spec.shuffled_labels {
+            shuffle_labels(&mut rows.train, spec.config.seed);
+            shuffle_labels(&mut rows.held_out, spec.config.seed);
         }
         if spec.config.method.samples() {
             rows.questions = questions(&rows.train);

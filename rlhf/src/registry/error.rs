@@ -47,6 +47,21 @@ pub enum RegistryError {
         /// Its folder.
         folder: PathBuf,
     },
+    /// The weights of the base are others.
+    #[error(
+        "{adapter} was made for a base with other weights ({}… and not {}…); train it again on these, or, where they are the same model in \
+         another form, import it with --any-base",
+        short(wanted),
+        short(found)
+    )]
+    OtherBase {
+        /// The adapter, or its folder.
+        adapter: String,
+        /// Hash of the weights that it was made for.
+        wanted: String,
+        /// Hash of those that there are.
+        found: String,
+    },
     /// There is something at the place already.
     #[error("{} is there already; name a new folder", .0.display())]
     Exists(PathBuf),
@@ -61,4 +76,9 @@ pub enum RegistryError {
     /// A fault of ours.
     #[error("the files could not be handled because of an internal error; try again")]
     Interrupted,
+}
+
+/// Enough of a hash to tell it from another.
+fn short(hash: &str) -> &str {
+    hash.get(..12).unwrap_or(hash)
 }

@@ -162,7 +162,8 @@ impl Registry {
         Ok(self.adapters.insert(&new, &self.actor).await?)
     }
 
-    /// Keeps what a training made in `folder`, with the lineage that it wrote down. `job` is the job that ran it.
+    /// Keeps what a training made in `folder`, with the lineage that it wrote down; refused for a base with other weights than those that it
+    /// was trained on, where both are known. `job` is the job that ran it.
     pub async fn register_training(
         &self,
         folder: &Path,
@@ -170,12 +171,19 @@ impl Registry {
         base: Base,
         job: Option<String>,
     ) -> Result<RegisteredAdapter, RegistryError> {
+        let lineage = self.lineage_of(folder, name, base, job).await?;
+        self.register(&folder.join(ADAPTER), lineage).await
+    }
+
+    /// The lineage that a training wrote down in `folder`, for its adapter or one of its earlier epochs.
+    pub async fn lineage_of(&self, folder: &Path, name: &str, base: Base, job: Option<String>) -> Result<Lineage, RegistryError> {
         let path = folder.join(LINEAGE);
         let text = std::fs::read(&path).map_err(|source| RegistryError::Folder { path: path.clone(), source })?;
         let told: Value = serde_json::from_slice(&text)
             .map_err(|error| RegistryError::Folder { path: path.clone(), source: std::io::Error::other(error) })?;
+        check_base(&folder.display().to_string(), told["base"]["digest"].as_str(), base.hash.as_deref())?;
         let plain = Lineage::new(name, base);
-        let lineage = Lineage {
+        Ok(Lineage {
             snapshot: self.trained_on(&told).await?,
             parent: self.trained_from(&told, &plain.base.name).await?,
             raters: serde_json::from_value(told["data"]["raters"].clone()).unwrap_or_default(),
@@ -186,8 +194,7 @@ impl Registry {
             metrics: told["metrics"].clone(),
             job,
             ..plain
-        };
-        self.register(&folder.join(ADAPTER), lineage).await
+        })
     }
 
     /// The dataset that a training names, where it is one of this store and not a file.
@@ -299,6 +306,11 @@ impl Registry {
         Ok(known)
     }
 
+    /// Keeps what an evaluation found of an adapter beside its training's metrics.
+    pub async fn evaluated(&self, id: Uuid, found: &Value) -> Result<RegisteredAdapter, RegistryError> {
+        Ok(self.adapters.evaluated(id, found, &self.actor).await?)
+    }
+
     /// The folder of an adapter.
     pub fn folder(&self, location: &str) -> PathBuf {
         self.data.root().join(location)
@@ -334,6 +346,17 @@ impl Registry {
 /// All of the digest of which the generation is a part.
 fn content_hash(adapter: &Adapter) -> String {
     blake3::Hash::from_bytes(adapter.digest()).to_hex().to_string()
+}
+
+/// Fails for a base with other weights than those that an adapter was registered for. Shapes alone do not tell: an adapter fits every model of
+/// its base's sizes, and makes sense on one. Where one of the hashes is unknown, nothing can be said.
+pub fn check_base(adapter: &str, wanted: Option<&str>, found: Option<&str>) -> Result<(), RegistryError> {
+    match (wanted, found) {
+        (Some(wanted), Some(found)) if wanted != found => {
+            Err(RegistryError::OtherBase { adapter: adapter.to_owned(), wanted: wanted.to_owned(), found: found.to_owned() })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// An adapter's name stands in paths, in `base:name` and before `@generation`.

@@ -159,7 +159,7 @@ async fn what_a_training_wrote_down_is_the_lineage() {
     let all = Adapter::read(&golden("llama/adapters/all")).unwrap();
     all.write(&training.join(ADAPTER)).unwrap();
     let told = json!({
-        "base": {"name": "tiny", "digest": "x"},
+        "base": {"name": "tiny", "digest": tiny().hash},
         "parent": registry.folder(&first.location),
         "data": {"source": "pairs@1", "content_hash": "of a store elsewhere", "raters": ["ann"], "train": 7},
         "config": {"method": "dpo"},
@@ -172,6 +172,20 @@ async fn what_a_training_wrote_down_is_the_lineage() {
     assert_eq!((made.parent, made.snapshot, made.job.as_deref()), (Some(first.id), None, Some("job-1")));
     assert_eq!((&made.lineage["raters"], &made.lineage["code_version"]), (&json!(["ann"]), &json!("tidemill 9.9.9")));
     assert_eq!((&made.lineage["config"]["train"]["method"], &made.metrics["eval_loss"]), (&json!("dpo"), &json!(0.25)));
+    // The same shapes with other numbers in them are another model.
+    let other = json!({"base": {"name": "tiny", "digest": "x".repeat(64)}, "metrics": {}});
+    fs::write(training.join(LINEAGE), other.to_string()).unwrap();
+    let refused = registry.register_training(&training, "third", tiny(), None).await;
+    assert!(
+        matches!(&refused, Err(error @ RegistryError::OtherBase { .. }) if error.to_string().contains("xxxxxxxxxxxx…")),
+        "{refused:?}"
+    );
+    let any = Base { hash: None, ..tiny() };
+    let third = registry.register_training(&training, "third", any, None).await.unwrap();
+    assert_eq!((third.base_hash, third.generation), (None, made.generation));
+    let evaluated = registry.evaluated(made.id, &json!({"rows": "pairs@1"})).await.unwrap();
+    assert_eq!((&evaluated.metrics["evaluation"]["rows"], &evaluated.metrics["eval_loss"]), (&json!("pairs@1"), &json!(0.25)));
+
     let out = folder.path().join("exported");
     registry.export(&made, &out).await.unwrap();
     assert_eq!(Adapter::read(&out).unwrap().digest(), all.digest());

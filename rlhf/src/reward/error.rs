@@ -15,6 +15,9 @@ pub enum RewardError {
         /// What is wrong and what would be right.
         detail: String,
     },
+    /// The functions and their weights together.
+    #[error("{0}")]
+    Setting(String),
     /// A reward that is no number.
     #[error("the reward {name} gave {reward}; rewards are finite numbers")]
     NotFinite {
@@ -32,6 +35,14 @@ pub enum RewardError {
         /// What was started.
         command: String,
         /// How one of them failed.
+        detail: String,
+    },
+    /// A grader could ask no model about any answer.
+    #[error("the grader {name} could ask no model: {detail}")]
+    Grader {
+        /// Which.
+        name: String,
+        /// Why not.
         detail: String,
     },
     /// A reward model's files.

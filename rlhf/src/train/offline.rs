@@ -67,6 +67,19 @@ impl Offline {
     pub fn new(
         model: &dyn Policy,
         config: &TrainConfig,
+        train: Vec<Sample>,
+        held_out: Vec<Sample>,
+        cache: Option<&Path>,
+        watch: Prepare<'_>,
+    ) -> Result<Self, TrainError> {
+        Self::laid_out(true, model, config, train, held_out, cache, watch)
+    }
+
+    /// [`Offline::new`]; unless `share_prompt`, each prompt is computed once per completion, to measure what sharing is worth.
+    pub fn laid_out(
+        share_prompt: bool,
+        model: &dyn Policy,
+        config: &TrainConfig,
         mut train: Vec<Sample>,
         held_out: Vec<Sample>,
         cache: Option<&Path>,
@@ -95,7 +108,7 @@ impl Offline {
             plan: config.plan(train.len()),
             train: Part::new(train, objective, config),
             held_out: Part::new(held_out, objective, config),
-            layout: Layout { share_prompt: true, last_row: matches!(objective, Objective::Reward { .. }) },
+            layout: Layout { share_prompt, last_row: matches!(objective, Objective::Reward { .. }) },
             budget: config.tokens_per_batch,
             head,
             live_reference: objective.needs_reference() && !config.precompute_ref_log_probs.unwrap_or(true),
@@ -127,11 +140,6 @@ impl Offline {
     /// How many samples are trained on.
     pub fn samples(&self) -> usize {
         self.train.samples.len()
-    }
-
-    /// Computes each prompt once per completion, to measure what sharing is worth.
-    pub fn separate_prompts(&mut self) {
-        self.layout.share_prompt = false;
     }
 
     fn part(&self, held_out: bool) -> &Part {

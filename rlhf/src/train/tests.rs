@@ -43,8 +43,12 @@ fn samples(method: Method, count: usize, seed: u64) -> Vec<Sample> {
 }
 
 fn offline(model: &Tiny, config: &TrainConfig) -> Offline {
+    laid_out(true, model, config)
+}
+
+fn laid_out(share_prompt: bool, model: &Tiny, config: &TrainConfig) -> Offline {
     let (train, held_out) = (samples(config.method, 24, 1), samples(config.method, 8, 2));
-    Offline::new(model, config, train, held_out, None, &mut |_, _| {}).unwrap()
+    Offline::laid_out(share_prompt, model, config, train, held_out, None, &mut |_, _| {}).unwrap()
 }
 
 fn run(config: &TrainConfig, folder: &Path) -> (Tiny, Outcome) {
@@ -117,10 +121,7 @@ fn batches_and_shared_prompts_do_not_change_the_loss() {
         let trace = |config: &TrainConfig, share: bool| {
             let folder = tempfile::tempdir().unwrap();
             let model = Tiny::new();
-            let mut offline = offline(&model, config);
-            if !share {
-                offline.separate_prompts();
-            }
+            let mut offline = laid_out(share, &model, config);
             train(&model, &mut offline, config, folder.path(), &mut |_| Control::Continue).unwrap();
             let lines = log(folder.path());
             [column(&lines, "loss"), column(&lines, "eval_loss"), column(&lines, "grad_norm")].concat()

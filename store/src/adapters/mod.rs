@@ -1,6 +1,6 @@
 //! Adapters that were registered, what state they are in, and the names that lead to them.
 //!
-//! An adapter's row never changes but for its state and the marks of an erasure. Every change is written with its audit row, or not at
+//! An adapter's row never changes but for its state, what was measured of it, and the marks of an erasure. Every change is written with its audit row, or not at
 //! all. Whoever decides by an adapter's state holds its row while doing so: an adapter cannot be retired in the moment in which an alias
 //! is led to it.
 
@@ -13,8 +13,8 @@ use sqlx::{AnyConnection, AssertSqlSafe};
 use uuid::Uuid;
 
 use crate::Store;
+use crate::audit::Act;
 use crate::error::StoreError;
-use crate::inferences;
 use crate::page::{self, Page};
 use crate::patience::{at_length, patiently};
 use crate::statement::{Select, clean, clean_option};
@@ -95,6 +95,8 @@ pub struct ServedAdapter {
     pub generation: u64,
     /// The base model, as it is served.
     pub base: String,
+    /// Names the base's weights that it was registered for, where they are known.
+    pub base_hash: Option<String>,
     /// Its folder, within the data directory.
     pub location: String,
     /// Ascending.
@@ -278,7 +280,7 @@ impl Adapters {
     pub async fn served(&self) -> Result<Vec<ServedAdapter>, StoreError> {
         patiently(async {
             // One statement: an alias is seen together with what it leads to.
-            let text = "SELECT a.id, a.created, a.name, a.generation, a.base, a.location, s.name AS alias FROM adapters a \
+            let text = "SELECT a.id, a.created, a.name, a.generation, a.base, a.base_hash, a.location, s.name AS alias FROM adapters a \
                         LEFT JOIN adapter_aliases s ON s.adapter_id = a.id AND s.base = a.base WHERE a.state = 'serving' \
                         ORDER BY a.served, a.id, s.name";
             let rows = sqlx::query(text).fetch_all(self.store.database().read()).await?;
@@ -366,6 +368,22 @@ impl Adapters {
         .await
     }
 
+    /// Keeps what an evaluation found, as `evaluation` of the metrics, in the place of the one before; that stays in the audit.
+    pub async fn evaluated(&self, id: Uuid, found: &Value, actor: &str) -> Result<RegisteredAdapter, AdapterRefusal> {
+        patiently(async {
+            let mut transaction = self.store.database().write().begin().await?;
+            let adapter = row::hold(&mut transaction, id).await?.ok_or(AdapterRefusal::Unknown(id))?;
+            let mut metrics = adapter.metrics.as_object().cloned().unwrap_or_default();
+            metrics.insert("evaluation".to_owned(), found.clone());
+            let adapter = row::set_metrics(&mut transaction, id, &Value::Object(metrics)).await?;
+            self.audit(&mut transaction, actor, "adapter.evaluate", &adapter, json!({"base": adapter.base, "found": found}))
+                .await?;
+            transaction.commit().await?;
+            Ok(adapter)
+        })
+        .await
+    }
+
     /// Leads an alias of the adapter's base to an adapter that is served. Returns the adapter, and the one that it led to before.
     pub async fn set_alias(
         &self,
@@ -441,17 +459,7 @@ impl Adapters {
         if let Some(detail) = detail.as_object_mut() {
             detail.remove("lineage");
         }
-        let text = "INSERT INTO audit (id, at, actor, action, subject, detail) VALUES ($1, $2, $3, $4, $5, $6)";
-        sqlx::query(text)
-            .bind(self.store.issue_id().to_string())
-            .bind(now_us())
-            .bind(clean(actor).into_owned())
-            .bind(action.to_owned())
-            .bind(clean(subject).into_owned())
-            .bind(clean(&inferences::json(&detail)).into_owned())
-            .execute(sql)
-            .await
-            .map(drop)
+        Act { id: self.store.issue_id(), at: now_us(), actor, action, subject, detail: &detail }.write(sql).await
     }
 }
 

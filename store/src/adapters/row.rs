@@ -73,6 +73,12 @@ pub(super) async fn set_state(
     read(&query.fetch_one(sql).await?)
 }
 
+pub(super) async fn set_metrics(sql: &mut AnyConnection, id: Uuid, metrics: &Value) -> Result<RegisteredAdapter, StoreError> {
+    let text = format!("UPDATE adapters SET metrics = $2 WHERE id = $1 RETURNING {COLUMNS}");
+    let query = sqlx::query(AssertSqlSafe(text)).bind(id.to_string()).bind(clean(&metrics.to_string()).into_owned());
+    read(&query.fetch_one(sql).await?)
+}
+
 /// Names of the aliases that lead to an adapter, ascending.
 pub(super) async fn aliases_of(sql: &mut AnyConnection, id: Uuid) -> Result<Vec<String>, StoreError> {
     let query = sqlx::query("SELECT name FROM adapter_aliases WHERE adapter_id = $1 ORDER BY name").bind(id.to_string());
@@ -116,6 +122,7 @@ pub(super) fn served(rows: &[AnyRow]) -> Result<Vec<ServedAdapter>, StoreError> 
                 name: row.try_get("name")?,
                 generation: row.try_get::<i64, _>("generation")? as u64,
                 base: row.try_get("base")?,
+                base_hash: row.try_get("base_hash")?,
                 location: row.try_get("location")?,
                 aliases: Vec::new(),
             });

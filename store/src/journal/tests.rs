@@ -4,7 +4,7 @@ use uuid::Uuid;
 
 use super::frame::{Entry, frame_answer, frame_feedback};
 use super::*;
-use crate::records::{Choice, Feedback, Inference, Kind, Status, TargetKind};
+use crate::records::{Choice, Exposure, Feedback, Inference, Kind, Status, TargetKind};
 
 fn feedback(id: u128, text: &str) -> Entry {
     Entry::Feedback(Box::new(Feedback {
@@ -67,6 +67,7 @@ fn answer(id: u128, text: &str, ids: &[u32]) -> Entry {
         messages: None,
         prompt_text: None,
         prompt_ids: ids.to_vec(),
+        exposure: Some(Exposure { rollout: Uuid::from_u128(9), arm: 1, unit: i64::MIN, refused: Some(false) }),
         choices: vec![choice.clone(), choice],
     }))
 }

@@ -56,6 +56,19 @@ pub struct Choice {
     pub tokens: u32,
 }
 
+/// What an answer counts for in a rollout. It is part of the answer's record, so it says what served, not what was chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exposure {
+    /// The rollout.
+    pub rollout: Uuid,
+    /// Which of its arms answered; 0 is the control.
+    pub arm: u32,
+    /// A hash of the key that keeps the arm: a person, a conversation, or the request itself.
+    pub unit: i64,
+    /// Whether the answer refuses, by its words; `None` while nobody has looked.
+    pub refused: Option<bool>,
+}
+
 /// One answer: everything needed to reproduce it, to train on it, and to trace it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Inference {
@@ -103,6 +116,9 @@ pub struct Inference {
     pub prompt_text: Option<String>,
     /// The exact prompt.
     pub prompt_ids: Vec<u32>,
+    /// What it counts for in a rollout.
+    #[serde(default)]
+    pub exposure: Option<Exposure>,
     /// In order.
     pub choices: Vec<Choice>,
 }

@@ -4,4 +4,4 @@ mod feedback;
 mod inference;
 
 pub use feedback::{Feedback, Kind, TargetKind};
-pub use inference::{Choice, Inference, Status};
+pub use inference::{Choice, Exposure, Inference, Status};

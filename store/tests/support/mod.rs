@@ -11,7 +11,7 @@ use serde_json::{Map, json};
 use sqlx::any::AnyPoolOptions;
 use sqlx::{AnyPool, AssertSqlSafe};
 use tempfile::TempDir;
-use tidemill_store::records::{Choice, Feedback, Inference, Kind, Status, TargetKind};
+use tidemill_store::records::{Choice, Exposure, Feedback, Inference, Kind, Status, TargetKind};
 use tidemill_store::{DataDir, Dialect, Store, StoreOptions};
 use uuid::Uuid;
 
@@ -127,6 +127,7 @@ pub fn answer(store: &Store, user: &str) -> Inference {
         messages: Some(json!([{"role": "user", "content": "nul: \u{0}, naïve 🦀"}])),
         prompt_text: Some("<|user|> 🦀".into()),
         prompt_ids: vec![7, 8],
+        exposure: Some(Exposure { rollout: Uuid::from_u128(5), arm: 1, unit: i64::MIN, refused: None }),
         choices: vec![
             choice(id, "first"),
             Choice { mean_logprob: None, finish_reason: None, ..choice(store.issue_id(), "second") },

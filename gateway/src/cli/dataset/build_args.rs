@@ -1,6 +1,6 @@
 //! The flags of a build as a query.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::Value;
@@ -10,6 +10,7 @@ use tidemill_rlhf::dataset::query::{Material, MetricLabel, MetricRange, Raters, 
 use tidemill_rlhf::quality::QualityOptions;
 
 use super::DatasetCommandError;
+use crate::cli::store_args::read_json;
 use crate::clock::now;
 
 /// What `dataset build` is asked.
@@ -98,11 +99,6 @@ pub struct QualityArgs {
     pub gate: bool,
 }
 
-fn json_file<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, DatasetCommandError> {
-    let text = std::fs::read_to_string(path).map_err(|source| DatasetCommandError::File { path: path.to_owned(), source })?;
-    serde_json::from_str(&text).map_err(|error| DatasetCommandError::Json { path: path.to_owned(), reason: error.to_string() })
-}
-
 /// What a value of an enum is called in JSON, it is called here.
 pub(super) fn named<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(Value::String(text.to_owned())).map_err(|error| error.to_string())
@@ -131,7 +127,7 @@ fn label(text: &str) -> Result<MetricLabel, String> {
 impl BuildArgs {
     /// The query of the file and the flags.
     pub fn query(&self) -> Result<Query, DatasetCommandError> {
-        let mut query = self.query.as_deref().map(json_file::<Query>).transpose()?.unwrap_or_default();
+        let mut query = self.query.as_deref().map(read_json::<Query>).transpose()?.unwrap_or_default();
         query.rows.extend(&self.rows);
         query.from.extend(&self.from);
         query.models.extend(self.model.iter().cloned());
@@ -165,7 +161,7 @@ impl QualityArgs {
             options.evaluation_prompts = import::prompts(&input).await?;
         }
         if let Some(path) = &self.thresholds {
-            options.thresholds = json_file(path)?;
+            options.thresholds = read_json(path)?;
         }
         Ok(options)
     }

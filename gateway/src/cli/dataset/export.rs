@@ -14,6 +14,7 @@ use tidemill_store::Snapshot;
 
 use super::build_args::named;
 use super::{DatasetCommandError, say};
+use crate::cli::store_args::StoreCommandError;
 
 /// What `dataset export` is asked.
 #[derive(Debug, Args)]
@@ -91,9 +92,9 @@ pub async fn export(datasets: &Datasets, args: &ExportArgs) -> Result<ExitCode, 
     Ok(ExitCode::SUCCESS)
 }
 
-fn failed(path: &Path) -> impl Fn(std::io::Error) -> DatasetCommandError {
-    let path = path.to_owned();
-    move |source| DatasetCommandError::File { path: path.clone(), source }
+fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> DatasetCommandError {
+    let failed = StoreCommandError::file(path);
+    move |source| failed(source).into()
 }
 
 /// Streams selected rows to `out`, which answers whether it wants more, and counts them in `written`.

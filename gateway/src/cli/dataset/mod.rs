@@ -18,8 +18,7 @@ use tidemill_rlhf::dataset::snapshot::ImportOptions;
 use tidemill_rlhf::dataset::{DatasetError, Datasets, Watch};
 use tidemill_store::{DataDir, Snapshot, Store, StoreError};
 
-use super::serve::utf8_environment;
-use crate::config::{Config, ConfigError, Layer, Origin};
+use super::store_args::{DatasetStoreArgs, StoreCommandError};
 use bar::watched;
 use build_args::{BuildArgs, QualityArgs};
 use export::ExportArgs;
@@ -29,18 +28,8 @@ use export::ExportArgs;
 pub struct DatasetArgs {
     #[command(subcommand)]
     command: Command,
-    /// Directory for models and records [default: ./data]
-    #[arg(long, global = true, value_name = "DIR")]
-    data: Option<String>,
-    /// Where records are kept: postgres://USER:PASSWORD@HOST/NAME [default: SQLite in the data directory]
-    #[arg(long, global = true, value_name = "URL")]
-    database: Option<String>,
-    /// Folder or URL that holds the tables [default: datasets in the data directory]
-    #[arg(long, global = true, value_name = "PLACE")]
-    datasets: Option<String>,
-    /// Configuration file [default: tidemill.toml where there is one]
-    #[arg(long, global = true, value_name = "FILE")]
-    config: Option<PathBuf>,
+    #[command(flatten)]
+    place: DatasetStoreArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -108,37 +97,24 @@ struct ReportArgs {
 /// Why the command ended without what was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum DatasetCommandError {
-    /// The configuration is wrong.
+    /// The store, its configuration, or a file.
     #[error(transparent)]
-    Config(#[from] ConfigError),
+    Store(#[from] StoreCommandError),
     /// The datasets.
     #[error(transparent)]
     Dataset(#[from] DatasetError),
-    /// The store.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// A file.
-    #[error("{}: {source}", path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why not.
-        source: std::io::Error,
-    },
-    /// A file that is not the JSON that was asked for.
-    #[error("{} is not what it should be: {reason}", path.display())]
-    Json {
-        /// Which.
-        path: PathBuf,
-        /// Why not.
-        reason: String,
-    },
     /// Several kinds and one output.
     #[error("{0} has rows of several kinds, which trainers want in files of their own; say --kind KIND or --out DIR")]
     Kinds(String),
     /// A person in it was erased.
     #[error("{0} holds rows of a person who was erased since; build the dataset again, or say --tainted")]
     Tainted(String),
+}
+
+impl From<StoreError> for DatasetCommandError {
+    fn from(error: StoreError) -> Self {
+        StoreCommandError::from(error).into()
+    }
 }
 
 /// Runs the command; the exit status is the gate's, where one was asked for.
@@ -161,13 +137,7 @@ pub fn run(args: &DatasetArgs) -> Result<ExitCode, Box<dyn std::error::Error>> {
 }
 
 async fn command(args: &DatasetArgs) -> Result<ExitCode, DatasetCommandError> {
-    let mut layer = Layer::default();
-    for (key, value) in [("data", &args.data), ("database", &args.database), ("datasets", &args.datasets)] {
-        if let Some(value) = value {
-            layer.push(key, value.clone(), Origin::Flag(key));
-        }
-    }
-    let config = Config::load(layer, args.config.as_deref(), utf8_environment())?;
+    let config = args.place.config()?;
     let store = Store::open_for_command(&DataDir::new(&config.data), config.database.as_deref()).await?;
     let datasets = Datasets::new(store.clone(), config.datasets_root());
     let result = match &args.command {
@@ -303,7 +273,7 @@ async fn report(datasets: &Datasets, args: &ReportArgs) -> Result<ExitCode, Data
         say("");
     } else if let Some(path) = &args.html {
         let bytes = datasets.report(&snapshot, true).await?;
-        std::fs::write(path, bytes).map_err(|source| DatasetCommandError::File { path: path.clone(), source })?;
+        std::fs::write(path, bytes).map_err(StoreCommandError::file(path))?;
         say(&path.display().to_string());
     } else {
         say(&described(&snapshot));

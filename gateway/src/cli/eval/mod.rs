@@ -1,30 +1,42 @@
 //! `tidemill eval`
 
+mod contest;
 mod judge;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use tidemill_rlhf::dataset::{Datasets, Row};
+use tidemill_engine::{LoadError, ModelFiles};
+use tidemill_rlhf::dataset::DatasetError;
 use tidemill_rlhf::evaluate::answers::Sampling;
-use tidemill_rlhf::evaluate::{EvaluateError, Evaluation, Referee, Trial, Work, evaluate};
-use tidemill_rlhf::job::{Base, JobError, Rows};
+use tidemill_rlhf::evaluate::{EvaluateError, Evaluation, Gates, Referee, Rules, Trial, Work, evaluate};
+use tidemill_rlhf::job::{Base, JobError};
 use tidemill_rlhf::model::ModelOptions;
-use tidemill_store::{DataDir, Store, StoreError};
+use tidemill_rlhf::registry::{RegistryError, check_base};
+use tidemill_rlhf::reward::{RewardError, RewardFunction};
+use tidemill_rlhf::train::{questions, read_questions};
+use tidemill_store::StoreError;
 
-use super::serve::utf8_environment;
-use crate::config::{Config, ConfigError, Layer, Origin, model_spec};
+use super::adapter::base_of;
+use super::store_args::{DatasetStoreArgs, StoreCommandError, read_json};
+use crate::clock::now;
+use crate::config::{Config, ConfigError, ModelSpec, Origin, model_spec};
+use contest::{Contest, Named};
 use judge::Judge;
+
+/// Exit status of an adapter that the gates refuse. 1 is an error and 2 a wrong command line.
+const REFUSED: u8 = 4;
 
 /// Measure adapters: on held-out comparisons, on ordinary text, in their own answers, and against each other.
 #[derive(Debug, Args)]
 pub struct EvalArgs {
-    /// An adapter's folder, or NAME=FOLDER; a second one is compared with the first
-    #[arg(long, value_name = "DIR", required = true)]
+    /// An adapter's folder, NAME=FOLDER, or a registered adapter, which keeps what is found; a second one is compared with the first
+    #[arg(long, value_name = "ADAPTER", required = true)]
     adapter: Vec<String>,
-    /// A path or the name of a pulled model [default: the pulled default model]
+    /// A path or the name of a pulled model [default: that of the registered adapter, else the pulled default model]
     #[arg(long, value_name = "MODEL")]
     base: Option<String>,
     /// Snapshot whose held-out rows are used: NAME (its newest) or NAME@VERSION
@@ -33,7 +45,10 @@ pub struct EvalArgs {
     /// Rows that were not trained on, as a file
     #[arg(long, value_name = "FILE")]
     file: Option<PathBuf>,
-    /// Prompts of the rows that are answered; 0 for none
+    /// Prompts to answer, as JSONL like that of `tidemill train grpo` [default: those of the rows]
+    #[arg(long, value_name = "FILE")]
+    prompt_file: Option<PathBuf>,
+    /// How many prompts are answered; 0 for none
     #[arg(long, value_name = "N", default_value_t = 50)]
     prompts: usize,
     /// Ordinary text, to see whether the model still knows what it knew
@@ -42,12 +57,25 @@ pub struct EvalArgs {
     /// Judge of the first adapter against the second, or against the base: a reward model's adapter folder
     #[arg(long, value_name = "DIR", conflicts_with = "judge")]
     reward_model: Option<PathBuf>,
+    /// The same: rules, as `tidemill train grpo --set reward_funcs=` takes them, such as [{"type":"json"}]
+    #[arg(long, value_name = "JSON", conflicts_with_all = ["judge", "reward_model"])]
+    reward_funcs: Option<String>,
+    /// One number for each rule, such as [1,0.25] [default: 1 for each]
+    #[arg(long, value_name = "JSON", requires = "reward_funcs")]
+    reward_weights: Option<String>,
     /// The same: a model of an OpenAI-compatible server, asked twice with positions swapped
     #[arg(long, value_name = "MODEL")]
     judge: Option<String>,
     /// The judge's server; its key comes from OPENAI_API_KEY
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8080/v1")]
     judge_url: String,
+    /// Hold the first adapter against thresholds: JSON in a file, whose absent fields have their defaults, or `default`. The exit status
+    /// is 0 when it passes and 4 when it is refused
+    #[arg(long, value_name = "FILE|default")]
+    gates: Option<String>,
+    /// A control: turn half of the rows' labels around, so that gates must refuse
+    #[arg(long)]
+    shuffled_labels: bool,
     /// β of the rewards that log-probabilities imply
     #[arg(long, default_value_t = 0.1)]
     beta: f64,
@@ -63,105 +91,143 @@ pub struct EvalArgs {
     /// Threads that compute [default: one per core]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Folder for evaluation.json and evaluation.html [default: evaluation in the first adapter's parent folder]
+    /// Folder for evaluation.json and evaluation.html [default: evaluation in the first adapter's parent folder; of a registered one
+    /// evaluations/NAME@GENERATION in the data directory]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Directory for models and records [default: ./data]
-    #[arg(long, value_name = "DIR")]
-    data: Option<String>,
-    /// Where records are kept: postgres://USER:PASSWORD@HOST/NAME [default: SQLite in the data directory]
-    #[arg(long, value_name = "URL")]
-    database: Option<String>,
-    /// Folder or URL that holds the datasets' tables [default: datasets in the data directory]
-    #[arg(long, value_name = "PLACE")]
-    datasets: Option<String>,
-    /// Configuration file [default: tidemill.toml where there is one]
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
+    #[command(flatten)]
+    place: DatasetStoreArgs,
 }
 
 /// Why there is no evaluation.
 #[derive(Debug, thiserror::Error)]
 pub enum EvalCommandError {
-    /// The configuration is wrong.
+    /// The store, its configuration, a file, or what was typed.
     #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The store.
+    Store(#[from] StoreCommandError),
+    /// The registry.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Registry(#[from] RegistryError),
+    /// The base model's files.
+    #[error(transparent)]
+    Load(#[from] LoadError),
     /// The rows.
     #[error(transparent)]
     Job(#[from] JobError),
+    /// The prompts.
+    #[error("--prompt-file: {0}")]
+    Prompts(DatasetError),
+    /// The rules.
+    #[error(transparent)]
+    Rules(#[from] RewardError),
     /// The evaluation.
     #[error(transparent)]
     Evaluate(#[from] EvaluateError),
-    /// A file.
-    #[error("{}: {source}", path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why not.
-        source: std::io::Error,
-    },
-    /// What was typed.
-    #[error("{0}")]
-    Usage(String),
-    /// The system gives no runtime.
-    #[error("cannot start: {0}")]
-    Runtime(std::io::Error),
 }
 
-/// Runs the command.
-pub fn run(args: &EvalArgs) -> Result<(), EvalCommandError> {
-    let mut layer = Layer::default();
-    for (key, value) in [("data", &args.data), ("database", &args.database), ("datasets", &args.datasets)] {
-        if let Some(value) = value {
-            layer.push(key, value.clone(), Origin::Flag(key));
-        }
+impl From<StoreError> for EvalCommandError {
+    fn from(error: StoreError) -> Self {
+        StoreCommandError::from(error).into()
     }
-    let config = Config::load(layer, args.config.as_deref(), utf8_environment())?;
-    let named: Vec<_> = args.base.iter().map(|model| (model.clone(), Origin::Flag("base"))).collect();
-    let models = model_spec::resolve_all(&named, &config.data)?;
-    let model = models.into_iter().next().ok_or_else(|| EvalCommandError::Usage("no model was found".to_owned()))?;
-    let adapters = args.adapter.iter().map(|text| adapter(text)).collect::<Result<Vec<_>, _>>()?;
-    let (rows, source) = rows(args, &config)?;
-    let text = match &args.text {
-        Some(path) => {
-            Some(std::fs::read_to_string(path).map_err(|source| EvalCommandError::File { path: path.clone(), source })?)
-        }
-        None => None,
-    };
+}
+
+impl From<ConfigError> for EvalCommandError {
+    fn from(error: ConfigError) -> Self {
+        StoreCommandError::from(error).into()
+    }
+}
+
+/// Runs the command; the exit status is the gates', where they were asked.
+pub fn run(args: &EvalArgs) -> Result<ExitCode, EvalCommandError> {
+    let config = args.place.config()?;
+    // Before the hours of work.
+    let (gates, rules) = (args.gates.as_deref().map(gates).transpose()?, rules(args)?);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(StoreCommandError::Runtime)?;
+    let Contest { adapters, rows, source } = runtime.block_on(contest::look_up(args, &config))?;
+    let model = base(args, &config, &adapters)?;
+    let text = args.text.as_deref().map(|path| std::fs::read_to_string(path).map_err(StoreCommandError::file(path)));
     let trial = Trial {
         base: Base { name: model.name, path: model.path },
-        adapters,
+        adapters: adapters.iter().map(|named| named.entrant.clone()).collect(),
+        questions: match &args.prompt_file {
+            Some(path) => read_questions(path).map_err(EvalCommandError::Prompts)?,
+            None => questions(&rows),
+        },
         rows,
         source,
         beta: args.beta,
-        text,
+        text: text.transpose()?,
         prompts: args.prompts,
         sampling: Sampling { temperature: args.temperature, max_tokens: args.max_tokens, seed: args.seed },
         model: ModelOptions { threads: args.threads.unwrap_or(0), ..ModelOptions::default() },
     };
-    let folder = match &args.out {
-        Some(folder) => folder.clone(),
-        None => trial.adapters[0].1.parent().unwrap_or(Path::new(".")).join("evaluation"),
+    let folder = match (&args.out, adapters.first()) {
+        (Some(folder), _) => folder.clone(),
+        (None, Some(first)) => contest::place(&config, first),
+        (None, None) => PathBuf::from("evaluation"),
     };
-    let found = measure(args, &trial)?;
+    let mut found = measure(args, &trial, rules)?;
+    found.gates = gates.map(|gates| gates.judge(&found));
     say(&table(&found));
-    let page = folder.join("evaluation.html");
-    let json = serde_json::to_string_pretty(&found).map_err(|error| EvalCommandError::Usage(error.to_string()))?;
+    let page = std::path::absolute(folder.join("evaluation.html")).map_err(StoreCommandError::file(&folder))?;
+    let json = serde_json::to_string_pretty(&found)
+        .map_err(|error| StoreCommandError::Json { path: folder.join("evaluation.json"), reason: error.to_string() })?;
     let put = |path: &Path, text: &str| {
-        let failed = |source| EvalCommandError::File { path: path.to_owned(), source };
-        std::fs::create_dir_all(&folder).map_err(failed)?;
-        std::fs::write(path, text).map_err(failed)
+        std::fs::create_dir_all(&folder).map_err(StoreCommandError::file(&folder))?;
+        std::fs::write(path, text).map_err(StoreCommandError::file(path))
     };
     put(&folder.join("evaluation.json"), &json)?;
     put(&page, &found.to_html())?;
+    if args.shuffled_labels {
+        say("a control, which is not kept beside the adapter");
+    } else {
+        runtime.block_on(contest::attach(&config, &adapters, &found, &page, now()))?;
+    }
     say(&format!("page  {}", page.display()));
-    Ok(())
+    let Some(report) = &found.gates else { return Ok(ExitCode::SUCCESS) };
+    say(&report.to_text());
+    Ok(if report.passed { ExitCode::SUCCESS } else { ExitCode::from(REFUSED) })
 }
 
-fn measure(args: &EvalArgs, trial: &Trial) -> Result<Evaluation, EvalCommandError> {
+/// `default`, or a file.
+fn gates(text: &str) -> Result<Gates, EvalCommandError> {
+    let gates = if text == "default" { Gates::default() } else { read_json(Path::new(text))? };
+    if gates.any() {
+        return Ok(gates);
+    }
+    Err(StoreCommandError::Usage(format!("--gates {text}: all gates are off, so there is nothing to pass; leave --gates out"))
+        .into())
+}
+
+fn rules(args: &EvalArgs) -> Result<Option<Rules>, EvalCommandError> {
+    let wrong = |flag: &str, error: serde_json::Error| StoreCommandError::Usage(format!("{flag}: {error}"));
+    let Some(text) = &args.reward_funcs else { return Ok(None) };
+    let functions: Vec<RewardFunction> = serde_json::from_str(text).map_err(|error| wrong("--reward-funcs", error))?;
+    let weights = args.reward_weights.as_deref().map(serde_json::from_str::<Vec<f64>>).transpose();
+    Ok(Some(Rules::new(functions, weights.map_err(|error| wrong("--reward-weights", error))?)?))
+}
+
+/// The base model; of registered adapters the one that they were registered for, or nothing would be said of them.
+fn base(args: &EvalArgs, config: &Config, adapters: &[Named]) -> Result<ModelSpec, EvalCommandError> {
+    let rows = || adapters.iter().filter_map(|named| named.row.as_ref());
+    let model = match rows().next() {
+        Some(row) => base_of(config, row, args.base.as_deref())?,
+        None => {
+            let named: Vec<_> = args.base.iter().map(|model| (model.clone(), Origin::Flag("base"))).collect();
+            let models = model_spec::resolve_all(&named, &config.data)?;
+            models.into_iter().next().ok_or_else(|| StoreCommandError::Usage("no model was found".to_owned()))?
+        }
+    };
+    if rows().any(|row| row.base_hash.is_some()) {
+        let found = ModelFiles::open(&model.path)?.digest();
+        for row in rows() {
+            check_base(&row.reference(), row.base_hash.as_deref(), Some(&found))?;
+        }
+    }
+    Ok(model)
+}
+
+fn measure(args: &EvalArgs, trial: &Trial, rules: Option<Rules>) -> Result<Evaluation, EvalCommandError> {
     let bar = ProgressBar::new(0);
     let style = ProgressStyle::with_template("{msg:32} {wide_bar} {human_pos}/{human_len} {eta}");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
@@ -181,47 +247,15 @@ fn measure(args: &EvalArgs, trial: &Trial) -> Result<Evaluation, EvalCommandErro
         Some(judge) => judge.compare(messages, first, second),
         None => Err(EvaluateError::Judge("there is none".to_owned())),
     };
-    let referee = match (&args.reward_model, &args.judge) {
-        (Some(folder), _) => Referee::RewardModel(folder.clone()),
-        (None, Some(name)) => Referee::Judge(name.clone(), &mut ask),
-        (None, None) => Referee::None,
+    let referee = match (&args.reward_model, rules, &args.judge) {
+        (Some(folder), ..) => Referee::RewardModel(folder.clone()),
+        (None, Some(rules), _) => Referee::Rules(rules),
+        (None, None, Some(name)) => Referee::Judge(name.clone(), &mut ask),
+        (None, None, None) => Referee::None,
     };
     let found = evaluate(trial, referee, &mut watch);
     bar.finish_and_clear();
     Ok(found?)
-}
-
-/// `NAME=FOLDER`, or a folder that is called as its training is.
-fn adapter(text: &str) -> Result<(String, PathBuf), EvalCommandError> {
-    let (name, folder) = match text.split_once('=') {
-        Some((name, folder)) if !name.is_empty() => (Some(name.to_owned()), PathBuf::from(folder)),
-        _ => (None, PathBuf::from(text)),
-    };
-    if !folder.is_dir() {
-        return Err(EvalCommandError::Usage(format!("--adapter {text}: there is no such folder")));
-    }
-    let own = folder.file_name().filter(|own| *own != "adapter");
-    let called = own.or_else(|| folder.parent()?.file_name()).unwrap_or_default().to_string_lossy().into_owned();
-    let name = name.unwrap_or(if called.is_empty() { "adapter".to_owned() } else { called });
-    Ok((name, folder))
-}
-
-/// The rows that were held out, and where they came from.
-fn rows(args: &EvalArgs, config: &Config) -> Result<(Vec<Row>, String), EvalCommandError> {
-    if args.dataset.is_none() && args.file.is_none() {
-        return Ok((Vec::new(), "no rows".to_owned()));
-    }
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(EvalCommandError::Runtime)?;
-    runtime.block_on(async {
-        if let Some(path) = &args.file {
-            return Ok(Rows::unseen(path).await?);
-        }
-        let store = Store::open_for_command(&DataDir::new(&config.data), config.database.as_deref()).await?;
-        let datasets = Datasets::new(store.clone(), config.datasets_root());
-        let found = Rows::held_out_of(args.dataset.as_deref().unwrap_or_default(), &datasets).await;
-        store.close().await;
-        Ok(found?)
-    })
 }
 
 /// The numbers side by side, for the terminal.
@@ -243,6 +277,10 @@ fn table(found: &Evaluation) -> String {
             cell(one.answers.map(|found| format!("{:.0} %", 100.0 * found.truncated.share))),
             cell(one.answers.and_then(|found| found.kl_per_token).map(|kl| format!("{kl:.4}"))),
         ));
+    }
+    for one in found.contenders.iter().filter(|one| !one.rewards.is_empty()) {
+        let rewards: Vec<String> = one.rewards.iter().map(|(rule, reward)| format!("{rule} {reward:.3}")).collect();
+        lines.push(format!("{:16} rewards: {}", one.name, rewards.join(", ")));
     }
     if let (Some(duel), Some(judge), [first, second, ..]) = (&found.duel, &found.judge, found.contenders.as_slice()) {
         let interval =

@@ -8,7 +8,9 @@ use tidemill_rlhf::job::{Base, Lora, Spec};
 use tidemill_rlhf::train::{Method, TrainConfig};
 
 use super::TrainCommandError;
+use crate::cli::store_args::{DatasetStoreArgs, StoreCommandError, read_json};
 use crate::config::{Config, Origin, model_spec};
+use crate::fine_tuning::TrainingPriority;
 
 /// Train an adapter on a dataset.
 #[derive(Debug, clap::Args)]
@@ -73,24 +75,26 @@ pub struct TrainArgs {
     /// Folder of the training [default: training/NAME in the data directory]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// What the registry calls the adapter, where the data directory has a store [default: the name of the training's folder]
+    #[arg(long, value_name = "NAME", conflicts_with = "no_register")]
+    pub name: Option<String>,
+    /// Leave the adapter in the training's folder
+    #[arg(long)]
+    pub no_register: bool,
+    /// A control: turn half of the labels around, those held out included. What comes out must fail the gates of `tidemill eval`
+    #[arg(long)]
+    shuffled_labels: bool,
     /// Say what it would take, measured on one step, and train nothing
     #[arg(long)]
     pub dry_run: bool,
     /// Do what spec.json in this folder says, and tell it as lines of JSON
     #[arg(long, value_name = "DIR", conflicts_with_all = ["method", "dataset", "file", "out", "dry_run"])]
     pub job: Option<PathBuf>,
-    /// Directory for models and records [default: ./data]
-    #[arg(long, value_name = "DIR")]
-    pub data: Option<String>,
-    /// Where records are kept: postgres://USER:PASSWORD@HOST/NAME [default: SQLite in the data directory]
-    #[arg(long, value_name = "URL")]
-    pub database: Option<String>,
-    /// Folder or URL that holds the datasets' tables [default: datasets in the data directory]
-    #[arg(long, value_name = "PLACE")]
-    pub datasets: Option<String>,
-    /// Configuration file [default: tidemill.toml where there is one]
-    #[arg(long = "config", value_name = "FILE")]
-    pub config_file: Option<PathBuf>,
+    /// How urgent it is, as a job: idle (what nobody else wants) or low
+    #[arg(long, value_enum, default_value_t, requires = "job", hide_default_value = true)]
+    pub priority: TrainingPriority,
+    #[command(flatten)]
+    pub place: DatasetStoreArgs,
 }
 
 fn method(text: &str) -> Result<Method, String> {
@@ -115,10 +119,10 @@ fn field(text: &str) -> Result<(String, Value), String> {
 impl TrainArgs {
     /// The specification that the flags say.
     pub fn spec(&self, config: &Config) -> Result<Spec, TrainCommandError> {
-        let method = self.method.ok_or_else(|| TrainCommandError::Usage("name a method, such as dpo".to_owned()))?;
+        let method = self.method.ok_or_else(|| StoreCommandError::Usage("name a method, such as dpo".to_owned()))?;
         let named: Vec<_> = self.base.iter().map(|model| (model.clone(), Origin::Flag("base"))).collect();
         let models = model_spec::resolve_all(&named, &config.data)?;
-        let model = models.into_iter().next().ok_or_else(|| TrainCommandError::Usage("no model was found".to_owned()))?;
+        let model = models.into_iter().next().ok_or_else(|| StoreCommandError::Usage("no model was found".to_owned()))?;
         let spec = Spec {
             base: Base { name: model.name, path: absolute(&model.path)? },
             dataset: self.dataset.clone(),
@@ -129,9 +133,11 @@ impl TrainArgs {
             config: self.config(method)?,
             lora: self.lora(),
             adapter: self.adapter.as_deref().map(absolute).transpose()?,
+            epoch_adapters: None,
             threads: self.threads.unwrap_or(0),
             precision: self.precision.unwrap_or_default(),
             recompute: self.recompute,
+            shuffled_labels: self.shuffled_labels,
         };
         spec.check()?;
         Ok(spec)
@@ -140,10 +146,7 @@ impl TrainArgs {
     fn config(&self, method: Method) -> Result<TrainConfig, TrainCommandError> {
         let mut fields: Map<String, Value> = match &self.settings {
             None => Map::new(),
-            Some(path) => {
-                let bytes = std::fs::read(path).map_err(|source| TrainCommandError::File { path: path.clone(), source })?;
-                serde_json::from_slice(&bytes).map_err(|error| TrainCommandError::Json { path: path.clone(), error })?
-            }
+            Some(path) => read_json(path)?,
         };
         fields.insert("method".to_owned(), json!(method));
         fields.extend(self.fields.iter().cloned());
@@ -178,7 +181,7 @@ impl TrainArgs {
 
 /// A training is moved between folders and processes; what it names stays where it is.
 fn absolute(path: &Path) -> Result<PathBuf, TrainCommandError> {
-    std::path::absolute(path).map_err(|source| TrainCommandError::File { path: path.to_owned(), source })
+    Ok(std::path::absolute(path).map_err(StoreCommandError::file(path))?)
 }
 
 #[cfg(test)]

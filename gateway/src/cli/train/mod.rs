@@ -3,9 +3,10 @@
 mod args;
 mod bar;
 mod events;
+mod register;
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,51 +17,37 @@ use tidemill_rlhf::train::{Control, Ending, Outcome, Progress, TrainError};
 use tidemill_store::{DataDir, Store, StoreError};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::serve::utf8_environment;
-use crate::config::{Config, ConfigError, Layer, Origin};
+use super::store_args::StoreCommandError;
+use crate::config::{Config, ConfigError};
+use crate::graders::DeskOracle;
 pub use args::TrainArgs;
 
 /// Exit status of a training that was stopped and can go on (`EX_TEMPFAIL` of sysexits.h).
 const STOPPED: u8 = 75;
-/// What a job adds to its niceness before it starts a thread.
-const NICE: i32 = 10;
 /// The specification inside a job's folder.
 const SPEC: &str = "spec.json";
 
 /// Why the command ended without an adapter.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainCommandError {
-    /// The configuration is wrong.
+    /// The store, its configuration, a file, or what was typed.
     #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The store.
-    #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(#[from] StoreCommandError),
     /// The training.
     #[error(transparent)]
     Job(#[from] JobError),
-    /// What was typed.
-    #[error("{0}")]
-    Usage(String),
-    /// A file.
-    #[error("{}: {source}", path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why not.
-        source: std::io::Error,
-    },
-    /// A file that is not the JSON that was asked for.
-    #[error("{}: {error}", path.display())]
-    Json {
-        /// Which.
-        path: PathBuf,
-        /// Why not.
-        error: serde_json::Error,
-    },
-    /// The system gives no runtime or no signals.
-    #[error("cannot start: {0}")]
-    Runtime(std::io::Error),
+}
+
+impl From<StoreError> for TrainCommandError {
+    fn from(error: StoreError) -> Self {
+        StoreCommandError::from(error).into()
+    }
+}
+
+impl From<ConfigError> for TrainCommandError {
+    fn from(error: ConfigError) -> Self {
+        StoreCommandError::from(error).into()
+    }
 }
 
 /// Who hears how a training goes.
@@ -75,8 +62,7 @@ trait Audience: Send {
 /// Runs the command.
 pub fn run(args: &TrainArgs) -> Result<ExitCode, TrainCommandError> {
     if let Some(folder) = &args.job {
-        // Somebody's server runs on this machine, and goes first.
-        let _ = rustix::process::nice(NICE);
+        args.priority.take();
         // A machine reads: whatever happens is a line.
         let mut audience = events::Lines;
         return Ok(match by_specification(args, folder, &mut audience) {
@@ -87,7 +73,7 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode, TrainCommandError> {
             }
         });
     }
-    let config = config(args)?;
+    let config = args.place.config()?;
     let spec = args.spec(&config)?;
     let job = open(&config, &spec)?;
     let mut bar = bar::Bar::new();
@@ -98,30 +84,28 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode, TrainCommandError> {
     }
     let folder = args.folder(&config, &spec);
     keep(&folder, &spec)?;
-    train(&job, &folder, &mut bar)
+    let ended = train(&job, &folder, &mut bar, Arc::default())?;
+    register::register(args, &config, &spec, &folder);
+    Ok(ended)
 }
 
 fn by_specification(args: &TrainArgs, folder: &Path, audience: &mut dyn Audience) -> Result<ExitCode, TrainCommandError> {
-    let config = config(args)?;
+    let config = args.place.config()?;
     let spec = Spec::read(&folder.join(SPEC))?;
-    let job = open(&config, &spec)?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let job = open(&config, &spec)?.asking(Arc::new(DeskOracle::new(folder, Arc::clone(&stop), leave)));
     audience.prepared(&job);
-    train(&job, folder, audience)
+    train(&job, folder, audience, stop)
 }
 
-fn config(args: &TrainArgs) -> Result<Config, TrainCommandError> {
-    let mut layer = Layer::default();
-    for (key, value) in [("data", &args.data), ("database", &args.database), ("datasets", &args.datasets)] {
-        if let Some(value) = value {
-            layer.push(key, value.clone(), Origin::Flag(key));
-        }
-    }
-    Ok(Config::load(layer, args.config_file.as_deref(), utf8_environment())?)
+/// Goes while a grade is waited for: the turn that wanted it is begun again by the next process.
+fn leave() {
+    std::process::exit(i32::from(STOPPED));
 }
 
 /// Reads the rows, from the store only where a dataset is named.
 fn open(config: &Config, spec: &Spec) -> Result<Job, TrainCommandError> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(TrainCommandError::Runtime)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(StoreCommandError::Runtime)?;
     let rows = runtime.block_on(async {
         if spec.dataset.is_none() {
             return Ok::<_, TrainCommandError>(Rows::read(spec, None).await?);
@@ -137,16 +121,16 @@ fn open(config: &Config, spec: &Spec) -> Result<Job, TrainCommandError> {
 /// Writes down what is trained in the folder; a second start with the same is the same training.
 fn keep(folder: &Path, spec: &Spec) -> Result<(), TrainCommandError> {
     let path = folder.join(SPEC);
-    let failed = |source| TrainCommandError::File { path: path.clone(), source };
-    let text = serde_json::to_string_pretty(spec).map_err(|error| TrainCommandError::Json { path: path.clone(), error })?;
-    std::fs::create_dir_all(folder).map_err(failed)?;
+    let reason = |error: serde_json::Error| StoreCommandError::Json { path: path.clone(), reason: error.to_string() };
+    let text = serde_json::to_string_pretty(spec).map_err(reason)?;
+    std::fs::create_dir_all(folder).map_err(StoreCommandError::file(folder))?;
     let beside = folder.join("spec.partial");
-    std::fs::write(&beside, text + "\n").map_err(failed)?;
-    std::fs::rename(&beside, &path).map_err(failed)
+    std::fs::write(&beside, text + "\n").map_err(StoreCommandError::file(&beside))?;
+    Ok(std::fs::rename(&beside, &path).map_err(StoreCommandError::file(&path))?)
 }
 
-fn train(job: &Job, folder: &Path, audience: &mut dyn Audience) -> Result<ExitCode, TrainCommandError> {
-    let stop = stop_by_signal()?;
+fn train(job: &Job, folder: &Path, audience: &mut dyn Audience, stop: Arc<AtomicBool>) -> Result<ExitCode, TrainCommandError> {
+    stop_by_signal(Arc::clone(&stop))?;
     let audience = std::sync::Mutex::new(audience);
     let told = || audience.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let mut prepare = |done, all| {
@@ -165,14 +149,12 @@ fn train(job: &Job, folder: &Path, audience: &mut dyn Audience) -> Result<ExitCo
     Ok(if outcome.ending == Ending::Stopped { ExitCode::from(STOPPED) } else { ExitCode::SUCCESS })
 }
 
-/// Set at the first SIGINT or SIGTERM; a second one ends the process at once.
-fn stop_by_signal() -> Result<Arc<AtomicBool>, TrainCommandError> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let seen = Arc::clone(&stop);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(TrainCommandError::Runtime)?;
+/// Sets `seen` at the first SIGINT or SIGTERM; a second one ends the process at once.
+fn stop_by_signal(seen: Arc<AtomicBool>) -> Result<(), TrainCommandError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(StoreCommandError::Runtime)?;
     let (mut term, mut int) = {
         let _guard = runtime.enter();
-        let listen = |kind| signal(kind).map_err(TrainCommandError::Runtime);
+        let listen = |kind| signal(kind).map_err(StoreCommandError::Runtime);
         (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?)
     };
     std::thread::Builder::new()
@@ -188,8 +170,8 @@ fn stop_by_signal() -> Result<Arc<AtomicBool>, TrainCommandError> {
                 }
             });
         })
-        .map_err(TrainCommandError::Runtime)?;
-    Ok(stop)
+        .map_err(StoreCommandError::Runtime)?;
+    Ok(())
 }
 
 impl From<TrainError> for TrainCommandError {

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{LossType, Method, TrainConfig, config};
-use crate::{loss::advantage::AdaptiveKl, reward::RewardFunction, train::TrainError};
+use crate::{loss::advantage::AdaptiveKl, reward, train::TrainError};
 
 /// What GRPO divides advantages by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,6 +118,8 @@ pub struct Reinforcement {
     pub advantages: Advantages,
     /// Answers to each prompt.
     pub group: usize,
+    /// Answers to each prompt of an evaluation.
+    pub evaluated: usize,
     /// Answers of a step.
     pub answers: usize,
     /// How they are sampled.
@@ -184,6 +186,7 @@ impl TrainConfig {
             algorithm: self.algorithm()?,
             advantages: self.advantages(),
             group,
+            evaluated: self.num_generations_eval.unwrap_or(1),
             answers,
             draw: Draw {
                 max_tokens: self.max_completion_length.unwrap_or(256),
@@ -245,23 +248,6 @@ impl TrainConfig {
     }
 
     fn check_rewards(&self) -> Result<(), TrainError> {
-        if self.reward_funcs.is_empty() {
-            return Err(config("reward_funcs says what answers are rewarded for; name at least one, as {\"type\": \"json\"}"));
-        }
-        if let Some(weights) = &self.reward_weights {
-            if weights.len() != self.reward_funcs.len() {
-                let (given, needed) = (weights.len(), self.reward_funcs.len());
-                return Err(config(format!("reward_weights has {given} numbers for {needed} reward_funcs; give one for each")));
-            }
-            if let Some(bad) = weights.iter().find(|weight| !weight.is_finite()) {
-                return Err(config(format!("reward_weights must be finite numbers, one is {bad}")));
-            }
-        }
-        let mut names: Vec<&str> = self.reward_funcs.iter().map(RewardFunction::name).collect();
-        names.sort_unstable();
-        if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(config(format!("two reward_funcs are called {}; give each a \"name\" of its own", twice[0])));
-        }
-        self.reward_funcs.iter().try_for_each(|function| function.check().map_err(|error| config(error.to_string())))
+        reward::check(&self.reward_funcs, self.reward_weights.as_deref()).map_err(|error| config(error.to_string()))
     }
 }

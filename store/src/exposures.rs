@@ -1,0 +1,187 @@
+//! What answers count for in rollouts, summed up by arm.
+//!
+//! An exposure is part of an answer's record ([`crate::records::Exposure`]); here are the sums that a rollout is judged by. Answers that
+//! the client broke off count as exposures and as nothing else: they say nothing of the variant.
+
+use sqlx::{AssertSqlSafe, Row};
+use uuid::Uuid;
+
+use crate::Database;
+use crate::error::StoreError;
+use crate::patience::at_length;
+use crate::records::Kind;
+use crate::statement::clean;
+
+/// What an arm's answers were like.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct ArmCounts {
+    /// Which arm.
+    pub arm: u32,
+    /// Different units that it answered.
+    pub units: u64,
+    /// Answers that ended, well or not.
+    pub answers: u64,
+    /// Of these, those that failed.
+    pub failed: u64,
+    /// Answers that ended well.
+    pub complete: u64,
+    /// Of these, those cut off at their limit.
+    pub truncated: u64,
+    /// Answers of which it is known whether they refuse.
+    pub read: u64,
+    /// Of these, those that do.
+    pub refused: u64,
+    /// Σ tokens of the answers that ended well.
+    pub tokens: f64,
+    /// Σ tokens² of the same.
+    pub tokens_squared: f64,
+}
+
+/// Judgements of an arm's answers: one number for each unit, the mean of what was said of its answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct UnitSums {
+    /// Which arm.
+    pub arm: u32,
+    /// Units of whose answers somebody said something.
+    pub units: u64,
+    /// Σ of their means.
+    pub sum: f64,
+    /// Σ of the squares of their means.
+    pub squares: f64,
+}
+
+/// The time to the first token in an arm.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FirstTokens {
+    /// Answers that have one.
+    pub count: u64,
+    /// The quantile's value, in microseconds; `None` without any.
+    pub value_us: Option<i64>,
+    /// Answers that took longer than the bound.
+    pub above: u64,
+}
+
+/// The exposures of a database. Cloning is cheap.
+#[derive(Clone, Debug)]
+pub struct Exposures {
+    database: Database,
+}
+
+impl Exposures {
+    /// Over a database whose tables are there.
+    pub fn new(database: &Database) -> Self {
+        Self { database: database.clone() }
+    }
+
+    /// The arms of a rollout that answered since then (microseconds since 1970), by arm.
+    pub async fn counts(&self, rollout: Uuid, since: i64) -> Result<Vec<ArmCounts>, StoreError> {
+        at_length(async {
+            let sum = |condition: &str| format!("CAST(COALESCE(SUM(CASE WHEN {condition} THEN 1 ELSE 0 END), 0) AS BIGINT)");
+            let tokens = |power: &str| {
+                let each =
+                    format!("CASE WHEN i.status = 'ok' THEN CAST(i.output_tokens AS DOUBLE PRECISION){power} ELSE 0.0 END");
+                format!("CAST(COALESCE(SUM({each}), 0.0) AS DOUBLE PRECISION)")
+            };
+            let text = format!(
+                "SELECT i.arm, COUNT(DISTINCT i.unit), {}, {}, {}, {}, {}, {}, {}, {} FROM inferences i \
+                 LEFT JOIN choices c ON c.id = i.id WHERE i.rollout_id = $1 AND i.created >= $2 GROUP BY i.arm ORDER BY i.arm",
+                sum("i.status <> 'cancelled'"),
+                sum("i.status = 'failed'"),
+                sum("i.status = 'ok'"),
+                sum("i.status = 'ok' AND c.finish_reason = 'length'"),
+                sum("i.refused IS NOT NULL"),
+                sum("i.refused = 1"),
+                tokens(""),
+                tokens(" * i.output_tokens"),
+            );
+            let query = sqlx::query(AssertSqlSafe(text)).bind(rollout.to_string()).bind(since);
+            let rows = query.fetch_all(self.database.read()).await?;
+            let arm = |row: &sqlx::any::AnyRow| {
+                let count = |index: usize| row.try_get::<i64, _>(index).map(i64::unsigned_abs);
+                Ok(ArmCounts {
+                    arm: u32::try_from(row.try_get::<i64, _>(0)?).unwrap_or(u32::MAX),
+                    units: count(1)?,
+                    answers: count(2)?,
+                    failed: count(3)?,
+                    complete: count(4)?,
+                    truncated: count(5)?,
+                    read: count(6)?,
+                    refused: count(7)?,
+                    tokens: row.try_get(8)?,
+                    tokens_squared: row.try_get(9)?,
+                })
+            };
+            rows.iter().map(arm).collect()
+        })
+        .await
+    }
+
+    /// The time to the first token of an arm's answers: its `quantile`, from 0 to 1, and how many took longer than `bound` microseconds.
+    pub async fn first_tokens(
+        &self,
+        rollout: Uuid,
+        arm: u32,
+        since: i64,
+        quantile: f64,
+        bound: i64,
+    ) -> Result<FirstTokens, StoreError> {
+        const OF_ARM: &str =
+            "FROM inferences WHERE rollout_id = $1 AND arm = $2 AND created >= $3 AND first_token_us IS NOT NULL";
+        at_length(async {
+            let text = format!(
+                "SELECT COUNT(*), CAST(COALESCE(SUM(CASE WHEN first_token_us > $4 THEN 1 ELSE 0 END), 0) AS BIGINT) {OF_ARM}"
+            );
+            let query = sqlx::query(AssertSqlSafe(text)).bind(rollout.to_string()).bind(i64::from(arm)).bind(since).bind(bound);
+            let counted = query.fetch_one(self.database.read()).await?;
+            let count: i64 = counted.try_get(0)?;
+            // The smallest value that so large a share does not exceed.
+            let rank = (quantile.clamp(0.0, 1.0) * count as f64).ceil() as i64 - 1;
+            let text = format!("SELECT first_token_us {OF_ARM} ORDER BY first_token_us LIMIT 1 OFFSET $4");
+            let query =
+                sqlx::query(AssertSqlSafe(text)).bind(rollout.to_string()).bind(i64::from(arm)).bind(since).bind(rank.max(0));
+            let found = query.fetch_optional(self.database.read()).await?;
+            let value_us = found.map(|row| row.try_get(0)).transpose()?;
+            Ok(FirstTokens { count: count.unsigned_abs(), value_us, above: counted.try_get::<i64, _>(1)?.unsigned_abs() })
+        })
+        .await
+    }
+
+    /// What people said of the answers since then, by arm: thumbs, ratings, or a metric by its name. Of a conversation, what was said
+    /// counts for the unit once.
+    pub async fn judgements(
+        &self,
+        rollout: Uuid,
+        since: i64,
+        kind: Kind,
+        metric: Option<&str>,
+    ) -> Result<Vec<UnitSums>, StoreError> {
+        // An absent name is the empty one, as no metric is called.
+        const SAID: &str = "f.withdrawn = 0 AND f.kind = $3 AND COALESCE(f.metric, '') = $4 AND f.number IS NOT NULL";
+        at_length(async {
+            let text = format!(
+                "SELECT arm, COUNT(*), CAST(SUM(mean) AS DOUBLE PRECISION), CAST(SUM(mean * mean) AS DOUBLE PRECISION) FROM (\
+                     SELECT arm, unit, AVG(number) AS mean FROM (\
+                         SELECT i.arm AS arm, i.unit AS unit, f.id AS id, f.number AS number FROM inferences i \
+                             JOIN choices c ON c.inference_id = i.id JOIN feedback f ON f.target = c.id \
+                             WHERE i.rollout_id = $1 AND i.created >= $2 AND {SAID} \
+                         UNION SELECT i.arm, i.unit, f.id, f.number FROM inferences i \
+                             JOIN feedback f ON f.target = i.conversation AND f.target_kind = 'conversation' \
+                             WHERE i.rollout_id = $1 AND i.created >= $2 AND {SAID}\
+                     ) AS said GROUP BY arm, unit\
+                 ) AS units GROUP BY arm ORDER BY arm"
+            );
+            let query = sqlx::query(AssertSqlSafe(text)).bind(rollout.to_string()).bind(since).bind(kind.as_str());
+            let rows = query.bind(clean(metric.unwrap_or_default()).into_owned()).fetch_all(self.database.read()).await?;
+            let arm = |row: &sqlx::any::AnyRow| {
+                Ok(UnitSums {
+                    arm: u32::try_from(row.try_get::<i64, _>(0)?).unwrap_or(u32::MAX),
+                    units: row.try_get::<i64, _>(1)?.unsigned_abs(),
+                    sum: row.try_get(2)?,
+                    squares: row.try_get(3)?,
+                })
+            };
+            rows.iter().map(arm).collect()
+        })
+        .await
+    }
+}

@@ -1,0 +1,255 @@
+//! Rollouts, their decisions, and what answers count for in them, on every database.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
+
+mod support;
+
+use serde_json::{Value, json};
+use support::{answer, each, thumb};
+use tidemill_store::records::{Exposure, Feedback, Inference, Kind, Status, TargetKind};
+use tidemill_store::{
+    ArmCounts, Exposures, FirstTokens, Rollout, RolloutChange, RolloutDecision, RolloutFilter, RolloutRefusal, Rollouts, Store,
+    UnitSums,
+};
+use uuid::Uuid;
+
+fn rollout(store: &Store, name: &str) -> Rollout {
+    Rollout {
+        id: store.issue_id(),
+        created: 10,
+        updated: 10,
+        ended: None,
+        name: name.into(),
+        model: "assistant".into(),
+        spec: json!({"kind": "canary", "arms": [0.5, 0.5], "odd": "nul \u{fffd}"}),
+        state: json!({"weight": 0.05}),
+        version: 0,
+        latest: json!({"action": "start"}),
+    }
+}
+
+fn decision(version: i64, at: i64, action: &str, actor: Option<&str>) -> RolloutDecision {
+    RolloutDecision {
+        version,
+        at,
+        action: action.into(),
+        actor: actor.map(str::to_owned),
+        body: json!({"action": action, "at": at}),
+    }
+}
+
+fn change(at: i64, action: &str, actor: Option<&str>, keep: bool) -> RolloutChange {
+    RolloutChange { state: json!({"weight": at}), over: action == "promote", decision: decision(-1, at, action, actor), keep }
+}
+
+#[test]
+fn of_two_who_saw_the_same_state_one_wins_and_the_other_is_told() {
+    each(async |place| {
+        let store = place.open().await;
+        let rollouts = Rollouts::new(&store);
+        let new = rollout(&store, "shorter");
+        rollouts.insert(&new, &decision(0, 10, "start", Some("ann")), "ann").await.unwrap();
+        assert_eq!(rollouts.find("shorter").await.unwrap(), new);
+
+        let (one, two) = (change(20, "step", None, true), change(21, "roll_back", Some("bob"), false));
+        let (first, second) = tokio::join!(rollouts.advance(&new, &one, None), rollouts.advance(&new, &two, Some("bob")));
+        let (won, lost) = if first.is_ok() { (first, second) } else { (second, first) };
+        let won = won.unwrap();
+        assert!(matches!(lost, Err(RolloutRefusal::Changed)), "{lost:?}");
+        assert_eq!((won.version, won.ended), (1, None));
+        assert_eq!(rollouts.find(&new.id.to_string()).await.unwrap(), won);
+
+        // What is not worth a row is still the latest; what a person wants has one.
+        let held = rollouts.advance(&won, &change(30, "hold", None, false), None).await.unwrap();
+        assert_eq!((held.version, &held.latest["action"]), (2, &json!("hold")));
+        let over = rollouts.advance(&held, &change(40, "promote", Some("ann"), false), Some("ann")).await.unwrap();
+        assert_eq!((over.version, over.ended), (3, Some(40)));
+        let refused = rollouts.advance(&over, &change(50, "roll_back", Some("bob"), true), Some("bob")).await;
+        assert!(matches!(refused, Err(RolloutRefusal::Changed)), "nothing changes when it is over");
+        let rows = rollouts.decisions(new.id).await.unwrap();
+        let versions: Vec<i64> = rows.iter().map(|row| row.version).collect();
+        assert_eq!(versions, [0, 1, 3]);
+        assert_eq!((rows[2].action.as_str(), rows[2].actor.as_deref()), ("promote", Some("ann")));
+        assert_eq!(rows[2].body, json!({"action": "promote", "at": 40}));
+
+        let audit: Vec<(String, String)> =
+            sqlx::query_as("SELECT action, subject FROM audit WHERE action LIKE 'rollout.%' ORDER BY at")
+                .fetch_all(store.database().read())
+                .await
+                .unwrap();
+        let actions: Vec<&str> = audit.iter().map(|(action, _)| action.as_str()).collect();
+        let by_people = if won.latest["action"] == "step" {
+            vec!["rollout.start", "rollout.promote"]
+        } else {
+            vec!["rollout.start", "rollout.roll_back", "rollout.promote"]
+        };
+        assert_eq!(actions, by_people);
+        assert!(audit.iter().all(|(_, subject)| subject == "shorter"));
+    });
+}
+
+#[test]
+fn a_name_is_free_again_when_its_rollout_is_over() {
+    each(async |place| {
+        let store = place.open().await;
+        let rollouts = Rollouts::new(&store);
+        let (first, other, again) = (rollout(&store, "a"), rollout(&store, "b"), rollout(&store, "a"));
+        let start = decision(0, 10, "start", Some("ann"));
+        rollouts.insert(&first, &start, "ann").await.unwrap();
+        let refused = rollouts.insert(&again, &start, "ann").await.unwrap_err();
+        assert!(matches!(&refused, RolloutRefusal::NameTaken(name) if name == "a"), "{refused}");
+        rollouts.insert(&other, &start, "ann").await.unwrap();
+        assert_eq!(rollouts.running().await.unwrap(), [first.clone(), other.clone()]);
+        let over = rollouts.advance(&first, &change(20, "promote", None, true), None).await.unwrap();
+        rollouts.insert(&again, &start, "ann").await.unwrap();
+        assert_eq!(rollouts.find("a").await.unwrap(), again, "the one that runs goes before the one that is over");
+        let listed = async |filter: RolloutFilter| rollouts.list(&filter).await.unwrap().items;
+        assert_eq!(listed(RolloutFilter::default()).await.len(), 3);
+        assert_eq!(listed(RolloutFilter { over: Some(true), ..RolloutFilter::default() }).await, [over]);
+        assert_eq!(listed(RolloutFilter { over: Some(false), limit: Some(1), ..RolloutFilter::default() }).await, [again]);
+        assert!(listed(RolloutFilter { model: Some("else".into()), ..RolloutFilter::default() }).await.is_empty());
+        assert!(matches!(rollouts.find("none").await, Err(RolloutRefusal::Unknown(_))));
+    });
+}
+
+const ROLLOUT: Uuid = Uuid::from_u128(77);
+
+struct Served {
+    arm: u32,
+    unit: i64,
+    status: Status,
+    finish: &'static str,
+    tokens: u32,
+    first_token_us: Option<i64>,
+    refused: Option<bool>,
+}
+
+fn served(store: &Store, at: i64, served: &Served) -> Inference {
+    let mut row = answer(store, &format!("user-{}", served.unit));
+    row.created = at;
+    row.status = served.status;
+    row.output_tokens = served.tokens;
+    row.first_token_us = served.first_token_us;
+    row.choices[0].finish_reason = Some(served.finish.into());
+    row.exposure = Some(Exposure { rollout: ROLLOUT, arm: served.arm, unit: served.unit, refused: served.refused });
+    row
+}
+
+#[test]
+fn exposures_are_summed_up_by_arm() {
+    each(async |place| {
+        let store = place.open().await;
+        let exposures = Exposures::new(store.database());
+        assert_eq!(exposures.counts(ROLLOUT, 0).await.unwrap(), []);
+        assert_eq!(exposures.first_tokens(ROLLOUT, 0, 0, 0.99, 5).await.unwrap(), FirstTokens::default());
+        let ok = Served {
+            arm: 0,
+            unit: 1,
+            status: Status::Ok,
+            finish: "stop",
+            tokens: 10,
+            first_token_us: Some(100),
+            refused: Some(false),
+        };
+        for (at, row) in [
+            (5, Served { tokens: 1000, ..ok }),
+            (10, Served { ..ok }),
+            (11, Served { finish: "length", tokens: 30, first_token_us: Some(300), refused: Some(true), ..ok }),
+            (12, Served { unit: -2, status: Status::Failed, tokens: 4, first_token_us: None, refused: None, ..ok }),
+            (13, Served { unit: -3, status: Status::Cancelled, tokens: 7, first_token_us: Some(200), refused: None, ..ok }),
+            (14, Served { arm: 1, unit: i64::MAX, tokens: 2, ..ok }),
+        ] {
+            store.record(served(&store, at, &row)).unwrap();
+        }
+        // Another rollout's, and one that counts nowhere.
+        let mut elsewhere = served(&store, 15, &ok);
+        elsewhere.exposure = elsewhere.exposure.map(|exposure| Exposure { rollout: Uuid::from_u128(78), ..exposure });
+        store.record(elsewhere).unwrap();
+        store.record(Inference { exposure: None, ..served(&store, 16, &ok) }).unwrap();
+        store.flush().await;
+        assert_eq!(
+            exposures.counts(ROLLOUT, 10).await.unwrap(),
+            [
+                ArmCounts {
+                    arm: 0,
+                    units: 3,
+                    answers: 3,
+                    failed: 1,
+                    complete: 2,
+                    truncated: 1,
+                    read: 2,
+                    refused: 1,
+                    tokens: 40.0,
+                    tokens_squared: 1000.0
+                },
+                ArmCounts {
+                    arm: 1,
+                    units: 1,
+                    answers: 1,
+                    complete: 1,
+                    read: 1,
+                    tokens: 2.0,
+                    tokens_squared: 4.0,
+                    ..ArmCounts::default()
+                },
+            ]
+        );
+        let at = async |quantile: f64| exposures.first_tokens(ROLLOUT, 0, 10, quantile, 150).await.unwrap();
+        assert_eq!(at(0.5).await, FirstTokens { count: 3, value_us: Some(200), above: 2 });
+        assert_eq!((at(0.99).await.value_us, at(0.0).await.value_us), (Some(300), Some(100)));
+    });
+}
+
+#[test]
+fn each_unit_has_one_voice_in_what_is_said_of_an_arm() {
+    each(async |place| {
+        let store = place.open().await;
+        let exposures = Exposures::new(store.database());
+        let ok =
+            Served { arm: 0, unit: 1, status: Status::Ok, finish: "stop", tokens: 10, first_token_us: Some(100), refused: None };
+        let rows = [
+            served(&store, 10, &ok),
+            served(&store, 11, &ok),
+            served(&store, 12, &Served { unit: 2, ..ok }),
+            served(&store, 13, &Served { arm: 1, unit: 3, ..ok }),
+            served(&store, 1, &Served { arm: 1, unit: 4, ..ok }),
+        ];
+        for row in &rows {
+            store.record(row.clone()).unwrap();
+        }
+        store.flush().await;
+        let said = |target: String, number: f64| Feedback {
+            target: target.clone(),
+            targets: vec![target],
+            value: Value::Bool(number > 0.5),
+            number: Some(number),
+            ..thumb(&store, rows[0].id, "ann")
+        };
+        let of = |row: usize, number: f64| said(rows[row].id.to_string(), number);
+        let withdrawn = Feedback { withdrawn: true, ..of(2, 0.0) };
+        let talk = rows[2].conversation.clone().unwrap();
+        let rating = Feedback { kind: Kind::Metric, metric: Some("solved".into()), ..of(2, 0.25) };
+        store
+            .add_feedback(vec![
+                of(0, 1.0),
+                of(1, 0.0),
+                // Of the second choice, which is an answer, too.
+                said(rows[1].choices[1].id.to_string(), 0.0),
+                Feedback { target_kind: TargetKind::Conversation, ..said(talk, 1.0) },
+                withdrawn,
+                rating,
+                of(3, 0.0),
+                of(4, 1.0),
+            ])
+            .await
+            .unwrap();
+        let thumbs = exposures.judgements(ROLLOUT, 10, Kind::Thumb, None).await.unwrap();
+        let third = 1.0 / 3.0;
+        assert_eq!(thumbs.len(), 2);
+        assert_eq!((thumbs[0].arm, thumbs[0].units), (0, 2));
+        assert!((thumbs[0].sum - (third + 1.0)).abs() < 1e-12 && (thumbs[0].squares - (third * third + 1.0)).abs() < 1e-12);
+        assert_eq!(thumbs[1], UnitSums { arm: 1, units: 1, sum: 0.0, squares: 0.0 });
+        let solved = exposures.judgements(ROLLOUT, 10, Kind::Metric, Some("solved")).await.unwrap();
+        assert_eq!(solved, [UnitSums { arm: 0, units: 1, sum: 0.25, squares: 0.0625 }]);
+        assert_eq!(exposures.judgements(ROLLOUT, 10, Kind::Metric, Some("other")).await.unwrap(), []);
+    });
+}
