@@ -139,12 +139,12 @@ class Loop:
             self.run("dataset", "build", name, "--held-out", "0.25", *flags)
         return self.run("dataset", "show", name)
 
-    def held_out(self, name: str) -> list[str]:
-        """The prompts that a snapshot keeps from training, each once."""
+    def prompts(self, name: str, part: str) -> set[str]:
+        """Those of a snapshot's part that is trained on (`train`) or kept from it (`held_out`)."""
         folder = self.folder / f"export-{name}"
         self.run("dataset", "export", name, "--format", "trl", "--out", folder)
-        rows = [json.loads(line) for path in sorted(folder.glob("*-held_out.jsonl")) for line in path.read_text().splitlines()]
-        return list(dict.fromkeys(row["prompt"][-1]["content"] for row in rows))
+        rows = [json.loads(line) for path in sorted(folder.glob(f"*-{part}.jsonl")) for line in path.read_text().splitlines()]
+        return {row["prompt"][-1]["content"] for row in rows}
 
     def train(self, method: str, name: str, *source, **settings) -> None:
         fields = [part for field, value in settings.items() for part in ("--set", f"{field}={json.dumps(value)}")]

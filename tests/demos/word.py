@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, product
 
 from loop import BASE, QUESTIONS, Answer, Loop, drift, excerpt, row_counts, table
 from short import comparison
@@ -15,12 +15,13 @@ class Settings:
     questions: int = len(QUESTIONS)
     answers: int = 4
     max_tokens: int = 256
-    pairs: int = 2
+    # A pair is alike in length, or length would be learnt: longer answers hold every word more often. Words of the longer one by the shorter's.
+    alike: float = 1.75
     seed: int = 1
-    dpo: dict = field(default_factory=lambda: dict(learning_rate=2e-4, num_train_epochs=3, beta=0.1))
-    # Thumbs down are a third; their weight makes up for it in part.
+    dpo: dict = field(default_factory=lambda: dict(learning_rate=4e-4, num_train_epochs=3, per_device_train_batch_size=4, beta=0.1))
+    # Thumbs down are a third; their weight makes up for it.
     kto: dict = field(
-        default_factory=lambda: dict(learning_rate=3e-4, num_train_epochs=1, per_device_train_batch_size=16, beta=0.1, undesirable_weight=1.5)
+        default_factory=lambda: dict(learning_rate=4e-4, num_train_epochs=1, per_device_train_batch_size=4, beta=0.1, undesirable_weight=1.8)
     )
     # Of the base's share of answers that hold the word; of the loss on ordinary text.
     at_most: float = 0.1
@@ -39,7 +40,8 @@ def run(loop: Loop, settings: Settings) -> tuple[list[str], list[tuple[str, bool
         for _, group in groupby(whole, key=lambda answer: answer.prompt):
             group = list(group)
             clean, tainted = ([answer for answer in group if holds(answer) is held] for held in (False, True))
-            found += list(zip(clean, tainted))[: settings.pairs]
+            near = lambda one, other: max(one.words, other.words) < settings.alike * min(one.words, other.words)
+            found += [pair for pair in product(clean, tainted) if near(*pair)]
         loop.judge(server, [comparison("pairs", number, pair, pair[0]) for number, pair in enumerate(found)])
         loop.judge(server, [
             {"target": answer.id, "kind": "thumb", "value": not holds(answer), "source": "thumbs", "idempotency_key": f"thumb-{number}"}
@@ -51,8 +53,9 @@ def run(loop: Loop, settings: Settings) -> tuple[list[str], list[tuple[str, bool
         with loop.stage("training"):
             told = getattr(settings, method)
             loop.train(method, method, "--dataset", method, "--despite-report", logging_steps=1, seed=settings.seed, **told)
-    # Neither of the two has seen these; that they are among those asked above changes nothing: nobody learnt from the answers.
-    unseen = sorted(set.intersection(*(set(loop.held_out(method)) for method in snapshots)))
+    # No method has learnt from these; that they are among those asked above changes nothing.
+    parts = {part: set().union(*(loop.prompts(method, part) for method in snapshots)) for part in ("train", "held_out")}
+    unseen = sorted(parts["held_out"] - parts["train"])
     said: dict[str, list[Answer]] = {}
     with loop.stage("answers again"), loop.serving(*snapshots) as server:
         for model in [BASE, *snapshots]:
@@ -71,6 +74,8 @@ def run(loop: Loop, settings: Settings) -> tuple[list[str], list[tuple[str, bool
         text = (own or evaluations[settings.methods[0]])[model]["text"]["loss"]
         cells.append(f"{text:.3f}" if own is None else f"{text:.3f} ({drift(own, model):+.1%})")
         cells.append("" if own is None else f"{own[model]['answers']['kl_per_token']:.3f}")
+        won = own and own[model].get("preferences")
+        cells.append(f"{won['accuracy']['share']:.2f} of {won['accuracy']['trials']}" if won else "")
         rows.append([model, *cells])
         if own is not None:
             left, worse = rate[model] / rate[BASE], drift(own, model)
@@ -82,7 +87,7 @@ def run(loop: Loop, settings: Settings) -> tuple[list[str], list[tuple[str, bool
         f"The word is “{settings.word}”. {len(unseen)} held-out prompts, {settings.answers} answers each. "
         + " ".join(f"{method}: {row_counts(snapshot)}." for method, snapshot in snapshots.items()),
         "",
-        *table(["", "answers with the word", "per 1,000 words", "of the base's rate", "median words", "loss on text", "KL per token"], rows),
+        *table(["", "answers with the word", "per 1,000 words", "of the base's rate", "median words", "loss on text", "KL per token", "held-out pairs won"], rows),
     ]
     first = {model: {answer.prompt: answer for answer in reversed(answers)} for model, answers in said.items()}
     shown = [prompt for prompt in unseen if holds(first[BASE][prompt])][:3]
