@@ -20,18 +20,20 @@ use crate::tensor_file::{Placement, TensorFile};
 const KEPT: [&str; 6] = ["json", "jinja", "txt", "model", "tiktoken", "md"];
 
 /// One tensor of a file to be.
-struct Planned<'a> {
-    name: String,
-    dtype: String,
-    shape: Vec<usize>,
-    len: usize,
-    content: Content<'a>,
+pub(super) struct Planned<'a> {
+    pub name: String,
+    pub dtype: String,
+    pub shape: Vec<usize>,
+    pub len: usize,
+    pub content: Content<'a>,
 }
 
-enum Content<'a> {
+pub(super) enum Content<'a> {
     Copied(&'a [u8]),
     Matrix(MergedMatrix<'a>),
     Vector(Vec<f32>),
+    /// Bytes that are made when they are written.
+    Made(Box<dyn Fn() -> Result<Vec<u8>, MergeError> + 'a>),
 }
 
 /// From a base in safetensors: the same files with the same tensors.
@@ -122,7 +124,7 @@ fn copied<'a>(file: &'a TensorFile, name: &str, placement: &Placement) -> Planne
     Planned { name: name.to_owned(), dtype, shape: placement.shape.clone(), len: bytes.len(), content: Content::Copied(bytes) }
 }
 
-fn dtype(format: Format) -> String {
+pub(super) fn dtype(format: Format) -> String {
     match format {
         Format::F32 => "F32".to_owned(),
         Format::F16 => "F16".to_owned(),
@@ -132,7 +134,7 @@ fn dtype(format: Format) -> String {
 }
 
 /// Writes a file; returns its size.
-fn write(path: &Path, planned: &[Planned<'_>]) -> Result<u64, MergeError> {
+pub(super) fn write(path: &Path, planned: &[Planned<'_>]) -> Result<u64, MergeError> {
     let mut header = Map::new();
     header.insert("__metadata__".to_owned(), json!({ "format": "pt" }));
     let mut end = 0;
@@ -150,6 +152,7 @@ fn write(path: &Path, planned: &[Planned<'_>]) -> Result<u64, MergeError> {
     for plan in planned {
         match &plan.content {
             Content::Copied(bytes) => at("write", path, out.write_all(bytes))?,
+            Content::Made(make) => at("write", path, out.write_all(&make()?))?,
             Content::Matrix(matrix) => matrix.write(Order::Publisher, path, &mut out)?,
             Content::Vector(values) => {
                 let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
@@ -163,7 +166,7 @@ fn write(path: &Path, planned: &[Planned<'_>]) -> Result<u64, MergeError> {
 }
 
 /// Copies configuration, tokenizer, chat template and the index of shards.
-fn beside_the_weights(from: &Path, to: &Path) -> Result<(), MergeError> {
+pub(super) fn beside_the_weights(from: &Path, to: &Path) -> Result<(), MergeError> {
     for entry in at("read", from, fs::read_dir(from))? {
         let path = at("read", from, entry)?.path();
         let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
