@@ -64,7 +64,8 @@ fn plan<'a>(
         let name = name.clone();
         move || -> Result<Vec<u8>, MergeError> {
             let values = numbers(weight).filter(|values| values.len() == n * k);
-            let values = values.ok_or_else(|| MergeError::Unsupported(format!("{name}: there are no {n} x {k} numbers for it")))?;
+            let values =
+                values.ok_or_else(|| MergeError::Unsupported(format!("{name}: there are no {n} x {k} numbers for it")))?;
             let mut bytes = vec![0; len];
             quantize_row(storage, &values, &mut bytes)?;
             Ok(bytes)
@@ -112,7 +113,9 @@ mod tests {
     #[test]
     fn a_model_of_either_container_becomes_a_folder_with_the_same_numbers_and_the_same_tokens() {
         let place = tempfile::tempdir().unwrap();
-        for (index, path) in ["llama", "qwen2", "qwen3", "llama/llama.gguf", "qwen2/qwen2.gguf", "qwen3/qwen3.gguf"].into_iter().enumerate() {
+        for (index, path) in
+            ["llama", "qwen2", "qwen3", "llama/llama.gguf", "qwen2/qwen2.gguf", "qwen3/qwen3.gguf"].into_iter().enumerate()
+        {
             // Away from the folder, so that a GGUF file has nothing beside it.
             let source = if path.ends_with(".gguf") {
                 let copy = place.path().join(format!("{index}")).join("model.gguf");
@@ -138,10 +141,18 @@ mod tests {
             let same = |a: &Tokenizer, b: &Tokenizer| {
                 for text in ["Hello, world! 123 and  more", "<|im_start|>user\n潮 🌊<|im_end|>", "naïve\tcafé\n\n"] {
                     for special in [false, true] {
-                        assert_eq!(a.encode(text, special, true).unwrap(), b.encode(text, special, true).unwrap(), "{path} {text}");
+                        assert_eq!(
+                            a.encode(text, special, true).unwrap(),
+                            b.encode(text, special, true).unwrap(),
+                            "{path} {text}"
+                        );
                     }
                 }
-                assert_eq!((a.special_tokens().bos, a.special_tokens().eos), (b.special_tokens().bos, b.special_tokens().eos), "{path}");
+                assert_eq!(
+                    (a.special_tokens().bos, a.special_tokens().eos),
+                    (b.special_tokens().bos, b.special_tokens().eos),
+                    "{path}"
+                );
             };
             same(written.tokenizer(), base.tokenizer());
             // The same again is refused: nothing is written over.

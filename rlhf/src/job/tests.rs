@@ -117,10 +117,8 @@ async fn a_model_that_is_trained_whole_becomes_a_folder_and_stopping_on_the_way_
             assert!((1e-4..0.1).contains(&moved(weight)), "{method} {weight:?} by {}", moved(weight));
         }
         let log = fs::read_to_string(folder("whole").join("metrics.jsonl")).unwrap();
-        let losses: Vec<f64> = log
-            .lines()
-            .filter_map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64())
-            .collect();
+        let losses: Vec<f64> =
+            log.lines().filter_map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64()).collect();
         assert!(losses[losses.len() - 1] < 0.8 * losses[0], "{method}: {losses:?}");
         let lineage: Value = serde_json::from_slice(&fs::read(folder("whole").join(LINEAGE)).unwrap()).unwrap();
         assert_eq!((&lineage["finetuning_type"], &lineage["lora"]), (&json!("full"), &Value::Null));

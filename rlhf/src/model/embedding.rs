@@ -22,9 +22,7 @@ impl CustomOp1 for Embedding {
         for token in &self.tokens {
             let start = *token as usize * width;
             let vocabulary = table.len() / width.max(1);
-            out.extend_from_slice(
-                table.get(start..start + width).ok_or(ModelError::Token { token: *token, vocabulary })?,
-            );
+            out.extend_from_slice(table.get(start..start + width).ok_or(ModelError::Token { token: *token, vocabulary })?);
         }
         Ok((CpuStorage::F32(out), Shape::from((self.tokens.len(), width))))
     }

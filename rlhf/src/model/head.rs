@@ -153,9 +153,7 @@ impl LogProbsOp {
         let mut sums = vec![0.0; if self.keep && head.is_some() { rows } else { 0 }];
         let wanted = (self.keep && head.is_some()).then_some(sums.as_mut_slice());
         let wanted_slopes = self.keep.then_some(&mut *slopes);
-        self.with_call(hidden, head, |call| {
-            Ok(self.workshop.compute().log_probs(call, &mut out, wanted, wanted_slopes)?)
-        })?;
+        self.with_call(hidden, head, |call| Ok(self.workshop.compute().log_probs(call, &mut out, wanted, wanted_slopes)?))?;
         *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Kept { slopes, sums };
         Ok((CpuStorage::F32(out), Shape::from(rows)))
     }

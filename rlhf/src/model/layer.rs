@@ -217,8 +217,7 @@ impl CustomOp3 for LayerOp {
         _: &Tensor,
         dout: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (dx, slopes) =
-            read(params, |params| read(vectors, |vectors| self.backward(x, [params, vectors], dout)))???;
+        let (dx, slopes) = read(params, |params| read(vectors, |vectors| self.backward(x, [params, vectors], dout)))???;
         let along = |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu);
         Ok((Some(dx), Some(along(slopes.params, params)?), Some(along(slopes.vectors, vectors)?)))
     }
@@ -539,15 +538,7 @@ impl<'a> Pass<'a> {
         let mut dmiddle = self.buffer(hidden);
         dmiddle.copy_from_slice(dout);
         let [first, second] = &saved.inverse;
-        self.compute.rms_norm_back(
-            &saved.middle,
-            whole,
-            norms.feed_forward,
-            second,
-            &dnormed,
-            &mut dmiddle,
-            Store::Add,
-        )?;
+        self.compute.rms_norm_back(&saved.middle, whole, norms.feed_forward, second, &dnormed, &mut dmiddle, Store::Add)?;
         self.norm_slope(Part::FeedForwardNorm, &saved.middle, whole, second, &dnormed, slopes)?;
 
         let mut dattended = self.buffer(heads * head_dim);

@@ -44,7 +44,9 @@ impl Bar {
         let rounded = |time: &Duration| HumanDuration(Duration::from_secs(time.as_secs().max(1)));
         self.line(&format!("time       about {}, after {} of preparation", rounded(training), rounded(preparation)));
         let (step, saving) = (peak_memory >> 20, checkpoint >> 20);
-        self.line(&format!("memory     {step} MiB at the most in that step, and up to {saving} MiB more while a checkpoint is written"));
+        self.line(&format!(
+            "memory     {step} MiB at the most in that step, and up to {saving} MiB more while a checkpoint is written"
+        ));
         self.line(&format!("disk       {saving} MiB for each checkpoint"));
     }
 }

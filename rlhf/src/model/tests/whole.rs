@@ -73,7 +73,8 @@ fn gradients_of_every_kind_of_weight_are_those_of_finite_differences() {
                 *next += parameter.var.elem_count();
                 Some((parameter, first))
             });
-            let (parameter, first) = before.find(|(parameter, _)| parameter.var.as_tensor().id() == var.as_tensor().id()).unwrap();
+            let (parameter, first) =
+                before.find(|(parameter, _)| parameter.var.as_tensor().id() == var.as_tensor().id()).unwrap();
             let own = &gradient[first + range.start..first + range.end];
             let original = parameter.values().unwrap();
             let mut random = Random::new(first as u64 + range.start as u64);
