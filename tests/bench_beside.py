@@ -1,6 +1,6 @@
 """What a fine-tuning job costs those who are served beside it; rewrites a part of docs/benchmarks.md.
 
-    python tests/bench_beside.py TIDEMILL LOADTEST MODEL.gguf [--rounds N] [--streams 1,4,16] [--requests N]
+    python tests/bench_beside.py TIDEMILL LOADTEST MODEL.gguf [--rounds N] [--streams 1,4,16] [--requests N] [--priority idle|low]
 
 One server, one DPO job. Each round measures each load with the job paused and then with the job at work, so that what else the machine
 does falls on both alike. Only the standard library is used.
@@ -9,7 +9,6 @@ does falls on both alike. Only the standard library is used.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,9 +18,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from document import machine, put
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs/benchmarks.md"
-BEGIN, END = "<!-- beside:begin -->", "<!-- beside:end -->"
 PATIENCE = 300
 
 
@@ -111,11 +111,10 @@ def measure(options, server: Server, pid: int, job: str) -> dict[tuple[int, bool
 
 
 def document(options, results: dict[tuple[int, bool], list[dict]]) -> str:
-    cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.machine())
     median = lambda found, *keys: statistics.median(value(result, *keys) for result in found)
     lines = [
-        f"{time.strftime('%Y-%m-%d')}. {cpu}, {os.cpu_count()} cores. SmolLM2-135M-Instruct (Q4_1) served with its defaults, 128 tokens in, 64 out; "
-        f"a DPO job on the same model. Medians of {options.rounds} rounds, alone → beside the job.",
+        f"{time.strftime('%Y-%m-%d')}. {machine()}. SmolLM2-135M-Instruct (Q4_1) served with its defaults, 128 tokens in, 64 out; "
+        f"a DPO job on the same model. Medians of {options.rounds} rounds; priority of the job `{options.priority}`. Alone → beside the job.",
         "",
         "| streams | first token p50, ms | first token p99, ms | × | between tokens p50, ms | p99, ms | × | output tok/s | the job's share of the cores |",
         "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
@@ -148,11 +147,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", default="1,4,16")
     parser.add_argument("--requests", type=int, default=40)
+    parser.add_argument("--priority", default="idle")
     parser.add_argument("--port", type=int, default=18950)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         log = open(Path(folder) / "log", "w+")
         command = [options.tidemill, "serve", "--model", f"bench={os.path.abspath(options.model)}", "--port", str(options.port)]
+        command += ["--training-priority", options.priority]
         process = subprocess.Popen([*command, "--data", f"{folder}/data"], stdout=log, stderr=log)
         server = Server(options.port)
         try:
@@ -167,9 +168,7 @@ def main() -> None:
         finally:
             process.terminate()
             process.wait(timeout=60)
-    text = DOCUMENT.read_text()
-    before, rest = text.split(BEGIN)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{document(options, results)}\n{END}{rest.split(END)[1]}")
+    put(DOCUMENT, "beside", document(options, results))
 
 
 if __name__ == "__main__":

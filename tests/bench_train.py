@@ -10,7 +10,6 @@ beside those of the clock for the same reason. Only the standard library is used
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,9 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from document import machine, put
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs/benchmarks.md"
-BEGIN, END = "<!-- train:begin -->", "<!-- train:end -->"
 TRICKS = {
     "shared-prompt": "prompt computed once per completion",
     "packing": "texts padded to the longest",
@@ -90,9 +90,8 @@ def table(results: dict[str, list[dict]], names: list[str], titles: dict[str, st
 
 def document(options, results: dict[str, list[dict]], loads: list[float]) -> str:
     ours, rivals = results["Tidemill"][0], [name for name in results if name.startswith("TRL")]
-    cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.machine())
     lines = [
-        f"{time.strftime('%Y-%m-%d')}. {cpu}, {os.cpu_count()} cores; {options.threads} threads each. DPO on SmolLM2-135M-Instruct (Q4_1), LoRA r 16 on "
+        f"{time.strftime('%Y-%m-%d')}. {machine()}; {options.threads} threads each. DPO on SmolLM2-135M-Instruct (Q4_1), LoRA r 16 on "
         f"every linear layer, {options.steps} steps of 4 pairs of {ours['tokens_a_side']:.0f} tokens a side, {HELD_OUT} pairs held out; "
         f"{options.rounds} round(s). Load of the machine before each measurement: {min(loads):.1f} to {max(loads):.1f}.",
         "",
@@ -128,10 +127,7 @@ def main() -> None:
         )
         rows.write_bytes(made.stdout)
         results, loads = measure(options, rows)
-    text = DOCUMENT.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{document(options, results, loads)}\n{END}{after}")
+    put(DOCUMENT, "train", document(options, results, loads))
 
 
 if __name__ == "__main__":

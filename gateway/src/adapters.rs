@@ -4,22 +4,27 @@
 //! loaded, then the names of a base model are replaced all at once, then what is not needed any more is unloaded. So a name leads to the
 //! old adapter or to the new one at every moment, and requests that have begun finish on theirs. An adapter that cannot be loaded is
 //! reported and tried again; it keeps nothing else from being served.
+//!
+//! What fine-tuning jobs made may be more than the engine has places for. Such an adapter is there on demand: it has a place while there
+//! is one, gives way to another that is asked for, and is loaded again when somebody asks for it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tidemill_engine::{AdapterLease, AdapterRefused, Engine, ModelFiles};
+use tidemill_engine::{AdapterGeneration, AdapterLease, AdapterRefused, Engine, ModelFiles};
 use tidemill_rlhf::registry::{Base, Registry, check_base};
 use tidemill_store::{DataDir, ServedAdapter, Store, StoreError};
 use uuid::Uuid;
 
-use crate::upstream::{self, AdapterNames, LocalModel, Upstream};
+use crate::upstream::{self, AdapterNames, LocalModel, OnDemand};
 
 /// How often the store is looked at.
 const EVERY: Duration = Duration::from_secs(1);
 /// How long an adapter whose files are wrong is left alone.
 const AGAIN: Duration = Duration::from_secs(30);
+/// Begins the names of models that fine-tuning jobs made.
+const FINE_TUNED: &str = "ft:";
 
 /// Keeps the engines at what the store says. Cloning is cheap.
 #[derive(Clone)]
@@ -29,10 +34,19 @@ struct Inner {
     registry: Registry,
     models: Arc<upstream::Registry>,
     /// One look at a time: what was decided later must not be overtaken.
-    loaded: tokio::sync::Mutex<HashMap<String, HashMap<Uuid, AdapterLease>>>,
+    loaded: tokio::sync::Mutex<HashMap<String, Held>>,
     problems: Mutex<HashMap<Uuid, Problem>>,
     /// By name; hashing a model reads all of it.
     bases: Mutex<HashMap<String, Base>>,
+}
+
+/// What this keeper has put into an engine.
+#[derive(Default)]
+struct Held {
+    /// For good.
+    pinned: HashMap<Uuid, AdapterLease>,
+    /// On demand, by the name in the engine, which may have given some of them up.
+    on_demand: BTreeSet<String>,
 }
 
 struct Problem {
@@ -83,8 +97,10 @@ impl AdapterKeeper {
     pub async fn follow(&self) -> Result<(), StoreError> {
         let mut loaded = self.0.loaded.lock().await;
         let served = self.0.registry.served().await?;
-        for Upstream::Local(model) in self.0.models.ready() {
-            self.update(model, &served, loaded.entry(model.name().to_owned()).or_default()).await;
+        let wished = self.0.models.take_wished();
+        for model in self.0.models.local() {
+            let held = loaded.entry(model.name().to_owned()).or_default();
+            self.update(model, &served, &wished, held).await;
         }
         self.problems().retain(|id, _| served.iter().any(|adapter| adapter.id == *id));
         Ok(())
@@ -94,7 +110,8 @@ impl AdapterKeeper {
     pub async fn prepare(&self, model: &LocalModel) -> Result<(), StoreError> {
         let mut loaded = self.0.loaded.lock().await;
         let served = self.0.registry.served().await?;
-        self.update(model, &served, loaded.entry(model.name().to_owned()).or_default()).await;
+        let held = loaded.entry(model.name().to_owned()).or_default();
+        self.update(model, &served, &BTreeSet::new(), held).await;
         Ok(())
     }
 
@@ -104,7 +121,10 @@ impl AdapterKeeper {
         every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut away = false;
         loop {
-            every.tick().await;
+            tokio::select! {
+                _ = every.tick() => {}
+                () = self.0.models.wishing() => {}
+            }
             match self.follow().await {
                 Ok(()) => away = false,
                 // What is served goes on being served.
@@ -117,9 +137,11 @@ impl AdapterKeeper {
         }
     }
 
-    async fn update(&self, model: &LocalModel, served: &[ServedAdapter], loaded: &mut HashMap<Uuid, AdapterLease>) {
+    async fn update(&self, model: &LocalModel, served: &[ServedAdapter], wished: &BTreeSet<String>, held: &mut Held) {
         let (base, engine) = (model.name(), model.engine());
-        let wanted: Vec<&ServedAdapter> = served.iter().filter(|adapter| adapter.base == base).collect();
+        let own = served.iter().filter(|adapter| adapter.base == base);
+        let (on_demand, wanted): (Vec<_>, Vec<_>) = own.partition(|adapter| name_on_demand(adapter).is_some());
+        let loaded = &mut held.pinned;
         let is_wanted = |id: &Uuid| wanted.iter().any(|adapter| adapter.id == *id);
         let leaving: Vec<AdapterLease> = loaded.extract_if(|id, _| !is_wanted(id)).map(|(_, lease)| lease).collect();
         // Before the new ones come: theirs may be the places that are needed.
@@ -145,12 +167,69 @@ impl AdapterKeeper {
             engine.unload_adapter(lease.name()).ok();
             tracing::info!(adapter = lease.name(), model = base, "an adapter is no longer served");
         }
+        self.offer(model, &on_demand, wished, &mut held.on_demand).await;
+    }
+
+    /// Loads what was wished for and what there is room for, the newest first, and takes away what is not served any more.
+    async fn offer(
+        &self,
+        model: &LocalModel,
+        served: &[&ServedAdapter],
+        wished: &BTreeSet<String>,
+        held: &mut BTreeSet<String>,
+    ) {
+        let (base, engine) = (model.name(), model.engine());
+        let is_served = |name: &str| served.iter().any(|adapter| name_on_demand(adapter) == Some(name));
+        for gone in held.extract_if(.., |name| !is_served(name)) {
+            // It may have given way already.
+            engine.unload_adapter(&gone).ok();
+            tracing::info!(adapter = gone, model = base, "an adapter is no longer served");
+        }
+        let mut offered = BTreeMap::new();
+        for adapter in served.iter().rev() {
+            let Some(name) = name_on_demand(adapter) else { continue };
+            let there = engine.adapters().iter().any(|loaded| loaded.name() == name);
+            let room = || engine.adapters().len() < engine.options().max_adapters;
+            if !there && self.is_due(adapter.id) && (wished.contains(name) || room()) {
+                let lease = self.load_as(model, adapter, name, false).await;
+                let generation = AdapterGeneration(adapter.generation);
+                if lease.as_ref().is_some_and(|lease| lease.generation() != generation) {
+                    // Its name promises nothing to the engine, which therefore took whatever lies there.
+                    engine.unload_adapter(name).ok();
+                    self.refuse(adapter, name, "its files were changed; restore them".to_owned(), AGAIN);
+                } else if lease.is_some() {
+                    held.insert(name.to_owned());
+                } else if self.is_due(adapter.id) {
+                    // What is in its way will be gone in a moment.
+                    self.0.models.wish(name);
+                }
+            }
+            let entry = OnDemand {
+                in_engine: name.to_owned(),
+                generation: AdapterGeneration(adapter.generation),
+                created: seconds(adapter),
+                listed: true,
+                // One that is tried again at once is on its way.
+                problem: self.problem(adapter.id).filter(|_| !self.is_due(adapter.id)),
+            };
+            for other in [adapter.name.clone(), reference(adapter)].into_iter().chain(adapter.aliases.iter().cloned()) {
+                let listed = adapter.aliases.contains(&other);
+                // The newest generation has the name.
+                offered.entry(other).or_insert_with(|| OnDemand { listed, ..entry.clone() });
+            }
+        }
+        if *self.0.models.offered(base) != offered {
+            self.0.models.offer(base, offered);
+        }
     }
 
     async fn load(&self, model: &LocalModel, adapter: &ServedAdapter) -> Option<AdapterLease> {
-        let name = format!("{}@{:016x}", adapter.name, adapter.generation);
-        let loaded = match self.fits(model, &name, adapter).await {
-            Ok(()) => self.read(model.engine(), &name, adapter).await,
+        self.load_as(model, adapter, &reference(adapter), true).await
+    }
+
+    async fn load_as(&self, model: &LocalModel, adapter: &ServedAdapter, name: &str, pinned: bool) -> Option<AdapterLease> {
+        let loaded = match self.fits(model, name, adapter).await {
+            Ok(()) => self.read(model.engine(), name, adapter, pinned).await,
             Err(why) => Err((why, AGAIN)),
         };
         let (message, wait) = match loaded {
@@ -161,12 +240,17 @@ impl AdapterKeeper {
             }
             Err(problem) => problem,
         };
+        self.refuse(adapter, name, message, wait);
+        None
+    }
+
+    /// Remembers why an adapter is not served, and says so once.
+    fn refuse(&self, adapter: &ServedAdapter, name: &str, message: String, wait: Duration) {
         let problem = Problem { message: message.clone(), next: Instant::now() + wait };
         let known = self.problems().insert(adapter.id, problem);
         if known.is_none_or(|known| known.message != message) {
             tracing::error!(adapter = name, model = adapter.base, reason = message, "an adapter cannot be served");
         }
-        None
     }
 
     /// Whether the model's weights are those that the adapter was registered for. Shapes are looked at when it is read.
@@ -183,11 +267,16 @@ impl AdapterKeeper {
     }
 
     /// Its files into the engine; else why not, and how long to wait before trying again.
-    async fn read(&self, engine: &Engine, name: &str, adapter: &ServedAdapter) -> Result<AdapterLease, (String, Duration)> {
-        let folder = self.0.registry.folder(&adapter.location);
-        let created = u64::try_from(adapter.created / 1_000_000).unwrap_or_default();
+    async fn read(
+        &self,
+        engine: &Engine,
+        name: &str,
+        adapter: &ServedAdapter,
+        pinned: bool,
+    ) -> Result<AdapterLease, (String, Duration)> {
+        let (folder, created) = (self.0.registry.folder(&adapter.location), seconds(adapter));
         let (engine, name) = (engine.clone(), name.to_owned());
-        match tokio::task::spawn_blocking(move || engine.load_adapter(&name, &folder, true, created)).await {
+        match tokio::task::spawn_blocking(move || engine.load_adapter(&name, &folder, pinned, created)).await {
             Ok(Ok(lease)) => Ok(lease),
             // Ends by itself within moments.
             Ok(Err(error @ AdapterRefused::Draining(_))) => Err((error.to_string(), Duration::ZERO)),
@@ -202,5 +291,44 @@ impl AdapterKeeper {
 
     fn problems(&self) -> MutexGuard<'_, HashMap<Uuid, Problem>> {
         self.0.problems.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// `NAME@GENERATION`
+fn reference(adapter: &ServedAdapter) -> String {
+    format!("{}@{:016x}", adapter.name, adapter.generation)
+}
+
+/// When it was registered, in seconds since 1970.
+fn seconds(adapter: &ServedAdapter) -> u64 {
+    u64::try_from(adapter.created / 1_000_000).unwrap_or_default()
+}
+
+/// What the engine calls an adapter that nothing but a fine-tuning job's name leads to; none for one that somebody gave another name and
+/// so wants there at any time.
+fn name_on_demand(adapter: &ServedAdapter) -> Option<&str> {
+    let first = adapter.aliases.first()?;
+    adapter.aliases.iter().all(|alias| alias.starts_with(FINE_TUNED)).then_some(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_only_a_job_named_is_there_on_demand() {
+        let adapter = |aliases: &[&str]| ServedAdapter {
+            id: Uuid::nil(),
+            created: 2_000_000,
+            name: "ft-1".into(),
+            generation: 1,
+            base: "b".into(),
+            location: String::new(),
+            aliases: aliases.iter().map(|alias| (*alias).to_owned()).collect(),
+        };
+        assert_eq!(name_on_demand(&adapter(&["ft:b::1"])), Some("ft:b::1"));
+        assert_eq!(name_on_demand(&adapter(&["champion", "ft:b::1"])), None);
+        assert_eq!(name_on_demand(&adapter(&[])), None);
+        assert_eq!((reference(&adapter(&[])), seconds(&adapter(&[]))), ("ft-1@0000000000000001".to_owned(), 2));
     }
 }

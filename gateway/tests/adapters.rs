@@ -147,7 +147,7 @@ async fn an_adapter_is_registered_served_named_and_revoked() {
     assert_eq!(server.change("support", "retire").await.json()["state"], "retired");
     assert_eq!(server.answer("support").await, 404);
     assert_eq!(server.models().await, ["tiny"]);
-    let Upstream::Local(model) = server.app.registry.find_base(None).unwrap();
+    let model = server.app.registry.find_local_base(None).unwrap();
     assert!(model.engine().adapters().is_empty(), "memory is freed");
 
     let listed = server.call("GET", "/v1/adapters?base=tiny", Value::Null).await.json();

@@ -172,10 +172,7 @@ async fn whoever_waits_goes_before_a_batch() {
     let made = post(&router, "/v1/batches", order(&file)).await.json();
     let id = made["id"].as_str().unwrap();
     settled(&router, id, "in_progress").await;
-    let stats = || match app.registry.ready().next() {
-        Some(tidemill::upstream::Upstream::Local(model)) => model.engine().stats(),
-        None => panic!("the model is loaded"),
-    };
+    let stats = || app.registry.local().next().expect("the model is loaded").engine().stats();
     let begin = Instant::now();
     while stats().running < 2 {
         assert!(begin.elapsed() < Duration::from_secs(60));

@@ -20,7 +20,7 @@ use std::time::Duration;
 use support::{MODEL, Setup, chat};
 use tidemill::http::server::{Bounds, Server};
 use tidemill::http::{App, limits::BodyLimits};
-use tidemill::upstream::{Registry, Upstream};
+use tidemill::upstream::Registry;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
@@ -93,7 +93,7 @@ async fn within<T>(seconds: u64, future: impl Future<Output = T>) -> T {
 }
 
 fn running(app: &App) -> (usize, usize) {
-    let Upstream::Local(model) = app.registry.find(Some(MODEL)).unwrap();
+    let model = app.registry.find_local(Some(MODEL)).unwrap();
     let stats = model.engine().stats();
     (stats.running, stats.blocks_used)
 }
@@ -153,7 +153,7 @@ async fn a_full_queue_is_a_503_with_retry_after() {
     let mut first = server.post(&chat(json!({"stream": true}))).await;
     read_until(&mut first, "\"content\":\"x\"").await;
     let second = server.post(&chat(json!({"stream": true}))).await;
-    let Upstream::Local(model) = app.registry.find(Some(MODEL)).unwrap();
+    let model = app.registry.find_local(Some(MODEL)).unwrap();
     within(60, async {
         while model.engine().stats().waiting != 1 {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -204,7 +204,7 @@ async fn an_answer_cut_off_by_the_deadline_ends_with_an_error_event() {
     let server = start(app.clone()).await;
     let mut client = server.post(&chat(json!({"stream": true}))).await;
     let mut text = read_until(&mut client, "\"content\":\"x\"").await;
-    let Upstream::Local(model) = app.registry.find(Some(MODEL)).unwrap();
+    let model = app.registry.find_local(Some(MODEL)).unwrap();
     let engine = model.engine().clone();
     assert!(!tokio::task::spawn_blocking(move || engine.drain(Duration::from_millis(50))).await.unwrap());
     text.push_str(&within(60, rest(client)).await);

@@ -9,12 +9,19 @@ mod support;
 use axum::Router;
 use serde_json::{Value, json};
 use stand_in::program;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
-use support::{MODEL, Setup, get, no_training, post};
+use support::{MODEL, Setup, ask, get, no_training, post, says};
 use tempfile::TempDir;
 use tidemill::fine_tuning::FineTuningOptions;
+use tidemill::graders::desk::Petitioner;
+use tidemill::graders::{Desk, DeskOracle};
+use tidemill::http::inside::Inside;
 use tidemill::http::{App, router};
-use tidemill_store::FileDraft;
+use tidemill_rlhf::reward::grader::{Oracle, Question, Role};
+use tidemill_store::{AdapterFilter, AdapterState, FileDraft};
 
 const JOBS: &str = "/v1/fine_tuning/jobs";
 const CHAT: &str = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#;
@@ -62,18 +69,26 @@ async fn told(router: &Router, id: &str) -> Vec<String> {
     events["data"].as_array().unwrap().iter().rev().map(|event| event["message"].as_str().unwrap().to_owned()).collect()
 }
 
+/// An adapter of some model, and that it was made of nothing.
+fn makes(at: &str) -> String {
+    let adapter = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/llama/adapters/all");
+    format!("mkdir -p \"$3/{at}\"; cp {}/adapter_* \"$3/{at}\"; echo '{{}}' > \"$3/lineage.json\"", adapter.display())
+}
+
 const WORKS: &str = r#"
 echo '{"event":"prepared","train":1,"steps":2}'
 echo '{"event":"progress","step":1,"steps":2,"tokens":10,"metrics":{"loss":2.0},"remaining_s":5}'
 echo '{"event":"progress","step":2,"steps":2,"tokens":20,"metrics":{"loss":1.0},"remaining_s":0}'
-echo '{"step":2,"epoch":1.0,"loss":1.0}' > "$3/metrics.jsonl"
-mkdir -p "$3/adapter" "$3/checkpoint-2"
+echo '{"step":1,"epoch":1.0,"loss":2.0}' > "$3/metrics.jsonl"
+echo '{"step":1,"epoch":1.0,"eval_loss":1.5}' >> "$3/metrics.jsonl"
+echo '{"step":2,"epoch":2.0,"loss":1.0}' >> "$3/metrics.jsonl"
+mkdir -p "$3/checkpoint-2"
 echo '{"event":"finished","steps":2,"tokens":20}'
 "#;
 
 #[tokio::test]
 async fn what_a_training_says_becomes_events_and_its_end_a_model() {
-    let (app, router, _folder) = start(WORKS);
+    let (app, router, _folder) = start(&format!("{}\n{}\n{WORKS}", makes("adapter"), makes("epochs/step-1")));
     let id = make(&app, &router).await;
     let job = settled(&router, &id, |job| job["status"] == "succeeded").await;
     assert!(job["fine_tuned_model"].as_str().unwrap().starts_with(&format!("ft:{MODEL}::")), "{job}");
@@ -86,16 +101,73 @@ async fn what_a_training_says_becomes_events_and_its_end_a_model() {
         "{told:?}"
     );
     // The stand-in of the model takes no adapters.
-    assert_eq!((has("not served now"), told.last().map(String::as_str)), (1, Some("The job has successfully completed.")));
+    assert_eq!((has("not served now"), told.last().map(String::as_str)), (2, Some("The job has successfully completed.")));
     let result = job["result_files"][0].as_str().unwrap();
     let table = get(&router, &format!("/v1/files/{result}/content")).await.body;
-    assert_eq!(String::from_utf8(table).unwrap(), "step,train_loss,epoch\n2,1,1\n");
+    assert_eq!(String::from_utf8(table).unwrap(), "step,train_loss,full_valid_loss,epoch\n1,2,1.5,1\n2,1,,2\n");
+    let model = job["fine_tuned_model"].as_str().unwrap();
     let checkpoints = get(&router, &format!("{JOBS}/{id}/checkpoints")).await.json();
-    assert_eq!(
-        (&checkpoints["data"][0]["step_number"], &checkpoints["data"][0]["metrics"]["train_loss"]),
-        (&json!(2), &json!(1.0))
-    );
+    let (last, first) = (&checkpoints["data"][0], &checkpoints["data"][1]);
+    assert_eq!((&last["step_number"], &last["metrics"]["train_loss"]), (&json!(2), &json!(1.0)));
+    assert_eq!((&first["step_number"], &first["metrics"]["full_valid_loss"]), (&json!(1), &json!(1.5)));
+    assert_eq!(last["fine_tuned_model_checkpoint"], model);
+    let earlier = format!("{model}:ckpt-step-1");
+    assert_eq!(first["fine_tuned_model_checkpoint"], earlier);
+
+    // Both are adapters of the registry, with the job in their lineage, and listed; the folder has no second copy.
+    let listed = get(&router, "/v1/models").await.json();
+    let ids: Vec<&str> = listed["data"].as_array().unwrap().iter().map(|card| card["id"].as_str().unwrap()).collect();
+    assert_eq!(ids, [MODEL, model, &earlier]);
+    let registry = app.adapters.registry();
+    let adapters = registry.list(&AdapterFilter::default()).await.unwrap().items;
+    assert_eq!(adapters.iter().map(|adapter| adapter.job.as_deref()).collect::<Vec<_>>(), [Some(id.as_str()); 2]);
+    assert!(adapters.iter().all(|adapter| adapter.state == AdapterState::Serving));
+    let folder = app.fine_tuning.options().root.join(id.strip_prefix("ftjob-").unwrap());
+    assert!(!folder.join("adapter").exists() && folder.join("lineage.json").exists());
+    // What cannot be loaded says so when it is asked for.
+    let chat = json!({"model": earlier, "messages": [{"role": "user", "content": "a"}]});
+    let (status, _, code) = post(&router, "/v1/chat/completions", chat).await.error();
+    assert_eq!((status, code.as_deref()), (503, Some("model_not_loaded")));
+
+    let delete = async |name: &str| ask(&router, "DELETE", &format!("/v1/models/{name}"), None, json!({})).await;
+    assert_eq!(delete(&earlier).await.error().2.as_deref(), Some("model_not_deletable"));
+    assert_eq!(delete(model).await.json()["deleted"], true);
+    assert_eq!(get(&router, "/v1/models").await.json()["data"].as_array().unwrap().len(), 1);
+    assert_eq!(get(&router, &format!("{JOBS}/{id}/checkpoints")).await.json()["data"], json!([]));
+    let adapters = registry.list(&AdapterFilter::default()).await.unwrap().items;
+    assert!(adapters.iter().all(|adapter| adapter.state == AdapterState::Retired), "{adapters:?}");
     app.fine_tuning.close().await;
+}
+
+#[tokio::test]
+async fn a_model_that_somebody_gave_a_name_of_their_own_is_not_deleted() {
+    let (app, router, _folder) = start(&format!("{}\n{WORKS}", makes("adapter")));
+    let id = make(&app, &router).await;
+    let job = settled(&router, &id, |job| job["status"] == "succeeded").await;
+    let model = job["fine_tuned_model"].as_str().unwrap();
+    app.adapters.registry().alias("champion", model).await.unwrap();
+    let (status, _, code) = ask(&router, "DELETE", &format!("/v1/models/{model}"), None, json!({})).await.error();
+    assert_eq!((status, code.as_deref()), (409, Some("adapter_aliased")));
+    app.fine_tuning.close().await;
+}
+
+#[tokio::test]
+async fn the_trainings_under_way_are_gauges_and_gone_when_they_end() {
+    let script = r#"
+echo '{"event":"progress","step":3,"steps":9,"epoch":0.5,"tokens":7,"metrics":{"loss":0.25,"rewards/margins":1.5}}'
+while [ ! -e "$3/go" ]; do sleep 0.05; done
+echo '{"event":"failed","message":"enough"}'"#;
+    let (app, router, _folder) = start(script);
+    let id = make(&app, &router).await;
+    settled(&router, &id, |job| job["tidemill"]["step"] == 3).await;
+    let text = app.fine_tuning.gauges();
+    for line in ["tidemill:training_step{", "tidemill:training_loss{", "tidemill:training_rewards_margins{"] {
+        assert!(text.contains(&format!("{line}job=\"{id}\",model_name=\"{MODEL}\",method=\"supervised\"}}")), "{text}");
+    }
+    std::fs::write(app.fine_tuning.options().root.join(id.strip_prefix("ftjob-").unwrap()).join("go"), "").unwrap();
+    settled(&router, &id, |job| job["status"] == "failed").await;
+    app.fine_tuning.close().await;
+    assert_eq!(app.fine_tuning.gauges(), "");
 }
 
 #[tokio::test]
@@ -163,11 +235,11 @@ while :; do sleep 0.05; done"#;
 async fn a_leaving_server_stops_its_training_and_the_next_one_goes_on() {
     let script = r#"
 trap 'echo "{\"event\":\"stopped\"}"; exit 75' TERM
-[ -e "$3/once" ] && { mkdir -p "$3/adapter"; echo '{"event":"finished"}'; exit 0; }
+[ -e "$3/once" ] && { MAKES; echo '{"event":"finished"}'; exit 0; }
 touch "$3/once"
 echo '{"event":"progress","step":1,"steps":9,"tokens":1,"metrics":{"loss":1.0}}'
 while :; do sleep 0.05; done"#;
-    let (app, router, _folder) = start(script);
+    let (app, router, _folder) = start(&script.replace("MAKES", &makes("adapter")));
     let id = make(&app, &router).await;
     settled(&router, &id, |job| job["tidemill"]["step"] == 1).await;
     app.fine_tuning.close().await;
@@ -191,4 +263,111 @@ async fn only_so_many_jobs_may_be_open_and_files_that_are_looked_through_stay() 
     let page = get(&router, &format!("{JOBS}?limit=3")).await.json();
     assert_eq!((page["data"].as_array().unwrap().len(), &page["has_more"]), (3, &json!(true)));
     assert_eq!(get(&router, &format!("{JOBS}?order=asc")).await.error().0, 400);
+}
+
+fn exact() -> Value {
+    json!({"type": "string_check", "name": "exact", "operation": "eq", "input": "{{sample.output_text}}", "reference": "{{item.answer}}"})
+}
+
+fn judge() -> Value {
+    json!({"type": "score_model", "name": "judge", "model": MODEL,
+        "input": [{"role": "user", "content": "Grade {{sample.output_text}}."}]})
+}
+
+#[tokio::test]
+async fn graders_are_looked_through_and_tried_out() {
+    const GRADERS: &str = "/v1/fine_tuning/alpha/graders";
+    let app = Setup::script(says("{\"result\": 0.5}")).app();
+    let router = router(app);
+    let validated = post(&router, &format!("{GRADERS}/validate"), json!({"grader": exact()})).await.json();
+    assert_eq!(validated["grader"], exact());
+    let multi = json!({"type": "multi", "name": "both", "graders": {"exact": exact(), "judge": judge()}, "calculate_output": "exact + 2 * judge"});
+    let run = json!({"grader": multi, "model_sample": "Paris", "item": {"answer": "Paris"}});
+    let graded = post(&router, &format!("{GRADERS}/run"), run).await.json();
+    assert_eq!((&graded["reward"], &graded["sub_rewards"]), (&json!(2.0), &json!({"exact": 1.0, "judge": 0.5})), "{graded}");
+    assert!(graded["model_grader_token_usage_per_model"][MODEL].as_u64().unwrap() > 0);
+    assert_eq!(graded["metadata"]["sampled_model_name"], MODEL);
+    let missing = post(&router, &format!("{GRADERS}/run"), json!({"grader": exact(), "model_sample": "x"})).await.json();
+    assert_eq!((&missing["reward"], &missing["metadata"]["errors"]["invalid_variable_error"]), (&json!(0.0), &json!(true)));
+    let mut unknown = judge();
+    unknown["model"] = "nobody".into();
+    for (path, body, status, param) in [
+        ("validate", json!({"grader": {"type": "python", "name": "p", "source": ""}}), 400, "grader.type"),
+        ("validate", json!({"grader": unknown}), 404, "grader.model"),
+        ("validate", json!({}), 400, "grader"),
+        ("run", json!({"grader": exact()}), 400, "model_sample"),
+        ("run", json!({"grader": exact(), "model_sample": "a", "item": 3}), 400, "item"),
+    ] {
+        let (got, named, _) = post(&router, &format!("{GRADERS}/{path}"), body.clone()).await.error();
+        assert_eq!((got, named.as_deref()), (status, Some(param)), "{body}");
+    }
+}
+
+#[tokio::test]
+async fn what_a_reinforcement_job_cannot_train_by_is_refused_when_it_is_made() {
+    let app = Setup::default().app();
+    let router = router(app.clone());
+    let file = file(&app, r#"{"messages":[{"role":"user","content":"a"}],"answer":"b"}"#).await;
+    let order = |grader: Value, numbers: Value| {
+        let method = json!({"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": numbers}});
+        json!({"model": MODEL, "training_file": file, "method": method})
+    };
+    let (mut template, mut unknown) = (exact(), judge());
+    template["reference"] = "{{items.answer}}".into();
+    unknown["model"] = "nobody".into();
+    for (grader, numbers, param) in [
+        (template, json!({}), "method.reinforcement.grader.reference"),
+        (unknown, json!({}), "method.reinforcement.grader.model"),
+        (exact(), json!({"eval_samples": 2}), "method.reinforcement.hyperparameters.eval_samples"),
+        (exact(), json!({"max_completion_tokens": 512}), "method.reinforcement.hyperparameters.max_completion_tokens"),
+    ] {
+        let (_, named, _) = post(&router, JOBS, order(grader, numbers)).await.error();
+        assert_eq!(named.as_deref(), Some(param));
+    }
+    let made = post(&router, JOBS, order(exact(), json!({"n_epochs": 1}))).await.json();
+    assert_eq!(made["method"]["reinforcement"]["grader"], exact());
+    assert_eq!(made["method"]["reinforcement"]["hyperparameters"]["compute_multiplier"], "auto");
+}
+
+fn question(model: &str) -> Question {
+    Question {
+        model: model.to_owned(),
+        messages: vec![(Role::User, "Grade this.".to_owned())],
+        schema: json!({"type": "object", "properties": {"result": {"type": "number"}}, "required": ["result"], "additionalProperties": false}),
+        temperature: 0.0,
+        top_p: None,
+        seed: 0,
+        max_tokens: 64,
+    }
+}
+
+#[tokio::test]
+async fn a_jobs_process_asks_the_models_of_its_grader_and_no_others() {
+    let app = Setup::script(says("{\"result\": 0.5}")).app();
+    // Longer than the path of a socket may be.
+    let root = tempfile::tempdir().unwrap();
+    let folder = root.path().join("x".repeat(200));
+    std::fs::create_dir(&folder).unwrap();
+    let open = |key_id: Option<String>| {
+        let petitioner = Petitioner { job: "ftjob-1".into(), key_id, models: vec![MODEL.into()] };
+        Desk::open(&folder, Inside::new(app.clone()), app.store.clone(), petitioner).unwrap()
+    };
+    let asking = |model: &'static str| {
+        let oracle = DeskOracle::new(&folder, Arc::new(AtomicBool::new(false)), || {});
+        tokio::task::spawn_blocking(move || oracle.ask(&question(model)))
+    };
+    let desk = open(None);
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(folder.join("grader.sock")).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    let reply = asking(MODEL).await.unwrap().unwrap();
+    assert_eq!((reply.text.as_str(), reply.tokens > 0), ("{\"result\": 0.5}", true));
+    assert!(asking("other").await.unwrap().unwrap_err().contains("names no model `other`"));
+    // A process that asks while there is no server waits for the next one.
+    drop(desk);
+    let waiting = asking(MODEL);
+    let desk = open(None);
+    assert_eq!(waiting.await.unwrap().unwrap().text, "{\"result\": 0.5}");
+    drop(desk);
+    let _desk = open(Some("nobody".into()));
+    assert!(asking(MODEL).await.unwrap().unwrap_err().contains("does not work any more"));
 }

@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 use support::{MODEL, Reply, Setup, chat, completion, merged, not_at_midnight, says, send};
 use tidemill::http::{App, router};
 use tidemill::limits::{Limiter, Price, Subject};
-use tidemill::upstream::Upstream;
 use tidemill_store::{ApiKey, KeyTerms, Limits, Money, Scope, Tier, Usage};
 use tower::ServiceExt;
 
@@ -127,7 +126,7 @@ async fn who_leaves_without_reading_has_used_what_was_made() {
     let (limits, registry, router) = (Arc::clone(&app.limits), Arc::clone(&app.registry), router(app));
     let response = router.clone().oneshot(asking(&secret, CHAT, &chat(json!({"stream": true})))).await.unwrap();
     assert_eq!(response.status(), 200);
-    let Upstream::Local(model) = registry.find(Some(MODEL)).unwrap();
+    let model = registry.find_local(Some(MODEL)).unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
     while model.engine().stats().finished == 0 {
         assert!(Instant::now() < deadline, "a hundred tokens take a moment");

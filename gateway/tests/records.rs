@@ -14,7 +14,6 @@ use std::time::Duration;
 use support::{END, MODEL, Setup, chat, completion, post, says};
 use tidemill::http::{App, Auth, router};
 use tidemill::recording::{Level, Recording, Route};
-use tidemill::upstream::Upstream;
 use tidemill_store::Store;
 use tidemill_store::records::{Inference, Status};
 use uuid::Uuid;
@@ -154,7 +153,7 @@ async fn a_failure_is_recorded_with_what_came_before() {
 async fn a_client_that_leaves_is_recorded_with_what_it_got() {
     // Eight seconds: longer than it is listened to.
     let app = Setup::slow(400, 20).app();
-    let Upstream::Local(model) = app.registry.find(Some(MODEL)).unwrap();
+    let model = app.registry.find_local(Some(MODEL)).unwrap();
     let (store, router) = (app.store.clone(), router(app));
     for stream in [true, false] {
         let user = format!("left-{stream}");

@@ -14,7 +14,6 @@ use support::{Setup, chat, post, says};
 use tidemill::openai::parse::{CallFormat, OutputFormat, ReasoningTags};
 use tidemill::openai::response_format::Constrained;
 use tidemill::openai::tool_grammar::{Shape, Signature, lark};
-use tidemill::upstream::Upstream;
 use tidemill_engine::{Constraint, for_lark};
 use uuid::Uuid;
 
@@ -148,7 +147,7 @@ async fn reasoning_is_apart_from_content_and_counted() {
 #[tokio::test]
 async fn every_familys_grammar_compiles() {
     let app = setup("x").app();
-    let Upstream::Local(model) = app.registry.find(None).unwrap();
+    let model = app.registry.find_local(None).unwrap();
     let schema = json!({"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": false});
     let arguments = for_lark(&schema, true).unwrap();
     let functions = ["weather", "time"].map(|name| Signature { name: name.into(), arguments: arguments.clone() });

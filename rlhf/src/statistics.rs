@@ -46,18 +46,24 @@ impl Proportion {
 
 /// Score interval of a proportion (Wilson 1927), without continuity correction. None without trials.
 pub fn wilson(successes: u64, trials: u64, z: f64) -> Option<Interval> {
-    if trials == 0 || successes > trials {
+    if trials == 0 {
         return None;
     }
-    let n = trials as f64;
-    let share = successes as f64 / n;
+    wilson_share(successes as f64 / trials as f64, trials as f64, z)
+}
+
+/// The same for a share that counts halves, or stands for a number of trials that is not whole. None without trials and outside [0, 1].
+pub fn wilson_share(share: f64, trials: f64, z: f64) -> Option<Interval> {
+    if !(trials > 0.0 && (0.0..=1.0).contains(&share)) {
+        return None;
+    }
     let z2 = z * z;
-    let centre = share + z2 / (2.0 * n);
-    let half = z * (share * (1.0 - share) / n + z2 / (4.0 * n * n)).sqrt();
-    let scale = 1.0 + z2 / n;
+    let centre = share + z2 / (2.0 * trials);
+    let half = z * (share * (1.0 - share) / trials + z2 / (4.0 * trials * trials)).sqrt();
+    let scale = 1.0 + z2 / trials;
     // The ends at none and at all are exact; rounding would make them 1e-19.
-    let low = if successes == 0 { 0.0 } else { ((centre - half) / scale).max(0.0) };
-    let high = if successes == trials { 1.0 } else { ((centre + half) / scale).min(1.0) };
+    let low = if share == 0.0 { 0.0 } else { ((centre - half) / scale).max(0.0) };
+    let high = if share == 1.0 { 1.0 } else { ((centre + half) / scale).min(1.0) };
     Some(Interval { low, high })
 }
 

@@ -64,7 +64,7 @@ def start(tmp_path):
     def launch(*arguments: str, models: dict[str, Path] | None = None, ready: bool = True) -> Server:
         folder = tmp_path / f"run{len(started)}"
         folder.mkdir()
-        server = Server(folder, models or {MODEL: default_model()}, *arguments)
+        server = Server(folder, {MODEL: default_model()} if models is None else models, *arguments)
         started.append(server)
         return server.wait_ready() if ready else server
 

@@ -88,7 +88,7 @@ class Server:
         self.data = folder / "data"
         self.log_path = folder / f"server-{self.port}.log"
         self.base_url = f"http://127.0.0.1:{self.port}/v1"
-        self.model = next(iter(models))
+        self.model = next(iter(models), None)
         command = [binary(), "serve", "--host", "127.0.0.1", "--port", str(self.port), "--data", self.data]
         for name, path in models.items():
             command += ["--model", f"{name}={path}"]

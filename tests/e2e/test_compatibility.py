@@ -14,7 +14,7 @@ import pytest
 from compatibility import IGNORED, REJECTED, Endpoint, Row, page
 from compatibility.chat import CHAT
 from compatibility.files import BATCH_LIST, BATCHES, FILE_LIST, FILES, LINE
-from compatibility.fine_tuning import JOB_LIST, JOBS
+from compatibility.fine_tuning import GRADE, JOB_LIST, JOBS, VALIDATE
 from compatibility.messages import COUNT, MESSAGES
 from compatibility.models import DETOKENIZE, EMBEDDINGS, MODERATIONS, TOKENIZE
 from compatibility.responses import INPUT_ITEMS, RESPONSES, RETRIEVE, a_response
@@ -26,7 +26,7 @@ from server import Answer
 PAGE = Path(__file__).parent.parent.parent / "docs" / "compatibility.md"
 ENDPOINTS = [
     CHAT, STORED_LIST, STORED_MESSAGES, COMPLETIONS, RESPONSES, RETRIEVE, INPUT_ITEMS, MESSAGES, COUNT, EMBEDDINGS, MODERATIONS, FILES,
-    FILE_LIST, BATCHES, BATCH_LIST, JOBS, JOB_LIST, TOKENIZE, DETOKENIZE,
+    FILE_LIST, BATCHES, BATCH_LIST, JOBS, JOB_LIST, VALIDATE, GRADE, TOKENIZE, DETOKENIZE,
 ]
 ROWS = [
     pytest.param(endpoint, row, id=f"{endpoint.title} {row.name} {number}")

@@ -82,9 +82,15 @@ def test_a_supervised_job_makes_a_model_that_says_what_it_learnt(strict):
     assert len(losses) == 10 and losses[-1] < losses[0] / 2, losses
     assert [event for event in told if event.type == "metrics" and "full_valid_loss" in event.data]
     assert told[0].message.startswith("Created") and told[-1].message == "The job has successfully completed."
-    (checkpoint,) = strict.fine_tuning.jobs.checkpoints.list(job.id).data
+    checkpoints = list(strict.fine_tuning.jobs.checkpoints.list(job.id))
+    checkpoint = checkpoints[0]
     assert (checkpoint.step_number, checkpoint.fine_tuned_model_checkpoint) == (10, job.fine_tuned_model)
-    assert checkpoint.metrics.train_loss and checkpoint.metrics.full_valid_loss
+    # The ends of the last epochs, and of the one that was best on the validation file.
+    assert [found.step_number for found in checkpoints][:3] == [10, 8, 6] and len(checkpoints) <= 4
+    assert all(found.metrics.train_loss and found.metrics.full_valid_loss for found in checkpoints)
+    best = min(event.data["full_valid_loss"] for event in told if event.type == "metrics" and "full_valid_loss" in event.data)
+    assert best in [found.metrics.full_valid_loss for found in checkpoints]
+    assert [found.fine_tuned_model_checkpoint for found in checkpoints[1:3]] == [f"{job.fine_tuned_model}:ckpt-step-{step}" for step in (8, 6)]
     (result,) = job.result_files
     table = strict.files.content(result).text.splitlines()
     assert table[0].startswith("step,train_loss,full_valid_loss,") and len(table) == 11
@@ -93,12 +99,16 @@ def test_a_supervised_job_makes_a_model_that_says_what_it_learnt(strict):
     ask = {"messages": [question("Cuba")], "temperature": 0, "max_tokens": 12}
     assert strict.chat.completions.create(model=job.fine_tuned_model, **ask).choices[0].message.content.startswith("Ahoy!")
     assert not strict.chat.completions.create(model=MODEL, **ask).choices[0].message.content.startswith("Ahoy!")
-    assert job.fine_tuned_model in [model.id for model in strict.models.list()]
+    assert strict.chat.completions.create(model=checkpoints[1].fine_tuned_model_checkpoint, **ask).choices[0].message.content
+    assert {job.fine_tuned_model, checkpoints[1].fine_tuned_model_checkpoint} <= {model.id for model in strict.models.list()}
     assert [job.id] == [found.id for found in strict.fine_tuning.jobs.list(extra_query={"metadata[team]": "mill"})]
 
     assert strict.models.delete(job.fine_tuned_model).deleted
     with pytest.raises(openai.NotFoundError):
         strict.chat.completions.create(model=job.fine_tuned_model, **ask)
+    with pytest.raises(openai.NotFoundError):
+        strict.chat.completions.create(model=checkpoints[1].fine_tuned_model_checkpoint, **ask)
+    assert strict.fine_tuning.jobs.checkpoints.list(job.id).data == []
     with pytest.raises(openai.PermissionDeniedError):
         strict.models.delete(MODEL)
 
@@ -125,6 +135,113 @@ def test_a_dpo_job_learns_from_pairs(strict):
     assert answer.model == job.fine_tuned_model and answer.choices[0].message.content
 
 
+def exact(**changes) -> dict:
+    return {"type": "string_check", "name": "exact", "operation": "ilike", "input": "{{sample.output_text}}", "reference": "{{item.answer}}", **changes}
+
+
+def judge(model: str) -> dict:
+    question = "How good is the answer {{sample.output_text}}?"
+    return {"type": "score_model", "name": "judge", "model": model, "input": [{"role": "user", "content": question}], "range": [0, 1]}
+
+
+def reinforcement(grader: dict, **numbers) -> dict:
+    return {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": numbers}}
+
+
+@pytest.mark.timeout(1800)
+def test_a_reinforcement_job_trains_by_its_grader(strict):
+    alike = {"type": "text_similarity", "name": "alike", "evaluation_metric": "fuzzy_match", "input": "{{sample.output_text}}", "reference": "{{item.answer}}"}
+    lines = [{"messages": [question(country)], "answer": city} for country, city in CAPITALS.items()]
+    made = strict.fine_tuning.jobs.create(
+        model=MODEL, training_file=upload(strict, lines[:6]), validation_file=upload(strict, lines[6:]), seed=2,
+        method=reinforcement(alike, n_epochs=2, batch_size=3, max_completion_tokens=12, compute_multiplier=0.5, eval_samples=2),
+    )
+    assert made.method.reinforcement.grader.evaluation_metric == "fuzzy_match"
+    job = settled(strict, made.id, "succeeded")
+    numbers = job.method.reinforcement.hyperparameters
+    assert (numbers.batch_size, numbers.n_epochs, numbers.eval_interval, numbers.eval_samples) == (3, 2, 2, 2)
+    told = [event.data for event in everything(strict, job.id) if event.type == "metrics"]
+    steps = [data for data in told if "train_loss" in data]
+    assert len(steps) == 4 and all(0 <= data["reward"] <= 1 and data["rewards/alike/mean"] == data["reward"] for data in steps)
+    assert [data for data in told if "eval_reward" in data]
+    assert [found.step_number for found in strict.fine_tuning.jobs.checkpoints.list(job.id)] == [4, 2]
+    assert strict.chat.completions.create(model=job.fine_tuned_model, messages=[question("Cuba")], max_tokens=4).choices[0].message.content
+    assert strict.models.delete(job.fine_tuned_model).deleted
+
+
+@pytest.mark.timeout(1800)
+def test_a_model_that_is_served_grades_a_training_as_the_key_that_made_it(start):
+    server = start(models=TINY)
+    keys = {name: new_key(server, scope) for name, scope in [("ann", "train,chat"), ("bob", "train")]}
+    ann, bob = (openai.OpenAI(base_url=server.base_url, api_key=keys[name], max_retries=0) for name in ("ann", "bob"))
+    lines = [{"messages": [{"role": "user", "content": f"Count to {n}."}], "answer": str(n)} for n in range(4)]
+    multi = {"type": "multi", "name": "both", "graders": {"exact": exact(), "judge": judge("tiny")}, "calculate_output": "exact + 0.5 * judge"}
+    numbers = {"n_epochs": 1, "batch_size": 2, "compute_multiplier": 0.25, "max_completion_tokens": 6}
+    order = {"model": "tiny", "training_file": upload(ann, lines), "seed": 1, "method": reinforcement(multi, **numbers)}
+    job = settled(ann, ann.fine_tuning.jobs.create(**order).id, "succeeded")
+    rewards = [event.data["reward"] for event in everything(ann, job.id) if event.type == "metrics" and "reward" in event.data]
+    assert len(rewards) == 2 and all(0 <= reward <= 1.5 for reward in rewards)
+    # The judge was asked by the job, and nothing that opens a door lies in its folder.
+    folder = server.data / "fine_tuning" / job.id.removeprefix("ftjob-")
+    assert not (folder / "grader.sock").exists()
+    for secret in keys.values():
+        assert all(secret.encode() not in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    with pytest.raises(openai.PermissionDeniedError):
+        bob.fine_tuning.jobs.create(**{**order, "training_file": upload(bob, lines)})
+
+
+def test_graders_are_tried_out(strict):
+    graders = strict.fine_tuning.alpha.graders
+    assert graders.validate(grader=exact()).grader.operation == "ilike"
+    done = graders.run(grader=exact(), model_sample="It is PARIS.", item={"answer": "Paris"})
+    assert (done.reward, done.metadata.name, done.metadata.type, done.sub_rewards) == (1.0, "exact", "string_check", {})
+    assert graders.run(grader=exact(), model_sample="x").metadata.errors.invalid_variable_error
+    opinion = graders.run(grader=judge(MODEL), model_sample="Paris")
+    errors = opinion.metadata.errors
+    assert 0 <= opinion.reward <= 1 and opinion.metadata.token_usage > 0 and opinion.metadata.sampled_model_name == MODEL
+    assert not (errors.api_model_grader_server_error or errors.formula_parse_error)
+    assert errors.api_model_grader_parse_error == (opinion.reward == 0 and bool(opinion.metadata.model_extra["details"]))
+    for grader, param in [
+        ({"type": "python", "name": "p", "source": "def grade(sample, item): return 1"}, "grader.type"),
+        ({**judge("nobody")}, "grader.model"),
+        (exact(input="{{sample.output_tools}}"), "grader.input"),
+        (exact(reference="{{item}}"), "grader.reference"),
+    ]:
+        with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as error:
+            graders.validate(grader=grader)
+        assert error.value.param == param, error.value
+
+
+@pytest.mark.timeout(600)
+def test_models_beyond_the_places_come_back_when_they_are_asked_for(start):
+    server = start("--max-loras", "1", models=TINY)
+    # As people use it: what says "in a second" is asked again.
+    client = server.client(max_retries=5)
+    ask = {"messages": [{"role": "user", "content": "Count to 3."}], "max_tokens": 4, "temperature": 0}
+
+    def made(text: str) -> str:
+        file = upload(client, [{"messages": [{"role": "user", "content": "a"}, said(text)]}])
+        method = supervised(n_epochs=1, batch_size=1, learning_rate_multiplier=100)
+        return settled(client, client.fine_tuning.jobs.create(model="tiny", training_file=file, seed=1, method=method).id, "succeeded").fine_tuned_model
+
+    def said_by(model: str) -> str:
+        return client.chat.completions.create(model=model, **ask).choices[0].message.content
+
+    first, second = made("First."), made("Second.")
+    answers = [said_by(model) for model in (first, second)]
+    assert {first, second} <= {model.id for model in client.models.list()}
+    # One of them is always out, and comes back.
+    assert [said_by(model) for model in (first, second, first)] == [*answers, answers[0]]
+    listed = tidemill("adapter", "list", "--data", server.data)
+    assert first in listed and second in listed and listed.count("serving") == 2
+    assert client.models.delete(first).deleted
+    listed = tidemill("adapter", "list", "--data", server.data)
+    assert first not in listed and "retired" in listed
+    with pytest.raises(openai.NotFoundError):
+        said_by(first)
+    assert said_by(second) == answers[1]
+
+
 def test_what_is_wrong_is_named(strict):
     good = upload(strict, [{"messages": [question("Mali"), said("Bamako.")]}])
     bad = upload(strict, [{"messages": [question("Mali"), said("Bamako.")]}, {"messages": [question("Mali")]}, {"prompt": 1}])
@@ -140,7 +257,11 @@ def test_what_is_wrong_is_named(strict):
         ({"metadata": {"a": 1}}, "metadata.a"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations"),
         ({"method": supervised(n_epochs=0)}, "method.supervised.hyperparameters.n_epochs"),
-        ({"method": {"type": "reinforcement", "reinforcement": {"grader": {"type": "string_check"}}}}, "method.type"),
+        ({"method": {"type": "reinforcement", "reinforcement": {"grader": {"type": "string_check"}}}}, "method.reinforcement.grader.name"),
+        ({"method": reinforcement(exact(reference="{{item.a"))}, "method.reinforcement.grader.reference"),
+        ({"method": reinforcement(judge("nope"))}, "method.reinforcement.grader.model"),
+        ({"method": reinforcement(exact(), reasoning_effort="low")}, "method.reinforcement.hyperparameters.reasoning_effort"),
+        ({"method": reinforcement(exact(), eval_interval=3)}, "method.reinforcement.hyperparameters.eval_interval"),
         ({"hyperparameters": {"batch_size": 1000}}, "hyperparameters.batch_size"),
     ]:
         with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as error:
@@ -155,6 +276,12 @@ def test_what_is_wrong_is_named(strict):
         strict.fine_tuning.jobs.cancel(job.id)
     with pytest.raises(openai.NotFoundError):
         strict.fine_tuning.jobs.retrieve("ftjob-0")
+    # The grader's columns must be there.
+    made = strict.fine_tuning.jobs.create(model=MODEL, training_file=good, method=reinforcement(exact()))
+    assert "the assistant's" in settled(strict, made.id, "failed", seconds=PATIENCE).error.message
+    prompts = upload(strict, [{"messages": [question("Mali")]}])
+    made = strict.fine_tuning.jobs.create(model=MODEL, training_file=prompts, method=reinforcement(exact()))
+    assert "item.answer" in settled(strict, made.id, "failed", seconds=PATIENCE).error.message
     # Pairs are no conversations.
     made = strict.fine_tuning.jobs.create(model=MODEL, training_file=good, method={"type": "dpo"})
     assert "two answers" in settled(strict, made.id, "failed", seconds=PATIENCE).error.message
@@ -229,13 +356,14 @@ def test_jobs_take_turns_and_are_paused_resumed_and_cancelled(start):
     server = start(models=TINY)
     client = server.client(_strict_response_validation=True)
     data = ["--data", server.data]
-    # Neither comes to its end. The turn is that of the job whose files are looked through first.
-    first = long_job(client, rows=400)
+    # Neither comes to its end. The turn is that of the job that was made first.
+    first, second = long_job(client, rows=400), long_job(client)
     settled(client, first.id, "running")
-    second = long_job(client, rows=400)
     settled(client, second.id, "queued")
     eventually("it trains", lambda: own(client, first.id)["step"] > 5)
     assert client.fine_tuning.jobs.retrieve(first.id).estimated_finish
+    measured = server.metrics()
+    assert measured["tidemill:training_step"] > 5 and measured["tidemill:training_loss"] > 0 and "tidemill:training_grad_norm" in measured
     assert (own(client, second.id)["state"], len(trainings(server))) == ("queued", 1)
     assert os.getpriority(os.PRIO_PROCESS, process_of(server, first.id)) == os.getpriority(os.PRIO_PROCESS, server.process.pid) + 10
 
@@ -255,6 +383,7 @@ def test_jobs_take_turns_and_are_paused_resumed_and_cancelled(start):
     assert told == sorted(set(told)), "no step is told twice"
     assert client.fine_tuning.jobs.cancel(first.id).status == "cancelled"
     eventually("nobody trains", lambda: not trainings(server))
+    eventually("nothing is measured", lambda: "tidemill:training_step" not in server.metrics())
     listed = tidemill("jobs", "list", *data)
     assert first.id in listed and second.id in listed
     assert server.stop() == 0

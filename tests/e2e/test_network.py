@@ -23,11 +23,12 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Count to ten."
 class Certificate:
     """A certificate for 127.0.0.1 that vouches for itself."""
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str, *extensions: str):
         self.chain, self.key = folder / f"{name}.pem", folder / f"{name}.key"
         subprocess.run(
             ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj", f"/CN={name}",
-             "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", self.key, "-out", self.chain],
+             *(part for extension in ["subjectAltName=IP:127.0.0.1", *extensions] for part in ("-addext", extension)),
+             "-keyout", self.key, "-out", self.chain],
             check=True, capture_output=True,
         )
 

@@ -31,6 +31,7 @@ goldens=tests/goldens
 "$python" tests/oracle/tiny_models.py $goldens
 "$python" tests/oracle/embeddings.py $goldens
 "$python" tests/oracle/optimizer.py $goldens/optimizer.json
+"$python" tests/oracle/similarity.py $goldens
 "$python" tests/oracle/adapters.py $goldens
 "$python" tests/oracle/tiny_gguf.py $goldens
 "$python" tests/oracle/default_model.py "$model" $goldens/smollm2

@@ -5,17 +5,11 @@ use crate::batches::line::{self, Line, LineResult, Problem, Row, Tokens};
 use crate::batches::results::{Results, Written};
 use crate::clock::now;
 use crate::http::error::ApiError;
-use crate::http::generate::Background;
-use crate::http::{App, Caller, router};
-use crate::upstream::Upstream;
-use axum::Router;
-use axum::body::Body;
-use axum::extract::Request;
-use axum::response::Response;
+use crate::http::inside::{Inside, Sent};
+use crate::http::{App, Caller};
+use crate::upstream::LocalModel;
 use bytes::Bytes;
-use http_body_util::BodyExt;
 use hyper::StatusCode;
-use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::io;
@@ -25,11 +19,12 @@ use tidemill_store::{Batch, BatchOutcome, BatchState, Batches as Rows, FileRecor
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep};
-use tower::ServiceExt;
 use uuid::Uuid;
 
 /// Most lines that run at once, over all batches; fewer where the engines run fewer.
 const MAX_RUNNING: usize = 256;
+/// Lines at once where all models are other servers'.
+const REMOTE_AT_ONCE: usize = 8;
 /// KiB of lines that run at once, over all batches: a line of 10 MB takes its share of it.
 const RUNNING_KIB: u32 = 64 * 1024;
 /// What is read ahead of a batch's input.
@@ -47,7 +42,7 @@ const PAUSE: Duration = Duration::from_secs(5);
 pub(super) struct Runner {
     rows: Rows,
     app: App,
-    router: Router,
+    inside: Inside,
     slots: Arc<Semaphore>,
     room: Arc<Semaphore>,
     looks: Semaphore,
@@ -87,15 +82,14 @@ impl Runner {
     /// For models that are loaded.
     pub(super) fn new(rows: Rows, app: App, leaving: watch::Receiver<bool>) -> Self {
         // No more than run at once, so that none of them wait in the queue; and never the half of it that others need.
-        let fits = |upstream: &Upstream| {
-            let Upstream::Local(model) = upstream;
+        let fits = |model: &Arc<LocalModel>| {
             let limits = model.engine().limits();
             limits.max_seqs.min(limits.max_waiting / 2)
         };
-        let slots = app.registry.ready().map(fits).min().unwrap_or(1).clamp(1, MAX_RUNNING);
-        let router = router(app.clone());
+        let slots = app.registry.local().map(fits).min().unwrap_or(REMOTE_AT_ONCE).clamp(1, MAX_RUNNING);
+        let inside = Inside::new(app.clone());
         let (slots, room) = (Arc::new(Semaphore::new(slots)), Arc::new(Semaphore::new(RUNNING_KIB as usize)));
-        Self { rows, app, router, slots, room, looks: Semaphore::new(LOOKS), leaving }
+        Self { rows, app, inside, slots, room, looks: Semaphore::new(LOOKS), leaving }
     }
 
     /// Runs a batch to its end, or until the server leaves.
@@ -213,7 +207,7 @@ impl Runner {
                 }
                 permits = self.permits(ahead.front()), if !ahead.is_empty() && !leaving => {
                     if let (Some(permits), Some(line)) = (permits, ahead.pop_front()) {
-                        let work = Work { router: self.router.clone(), app: self.app.clone(), caller: caller.clone() };
+                        let work = Work { inside: self.inside.clone(), caller: caller.clone() };
                         let (batch, endpoint) = (batch.draft.id, batch.draft.endpoint.clone());
                         running.spawn(async move { (work.answer(batch, &endpoint, line).await, permits) });
                     }
@@ -232,9 +226,7 @@ impl Runner {
 
     /// Who the batch's requests come from; `None` when the key does not work any more.
     async fn caller(&self, batch: &Batch) -> Result<Option<Caller>, Trouble> {
-        let Some(id) = &batch.draft.key_id else { return Ok(Some(Caller::later(None))) };
-        let key = self.app.store.key(id).await?.filter(|key| !key.has_expired(now()));
-        Ok(key.map(|key| Caller::later(Some(Arc::new(key)))))
+        Ok(Caller::of_key(&self.app.store, batch.draft.key_id.as_deref()).await?)
     }
 
     /// A place and room for a line.
@@ -335,8 +327,7 @@ async fn read_on(mut lines: Lines, results: &Results) -> io::Result<(Lines, Vec<
 
 /// What one line needs to be answered.
 struct Work {
-    router: Router,
-    app: App,
+    inside: Inside,
     caller: Caller,
 }
 
@@ -348,7 +339,7 @@ impl Work {
         let (custom_id, status, request_id, body) = match Line::parse(&text.unwrap_or_default(), endpoint) {
             Ok(line) => {
                 let body = Bytes::from(line.body.to_string());
-                let (status, request_id, body) = self.send(endpoint, &id, body).await?;
+                let Sent { status, request_id, body } = self.inside.send(&self.caller, endpoint, &id, body).await?;
                 (line.custom_id, status, request_id, body)
             }
             // The input was looked through; it would have to change meanwhile.
@@ -362,62 +353,5 @@ impl Work {
             if status.is_client_error() || status.is_server_error() { LineResult::Failed } else { LineResult::Completed };
         let text = line::answered(&id, &custom_id, status.as_u16(), &request_id, &body);
         Some(Written { row: Row { line: number, result, tokens }, text })
-    }
-
-    /// Sends a request until it has an answer that is about the request, and not about how busy the server is.
-    async fn send(&self, endpoint: &str, id: &str, body: Bytes) -> Option<(StatusCode, String, Bytes)> {
-        loop {
-            let mut request = Request::new(Body::from(body.clone()));
-            *request.method_mut() = hyper::Method::POST;
-            *request.uri_mut() = endpoint.parse().ok()?;
-            let headers = request.headers_mut();
-            headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-            headers.insert("x-request-id", HeaderValue::try_from(id).ok()?);
-            request.extensions_mut().insert(self.caller.clone());
-            request.extensions_mut().insert(Background);
-            let Ok(response) = self.router.clone().oneshot(request).await;
-            match pause(&response) {
-                Some(_) if self.app.drain.is_draining() => return None,
-                Some(pause) => sleep(pause).await,
-                None => {
-                    let status = response.status();
-                    let request_id =
-                        response.headers().get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or(id).to_owned();
-                    let body = response.into_body().collect().await.ok()?.to_bytes();
-                    return Some((status, request_id, body));
-                }
-            }
-        }
-    }
-}
-
-/// How long to wait before the request is sent again; `None` when the answer is final.
-fn pause(response: &Response) -> Option<Duration> {
-    let busy = matches!(response.status(), StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS);
-    let text = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
-    if !busy || text("x-should-retry") == Some("false") {
-        return None;
-    }
-    let seconds = text(RETRY_AFTER.as_str()).and_then(|text| text.parse().ok()).unwrap_or(1);
-    Some(Duration::from_secs(u64::clamp(seconds, 1, 30)))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use axum::response::IntoResponse;
-
-    #[test]
-    fn a_busy_server_is_asked_again_and_a_spent_quota_is_not() {
-        let busy = ApiError::unavailable(Some("queue_full"), "busy", 7).into_response();
-        assert_eq!(pause(&busy), Some(Duration::from_secs(7)));
-        let far = ApiError::unavailable(None, "busy", 3600).into_response();
-        assert_eq!(pause(&far), Some(Duration::from_secs(30)));
-        let limited = ApiError::client(StatusCode::TOO_MANY_REQUESTS, None, "slow down").into_response();
-        assert_eq!(pause(&limited), Some(Duration::from_secs(1)));
-        let mut spent = ApiError::client(StatusCode::TOO_MANY_REQUESTS, Some("insufficient_quota"), "spent").into_response();
-        spent.headers_mut().insert("x-should-retry", HeaderValue::from_static("false"));
-        assert_eq!(pause(&spent), None);
-        assert_eq!(pause(&ApiError::fault("broken").into_response()), None);
     }
 }

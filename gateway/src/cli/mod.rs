@@ -11,6 +11,7 @@ mod jobs;
 mod key;
 mod label;
 mod pull;
+mod rollout;
 mod serve;
 mod shutdown;
 mod store_args;
@@ -54,6 +55,8 @@ enum Command {
     Data(data::DataArgs),
     /// Move labeling queues to Label Studio or Argilla and back.
     Label(label::LabelArgs),
+    /// Check a rollout's assignment and plan its traffic.
+    Rollout(rollout::RolloutArgs),
 }
 
 /// Runs the command line and says how it ended.
@@ -80,6 +83,7 @@ pub fn run() -> ExitCode {
         Command::Key(args) => key::run(&args).map_err(Into::into),
         Command::Data(args) => data::run(&args).map_err(Into::into),
         Command::Label(args) => label::run(&args).map_err(Into::into),
+        Command::Rollout(args) => rollout::run(&args).map_err(Into::into),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -4,6 +4,7 @@ use crate::adapters::AdapterKeeper;
 use crate::batches::Batches;
 use crate::cli::banner;
 use crate::cli::shutdown::{Ended, leave_in_good_order};
+use crate::clock;
 use crate::config::{Config, ConfigError, Layer, ModelSpec, Origin};
 use crate::datasets::DatasetJobs;
 use crate::fine_tuning::{FineTuning, FineTuningOptions};
@@ -15,13 +16,14 @@ use crate::http::tls::{Tls, TlsError};
 use crate::http::{App, Auth};
 use crate::limits::Limiter;
 use crate::telemetry::{self, Observer, TelemetryError};
-use crate::upstream::{LocalModel, Registry, Upstream};
+use crate::upstream::remote::RemoteError;
+use crate::upstream::{LocalModel, Registry, RemoteModel, Upstream};
 use metrics_exporter_prometheus::PrometheusHandle;
 use std::net::{IpAddr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use tidemill_engine::{AdapterRefused, Engine, StartError};
 use tidemill_store::{DataDir, Files, Retention, Store, StoreOptions};
 use tokio::net::TcpListener;
@@ -79,6 +81,10 @@ pub struct ServeArgs {
     /// Adapter to load at start, several times for several: a folder that PEFT wrote, of the first model or as MODEL:NAME=PATH
     #[arg(long, value_name = "NAME=PATH")]
     lora_modules: Vec<String>,
+    /// Model that another server answers, several times for several: its name here, its name there, the server's address, and the
+    /// variable that holds the key
+    #[arg(long, value_name = "NAME=[MODEL@]URL[#VARIABLE]")]
+    upstream: Vec<String>,
     /// Seed for requests that bring none [default: another one on every start]
     #[arg(long, value_name = "N")]
     seed: Option<String>,
@@ -186,6 +192,9 @@ impl ServeArgs {
         for module in &self.lora_modules {
             layer.push("lora_modules", module.clone(), Origin::Flag("lora_modules"));
         }
+        for upstream in &self.upstream {
+            layer.push("upstream", upstream.clone(), Origin::Flag("upstream"));
+        }
         let flags = [
             ("host", &self.host),
             ("port", &self.port),
@@ -290,6 +299,9 @@ pub enum ServeError {
         /// Why not, and the next step.
         source: Box<AdapterRefused>,
     },
+    /// A remote model cannot be asked.
+    #[error("{0}")]
+    Remote(#[from] RemoteError),
     /// A fault of ours while loading.
     #[error("loading broke off because of an internal error, reported above; please tell us which model it was")]
     Loader,
@@ -349,7 +361,8 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle, 
         return Err(ServeError::NoKey(config.host));
     }
     let files = Files::open(&store, &DataDir::new(&config.data)).await?;
-    let registry = Arc::new(Registry::new(models.iter().map(|model| model.name.clone())));
+    let remotes = RemoteModel::all(&config.remotes, clock::seconds())?;
+    let registry = Arc::new(Registry::new(models.iter().map(|model| model.name.clone())).with_remotes(remotes));
     Ok(App {
         adapters: AdapterKeeper::new(&store, &DataDir::new(&config.data), Arc::clone(&registry)),
         registry,
@@ -469,7 +482,7 @@ fn load_all(
         let start = Instant::now();
         let engine = Engine::start(config.engine_options(model, models.len()), &mut |_, _| {})
             .map_err(|source| ServeError::Load { name: model.name.clone(), source })?;
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        let created = clock::seconds();
         for module in &config.lora_modules {
             let Some(adapter) = own_adapter(&module.name, &model.name, models) else { continue };
             // Who names it at start wants it to stay.
@@ -485,8 +498,8 @@ fn load_all(
         banner::loaded(&loaded, &model.path, start.elapsed());
         app.registry.loaded(&model.name, Upstream::Local(Arc::new(loaded)));
     }
-    if let Some(first) = models.first() {
-        banner::ready(&first.name, address, app.auth.has_keys(), config.tls.is_some());
+    if let Some((first, _)) = app.registry.states().next() {
+        banner::ready(first, address, app.auth.has_keys(), config.tls.is_some());
     }
     Ok(())
 }

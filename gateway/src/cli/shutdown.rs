@@ -2,7 +2,6 @@
 
 use crate::cli::serve::ServeError;
 use crate::http::App;
-use crate::upstream::Upstream;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
@@ -49,10 +48,15 @@ pub async fn leave_in_good_order(app: &App, failure: oneshot::Receiver<ServeErro
             std::process::exit(TOLD_TWICE);
         }
     });
-    for Upstream::Local(model) in app.registry.ready() {
+    for model in app.registry.local() {
         let engine = model.engine().clone();
         tokio::task::spawn_blocking(move || engine.drain(limit));
     }
+    let remote = app.drain.clone();
+    tokio::spawn(async move {
+        tokio::time::sleep(limit).await;
+        remote.cut_off();
+    });
     if !app.drain.wait(limit + LAST_WORDS).await {
         tracing::warn!(in_flight = app.drain.in_flight(), "some answers were cut off");
     }

@@ -2,6 +2,7 @@
 
 use crate::config::layer::{LISTS, Layer, NamedTable, Origin, Setting};
 use crate::config::tables::TABLES;
+use crate::config::upstreams::TABLE_LISTS;
 use crate::config::{ConfigError, KEYS};
 use std::ops::Range;
 use std::path::Path;
@@ -14,7 +15,7 @@ pub fn read(path: &Path) -> Result<Layer, ConfigError> {
     parse(path, &text)
 }
 
-fn parse(path: &Path, text: &str) -> Result<Layer, ConfigError> {
+pub(super) fn parse(path: &Path, text: &str) -> Result<Layer, ConfigError> {
     let line_of = |span: Range<usize>| 1 + text.bytes().take(span.start).filter(|byte| *byte == b'\n').count();
     let table = DeTable::parse(text).map_err(|error| ConfigError::Syntax {
         path: path.to_owned(),
@@ -77,6 +78,13 @@ fn named_tables(
         for (field, value) in entry.get_ref().as_table().into_iter().flatten() {
             let origin = origin(value.span(), format!("{key}.{}", field.get_ref()));
             let text = match value.get_ref() {
+                DeValue::Array(items) if TABLE_LISTS.contains(&(table, field.get_ref().as_ref())) => {
+                    for item in items.iter() {
+                        let setting = Setting { text: scalar(item.get_ref(), &origin)?, origin: origin.clone() };
+                        settings.push((field.get_ref().to_string(), setting));
+                    }
+                    continue;
+                }
                 DeValue::Float(number) => number.as_str().to_owned(),
                 other => scalar(other, &origin)?,
             };

@@ -63,7 +63,7 @@ impl Setting {
 /// A table such as `[metrics.helpful]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedTable {
-    /// `metrics` or `recording`.
+    /// Such as `metrics`.
     pub table: &'static str,
     /// `helpful`.
     pub name: String,
@@ -74,6 +74,11 @@ pub struct NamedTable {
 }
 
 impl NamedTable {
+    /// All values of a key that may have several.
+    pub fn list<'a>(&'a self, key: &'a str) -> impl Iterator<Item = &'a Setting> {
+        self.settings.iter().filter(move |(name, _)| name == key).map(|(_, setting)| setting)
+    }
+
     /// The value of a key.
     pub fn get(&self, key: &str) -> Option<&Setting> {
         self.settings.iter().find(|(name, _)| name == key).map(|(_, setting)| setting)
@@ -89,7 +94,7 @@ pub struct Layer {
 }
 
 /// Keys that may have several values: flags given several times, variables with commas, arrays in the file.
-pub(super) const LISTS: [&str; 2] = ["model", "lora_modules"];
+pub(super) const LISTS: [&str; 3] = ["model", "lora_modules", "upstream"];
 
 impl Layer {
     /// Adds a setting. Those of [`LISTS`] may be added several times.

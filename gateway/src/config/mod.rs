@@ -5,6 +5,7 @@ mod layer;
 pub mod model_spec;
 mod parsers;
 mod tables;
+mod upstreams;
 pub mod value;
 
 use layer::Setting;
@@ -21,6 +22,7 @@ use crate::http::server::Bounds;
 use crate::limits::Prices;
 use crate::openai::parse::ParserChoice;
 use crate::recording::{Level, Recording};
+use crate::upstream::remote::Remotes;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -50,6 +52,7 @@ pub const KEYS: [&str; 47] = [
     "max_loras",
     "max_lora_rank",
     "lora_modules",
+    "upstream",
     "seed",
     "device",
     "drain_timeout",
@@ -151,7 +154,7 @@ pub enum LogFormat {
 /// Everything `tidemill serve` needs to know.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// As given: `NAME=PATH`, a path, or the name of a pulled model; empty means the default model.
+    /// As given: `NAME=PATH`, a path, or the name of a pulled model; empty means the default model, or none where others are remote.
     pub models: Vec<(String, Origin)>,
     /// Address to listen on.
     pub host: IpAddr,
@@ -183,6 +186,8 @@ pub struct Config {
     pub max_lora_rank: usize,
     /// Adapters to load at start.
     pub lora_modules: Vec<LoraModule>,
+    /// Models that other servers answer.
+    pub remotes: Remotes,
     /// Seed of requests that bring none.
     pub seed: Option<u64>,
     /// Where to compute.
@@ -299,6 +304,7 @@ impl Config {
             lora_modules: model_spec::lora_modules(
                 &layers.iter().map(|layer| layer.list("lora_modules")).find(|list| !list.is_empty()).unwrap_or_default(),
             )?,
+            remotes: upstreams::remotes(layers)?,
             seed: get("seed").map(|s| s.parse(value::seed)).transpose()?,
             device: get("device").map_or(Ok(Device::Auto), |s| s.parse(value::device))?,
             drain_timeout: get("drain_timeout").map_or(Ok(Duration::from_secs(30)), |s| s.parse(value::duration))?,
@@ -352,9 +358,14 @@ impl Config {
         })
     }
 
-    /// The models to serve, found on disk.
+    /// The models to load, found on disk: the default one where nobody names any, here or elsewhere.
     pub fn resolve_models(&self) -> Result<Vec<ModelSpec>, ConfigError> {
-        model_spec::resolve_all(&self.models, &self.data)
+        if self.models.is_empty() && !self.remotes.models.is_empty() {
+            return Ok(Vec::new());
+        }
+        let models = model_spec::resolve_all(&self.models, &self.data)?;
+        upstreams::check_names(&self.remotes, models.iter().map(|model| &model.name))?;
+        Ok(models)
     }
 
     /// What the engine of one of `models` models is started with.

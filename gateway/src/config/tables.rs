@@ -1,5 +1,5 @@
 //! The tables of `tidemill.toml`: `[metrics.NAME]`, `[recording.NAME]`, `[limits.MODEL]` and `[prices.MODEL]`; `parsers` reads
-//! `[parsers.NAME]`.
+//! `[parsers.NAME]`, `upstreams` reads `[upstreams.NAME]` and `[models.NAME]`.
 
 use crate::config::ConfigError;
 use crate::config::layer::{Layer, NamedTable};
@@ -13,7 +13,7 @@ use tidemill_store::Limits;
 use tidemill_store::records::TargetKind;
 
 /// Every table that has named tables in it.
-pub const TABLES: [&str; 5] = ["metrics", "recording", "limits", "prices", "parsers"];
+pub const TABLES: [&str; 7] = ["metrics", "recording", "limits", "prices", "parsers", "upstreams", "models"];
 
 /// How much of an answer is recorded.
 pub fn level(text: &str) -> Result<Level, String> {

@@ -14,27 +14,32 @@ mod served;
 mod spec;
 #[cfg(test)]
 mod stand_in;
+mod trainings;
 mod wish;
 
-pub use method::Method;
+pub use method::{Kind, Method};
 pub use priority::TrainingPriority;
 pub use served::withdraw;
+pub use spec::last_name;
 pub use wish::Wish;
 
 use crate::fine_tuning::process::Process;
 use crate::fine_tuning::runner::{Runner, Task};
+use crate::fine_tuning::trainings::Trainings;
 use crate::http::App;
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tidemill_store::{FineTuningState as State, FineTunings, Store, StoreError};
+use tidemill_store::{FineTuningJob, FineTuningState as State, FineTunings, Store, StoreError};
 use tokio::sync::{Notify, watch};
 use uuid::Uuid;
 
 /// Jobs that the command line or another server changed are looked for this often.
 const LOOK: Duration = Duration::from_secs(1);
+/// Models, the newest, that are looked at when the server starts.
+const MODELS: usize = 1000;
 
 /// How this server trains.
 #[derive(Clone, Debug)]
@@ -65,6 +70,7 @@ struct Shared {
     wake: Notify,
     running: Mutex<HashMap<Uuid, Task>>,
     leaving: watch::Sender<bool>,
+    trainings: Trainings,
 }
 
 /// The folder of a job.
@@ -76,7 +82,8 @@ impl FineTuning {
     /// Over a store. Nothing runs before [`FineTuning::run`].
     pub fn new(store: &Store, options: FineTuningOptions) -> Self {
         let (leaving, _) = watch::channel(false);
-        let shared = Shared { options, wake: Notify::new(), running: Mutex::default(), leaving };
+        let (running, trainings) = (Mutex::default(), Trainings::default());
+        let shared = Shared { options, wake: Notify::new(), running, leaving, trainings };
         Self { rows: FineTunings::new(store.database()), shared: Arc::new(shared) }
     }
 
@@ -93,6 +100,11 @@ impl FineTuning {
     /// There is something to do.
     pub fn wake(&self) {
         self.shared.wake.notify_one();
+    }
+
+    /// The trainings under way, as Prometheus reads them.
+    pub fn gauges(&self) -> String {
+        self.shared.trainings.render()
     }
 
     /// Whether this server can train the base model of this name.
@@ -115,11 +127,17 @@ impl FineTuning {
         }
         let options = &self.shared.options;
         let place = app.files.place().to_owned();
-        while let Err(error) = served::serve_all(&self.rows, &app.registry, &options.root, &place).await {
-            tracing::warn!(%error, "cannot look for fine-tuned models; trying again in a moment");
-            tokio::time::sleep(LOOK).await;
+        loop {
+            match self.rows.served(&place, MODELS).await {
+                Ok(jobs) => break served::publish_older(&app, &jobs, &options.root).await,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot look for fine-tuned models; trying again in a moment");
+                    tokio::time::sleep(LOOK).await;
+                }
+            }
         }
-        let runner = Arc::new(Runner::new(self.rows.clone(), app, options.clone(), self.shared.leaving.subscribe()));
+        let (leaving, trainings) = (self.shared.leaving.subscribe(), self.shared.trainings.clone());
+        let runner = Arc::new(Runner::new(self.rows.clone(), app, options.clone(), trainings, leaving));
         if let Err(error) = self.end_strays(&runner).await {
             tracing::warn!(%error, "cannot look for trainings that nobody wants any more");
         }
@@ -136,8 +154,11 @@ impl FineTuning {
                     for job in open.iter().filter(|job| job.state == State::ValidatingFiles) {
                         self.start(&runner, job.draft.id, Task::LookThrough);
                     }
-                    // What has begun goes first: after a restart, it goes on.
-                    open.retain(|job| matches!(job.state, State::Queued | State::Running));
+                    // Of those that wait the oldest goes first, also when its files take longer to look through than a younger one's.
+                    let unread = open.iter().filter(|job| job.state == State::ValidatingFiles).map(|job| job.draft.id).min();
+                    let waits = |job: &FineTuningJob| unread.is_some_and(|unread| unread < job.draft.id);
+                    open.retain(|job| job.state == State::Running || (job.state == State::Queued && !waits(job)));
+                    // What has begun goes before all others: after a restart, it goes on.
                     open.sort_by_key(|job| (job.state != State::Running, job.draft.id));
                     for job in open {
                         if self.training() < options.jobs {

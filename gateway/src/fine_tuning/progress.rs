@@ -143,16 +143,50 @@ fn take(heard: &mut Heard, line: &Line, now: i64) {
     }
 }
 
-/// How the training ended that said this last; `None` when it did not say.
-pub fn last(path: &Path) -> io::Result<Option<Last>> {
+/// Where a training is.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Latest {
+    /// Steps taken.
+    pub step: u64,
+    /// All steps.
+    pub steps: u64,
+    /// Epochs done.
+    pub epoch: f64,
+    /// Tokens computed.
+    pub tokens: u64,
+    /// The last of each, under TRL's names.
+    pub metrics: BTreeMap<String, f64>,
+}
+
+/// Where the training is, by the last that it said.
+pub fn latest(path: &Path) -> io::Result<Latest> {
+    let mut latest = Latest::default();
+    for line in tail(path)?.split(|byte| *byte == b'\n') {
+        let Ok(line) = serde_json::from_slice::<Line>(line) else { continue };
+        if matches!(line.event.as_str(), "progress" | "evaluated") {
+            (latest.step, latest.steps, latest.epoch, latest.tokens) = (line.step, line.steps, line.epoch, line.tokens);
+            latest.metrics.extend(line.metrics.into_iter().filter_map(|(name, value)| Some((name, value?))));
+        }
+    }
+    Ok(latest)
+}
+
+/// The end of a file; empty when there is none.
+fn tail(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
     let mut file = match File::open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(bytes),
         file => file?,
     };
     let length = file.metadata()?.len();
     file.seek(SeekFrom::Start(length.saturating_sub(TAIL)))?;
-    let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// How the training ended that said this last; `None` when it did not say.
+pub fn last(path: &Path) -> io::Result<Option<Last>> {
+    let bytes = tail(path)?;
     let line = bytes.strip_suffix(b"\n").and_then(|lines| lines.rsplit(|byte| *byte == b'\n').next());
     let line: Option<Line> = line.and_then(|line| serde_json::from_slice(line).ok());
     Ok(line.and_then(|line| match line.event.as_str() {

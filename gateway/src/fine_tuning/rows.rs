@@ -1,7 +1,7 @@
 //! A client's file as rows for the trainer.
 
 use crate::batches::input::{Lines, RawLine};
-use crate::fine_tuning::method::Kind;
+use crate::fine_tuning::method::{Kind, Method};
 use serde_json::{Map, Value, json};
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -9,6 +9,7 @@ use std::path::Path;
 use tidemill_rlhf::dataset::format::{self, Format};
 use tidemill_rlhf::dataset::import::MAX_LINE;
 use tidemill_rlhf::dataset::{Example, StoredRow};
+use tidemill_rlhf::reward::grader::Grader;
 
 /// Bad lines that are told in full; all are counted.
 const TOLD: usize = 10;
@@ -25,21 +26,24 @@ pub struct Found {
 }
 
 /// Writes the rows of `input` to `output`, or says what is wrong with which lines. `name` is the file's, for where a row came from.
-pub fn convert(input: &Path, output: &Path, name: &str, kind: Kind) -> io::Result<Result<Found, String>> {
+pub fn convert(input: &Path, output: &Path, name: &str, method: &Method) -> io::Result<Result<Found, String>> {
     let mut lines = Lines::open(input, MAX_LINE)?;
     let beside = output.with_extension("partial");
     let mut out = BufWriter::new(File::create(&beside)?);
     let (mut found, mut bad) = (Found::default(), BadLines::default());
     while let Some(RawLine { number, text }) = lines.read()? {
         let row = match text {
-            Some(text) => row(&text, &format!("{name}:{number}"), kind),
+            Some(text) => match &method.grader {
+                Some(grader) => question(&text, grader).map(|line| (line, 1)),
+                None => row(&text, &format!("{name}:{number}"), method.kind)
+                    .map(|(stored, turns)| (format::line(&stored, Format::Tidemill).unwrap_or_default(), turns)),
+            },
             None => Err(format!("it is longer than {} MiB; split it, or leave it out", MAX_LINE >> 20)),
         };
         match row {
-            Ok((stored, turns)) => {
+            Ok((line, turns)) => {
                 found.rows += 1;
                 found.several_turns |= turns > 1;
-                let line = format::line(&stored, Format::Tidemill).unwrap_or_default();
                 writeln!(out, "{}", Value::Object(line))?;
             }
             Err(why) => bad.push(number, &why),
@@ -56,17 +60,49 @@ pub fn convert(input: &Path, output: &Path, name: &str, kind: Kind) -> io::Resul
     Ok(Ok(found))
 }
 
-/// A row, and how many turns of it are learnt; or what is wrong and what to do about it.
-fn row(text: &[u8], place: &str, kind: Kind) -> Result<(StoredRow, usize), String> {
-    let object = match serde_json::from_slice::<Value>(text) {
-        Ok(Value::Object(object)) => object,
-        Ok(_) => return Err("it is no JSON object; write one {…} per line".to_owned()),
+fn object(text: &[u8]) -> Result<Map<String, Value>, String> {
+    match serde_json::from_slice::<Value>(text) {
+        Ok(Value::Object(object)) => Ok(object),
+        Ok(_) => Err("it is no JSON object; write one {…} per line".to_owned()),
         // Its own line number is always 1.
         Err(error) => {
-            return Err(format!("it is no JSON ({}); write one whole {{…}} per line", error.to_string().replace("line 1 ", "")));
+            Err(format!("it is no JSON ({}); write one whole {{…}} per line", error.to_string().replace("line 1 ", "")))
         }
-    };
-    let (object, weights) = cut(object)?;
+    }
+}
+
+/// A conversation that is to be answered, with its columns; or what is wrong and what to do about it.
+fn question(text: &[u8], grader: &Grader) -> Result<Map<String, Value>, String> {
+    let object = object(text)?;
+    let fix = "write {\"messages\": […]} with what answers are compared with in columns beside it";
+    let messages = object.get("messages").and_then(format::messages);
+    let messages = messages.ok_or_else(|| format!("it has no messages; {fix}"))?;
+    match messages.last().map(|last| last.role.as_str()) {
+        Some("user" | "tool") => {}
+        Some("assistant") => {
+            return Err(
+                "its last message is the assistant's, and answers are sampled; leave it out, or use the method 'supervised'"
+                    .to_owned(),
+            );
+        }
+        _ => return Err("its last message is not the user's; end with what is to be answered".to_owned()),
+    }
+    if object.get("tools").is_some_and(|tools| !tools.is_null()) {
+        return Err("it has tools, which are not called in this training; leave them out".to_owned());
+    }
+    let item = Value::Object(object);
+    if let Some(missing) = grader.missing(&item) {
+        return Err(format!("the grader '{}' looks for {missing}, which it does not have; {fix}", grader.name()));
+    }
+    match item {
+        Value::Object(object) => Ok(object),
+        _ => Ok(Map::new()),
+    }
+}
+
+/// A row, and how many turns of it are learnt; or what is wrong and what to do about it.
+fn row(text: &[u8], place: &str, kind: Kind) -> Result<(StoredRow, usize), String> {
+    let (object, weights) = cut(object(text)?)?;
     let mut stored = format::parse(object, place).map_err(|(what, fix)| format!("{what}; {fix}"))?;
     let turns = match (&mut stored.row.example, kind) {
         (Example::Demonstration { prompt, .. }, Kind::Supervised) => {
@@ -86,6 +122,8 @@ fn row(text: &[u8], place: &str, kind: Kind) -> Result<(StoredRow, usize), Strin
         (Example::Preference { .. }, Kind::Supervised) => {
             return Err("it compares two answers, which is for the method 'dpo'; write {\"messages\": […]}".to_owned());
         }
+        // Its lines are prompts.
+        (_, Kind::Reinforcement) => return Err("it has no grader to judge answers by".to_owned()),
         (_, Kind::Dpo) => {
             let fix = "write {\"input\": {\"messages\": […]}, \"preferred_output\": […], \"non_preferred_output\": […]}";
             return Err(format!("it has no two answers to compare; {fix}"));
@@ -155,12 +193,19 @@ impl BadLines {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fine_tuning::method::Hyperparameters;
+
+    fn grader(kind: Kind) -> Option<Grader> {
+        let grader = json!({"type": "string_check", "name": "exact", "input": "{{sample.output_text}}", "reference": "{{item.answer}}", "operation": "eq"});
+        (kind == Kind::Reinforcement).then(|| serde_json::from_value(grader).unwrap())
+    }
 
     fn converted(text: &str, kind: Kind) -> (Result<Found, String>, Vec<Value>) {
         let folder = tempfile::tempdir().unwrap();
         let (input, output) = (folder.path().join("in"), folder.path().join("out.jsonl"));
         std::fs::write(&input, text).unwrap();
-        let found = convert(&input, &output, "in.jsonl", kind).unwrap();
+        let method = Method { kind, hyperparameters: Hyperparameters::default(), grader: grader(kind) };
+        let found = convert(&input, &output, "in.jsonl", &method).unwrap();
         let rows = std::fs::read_to_string(&output).unwrap_or_default();
         (found, rows.lines().map(|line| serde_json::from_str(line).unwrap()).collect())
     }
@@ -195,6 +240,26 @@ mod tests {
         assert!(converted(pair, Kind::Supervised).0.unwrap_err().contains("'dpo'"));
         let chat = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#;
         assert!(converted(chat, Kind::Dpo).0.unwrap_err().starts_with("Line 1: it has no two answers"));
+    }
+
+    #[test]
+    fn prompts_keep_their_columns_and_must_have_those_that_the_grader_looks_for() {
+        let line = r#"{"messages":[{"role":"user","content":"a"}],"answer":"b","level":3}"#;
+        let (found, rows) = converted(line, Kind::Reinforcement);
+        assert_eq!((found.unwrap().rows, &rows[0]["answer"], &rows[0]["level"]), (1, &"b".into(), &3.into()));
+        for (line, part) in [
+            (r#"{"messages":[{"role":"user","content":"a"}]}"#, "the grader 'exact' looks for item.answer"),
+            (
+                r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"answer":"b"}"#,
+                "the assistant's",
+            ),
+            (r#"{"messages":[{"role":"system","content":"a"}],"answer":"b"}"#, "not the user's"),
+            (r#"{"messages":[],"answer":"b"}"#, "no messages"),
+            (r#"{"messages":[{"role":"user","content":"a"}],"answer":"b","tools":[]}"#, "tools"),
+        ] {
+            let error = converted(line, Kind::Reinforcement).0.unwrap_err();
+            assert!(error.starts_with("Line 1: ") && error.contains(part), "{error}");
+        }
     }
 
     #[test]

@@ -6,9 +6,13 @@ use crate::fine_tuning::process::{LOG, Process, SAID};
 use crate::fine_tuning::progress::{self, Last, csv, listen};
 use crate::fine_tuning::rows::convert;
 use crate::fine_tuning::served;
-use crate::fine_tuning::spec::{Bench, model_name, spec};
+use crate::fine_tuning::spec::{Bench, last_name, spec};
+use crate::fine_tuning::trainings::{Training, Trainings};
 use crate::fine_tuning::{FineTuningOptions, folder_of};
-use crate::http::App;
+use crate::graders::Desk;
+use crate::graders::desk::Petitioner;
+use crate::http::inside::Inside;
+use crate::http::{App, job_name};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::io;
@@ -62,7 +66,9 @@ pub(super) enum Task {
 pub(super) struct Runner {
     rows: FineTunings,
     app: App,
+    inside: Inside,
     options: FineTuningOptions,
+    trainings: Trainings,
     looks: Semaphore,
     leaving: watch::Receiver<bool>,
 }
@@ -74,6 +80,8 @@ enum Trouble {
     Disk(#[from] io::Error),
     #[error("its row: {0}")]
     Store(#[from] StoreError),
+    #[error("its model: {0}")]
+    Model(served::NotMade),
 }
 
 /// Why a job can have no model.
@@ -100,8 +108,15 @@ enum End {
 }
 
 impl Runner {
-    pub(super) fn new(rows: FineTunings, app: App, options: FineTuningOptions, leaving: watch::Receiver<bool>) -> Self {
-        Self { rows, app, options, looks: Semaphore::new(LOOKS), leaving }
+    pub(super) fn new(
+        rows: FineTunings,
+        app: App,
+        options: FineTuningOptions,
+        trainings: Trainings,
+        leaving: watch::Receiver<bool>,
+    ) -> Self {
+        let inside = Inside::new(app.clone());
+        Self { rows, app, inside, options, trainings, looks: Semaphore::new(LOOKS), leaving }
     }
 
     /// Does what is to be done, or as much of it as there is time for before the server leaves.
@@ -162,8 +177,10 @@ impl Runner {
         let adapter = if draft.model == draft.base {
             None
         } else {
-            let Some(parent) = self.rows.find_model(&draft.model, &Viewer::Anyone).await? else { return gone(&draft.model) };
-            Some(std::path::absolute(self.folder(parent.draft.id))?.join(ADAPTER))
+            let made = self.rows.find_model(last_name(&draft.model), &Viewer::Anyone).await?;
+            let parent = served::folder_of_model(&self.app, &draft.model).await?.filter(|_| made.is_some());
+            let Some(parent) = parent else { return gone(&draft.model) };
+            Some(std::path::absolute(parent)?)
         };
         let folder = std::path::absolute(self.folder(draft.id))?;
         std::fs::create_dir_all(&folder)?;
@@ -173,7 +190,8 @@ impl Runner {
         for (file, output, param) in files {
             let Some(file) = file else { continue };
             let (input, output, name) = (self.app.files.path(file), output.clone(), crate::http::file_name(file));
-            let work = move || convert(&input, &output, &name, method.kind);
+            let of = method.clone();
+            let work = move || convert(&input, &output, &name, &of);
             let failure = |message: String| {
                 let code = if param == "training_file" { "invalid_training_file" } else { "invalid_validation_file" };
                 Failure { param: Some(param), ..Failure::new(code, message) }
@@ -188,7 +206,7 @@ impl Runner {
             }
         }
         let rows = found.first().copied().unwrap_or_default();
-        let method = method.resolved(rows.rows);
+        let method = method.resolved(rows.rows, model.context());
         let bench = Bench {
             base: (&draft.base, &std::path::absolute(base)?),
             adapter: adapter.as_deref(),
@@ -202,7 +220,8 @@ impl Runner {
             Ok(spec) => {
                 let text = serde_json::to_vec_pretty(&spec).map_err(io::Error::other)?;
                 write_atomically(&folder.join(SPEC), &text)?;
-                Ok(Ok((method, method.steps(rows.rows), rows.rows)))
+                let steps = method.steps(rows.rows);
+                Ok(Ok((method, steps, rows.rows)))
             }
             Err(error) => Ok(Err(Failure::new("invalid_method", format!("{error}.")))),
         }
@@ -225,6 +244,8 @@ impl Runner {
             (_, 0) => News::info("The training has begun."),
             (_, step) => News::info(format!("The training goes on after step {step}.")),
         }];
+        let _desk = self.desk(&job, &folder)?;
+        let training = self.trainings.begin(&job, &job_name(id));
         loop {
             let left = Process::left(&folder)?;
             // What a server that was killed has not heard any more.
@@ -246,7 +267,7 @@ impl Runner {
                     .ok_or_else(|| io::Error::new(io::ErrorKind::ResourceBusy, "another process trains in it"))?,
             };
             tracing::info!(job = %id, adopted = more == 0, "training");
-            let status = match self.watch(id, &mut process, &said, &mut heard).await? {
+            let status = match self.watch(&training, id, &mut process, &said, &mut heard).await? {
                 End::Leaving => return Ok(()),
                 End::Unwanted => return self.clear_if_ended(id).await,
                 End::Over(status) => status,
@@ -271,8 +292,26 @@ impl Runner {
         }
     }
 
+    /// Where the job's process asks models, if its grader names any.
+    fn desk(&self, job: &FineTuningJob, folder: &Path) -> Result<Option<Desk>, Trouble> {
+        let grader = Method::stored(&job.draft.method).ok().and_then(|method| method.grader);
+        let models: Vec<String> = grader.iter().flat_map(|grader| grader.models()).map(|(_, model)| model.to_owned()).collect();
+        if models.is_empty() {
+            return Ok(None);
+        }
+        let petitioner = Petitioner { job: job_name(job.draft.id), key_id: job.draft.key_id.clone(), models };
+        Ok(Some(Desk::open(folder, self.inside.clone(), self.app.store.clone(), petitioner)?))
+    }
+
     /// Follows a process until it is gone.
-    async fn watch(&self, id: Uuid, process: &mut Process, said: &Path, heard: &mut Heard) -> Result<End, Trouble> {
+    async fn watch(
+        &self,
+        training: &Training,
+        id: Uuid,
+        process: &mut Process,
+        said: &Path,
+        heard: &mut Heard,
+    ) -> Result<End, Trouble> {
         let mut told: Option<(End, Instant)> = None;
         let mut polls = 0_u32;
         loop {
@@ -281,6 +320,7 @@ impl Runner {
             let ended = process.ended()?;
             // After it is gone, so that nothing that it said is missed.
             self.hear(id, said, heard).await;
+            training.look(said, heard.read_bytes);
             if let Some(status) = ended {
                 return Ok(told.map_or(End::Over(status), |(end, _)| end));
             }
@@ -354,19 +394,38 @@ impl Runner {
         self.clear_if_ended(id).await
     }
 
-    /// Serves the model, shows the metrics, and ends the job.
+    /// Serves the models, shows the metrics, and ends the job.
     async fn finish(&self, job: &FineTuningJob, heard: &Heard) -> Result<(), Trouble> {
         let (draft, folder, now) = (&job.draft, self.folder(job.draft.id), now());
-        let model = model_name(&draft.base, draft.suffix.as_deref(), draft.id);
-        let mut news = vec![News::info(format!("The model `{model}` was made."))];
-        match served::serve(&self.app.registry, &draft.base, &model, folder.join(ADAPTER), now).await {
-            Ok(()) => {}
+        let models = match served::publish(&self.app, draft, &folder).await {
+            Ok(models) => models,
             Err(error) if error.is_final() => {
                 return self.fail(job, Failure::new("invalid_model", format!("The model cannot be served: {error}."))).await;
             }
-            Err(error) => news.push(News::warn(format!("The model is not served now: {error}."))),
-        }
+            Err(error) => return Err(Trouble::Model(error)),
+        };
         let log = std::fs::read_to_string(folder.join(METRICS)).unwrap_or_default();
+        let (mut news, mut checkpoints, mut model) = (Vec::new(), Vec::new(), String::new());
+        for made in &models {
+            let metrics = match made.step {
+                Some(step) => progress::metrics(
+                    step,
+                    made.metrics.iter().filter_map(|(name, value)| Some((name.as_str(), value.as_f64()?))),
+                ),
+                None => last_metrics(&log, heard.step),
+            };
+            let step = made.step.unwrap_or(heard.step);
+            checkpoints.push(FineTuningCheckpoint { step, created: now, model: made.name.clone(), metrics });
+            news.push(News::info(match made.step {
+                Some(step) => format!("The model after step {step} was kept as `{}`.", made.name),
+                None => format!("The model `{}` was made.", made.name),
+            }));
+            news.extend(
+                made.problem.iter().map(|why| News::warn(format!("The model is not served now: {}.", why.trim_end_matches('.')))),
+            );
+            // The last of them is the job's.
+            model.clone_from(&made.name);
+        }
         let table = csv(&log);
         let result = self.app.files.path(draft.result_file);
         write_atomically(&result, table.as_bytes())?;
@@ -380,15 +439,15 @@ impl Runner {
             expires: None,
             place: draft.place.clone(),
         };
-        let metrics = last_metrics(&log, heard.step);
-        let checkpoint = FineTuningCheckpoint { step: heard.step, created: now, model: model.clone(), metrics };
         news.push(News::info("The job has successfully completed."));
-        let made = Made { model: model.clone(), result: Some(result), checkpoints: vec![checkpoint] };
+        let made = Made { model: model.clone(), result: Some(result), checkpoints };
         if self.rows.succeed(draft.id, &made, &news, now).await? {
             tracing::info!(job = %draft.id, model, "fine-tuning job succeeded");
         } else {
             // Cancelled or paused in this very moment.
-            served::withdraw(&self.app.registry, &draft.base, &model);
+            let names: Vec<String> = models.into_iter().map(|model| model.name).collect();
+            let withdrawn = served::withdraw(&self.app, &names, &job_name(draft.id)).await;
+            withdrawn.map_err(|error| Trouble::Model(error.into()))?;
         }
         self.clear_if_ended(draft.id).await
     }
@@ -402,11 +461,12 @@ impl Runner {
     }
 
     /// Removes from the folder of a job that has ended what nobody needs any more: of a cancelled one everything, of one with a model
-    /// all but the adapter and how it came to be, of a failed one all but its logs.
+    /// all but how it came to be, of a failed one all but its logs.
     async fn clear_if_ended(&self, id: Uuid) -> Result<(), Trouble> {
         let state = self.rows.state(id).await?;
         let kept: &[&str] = match state {
-            Some(State::Succeeded) => &[ADAPTER, LINEAGE, METRICS, SPEC, LOG, SAID, REPORT],
+            // The registry has the adapters.
+            Some(State::Succeeded) => &[LINEAGE, METRICS, SPEC, LOG, SAID, REPORT],
             Some(State::Failed) => &[METRICS, SPEC, LOG, SAID],
             Some(State::Cancelled) => &[],
             // Without a row it is another database's.

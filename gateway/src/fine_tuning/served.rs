@@ -1,77 +1,153 @@
-//! The models that jobs made, on the engine that has their base.
+//! The models that jobs made: adapters of the registry, under aliases that the API has for them.
 //!
-//! This is the one place that knows where a finished adapter lies and how it comes to be served.
+//! This is the one place that knows what of a job's folder becomes a model and how it comes to be served.
 
-use crate::fine_tuning::folder_of;
-use crate::upstream::{LocalModel, Registry, Upstream};
-use std::path::{Path, PathBuf};
+use crate::fine_tuning::spec::{adapter_name, checkpoint_name, model_name};
+use crate::http::{App, job_name};
+use crate::upstream::{LocalModel, Registry as Models};
+use serde_json::{Map, Value};
+use std::path::Path;
 use std::sync::Arc;
-use tidemill_engine::{AdapterError, AdapterRefused};
-use tidemill_rlhf::job::ADAPTER;
-use tidemill_store::{FineTuningJob, FineTunings, StoreError};
+use tidemill_rlhf::job::{ADAPTER, EpochAdapter, JobError, epoch_adapters};
+use tidemill_rlhf::registry::{Base, Lineage, RegistryError};
+use tidemill_store::{AdapterRefusal, AdapterState, FineTuningDraft, FineTuningJob, StoreError};
 
-/// Why a model is not served.
+/// Why a model did not come about.
 #[derive(Debug, thiserror::Error)]
-pub enum NotServed {
-    /// Its base is not.
-    #[error("its base model `{0}` is not served here; start the server with it")]
-    Base(String),
-    /// The engine refused.
+pub enum NotMade {
+    /// The registry.
     #[error(transparent)]
-    Refused(#[from] AdapterRefused),
-    /// A fault of ours.
-    #[error("loading it broke off; the server's log says why")]
-    Broken,
+    Registry(#[from] RegistryError),
+    /// The job's folder.
+    #[error(transparent)]
+    Folder(#[from] JobError),
 }
 
-impl NotServed {
-    /// Whether the adapter itself is wrong, so that it never can be.
+impl NotMade {
+    /// Whether the adapter itself is wrong, so that it never can be a model.
     pub fn is_final(&self) -> bool {
-        let Self::Refused(refused) = self else { return false };
-        match refused {
-            AdapterRefused::Files(AdapterError::Folder { .. }) => false,
-            AdapterRefused::Files(_) | AdapterRefused::Rank { .. } | AdapterRefused::Name(_) => true,
+        match self {
+            Self::Registry(RegistryError::Files(_) | RegistryError::Changed { .. }) => true,
+            Self::Registry(RegistryError::Refused(refusal)) => !matches!(refusal, AdapterRefusal::Store(_)),
             _ => false,
         }
     }
 }
 
+/// A model that can be asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Model {
+    /// After which step, where it is not the last.
+    pub step: Option<u64>,
+    /// Its name in the API.
+    pub name: String,
+    /// What was measured at its step.
+    pub metrics: Map<String, Value>,
+    /// Why it is not served at this moment.
+    pub problem: Option<String>,
+}
+
 /// The base model of this name, if it answers.
-pub fn base(registry: &Registry, name: &str) -> Option<Arc<LocalModel>> {
-    let found = registry.states().any(|(known, _)| known == name);
-    let Upstream::Local(model) = registry.find_base(Some(name)).ok().filter(|_| found)?;
-    Some(model)
+pub fn base(models: &Models, name: &str) -> Option<Arc<LocalModel>> {
+    let found = models.states().any(|(known, _)| known == name);
+    models.find_local_base(Some(name)).ok().filter(|_| found)
 }
 
-/// Serves the adapter in `folder` under `name`, beside the base model. The same contents under the same name change nothing.
-pub async fn serve(registry: &Registry, base: &str, name: &str, folder: PathBuf, created: i64) -> Result<(), NotServed> {
-    let model = self::base(registry, base).ok_or_else(|| NotServed::Base(base.to_owned()))?;
-    let (engine, name) = (model.engine().clone(), name.to_owned());
-    let load = move || engine.load_adapter(&name, &folder, false, created.unsigned_abs() / 1_000_000);
-    tokio::task::spawn_blocking(load).await.map_err(|_| NotServed::Broken)??;
-    Ok(())
+/// Registers what a job made in `folder` and puts it into service: the models of earlier epochs, and the last. Doing so again changes
+/// nothing.
+pub async fn publish(app: &App, draft: &FineTuningDraft, folder: &Path) -> Result<Vec<Model>, NotMade> {
+    let base = match base(&app.registry, &draft.base) {
+        Some(model) => app.adapters.base(&model).await,
+        None => Base::named(&draft.base),
+    };
+    let registry = app.adapters.registry().acting_as(job_name(draft.id));
+    let last = model_name(&draft.base, draft.suffix.as_deref(), draft.id);
+    let name = adapter_name(draft.suffix.as_deref(), draft.id, None);
+    let lineage = registry.lineage_of(folder, &name, base, Some(job_name(draft.id))).await?;
+    let mut made = Vec::new();
+    for EpochAdapter { step, folder, metrics } in epoch_adapters(folder)? {
+        let name = adapter_name(draft.suffix.as_deref(), draft.id, Some(step));
+        let lineage = Lineage { name, metrics: Value::Object(metrics.clone()), ..lineage.clone() };
+        made.push((folder, lineage, Model { step: Some(step), name: checkpoint_name(&last, step), metrics, problem: None }));
+    }
+    let metrics = lineage.metrics.as_object().cloned().unwrap_or_default();
+    made.push((folder.join(ADAPTER), lineage, Model { step: None, name: last, metrics, problem: None }));
+    let mut models = Vec::with_capacity(made.len());
+    let mut ids = Vec::with_capacity(made.len());
+    for (folder, lineage, mut model) in made {
+        let kept = registry.register(&folder, lineage).await?;
+        let id = kept.id.to_string();
+        match registry.serve(&id, false).await {
+            Ok(_) => drop(registry.alias(&model.name, &id).await?),
+            Err(error @ RegistryError::Refused(AdapterRefusal::Tainted(_))) => model.problem = Some(error.to_string()),
+            Err(error) => return Err(error.into()),
+        }
+        ids.push(kept.id);
+        models.push(model);
+    }
+    follow(app).await;
+    for (model, id) in models.iter_mut().zip(ids) {
+        model.problem = model.problem.take().or_else(|| app.adapters.problem(id));
+    }
+    if app.registry.states().all(|(known, _)| known != draft.base) {
+        models.iter_mut().for_each(|model| {
+            model.problem = Some(format!("its base model `{}` is not served here; start the server with it", draft.base));
+        });
+    }
+    Ok(models)
 }
 
-/// Serves what the jobs of this data directory made: as many as the engine takes, the newest last, so that the oldest give way.
-pub async fn serve_all(rows: &FineTunings, registry: &Registry, root: &Path, place: &str) -> Result<(), StoreError> {
-    let most = registry.ready().map(|Upstream::Local(model)| model.engine().options().max_adapters).sum();
-    let mut jobs = rows.served(place, most).await?;
-    jobs.reverse();
-    for FineTuningJob { draft, fine_tuned_model, finished, .. } in jobs {
-        let Some(name) = fine_tuned_model else { continue };
-        let folder = folder_of(root, draft.id).join(ADAPTER);
-        if let Err(error) = serve(registry, &draft.base, &name, folder, finished.unwrap_or(draft.created)).await {
-            tracing::warn!(model = name, %error, "a fine-tuned model is not served");
+/// Registers what jobs made before the registry kept such models.
+pub async fn publish_older(app: &App, jobs: &[FineTuningJob], root: &Path) {
+    for FineTuningJob { draft, .. } in jobs {
+        let folder = super::folder_of(root, draft.id);
+        if !folder.join(ADAPTER).is_dir() {
+            continue;
+        }
+        match publish(app, draft, &folder).await {
+            // The registry has it now.
+            Ok(_) => drop(std::fs::remove_dir_all(folder.join(ADAPTER))),
+            Err(error) => tracing::warn!(job = %draft.id, %error, "a fine-tuned model is not served"),
         }
     }
+}
+
+/// Takes a job's models out of service; requests that they are answering end well. Their adapters stay in the registry, retired. An
+/// error when somebody's alias leads to one of them: nothing has changed then.
+pub async fn withdraw(app: &App, models: &[String], actor: &str) -> Result<(), RegistryError> {
+    let registry = app.adapters.registry().acting_as(actor);
+    let aliases = registry.aliases().await?;
+    let led: Vec<_> = aliases.iter().filter(|alias| models.contains(&alias.name)).collect();
+    for own in &led {
+        let others = aliases.iter().filter(|alias| alias.adapter == own.adapter && !models.contains(&alias.name));
+        let others: Vec<String> = others.map(|alias| alias.name.clone()).collect();
+        if !others.is_empty() {
+            return Err(AdapterRefusal::Aliased { adapter: own.name.clone(), aliases: others }.into());
+        }
+    }
+    for own in led {
+        registry.unalias(&own.name, Some(&own.base)).await?;
+        let adapter = registry.get(&own.adapter.to_string()).await?;
+        if adapter.state == AdapterState::Serving {
+            registry.retire(&own.adapter.to_string()).await?;
+        }
+    }
+    follow(app).await;
     Ok(())
 }
 
-/// Takes the model off the engine; requests that it is answering end well.
-pub fn withdraw(registry: &Registry, base: &str, name: &str) {
-    if let Some(model) = self::base(registry, base)
-        && let Err(error) = model.engine().unload_adapter(name)
-    {
-        tracing::debug!(model = name, %error, "a fine-tuned model was not loaded");
+/// The folder of the adapter that a model of this name is; `None` when there is none.
+pub async fn folder_of_model(app: &App, name: &str) -> Result<Option<std::path::PathBuf>, StoreError> {
+    match app.adapters.registry().get(name).await {
+        Ok(adapter) => Ok(Some(app.adapters.registry().folder(&adapter.location))),
+        Err(RegistryError::Store(error)) => Err(error),
+        Err(_) => Ok(None),
+    }
+}
+
+async fn follow(app: &App) {
+    // The change is made; where the store cannot be read now, it is in force as soon as that can be.
+    if let Err(error) = app.adapters.follow().await {
+        tracing::warn!(%error, "a change of fine-tuned models is not in force yet");
     }
 }

@@ -113,7 +113,7 @@ async fn register(State(app): State<App>, request: Request) -> Result<Response, 
     let mut object = |key: &'static str| fields.get(key).map(|field| field.map().cloned().map(Value::Object)).transpose();
     let (config, metrics) = (object("config")?, object("metrics")?);
     fields.finish()?;
-    let crate::upstream::Upstream::Local(model) = app.registry.find_base(base)?;
+    let model = app.registry.find_local_base(base)?;
     let plain = Lineage::new(name, app.adapters.base(&model).await);
     let lineage = Lineage {
         snapshot,
@@ -213,7 +213,7 @@ async fn follow(app: &App) {
 }
 
 /// `param` is the field that named the adapter or its files.
-fn refused(param: &'static str, error: RegistryError) -> ApiError {
+pub fn refused(param: &'static str, error: RegistryError) -> ApiError {
     let of = |param: &str, code: &'static str, status: StatusCode, error: &dyn std::fmt::Display| ApiError {
         param: Some(param.to_owned()),
         ..ApiError::client(status, Some(code), format!("{error}."))

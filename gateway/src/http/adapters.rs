@@ -6,7 +6,7 @@ use crate::http::auth::{Caller, require};
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
 use crate::openai::fields::Fields;
-use crate::upstream::{LocalModel, Upstream};
+use crate::upstream::LocalModel;
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
@@ -47,7 +47,7 @@ async fn load(State(app): State<App>, request: Request) -> Result<Response, ApiE
     if name.contains('@') {
         return Err(ApiError::invalid("lora_name", "invalid_value", "Invalid 'lora_name': a name holds no '@'; choose another."));
     }
-    if app.registry.adapter_names(model.name()).get(name).is_some() {
+    if is_registered(&app, &model, name) {
         let message = format!("Invalid 'lora_name': `{name}` is a registered adapter or an alias; choose another.");
         return Err(ApiError::invalid("lora_name", "adapter_exists", message));
     }
@@ -80,7 +80,7 @@ async fn unload(State(app): State<App>, request: Request) -> Result<Response, Ap
     fields.ignore(&["lora_int_id"]);
     fields.finish()?;
     let model = base_model(&app, base)?;
-    if name.contains('@') || app.registry.adapter_names(model.name()).get(name).is_some() {
+    if name.contains('@') || is_registered(&app, &model, name) {
         let message =
             format!("`{name}` is a registered adapter or an alias; POST /v1/adapters/{name}/retire takes it out of service.");
         return Err(ApiError::invalid("lora_name", "registered_adapter", message));
@@ -90,9 +90,13 @@ async fn unload(State(app): State<App>, request: Request) -> Result<Response, Ap
     Ok(done(format!("Success: LoRA adapter '{name}' removed successfully.")))
 }
 
+/// Whether the name is the registry's to give.
+fn is_registered(app: &App, model: &LocalModel, name: &str) -> bool {
+    app.registry.adapter_names(model.name()).get(name).is_some() || app.registry.offered(model.name()).contains_key(name)
+}
+
 fn base_model(app: &App, name: Option<&str>) -> Result<Arc<LocalModel>, ApiError> {
-    let Upstream::Local(model) = app.registry.find_base(name)?;
-    Ok(model)
+    app.registry.find_local_base(name)
 }
 
 /// Plain text, as vLLM answers.

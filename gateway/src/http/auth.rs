@@ -5,7 +5,7 @@ use crate::http::cors::Origins;
 use crate::http::error::ApiError;
 use crate::keys::{KeyRing, Known};
 use crate::telemetry::Trail;
-use crate::upstream::{LocalModel, Registry, Upstream};
+use crate::upstream::{LocalModel, Registry};
 use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -59,6 +59,13 @@ impl Caller {
         Self { open: key.is_none(), key }
     }
 
+    /// The caller of a key's id, or of a server without keys, for the same; `None` when the key does not work any more.
+    pub async fn of_key(store: &Store, id: Option<&str>) -> Result<Option<Self>, StoreError> {
+        let Some(id) = id else { return Ok(Some(Self::later(None))) };
+        let key = store.key(id).await?.filter(|key| !key.has_expired(now()));
+        Ok(key.map(|key| Self::later(Some(Arc::new(key)))))
+    }
+
     /// Whose files and batches the caller sees: all of them without keys and with an `admin` key, else those of the key.
     pub fn viewer(&self) -> Viewer {
         match &self.key {
@@ -105,7 +112,7 @@ impl Caller {
     pub fn model(&self, registry: &Registry, name: Option<&str>) -> Result<Arc<LocalModel>, ApiError> {
         // First of all: what exists here is not everybody's business.
         name.map_or(Ok(()), |name| self.check_model(name))?;
-        let Upstream::Local(model) = registry.find(name)?;
+        let model = registry.find_local(name)?;
         self.check_model(model.name())?;
         Ok(model)
     }

@@ -6,19 +6,19 @@ use crate::http::app::App;
 use crate::http::auth::{Caller, require};
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
-use crate::http::files::{self, after};
+use crate::http::files;
 use crate::http::generate::enter;
-use crate::http::query::parameters;
 use crate::http::upload::KEEP;
 use crate::openai::about;
 use crate::openai::fields::Fields;
+use crate::openai::listing::{Extra, Listing};
 use axum::extract::{Path, RawQuery, Request, State};
 use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Extension, Router};
 use hyper::StatusCode;
 use serde_json::{Value, json};
-use tidemill_store::{Batch, BatchDraft, BatchState, Scope};
+use tidemill_store::{Batch, BatchDraft, BatchState, Order, Scope};
 use uuid::Uuid;
 
 /// Where the requests of a batch may go.
@@ -28,8 +28,8 @@ const WINDOW: &str = "24h";
 const WINDOW_US: i64 = 24 * 3600 * 1_000_000;
 /// Batches of a server in which something is still to be done; more are refused.
 const MAX_OPEN: usize = 256;
-/// Most batches of one list.
-const MAX_LIST: usize = 100;
+/// Before the id of a batch.
+const PREFIX: &str = "batch_";
 
 /// The routes, which need a key of scope `chat`.
 pub fn routes() -> Router<App> {
@@ -100,14 +100,8 @@ async fn list(
     Extension(caller): Extension<Caller>,
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
-    let (mut last, mut limit) = (None, 20);
-    for parameter in parameters(query.as_deref(), &["after", "limit"])? {
-        match parameter.name.as_ref() {
-            "after" => last = Some(after(&parameter, "batch_")?),
-            _ => limit = parameter.number(1..=MAX_LIST)?,
-        }
-    }
-    let page = app.batches.rows().list(&caller.viewer(), last, limit).await.map_err(unavailable)?;
+    let listing = Listing::parse(query.as_deref(), Order::NewestFirst, Extra::Batches)?;
+    let page = app.batches.rows().list(&caller.viewer(), listing.after_id(PREFIX)?, listing.limit).await.map_err(unavailable)?;
     Ok(list_page(page.items.iter().map(shown).collect(), page.has_more))
 }
 
@@ -137,11 +131,11 @@ async fn cancel(
 }
 
 fn name(id: Uuid) -> String {
-    format!("batch_{id}")
+    format!("{PREFIX}{id}")
 }
 
 async fn find(app: &App, caller: &Caller, text: &str) -> Result<Batch, ApiError> {
-    let found = match text.strip_prefix("batch_").and_then(|id| Uuid::try_parse(id).ok()) {
+    let found = match text.strip_prefix(PREFIX).and_then(|id| Uuid::try_parse(id).ok()) {
         Some(id) => app.batches.rows().find(id, &caller.viewer()).await.map_err(unavailable)?,
         None => None,
     };

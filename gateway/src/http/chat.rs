@@ -3,9 +3,11 @@
 use crate::http::answer::json;
 use crate::http::app::App;
 use crate::http::call_rules::CallRules;
+use crate::http::drain::InFlight;
 use crate::http::error::ApiError;
-use crate::http::generate::{Asked, Pending, engine_request, enter, head};
+use crate::http::generate::{Asked, Pending, engine_request, head};
 use crate::http::limits::off_path;
+use crate::http::remote;
 use crate::http::sse;
 use crate::http::stored_chats::KeptChat;
 use crate::limits::Meter;
@@ -20,6 +22,7 @@ use crate::openai::tools::Tool;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{self, Draft, Level};
 use crate::telemetry::Follower;
+use crate::upstream::remote::request::Endpoint;
 use crate::upstream::{Events, LocalModel};
 use axum::extract::{Request, State};
 use axum::response::Response;
@@ -31,25 +34,7 @@ use uuid::Uuid;
 
 /// `POST /v1/chat/completions`
 pub async fn chat(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
-    let (in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
-    let PreparedChat { run, head, report, stream, keep } =
-        app.body.parsed(request, move |body| PreparedChat::new(asked, &body)).await?;
-    let (format, n, tokenizer) = (run.format.clone(), run.choice_ids.len(), run.model.tokenizer().clone());
-    let events = run.start().await?;
-    if stream {
-        let mut stream = ChatStream::new(&head, n, report, format, tokenizer);
-        if let Some(keep) = keep {
-            stream = stream.keeping(|collected| Box::pin(keep.save(collected)));
-        }
-        return Ok(sse::response(events, stream, in_flight));
-    }
-    let records = report.keeps_records();
-    let collected = ChatCollected::of(events, format, n, records).await?;
-    let body = off_path(records, move || chat_answer::to_json(&head, &report, &tokenizer, &collected)).await?;
-    if let Some(keep) = keep {
-        keep.save_body(&body).await?;
-    }
-    Ok(json(body))
+    remote::serve(&app, request, Endpoint::Chat, PreparedChat::new, PreparedChat::answer).await
 }
 
 /// A conversation that was checked, templated and tokenised, with its record prepared: ready for the engine.
@@ -108,10 +93,10 @@ impl ChatRun {
             // The answer begins at once, whatever the prompt ends with: nothing of it is reasoning.
             format.reasoning = None;
         }
-        let level = asked.level(endpoint, &model, id)?;
+        let level = asked.level(endpoint, model.base(), id)?;
         let choice_ids = asked.choice_ids(id, generation.n);
         let request = asked.placed(engine_request(&model, id, prompt, sampling, generation), generation);
-        let (tier, meter) = (asked.tier(generation), asked.admit(&model, vec![request.prompt.len()])?);
+        let (tier, meter) = (asked.tier(generation), asked.admit(model.base(), vec![request.prompt.len()])?);
         let draft = || {
             let mut inference = asked.inference(endpoint, &model, &request, &generation.about);
             if let Some(constrained) = &chat.constraint {
@@ -203,5 +188,25 @@ impl PreparedChat {
         let head = AnswerHead { service_tier: run.tier, ..head(&run.model, run.id, "chatcmpl", object) };
         let keep = chat.store.then(|| KeptChat::new(&asked, body, &generation.about, &run, &report)).transpose()?;
         Ok(Self { head, report, stream: generation.stream, keep, run })
+    }
+
+    async fn answer(self, in_flight: InFlight) -> Result<Response, ApiError> {
+        let Self { run, head, report, stream, keep } = self;
+        let (format, n, tokenizer) = (run.format.clone(), run.choice_ids.len(), run.model.tokenizer().clone());
+        let events = run.start().await?;
+        if stream {
+            let mut stream = ChatStream::new(&head, n, report, format, tokenizer);
+            if let Some(keep) = keep {
+                stream = stream.keeping(|collected| Box::pin(keep.save(collected)));
+            }
+            return Ok(sse::response(events, stream, in_flight));
+        }
+        let records = report.keeps_records();
+        let collected = ChatCollected::of(events, format, n, records).await?;
+        let body = off_path(records, move || chat_answer::to_json(&head, &report, &tokenizer, &collected)).await?;
+        if let Some(keep) = keep {
+            keep.save_body(&body).await?;
+        }
+        Ok(json(body))
     }
 }

@@ -2,9 +2,11 @@
 
 use crate::http::answer::json;
 use crate::http::app::App;
+use crate::http::drain::InFlight;
 use crate::http::error::ApiError;
-use crate::http::generate::{Asked, Pending, collect, engine_request, enter, head};
+use crate::http::generate::{Asked, Pending, collect, engine_request, head};
 use crate::http::limits::off_path;
+use crate::http::remote;
 use crate::http::sse;
 use crate::limits::Meter;
 use crate::openai::collected::Collected;
@@ -16,6 +18,7 @@ use crate::openai::wire::AnswerHead;
 use crate::recording::{self, Draft, Level};
 use crate::telemetry::Follower;
 use crate::upstream::LocalModel;
+use crate::upstream::remote::request::Endpoint;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use serde_json::Value;
@@ -23,31 +26,7 @@ use std::sync::Arc;
 
 /// `POST /v1/completions`
 pub async fn completions(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
-    let (in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
-    let mut prepared = app.body.parsed(request, move |body| PreparedCompletion::new(asked, &body)).await?;
-    let prompts = prepared.requests.len();
-    if let Some(constraint) = &prepared.constraint {
-        let grammar = prepared.model.grammar(constraint).await?;
-        prepared.requests.iter_mut().for_each(|request| request.sampling.grammar = Some(grammar.clone()));
-    }
-    let events = prepared
-        .model
-        .submit(prepared.requests)?
-        .recorded(prepared.record.map(Pending::start))
-        .metered(prepared.meter)
-        .followed(prepared.follower)
-        .showing(prepared.processed);
-    let tokenizer = prepared.model.tokenizer();
-    if prepared.stream {
-        let encoder = CompletionStream::new(&prepared.head, prepared.n, prepared.report, tokenizer);
-        return Ok(sse::response(events, encoder, in_flight));
-    }
-    let keep = prepared.report.logprobs.is_some() || prepared.report.token_ids;
-    let collected = collect(events, Collected::new(prompts, prepared.best_of, keep)).await?;
-    let (tokenizer, n) = (tokenizer.clone(), prepared.n);
-    let body =
-        off_path(keep, move || completion_answer::to_json(&prepared.head, &prepared.report, &tokenizer, &collected, n)).await?;
-    Ok(json(body))
+    remote::serve(&app, request, Endpoint::Completions, PreparedCompletion::new, PreparedCompletion::answer).await
 }
 
 struct PreparedCompletion {
@@ -66,6 +45,32 @@ struct PreparedCompletion {
 }
 
 impl PreparedCompletion {
+    async fn answer(mut self, in_flight: InFlight) -> Result<Response, ApiError> {
+        let prompts = self.requests.len();
+        if let Some(constraint) = &self.constraint {
+            let grammar = self.model.grammar(constraint).await?;
+            self.requests.iter_mut().for_each(|request| request.sampling.grammar = Some(grammar.clone()));
+        }
+        let events = self
+            .model
+            .submit(self.requests)?
+            .recorded(self.record.map(Pending::start))
+            .metered(self.meter)
+            .followed(self.follower)
+            .showing(self.processed);
+        let tokenizer = self.model.tokenizer();
+        if self.stream {
+            let encoder = CompletionStream::new(&self.head, self.n, self.report, tokenizer);
+            return Ok(sse::response(events, encoder, in_flight));
+        }
+        let keep = self.report.logprobs.is_some() || self.report.token_ids;
+        let collected = collect(events, Collected::new(prompts, self.best_of, keep)).await?;
+        let (tokenizer, n) = (tokenizer.clone(), self.n);
+        let body =
+            off_path(keep, move || completion_answer::to_json(&self.head, &self.report, &tokenizer, &collected, n)).await?;
+        Ok(json(body))
+    }
+
     fn new(asked: Asked, body: &Value) -> Result<Self, ApiError> {
         let completion = CompletionRequest::parse(body)?;
         let model = asked.model(&completion.model)?;
@@ -83,7 +88,7 @@ impl PreparedCompletion {
             sampling.prompt_logprobs = sampling.prompt_logprobs.max(completion.logprobs);
         }
         let id = asked.app.store.issue_id();
-        let level = asked.level("completion", &model, id)?;
+        let level = asked.level("completion", model.base(), id)?;
         let mut requests = Vec::with_capacity(completion.prompts.len());
         let mut echoes = Vec::with_capacity(completion.prompts.len());
         let mut drafts = Vec::new();
@@ -110,7 +115,7 @@ impl PreparedCompletion {
             requests.push(request);
             echoes.push(PromptEcho { text: completion.echo.then(text), tokens });
         }
-        let meter = asked.admit(&model, requests.iter().map(|request| request.prompt.len()).collect())?;
+        let meter = asked.admit(model.base(), requests.iter().map(|request| request.prompt.len()).collect())?;
         let head = head(&model, id, "cmpl", "text_completion");
         Ok(Self {
             head: AnswerHead { service_tier: asked.tier(generation), ..head },

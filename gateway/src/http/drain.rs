@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 /// Counts the requests that are being answered; once draining, no new one is let in.
 #[derive(Clone, Debug, Default)]
@@ -16,6 +16,7 @@ struct Shared {
     draining: AtomicBool,
     in_flight: AtomicUsize,
     idle: Notify,
+    cut_off: watch::Sender<bool>,
 }
 
 /// Held while a request is being answered.
@@ -41,6 +42,22 @@ impl Drain {
     /// Whether the door is closed.
     pub fn is_draining(&self) -> bool {
         self.shared.draining.load(Ordering::SeqCst)
+    }
+
+    /// Ends what is still being answered by other servers; engines have a word of their own for that.
+    pub fn cut_off(&self) {
+        self.shared.cut_off.send_replace(true);
+    }
+
+    /// Resolves when what is being answered is to end.
+    pub fn is_cut_off(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut told = self.shared.cut_off.subscribe();
+        // The sender lives as long as the server does; without it nothing is told any more.
+        async move {
+            if told.wait_for(|cut_off| *cut_off).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
     }
 
     /// Requests being answered.

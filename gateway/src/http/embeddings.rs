@@ -3,9 +3,11 @@
 use crate::http::answer::json;
 use crate::http::app::App;
 use crate::http::deadline;
+use crate::http::drain::InFlight;
 use crate::http::error::ApiError;
-use crate::http::generate::{Asked, enter};
+use crate::http::generate::Asked;
 use crate::http::limits::{LONG_WORK, off_path};
+use crate::http::remote;
 use crate::limits::Meter;
 use crate::openai::collected::cancelled;
 use crate::openai::completions::PromptInput;
@@ -13,6 +15,7 @@ use crate::openai::embeddings::{self, EmbeddingsRequest};
 use crate::openai::fields::Fields;
 use crate::telemetry::Follower;
 use crate::upstream::LocalModel;
+use crate::upstream::remote::request::Endpoint;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use futures_util::stream::{StreamExt, TryStreamExt};
@@ -26,9 +29,11 @@ const AT_ONCE: usize = 32;
 
 /// `POST /v1/embeddings`
 pub async fn embeddings(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
-    let (_in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
-    let Prepared { model, texts, asked: wanted, mut meter, mut follower } =
-        app.body.parsed(request, move |body| Prepared::new(&asked, &body)).await?;
+    remote::serve(&app, request, Endpoint::Embeddings, |asked, body| Prepared::new(&asked, body), answer).await
+}
+
+async fn answer(prepared: Prepared, _in_flight: InFlight) -> Result<Response, ApiError> {
+    let Prepared { model, texts, asked: wanted, mut meter, mut follower } = prepared;
     let pooling = model.engine().pooling().clone().map_err(|why| no_embeddings(&model, &why))?;
     let tokens = texts.iter().map(|text| text.tokens.len()).sum();
     let at_once = model.engine().limits().max_seqs.min(AT_ONCE);
@@ -106,7 +111,7 @@ impl Prepared {
             })
         };
         let texts = request.input.iter().map(text).collect::<Result<Vec<_>, ApiError>>()?;
-        let meter = asked.admit(&model, texts.iter().map(|text| text.tokens.len()).collect())?;
+        let meter = asked.admit(model.base(), texts.iter().map(|text| text.tokens.len()).collect())?;
         let dimensions = request.dimensions.unwrap_or(engine.width());
         let follower = asked.follow_embeddings(&model, &texts, dimensions, request.encoding.as_str());
         Ok(Self { model: model.clone(), texts, asked: request, meter, follower })

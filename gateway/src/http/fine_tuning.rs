@@ -1,7 +1,9 @@
 //! `/v1/fine_tuning/jobs`: models made from files, in the background.
 
 use crate::clock::now;
-use crate::fine_tuning::{Method, Wish, withdraw};
+use crate::fine_tuning::{Kind, Method, Wish, last_name, withdraw};
+use crate::graders::check_models;
+use crate::http::adapter_registry::refused;
 use crate::http::answer::{answer, list as list_page};
 use crate::http::app::App;
 use crate::http::auth::{Caller, require};
@@ -12,8 +14,7 @@ use crate::http::generate::enter;
 use crate::http::query::parameters;
 use crate::openai::about;
 use crate::openai::fields::{Field, Fields};
-use crate::openai::listing::{Extra, Listing, invalid};
-use crate::upstream::Upstream;
+use crate::openai::listing::{Extra, Listing};
 use axum::extract::{Path, RawQuery, Request, State};
 use axum::response::Response;
 use axum::routing::{get, post};
@@ -67,7 +68,11 @@ async fn create(State(app): State<App>, Extension(caller): Extension<Caller>, re
         return Err(field.unsupported("names services that this server does not know; GET the job's events instead."));
     }
     fields.finish()?;
-    let base = check_model(&app, &caller, model).await?;
+    let base = check_model(&app, &caller, model, &method).await?;
+    if let Some(grader) = &method.grader {
+        check_models(&app, &caller, grader, "method.reinforcement.grader")?;
+        check_evaluation(&method, validation.is_some())?;
+    }
     let training = file(&app, &caller, training, "training_file").await?;
     let validation = match validation {
         Some(text) => Some(file(&app, &caller, text, "validation_file").await?),
@@ -107,13 +112,13 @@ async fn create(State(app): State<App>, Extension(caller): Extension<Caller>, re
 }
 
 /// The base of a model that can be trained here.
-async fn check_model(app: &App, caller: &Caller, name: &str) -> Result<String, ApiError> {
+async fn check_model(app: &App, caller: &Caller, name: &str, method: &Method) -> Result<String, ApiError> {
     caller.check_model(name)?;
-    let Upstream::Local(model) = app.registry.find(Some(name))?;
+    let model = app.registry.find_local(Some(name))?;
     let refused = |why: String| Err(ApiError::invalid("model", "model_not_available", format!("Invalid 'model': {why}")));
     let base = model.base();
     if model.adapter().is_some() {
-        let made = app.fine_tuning.rows().find_model(name, &caller.viewer()).await.map_err(unavailable)?;
+        let made = app.fine_tuning.rows().find_model(last_name(name), &caller.viewer()).await.map_err(unavailable)?;
         if made.is_none_or(|job| job.draft.place != app.files.place()) {
             return refused(format!("`{name}` is an adapter that no job of yours made here; name its base, `{base}`."));
         }
@@ -124,7 +129,30 @@ async fn check_model(app: &App, caller: &Caller, name: &str) -> Result<String, A
     if !app.fine_tuning.trains(base) {
         return refused(format!("the files of `{base}` are not where this server could train them."));
     }
+    if let Some(tokens) = method.hyperparameters.max_completion_tokens.filter(|tokens| *tokens as usize >= model.context()) {
+        let param = "method.reinforcement.hyperparameters.max_completion_tokens";
+        let message = format!(
+            "Invalid '{param}': {tokens} leaves no room for a prompt, since the model takes {} tokens in all.",
+            model.context()
+        );
+        return Err(ApiError::invalid(param, "integer_above_max_value", message));
+    }
     Ok(base.to_owned())
+}
+
+/// What is said about evaluations needs prompts to evaluate on.
+fn check_evaluation(method: &Method, has_file: bool) -> Result<(), ApiError> {
+    let numbers = &method.hyperparameters;
+    let said = [("eval_interval", numbers.eval_interval), ("eval_samples", numbers.eval_samples)];
+    match said.into_iter().find(|(_, number)| number.is_some() && !has_file) {
+        None => Ok(()),
+        Some((name, _)) => {
+            let param = format!("method.{}.hyperparameters.{name}", Kind::Reinforcement.as_str());
+            let message =
+                format!("Invalid '{param}': there is nothing to evaluate on; name a 'validation_file', or leave this out.");
+            Err(ApiError::invalid(param, "invalid_value", message))
+        }
+    }
 }
 
 /// Characters that a model's name can have.
@@ -154,11 +182,7 @@ async fn list(
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
     let listing = Listing::parse(query.as_deref(), Order::NewestFirst, Extra::Jobs)?;
-    let after = match &listing.after {
-        None => None,
-        Some(text) => Some(job_id(text).ok_or_else(|| invalid("after", "expected the id of a fine-tuning job"))?),
-    };
-    let rows = app.fine_tuning.rows();
+    let (rows, after) = (app.fine_tuning.rows(), listing.after_id(PREFIX)?);
     let page = rows.list(&caller.viewer(), &listing.metadata, after, listing.limit).await.map_err(unavailable)?;
     Ok(list_page(page.items.iter().map(shown).collect(), page.has_more))
 }
@@ -217,8 +241,13 @@ async fn checkpoints(
     Path(id): Path<String>,
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
-    let job = find(&app, &caller, &id).await?.draft.id;
+    let found = find(&app, &caller, &id).await?;
+    let job = found.draft.id;
     let (before, limit) = part(query.as_deref(), CHECKPOINT, job, 10)?;
+    if found.state == FineTuningState::Succeeded && !found.served {
+        // They went with the model.
+        return Ok(list_page(Vec::new(), false));
+    }
     let page = app.fine_tuning.rows().checkpoints(job, before, limit).await.map_err(unavailable)?;
     Ok(list_page(page.items.iter().map(|checkpoint| shown_checkpoint(job, checkpoint)).collect(), page.has_more))
 }
@@ -262,23 +291,27 @@ async fn find(app: &App, caller: &Caller, text: &str) -> Result<FineTuningJob, A
     })
 }
 
-/// Takes a fine-tuned model away: `DELETE /v1/models/{id}`.
+/// Takes a fine-tuned model away, and those that it was after earlier epochs: `DELETE /v1/models/{id}`.
 pub async fn delete_model(app: &App, caller: &Caller, model: &str) -> Result<Response, ApiError> {
     let rows = app.fine_tuning.rows();
-    let Some(job) = rows.find_model(model, &caller.viewer()).await.map_err(unavailable)? else {
-        let served = app.registry.find(Some(model)).map(|_| ());
-        let message = format!(
-            "The model `{}` was not made by a fine-tuning job of yours and cannot be deleted.",
-            model.chars().take(200).collect::<String>()
-        );
-        return Err(served
-            .err()
-            .unwrap_or_else(|| ApiError::client(StatusCode::FORBIDDEN, Some("model_not_deletable"), message)));
+    let not_deletable = |why: &str| {
+        let message = format!("The model `{}` {why}", model.chars().take(200).collect::<String>());
+        ApiError::client(StatusCode::FORBIDDEN, Some("model_not_deletable"), message)
     };
+    let Some(job) = rows.find_model(last_name(model), &caller.viewer()).await.map_err(unavailable)? else {
+        let served = app.registry.find(Some(model)).map(|_| ());
+        let why = "was not made by a fine-tuning job of yours and cannot be deleted.";
+        return Err(served.err().unwrap_or_else(|| not_deletable(why)));
+    };
+    if model != last_name(model) {
+        return Err(not_deletable(&format!("is a checkpoint; delete `{}`, and its checkpoints go with it.", last_name(model))));
+    }
+    let checkpoints = rows.checkpoints(job.draft.id, None, MAX_PAGE).await.map_err(unavailable)?;
+    let names: Vec<String> = checkpoints.items.into_iter().map(|checkpoint| checkpoint.model).collect();
+    withdraw(app, &names, &caller.actor()).await.map_err(|error| refused("id", error))?;
     let news = [News::info(format!("The model `{model}` was deleted."))];
     rows.unserve(job.draft.id, &news, now()).await.map_err(unavailable)?;
     app.store.audit(&caller.actor(), "model.delete", model, json!({"job": name(job.draft.id)})).await.map_err(unavailable)?;
-    withdraw(&app.registry, &job.draft.base, model);
     Ok(answer(StatusCode::OK, &json!({ "id": model, "object": "model", "deleted": true })))
 }
 

@@ -15,8 +15,9 @@ use crate::openai::generation::Generation;
 use crate::openai::wire::AnswerHead;
 use crate::recording::{self, Draft, Level, Recorder};
 use crate::telemetry::{Follower, Trail};
-use crate::upstream::{Events, LocalModel};
+use crate::upstream::{Events, LocalModel, RemoteModel};
 use axum::extract::Request;
+use serde_json::Value;
 use std::sync::Arc;
 use std::time::Instant;
 use tidemill_engine::{EmbedRequest, RequestId, SamplingParams, Tenant};
@@ -131,15 +132,32 @@ impl Asked {
         self.trail.as_ref().map(|trail| trail.follow_embeddings(model, texts, dimensions, encoding))
     }
 
+    /// The remote model that a body names, if it names one and the caller may use it.
+    pub fn remote(&self, body: &Value) -> Option<Arc<RemoteModel>> {
+        let name = body.get("model")?.as_str()?;
+        self.caller.check_model(name).ok()?;
+        self.app.registry.remote(name).cloned()
+    }
+
+    /// Follows an answer that another server gives to `prompt`, as `follow` does one of ours.
+    pub fn follow_remote(&self, operation: &'static str, model: &str, id: Option<Uuid>, prompt: &Value) -> Option<Follower> {
+        self.trail.as_ref().map(|trail| trail.follow_remote(operation, model, id, prompt))
+    }
+
+    /// The trace that the request belongs to, for the server that is asked next.
+    pub fn traceparent(&self) -> Option<String> {
+        self.trail.as_ref().map(Trail::traceparent)
+    }
+
     /// The model of this name, if the caller may use it.
     pub fn model(&self, name: &str) -> Result<Arc<LocalModel>, ApiError> {
         self.caller.model(&self.app.registry, Some(name))
     }
 
-    /// Lets a request in whose prompts have so many tokens each, or says which limit it would break. The place within the limits is
+    /// Lets a request for a model of this base in whose prompts have so many tokens each, or says which limit it would break. The place within the limits is
     /// held until the meter is dropped: give it to the events with [`Events::metered`].
-    pub fn admit(&self, model: &LocalModel, inputs: Vec<usize>) -> Result<Meter, ApiError> {
-        let (admitted, levels) = self.app.limits.admit(self.caller.key.as_deref(), model.base(), inputs);
+    pub fn admit(&self, base: &str, inputs: Vec<usize>) -> Result<Meter, ApiError> {
+        let (admitted, levels) = self.app.limits.admit(self.caller.key.as_deref(), base, inputs);
         self.rate.set(levels);
         admitted
     }
@@ -163,8 +181,8 @@ impl Asked {
     }
 
     /// How much of the answer is recorded; 503 when there is no room for what should be.
-    pub fn level(&self, endpoint: &str, model: &LocalModel, id: Uuid) -> Result<Level, ApiError> {
-        let level = self.app.recording.level(endpoint, model.base(), id);
+    pub fn level(&self, endpoint: &str, base: &str, id: Uuid) -> Result<Level, ApiError> {
+        let level = self.app.recording.level(endpoint, base, id);
         if level != Level::Off && !self.app.store.has_room() {
             let message =
                 "The server cannot record answers right now: its database is away or slow. Send the request again later.";
@@ -181,28 +199,44 @@ impl Asked {
     /// What is known of an answer before its first token, without texts.
     pub fn inference(&self, endpoint: &str, model: &LocalModel, request: &tidemill_engine::Request, about: &About) -> Inference {
         Inference {
-            id: Uuid::from_u128(request.id.0),
-            created: now(),
-            endpoint: endpoint.to_owned(),
-            model: model.base().to_owned(),
             adapter: request.generation().0,
             variant: model.variant(),
+            prompt_tokens: u32::try_from(request.prompt.len()).unwrap_or(u32::MAX),
+            params: Some(recording::to_json(&request.sampling)),
+            prompt_ids: request.prompt.clone(),
+            ..self.blank(endpoint, Uuid::from_u128(request.id.0), model.base(), model.fingerprint(), about)
+        }
+    }
+
+    /// The same of an answer that another server gives.
+    pub fn remote_inference(&self, endpoint: &str, model: &RemoteModel, id: Uuid, about: &About) -> Inference {
+        self.blank(endpoint, id, model.name(), model.fingerprint(), about)
+    }
+
+    fn blank(&self, endpoint: &str, id: Uuid, model: &str, config_hash: &str, about: &About) -> Inference {
+        Inference {
+            id,
+            created: now(),
+            endpoint: endpoint.to_owned(),
+            model: model.to_owned(),
+            adapter: 0,
+            variant: None,
             conversation: about.conversation.clone(),
             key_id: self.caller.key_id(),
             user_key: about.user_key.clone(),
             status: Status::Ok,
             compare: about.compare,
-            prompt_tokens: u32::try_from(request.prompt.len()).unwrap_or(u32::MAX),
+            prompt_tokens: 0,
             cached_tokens: 0,
             output_tokens: 0,
             first_token_us: None,
             duration_us: 0,
-            config_hash: model.fingerprint().to_owned(),
+            config_hash: config_hash.to_owned(),
             metadata: about.metadata.clone(),
-            params: Some(recording::to_json(&request.sampling)),
+            params: None,
             messages: None,
             prompt_text: None,
-            prompt_ids: request.prompt.clone(),
+            prompt_ids: Vec::new(),
             exposure: None,
             choices: Vec::new(),
         }

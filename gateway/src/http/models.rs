@@ -19,7 +19,7 @@ struct ModelCard {
     object: &'static str,
     created: u64,
     owned_by: &'static str,
-    /// vLLM's; clients size their prompts by it. Unknown while the model loads.
+    /// vLLM's; clients size their prompts by it. Unknown while the model loads, and of one that another server answers.
     max_model_len: Option<usize>,
     /// vLLM's: the base model of an adapter.
     parent: Option<String>,
@@ -36,19 +36,27 @@ struct ModelList {
 /// Base models, then adapters: by their own name where that leads to them, else as `base:adapter`.
 fn cards(app: &App) -> Vec<ModelCard> {
     let mut cards: Vec<ModelCard> = app.registry.states().map(|(name, state)| base_card(name, &state)).collect();
-    for Upstream::Local(model) in app.registry.ready() {
+    for model in app.registry.local() {
         // What is in the engine by its generation has a name in the registry's list.
         let loaded = model.engine().adapters().into_iter().filter(|adapter| !adapter.name().contains('@'));
         let loaded = loaded.map(|adapter| (adapter.name().to_owned(), adapter));
         let registered = app.registry.adapter_names(model.name());
         let registered = registered.listed().map(|(name, adapter)| (name.to_owned(), adapter.clone())).collect::<Vec<_>>();
-        for (name, adapter) in loaded.chain(registered) {
+        let found = loaded.chain(registered).map(|(name, adapter)| (name, adapter.created(), adapter.generation()));
+        let mut found: Vec<_> = found.collect();
+        // What gave way can be asked for all the same.
+        for (name, meant) in app.registry.offered(model.name()).iter().filter(|(_, meant)| meant.listed) {
+            if found.iter().all(|(known, ..)| known != name) {
+                found.push((name.clone(), meant.created, meant.generation));
+            }
+        }
+        for (name, created, generation) in found {
             let taken = cards.iter().any(|card| card.id == name);
             cards.push(ModelCard {
                 id: if taken { format!("{}:{name}", model.name()) } else { name },
-                created: adapter.created(),
+                created,
                 parent: Some(model.name().to_owned()),
-                generation: Some(adapter.generation().to_string()),
+                generation: Some(generation.to_string()),
                 ..base_card(model.name(), &LoadState::Ready(Upstream::Local(Arc::clone(model))))
             });
         }
@@ -57,12 +65,13 @@ fn cards(app: &App) -> Vec<ModelCard> {
 }
 
 fn base_card(name: &str, state: &LoadState) -> ModelCard {
-    let (created, max_model_len) = match state {
-        LoadState::Loading => (0, None),
-        LoadState::Ready(Upstream::Local(model)) => (model.created(), Some(model.context())),
+    let (created, owned_by, max_model_len) = match state {
+        LoadState::Loading => (0, "tidemill", None),
+        LoadState::Ready(Upstream::Local(model)) => (model.created(), "tidemill", Some(model.context())),
+        LoadState::Ready(Upstream::Remote(model)) => (model.created(), "remote", None),
     };
     let id = name.to_owned();
-    ModelCard { id, object: "model", created, owned_by: "tidemill", max_model_len, parent: None, generation: None }
+    ModelCard { id, object: "model", created, owned_by, max_model_len, parent: None, generation: None }
 }
 
 impl ModelCard {

@@ -16,7 +16,7 @@ use tidemill_engine::Health;
 
 /// Alive: the process answers. An engine that died is not alive any more; only a restart brings it back.
 pub async fn health(State(app): State<App>) -> Result<Response, ApiError> {
-    for Upstream::Local(model) in app.registry.ready() {
+    for model in app.registry.local() {
         if let Health::Stopped(why) = model.engine().health() {
             return Err(ApiError::unavailable(
                 Some("engine_stopped"),
@@ -41,6 +41,8 @@ pub async fn ready(State(app): State<App>) -> Response {
                     Health::Draining => "draining",
                     Health::Stopped(_) => "stopped",
                 },
+                // Whether the other server is there shows with each request, and is no reason to restart this one.
+                LoadState::Ready(Upstream::Remote(_)) => "ready",
             };
             (name.to_owned(), state.into())
         })
@@ -67,7 +69,7 @@ pub async fn version() -> Response {
 pub async fn metrics(State(app): State<App>) -> Result<Response, ApiError> {
     let Some(handle) = &app.metrics else { return Err(ApiError::fault("This server runs without metrics.")) };
     handle.run_upkeep();
-    let mut response = handle.render().into_response();
+    let mut response = (handle.render() + &app.fine_tuning.gauges()).into_response();
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
     Ok(response)
 }

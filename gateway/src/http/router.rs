@@ -6,8 +6,8 @@ use crate::http::app::App;
 use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
 use crate::http::{
-    adapter_registry, adapters, batches, chat, completions, datasets, embeddings, feedback, files, fine_tuning, interchange,
-    keys, labeling, messages, models, observe, probes, responses, stored_chats, tokens,
+    adapter_registry, adapters, batches, chat, completions, datasets, embeddings, feedback, files, fine_tuning, graders,
+    interchange, keys, labeling, messages, models, observe, probes, responses, stored_chats, tokens,
 };
 use crate::limits::shed;
 use axum::Router;
@@ -57,6 +57,7 @@ pub fn router(app: App) -> Router {
         .merge(files::routes())
         .merge(batches::routes())
         .merge(fine_tuning::routes())
+        .merge(graders::routes())
         .merge(labeling::routes())
         .merge(interchange::routes())
         .merge(console::routes())

@@ -20,7 +20,7 @@ use tokio::time::{Instant, Sleep, sleep};
 /// A comment goes out after this much silence: it keeps proxies from closing the connection.
 const HEARTBEAT: Duration = Duration::from_secs(15);
 /// More than this is handed on before further events are taken, so that a backlog does not become one huge buffer.
-const FRAME_TARGET: usize = 32 * 1024;
+pub const FRAME_TARGET: usize = 32 * 1024;
 
 /// Writes a request's events as `data:` lines.
 pub trait EventEncoder: Send + Unpin + 'static {
@@ -33,20 +33,36 @@ pub trait EventEncoder: Send + Unpin + 'static {
     }
 }
 
-struct SseBody<E> {
+/// What a stream is filled from.
+pub trait Source: Send + Unpin + 'static {
+    /// Appends what is ready, and not much more than [`FRAME_TARGET`] of it. Ready when everything has been said; an error becomes the
+    /// stream's last event.
+    fn poll_fill(&mut self, context: &mut Context<'_>, out: &mut BytesMut) -> Poll<Result<(), ApiError>>;
+}
+
+/// Events of the engine as an encoder writes them.
+struct Encoded<E> {
     events: Events,
     encoder: E,
-    heartbeat: Pin<Box<Sleep>>,
     /// No more events are of use.
     ending: bool,
+}
+
+struct SseBody<S> {
+    source: S,
+    heartbeat: Pin<Box<Sleep>>,
     over: bool,
     _in_flight: InFlight,
 }
 
-/// The streaming response.
+/// The streaming response to what the engine was asked.
 pub fn response<E: EventEncoder>(events: Events, encoder: E, in_flight: InFlight) -> Response {
-    let body =
-        SseBody { events, encoder, heartbeat: Box::pin(sleep(HEARTBEAT)), ending: false, over: false, _in_flight: in_flight };
+    of(Encoded { events, encoder, ending: false }, in_flight)
+}
+
+/// The streaming response out of any source.
+pub fn of(source: impl Source, in_flight: InFlight) -> Response {
+    let body = SseBody { source, heartbeat: Box::pin(sleep(HEARTBEAT)), over: false, _in_flight: in_flight };
     let mut response = Response::new(Body::new(body));
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
@@ -55,39 +71,21 @@ pub fn response<E: EventEncoder>(events: Events, encoder: E, in_flight: InFlight
     response
 }
 
-impl<E: EventEncoder> SseBody<E> {
-    /// Takes the events that are there and writes them to `out`.
-    fn fill(&mut self, context: &mut Context<'_>, out: &mut BytesMut) {
+impl<E: EventEncoder> Source for Encoded<E> {
+    fn poll_fill(&mut self, context: &mut Context<'_>, out: &mut BytesMut) -> Poll<Result<(), ApiError>> {
         while !self.ending && out.len() < FRAME_TARGET {
-            let Poll::Ready(next) = self.events.poll_next(context) else { return };
+            let Poll::Ready(next) = self.events.poll_next(context) else { return Poll::Pending };
             let flow = match next {
-                Some((prompt, event)) => self.encoder.encode(prompt, event, out),
-                None => Ok(Flow::End),
+                Some((prompt, event)) => self.encoder.encode(prompt, event, out)?,
+                None => Flow::End,
             };
-            match flow {
-                Ok(Flow::More) => {}
-                Ok(Flow::End) => self.ending = true,
-                Err(error) => self.fail(&error, out),
-            }
+            self.ending = flow == Flow::End;
         }
-        if self.ending && !self.over {
-            match self.encoder.poll_last(context, out) {
-                Poll::Pending => {}
-                Poll::Ready(Ok(())) => self.over = true,
-                Poll::Ready(Err(error)) => self.fail(&error, out),
-            }
-        }
-    }
-
-    fn fail(&mut self, error: &ApiError, out: &mut BytesMut) {
-        out.put_slice(b"data: ");
-        error.write_json(out);
-        out.put_slice(b"\n\n");
-        (self.ending, self.over) = (true, true);
+        if self.ending { self.encoder.poll_last(context, out) } else { Poll::Pending }
     }
 }
 
-impl<E: EventEncoder> http_body::Body for SseBody<E> {
+impl<S: Source> http_body::Body for SseBody<S> {
     type Data = Bytes;
     type Error = Infallible;
 
@@ -97,7 +95,14 @@ impl<E: EventEncoder> http_body::Body for SseBody<E> {
             return Poll::Ready(None);
         }
         let mut out = BytesMut::new();
-        this.fill(context, &mut out);
+        if let Poll::Ready(end) = this.source.poll_fill(context, &mut out) {
+            this.over = true;
+            if let Err(error) = end {
+                out.put_slice(b"data: ");
+                error.write_json(&mut out);
+                out.put_slice(b"\n\n");
+            }
+        }
         if !out.is_empty() {
             this.heartbeat.as_mut().reset(Instant::now() + HEARTBEAT);
             return Poll::Ready(Some(Ok(Frame::data(out.freeze()))));

@@ -38,7 +38,7 @@ pub enum TlsError {
 }
 
 /// When a file was last written and how long it is; whoever replaces it changes one of the two.
-type Version = Option<(SystemTime, u64)>;
+pub(crate) type Version = Option<(SystemTime, u64)>;
 
 #[derive(Clone)]
 struct Loaded {
@@ -106,10 +106,13 @@ impl Tls {
 }
 
 fn versions(certificate: &Path, key: &Path) -> [Version; 2] {
-    [certificate, key].map(|path| {
-        let metadata = std::fs::metadata(path).ok()?;
-        Some((metadata.modified().ok()?, metadata.len()))
-    })
+    [certificate, key].map(version)
+}
+
+/// Of the file as it is now; `None` where there is none.
+pub(crate) fn version(path: &Path) -> Version {
+    let metadata = std::fs::metadata(path).ok()?;
+    Some((metadata.modified().ok()?, metadata.len()))
 }
 
 fn load(certificate: &Path, key: &Path) -> Result<Loaded, TlsError> {

@@ -6,7 +6,7 @@ use crate::http::error::ApiError;
 use crate::openai::chat::ChatRequest;
 use crate::openai::collected::{Collected, Flow};
 use crate::recording::{Draft as Record, Level, Recorder, to_json};
-use crate::upstream::{LocalModel, Upstream};
+use crate::upstream::LocalModel;
 use hyper::StatusCode;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
@@ -82,7 +82,7 @@ pub async fn complete(app: &App, draft: &Draft) -> Outcome {
 
 /// `n` answers that ended by themselves, or were cut at the limit; fewer when some are empty. `None` when the server is leaving.
 async fn answers(app: &App, draft: &Draft, n: usize, whose: Whose) -> Result<Option<Vec<(String, Uuid)>>, ApiError> {
-    let Upstream::Local(model) = app.registry.find(draft.model.as_deref())?;
+    let model = app.registry.find_local(draft.model.as_deref())?;
     let (request, record) = prepare(app, &model, draft, n, whose)?;
     let ids = record.choice_ids.clone();
     let mut recorder = Recorder::new(app.store.clone(), Level::Full, Instant::now(), vec![record]);

@@ -4,7 +4,7 @@ use crate::limits::limiter::{Limiter, Subject};
 use crate::limits::price::Price;
 use std::sync::Arc;
 use tidemill_engine::Event;
-use tidemill_store::Usage;
+use tidemill_store::{Money, Usage};
 
 /// Tokens that are counted together: the books are shared by all requests.
 const BATCH: usize = 16;
@@ -53,6 +53,16 @@ impl Meter {
                 ..Usage::default()
             },
         );
+    }
+
+    /// Another server has answered: what it counted, or what is guessed where it did not say. Returns what that costs.
+    pub fn answered(&mut self, input: usize, cached: usize, output: usize) -> Money {
+        let cached = cached.min(input);
+        let cost = self.price.of(input, cached, output);
+        self.inputs.clear();
+        let (input_tokens, cached_tokens, output_tokens) = (size(input), size(cached), size(output));
+        self.limiter.count(&self.subjects, Usage { input_tokens, cached_tokens, output_tokens, cost, ..Usage::default() });
+        cost
     }
 
     fn settle(&mut self) {

@@ -62,6 +62,15 @@ impl About {
         }
         Ok(about)
     }
+
+    /// Fails when what is made to be compared has nothing beside it.
+    pub fn check_choices(&self, n: usize) -> Result<(), ApiError> {
+        if self.compare && n < 2 {
+            let message = "Invalid 'tidemill.compare': there is nothing to compare with one choice; set 'n' to 2 or more.";
+            return Err(ApiError::invalid("tidemill.compare", "invalid_value", message));
+        }
+        Ok(())
+    }
 }
 
 /// A client's own pairs: at most 16, keys of at most 64 characters, values of at most 512.

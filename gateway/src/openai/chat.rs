@@ -64,10 +64,7 @@ impl ChatRequest {
         let newer = count(&mut fields, "max_completion_tokens", 1..=i64::from(u32::MAX))?;
         let older = count(&mut fields, "max_tokens", 1..=i64::from(u32::MAX))?;
         generation.max_tokens = newer.or(older);
-        if generation.about.compare && generation.n < 2 {
-            let message = "Invalid 'tidemill.compare': there is nothing to compare with one choice; set 'n' to 2 or more.";
-            return Err(ApiError::invalid("tidemill.compare", "invalid_value", message));
-        }
+        generation.about.check_choices(generation.n)?;
         let logprobs = logprobs(&mut fields)?;
         let echo = fields.bool_or("echo", false)?;
         let store = fields.bool_or("store", false)?;

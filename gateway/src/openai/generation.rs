@@ -6,7 +6,7 @@ use crate::openai::fields::{Field, Fields};
 use tidemill_engine::{GenerationDefaults, SamplingParams};
 
 /// Most `n`, as OpenAI has it.
-const MAX_N: i64 = 128;
+pub const MAX_N: i64 = 128;
 /// Most alternatives that a log-probability lists.
 pub const MAX_TOP_LOGPROBS: i64 = 20;
 /// Most stop strings.
@@ -188,7 +188,8 @@ pub fn count(
     Ok(fields.integer(key, range)?.and_then(|n| usize::try_from(n).ok()))
 }
 
-fn stream_options(fields: &mut Fields<'_>, stream: bool) -> Result<bool, ApiError> {
+/// Whether a stream's end is to say how many tokens there were.
+pub fn stream_options(fields: &mut Fields<'_>, stream: bool) -> Result<bool, ApiError> {
     let Some(options) = fields.get("stream_options") else { return Ok(false) };
     if !stream {
         return Err(options.invalid("invalid_value", "only allowed when 'stream' is true."));

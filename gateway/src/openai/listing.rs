@@ -3,6 +3,7 @@
 use crate::http::error::ApiError;
 use crate::http::query::parameters;
 use tidemill_store::Order;
+use uuid::Uuid;
 
 /// Most items of a page.
 const MAX_LIMIT: usize = 100;
@@ -36,6 +37,8 @@ pub enum Extra {
     Items,
     /// `metadata`, and no `order`: fine-tuning jobs.
     Jobs,
+    /// Nothing, and no `order`: batches.
+    Batches,
 }
 
 impl Listing {
@@ -55,6 +58,7 @@ impl Listing {
             // What can be included with an item is there anyway.
             Extra::Items => known.extend(["order", "include", "include[]"]),
             Extra::Jobs => known.extend(pairs),
+            Extra::Batches => {}
         }
         for parameter in parameters(query, &known)? {
             match parameter.name.as_ref() {
@@ -70,6 +74,15 @@ impl Listing {
             }
         }
         Ok(listing)
+    }
+
+    /// The id behind `prefix` that the page comes after, if one is said.
+    pub fn after_id(&self, prefix: &str) -> Result<Option<Uuid>, ApiError> {
+        let id = |text: &String| {
+            let id = text.strip_prefix(prefix).and_then(|id| Uuid::try_parse(id).ok());
+            id.ok_or_else(|| invalid("after", "expected the id of an object of this list"))
+        };
+        self.after.as_ref().map(id).transpose()
     }
 
     /// The page of `items`, which are all there are, the oldest first; and whether there are more. `id` is an item's, as it is shown.
@@ -130,6 +143,17 @@ mod tests {
                 "{query}"
             );
         }
+    }
+
+    #[test]
+    fn what_a_page_comes_after_is_an_id_of_its_list() {
+        let after = |query: &str| Listing::parse(Some(query), Order::NewestFirst, Extra::Batches).unwrap().after_id("batch_");
+        let id = Uuid::from_u128(7);
+        assert_eq!((after("limit=3").unwrap(), after(&format!("after=batch_{id}")).unwrap()), (None, Some(id)));
+        for wrong in ["after=batch_0", &format!("after={id}")] {
+            assert_eq!(after(wrong).unwrap_err().param.as_deref(), Some("after"), "{wrong}");
+        }
+        assert!(Listing::parse(Some("order=asc"), Order::NewestFirst, Extra::Batches).is_err());
     }
 
     #[test]

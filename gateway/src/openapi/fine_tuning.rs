@@ -1,4 +1,4 @@
-//! Fine-tuning jobs, and the models that they make.
+//! Fine-tuning jobs, the graders that some of them train by, and the models that they make.
 
 use crate::openapi::Topic;
 use crate::openapi::generation::metadata;
@@ -8,6 +8,7 @@ use crate::openapi::schema::{
     whole, word,
 };
 use serde_json::Value;
+use tidemill_rlhf::reward::grader::Similarity;
 use tidemill_store::Scope;
 
 const TAG: &str = "fine-tuning";
@@ -44,6 +45,14 @@ pub fn topic() -> Topic {
                 "A page of them.",
                 pages("FineTuningCheckpoint"),
             ),
+            of_train(Operation::post("/v1/fine_tuning/alpha/graders/validate", TAG, "Look through a grader"))
+                .takes(Object::request().with("grader", named("Grader")).schema())
+                .answers(200, "The grader as it was understood.", Object::answer().with("grader", named("Grader")).schema())
+                .refuses(&[404]),
+            of_train(Operation::post("/v1/fine_tuning/alpha/graders/run", TAG, "Grade one answer"))
+                .takes(to_grade())
+                .answers(200, "What it is worth.", named("Grade"))
+                .refuses(&[404]),
             one(Operation::delete("/v1/models/{id}", TAG, "Delete a model that a job made"))
                 .answers(200, "It is gone.", deleted.schema())
                 .refuses(&[403]),
@@ -53,6 +62,8 @@ pub fn topic() -> Topic {
         ("FineTuningMethod", method()),
         ("FineTuningEvent", event()),
         ("FineTuningCheckpoint", checkpoint()),
+        ("Grader", grader()),
+        ("Grade", grade()),
     ];
     Topic { operations, schemas }
 }
@@ -74,7 +85,62 @@ fn method() -> Value {
     let supervised = supervised.may("supervised", Object::request().may("hyperparameters", numbers().schema()).schema());
     let dpo = numbers().may("beta", or_auto(number_in(0.0, 2.0))).schema();
     let dpo = Object::request().with("type", just("dpo")).may("dpo", Object::request().may("hyperparameters", dpo).schema());
-    either([supervised.schema(), dpo.schema()])
+    let own = numbers()
+        .may("compute_multiplier", or_auto(number_in(0.0, 8.0)))
+        .may("eval_interval", or_auto(whole(1, 1_000_000_000)))
+        .may("eval_samples", or_auto(whole(1, 64)))
+        .may("max_completion_tokens", or_auto(whole(1, 16_384)))
+        .may("reasoning_effort", just("default"));
+    let own = Object::request().with("grader", named("Grader")).may("hyperparameters", own.schema()).schema();
+    let own = Object::request().with("type", just("reinforcement")).with("reinforcement", own);
+    either([supervised.schema(), dpo.schema(), own.schema()])
+}
+
+fn grader() -> Value {
+    let kind = |kind: &'static str| Object::request().with("type", just(kind)).with("name", text_of(1, 64));
+    let compared = |kind: Object| kind.with("input", text()).with("reference", text());
+    let block = Object::request().with("type", word(&["input_text", "output_text"])).with("text", text()).schema();
+    let content = either([text(), block.clone(), list(either([text(), block]))]);
+    let turn = Object::request().with("role", word(&["user", "assistant", "system", "developer"])).with("content", content);
+    let turn = turn.may("type", just("message")).schema();
+    let asking = |kind: Object| kind.with("model", text()).with("input", list_of(1, 64, turn.clone()));
+    let sampling = Object::request()
+        .may("temperature", number_in(0.0, 2.0))
+        .may("top_p", number_in(0.0, 1.0))
+        .may("seed", whole(i64::MIN, i64::MAX))
+        .may("max_completions_tokens", whole(1, 4096));
+    let metrics: Vec<&str> = Similarity::ALL.iter().map(|metric| metric.as_str()).collect();
+    let labels = list_of(0, 64, text_of(1, 4096));
+    either([
+        compared(kind("string_check")).with("operation", word(&["eq", "ne", "like", "ilike"])).schema(),
+        compared(kind("text_similarity")).with("evaluation_metric", word(&metrics)).schema(),
+        asking(kind("score_model")).may("range", list_of(2, 2, number())).may("sampling_params", sampling.schema()).schema(),
+        asking(kind("label_model")).with("labels", labels.clone()).with("passing_labels", labels).schema(),
+        kind("multi").with("graders", map(named("Grader"))).with("calculate_output", text()).schema(),
+    ])
+}
+
+fn to_grade() -> Value {
+    let request = Object::request().with("grader", named("Grader")).with("model_sample", text());
+    request.may("item", map(any())).schema()
+}
+
+fn grade() -> Value {
+    let metadata = Object::answer()
+        .with("name", text())
+        .with("type", text())
+        .with("scores", map(number()))
+        .with("execution_time", number())
+        .with("sampled_model_name", nullable(text()))
+        .with("token_usage", nullable(count()))
+        .with("errors", map(any()))
+        .with("details", list(text()));
+    Object::answer()
+        .with("reward", number())
+        .with("sub_rewards", map(number()))
+        .with("model_grader_token_usage_per_model", map(count()))
+        .with("metadata", metadata.schema())
+        .schema()
 }
 
 fn new() -> Value {

@@ -2,9 +2,11 @@
 
 mod params;
 mod recorder;
+mod remote;
 
 pub use params::{constrained, to_json};
 pub use recorder::{Draft, Recorder};
+pub use remote::{RemoteAnswer, RemoteRecord};
 
 use std::collections::BTreeMap;
 use uuid::Uuid;

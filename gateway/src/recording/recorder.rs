@@ -107,12 +107,16 @@ impl Recorder {
 
     fn finish(&mut self, index: usize, status: Status) {
         let Some(prompt) = self.prompts.get_mut(index).and_then(Option::take) else { return };
-        let record = prompt.into_record(status, micros(self.arrived), self.level);
-        if self.store.record(record).is_err() {
-            // New requests are refused by now; this one ran before the store filled up.
-            metrics::counter!("tidemill:records_lost_total").increment(1);
-            tracing::error!("an answer was not recorded: the database is away or slow, and queue and spill log are full");
-        }
+        hand_over(&self.store, prompt.into_record(status, micros(self.arrived), self.level));
+    }
+}
+
+/// Gives the store a record that is complete.
+pub(super) fn hand_over(store: &Store, record: Inference) {
+    if store.record(record).is_err() {
+        // New requests are refused by now; this one ran before the store filled up.
+        metrics::counter!("tidemill:records_lost_total").increment(1);
+        tracing::error!("an answer was not recorded: the database is away or slow, and queue and spill log are full");
     }
 }
 
@@ -158,7 +162,7 @@ impl InProgress {
 }
 
 /// Microseconds since a moment.
-fn micros(since: Instant) -> i64 {
+pub(super) fn micros(since: Instant) -> i64 {
     i64::try_from(since.elapsed().as_micros()).unwrap_or(i64::MAX)
 }
 

@@ -14,6 +14,12 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 use tracing_subscriber::{Layer as _, fmt};
 
+/// Answers of other servers: seconds.
+const UPSTREAM_TIMES: &[f64] =
+    &[0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 240.0, 480.0];
+const UPSTREAM_BUCKETS: [(&str, &[f64]); 2] =
+    [("tidemill:upstream_time_to_first_token_seconds", UPSTREAM_TIMES), ("tidemill:upstream_request_seconds", UPSTREAM_TIMES)];
+
 /// Why logs or metrics could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
@@ -52,7 +58,7 @@ pub fn init_logs(filter: &str, format: LogFormat) -> Result<(), TelemetryError> 
 /// Takes all metrics of the process. Call it before an engine starts.
 pub fn init_metrics() -> Result<PrometheusHandle, TelemetryError> {
     let mut builder = PrometheusBuilder::new();
-    for (name, buckets) in HISTOGRAM_BUCKETS {
+    for (name, buckets) in HISTOGRAM_BUCKETS.iter().chain(&UPSTREAM_BUCKETS) {
         builder = builder.set_buckets_for_metric(Matcher::Full((*name).to_owned()), buckets)?;
     }
     Ok(builder.install_recorder()?)

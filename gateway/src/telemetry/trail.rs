@@ -122,6 +122,12 @@ impl Trail {
         self.0.context.trace_id().to_string()
     }
 
+    /// The trace for those who are asked on the request's behalf, as W3C's Trace Context writes it.
+    pub fn traceparent(&self) -> String {
+        let context = &self.0.context;
+        format!("00-{}-{}-{:02x}", context.trace_id(), context.span_id(), context.trace_flags().to_u8())
+    }
+
     /// The key that was sent.
     pub fn key(&self, id: Option<String>) {
         self.0.facts.lock().unwrap_or_else(PoisonError::into_inner).key = id;
@@ -143,6 +149,14 @@ impl Trail {
         ];
         let texts: Vec<_> = texts.iter().map(|text| (text.id, text.tokens.as_slice())).collect();
         self.begin(EMBEDDINGS, model, &texts, asked)
+    }
+
+    /// Follows an answer that another server gives to `prompt`; `model` is the public name.
+    pub fn follow_remote(&self, operation: &'static str, model: &str, id: Option<Uuid>, prompt: &serde_json::Value) -> Follower {
+        let (model, began) = (model.to_owned(), Some(SystemTime::now()));
+        let generation = Generation { operation, model, id, began, ..Generation::default() };
+        let content = self.0.content.then(|| Content { prompts: vec![prompt.to_string()], answers: Vec::new() });
+        Follower { trail: self.clone(), begun: Instant::now(), generation, content }
     }
 
     fn begin(
@@ -217,6 +231,9 @@ struct Generation {
     finish_reasons: Vec<String>,
     failed: bool,
     asked: Vec<KeyValue>,
+    /// The other server that answers, its kind, and what it says it is.
+    upstream: Option<(String, &'static str)>,
+    answered: Option<String>,
 }
 
 /// <https://opentelemetry.io/docs/specs/semconv/registry/attributes/gen-ai/>
@@ -240,11 +257,16 @@ impl Generation {
     fn export(self, tracer: &SdkTracer, parent: &Context) {
         let whole = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
         let mut attributes = self.asked;
+        let (provider, kind, failure) = match &self.upstream {
+            Some((_, provider)) => (*provider, SpanKind::Client, "upstream_failed"),
+            None => ("tidemill", SpanKind::Internal, "engine_failed"),
+        };
+        attributes.extend(self.upstream.map(|(upstream, _)| KeyValue::new("tidemill.upstream", upstream)));
         attributes.extend([
             KeyValue::new("gen_ai.operation.name", self.operation),
-            KeyValue::new("gen_ai.provider.name", "tidemill"),
+            KeyValue::new("gen_ai.provider.name", provider),
             KeyValue::new("gen_ai.request.model", self.model.clone()),
-            KeyValue::new("gen_ai.response.model", self.model.clone()),
+            KeyValue::new("gen_ai.response.model", self.answered.unwrap_or_else(|| self.model.clone())),
             KeyValue::new("gen_ai.usage.input_tokens", whole(self.input_tokens)),
         ]);
         attributes.extend(self.id.map(|id| KeyValue::new("gen_ai.response.id", id.to_string())));
@@ -258,14 +280,14 @@ impl Generation {
             ]);
         }
         if self.failed {
-            attributes.push(KeyValue::new("error.type", "engine_failed"));
+            attributes.push(KeyValue::new("error.type", failure));
         }
         let builder = tracer.span_builder(format!("{} {}", self.operation, self.model));
-        let mut builder = builder.with_kind(SpanKind::Internal).with_attributes(attributes);
+        let mut builder = builder.with_kind(kind).with_attributes(attributes);
         builder.start_time = self.began;
         let mut span = builder.start_with_context(tracer, parent);
         if self.failed {
-            span.set_status(Status::error("the engine failed"));
+            span.set_status(Status::error(failure));
         }
         span.end_with_timestamp(self.ended.unwrap_or_else(SystemTime::now));
     }
@@ -304,7 +326,33 @@ impl Follower {
         }
     }
 
-    /// The engine has failed, and there is no event that says so.
+    /// Another server is asked, of a kind that the convention has a word for.
+    pub fn asks(&mut self, upstream: &str, provider: &'static str) {
+        self.generation.upstream = Some((upstream.to_owned(), provider));
+    }
+
+    /// The first token of another server's answer has come.
+    pub fn first_token(&mut self) {
+        self.generation.first_token.get_or_insert_with(|| self.begun.elapsed());
+    }
+
+    /// All that there is of another server's answer: its tokens, who it says gave it, and of each choice the text and how it ended.
+    pub fn answered<'a>(
+        &mut self,
+        (input, cached, output): (usize, usize, usize),
+        model: Option<String>,
+        choices: impl Iterator<Item = (&'a str, Option<&'a str>)>,
+    ) {
+        let generation = &mut self.generation;
+        (generation.input_tokens, generation.cached_tokens) = (input as u64, cached as u64);
+        (generation.output_tokens, generation.answered) = (output as u64, model);
+        for (index, (text, finish)) in choices.enumerate() {
+            self.generation.finish_reasons.extend(finish.map(str::to_owned));
+            self.say(0, index, text);
+        }
+    }
+
+    /// The answer has failed, and there is no event that says so.
     pub fn failed(&mut self) {
         self.generation.failed = true;
     }

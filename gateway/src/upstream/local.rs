@@ -299,7 +299,7 @@ fn with_argument_texts(messages: &[Value]) -> Vec<Value> {
 }
 
 /// `fp_` and ten hexadecimal digits of FNV-1a (Fowler, Noll, Vo): stable over builds, which the standard hasher is not.
-fn fingerprint(configuration: &str) -> String {
+pub(super) fn fingerprint(configuration: &str) -> String {
     let hash = configuration
         .bytes()
         .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));

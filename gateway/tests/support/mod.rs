@@ -32,7 +32,8 @@ use tidemill::http::{App, Auth, router};
 use tidemill::limits::{Limiter, Prices};
 use tidemill::recording::Recording;
 use tidemill::telemetry::Observer;
-use tidemill::upstream::{LocalModel, Registry, Upstream};
+use tidemill::upstream::remote::Remotes;
+use tidemill::upstream::{LocalModel, Registry, RemoteModel, Upstream};
 use tidemill_engine::model::Model;
 use tidemill_engine::model_files::Frontend;
 use tidemill_engine::{ChatTemplate, Engine, EngineOptions, GenerationDefaults, ServedModel, Tokenizer};
@@ -145,6 +146,7 @@ pub struct Setup {
     pub metrics: Metrics,
     pub limits: BTreeMap<String, Limits>,
     pub prices: Prices,
+    pub remotes: Remotes,
     pub fine_tuning: Option<FineTuningOptions>,
 }
 
@@ -173,6 +175,7 @@ impl Default for Setup {
             metrics: Metrics::new(),
             limits: BTreeMap::new(),
             prices: Prices::new(),
+            remotes: Remotes::default(),
             fine_tuning: None,
         }
     }
@@ -259,7 +262,8 @@ impl Setup {
             description: "parrot".into(),
         };
         let engine = Engine::with_model(served, options).unwrap();
-        let registry = Registry::new([MODEL.to_owned()]);
+        let remotes = RemoteModel::all(&self.remotes, 7).unwrap();
+        let registry = Registry::new([MODEL.to_owned()]).with_remotes(remotes);
         assert!(registry.loaded(MODEL, Upstream::Local(Arc::new(LocalModel::new(engine, 7)))));
         let (store, registry) = (store(), Arc::new(registry));
         App {

@@ -318,7 +318,7 @@ fn by_rules(
     watch: &mut dyn FnMut(Work, &str, usize, usize),
 ) -> Result<Decided, EvaluateError> {
     let config = TrainConfig::new(crate::train::Method::Grpo);
-    let mut open = |folder: &std::path::Path| judge_of(files, folder, trial.model, &config);
+    let mut open = |judge: &reward::Judge| judge_of(files, judge, None, trial.model, &config);
     let ready = Rewards::new(&rules.functions, rules.weights.as_deref(), &mut open)?;
     let (mut totals, mut rewards) = (Vec::new(), Vec::new());
     for (done, answers) in said.iter().enumerate() {

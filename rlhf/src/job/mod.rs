@@ -2,8 +2,9 @@
 //! leaves an adapter there.
 //!
 //! The folder holds what [`crate::train::train`] keeps, `adapter/` (PEFT's files) when the training has ended by itself, and
-//! `lineage.json`: what the adapter was made of.
+//! `lineage.json`: what the adapter was made of; and `epochs/`, adapters of earlier epochs, where the specification wants them.
 
+mod epochs;
 mod error;
 mod estimate;
 mod head;
@@ -14,6 +15,7 @@ mod spec;
 #[cfg(test)]
 mod tests;
 
+pub use epochs::{EpochAdapter, epoch_adapters};
 pub use error::JobError;
 pub use estimate::Estimate;
 pub use head::reward_model;

@@ -1,6 +1,5 @@
 //! Trainings that sample their answers: the engine beside the model, and the rewards.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use tidemill_engine::ModelFiles;
@@ -8,8 +7,9 @@ use tidemill_engine::ModelFiles;
 use super::{Job, JobError, reward_model};
 use crate::collate::Plan;
 use crate::model::{Model, ModelOptions};
+use crate::reward::grader::{Grading, Oracle};
 use crate::reward::model::RewardModel;
-use crate::reward::{RewardError, Rewards, Score};
+use crate::reward::{Judge, RewardError, Rewards, Score};
 use crate::train::{EngineSampler, Online, Reinforcement, TrainConfig, TrainError, engine_for};
 
 /// Most tokens of a prompt, so that an answer fits behind it.
@@ -37,7 +37,7 @@ impl Job {
     pub(super) fn online<'a>(&self, model: &'a Model) -> Result<Online<'a>, JobError> {
         let (config, spec) = (&self.spec.config, &self.spec);
         let told = config.reinforcement()?;
-        let rewards = Rewards::new(&config.reward_funcs, config.reward_weights.as_deref(), &mut |folder| self.judge(folder));
+        let rewards = Rewards::new(&config.reward_funcs, config.reward_weights.as_deref(), &mut |judge| self.judge(judge));
         let rewards = rewards.map_err(TrainError::from)?;
         let name = spec.base.name.clone();
         let rank = model.adapter(&name)?.max_rank();
@@ -50,20 +50,29 @@ impl Job {
         Ok(Online::new(model, config, self.prompts.clone(), self.held_out_prompts.clone(), rewards, sampler)?)
     }
 
-    fn judge(&self, folder: &Path) -> Result<Box<dyn Score>, RewardError> {
+    /// A judge that needs more than the answers' text.
+    fn judge(&self, judge: &Judge) -> Result<Box<dyn Score>, RewardError> {
         let options = ModelOptions { threads: self.spec.threads, precision: self.spec.precision, ..ModelOptions::default() };
-        judge_of(&self.files, folder, options, &self.spec.config)
+        judge_of(&self.files, judge, self.oracle.as_ref(), options, &self.spec.config)
     }
 }
 
-/// A reward model that was trained here on the same base.
+/// A judge ready for work: a reward model must have been trained here on the same base, a grader may ask models through `oracle`.
 pub(crate) fn judge_of(
     files: &Arc<ModelFiles>,
-    folder: &Path,
+    judge: &Judge,
+    oracle: Option<&Arc<dyn Oracle>>,
     options: ModelOptions,
     config: &TrainConfig,
 ) -> Result<Box<dyn Score>, RewardError> {
-    let wrong = |error: JobError| RewardError::Model { path: folder.to_owned(), detail: error.to_string() };
+    let folder = match judge {
+        Judge::RewardModel { path } => path,
+        Judge::Grader { grader } => {
+            return Ok(Box::new(Grading { grader: (**grader).clone(), oracle: oracle.cloned() }));
+        }
+        other => return other.ready(),
+    };
+    let wrong = |error: JobError| RewardError::Model { path: folder.clone(), detail: error.to_string() };
     let (model, head) = reward_model(files, folder, options).map_err(wrong)?;
     Ok(Box::new(RewardModel {
         model: Box::new(model),

@@ -7,12 +7,13 @@ use serde_json::{Value, json};
 use tidemill_engine::{Adapter, ModelFiles};
 
 use super::estimate::{self, Estimate};
-use super::{JobError, Rows, Spec, head, online};
+use super::{JobError, Rows, Spec, epochs, head, online};
 use crate::collate::{Encoded, Encoder};
 use crate::dataset::Row;
 use crate::durable;
 use crate::model::{Model, ModelOptions};
-use crate::train::{self, Control, Ending, Head, LOG, Offline, Outcome, Progress, Prompt, train};
+use crate::reward::grader::Oracle;
+use crate::train::{self, Control, Ending, Head, LOG, Offline, Outcome, Progress, Prompt, Stage, train};
 
 /// The folder of the finished adapter.
 pub const ADAPTER: &str = "adapter";
@@ -29,6 +30,8 @@ pub struct Job {
     /// Of methods that sample.
     pub(super) prompts: Vec<Prompt>,
     pub(super) held_out_prompts: Vec<Prompt>,
+    /// Asked by graders.
+    pub(super) oracle: Option<Arc<dyn Oracle>>,
 }
 
 /// What a training will compute.
@@ -72,11 +75,17 @@ impl Job {
             let (held_out_prompts, others) = train::encode(&encoder, rows.held_out_questions.clone(), Some(longest));
             dropped.extend(others);
             let (train, held_out) = (Encoded { dropped, ..Encoded::default() }, Encoded::default());
-            return Ok(Self { spec, files, rows, train, held_out, prompts, held_out_prompts });
+            return Ok(Self { spec, files, rows, train, held_out, prompts, held_out_prompts, oracle: None });
         }
         let encode = |rows: &[Row]| encoder.rows(rows, spec.config.teaches());
         let (train, held_out) = (encode(&rows.train), encode(&rows.held_out));
-        Ok(Self { spec, files, rows, train, held_out, prompts: Vec::new(), held_out_prompts: Vec::new() })
+        let (prompts, held_out_prompts) = (Vec::new(), Vec::new());
+        Ok(Self { spec, files, rows, train, held_out, prompts, held_out_prompts, oracle: None })
+    }
+
+    /// With somebody whom graders ask that want a served model's opinion.
+    pub fn asking(self, oracle: Arc<dyn Oracle>) -> Self {
+        Self { oracle: Some(oracle), ..self }
     }
 
     /// What it will compute.
@@ -136,16 +145,42 @@ impl Job {
     ) -> Result<(Outcome, Option<Finished>), JobError> {
         let model = self.model()?;
         let config = &self.spec.config;
+        let mut unkept = None;
+        let mut watch = |progress: &Progress<'_>| {
+            let wanted = watch(progress);
+            match self.keep_epoch(folder, &model, progress) {
+                Ok(()) => wanted,
+                Err(error) => {
+                    unkept = Some(error);
+                    Control::Stop
+                }
+            }
+        };
         if config.method.samples() {
             let mut trainer = self.online(&model)?;
-            let outcome = train(&model, &mut trainer, config, folder, watch)?;
+            let outcome = train(&model, &mut trainer, config, folder, &mut watch)?;
+            unkept.map_or(Ok(()), Err)?;
             return self.finish(folder, &model, outcome, None, (0.0, 0.0));
         }
         let (train_samples, held_out) = (self.train.samples.clone(), self.held_out.samples.clone());
         let cache = folder.join("reference");
         let mut trainer = Offline::new(&model, config, train_samples, held_out, Some(&cache), prepare)?;
-        let outcome = train(&model, &mut trainer, config, folder, watch)?;
+        let outcome = train(&model, &mut trainer, config, folder, &mut watch)?;
+        unkept.map_or(Ok(()), Err)?;
         self.finish(folder, &model, outcome, trainer.head(), trainer.largest_shares())
+    }
+
+    /// Writes the adapter as it is at the end of an epoch that is not the last, where the specification wants it. After a restart the
+    /// same adapter is written again, which changes nothing.
+    fn keep_epoch(&self, folder: &Path, model: &Model, progress: &Progress<'_>) -> Result<(), JobError> {
+        let Some(keep) = self.spec.epoch_adapters.filter(|_| progress.step < progress.steps && progress.epoch.fract() == 0.0)
+        else {
+            return Ok(());
+        };
+        if progress.stage == Stage::Training {
+            model.adapter(&self.spec.base.name)?.write(&epochs::place(folder, progress.step))?;
+        }
+        epochs::prune(folder, keep, &self.spec.config)
     }
 
     /// Writes the adapter and what it was made of, unless the training can go on.

@@ -42,6 +42,9 @@ pub struct Spec {
     /// Go on from this adapter instead of a new one; `lora` is then only its dropout.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<PathBuf>,
+    /// Also keep the adapters at the ends of so many epochs before the last, and of the one that was evaluated best.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epoch_adapters: Option<usize>,
     /// Threads; 0 is all that the process may use.
     #[serde(default)]
     pub threads: usize,

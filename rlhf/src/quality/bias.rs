@@ -22,6 +22,7 @@ const BARS: usize = 31;
 pub(super) fn check(corpus: &Corpus<'_>, options: &QualityOptions) -> [Check; 4] {
     let thresholds = &options.thresholds;
     let longer = preferred(corpus, |text| text.text.chars().count());
+    let missing = if longer.is_some_and(|longer| longer.share < 0.5) { "longer" } else { "shorter" };
     let marked = preferred(corpus, |text| markdown(&text.text));
     let sides: Vec<Position> = corpus.comparisons().filter_map(|(index, ..)| corpus.rows[index].origin.chosen_position).collect();
     let left = sides.iter().filter(|side| **side == Position::Left).count() as u64;
@@ -34,7 +35,7 @@ pub(super) fn check(corpus: &Corpus<'_>, options: &QualityOptions) -> [Check; 4]
             longer,
             thresholds.length_bias,
             "the longer answer is chosen",
-            "Add pairs in which the shorter one is better.",
+            &format!("Add pairs in which the {missing} one is better."),
         ),
         length_model(corpus, options),
         lean(
@@ -201,6 +202,10 @@ mod tests {
         let [bias, model, position, markdown] = run(&longer);
         assert_eq!((bias.status, model.status), (Status::Fail, Status::Fail), "{bias:?} {model:?}");
         assert!((bias.value.unwrap() - 0.9).abs() < 0.04);
+        assert!(bias.explanation.ends_with("the shorter one is better."), "{bias:?}");
+        let turned = |row: &Row| generate::with_answers(row, |chosen, rejected| (rejected.to_owned(), chosen.to_owned()));
+        let [bias, ..] = run(&longer.iter().map(turned).collect::<Vec<_>>());
+        assert!(bias.status == Status::Fail && bias.explanation.ends_with("the longer one is better."), "{bias:?}");
         assert_eq!((position.status, markdown.status), (Status::Pass, Status::Pass));
     }
 

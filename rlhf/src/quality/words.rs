@@ -80,7 +80,8 @@ fn fnv(hash: u64, value: u32) -> u64 {
 }
 
 /// Han, kana, Thai, Lao, Myanmar, Khmer.
-fn is_unspaced(character: char) -> bool {
+/// Of a script that is written without spaces.
+pub(crate) fn is_unspaced(character: char) -> bool {
     matches!(character,
         '\u{0e00}'..='\u{0eff}' | '\u{1000}'..='\u{109f}' | '\u{1780}'..='\u{17ff}' | '\u{3040}'..='\u{30ff}'
         | '\u{3400}'..='\u{4dbf}' | '\u{4e00}'..='\u{9fff}' | '\u{f900}'..='\u{faff}' | '\u{20000}'..='\u{3ffff}')

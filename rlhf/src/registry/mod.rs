@@ -171,13 +171,19 @@ impl Registry {
         base: Base,
         job: Option<String>,
     ) -> Result<RegisteredAdapter, RegistryError> {
+        let lineage = self.lineage_of(folder, name, base, job).await?;
+        self.register(&folder.join(ADAPTER), lineage).await
+    }
+
+    /// The lineage that a training wrote down in `folder`, for its adapter or one of its earlier epochs.
+    pub async fn lineage_of(&self, folder: &Path, name: &str, base: Base, job: Option<String>) -> Result<Lineage, RegistryError> {
         let path = folder.join(LINEAGE);
         let text = std::fs::read(&path).map_err(|source| RegistryError::Folder { path: path.clone(), source })?;
         let told: Value = serde_json::from_slice(&text)
             .map_err(|error| RegistryError::Folder { path: path.clone(), source: std::io::Error::other(error) })?;
         check_base(&folder.display().to_string(), told["base"]["digest"].as_str(), base.hash.as_deref())?;
         let plain = Lineage::new(name, base);
-        let lineage = Lineage {
+        Ok(Lineage {
             snapshot: self.trained_on(&told).await?,
             parent: self.trained_from(&told, &plain.base.name).await?,
             raters: serde_json::from_value(told["data"]["raters"].clone()).unwrap_or_default(),
@@ -188,8 +194,7 @@ impl Registry {
             metrics: told["metrics"].clone(),
             job,
             ..plain
-        };
-        self.register(&folder.join(ADAPTER), lineage).await
+        })
     }
 
     /// The dataset that a training names, where it is one of this store and not a file.

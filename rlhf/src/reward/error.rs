@@ -37,6 +37,14 @@ pub enum RewardError {
         /// How one of them failed.
         detail: String,
     },
+    /// A grader could ask no model about any answer.
+    #[error("the grader {name} could ask no model: {detail}")]
+    Grader {
+        /// Which.
+        name: String,
+        /// Why not.
+        detail: String,
+    },
     /// A reward model's files.
     #[error("the reward model in {}: {detail}", path.display())]
     Model {

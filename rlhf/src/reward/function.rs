@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use super::{
     Answer, RewardError, Score,
+    grader::Grader,
     json::{Json, Schema},
     program::Program,
 };
@@ -96,6 +97,11 @@ pub enum Judge {
         #[serde(default = "seconds")]
         timeout_s: f64,
     },
+    /// A grader of OpenAI's API. Those that ask a model are for a server's fine-tuning jobs.
+    Grader {
+        /// Which.
+        grader: Box<Grader>,
+    },
     /// What a reward model says that was trained here on the same base.
     RewardModel {
         /// Its folder.
@@ -151,13 +157,14 @@ impl RewardFunction {
 
     /// Its name in the metrics.
     pub fn name(&self) -> &str {
-        self.name.as_deref().unwrap_or(match self.judge {
+        self.name.as_deref().unwrap_or(match &self.judge {
             Judge::Json { .. } => "json",
             Judge::JsonSchema { .. } => "json_schema",
             Judge::Regex { .. } => "regex",
             Judge::Length { .. } => "length",
             Judge::ExactMatch { .. } => "exact_match",
             Judge::Program { .. } => "program",
+            Judge::Grader { grader } => grader.name(),
             Judge::RewardModel { .. } => "reward_model",
         })
     }
@@ -166,6 +173,10 @@ impl RewardFunction {
     pub fn check(&self) -> Result<(), RewardError> {
         match &self.judge {
             Judge::RewardModel { .. } => Ok(()),
+            Judge::Grader { grader } => grader.check().map_err(|wrong| RewardError::Field {
+                name: self.name().to_owned(),
+                detail: format!("grader.{}: {}", wrong.path, wrong.detail),
+            }),
             judge => judge.ready().map(drop).map_err(|error| match error {
                 RewardError::Field { detail, .. } => RewardError::Field { name: self.name().to_owned(), detail },
                 other => other,
@@ -175,8 +186,8 @@ impl RewardFunction {
 }
 
 impl Judge {
-    /// The function itself; not for reward models, which need a base.
-    pub(super) fn ready(&self) -> Result<Box<dyn Score>, RewardError> {
+    /// The function itself; not for reward models and graders, which need a base or somebody to ask.
+    pub(crate) fn ready(&self) -> Result<Box<dyn Score>, RewardError> {
         let name = || RewardFunction::from(self.clone()).name().to_owned();
         let wrong = |detail: String| RewardError::Field { name: name(), detail };
         Ok(match self {
@@ -211,6 +222,7 @@ impl Judge {
                 })
             }
             Self::Program { command, timeout_s } => Box::new(Program::new(command, *timeout_s).map_err(wrong)?),
+            Self::Grader { .. } => return Err(wrong("it needs whoever opens it".to_owned())),
             Self::RewardModel { path } => {
                 return Err(RewardError::Model { path: path.clone(), detail: "it needs the base it was trained on".to_owned() });
             }

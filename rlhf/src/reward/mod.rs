@@ -1,17 +1,18 @@
 //! What an answer is worth: functions of its text, programs, reward models, and weighted sums of them.
 //!
 //! A [`RewardFunction`] is configuration; [`Rewards`] are such functions ready to judge. Those that look at the text are pure;
-//! [`program`] and [`model`] hold the others. The same answers get the same rewards, as far as a program keeps to that.
+//! [`program`] and [`model`] hold the others, [`grader`] those of OpenAI's API. The same answers get the same rewards, as far as a program keeps to that.
 
 mod error;
 mod function;
+pub mod grader;
 mod json;
 pub mod model;
 pub mod program;
 #[cfg(test)]
 mod tests;
 
-use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::{Map, Value};
 
@@ -80,16 +81,17 @@ pub fn check(functions: &[RewardFunction], weights: Option<&[f64]>) -> Result<()
     functions.iter().try_for_each(RewardFunction::check)
 }
 
-/// Opens the reward model in a folder.
-pub type OpenModel<'a> = &'a mut dyn FnMut(&Path) -> Result<Box<dyn Score>, RewardError>;
+/// Makes a function ready that needs more than the answer's text: [`Judge::RewardModel`] or [`Judge::Grader`].
+pub type OpenJudge<'a> = &'a mut dyn FnMut(&Judge) -> Result<Box<dyn Score>, RewardError>;
 
 impl Rewards {
-    /// Makes the functions ready; `weights` has one number for each, 1 without. `open` is asked for reward models.
-    pub fn new(functions: &[RewardFunction], weights: Option<&[f64]>, open: OpenModel<'_>) -> Result<Self, RewardError> {
+    /// Makes the functions ready; `weights` has one number for each, 1 without. `open` is asked for reward models and
+    /// graders.
+    pub fn new(functions: &[RewardFunction], weights: Option<&[f64]>, open: OpenJudge<'_>) -> Result<Self, RewardError> {
         let ready = |(index, function): (usize, &RewardFunction)| {
             let weight = weights.and_then(|weights| weights.get(index)).copied().unwrap_or(1.0);
             let score = match &function.judge {
-                Judge::RewardModel { path } => open(path)?,
+                judge @ (Judge::RewardModel { .. } | Judge::Grader { .. }) => open(judge)?,
                 judge => judge.ready()?,
             };
             Ok::<_, RewardError>(Weighed { name: function.name().to_owned(), weight, score })
@@ -120,4 +122,30 @@ impl Rewards {
         }
         Ok(scores)
     }
+}
+
+/// What `judge` says of each answer, in order; up to `threads` are judged at once.
+fn in_parallel<T: Send>(answers: &[Answer<'_>], threads: usize, judge: impl Fn(&Answer<'_>) -> T + Sync) -> Vec<T> {
+    if threads <= 1 || answers.len() <= 1 {
+        return answers.iter().map(judge).collect();
+    }
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut found = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(answer) = answers.get(index) else { return found };
+            found.push((index, judge(answer)));
+        }
+    };
+    let mut found: Vec<(usize, T)> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (1..threads.min(answers.len())).map(|_| scope.spawn(work)).collect();
+        let mut found = work();
+        for worker in workers {
+            found.extend(worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        }
+        found
+    });
+    found.sort_by_key(|(index, _)| *index);
+    found.into_iter().map(|(_, said)| said).collect()
 }

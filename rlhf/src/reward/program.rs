@@ -7,17 +7,13 @@ use std::{
     io::{Read, Write},
     os::unix::process::CommandExt,
     process::{Child, Command, Stdio},
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
     time::{Duration, Instant},
 };
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::{Map, Value, json};
 
-use super::{Answer, RewardError, Score};
+use super::{Answer, RewardError, Score, in_parallel};
 
 /// Most bytes that are read of what a program prints.
 const MAX_OUTPUT: u64 = 64 << 10;
@@ -133,22 +129,7 @@ fn question(answer: &Answer<'_>) -> Vec<u8> {
 impl Score for Program {
     /// An answer on which the program fails or hangs gets 0; when it fails on all, something is wrong with the program.
     fn score(&self, answers: &[Answer<'_>]) -> Result<Vec<Option<f64>>, RewardError> {
-        let next = AtomicUsize::new(0);
-        let found: Mutex<Vec<Result<Option<f64>, String>>> = Mutex::new(vec![Ok(None); answers.len()]);
-        std::thread::scope(|scope| {
-            for _ in 0..self.parallel.min(answers.len()) {
-                scope.spawn(|| {
-                    while let Some((index, answer)) = {
-                        let index = next.fetch_add(1, Ordering::Relaxed);
-                        answers.get(index).map(|answer| (index, answer))
-                    } {
-                        let said = self.ask(&question(answer));
-                        found.lock().unwrap_or_else(PoisonError::into_inner)[index] = said;
-                    }
-                });
-            }
-        });
-        let found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let found: Vec<Result<Option<f64>, String>> = in_parallel(answers, self.parallel, |answer| self.ask(&question(answer)));
         let command = || self.command.join(" ");
         if let Some(Err(detail)) = found.first().filter(|_| found.iter().all(Result::is_err)) {
             return Err(RewardError::Program { command: command(), detail: detail.clone() });

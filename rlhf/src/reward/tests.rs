@@ -1,7 +1,5 @@
 //! Rewards of texts, and of programs that misbehave.
 
-use std::path::Path;
-
 use serde_json::{Map, Value, json};
 
 use super::*;
@@ -16,8 +14,9 @@ fn function(value: Value) -> RewardFunction {
 
 fn rewards(functions: &[Value], weights: Option<&[f64]>) -> Result<Rewards, RewardError> {
     let functions: Vec<RewardFunction> = functions.iter().cloned().map(function).collect();
-    Rewards::new(&functions, weights, &mut |path: &Path| {
-        Err(RewardError::Model { path: path.to_owned(), detail: "there is none in this test".to_owned() })
+    Rewards::new(&functions, weights, &mut |judge: &Judge| match judge {
+        Judge::Grader { grader } => Ok(Box::new(grader::Grading { grader: (**grader).clone(), oracle: None })),
+        _ => Err(RewardError::Model { path: "nowhere".into(), detail: "there is none in this test".to_owned() }),
     })
 }
 
@@ -169,4 +168,16 @@ fn a_program_that_takes_too_long_is_ended_with_all_that_it_started() {
     assert!(began.elapsed() < std::time::Duration::from_secs(60));
     std::thread::sleep(std::time::Duration::from_secs(8));
     assert!(!file.exists());
+}
+
+#[test]
+fn graders_of_the_api_are_rewards_too() {
+    let grader = json!({"type": "grader", "grader": {"type": "string_check", "name": "exact", "input": "{{sample.output_text}}",
+        "reference": "{{item.answer}}", "operation": "eq"}});
+    assert_eq!(score(grader.clone(), &["4", "5"], json!({"answer": "4"})), [YES, NO]);
+    assert_eq!(function(grader.clone()).name(), "exact");
+    assert_eq!(function(json!(function(grader.clone()))), function(grader));
+    let bad =
+        function(json!({"type": "grader", "grader": {"type": "multi", "name": "m", "calculate_output": "x", "graders": {}}}));
+    assert_eq!(bad.check().unwrap_err().to_string(), "reward_funcs: m: grader.graders: it has no grader; name at least one");
 }

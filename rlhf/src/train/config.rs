@@ -219,6 +219,9 @@ pub struct TrainConfig {
     /// rloo, grpo: answers to each prompt, which are compared with one another; default 2 and 8. It divides the answers of a step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub num_generations: Option<usize>,
+    /// rloo, grpo, ppo: answers to each prompt of an evaluation; default 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub num_generations_eval: Option<usize>,
     /// rloo, grpo, ppo: most tokens of an answer; default 256.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_completion_length: Option<usize>,

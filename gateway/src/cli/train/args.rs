@@ -133,6 +133,7 @@ impl TrainArgs {
             config: self.config(method)?,
             lora: self.lora(),
             adapter: self.adapter.as_deref().map(absolute).transpose()?,
+            epoch_adapters: None,
             threads: self.threads.unwrap_or(0),
             precision: self.precision.unwrap_or_default(),
             recompute: self.recompute,

@@ -19,6 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::store_args::StoreCommandError;
 use crate::config::{Config, ConfigError};
+use crate::graders::DeskOracle;
 pub use args::TrainArgs;
 
 /// Exit status of a training that was stopped and can go on (`EX_TEMPFAIL` of sysexits.h).
@@ -83,7 +84,7 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode, TrainCommandError> {
     }
     let folder = args.folder(&config, &spec);
     keep(&folder, &spec)?;
-    let ended = train(&job, &folder, &mut bar)?;
+    let ended = train(&job, &folder, &mut bar, Arc::default())?;
     register::register(args, &config, &spec, &folder);
     Ok(ended)
 }
@@ -91,9 +92,15 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode, TrainCommandError> {
 fn by_specification(args: &TrainArgs, folder: &Path, audience: &mut dyn Audience) -> Result<ExitCode, TrainCommandError> {
     let config = args.place.config()?;
     let spec = Spec::read(&folder.join(SPEC))?;
-    let job = open(&config, &spec)?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let job = open(&config, &spec)?.asking(Arc::new(DeskOracle::new(folder, Arc::clone(&stop), leave)));
     audience.prepared(&job);
-    train(&job, folder, audience)
+    train(&job, folder, audience, stop)
+}
+
+/// Goes while a grade is waited for: the turn that wanted it is begun again by the next process.
+fn leave() {
+    std::process::exit(i32::from(STOPPED));
 }
 
 /// Reads the rows, from the store only where a dataset is named.
@@ -122,8 +129,8 @@ fn keep(folder: &Path, spec: &Spec) -> Result<(), TrainCommandError> {
     Ok(std::fs::rename(&beside, &path).map_err(StoreCommandError::file(&path))?)
 }
 
-fn train(job: &Job, folder: &Path, audience: &mut dyn Audience) -> Result<ExitCode, TrainCommandError> {
-    let stop = stop_by_signal()?;
+fn train(job: &Job, folder: &Path, audience: &mut dyn Audience, stop: Arc<AtomicBool>) -> Result<ExitCode, TrainCommandError> {
+    stop_by_signal(Arc::clone(&stop))?;
     let audience = std::sync::Mutex::new(audience);
     let told = || audience.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let mut prepare = |done, all| {
@@ -142,10 +149,8 @@ fn train(job: &Job, folder: &Path, audience: &mut dyn Audience) -> Result<ExitCo
     Ok(if outcome.ending == Ending::Stopped { ExitCode::from(STOPPED) } else { ExitCode::SUCCESS })
 }
 
-/// Set at the first SIGINT or SIGTERM; a second one ends the process at once.
-fn stop_by_signal() -> Result<Arc<AtomicBool>, TrainCommandError> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let seen = Arc::clone(&stop);
+/// Sets `seen` at the first SIGINT or SIGTERM; a second one ends the process at once.
+fn stop_by_signal(seen: Arc<AtomicBool>) -> Result<(), TrainCommandError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(StoreCommandError::Runtime)?;
     let (mut term, mut int) = {
         let _guard = runtime.enter();
@@ -166,7 +171,7 @@ fn stop_by_signal() -> Result<Arc<AtomicBool>, TrainCommandError> {
             });
         })
         .map_err(StoreCommandError::Runtime)?;
-    Ok(stop)
+    Ok(())
 }
 
 impl From<TrainError> for TrainCommandError {

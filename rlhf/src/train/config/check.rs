@@ -32,6 +32,7 @@ impl TrainConfig {
             ("max_rater_share", self.max_rater_share.unwrap_or(1.0)),
             ("max_user_share", self.max_user_share.unwrap_or(1.0)),
             ("num_generations", self.num_generations.unwrap_or(1) as f64),
+            ("num_generations_eval", self.num_generations_eval.unwrap_or(1) as f64),
             ("max_completion_length", self.max_completion_length.unwrap_or(1) as f64),
             ("temperature", self.temperature.unwrap_or(1.0)),
             ("top_p", self.top_p.unwrap_or(1.0)),
@@ -111,7 +112,7 @@ impl TrainConfig {
         use Method::{Dpo, Grpo, Kto, Orpo, Ppo, Reward, Rloo, Sft, Simpo};
         const SAMPLE: &[Method] = &[Rloo, Grpo, Ppo];
         const GROUPS: &[Method] = &[Rloo, Grpo];
-        let fields: [(&str, bool, &[Method]); 39] = [
+        let fields: [(&str, bool, &[Method]); 40] = [
             ("beta", self.beta.is_some(), &[Dpo, Kto, Orpo, Simpo, Rloo, Grpo]),
             ("loss_type", self.loss_type.is_some(), &[Dpo, Grpo]),
             ("label_smoothing", self.label_smoothing.is_some(), &[Dpo]),
@@ -125,6 +126,7 @@ impl TrainConfig {
             ("reward_funcs", !self.reward_funcs.is_empty(), SAMPLE),
             ("reward_weights", self.reward_weights.is_some(), SAMPLE),
             ("num_generations", self.num_generations.is_some(), GROUPS),
+            ("num_generations_eval", self.num_generations_eval.is_some(), SAMPLE),
             ("max_completion_length", self.max_completion_length.is_some(), SAMPLE),
             ("temperature", self.temperature.is_some(), SAMPLE),
             ("top_p", self.top_p.is_some(), SAMPLE),

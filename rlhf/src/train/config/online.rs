@@ -118,6 +118,8 @@ pub struct Reinforcement {
     pub advantages: Advantages,
     /// Answers to each prompt.
     pub group: usize,
+    /// Answers to each prompt of an evaluation.
+    pub evaluated: usize,
     /// Answers of a step.
     pub answers: usize,
     /// How they are sampled.
@@ -184,6 +186,7 @@ impl TrainConfig {
             algorithm: self.algorithm()?,
             advantages: self.advantages(),
             group,
+            evaluated: self.num_generations_eval.unwrap_or(1),
             answers,
             draw: Draw {
                 max_tokens: self.max_completion_length.unwrap_or(256),

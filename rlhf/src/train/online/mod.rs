@@ -330,7 +330,7 @@ impl Trainer for Online<'_> {
         let members: Vec<usize> = (0..self.held_out.len()).collect();
         if !members.is_empty() {
             // What the step measured was asked for before; the draws are the same in every evaluation.
-            self.ask(true, &members, 1, mix(self.seed ^ EVALUATION))?;
+            self.ask(true, &members, self.told.evaluated, mix(self.seed ^ EVALUATION))?;
         }
         Ok(Vec::new())
     }
