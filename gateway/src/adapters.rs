@@ -317,6 +317,7 @@ mod tests {
             name: "ft-1".into(),
             generation: 1,
             base: "b".into(),
+            base_hash: None,
             location: String::new(),
             aliases: aliases.iter().map(|alias| (*alias).to_owned()).collect(),
         };
