@@ -53,7 +53,7 @@ pub use engine::{Engine, EngineLimits, Health, MemoryReport, ServedModel};
 pub use generation_defaults::GenerationDefaults;
 pub use grammar::{Constraint, ConstraintKey, Grammar, GrammarError, for_lark};
 pub use load_error::LoadError;
-pub use merge::{Container, MergeError, MergeOptions, Merged, merge};
+pub use merge::{Container, MergeError, MergeOptions, Merged, merge, write_model};
 pub use model::Decoder;
 pub use model::weight_names::{Part, Weight};
 pub use model_config::{Family, ModelConfig, RopeScaling};

@@ -95,6 +95,11 @@ impl Tokenizer {
         self.0.special.get(token as usize).copied().unwrap_or(false)
     }
 
+    /// The content of a `tokenizer.json` that makes the same tokens.
+    pub(crate) fn to_json(&self) -> Result<String, EncodeError> {
+        contained(|| self.0.pipeline.to_string(false)).map_err(EncodeError)
+    }
+
     /// One more than the largest id.
     pub fn vocabulary(&self) -> usize {
         self.0.special.len()

@@ -171,13 +171,7 @@ impl AdapterKeeper {
     }
 
     /// Loads what was wished for and what there is room for, the newest first, and takes away what is not served any more.
-    async fn offer(
-        &self,
-        model: &LocalModel,
-        served: &[&ServedAdapter],
-        wished: &BTreeSet<String>,
-        held: &mut BTreeSet<String>,
-    ) {
+    async fn offer(&self, model: &LocalModel, served: &[&ServedAdapter], wished: &BTreeSet<String>, held: &mut BTreeSet<String>) {
         let (base, engine) = (model.name(), model.engine());
         let is_served = |name: &str| served.iter().any(|adapter| name_on_demand(adapter) == Some(name));
         for gone in held.extract_if(.., |name| !is_served(name)) {
@@ -323,6 +317,7 @@ mod tests {
             name: "ft-1".into(),
             generation: 1,
             base: "b".into(),
+            base_hash: None,
             location: String::new(),
             aliases: aliases.iter().map(|alias| (*alias).to_owned()).collect(),
         };

@@ -232,9 +232,9 @@ fn log_probs(bench: &mut Bench) {
     let call = LogProbs { hidden: &hidden, width: HIDDEN, head, vocabulary: VOCABULARY, tokens: &tokens, scale: 1.0 };
     let (mut out, mut slopes) = (vec![0.0; rows], vec![0.0; hidden.len()]);
     let flop = 2.0 * (rows * VOCABULARY * HIDDEN) as f64;
-    bench.measure("log-probabilities alone", 0, flop, |c| c.log_probs(call, &mut out, None).expect("fits"));
+    bench.measure("log-probabilities alone", 0, flop, |c| c.log_probs(call, &mut out, None, None).expect("fits"));
     bench.measure("log-probabilities and derivatives", 1, 2.0 * flop, |c| {
-        c.log_probs(call, &mut out, Some(&mut slopes)).expect("fits");
+        c.log_probs(call, &mut out, None, Some(&mut slopes)).expect("fits");
     });
 }
 

@@ -1,6 +1,6 @@
 //! DPO on a real model: pairs per second, processor time, peak memory and the loss on held-out rows; one JSON line per training.
 //!
-//! `cargo bench -p tidemill-rlhf --bench train -- [--model FILE] [--rows FILE] [--held-out N] [--steps N] [--threads N] [--without TRICK]…`
+//! `cargo bench -p tidemill-rlhf --bench train -- [--model FILE] [--rows FILE] [--held-out N] [--steps N] [--threads N] [--recompute] [--without TRICK]…`
 //!
 //! Without `--without`, the whole product; a trick is one of `shared-prompt`, `packing`, `kept-reference`, `labels-only`, `frozen-weights` and
 //! `bf16`, or `all` of them. `--each` measures them all in turn, each in a process of its own. The clock runs from tokens to the last step,
@@ -37,6 +37,7 @@ struct Arguments {
     threads: usize,
     without: Vec<String>,
     each: bool,
+    recompute: bool,
 }
 
 fn main() {
@@ -62,6 +63,7 @@ fn arguments() -> Arguments {
         threads: 0,
         without: Vec::new(),
         each: false,
+        recompute: false,
     };
     let mut words = std::env::args().skip(1).filter(|word| word != "--bench");
     while let Some(word) = words.next() {
@@ -69,6 +71,7 @@ fn arguments() -> Arguments {
         let number = |text: String| text.parse::<usize>().expect("a number");
         match word.as_str() {
             "--each" => found.each = true,
+            "--recompute" => found.recompute = true,
             "--model" => found.model = value().into(),
             "--rows" => found.rows = Some(value().into()),
             "--held-out" => found.held_out = number(value()),
@@ -93,7 +96,7 @@ fn measure(arguments: &Arguments) -> Value {
         threads: arguments.threads,
         precision: if without("bf16") { Precision::F32 } else { Precision::Bf16 },
         frozen_gradients: without("frozen-weights"),
-        ..ModelOptions::default()
+        recompute: arguments.recompute,
     };
     let lora = LoraConfig { r: 16, alpha: 32.0, dropout: 0.0, ..LoraConfig::default() };
     let model = Model::new(Arc::clone(&files), &lora, SEED, options).expect("a model");

@@ -1,7 +1,7 @@
 //! Against TRL + PEFT on the default model: the same losses step by step, and adapters that mean the same on both sides.
 //!
-//! What is expected stands in `tests/goldens/trl`, written by `tests/oracle/trl_curves.py`. Runs on the model that `TIDEMILL_TEST_MODEL`
-//! names; `make test` sets it. With `TIDEMILL_WRITE_ADAPTER=FOLDER` the adapter trained here is written there, for PEFT to read.
+//! What is expected stands in `tests/goldens/trl`, written by `tests/oracle/trl_curves.py` and, for all weights of tiny models, `trl_full.py`.
+//! Adapters are trained on the model that `TIDEMILL_TEST_MODEL` names; `make test` sets it. With `TIDEMILL_WRITE_ADAPTER=FOLDER` the adapter trained here is written there, for PEFT to read.
 
 #![allow(
     clippy::unwrap_used,
@@ -64,7 +64,7 @@ fn samples(files: &ModelFiles, config: &TrainConfig) -> Vec<Sample> {
     encoder.rows(&rows, config.teaches()).samples
 }
 
-/// Trains as TRL did and compares what both say of each step. `None` without the default model.
+/// Trains an adapter as TRL did and compares what both say of each step. `None` without the default model.
 fn same_curve(name: &str) -> Option<Model> {
     let files = default_model()?;
     let expected = json(&goldens().join(format!("{name}.json")));
@@ -76,7 +76,21 @@ fn same_curve(name: &str) -> Option<Model> {
         layers: lora.get("layers_to_transform").map(|layers| ids(layers).into_iter().map(|layer| layer as usize).collect()),
         ..LoraConfig::default()
     };
-    let model = Model::new(Arc::clone(&files), &lora, expected["seed"].as_u64().unwrap(), EXACT).unwrap();
+    let model = Model::new(files, &lora, expected["seed"].as_u64().unwrap(), EXACT).unwrap();
+    trained_as(name, &model, &expected);
+    Some(model)
+}
+
+/// The same of all weights of a tiny model.
+fn same_full_curve(name: &str) {
+    let expected = json(&goldens().join(format!("{name}.json")));
+    let files = ModelFiles::open(&goldens().join("..").join(expected["model"].as_str().unwrap())).unwrap();
+    let model = Model::whole(Arc::new(files), EXACT).unwrap();
+    trained_as(name, &model, &expected);
+}
+
+fn trained_as(name: &str, model: &Model, expected: &Value) {
+    let files = model.files();
     let method: Method = serde_json::from_value(expected["method"].clone()).unwrap();
     let losses = numbers(&expected["loss"]);
     let config = TrainConfig {
@@ -85,20 +99,23 @@ fn same_curve(name: &str) -> Option<Model> {
         warmup_steps: expected["warmup_steps"].as_u64().unwrap(),
         per_device_train_batch_size: expected["batch"].as_u64().unwrap() as usize,
         max_steps: losses.len() as i64,
+        weight_decay: expected.get("weight_decay").map_or(0.0, |decay| decay.as_f64().unwrap()),
         shuffle: false,
         max_length: None,
         ..TrainConfig::new(method)
     };
-    let mut rows = samples(&files, &config);
-    let held_out = rows.split_off(rows.len() - expected["held_out"].as_u64().unwrap() as usize);
+    let mut rows = samples(files, &config);
+    let held_out_rows = expected["held_out"].as_u64().unwrap() as usize;
+    rows.truncate(losses.len() * config.per_device_train_batch_size + held_out_rows);
+    let held_out = rows.split_off(rows.len() - held_out_rows);
     // Both cut text into the same tokens.
     let first = [rows[0].prompt.as_slice(), &rows[0].completions[0].tokens].concat();
     assert_eq!(first, ids(&expected["first_row_ids"]));
     let folder = tempfile::tempdir().unwrap();
-    let mut offline = Offline::new(&model, &config, rows, held_out, None, &mut |_, _| {}).unwrap();
+    let mut offline = Offline::new(model, &config, rows, held_out, None, &mut |_, _| {}).unwrap();
     let mut found: Vec<BTreeMap<String, f64>> = Vec::new();
     let mut evaluated = None;
-    train(&model, &mut offline, &config, folder.path(), &mut |progress| {
+    train(model, &mut offline, &config, folder.path(), &mut |progress| {
         match progress.stage {
             Stage::Training => found.push(progress.metrics.clone()),
             Stage::Evaluating => evaluated = progress.metrics.get("eval_loss").copied(),
@@ -128,7 +145,6 @@ fn same_curve(name: &str) -> Option<Model> {
     assert!((found - want).abs() <= tolerance, "{name} eval_loss: {found}, not {want}");
     // It did learn.
     assert!(losses[losses.len() - 1] < losses[0] - 0.1, "{losses:?}");
-    Some(model)
 }
 
 /// Largest difference between the model's log-probabilities and those that `transformers` + PEFT computed.
@@ -155,6 +171,13 @@ fn fine_tuning_goes_as_with_trl() {
 #[test]
 fn preference_optimisation_goes_as_with_trl() {
     same_curve("dpo");
+}
+
+#[test]
+fn training_all_weights_goes_as_with_trl() {
+    for name in ["full-sft", "full-dpo"] {
+        same_full_curve(name);
+    }
 }
 
 #[test]

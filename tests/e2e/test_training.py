@@ -1,7 +1,8 @@
-"""`tidemill train`: from rows to an adapter that is served, killed and stopped on the way."""
+"""`tidemill train`: from rows to an adapter or a model that is served, killed and stopped on the way."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -282,3 +283,22 @@ def test_rules_judge_the_answers(kept):
     for wrong, text in [('[{"type": "jason"}]', "--reward-funcs"), ("[]", "name at least one"), ('[{"type": "length"}]', "give min, max or both")]:
         refused = tidemill("eval", "--adapter", kept / "short" / "adapter", *common, "--reward-funcs", wrong, status=1)
         assert text in refused
+def test_all_weights_are_trained_and_the_folder_is_served(rows, tmp_path):
+    out = tmp_path / "whole"
+    fields = SETTINGS | dict(learning_rate=1e-4, lr_scheduler_type="constant", max_steps=8, save_steps=100)
+    common = ["--file", str(rows), "--base", str(default_model()), "--data", str(tmp_path / "data"), "--out", str(out), "--full"]
+    run = [str(binary()), "train", "sft", *common, *(part for name, value in fields.items() for part in ("--set", f"{name}={value}"))]
+    try:
+        said = subprocess.run(run, check=True, capture_output=True, text=True, timeout=600).stdout
+        assert f"model    {out / 'model'}" in said, said
+        assert json.loads((out / "model" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+        with running(tmp_path, {"whole": out / "model"}) as server, server.client() as client:
+            chat = client.chat.completions.create(model="whole", messages=question(UNSEEN[0]), temperature=0, max_tokens=60)
+        print(f"\n{chat.choices[0].message.content}")
+        assert chat.choices[0].finish_reason == "stop" and len(chat.choices[0].message.content.split()) < 20
+        # What needs another kind of training says so before anything is opened.
+        wrong = subprocess.run([str(binary()), "train", "reward", *common], capture_output=True, text=True, timeout=60)
+        assert wrong.returncode == 1 and "full with reward is not built" in wrong.stderr, wrong
+    finally:
+        # Checkpoints of all weights are large.
+        shutil.rmtree(out, ignore_errors=True)

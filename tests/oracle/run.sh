@@ -32,6 +32,7 @@ goldens=tests/goldens
 "$python" tests/oracle/embeddings.py $goldens
 "$python" tests/oracle/optimizer.py $goldens/optimizer.json
 "$python" tests/oracle/similarity.py $goldens
+"$python" tests/oracle/online.py $goldens/online.json
 "$python" tests/oracle/adapters.py $goldens
 "$python" tests/oracle/tiny_gguf.py $goldens
 "$python" tests/oracle/default_model.py "$model" $goldens/smollm2
@@ -45,5 +46,6 @@ TIDEMILL_WRITE_MERGED=$merged ${CARGO:-cargo} test -p tidemill-engine --locked -
 "$python" tests/oracle/trl_curves.py "$model" $goldens/trl
 TIDEMILL_TEST_MODEL=$(realpath "$model") TIDEMILL_WRITE_ADAPTER=$PWD/$goldens/trl/ours \
     ${CARGO:-cargo} test -p tidemill-rlhf --locked --test trl a_small_adapter_is_the_one_that_trl_trains
+"$python" tests/oracle/trl_full.py $goldens
 "$python" tests/oracle/trl_ours.py "$model" $goldens/trl $goldens/trl/ours
 find $goldens -size +1000k -print -quit | grep . && { echo "a golden is larger than 1 MB" >&2; exit 1; } || true

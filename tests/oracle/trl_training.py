@@ -1,4 +1,4 @@
-"""A training with TRL + PEFT whose every choice is pinned: rows in file order, no dropout, LoRA numbers of our own drawing."""
+"""A training with TRL whose every choice is pinned: rows in file order, no dropout, LoRA numbers (PEFT) of our own drawing."""
 
 import json
 import os
@@ -40,8 +40,9 @@ def first_numbers(seed: int, layer: int, projection: int, rank: int, width: int)
 
 def trainable(model):
     """A model whose weights are plain numbers by now; that they came from a quantised file must not forbid training."""
-    model.is_quantized, model.hf_quantizer = False, None
-    del model.config.quantization_config
+    if getattr(model.config, "quantization_config", None) is not None:
+        model.is_quantized, model.hf_quantizer = False, None
+        del model.config.quantization_config
     return model
 
 
@@ -64,9 +65,9 @@ def read_rows(path: Path) -> list[dict]:
 
 def trainer(
     method: str, model, tokenizer, rows: list[dict], held_out: list[dict],
-    *, lora: dict, seed: int, batch: int, steps: int, rate: float, bf16: bool,
+    *, lora: dict | None, seed: int, batch: int, steps: int, rate: float, bf16: bool, weight_decay: float = 0.0,
 ):
-    """A TRL trainer over `rows` in their order, with a LoRA adapter on every linear layer that starts where ours does."""
+    """A TRL trainer over `rows` in their order: of a LoRA adapter on every linear layer that starts where ours does, or of all weights."""
     os.environ["TQDM_DISABLE"] = "1"
     common = dict(
         output_dir=tempfile.mkdtemp(prefix="trl-"),
@@ -76,7 +77,7 @@ def trainer(
         learning_rate=rate,
         lr_scheduler_type="linear",
         warmup_steps=2,
-        weight_decay=0.0,
+        weight_decay=weight_decay,
         max_grad_norm=1.0,
         optim="adamw_torch",
         train_sampling_strategy="sequential",
@@ -101,11 +102,12 @@ def trainer(
         pick = lambda row: {"prompt": row["prompt"], "completion": row["chosen"]}
     dataset = Dataset.from_list([pick(row) for row in rows])
     evaluation = Dataset.from_list([pick(row) for row in held_out]) if held_out else None
-    peft = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, target_modules=PROJECTIONS, **lora)
+    peft = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, target_modules=PROJECTIONS, **lora) if lora else None
     made = kind(
         model=trainable(model), args=config, train_dataset=dataset, eval_dataset=evaluation, processing_class=tokenizer, peft_config=peft
     )
-    start(made.model, seed)
+    if lora:
+        start(made.model, seed)
     return made
 
 

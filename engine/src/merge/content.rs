@@ -19,6 +19,8 @@ pub(super) enum Content<'a> {
     Matrix(MergedMatrix<'a>),
     /// f32.
     Vector(Vec<f32>),
+    /// Bytes that are made when they are written.
+    Made(Box<dyn Fn() -> Result<Vec<u8>, MergeError> + 'a>),
 }
 
 impl<'a> Content<'a> {
@@ -33,6 +35,7 @@ impl<'a> Content<'a> {
         match self {
             Self::Copied(bytes) => at("write", path, out.write_all(bytes)),
             Self::Matrix(matrix) => matrix.write(order, path, out),
+            Self::Made(make) => at("write", path, out.write_all(&make()?)),
             Self::Vector(values) => {
                 let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
                 at("write", path, out.write_all(&bytes))

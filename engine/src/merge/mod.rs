@@ -1,8 +1,10 @@
 //! An adapter made part of its base: a model of its own, that any program runs which runs the base.
 //!
 //! A merged matrix is `W + scale · B A`, computed in f32 from what the base's file holds and rounded once to what it is stored as.
-//! Everything else is copied byte for byte. The result appears under its name whole or not at all.
+//! Everything else is copied byte for byte. The result appears under its name whole or not at all. [`write_model`] writes a model whose
+//! numbers are all new.
 
+mod beside;
 mod content;
 mod error;
 mod gguf;
@@ -10,6 +12,7 @@ mod matrix;
 mod safetensors;
 #[cfg(test)]
 mod tests;
+mod trained;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -22,6 +25,7 @@ use crate::model_config::ModelConfig;
 use crate::model_files::ModelFiles;
 
 pub use error::MergeError;
+pub use trained::write_model;
 
 /// What a merged model is written as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +60,15 @@ pub struct Merged {
 /// Writes the base with the adapter in it to `to`, a folder or a file that does not exist yet.
 pub fn merge(base: &ModelFiles, adapter: &Adapter, to: &Path, options: &MergeOptions) -> Result<Merged, MergeError> {
     adapter.check(base.config())?;
+    whole_or_absent(to, |beside| {
+        let merged = write(base, adapter, beside, options)?;
+        same_model(base.config(), beside, options)?;
+        Ok(merged)
+    })
+}
+
+/// Has something written under another name, which becomes `to` when it is done.
+fn whole_or_absent<T>(to: &Path, write: impl FnOnce(&Path) -> Result<T, MergeError>) -> Result<T, MergeError> {
     if to.exists() {
         return Err(MergeError::Exists(to.to_owned()));
     }
@@ -63,11 +76,10 @@ pub fn merge(base: &ModelFiles, adapter: &Adapter, to: &Path, options: &MergeOpt
     let parent = to.parent().filter(|parent| *parent != Path::new("")).unwrap_or_else(|| Path::new("."));
     at("create", parent, fs::create_dir_all(parent))?;
     let beside = parent.join(format!(".{name}.{}.part", std::process::id()));
-    let written = write(base, adapter, &beside, options).and_then(|merged| {
-        same_model(base.config(), &beside, options)?;
+    let written = write(&beside).and_then(|written| {
         at("rename", to, fs::rename(&beside, to))?;
         at("write", parent, File::open(parent).and_then(|folder| folder.sync_all()))?;
-        Ok(merged)
+        Ok(written)
     });
     if written.is_err() {
         // What is left over is of no use to anybody.

@@ -20,12 +20,12 @@ use crate::tensor_file::{Placement, TensorFile};
 const KEPT: [&str; 6] = ["json", "jinja", "txt", "model", "tiktoken", "md"];
 
 /// One tensor of a file to be.
-struct Planned<'a> {
-    name: String,
-    dtype: String,
-    shape: Vec<usize>,
-    len: usize,
-    content: Content<'a>,
+pub(super) struct Planned<'a> {
+    pub name: String,
+    pub dtype: String,
+    pub shape: Vec<usize>,
+    pub len: usize,
+    pub content: Content<'a>,
 }
 
 /// From a base in safetensors: the same files with the same tensors.
@@ -101,7 +101,7 @@ fn copied<'a>(file: &'a TensorFile, name: &str, placement: &Placement) -> Planne
     Planned { name: name.to_owned(), dtype, shape: placement.shape.clone(), len: bytes.len(), content: Content::Copied(bytes) }
 }
 
-fn dtype(format: Format) -> String {
+pub(super) fn dtype(format: Format) -> String {
     match format {
         Format::F32 => "F32".to_owned(),
         Format::F16 => "F16".to_owned(),
@@ -111,7 +111,7 @@ fn dtype(format: Format) -> String {
 }
 
 /// Writes a file; returns its size.
-fn write(path: &Path, planned: &[Planned<'_>]) -> Result<u64, MergeError> {
+pub(super) fn write(path: &Path, planned: &[Planned<'_>]) -> Result<u64, MergeError> {
     let mut header = Map::new();
     header.insert("__metadata__".to_owned(), json!({ "format": "pt" }));
     let mut end = 0;
@@ -135,7 +135,7 @@ fn write(path: &Path, planned: &[Planned<'_>]) -> Result<u64, MergeError> {
 }
 
 /// Copies configuration, tokenizer, chat template and the index of shards.
-fn beside_the_weights(from: &Path, to: &Path) -> Result<(), MergeError> {
+pub(super) fn beside_the_weights(from: &Path, to: &Path) -> Result<(), MergeError> {
     for entry in at("read", from, fs::read_dir(from))? {
         let path = at("read", from, entry)?.path();
         let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();

@@ -54,6 +54,35 @@ impl ModelConfig {
     }
 }
 
+impl ModelConfig {
+    /// Whether layers of the model have this part.
+    pub fn has(&self, part: Part) -> bool {
+        match part {
+            Part::QueryNorm | Part::KeyNorm => self.qk_norm,
+            Part::QueryBias | Part::KeyBias | Part::ValueBias => self.qkv_bias,
+            Part::AttentionOutputBias => self.output_bias,
+            Part::GateBias | Part::UpBias | Part::DownBias => self.mlp_bias,
+            Part::AttentionNorm
+            | Part::FeedForwardNorm
+            | Part::Query
+            | Part::Key
+            | Part::Value
+            | Part::AttentionOutput
+            | Part::Gate
+            | Part::Up
+            | Part::Down => true,
+        }
+    }
+
+    /// Every tensor of the model, in the order of its layers; a tied output matrix is none of its own.
+    pub fn weights(&self) -> Vec<Weight> {
+        let parts: Vec<Part> = Part::ALL.into_iter().filter(|part| self.has(*part)).collect();
+        let layers = (0..self.layers).flat_map(|layer| parts.iter().map(move |part| Weight::Layer(layer, *part)));
+        let output = (!self.tied_embeddings).then_some(Weight::Output);
+        std::iter::once(Weight::Embedding).chain(layers).chain([Weight::FinalNorm]).chain(output).collect()
+    }
+}
+
 impl ModelFiles {
     /// A matrix of the model, checked against the configuration.
     pub fn matrix(&self, weight: Weight) -> Result<FileMatrix<'_>, LoadError> {

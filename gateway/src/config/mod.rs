@@ -35,7 +35,7 @@ use tidemill_store::Limits;
 pub const DEFAULT_FILE: &str = "tidemill.toml";
 
 /// Every setting, by its name in the file. The flag is the same with dashes, the variable the same in capitals after `TIDEMILL_`.
-pub const KEYS: [&str; 47] = [
+pub const KEYS: [&str; 48] = [
     "model",
     "host",
     "port",

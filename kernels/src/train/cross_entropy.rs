@@ -2,7 +2,8 @@
 //!
 //! The vocabulary is walked in pieces: a piece of the logits is made, used and forgotten. A log-probability's derivative along its hidden
 //! state is the token's row of the head minus the mean of all rows under the softmax, so it collects in the same walk, relative to the
-//! largest logit so far (as attention does with its values; Milakov & Gimelshein 2018).
+//! largest logit so far (as attention does with its values; Milakov & Gimelshein 2018). The derivative along the head, for trainings that
+//! change it, is another walk: it needs probabilities, and so the whole sum first.
 
 use super::Compute;
 use super::matmul::Product;
@@ -39,7 +40,7 @@ pub struct LogProbs<'a> {
 }
 
 impl<'a> LogProbs<'a> {
-    fn check(&self, out: usize, slopes: Option<usize>) -> Result<(), KernelError> {
+    fn check(&self, out: usize, sums: Option<usize>, slopes: Option<usize>) -> Result<(), KernelError> {
         let rows = self.tokens.len();
         let head = match self.head {
             Block::Values { data, n } => n >= self.vocabulary && data.len() == n * self.width,
@@ -48,7 +49,7 @@ impl<'a> LogProbs<'a> {
         };
         let tokens = self.tokens.iter().all(|token| (*token as usize) < self.vocabulary);
         let sizes = self.hidden.len() == rows * self.width && slopes.is_none_or(|slopes| slopes == rows * self.width);
-        if head && tokens && sizes && out == rows {
+        if head && tokens && sizes && out == rows && sums.is_none_or(|sums| sums == rows) {
             return Ok(());
         }
         let detail = format!("{rows} rows of {} over {} tokens", self.width, self.vocabulary);
@@ -73,33 +74,138 @@ impl<'a> LogProbs<'a> {
     }
 }
 
+/// Tokens of the vocabulary per piece for so many rows, and the stride of a row of logits.
+fn walk(rows: usize) -> (usize, usize) {
+    let tokens = (PIECE / rows.max(1) / TOKENS * TOKENS).clamp(TOKENS, MOST_TOKENS);
+    // Rows a power of two apart would share a few sets of the cache.
+    (tokens, tokens + 16)
+}
+
 impl Compute {
-    /// `out[i] = log softmax(scale * hidden[i] headᵀ)[tokens[i]]`; row `i` of `slopes [rows, width]`, where wanted, gets its derivative along
-    /// `hidden[i]`.
-    pub fn log_probs(&mut self, call: LogProbs<'_>, out: &mut [f32], mut slopes: Option<&mut [f32]>) -> Result<(), KernelError> {
-        call.check(out.len(), slopes.as_ref().map(|slopes| slopes.len()))?;
+    /// `out[i] = log softmax(scale * hidden[i] headᵀ)[tokens[i]]`. Where they are wanted, `sums [rows]` gets log Σ exp of the logits, and
+    /// row `i` of `slopes [rows, width]` the derivative of `out[i]` along `hidden[i]`.
+    pub fn log_probs(
+        &mut self,
+        call: LogProbs<'_>,
+        out: &mut [f32],
+        mut sums: Option<&mut [f32]>,
+        mut slopes: Option<&mut [f32]>,
+    ) -> Result<(), KernelError> {
+        let lengths = [&sums, &slopes].map(|values| values.as_ref().map(|values| values.len()));
+        call.check(out.len(), lengths[0], lengths[1])?;
         for (index, out) in out.chunks_mut(ROWS).enumerate() {
             let rows = index * ROWS..index * ROWS + out.len();
             let slopes = slopes.as_mut().map(|slopes| &mut slopes[rows.start * call.width..rows.end * call.width]);
+            let sums = sums.as_mut().map(|sums| &mut sums[rows.clone()]);
             let mut logits = std::mem::replace(&mut self.logits, AlignedBuf::zeroed(0, "logits")?);
-            let done = self.log_probs_of(call.rows(rows), out, slopes, &mut logits);
+            let done = self.log_probs_of(call.rows(rows), out, sums, slopes, &mut logits);
             self.logits = logits;
             done?;
         }
         Ok(())
     }
 
+    /// The derivative of `Σ dout[i] · out[i]` of [`Self::log_probs`] along the head, stored to `dhead [vocabulary, width]`; `sums` is what
+    /// that call gave. With p the softmax of row i, row t of it is `scale · Σ dout[i] (1{t = tokens[i]} − p[t]) hidden[i]`.
+    pub fn log_probs_back_head(
+        &mut self,
+        call: LogProbs<'_>,
+        sums: &[f32],
+        dout: &[f32],
+        dhead: &mut [f32],
+    ) -> Result<(), KernelError> {
+        call.check(dout.len(), Some(sums.len()), None)?;
+        if dhead.len() != call.vocabulary * call.width {
+            let detail = format!("{} values for [{}, {}]", dhead.len(), call.vocabulary, call.width);
+            return Err(KernelError::Shape { op: "log_probs_back_head", detail });
+        }
+        if dout.is_empty() {
+            dhead.fill(0.0);
+        }
+        for (index, dout) in dout.chunks(ROWS).enumerate() {
+            let rows = index * ROWS..index * ROWS + dout.len();
+            let store = if index == 0 { Store::Replace } else { Store::Add };
+            let mut logits = std::mem::replace(&mut self.logits, AlignedBuf::zeroed(0, "logits")?);
+            let done = self.back_head_of(call.rows(rows.clone()), &sums[rows], dout, dhead, store, &mut logits);
+            self.logits = logits;
+            done?;
+        }
+        Ok(())
+    }
+
+    fn back_head_of(
+        &mut self,
+        call: LogProbs<'_>,
+        sums: &[f32],
+        dout: &[f32],
+        dhead: &mut [f32],
+        store: Store,
+        logits: &mut AlignedBuf<f32>,
+    ) -> Result<(), KernelError> {
+        let (rows, width, ops) = (call.tokens.len(), call.width, self.rows);
+        let (tokens, stride) = walk(rows);
+        if logits.len() < rows * stride {
+            *logits = AlignedBuf::zeroed(rows * stride, "logits")?;
+        }
+        for first in (0..call.vocabulary).step_by(tokens) {
+            let n = (call.vocabulary - first).min(tokens);
+            self.logits_of(call, first, n, logits, stride)?;
+            let shared = Shared::new(logits);
+            self.each_row(rows, |row| {
+                // SAFETY: rows are disjoint.
+                let logits = unsafe { shared.range(row * stride..row * stride + n) };
+                let factor = call.scale * dout[row];
+                ops.exp_scale(logits, sums[row], -factor);
+                if let Some(own) = (call.tokens[row] as usize).checked_sub(first).and_then(|at| logits.get_mut(at)) {
+                    *own += factor;
+                }
+            })?;
+            let product = Product {
+                m: n,
+                n: width,
+                k: rows,
+                left: View::Columns { data: logits, stride },
+                right: Operand::View(View::Rows { data: call.hidden, stride: width }),
+                scale: 1.0,
+                store,
+            };
+            self.matmul(&product, &mut dhead[first * width..(first + n) * width], width)?;
+        }
+        Ok(())
+    }
+
+    /// Logits of tokens `first..first + n`, `[rows, n]` at `stride`.
+    fn logits_of(
+        &mut self,
+        call: LogProbs<'_>,
+        first: usize,
+        n: usize,
+        logits: &mut AlignedBuf<f32>,
+        stride: usize,
+    ) -> Result<(), KernelError> {
+        let piece = [call.piece(first, n)];
+        let product = Product {
+            m: call.tokens.len(),
+            n,
+            k: call.width,
+            left: View::Rows { data: call.hidden, stride: call.width },
+            right: Operand::StackT(&piece),
+            scale: call.scale,
+            store: Store::Replace,
+        };
+        self.matmul(&product, logits, stride)
+    }
+
     fn log_probs_of(
         &mut self,
         call: LogProbs<'_>,
         out: &mut [f32],
+        sums: Option<&mut [f32]>,
         mut slopes: Option<&mut [f32]>,
         logits: &mut AlignedBuf<f32>,
     ) -> Result<(), KernelError> {
         let (rows, width, ops, level) = (call.tokens.len(), call.width, self.rows, self.kernel.level());
-        let tokens = (PIECE / rows.max(1) / TOKENS * TOKENS).clamp(TOKENS, MOST_TOKENS);
-        // Rows a power of two apart would share a few sets of the cache.
-        let stride = tokens + 16;
+        let (tokens, stride) = walk(rows);
         if logits.len() < rows * stride {
             *logits = AlignedBuf::zeroed(rows * stride, "logits")?;
         }
@@ -107,17 +213,7 @@ impl Compute {
         let (mut largest, mut totals) = (vec![f32::NEG_INFINITY; rows], vec![0.0; rows]);
         for first in (0..call.vocabulary).step_by(tokens) {
             let n = (call.vocabulary - first).min(tokens);
-            let piece = [call.piece(first, n)];
-            let product = Product {
-                m: rows,
-                n,
-                k: width,
-                left: View::Rows { data: call.hidden, stride: width },
-                right: Operand::StackT(&piece),
-                scale: call.scale,
-                store: Store::Replace,
-            };
-            self.matmul(&product, logits, stride)?;
+            self.logits_of(call, first, n, logits, stride)?;
             let shared = [Shared::new(out), Shared::new(&mut largest), Shared::new(&mut totals), Shared::new(logits)];
             let collected = slopes.as_mut().map(|slopes| Shared::new(slopes));
             self.each_row(rows, |row| {
@@ -142,12 +238,17 @@ impl Compute {
             })?;
             if let Some(slopes) = slopes.as_deref_mut() {
                 let store = if first == 0 { Store::Replace } else { Store::Add };
+                let piece = [call.piece(first, n)];
                 let (left, right) = (View::Rows { data: logits, stride }, Operand::Stack(&piece));
                 self.matmul(&Product { m: rows, n: width, k: n, left, right, scale: 1.0, store }, slopes, width)?;
             }
         }
-        for ((out, largest), total) in out.iter_mut().zip(&largest).zip(&totals) {
-            *out -= largest + total.ln();
+        for (largest, total) in largest.iter_mut().zip(&totals) {
+            *largest += total.ln();
+        }
+        out.iter_mut().zip(&largest).for_each(|(out, sum)| *out -= sum);
+        if let Some(sums) = sums {
+            sums.copy_from_slice(&largest);
         }
         if let Some(slopes) = slopes {
             let slopes = Shared::new(slopes);

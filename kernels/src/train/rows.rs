@@ -221,6 +221,14 @@ fn exp_sum_body(logits: &mut [f32], so_far: (f32, f32)) -> (f32, f32) {
     (max, sum([logits, logits, logits], |p, _, _| p) + so_far.1 * exp(so_far.0 - max))
 }
 
+/// Logits become their probabilities by their known log Σ exp, times a factor.
+#[inline(always)]
+fn exp_scale_body(logits: &mut [f32], lse: f32, factor: f32) {
+    for logit in logits.iter_mut() {
+        *logit = exp(*logit - lse) * factor;
+    }
+}
+
 #[inline(always)]
 fn scale_body(x: &mut [f32], factor: f32) {
     x.iter_mut().for_each(|x| *x *= factor);
@@ -245,6 +253,7 @@ macro_rules! instantiate {
             instantiate!(@one $safety ($($feature)?) log_sum = log_sum_body(logits: &[f32], so_far: (f32, f32)) -> (f32, f32));
             instantiate!(@one $safety ($($feature)?) exp_sum = exp_sum_body(
                 logits: &mut [f32], so_far: (f32, f32)) -> (f32, f32));
+            instantiate!(@one $safety ($($feature)?) exp_scale = exp_scale_body(logits: &mut [f32], lse: f32, factor: f32) -> ());
             instantiate!(@one $safety ($($feature)?) scale = scale_body(x: &mut [f32], factor: f32) -> ());
             instantiate!(@one $safety ($($feature)?) dot = dot_body(a: &[f32], b: &[f32]) -> f32);
         }
@@ -299,6 +308,10 @@ impl RowOps {
 
     pub fn exp_sum(self, logits: &mut [f32], so_far: (f32, f32)) -> (f32, f32) {
         dispatch!(self.0, exp_sum(logits, so_far))
+    }
+
+    pub fn exp_scale(self, logits: &mut [f32], lse: f32, factor: f32) {
+        dispatch!(self.0, exp_scale(logits, lse, factor))
     }
 
     pub fn scale(self, x: &mut [f32], factor: f32) {

@@ -311,6 +311,18 @@ fn log_probabilities_over_a_vocabulary_in_pieces() {
     };
     let (wide, wide_head) = (double(&hidden), double(&head));
     let dout = noise(3, rows);
+    let mut along_head = vec![0.0; head.len()];
+    for row in 0..rows {
+        let logit = |token: usize| -> f64 {
+            f64::from(scale) * (0..width).map(|i| wide[row * width + i] * wide_head[token * width + i]).sum::<f64>()
+        };
+        let total: f64 = (0..vocabulary).map(|token| logit(token).exp()).sum();
+        for token in 0..vocabulary {
+            let own = if token == tokens[row] as usize { 1.0 } else { 0.0 };
+            let factor = f64::from(scale) * f64::from(dout[row]) * (own - logit(token).exp() / total);
+            (0..width).for_each(|i| along_head[token * width + i] += factor * wide[row * width + i]);
+        }
+    }
     each(|compute, precision| {
         let tolerance = if precision == Precision::F32 { 1e-5 } else { 3e-2 };
         let call = LogProbs {
@@ -322,15 +334,27 @@ fn log_probabilities_over_a_vocabulary_in_pieces() {
             scale,
         };
         let (mut out, mut slopes) = (vec![f32::NAN; rows], vec![f32::NAN; hidden.len()]);
-        compute.log_probs(call, &mut out, None).unwrap();
+        let mut sums = vec![f32::NAN; rows];
+        compute.log_probs(call, &mut out, None, None).unwrap();
         same(&out, &forward(&wide, &wide_head), tolerance, "log_probs");
         out.fill(f32::NAN);
-        compute.log_probs(call, &mut out, Some(&mut slopes)).unwrap();
+        compute.log_probs(call, &mut out, Some(&mut sums), Some(&mut slopes)).unwrap();
         same(&out, &forward(&wide, &wide_head), tolerance, "log_probs");
         slopes.chunks_mut(width).zip(&dout).for_each(|(slope, dout)| slope.iter_mut().for_each(|slope| *slope *= dout));
         derivative_is(&slopes, &hidden, &dout, tolerance, "log_probs", &|hidden| forward(hidden, &wide_head));
         let other = LogProbs { tokens: &[0, 1, 2, 3, 2500], ..call };
-        assert!(compute.log_probs(other, &mut out, None).is_err());
+        assert!(compute.log_probs(other, &mut out, None, None).is_err());
+
+        // Along the head: by its formula everywhere, and by differences where a row is a label and where it is none.
+        let mut dhead = vec![f32::NAN; head.len()];
+        compute.log_probs_back_head(call, &sums, &dout, &mut dhead).unwrap();
+        same(&dhead, &along_head, tolerance, "log_probs_back_head");
+        for i in [0, 5, 17 * width + 2, 2047 * width + 1, 2048 * width, 2499 * width + 5, 1234 * width] {
+            let want = difference(&wide_head, i, &|head| weighted(&forward(&wide, head), &dout));
+            assert!((f64::from(dhead[i]) - want).abs() <= tolerance, "d/dhead[{i}] is {}, not {want}", dhead[i]);
+        }
+        assert!(compute.log_probs_back_head(call, &sums[1..], &dout, &mut dhead).is_err());
+        assert!(compute.log_probs_back_head(call, &sums, &dout, &mut dhead[1..]).is_err());
     });
 }
 

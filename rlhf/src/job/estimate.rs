@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::collate::Sample;
 use crate::model::Model;
+use crate::optimizer::{Group, Optimizer};
 use crate::train::{Metrics, Offline, Online, Pass, TrainConfig, TrainError, Trainer};
 
 /// What a training will take on this machine.
@@ -21,7 +22,12 @@ pub struct Estimate {
     pub training: Duration,
     /// The most memory that this process has had, in bytes; 0 where the system does not say.
     pub peak_memory: u64,
+    /// Bytes of a checkpoint on the disk: each number that is trained, and its two moments, in f32. Writing one takes as much memory, too.
+    pub checkpoint: u64,
 }
+
+/// Bytes of a number in a checkpoint.
+const CHECKPOINT: u64 = 3 * size_of::<f32>() as u64;
 
 /// Computes one step of `samples` and throws it away.
 pub(super) fn measure(model: &Model, config: &TrainConfig, samples: Vec<Sample>) -> Result<Estimate, TrainError> {
@@ -34,6 +40,8 @@ pub(super) fn measure(model: &Model, config: &TrainConfig, samples: Vec<Sample>)
     let config = TrainConfig { shuffle: false, max_steps: 1, ..config.clone() };
     let mut trainer = Offline::new(model, &config, first, Vec::new(), None, &mut |_, _| {})?;
     let prepared = began.elapsed();
+    // At rate 0 a step of the optimizer takes its time and its memory, and moves nothing.
+    let mut optimizer = Optimizer::new(model.parameters(), config.rule(), |_| Group { rate: 1.0, weight_decay: 0.0 });
     // Threads, caches and scratch memory are warm after a first pass.
     let mut step = Duration::ZERO;
     for _ in 0..2 {
@@ -42,8 +50,9 @@ pub(super) fn measure(model: &Model, config: &TrainConfig, samples: Vec<Sample>)
             let work = || -> Result<(), TrainError> {
                 for batch in &trainer.step(0, model)? {
                     let part = trainer.loss(batch, model, Pass::TRAIN, &mut Metrics::default())?;
-                    drop(part.backward()?);
+                    optimizer.accumulate(&part.backward()?)?;
                 }
+                optimizer.step(0.0, None)?;
                 Ok(())
             };
             let thread = std::thread::Builder::new().stack_size(crate::train::STACK).spawn_scoped(scope, work);
@@ -54,8 +63,7 @@ pub(super) fn measure(model: &Model, config: &TrainConfig, samples: Vec<Sample>)
     let steps = plan.steps();
     let training = step.saturating_mul(u32::try_from(steps).unwrap_or(u32::MAX));
     let preparation = prepared.mul_f64(all as f64 / taken.max(1) as f64);
-    let parameters = model.parameters().elements() as u64;
-    Ok(Estimate { parameters, steps, step, preparation, training, peak_memory: peak_memory() })
+    Ok(estimate(model, steps, step, preparation, training))
 }
 
 /// Samples and computes the first step of a trainer that samples, and throws it away.
@@ -73,8 +81,12 @@ pub(super) fn sampled(model: &Model, trainer: &mut Online<'_>) -> Result<Estimat
     })?;
     let step = began.elapsed();
     let training = step.saturating_mul(u32::try_from(steps).unwrap_or(u32::MAX));
+    Ok(estimate(model, steps, step, Duration::ZERO, training))
+}
+
+fn estimate(model: &Model, steps: u64, step: Duration, preparation: Duration, training: Duration) -> Estimate {
     let parameters = model.parameters().elements() as u64;
-    Ok(Estimate { parameters, steps, step, preparation: Duration::ZERO, training, peak_memory: peak_memory() })
+    Estimate { parameters, steps, step, preparation, training, peak_memory: peak_memory(), checkpoint: CHECKPOINT * parameters }
 }
 
 /// The resident set's high-water mark, as Linux tells it.

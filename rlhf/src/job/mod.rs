@@ -1,8 +1,9 @@
 //! A training as one piece of work: a [`Spec`] says which model learns what from which rows; [`Job`] does it in a folder of its own and
-//! leaves an adapter there.
+//! leaves an adapter there, or a whole model.
 //!
-//! The folder holds what [`crate::train::train`] keeps, `adapter/` (PEFT's files) when the training has ended by itself, and
-//! `lineage.json`: what the adapter was made of; and `epochs/`, adapters of earlier epochs, where the specification wants them.
+//! The folder holds what [`crate::train::train`] keeps, `adapter/` (PEFT's files) or `model/` (Hugging Face's) when the training has ended
+//! by itself, and `lineage.json`: what came of it was made of this; and `epochs/`, adapters of earlier epochs, where the specification wants
+//! them.
 
 mod epochs;
 mod error;
@@ -21,5 +22,5 @@ pub use estimate::Estimate;
 pub use head::reward_model;
 pub(crate) use online::judge_of;
 pub use rows::Rows;
-pub use run::{ADAPTER, Finished, Job, LINEAGE, Prepared};
-pub use spec::{Base, Lora, Spec};
+pub use run::{ADAPTER, Finished, Job, LINEAGE, MODEL, Prepared};
+pub use spec::{Base, FinetuningType, Lora, Spec};

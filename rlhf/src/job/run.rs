@@ -1,13 +1,15 @@
-//! From a specification to an adapter.
+//! From a specification to an adapter or a model.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Value, json};
 use tidemill_engine::{Adapter, ModelFiles};
+use tidemill_kernels::Format;
+use tidemill_kernels::train::Precision;
 
 use super::estimate::{self, Estimate};
-use super::{JobError, Rows, Spec, epochs, head, online};
+use super::{FinetuningType, JobError, Rows, Spec, epochs, head, online};
 use crate::collate::{Encoded, Encoder};
 use crate::dataset::Row;
 use crate::durable;
@@ -17,6 +19,8 @@ use crate::train::{self, Control, Ending, Head, LOG, Offline, Outcome, Progress,
 
 /// The folder of the finished adapter.
 pub const ADAPTER: &str = "adapter";
+/// The folder of the finished model, where all of it was trained.
+pub const MODEL: &str = "model";
 /// What it was made of.
 pub const LINEAGE: &str = "lineage.json";
 
@@ -56,9 +60,11 @@ pub struct Prepared {
 /// What came of a training that ended by itself.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Finished {
-    /// The adapter's folder.
-    pub adapter: PathBuf,
-    /// Names the adapter by its content, in hexadecimal digits.
+    /// What was trained.
+    pub kind: FinetuningType,
+    /// The folder of the adapter or of the model.
+    pub folder: PathBuf,
+    /// Names it by its content, in hexadecimal digits.
     pub digest: String,
 }
 
@@ -111,8 +117,11 @@ impl Job {
     }
 
     pub(super) fn model(&self) -> Result<Model, JobError> {
-        let Spec { lora, adapter, threads, precision, recompute, config, .. } = &self.spec;
+        let Spec { finetuning_type, lora, adapter, threads, precision, recompute, config, .. } = &self.spec;
         let options = ModelOptions { threads: *threads, precision: *precision, recompute: *recompute, ..ModelOptions::default() };
+        if *finetuning_type == FinetuningType::Full {
+            return Ok(Model::whole(Arc::clone(&self.files), options)?);
+        }
         let lora = lora.config()?;
         Ok(match adapter {
             None => Model::new(Arc::clone(&self.files), &lora, config.seed, options)?,
@@ -183,7 +192,7 @@ impl Job {
         epochs::prune(folder, keep, &self.spec.config)
     }
 
-    /// Writes the adapter and what it was made of, unless the training can go on.
+    /// Writes the adapter or the model and what it was made of, unless the training can go on.
     fn finish(
         &self,
         folder: &Path,
@@ -195,19 +204,45 @@ impl Job {
         if outcome.ending == Ending::Stopped {
             return Ok((outcome, None));
         }
+        let finished = match self.spec.finetuning_type {
+            FinetuningType::Lora => self.write_adapter(model, folder, trained)?,
+            FinetuningType::Full => self.write_model(model, folder)?,
+        };
+        let evaluated = last_evaluation(&folder.join(LOG))?;
+        let lineage = self.lineage(model, &outcome, &evaluated, shares);
+        let path = folder.join(LINEAGE);
+        durable::replace(&path, format!("{lineage:#}\n").as_bytes()).map_err(JobError::io(&path))?;
+        tracing::info!(digest = finished.digest, "the training is finished");
+        Ok((outcome, Some(finished)))
+    }
+
+    fn write_adapter(&self, model: &Model, folder: &Path, trained: Option<&Head>) -> Result<Finished, JobError> {
         let adapter = model.adapter(&self.spec.base.name)?;
         let place = folder.join(ADAPTER);
         adapter.write(&place)?;
         if let Some(trained) = trained {
             head::write(trained, &place)?;
         }
-        let digest: String = adapter.digest().iter().map(|byte| format!("{byte:02x}")).collect();
-        let evaluated = last_evaluation(&folder.join(LOG))?;
-        let lineage = self.lineage(model, &outcome, &evaluated, shares);
-        let path = folder.join(LINEAGE);
-        durable::replace(&path, format!("{lineage:#}\n").as_bytes()).map_err(JobError::io(&path))?;
-        tracing::info!(digest, "the adapter is finished");
-        Ok((outcome, Some(Finished { adapter: place, digest })))
+        let digest = adapter.digest().iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Finished { kind: FinetuningType::Lora, folder: place, digest })
+    }
+
+    /// Matrices are stored as products round them.
+    fn write_model(&self, model: &Model, folder: &Path) -> Result<Finished, JobError> {
+        let place = folder.join(MODEL);
+        let storage = match self.spec.precision {
+            Precision::F32 => Format::F32,
+            Precision::Bf16 => Format::Bf16,
+        };
+        // Of the same training done before, or of a process that was killed while it wrote: the bytes are the same.
+        for entry in std::fs::read_dir(folder).map_err(JobError::io(folder))?.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name == MODEL || (name.starts_with(&format!(".{MODEL}.")) && name.ends_with(".part")) {
+                std::fs::remove_dir_all(entry.path()).map_err(JobError::io(&entry.path()))?;
+            }
+        }
+        model.write(&place, storage)?;
+        Ok(Finished { kind: FinetuningType::Full, digest: ModelFiles::open(&place)?.digest(), folder: place })
     }
 
     /// What the adapter was made of. The same training gives the same text, however often it was interrupted.
@@ -227,7 +262,8 @@ impl Job {
                 "largest_user_share": shares.1,
             },
             "config": self.spec.config,
-            "lora": self.spec.lora,
+            "finetuning_type": self.spec.finetuning_type,
+            "lora": (self.spec.finetuning_type == FinetuningType::Lora).then_some(&self.spec.lora),
             "code_version": env!("CARGO_PKG_VERSION"),
             "steps": outcome.steps,
             "tokens": outcome.tokens,

@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tidemill_engine::{LoraConfig, Projection};
 use tidemill_kernels::train::Precision;
 
 use super::JobError;
-use crate::train::TrainConfig;
+use crate::train::{Method, TrainConfig};
 
 /// The largest share of rows that is held out.
 const MOST_HELD_OUT: f64 = 0.5;
@@ -36,7 +36,10 @@ pub struct Spec {
     pub held_out_share: f64,
     /// How it learns.
     pub config: TrainConfig,
-    /// What is trained: a new adapter.
+    /// What is trained: an adapter, or all of the model's numbers.
+    #[serde(default)]
+    pub finetuning_type: FinetuningType,
+    /// The new adapter.
     #[serde(default)]
     pub lora: Lora,
     /// Go on from this adapter instead of a new one; `lora` is then only its dropout.
@@ -67,6 +70,17 @@ pub struct Base {
     pub name: String,
     /// A GGUF file or a folder.
     pub path: PathBuf,
+}
+
+/// What is trained.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FinetuningType {
+    /// A LoRA adapter beside the frozen base.
+    #[default]
+    Lora,
+    /// Every number of the model; a model folder comes out.
+    Full,
 }
 
 /// A LoRA adapter, under PEFT's names.
@@ -153,6 +167,9 @@ impl Spec {
     pub fn check(&self) -> Result<(), JobError> {
         self.config.check()?;
         self.lora.config()?;
+        if self.finetuning_type == FinetuningType::Full {
+            self.check_full()?;
+        }
         if self.dataset.is_some() == self.train_file.is_some() {
             return Err(JobError::Spec { field: "dataset", fix: "name a dataset or a train_file, one of them".to_owned() });
         }
@@ -163,6 +180,28 @@ impl Spec {
         if self.held_out_share > 0.0 && self.held_out_file.is_some() {
             let fix = "does not go with a held_out_file; leave one of them out".to_owned();
             return Err(JobError::Spec { field: "held_out_share", fix });
+        }
+        Ok(())
+    }
+
+    /// Whether all of the model's numbers can be trained this way.
+    fn check_full(&self) -> Result<(), JobError> {
+        let wrong = |field: &'static str, fix: String| Err(JobError::Spec { field, fix });
+        let method = json!(self.config.method);
+        let method = method.as_str().unwrap_or_default();
+        if self.config.method.samples() {
+            let fix = "needs an engine that is given all weights between turns, which is not built; train an adapter instead";
+            return wrong("finetuning_type", format!("full with {method} {fix}"));
+        }
+        if self.config.method == Method::Reward {
+            return wrong("finetuning_type", "full with reward is not built; train an adapter with a head instead".to_owned());
+        }
+        if self.adapter.is_some() {
+            let fix = "does not go with finetuning_type full; merge it into its base (tidemill adapter merge) and train that";
+            return wrong("adapter", fix.to_owned());
+        }
+        if self.lora != Lora::default() {
+            return wrong("lora", "does not go with finetuning_type full; leave it out".to_owned());
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use tidemill_engine::Adapter;
+use tidemill_engine::{Adapter, ModelFiles, Part, Weight};
 
 use super::*;
 use crate::train::{Control, Ending, TrainError};
@@ -65,7 +65,7 @@ async fn a_specification_becomes_an_adapter_and_stopping_on_the_way_changes_no_b
     let (whole, broken) = (place.path().join("whole"), place.path().join("broken"));
     let (ending, finished) = run(&job, &whole, u64::MAX);
     let finished = finished.unwrap();
-    assert_eq!((ending, &finished.adapter), (Ending::Finished, &whole.join(ADAPTER)));
+    assert_eq!((ending, &finished.folder), (Ending::Finished, &whole.join(ADAPTER)));
     assert_eq!(run(&job, &broken, 1), (Ending::Stopped, None));
     assert!(!broken.join(ADAPTER).exists());
     let (ending, again) = run(&job, &broken, u64::MAX);
@@ -76,7 +76,7 @@ async fn a_specification_becomes_an_adapter_and_stopping_on_the_way_changes_no_b
     // Again in a folder that is finished: nothing to do, the same adapter.
     assert_eq!(run(&job, &whole, u64::MAX).1.unwrap(), finished);
 
-    let adapter = Adapter::read(&finished.adapter).unwrap();
+    let adapter = Adapter::read(&finished.folder).unwrap();
     assert_eq!((adapter.base.as_str(), adapter.config.r, adapter.config.targets.len()), ("tiny", 4, 2));
     assert!(adapter.pairs.iter().any(|pair| pair.b.iter().any(|value| *value != 0.0)));
     let lineage: Value = serde_json::from_slice(&fs::read(whole.join(LINEAGE)).unwrap()).unwrap();
@@ -86,18 +86,60 @@ async fn a_specification_becomes_an_adapter_and_stopping_on_the_way_changes_no_b
 }
 
 #[tokio::test]
+async fn a_model_that_is_trained_whole_becomes_a_folder_and_stopping_on_the_way_changes_no_byte_of_it() {
+    let place = tempfile::tempdir().unwrap();
+    for (method, precision) in [("sft", "f32"), ("dpo", "bf16")] {
+        let mut given = json!(spec(place.path(), method));
+        given["finetuning_type"] = json!("full");
+        given["precision"] = json!(precision);
+        given.as_object_mut().unwrap().remove("lora");
+        let job = job(serde_json::from_value(given).unwrap()).await;
+        let folder = |name: &str| place.path().join(format!("{method}-{name}"));
+        let finished = run(&job, &folder("whole"), u64::MAX).1.unwrap();
+        assert_eq!((finished.kind, &finished.folder), (FinetuningType::Full, &folder("whole").join(MODEL)));
+        assert_eq!(run(&job, &folder("broken"), 1), (Ending::Stopped, None));
+        let again = run(&job, &folder("broken"), u64::MAX).1.unwrap();
+        assert_eq!(again.digest, finished.digest, "{method}");
+        for file in ["model/model.safetensors", "model/config.json", "model/tokenizer.json", "metrics.jsonl", LINEAGE] {
+            assert_eq!(fs::read(folder("whole").join(file)).unwrap(), fs::read(folder("broken").join(file)).unwrap(), "{file}");
+        }
+        // Again in a folder that is finished.
+        assert_eq!(run(&job, &folder("whole"), u64::MAX).1.unwrap(), finished);
+
+        // What was written is the model as it was trained: another one than before, and trainable from there.
+        let (base, trained) = (ModelFiles::open(&base().path).unwrap(), ModelFiles::open(&finished.folder).unwrap());
+        assert_eq!((trained.config(), trained.digest()), (base.config(), finished.digest.clone()));
+        let moved = |weight: Weight| {
+            let (before, after) = (base.vector(weight).unwrap(), trained.vector(weight).unwrap());
+            before.iter().zip(&after).map(|(before, after)| (before - after).abs()).fold(0.0, f32::max)
+        };
+        for weight in [Weight::FinalNorm, Weight::Layer(0, Part::AttentionNorm), Weight::Layer(2, Part::QueryBias)] {
+            assert!((1e-4..0.1).contains(&moved(weight)), "{method} {weight:?} by {}", moved(weight));
+        }
+        let log = fs::read_to_string(folder("whole").join("metrics.jsonl")).unwrap();
+        let losses: Vec<f64> =
+            log.lines().filter_map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64()).collect();
+        assert!(losses[losses.len() - 1] < 0.8 * losses[0], "{method}: {losses:?}");
+        let lineage: Value = serde_json::from_slice(&fs::read(folder("whole").join(LINEAGE)).unwrap()).unwrap();
+        assert_eq!((&lineage["finetuning_type"], &lineage["lora"]), (&json!("full"), &Value::Null));
+        let estimate = job.estimate().unwrap();
+        assert_eq!((estimate.parameters, estimate.checkpoint), (base.parameters(), 12 * base.parameters()));
+    }
+}
+
+#[tokio::test]
 async fn every_method_trains_and_a_training_goes_on_from_an_adapter() {
     let place = tempfile::tempdir().unwrap();
     let folder = |name: &str| place.path().join(name);
     for method in ["sft", "reward", "kto", "orpo", "simpo"] {
         let (_, finished) = run(&job(spec(place.path(), method)).await, &folder(method), u64::MAX);
-        let adapter = finished.unwrap().adapter;
+        let adapter = finished.unwrap().folder;
         assert_eq!(adapter.join("head.safetensors").exists(), method == "reward", "{method}");
     }
     let next = Spec { adapter: Some(folder("sft").join(ADAPTER)), ..spec(place.path(), "dpo") };
     let (_, finished) = run(&job(next).await, &folder("next"), u64::MAX);
     let (before, after) =
-        (Adapter::read(&folder("sft").join(ADAPTER)).unwrap(), Adapter::read(&finished.unwrap().adapter).unwrap());
+        (Adapter::read(&folder("sft").join(ADAPTER)).unwrap(), Adapter::read(&finished.unwrap().folder).unwrap());
     assert_ne!(before.digest(), after.digest());
     let distance = |a: &Adapter, b: &Adapter| -> f32 {
         let both = a.pairs.iter().zip(&b.pairs);
@@ -133,6 +175,14 @@ async fn what_cannot_be_trained_is_refused_by_name() {
         (json!({ "precision": "fp8" }), "`fp8` is neither bf16 nor f32"),
         (json!({ "nonsense": 1 }), "nonsense"),
         (json!({ "config": { "method": "dpo", "beta": -1 } }), "beta"),
+        (json!({ "finetuning_type": "all" }), "unknown variant `all`, expected `lora` or `full`"),
+        (json!({ "finetuning_type": "full" }), "lora: does not go with finetuning_type full"),
+        (json!({ "finetuning_type": "full", "lora": {}, "adapter": "x" }), "adapter: does not go with finetuning_type full"),
+        (json!({ "finetuning_type": "full", "lora": {}, "config": { "method": "reward" } }), "full with reward is not built"),
+        (
+            json!({ "finetuning_type": "full", "lora": {}, "config": { "method": "grpo", "reward_funcs": [{ "type": "json" }] } }),
+            "full with grpo needs an engine that is given all weights",
+        ),
     ] {
         assert!(refused(change.clone()).contains(part), "{change}: {}", refused(change.clone()));
     }

@@ -1,71 +1,28 @@
 //! One decoder layer as a single operation of the graph, forward and backward.
 //!
-//! The arguments are the residual stream `[rows, hidden]` and the layer's flat parameter; what is not trained is read from the model's
-//! files. Formulas of the parts stand in [`tidemill_kernels::train`]; here is the chain rule between them.
+//! The arguments are the residual stream `[rows, hidden]` and the layer's flat parameters: an adapter's one, or the two of a layer that is
+//! trained whole. What is not trained is read from the model's files. Formulas of the parts stand in [`tidemill_kernels::train`]; here is
+//! the chain rule between them.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout as Strides, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout as Strides, Shape, Tensor};
 use tidemill_engine::{ModelConfig, ModelFiles, Part, Projection, Weight};
 use tidemill_kernels::train::{Attention, Block, Compute, Dropout, LowRank, Operand, Pieces, Product, Rotation, Span, View};
 use tidemill_kernels::{AttentionSpec, HeadShape, Store};
 
-use super::layout::{Group, GroupLayout, Layout, Slot};
+use super::layer_weights::{LayerWeights, Norms, Trained, part_of};
+use super::layout::{Group, GroupLayout, Slot};
+use super::whole::Whole;
 use super::workshop::{Buffer, Workshop};
 use super::{ModelError, slice};
 use crate::parameters::read;
 use crate::random::mix;
 
-/// What a layer's file weights are, beside its matrices.
-pub(super) struct LayerWeights {
-    index: usize,
-    attention_norm: Vec<f32>,
-    feed_forward_norm: Vec<f32>,
-    /// Per-head norms of queries and keys.
-    head_norms: Option<[Vec<f32>; 2]>,
-    /// By group; empty without.
-    biases: [Vec<f32>; 4],
-}
-
-impl LayerWeights {
-    pub fn load(files: &ModelFiles, index: usize) -> Result<Self, ModelError> {
-        let config = files.config();
-        let vector = |part: Part| files.vector(Weight::Layer(index, part));
-        let bias = |wanted: bool, parts: &[Part]| -> Result<Vec<f32>, ModelError> {
-            if !wanted {
-                return Ok(Vec::new());
-            }
-            Ok(parts.iter().map(|part| vector(*part)).collect::<Result<Vec<_>, _>>()?.concat())
-        };
-        // Every matrix is looked up once here, so that a file that lacks one is refused before training starts.
-        for projection in Projection::ALL {
-            files.matrix(Weight::Layer(index, part_of(projection)))?;
-        }
-        Ok(Self {
-            index,
-            attention_norm: vector(Part::AttentionNorm)?,
-            feed_forward_norm: vector(Part::FeedForwardNorm)?,
-            head_norms: if config.qk_norm { Some([vector(Part::QueryNorm)?, vector(Part::KeyNorm)?]) } else { None },
-            biases: [
-                bias(config.qkv_bias, &[Part::QueryBias, Part::KeyBias, Part::ValueBias])?,
-                bias(config.output_bias, &[Part::AttentionOutputBias])?,
-                bias(config.mlp_bias, &[Part::GateBias, Part::UpBias])?,
-                bias(config.mlp_bias, &[Part::DownBias])?,
-            ],
-        })
-    }
-}
-
-const fn part_of(projection: Projection) -> Part {
-    match projection {
-        Projection::Query => Part::Query,
-        Projection::Key => Part::Key,
-        Projection::Value => Part::Value,
-        Projection::AttentionOutput => Part::AttentionOutput,
-        Projection::Gate => Part::Gate,
-        Projection::Up => Part::Up,
-        Projection::Down => Part::Down,
-    }
+/// Derivatives along a layer's parameters.
+struct Slopes {
+    params: Vec<f32>,
+    vectors: Vec<f32>,
 }
 
 /// Rows of a pass and how they see each other.
@@ -79,8 +36,8 @@ pub(super) struct Rows {
 pub(super) struct LayerOp {
     pub files: Arc<ModelFiles>,
     pub weights: Arc<LayerWeights>,
-    /// Of the parameter; `None` computes the base model's layer.
-    pub layout: Option<Arc<Layout>>,
+    /// Whose numbers the parameters are; `None` computes the base model's layer.
+    pub trained: Option<Arc<Trained>>,
     pub rows: Arc<Rows>,
     pub workshop: Arc<Workshop>,
     /// Probability and key of the pass.
@@ -127,13 +84,16 @@ struct Pass<'a> {
     op: &'a LayerOp,
     config: &'a ModelConfig,
     compute: &'a mut Compute,
+    /// An adapter's numbers, or the layer's matrices.
     params: &'a [f32],
+    /// Norms and biases of a layer that is trained whole.
+    vectors: &'a [f32],
     rows: usize,
 }
 
 impl LayerOp {
-    fn pass<'a>(&'a self, compute: &'a mut Compute, params: &'a [f32]) -> Pass<'a> {
-        Pass { op: self, config: self.files.config(), compute, params, rows: self.rows.positions.len() }
+    fn pass<'a>(&'a self, compute: &'a mut Compute, [params, vectors]: [&'a [f32]; 2]) -> Pass<'a> {
+        Pass { op: self, config: self.files.config(), compute, params, vectors, rows: self.rows.positions.len() }
     }
 
     fn attention(&self) -> Attention<'_> {
@@ -146,11 +106,12 @@ impl LayerOp {
         }
     }
 
-    fn forward(&self, x: &[f32], params: &[f32]) -> candle_core::Result<(CpuStorage, Shape)> {
+    fn forward(&self, x: &[f32], params: [&[f32]; 2]) -> candle_core::Result<(CpuStorage, Shape)> {
         let hidden = self.files.config().hidden;
         let rows = self.rows.positions.len();
-        if x.len() != rows * hidden || params.len() != self.layout.as_ref().map_or(0, |layout| layout.len) {
-            candle_core::bail!("a layer got {} values and {} parameters for {rows} rows", x.len(), params.len());
+        let sizes = (params[0].len(), params[1].len());
+        if x.len() != rows * hidden || sizes != self.trained.as_ref().map_or((0, 0), |trained| trained.sizes()) {
+            candle_core::bail!("a layer got {} values and {sizes:?} parameters for {rows} rows", x.len());
         }
         let mut out = vec![0.0; x.len()];
         let saved = self.pass(&mut self.workshop.compute(), params).forward(x, &mut out)?;
@@ -162,10 +123,11 @@ impl LayerOp {
         Ok((CpuStorage::F32(out), Shape::from((rows, hidden))))
     }
 
-    /// Derivatives along the input and the parameter.
-    fn backward(&self, x: &Tensor, params: &[f32], dout: &Tensor) -> candle_core::Result<(Tensor, Vec<f32>)> {
+    /// Derivatives along the input and the parameters.
+    fn backward(&self, x: &Tensor, params: [&[f32]; 2], dout: &Tensor) -> candle_core::Result<(Tensor, Slopes)> {
         let kept = self.saved.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let (mut dx, mut dparams) = (vec![0.0; x.elem_count()], vec![0.0; params.len()]);
+        let mut dx = vec![0.0; x.elem_count()];
+        let mut slopes = Slopes { params: vec![0.0; params[0].len()], vectors: vec![0.0; params[1].len()] };
         let done = read(x, |x| {
             read(dout, |dout| {
                 let mut compute = self.workshop.compute();
@@ -179,13 +141,13 @@ impl LayerOp {
                         saved
                     }
                 };
-                pass.backward(x, &saved, dout, &mut dx, &mut dparams)?;
+                pass.backward(x, &saved, dout, &mut dx, &mut slopes)?;
                 saved.buffers().for_each(|buffer| self.workshop.give_back(buffer));
                 Ok::<_, ModelError>(())
             })
         })??;
         done?;
-        Ok((Tensor::from_vec(dx, x.shape(), &Device::Cpu)?, dparams))
+        Ok((Tensor::from_vec(dx, x.shape(), &Device::Cpu)?, slopes))
     }
 }
 
@@ -195,11 +157,11 @@ impl CustomOp1 for LayerOp {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, x_layout: &Strides) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.forward(slice(x, x_layout)?, &[])
+        self.forward(slice(x, x_layout)?, [&[], &[]])
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, dout: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some(self.backward(x, &[], dout)?.0))
+        Ok(Some(self.backward(x, [&[], &[]], dout)?.0))
     }
 }
 
@@ -215,7 +177,7 @@ impl CustomOp2 for LayerOp {
         params: &CpuStorage,
         params_layout: &Strides,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.forward(slice(x, x_layout)?, slice(params, params_layout)?)
+        self.forward(slice(x, x_layout)?, [slice(params, params_layout)?, &[]])
     }
 
     fn bwd(
@@ -225,8 +187,39 @@ impl CustomOp2 for LayerOp {
         _: &Tensor,
         dout: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let (dx, dparams) = read(params, |params| self.backward(x, params, dout))??;
-        Ok((Some(dx), Some(Tensor::from_vec(dparams, params.shape(), &Device::Cpu)?)))
+        let (dx, slopes) = read(params, |params| self.backward(x, [params, &[]], dout))??;
+        Ok((Some(dx), Some(Tensor::from_vec(slopes.params, params.shape(), &Device::Cpu)?)))
+    }
+}
+
+impl CustomOp3 for LayerOp {
+    fn name(&self) -> &'static str {
+        "whole decoder layer"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Strides,
+        params: &CpuStorage,
+        params_layout: &Strides,
+        vectors: &CpuStorage,
+        vectors_layout: &Strides,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.forward(slice(x, x_layout)?, [slice(params, params_layout)?, slice(vectors, vectors_layout)?])
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        params: &Tensor,
+        vectors: &Tensor,
+        _: &Tensor,
+        dout: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (dx, slopes) = read(params, |params| read(vectors, |vectors| self.backward(x, [params, vectors], dout)))???;
+        let along = |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu);
+        Ok((Some(dx), Some(along(slopes.params, params)?), Some(along(slopes.vectors, vectors)?)))
     }
 }
 
@@ -241,10 +234,29 @@ fn second_factors<'a>(config: &ModelConfig, group: Group, layout: &GroupLayout, 
     group.projections().iter().map(factor).collect()
 }
 
-impl Pass<'_> {
-    fn layout(&self, group: Group) -> Option<&GroupLayout> {
-        let layout = self.op.layout.as_deref()?;
+impl<'a> Pass<'a> {
+    fn layout(&self, group: Group) -> Option<&'a GroupLayout> {
+        let op = self.op;
+        let Some(Trained::Adapter(layout)) = op.trained.as_deref() else { return None };
         Some(&layout.groups[group as usize]).filter(|group| !group.slots.is_empty())
+    }
+
+    fn whole(&self) -> Option<&'a Whole> {
+        let op = self.op;
+        match op.trained.as_deref() {
+            Some(Trained::Whole(whole)) => Some(whole),
+            _ => None,
+        }
+    }
+
+    fn norms(&self) -> Norms<'a> {
+        let op = self.op;
+        op.weights.norms(self.whole(), self.vectors)
+    }
+
+    fn bias(&self, group: Group) -> &'a [f32] {
+        let (op, vectors) = (self.op, self.vectors);
+        self.whole().map_or(op.weights.biases[group as usize].as_slice(), |whole| &vectors[whole.bias(group)])
     }
 
     fn buffer(&self, width: usize) -> Buffer {
@@ -268,12 +280,17 @@ impl Pass<'_> {
         Dropout::new(probability, mix(key ^ mix(place as u64 + 1)))
     }
 
-    /// Calls `with` with the group's matrices as they lie in the files.
+    /// Calls `with` with the group's matrices: the parameter's, or as they lie in the files.
     fn with_weights<T>(
         &mut self,
         group: Group,
         with: impl FnOnce(&mut Self, &[Block<'_>]) -> Result<T, ModelError>,
     ) -> Result<T, ModelError> {
+        if let Some(whole) = self.whole() {
+            let data = &self.params[whole.matrices[group as usize].clone()];
+            let block = Block::Values { data, n: self.sizes(group).0 };
+            return with(self, &[block]);
+        }
         let (files, index) = (&self.op.files, self.op.weights.index);
         let matrices = group.projections().iter().map(|projection| files.matrix(Weight::Layer(index, part_of(*projection))));
         let matrices = matrices.collect::<Result<Vec<_>, _>>()?;
@@ -303,7 +320,7 @@ impl Pass<'_> {
             let product = Product { m, n, k, left, right: Operand::StackT(blocks), scale: 1.0, store };
             Ok(pass.compute.matmul_with(&product, Some(along), &mut shrunk, out, n)?)
         })?;
-        let bias = &self.op.weights.biases[group as usize];
+        let bias = self.bias(group);
         if !bias.is_empty() {
             for row in out.chunks_mut(n) {
                 row.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
@@ -321,7 +338,7 @@ impl Pass<'_> {
         Ok(Some(dropped))
     }
 
-    /// The derivatives of [`Self::linear`] for those along its result: along `x`, stored to `dx`, and along the parameter.
+    /// The derivatives of [`Self::linear`] for those along its result: along `x`, stored to `dx`, and along the parameters.
     fn linear_back(
         &mut self,
         group: Group,
@@ -329,7 +346,7 @@ impl Pass<'_> {
         shrunk: &[f32],
         dy: &[f32],
         dx: &mut [f32],
-        dparams: &mut [f32],
+        slopes: &mut Slopes,
     ) -> Result<(), ModelError> {
         let ((n, k), m) = (self.sizes(group), self.rows);
         let left = View::Rows { data: dy, stride: n };
@@ -353,6 +370,17 @@ impl Pass<'_> {
             self.compute.matmul(&product, &mut forgotten, k)?;
             self.give_back([forgotten]);
         }
+        if let Some(whole) = self.whole() {
+            let (left, right) = (View::Columns { data: dy, stride: n }, Operand::View(View::Rows { data: x, stride: k }));
+            let product = Product { m: n, n: k, k: m, left, right, scale: 1.0, store: Store::Replace };
+            self.compute.matmul(&product, &mut slopes.params[whole.matrices[group as usize].clone()], k)?;
+            let bias = &mut slopes.vectors[whole.bias(group)];
+            if !bias.is_empty() {
+                dy.chunks(n).for_each(|dy| bias.iter_mut().zip(dy).for_each(|(bias, dy)| *bias += dy));
+            }
+            return Ok(());
+        }
+        let dparams = &mut slopes.params;
         if ranks == 0 {
             return Ok(());
         }
@@ -405,7 +433,7 @@ impl Pass<'_> {
     /// Norms of heads and rotation, in place; returns what the norms' derivative needs.
     fn rotate(&mut self, qkv: &mut [f32]) -> Result<Option<RawHeads>, ModelError> {
         let mut raw = None;
-        if let Some(norms) = &self.op.weights.head_norms {
+        if let Some(norms) = self.norms().heads {
             let mut before = self.op.workshop.buffer(qkv.len());
             before.copy_from_slice(qkv);
             let mut inverses = [Buffer::default(), Buffer::default()];
@@ -422,29 +450,47 @@ impl Pass<'_> {
         Ok(raw)
     }
 
-    fn rotate_back(&mut self, raw: Option<&RawHeads>, dqkv: &mut [f32]) -> Result<(), ModelError> {
+    fn rotate_back(&mut self, raw: Option<&RawHeads>, dqkv: &mut [f32], slopes: &mut Slopes) -> Result<(), ModelError> {
         let rows = &self.op.rows;
         for pieces in self.pieces() {
             self.compute.rotate(dqkv, pieces, &rows.rotation, &rows.positions, true)?;
         }
-        if let (Some((before, inverses)), Some(norms)) = (raw, &self.op.weights.head_norms) {
+        if let (Some((before, inverses)), Some(norms)) = (raw, self.norms().heads) {
             let mut along = self.op.workshop.buffer(dqkv.len());
             along.copy_from_slice(dqkv);
-            for ((pieces, weight), inverse) in self.pieces().into_iter().zip(norms).zip(inverses) {
+            let parts = [Part::QueryNorm, Part::KeyNorm];
+            for (((pieces, weight), inverse), part) in self.pieces().into_iter().zip(norms).zip(inverses).zip(parts) {
                 self.compute.rms_norm_back(before, pieces, weight, inverse, &along, dqkv, Store::Replace)?;
+                self.norm_slope(part, before, pieces, inverse, &along, slopes)?;
             }
             self.give_back([along]);
         }
         Ok(())
     }
 
+    /// The derivative along a norm's weight, where that is trained.
+    fn norm_slope(
+        &mut self,
+        part: Part,
+        x: &[f32],
+        pieces: Pieces,
+        inverse: &[f32],
+        dy: &[f32],
+        slopes: &mut Slopes,
+    ) -> Result<(), ModelError> {
+        if let Some(whole) = self.whole() {
+            self.compute.rms_norm_back_weight(x, pieces, inverse, dy, &mut slopes.vectors[whole.vector(part)])?;
+        }
+        Ok(())
+    }
+
     fn forward(&mut self, x: &[f32], out: &mut [f32]) -> Result<Saved, ModelError> {
         let &ModelConfig { hidden, intermediate, heads, head_dim, rms_eps: eps, .. } = self.config;
-        let weights = &self.op.weights;
+        let norms = self.norms();
         let whole = Pieces::rows(hidden);
         let mut inverse = [self.buffer(1), self.buffer(1)];
         let mut normed = self.buffer(hidden);
-        self.compute.rms_norm(x, whole, &weights.attention_norm, eps, &mut normed, &mut inverse[0])?;
+        self.compute.rms_norm(x, whole, norms.attention, eps, &mut normed, &mut inverse[0])?;
         let mut qkv = self.buffer(self.sizes(Group::Qkv).0);
         let qkv_shrunk = self.linear(Group::Qkv, &normed, &mut qkv, Store::Replace)?;
         let raw = self.rotate(&mut qkv)?;
@@ -455,7 +501,7 @@ impl Pass<'_> {
         middle.copy_from_slice(x);
         let output_shrunk = self.linear(Group::AttentionOutput, &attended, &mut middle, Store::Add)?;
 
-        self.compute.rms_norm(&middle, whole, &weights.feed_forward_norm, eps, &mut normed, &mut inverse[1])?;
+        self.compute.rms_norm(&middle, whole, norms.feed_forward, eps, &mut normed, &mut inverse[1])?;
         let mut gate_up = self.buffer(2 * intermediate);
         let gate_up_shrunk = self.linear(Group::GateUp, &normed, &mut gate_up, Store::Replace)?;
         let mut gated = self.buffer(intermediate);
@@ -473,45 +519,39 @@ impl Pass<'_> {
         saved: &Saved,
         dout: &[f32],
         dx: &mut [f32],
-        dparams: &mut [f32],
+        slopes: &mut Slopes,
     ) -> Result<(), ModelError> {
         let &ModelConfig { hidden, intermediate, heads, head_dim, rms_eps: eps, .. } = self.config;
-        let weights = &self.op.weights;
+        let norms = self.norms();
         let whole = Pieces::rows(hidden);
         let [qkv_shrunk, output_shrunk, gate_up_shrunk, down_shrunk] = &saved.shrunk;
 
         let (mut gated, mut dgated) = (self.buffer(intermediate), self.buffer(intermediate));
         self.compute.silu_mul(&saved.gate_up, intermediate, &mut gated)?;
-        self.linear_back(Group::Down, &gated, down_shrunk, dout, &mut dgated, dparams)?;
+        self.linear_back(Group::Down, &gated, down_shrunk, dout, &mut dgated, slopes)?;
         let mut dgate_up = self.buffer(2 * intermediate);
         self.compute.silu_mul_back(&saved.gate_up, intermediate, &dgated, &mut dgate_up)?;
         let (mut normed, mut dnormed, mut scratch) = (self.buffer(hidden), self.buffer(hidden), self.buffer(1));
-        self.compute.rms_norm(&saved.middle, whole, &weights.feed_forward_norm, eps, &mut normed, &mut scratch)?;
-        self.linear_back(Group::GateUp, &normed, gate_up_shrunk, &dgate_up, &mut dnormed, dparams)?;
+        self.compute.rms_norm(&saved.middle, whole, norms.feed_forward, eps, &mut normed, &mut scratch)?;
+        self.linear_back(Group::GateUp, &normed, gate_up_shrunk, &dgate_up, &mut dnormed, slopes)?;
         // Along the middle: directly, and through the feed-forward part.
         let mut dmiddle = self.buffer(hidden);
         dmiddle.copy_from_slice(dout);
         let [first, second] = &saved.inverse;
-        self.compute.rms_norm_back(
-            &saved.middle,
-            whole,
-            &weights.feed_forward_norm,
-            second,
-            &dnormed,
-            &mut dmiddle,
-            Store::Add,
-        )?;
+        self.compute.rms_norm_back(&saved.middle, whole, norms.feed_forward, second, &dnormed, &mut dmiddle, Store::Add)?;
+        self.norm_slope(Part::FeedForwardNorm, &saved.middle, whole, second, &dnormed, slopes)?;
 
         let mut dattended = self.buffer(heads * head_dim);
-        self.linear_back(Group::AttentionOutput, &saved.attended, output_shrunk, &dmiddle, &mut dattended, dparams)?;
+        self.linear_back(Group::AttentionOutput, &saved.attended, output_shrunk, &dmiddle, &mut dattended, slopes)?;
         let mut dqkv = self.buffer(self.sizes(Group::Qkv).0);
         let op = self.op;
         self.compute.attention_back(op.attention(), &saved.qkv, &saved.attended, &saved.lse, &dattended, &mut dqkv)?;
-        self.rotate_back(saved.raw.as_ref(), &mut dqkv)?;
-        self.compute.rms_norm(x, whole, &weights.attention_norm, eps, &mut normed, &mut scratch)?;
-        self.linear_back(Group::Qkv, &normed, qkv_shrunk, &dqkv, &mut dnormed, dparams)?;
+        self.rotate_back(saved.raw.as_ref(), &mut dqkv, slopes)?;
+        self.compute.rms_norm(x, whole, norms.attention, eps, &mut normed, &mut scratch)?;
+        self.linear_back(Group::Qkv, &normed, qkv_shrunk, &dqkv, &mut dnormed, slopes)?;
         dx.copy_from_slice(&dmiddle);
-        self.compute.rms_norm_back(x, whole, &weights.attention_norm, first, &dnormed, dx, Store::Add)?;
+        self.compute.rms_norm_back(x, whole, norms.attention, first, &dnormed, dx, Store::Add)?;
+        self.norm_slope(Part::AttentionNorm, x, whole, first, &dnormed, slopes)?;
         self.give_back([gated, dgated, dgate_up, normed, dnormed, scratch, dmiddle, dattended, dqkv]);
         Ok(())
     }

@@ -1,25 +1,32 @@
 //! A served model as a differentiable function.
 //!
 //! The graph is candle's; its nodes are ours: one operation per decoder layer, one for the final norm, one for the log-probabilities.
-//! Base weights are read where they lie in the model's files, in their own format; a GGUF model is trained as it is (QLoRA). Only
-//! adapters are trained: a layer's are one flat parameter.
+//! What is trained is an adapter, a layer's being one flat parameter, or everything ([`Model::whole`]). Weights that are not trained are
+//! read where they lie in the model's files, in their own format; a GGUF model is trained as it is (QLoRA).
 
+mod embedding;
 mod head;
 mod layer;
+mod layer_weights;
 mod layout;
+mod whole;
 mod workshop;
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, DType, Device, Layout as Strides, Tensor, Var};
-use tidemill_engine::{Adapter, AdapterError, LoadError, LoraConfig, ModelFiles, Weight};
+use tidemill_engine::{Adapter, AdapterError, LoadError, LoraConfig, MergeError, ModelFiles, Weight, write_model};
 pub use tidemill_kernels::train::Precision;
 use tidemill_kernels::train::{Rotation, Span};
-use tidemill_kernels::{KernelError, blocks};
+use tidemill_kernels::{Format, KernelError, blocks};
 
+use self::embedding::Embedding;
 use self::head::{FinalNorm, LogProbsOp};
-use self::layer::{LayerOp, LayerWeights, Rows};
-use self::layout::{Adapted, Layout};
+use self::layer::{LayerOp, Rows};
+use self::layer_weights::{LayerWeights, Trained};
+use self::layout::Adapted;
+use self::whole::Whole;
 use self::workshop::Workshop;
 use crate::batch::Packed;
 use crate::parameters::Parameters;
@@ -39,6 +46,12 @@ pub enum ModelError {
     /// An adapter that does not fit.
     #[error(transparent)]
     Adapter(#[from] AdapterError),
+    /// A model that was not written.
+    #[error(transparent)]
+    Write(#[from] MergeError),
+    /// What is trained is of another kind.
+    #[error("{0}")]
+    Kind(&'static str),
     /// A layer that the model does not have.
     #[error("layers: the model has layers 0 to {}, not {layer}", layers - 1)]
     Layers {
@@ -104,7 +117,7 @@ impl Default for ModelOptions {
 /// What a pass computes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pass {
-    /// With the adapter; without it, the base model (the reference) and no graph.
+    /// With what was trained; without it, the model that the files hold (the reference) and no graph.
     pub adapter: bool,
     /// Whether a backward pass may follow.
     pub gradient: bool,
@@ -123,7 +136,7 @@ impl Pass {
     pub const REFERENCE: Pass = Pass { adapter: false, gradient: false, dropout: None, temperature: 1.0 };
 }
 
-/// A model with an adapter to train.
+/// A model with an adapter to train, or one whose every number is trained.
 pub struct Model {
     files: Arc<ModelFiles>,
     options: ModelOptions,
@@ -131,15 +144,39 @@ pub struct Model {
     layers: Vec<Layer>,
     final_norm: Arc<Vec<f32>>,
     parameters: Parameters,
-    lora: LoraConfig,
+    kind: Kind,
     /// With how many positions it has.
     rotation: Mutex<(usize, Arc<Rotation>)>,
     base: String,
 }
 
+/// What is trained.
+enum Kind {
+    Adapter(LoraConfig),
+    Whole(Ends),
+}
+
+/// What of a whole model lies outside its layers.
+struct Ends {
+    /// `[vocabulary * hidden]`
+    embedding: Var,
+    /// `[hidden]`
+    norm: Var,
+    /// `[vocabulary * hidden]`; `None` where it is the embedding.
+    head: Option<Var>,
+}
+
 struct Layer {
     weights: Arc<LayerWeights>,
-    adapted: Option<(Arc<Layout>, Var)>,
+    trained: Held,
+}
+
+/// What of a layer is trained, and the parameters that hold its numbers.
+type Held = Option<(Arc<Trained>, Vec<Var>)>;
+
+fn var(values: Vec<f32>) -> candle_core::Result<Var> {
+    let len = values.len();
+    Var::from_vec(values, len, &Device::Cpu)
 }
 
 impl Model {
@@ -155,32 +192,75 @@ impl Model {
         Self::with(files, adapter.config.clone(), adapted, options)
     }
 
+    /// The model of `files` with every number of it to train: the files' numbers in f32, which products round as they round others.
+    pub fn whole(files: Arc<ModelFiles>, options: ModelOptions) -> Result<Self, ModelError> {
+        let layout = Whole::new(files.config());
+        let mut parameters = Parameters::default();
+        let mut add = |name: String, values: Vec<f32>| -> Result<Var, ModelError> {
+            let var = var(values)?;
+            parameters.push(name, var.clone())?;
+            Ok(var)
+        };
+        let matrix = |weight: Weight| -> Result<Vec<f32>, ModelError> {
+            let mut values = Vec::new();
+            whole::append(&files.matrix(weight)?, &mut values)?;
+            Ok(values)
+        };
+        let embedding = add("embed_tokens".to_owned(), matrix(Weight::Embedding)?)?;
+        let mut trained: Vec<Held> = Vec::new();
+        for index in 0..files.config().layers {
+            let (matrices, vectors) = layout.read(&files, index)?;
+            // The optimizer knows by the names what does not decay.
+            let matrices = add(format!("layers.{index}.matrices"), matrices)?;
+            let vectors = add(format!("layers.{index}.norms_and_biases"), vectors)?;
+            trained.push(Some((Arc::new(Trained::Whole(layout.clone())), vec![matrices, vectors])));
+        }
+        let norm = add("norm".to_owned(), files.vector(Weight::FinalNorm)?)?;
+        let head = match files.output() {
+            Weight::Embedding => None,
+            other => Some(add("lm_head".to_owned(), matrix(other)?)?),
+        };
+        Self::of(files, Kind::Whole(Ends { embedding, norm, head }), trained, parameters, options)
+    }
+
     fn with(files: Arc<ModelFiles>, lora: LoraConfig, adapted: Adapted, options: ModelOptions) -> Result<Self, ModelError> {
+        let mut parameters = Parameters::default();
+        let mut trained: Vec<Held> = Vec::new();
+        for (index, adapted) in adapted.into_iter().enumerate() {
+            trained.push(match adapted {
+                None => None,
+                Some((layout, values)) => {
+                    let var = var(values)?;
+                    parameters.push(format!("layers.{index}"), var.clone())?;
+                    Some((Arc::new(Trained::Adapter(layout)), vec![var]))
+                }
+            });
+        }
+        Self::of(files, Kind::Adapter(lora), trained, parameters, options)
+    }
+
+    fn of(
+        files: Arc<ModelFiles>,
+        kind: Kind,
+        trained: Vec<Held>,
+        parameters: Parameters,
+        options: ModelOptions,
+    ) -> Result<Self, ModelError> {
         for weight in [Weight::Embedding, files.output()] {
             files.matrix(weight)?;
         }
-        let mut parameters = Parameters::default();
-        let mut layers = Vec::new();
-        for (index, adapted) in adapted.into_iter().enumerate() {
-            let weights = Arc::new(LayerWeights::load(&files, index)?);
-            let adapted = match adapted {
-                None => None,
-                Some((layout, values)) => {
-                    let var = Var::from_vec(values, layout.len, &Device::Cpu)?;
-                    parameters.push(format!("layers.{index}"), var.clone())?;
-                    Some((Arc::new(layout), var))
-                }
-            };
-            layers.push(Layer { weights, adapted });
-        }
+        let layer = |(index, trained): (usize, Held)| -> Result<Layer, ModelError> {
+            Ok(Layer { weights: Arc::new(LayerWeights::load(&files, index)?), trained })
+        };
+        let layers = trained.into_iter().enumerate().map(layer).collect::<Result<_, _>>()?;
         let workshop = Arc::new(Workshop::new(options.threads, options.precision)?);
         let final_norm = Arc::new(files.vector(Weight::FinalNorm)?);
         let rotation = Mutex::new((0, Arc::new(Rotation::new(&[], 1.0, 0))));
         let base = files.digest();
-        Ok(Self { files, options, workshop, layers, final_norm, parameters, lora, rotation, base })
+        Ok(Self { files, options, workshop, layers, final_norm, parameters, kind, rotation, base })
     }
 
-    /// What is trained, in order: one vector per adapted layer.
+    /// What is trained, in order: one vector per adapted layer, or all of a whole model's.
     pub fn parameters(&self) -> &Parameters {
         &self.parameters
     }
@@ -195,15 +275,50 @@ impl Model {
         &self.files
     }
 
-    /// The adapter as it is now; `base` is what it calls its base model.
+    /// The adapter as it is now; `base` is what it calls its base model. [`ModelError::Kind`] for a model that is trained whole.
     pub fn adapter(&self, base: &str) -> Result<Adapter, ModelError> {
+        let Kind::Adapter(lora) = &self.kind else {
+            return Err(ModelError::Kind("the whole model is trained; it has no adapter"));
+        };
         let mut pairs = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
-            if let Some((layout, var)) = &layer.adapted {
+            if let Some((trained, vars)) = &layer.trained
+                && let (Trained::Adapter(layout), [var]) = (&**trained, vars.as_slice())
+            {
                 pairs.extend(layout.pairs(index, &var.as_tensor().to_vec1::<f32>()?));
             }
         }
-        Ok(Adapter::new(self.lora.clone(), base, pairs))
+        Ok(Adapter::new(lora.clone(), base, pairs))
+    }
+
+    /// Writes a model that is trained whole as a folder that Hugging Face's tools and the engine open, matrices in `storage`.
+    /// [`ModelError::Kind`] for an adapter's model. Returns the size of the weights.
+    pub fn write(&self, to: &Path, storage: Format) -> Result<u64, ModelError> {
+        let Kind::Whole(ends) = &self.kind else {
+            return Err(ModelError::Kind("an adapter is trained; merge it into its base for a model of its own"));
+        };
+        let numbers = |weight: Weight| {
+            let (var, range) = self.place(ends, weight)?;
+            let values = crate::parameters::read(var.as_tensor(), |values| values.get(range).map(<[f32]>::to_vec));
+            values.ok().flatten()
+        };
+        Ok(write_model(&self.files, &numbers, storage, to)?)
+    }
+
+    /// Which parameter holds a weight, and where.
+    fn place<'a>(&'a self, ends: &'a Ends, weight: Weight) -> Option<(&'a Var, std::ops::Range<usize>)> {
+        let all = |var: &'a Var| Some((var, 0..var.elem_count()));
+        match weight {
+            Weight::Embedding => all(&ends.embedding),
+            Weight::FinalNorm => all(&ends.norm),
+            Weight::Output => all(ends.head.as_ref()?),
+            Weight::Layer(index, part) => {
+                let (trained, vars) = self.layers.get(index)?.trained.as_ref()?;
+                let (Trained::Whole(whole), [matrices, vectors]) = (&**trained, vars.as_slice()) else { return None };
+                let vector = || Some((vectors, whole.vector(part))).filter(|(_, range)| !range.is_empty());
+                whole.matrix(self.files.config(), part).map(|range| (matrices, range)).or_else(vector)
+            }
+        }
     }
 
     /// `[labels]` log-probabilities, f32.
@@ -236,35 +351,59 @@ impl Model {
             tokens: batch.labels.iter().map(|label| label.token).collect(),
             scale: 1.0 / pass.temperature,
             keep: hidden.track_op(),
-            slopes: Mutex::default(),
+            kept: Mutex::default(),
         };
-        let log_probs = if hidden.track_op() { hidden.apply_op1(op)? } else { hidden.apply_op1_no_bwd(&op)? };
+        let head = self.ends(pass).map(|ends| ends.head.as_ref().unwrap_or(&ends.embedding).as_tensor());
+        let log_probs = match (head, hidden.track_op()) {
+            (Some(head), true) => hidden.apply_op2(head, op)?,
+            (Some(head), false) => hidden.apply_op2_no_bwd(head, &op)?,
+            (None, true) => hidden.apply_op1(op)?,
+            (None, false) => hidden.apply_op1_no_bwd(&op)?,
+        };
         Ok((log_probs, both.narrow(0, labels, rows.len())?))
     }
 
     /// `[rows.len(), hidden]` states behind the final norm of the rows asked for, f32: what value and reward heads read.
     pub fn hidden(&self, batch: &Packed, rows: &[u32], pass: Pass) -> Result<Tensor, ModelError> {
         let shared = Arc::new(self.rows(batch));
-        let mut hidden = self.embed(&batch.tokens)?;
+        let dropout = match &self.kind {
+            Kind::Adapter(lora) => pass.dropout.map(|key| (lora.dropout, key)),
+            Kind::Whole(_) => None,
+        };
+        let ends = self.ends(pass);
+        let mut hidden = match ends {
+            Some(ends) => {
+                let vocabulary = self.files.config().vocabulary;
+                if let Some(token) = batch.tokens.iter().find(|token| **token as usize >= vocabulary) {
+                    return Err(ModelError::Token { token: *token, vocabulary });
+                }
+                let op = Embedding { tokens: batch.tokens.clone(), width: self.files.config().hidden };
+                let table = ends.embedding.as_tensor();
+                if pass.gradient { table.apply_op1(op)? } else { table.apply_op1_no_bwd(&op)? }
+            }
+            None => self.embed(&batch.tokens)?,
+        };
         for layer in &self.layers {
-            let adapted = layer.adapted.as_ref().filter(|_| pass.adapter);
-            let graph = pass.gradient && (hidden.track_op() || adapted.is_some());
+            let trained = layer.trained.as_ref().filter(|_| pass.adapter);
+            let graph = pass.gradient && (hidden.track_op() || trained.is_some());
             let op = LayerOp {
                 files: Arc::clone(&self.files),
                 weights: Arc::clone(&layer.weights),
-                layout: adapted.map(|(layout, _)| Arc::clone(layout)),
+                trained: trained.map(|(trained, _)| Arc::clone(trained)),
                 rows: Arc::clone(&shared),
                 workshop: Arc::clone(&self.workshop),
-                dropout: pass.dropout.map(|key| (self.lora.dropout, key)),
+                dropout,
                 keep: graph && !self.options.recompute,
                 frozen_gradients: self.options.frozen_gradients,
                 saved: Mutex::default(),
             };
-            hidden = match (adapted, graph) {
-                (Some((_, var)), true) => hidden.apply_op2(var.as_tensor(), op)?,
-                (Some((_, var)), false) => hidden.apply_op2_no_bwd(var.as_tensor(), &op)?,
-                (None, true) => hidden.apply_op1(op)?,
-                (None, false) => hidden.apply_op1_no_bwd(&op)?,
+            hidden = match (trained.map_or(&[][..], |(_, vars)| vars.as_slice()), graph) {
+                ([], true) => hidden.apply_op1(op)?,
+                ([], false) => hidden.apply_op1_no_bwd(&op)?,
+                ([only], true) => hidden.apply_op2(only.as_tensor(), op)?,
+                ([only], false) => hidden.apply_op2_no_bwd(only.as_tensor(), &op)?,
+                ([matrices, vectors, ..], true) => hidden.apply_op3(matrices.as_tensor(), vectors.as_tensor(), op)?,
+                ([matrices, vectors, ..], false) => hidden.apply_op3_no_bwd(matrices.as_tensor(), vectors.as_tensor(), &op)?,
             };
         }
         let op = FinalNorm {
@@ -273,7 +412,20 @@ impl Model {
             workshop: Arc::clone(&self.workshop),
             picked: rows.to_vec(),
         };
-        Ok(if hidden.track_op() { hidden.apply_op1(op)? } else { hidden.apply_op1_no_bwd(&op)? })
+        Ok(match (ends, hidden.track_op()) {
+            (Some(ends), true) => hidden.apply_op2(ends.norm.as_tensor(), op)?,
+            (Some(ends), false) => hidden.apply_op2_no_bwd(ends.norm.as_tensor(), &op)?,
+            (None, true) => hidden.apply_op1(op)?,
+            (None, false) => hidden.apply_op1_no_bwd(&op)?,
+        })
+    }
+
+    /// Embedding, last norm and head of a model that is trained whole, in passes with what was trained.
+    fn ends(&self, pass: Pass) -> Option<&Ends> {
+        match &self.kind {
+            Kind::Whole(ends) if pass.adapter => Some(ends),
+            _ => None,
+        }
     }
 
     fn rows(&self, batch: &Packed) -> Rows {

@@ -1,3 +1,6 @@
+mod naive;
+mod whole;
+
 use std::path::PathBuf;
 
 use serde_json::Value;
@@ -124,12 +127,17 @@ fn disturbed(files: Arc<ModelFiles>, lora: &LoraConfig, options: ModelOptions) -
     model
 }
 
-/// Σ weight · log-probability and its derivatives along all parameters.
-fn gradients(model: &Model, batch: &Packed, pass: Pass) -> (f64, Vec<f32>) {
+/// Σ weight · log-probability, the weights being drawn.
+fn weighed(log_probs: &Tensor) -> Tensor {
     let mut random = Random::new(11);
-    let weights: Vec<f32> = batch.labels.iter().map(|_| random.unit() as f32 - 0.3).collect();
-    let weights = Tensor::from_vec(weights, batch.labels.len(), &Device::Cpu).unwrap();
-    let loss = (model.log_probs(batch, pass).unwrap() * weights).unwrap().sum_all().unwrap();
+    let weights: Vec<f32> = (0..log_probs.elem_count()).map(|_| random.unit() as f32 - 0.3).collect();
+    let weights = Tensor::from_vec(weights, log_probs.elem_count(), &Device::Cpu).unwrap();
+    (log_probs * weights).unwrap().sum_all().unwrap()
+}
+
+/// [`weighed`] and its derivatives along all parameters.
+fn gradients(model: &Model, batch: &Packed, pass: Pass) -> (f64, Vec<f32>) {
+    let loss = weighed(&model.log_probs(batch, pass).unwrap());
     let value = f64::from(loss.to_scalar::<f32>().unwrap());
     if !pass.gradient {
         return (value, Vec::new());

@@ -63,6 +63,7 @@ impl Fixture {
             messages: Some(json!([{"role": "user", "content": prompt}])),
             prompt_text: Some(prompt.into()),
             prompt_ids: vec![7, 8, 9],
+            exposure: None,
             choices: ids.iter().zip(texts).map(choice).collect(),
         };
         self.store.record(inference).unwrap();

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 use tidemill_kernels::train::Precision;
-use tidemill_rlhf::job::{Base, Lora, Spec};
+use tidemill_rlhf::job::{Base, FinetuningType, Lora, Spec};
 use tidemill_rlhf::train::{Method, TrainConfig};
 
 use super::TrainCommandError;
@@ -12,7 +12,7 @@ use crate::cli::store_args::{DatasetStoreArgs, StoreCommandError, read_json};
 use crate::config::{Config, Origin, model_spec};
 use crate::fine_tuning::TrainingPriority;
 
-/// Train an adapter on a dataset.
+/// Train an adapter, or with --full all of a model, on a dataset.
 #[derive(Debug, clap::Args)]
 pub struct TrainArgs {
     /// sft, reward, dpo, kto, orpo or simpo; or, from answers sampled while training, rloo, grpo or ppo
@@ -36,6 +36,9 @@ pub struct TrainArgs {
     /// A path or the name of a pulled model [default: the pulled default model]
     #[arg(long, value_name = "MODEL")]
     base: Option<String>,
+    /// Train all of the model's numbers instead of an adapter; a model folder comes out
+    #[arg(long, conflicts_with_all = ["adapter", "r", "alpha", "dropout", "rslora", "target_modules", "layers"])]
+    full: bool,
     /// Go on from this adapter (a folder) instead of a new one
     #[arg(long, value_name = "DIR", conflicts_with_all = ["r", "alpha", "rslora", "target_modules", "layers"])]
     adapter: Option<PathBuf>,
@@ -131,6 +134,7 @@ impl TrainArgs {
             held_out_file: self.held_out_file.as_deref().map(absolute).transpose()?,
             held_out_share: self.held_out.unwrap_or(0.0),
             config: self.config(method)?,
+            finetuning_type: if self.full { FinetuningType::Full } else { FinetuningType::Lora },
             lora: self.lora(),
             adapter: self.adapter.as_deref().map(absolute).transpose()?,
             epoch_adapters: None,
@@ -175,7 +179,8 @@ impl TrainArgs {
             (None, path) => path.as_deref().and_then(Path::file_stem).unwrap_or_default().to_string_lossy().into_owned(),
         };
         let method = json!(spec.config.method);
-        config.data.join("training").join(format!("{}-{rows}", method.as_str().unwrap_or_default()))
+        let full = if self.full { "-full" } else { "" };
+        config.data.join("training").join(format!("{}{full}-{rows}", method.as_str().unwrap_or_default()))
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
-use tidemill_rlhf::job::{Estimate, Finished, Job, Spec};
+use tidemill_rlhf::job::{Estimate, FinetuningType, Finished, Job, Spec};
 use tidemill_rlhf::train::{Outcome, Progress, Stage};
 
 use super::{Audience, TrainCommandError};
@@ -33,13 +33,21 @@ impl Bar {
 
     /// What a dry run says.
     pub fn estimated(&self, spec: &Spec, estimate: &Estimate) {
-        let Estimate { parameters, steps, step, preparation, training, peak_memory } = estimate;
+        let Estimate { parameters, steps, step, preparation, training, peak_memory, checkpoint } = estimate;
         self.line(&format!("base       {} ({})", spec.base.name, spec.base.path.display()));
-        self.line(&format!("adapter    {:.1} M numbers are trained", *parameters as f64 / 1e6));
+        let what = match spec.finetuning_type {
+            FinetuningType::Lora => "adapter  ",
+            FinetuningType::Full => "model    ",
+        };
+        self.line(&format!("{what}  {:.1} M numbers are trained", *parameters as f64 / 1e6));
         self.line(&format!("steps      {steps}, {:.2} s each as measured on one", step.as_secs_f64()));
         let rounded = |time: &Duration| HumanDuration(Duration::from_secs(time.as_secs().max(1)));
         self.line(&format!("time       about {}, after {} of preparation", rounded(training), rounded(preparation)));
-        self.line(&format!("memory     {} MiB at the most in that step", peak_memory >> 20));
+        let (step, saving) = (peak_memory >> 20, checkpoint >> 20);
+        self.line(&format!(
+            "memory     {step} MiB at the most in that step, and up to {saving} MiB more while a checkpoint is written"
+        ));
+        self.line(&format!("disk       {saving} MiB for each checkpoint"));
     }
 }
 
@@ -94,7 +102,11 @@ impl Audience for Bar {
         self.bar.finish_and_clear();
         match finished {
             Some(finished) => {
-                self.line(&format!("adapter  {}", finished.adapter.display()));
+                let what = match finished.kind {
+                    FinetuningType::Lora => "adapter",
+                    FinetuningType::Full => "model  ",
+                };
+                self.line(&format!("{what}  {}", finished.folder.display()));
                 self.line(&format!("report   {}", folder.join("report.html").display()));
                 if let Some((step, metric)) = outcome.best {
                     self.line(&format!("best     {metric:.4} at step {step}"));

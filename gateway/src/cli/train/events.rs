@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use tidemill_rlhf::job::{Finished, Job};
+use tidemill_rlhf::job::{FinetuningType, Finished, Job};
 use tidemill_rlhf::train::{Outcome, Progress, Stage};
 
 use super::{Audience, TrainCommandError};
@@ -60,14 +60,20 @@ impl Audience for Lines {
     fn ended(&mut self, _: &Path, outcome: &Outcome, finished: Option<&Finished>) {
         let best = outcome.best.map(|(step, metric)| json!({ "step": step, "metric": metric }));
         say(&match finished {
-            Some(Finished { adapter, digest }) => json!({
-                "event": "finished",
-                "steps": outcome.steps,
-                "tokens": outcome.tokens,
-                "best": best,
-                "adapter": adapter,
-                "digest": digest,
-            }),
+            Some(Finished { kind, folder, digest }) => {
+                let what = match kind {
+                    FinetuningType::Lora => "adapter",
+                    FinetuningType::Full => "model",
+                };
+                json!({
+                    "event": "finished",
+                    "steps": outcome.steps,
+                    "tokens": outcome.tokens,
+                    "best": best,
+                    what: folder,
+                    "digest": digest,
+                })
+            }
             None => json!({ "event": "stopped", "steps": outcome.steps, "tokens": outcome.tokens, "best": best }),
         });
     }

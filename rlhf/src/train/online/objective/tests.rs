@@ -143,3 +143,43 @@ fn what_was_clipped_is_counted_by_its_side() {
     }
     assert_eq!(told.range, (0.2, 0.3));
 }
+
+#[test]
+fn losses_and_gradients_are_those_of_trl() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/online.json");
+    let golden: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let lists = |value: &serde_json::Value| -> Vec<Vec<f64>> { serde_json::from_value(value.clone()).unwrap() };
+    let single = |values: &[f64]| values.iter().map(|value| *value as f32).collect::<Vec<f32>>();
+    let (old, reference) = (lists(&golden["old"]), lists(&golden["reference"]));
+    let advantages: Vec<f32> = serde_json::from_value(golden["advantages"].clone()).unwrap();
+    let rollouts: Vec<Rollout> = old
+        .iter()
+        .zip(&reference)
+        .zip(&advantages)
+        .map(|((old, reference), advantage)| Rollout {
+            tokens: vec![1; old.len()],
+            sampled: single(old),
+            ended: true,
+            advantage: vec![*advantage],
+            old: single(old),
+            reference: single(reference),
+            ..Rollout::default()
+        })
+        .collect();
+    let now = lists(&golden["now"]).concat();
+    let answers: Vec<&Rollout> = rollouts.iter().collect();
+    let totals = Totals { answers: rollouts.len() as f64, tokens: now.len() as f64 };
+    for case in golden["cases"].as_array().unwrap() {
+        let fields = &case["fields"];
+        let told = Reinforcement { correction: None, ..told(fields.clone()) };
+        let var = Var::from_vec(now.clone(), now.len(), &Device::Cpu).unwrap();
+        let seen = Seen { log_probs: var.as_tensor(), values: None, answers: &answers };
+        let found = loss(&told, &seen, totals, &mut Metrics::default()).unwrap();
+        let (value, expected) = (found.to_scalar::<f64>().unwrap(), case["loss"].as_f64().unwrap());
+        assert!((value - expected).abs() < 1e-9, "{fields}: {value}, not {expected}");
+        let gradient = found.backward().unwrap().get(&var).unwrap().to_vec1::<f64>().unwrap();
+        for (found, expected) in gradient.iter().zip(lists(&case["gradient"]).concat()) {
+            assert!((found - expected).abs() < 1e-9, "{fields}: {gradient:?}, not {}", case["gradient"]);
+        }
+    }
+}
