@@ -97,7 +97,6 @@ fn measure(arguments: &Arguments) -> Value {
         precision: if without("bf16") { Precision::F32 } else { Precision::Bf16 },
         frozen_gradients: without("frozen-weights"),
         recompute: arguments.recompute,
-        ..ModelOptions::default()
     };
     let lora = LoraConfig { r: 16, alpha: 32.0, dropout: 0.0, ..LoraConfig::default() };
     let model = Model::new(Arc::clone(&files), &lora, SEED, options).expect("a model");
