@@ -48,7 +48,7 @@ impl Projection {
     }
 
     /// The layer's tensor that it adapts.
-    pub(crate) const fn part(self) -> Part {
+    pub const fn part(self) -> Part {
         match self {
             Projection::Query => Part::Query,
             Projection::Key => Part::Key,

@@ -11,7 +11,7 @@ use tidemill_engine::{ModelConfig, ModelFiles, Part, Projection, Weight};
 use tidemill_kernels::train::{Attention, Block, Compute, Dropout, LowRank, Operand, Pieces, Product, Rotation, Span, View};
 use tidemill_kernels::{AttentionSpec, HeadShape, Store};
 
-use super::layer_weights::{LayerWeights, Norms, Trained, part_of};
+use super::layer_weights::{LayerWeights, Norms, Trained};
 use super::layout::{Group, GroupLayout, Slot};
 use super::whole::Whole;
 use super::workshop::{Buffer, Workshop};
@@ -292,7 +292,7 @@ impl<'a> Pass<'a> {
             return with(self, &[block]);
         }
         let (files, index) = (&self.op.files, self.op.weights.index);
-        let matrices = group.projections().iter().map(|projection| files.matrix(Weight::Layer(index, part_of(*projection))));
+        let matrices = group.projections().iter().map(|projection| files.matrix(Weight::Layer(index, projection.part())));
         let matrices = matrices.collect::<Result<Vec<_>, _>>()?;
         let blocks: Vec<Block<'_>> = matrices.iter().map(|matrix| Block::Weight(matrix.source())).collect();
         with(self, &blocks)

@@ -29,7 +29,7 @@ impl LayerWeights {
         };
         // Every matrix is looked up once here, so that a file that lacks one is refused before training starts.
         for projection in Projection::ALL {
-            files.matrix(Weight::Layer(index, part_of(projection)))?;
+            files.matrix(Weight::Layer(index, projection.part()))?;
         }
         Ok(Self {
             index,
@@ -63,18 +63,6 @@ impl LayerWeights {
                 }
             }
         }
-    }
-}
-
-pub(super) const fn part_of(projection: Projection) -> Part {
-    match projection {
-        Projection::Query => Part::Query,
-        Projection::Key => Part::Key,
-        Projection::Value => Part::Value,
-        Projection::AttentionOutput => Part::AttentionOutput,
-        Projection::Gate => Part::Gate,
-        Projection::Up => Part::Up,
-        Projection::Down => Part::Down,
     }
 }
 

@@ -7,7 +7,6 @@ use tidemill_engine::{FileMatrix, ModelConfig, ModelFiles, Part, Weight};
 use tidemill_kernels::blocks;
 
 use super::ModelError;
-use super::layer_weights::part_of;
 use super::layout::Group;
 
 /// The layout of a layer's two parameters.
@@ -87,11 +86,11 @@ impl Whole {
 
     /// Where one matrix lies in the first parameter.
     pub fn matrix(&self, config: &ModelConfig, part: Part) -> Option<Range<usize>> {
-        let group = Group::ALL.into_iter().find(|group| group.projections().iter().any(|own| part_of(*own) == part))?;
+        let group = Group::ALL.into_iter().find(|group| group.projections().iter().any(|own| own.part() == part))?;
         let mut first = self.matrices[group as usize].start;
         for projection in group.projections() {
             let (n, k) = projection.shape(config);
-            if part_of(*projection) == part {
+            if projection.part() == part {
                 return Some(first..first + n * k);
             }
             first += n * k;
@@ -103,7 +102,7 @@ impl Whole {
     pub fn read(&self, files: &ModelFiles, index: usize) -> Result<(Vec<f32>, Vec<f32>), ModelError> {
         let mut matrices = Vec::with_capacity(self.matrices_len());
         for projection in Group::ALL.iter().flat_map(|group| group.projections()) {
-            append(&files.matrix(Weight::Layer(index, part_of(*projection)))?, &mut matrices)?;
+            append(&files.matrix(Weight::Layer(index, projection.part()))?, &mut matrices)?;
         }
         let mut vectors = Vec::with_capacity(self.vectors_len());
         for (part, _) in &self.vectors {
@@ -144,7 +143,7 @@ mod tests {
             assert_eq!((matrices.len(), vectors.len()), (whole.matrices_len(), whole.vectors_len()), "{family}");
             let mut seen = 0;
             for projection in Projection::ALL {
-                let part = part_of(projection);
+                let part = projection.part();
                 let range = whole.matrix(config, part).unwrap();
                 let mut own = Vec::new();
                 append(&files.matrix(Weight::Layer(1, part)).unwrap(), &mut own).unwrap();
