@@ -14,6 +14,8 @@ BIN    := $(TARGET)/release/tidemill
 # What the tests start: built with checks of overflow and of our own invariants, and only once for all tests.
 TEST_BIN := $(TARGET)/debug/tidemill
 ARGS   ?=
+# Processes that share the files of end-to-end tests: much of their time is waiting.
+E2E_WORKERS ?= 2
 
 VENV       := $(CACHE)/test-venv
 NODE       := $(CACHE)/node
@@ -52,7 +54,7 @@ test-e2e: $(TEST_MODEL) $(VENV)/ready $(NODE)/ready chromium $(LABEL_STUDIO)/rea
 	TIDEMILL_BIN=$(TEST_BIN) TIDEMILL_TEST_MODEL=$(TEST_MODEL) \
 	TIDEMILL_LABEL_STUDIO=$(LABEL_STUDIO)/bin/label-studio TIDEMILL_ARGILLA_PYTHON=$(ARGILLA)/bin/python \
 	TIDEMILL_NODE_MODULES=$(NODE)/node_modules \
-	$(VENV)/bin/python -m pytest tests/e2e -q
+	$(VENV)/bin/python -m pytest tests/e2e -q -n $(E2E_WORKERS) --dist loadfile --no-loadscope-reorder
 
 $(TEST_MODEL): | test-build
 	$(TEST_BIN) pull --data $(TEST_DATA)

@@ -182,9 +182,7 @@ impl Core {
             if self.status.cancel_all.swap(false, Ordering::AcqRel) {
                 self.cancel_all();
             }
-            for slot in lock(&self.status.adapters).freed() {
-                self.model.unload_adapter(slot);
-            }
+            self.free_adapters();
             let idle = self.scheduler.requests() == 0;
             let draining = self.status.draining.load(Ordering::Acquire);
             match self.next_command(idle && !draining) {
@@ -215,9 +213,23 @@ impl Core {
         }
     }
 
+    /// Takes back the places of adapters that nobody uses any more.
+    fn free_adapters(&mut self) {
+        for slot in lock(&self.status.adapters).freed() {
+            self.model.unload_adapter(slot);
+        }
+    }
+
     /// Between two steps. What the adapter replaces stays as long as a request uses it.
     fn load_adapter(&mut self, loading: Loading) {
         let Loading { adapter, description, outcome } = loading;
+        // Nobody wakes an engine that waits for work when the last one lets go of an adapter.
+        self.free_adapters();
+        let revived = lock(&self.status.adapters).revive(&description);
+        if let Some(done) = revived.transpose() {
+            outcome.try_send(done).ok();
+            return;
+        }
         let placed = lock(&self.status.adapters).place(&description);
         let loaded = placed.and_then(|slot| {
             self.model.load_adapter(slot, &adapter)?;

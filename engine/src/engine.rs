@@ -299,6 +299,10 @@ impl Engine {
         let (outcome, answer) = flume::bounded(1);
         let loading = Box::new(Loading { adapter, description, outcome });
         inner.commands.send(Command::Load(loading)).map_err(|_| AdapterRefused::Stopped)?;
+        // An engine that stopped meanwhile emptied its inbox before this came; nobody would ever answer.
+        if matches!(self.health(), Health::Stopped(_)) {
+            return Err(AdapterRefused::Stopped);
+        }
         answer.recv().map_err(|_| AdapterRefused::Stopped)?
     }
 

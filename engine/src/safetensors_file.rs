@@ -41,6 +41,7 @@ fn header(path: &Path, bytes: &[u8]) -> Result<HashMap<String, Placement>, LoadE
     let start = 8 + len;
 
     let mut tensors = HashMap::with_capacity(entries.len());
+    let mut described = 0_usize;
     for (name, entry) in entries {
         let (dtype, shape, (begin, end)) = match entry {
             Entry::Tensor { dtype, shape, data_offsets } => (dtype, shape, data_offsets),
@@ -65,7 +66,15 @@ fn header(path: &Path, bytes: &[u8]) -> Result<HashMap<String, Placement>, LoadE
             let detail = format!("has {} bytes, which is not what shape {shape:?} takes", end - begin);
             return Err(LoadError::corrupt(path, name, detail));
         }
+        described = described.saturating_add(end - begin);
         tensors.insert(name, Placement { shape, format, bytes: start + begin..start + end });
+    }
+    // The format has no two tensors share bytes. A small file could otherwise be as much to read as its header cares to say.
+    if described > data.len() {
+        return Err(corrupt(format!(
+            "describes {described} bytes of tensors where {} are: they lie over one another",
+            data.len()
+        )));
     }
     Ok(tensors)
 }

@@ -264,6 +264,20 @@ fn an_unloaded_adapter_finishes_what_it_began_and_is_gone() {
 }
 
 #[test]
+fn the_place_of_what_was_replaced_is_free_when_the_last_one_lets_go_of_it() {
+    let engine = engine(1);
+    for golden in ["all", "some", "patterns", "all"] {
+        let before = engine.adapter("a");
+        load_named(&engine, "a", golden).unwrap();
+        // Time to fall asleep: nothing wakes an engine without requests when this is dropped.
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        drop(before);
+    }
+    let wanted = expected(&goldens("llama/adapters/all"));
+    assert_eq!(answer(&engine, request(&wanted.prompt, engine.adapter("a"))).0, wanted.greedy);
+}
+
+#[test]
 fn a_wrong_adapter_is_refused_with_the_reason_and_nothing_changes() {
     let engine = engine(4);
     load_named(&engine, "good", "all").unwrap();

@@ -3,21 +3,21 @@
 //! Every second, and after every change that this server makes, what is in the engines is compared with the store: what is missing is
 //! loaded, then the names of a base model are replaced all at once, then what is not needed any more is unloaded. So a name leads to the
 //! old adapter or to the new one at every moment, and requests that have begun finish on theirs. An adapter that cannot be loaded is
-//! reported and tried again; it keeps nothing else from being served.
+//! reported and tried again; it keeps nothing else from being served, and its name leads to the generation before until it can.
 //!
 //! What fine-tuning jobs made may be more than the engine has places for. Such an adapter is there on demand: it has a place while there
 //! is one, gives way to another that is asked for, and is loaded again when somebody asks for it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tidemill_engine::{AdapterGeneration, AdapterLease, AdapterRefused, Engine, ModelFiles};
 use tidemill_rlhf::registry::{Base, Registry, check_base};
-use tidemill_store::{DataDir, ServedAdapter, Store, StoreError};
+use tidemill_store::{AdapterState, DataDir, ServedAdapter, Store, StoreError};
 use uuid::Uuid;
 
-use crate::upstream::{self, AdapterNames, LocalModel, OnDemand};
+use crate::upstream::{self, AdapterNames, LocalModel, Names, OnDemand};
 
 /// How often the store is looked at.
 const EVERY: Duration = Duration::from_secs(1);
@@ -45,7 +45,9 @@ struct Inner {
 struct Held {
     /// For good.
     pinned: HashMap<Uuid, AdapterLease>,
-    /// On demand, by the name in the engine, which may have given some of them up.
+    /// Those of them that were replaced by a newer generation of their name, which could not be loaded yet.
+    standing_in: HashSet<Uuid>,
+    /// Offered on demand, by the name in the engine, which may have given some of them up.
     on_demand: BTreeSet<String>,
 }
 
@@ -140,90 +142,126 @@ impl AdapterKeeper {
     async fn update(&self, model: &LocalModel, served: &[ServedAdapter], wished: &BTreeSet<String>, held: &mut Held) {
         let (base, engine) = (model.name(), model.engine());
         let own = served.iter().filter(|adapter| adapter.base == base);
-        let (on_demand, wanted): (Vec<_>, Vec<_>) = own.partition(|adapter| name_on_demand(adapter).is_some());
+        let (on_demand, wanted): (Vec<_>, Vec<_>) = own.partition(|adapter| is_on_demand(adapter));
         let loaded = &mut held.pinned;
         let is_wanted = |id: &Uuid| wanted.iter().any(|adapter| adapter.id == *id);
-        let leaving: Vec<AdapterLease> = loaded.extract_if(|id, _| !is_wanted(id)).map(|(_, lease)| lease).collect();
+        let mut leaving: HashMap<Uuid, AdapterLease> = loaded.extract_if(|id, _| !is_wanted(id)).collect();
         // Before the new ones come: theirs may be the places that are needed.
-        for lease in &leaving {
+        for lease in leaving.values() {
             engine.pin_adapter(lease.name(), false).ok();
         }
+        // A place that was freed may be what was missing.
+        let room = leaving.keys().any(|id| !held.standing_in.contains(id));
         for adapter in &wanted {
             if !loaded.contains_key(&adapter.id)
-                // A place that was freed may be what was missing.
-                && (!leaving.is_empty() || self.is_due(adapter.id))
-                && let Some(lease) = self.load(model, adapter).await
+                && (room || self.is_due(adapter.id))
+                && let Some(lease) = self.load(model, adapter, true).await
             {
                 loaded.insert(adapter.id, lease);
             }
         }
-        let before = self.0.models.adapter_names(base);
-        let names = AdapterNames::new(&wanted, loaded, &before);
-        if !names.same_as(&before) {
-            self.0.models.name_adapters(base, names);
+        held.standing_in = self.stand_ins(&wanted, loaded, &self.0.models.adapter_names(base).registered, &leaving).await;
+        for (id, lease) in leaving.extract_if(|id, _| held.standing_in.contains(id)) {
+            engine.pin_adapter(lease.name(), true).ok();
+            loaded.insert(id, lease);
         }
-        for lease in leaving {
+        self.fill(model, &on_demand, wished).await;
+        self.publish(base, &wanted, loaded, &on_demand);
+        let offered: BTreeSet<String> = on_demand.iter().map(|adapter| reference(adapter)).collect();
+        let is_needed = |name: &String| offered.contains(name) || loaded.values().any(|lease| lease.name() == name);
+        let before = leaving.values().map(|lease| lease.name().to_owned()).chain(std::mem::take(&mut held.on_demand));
+        let gone: Vec<String> = before.filter(|name| !is_needed(name)).collect();
+        for name in &gone {
             // Where room was needed, it is gone already.
-            engine.unload_adapter(lease.name()).ok();
-            tracing::info!(adapter = lease.name(), model = base, "an adapter is no longer served");
+            engine.unload_adapter(name).ok();
+            tracing::info!(adapter = name, model = base, "an adapter is no longer served");
         }
-        self.offer(model, &on_demand, wished, &mut held.on_demand).await;
+        held.on_demand = offered;
+        if !gone.is_empty() {
+            self.fill(model, &on_demand, &BTreeSet::new()).await;
+            self.publish(base, &wanted, loaded, &on_demand);
+        }
     }
 
-    /// Loads what was wished for and what there is room for, the newest first, and takes away what is not served any more.
-    async fn offer(&self, model: &LocalModel, served: &[&ServedAdapter], wished: &BTreeSet<String>, held: &mut BTreeSet<String>) {
-        let (base, engine) = (model.name(), model.engine());
-        let is_served = |name: &str| served.iter().any(|adapter| name_on_demand(adapter) == Some(name));
-        for gone in held.extract_if(.., |name| !is_served(name)) {
-            // It may have given way already.
-            engine.unload_adapter(&gone).ok();
-            tracing::info!(adapter = gone, model = base, "an adapter is no longer served");
-        }
-        let mut offered = BTreeMap::new();
-        for adapter in served.iter().rev() {
-            let Some(name) = name_on_demand(adapter) else { continue };
-            let there = engine.adapters().iter().any(|loaded| loaded.name() == name);
-            let room = || engine.adapters().len() < engine.options().max_adapters;
-            if !there && self.is_due(adapter.id) && (wished.contains(name) || room()) {
-                let lease = self.load_as(model, adapter, name, false).await;
-                let generation = AdapterGeneration(adapter.generation);
-                if lease.as_ref().is_some_and(|lease| lease.generation() != generation) {
-                    // Its name promises nothing to the engine, which therefore took whatever lies there.
-                    engine.unload_adapter(name).ok();
-                    self.refuse(adapter, name, "its files were changed; restore them".to_owned(), AGAIN);
-                } else if lease.is_some() {
-                    held.insert(name.to_owned());
-                } else if self.is_due(adapter.id) {
-                    // What is in its way will be gone in a moment.
-                    self.0.models.wish(name);
+    /// Of those that leave, what stands in for a newer generation of its name that is wanted and could not be loaded: what the name led to
+    /// so far, unless it must not be served any more.
+    async fn stand_ins(
+        &self,
+        wanted: &[&ServedAdapter],
+        loaded: &HashMap<Uuid, AdapterLease>,
+        before: &AdapterNames<AdapterLease>,
+        leaving: &HashMap<Uuid, AdapterLease>,
+    ) -> HashSet<Uuid> {
+        let mut standing_in = HashSet::new();
+        for adapter in wanted.iter().filter(|adapter| !loaded.contains_key(&adapter.id)) {
+            let Some(id) = before.id_of(&adapter.name).filter(|id| leaving.contains_key(id)) else { continue };
+            match self.0.registry.get(&id.to_string()).await {
+                Ok(old) if old.state == AdapterState::Retired => {
+                    standing_in.insert(id);
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::warn!(%error, adapter = adapter.name, "cannot see whether an older generation may be served")
                 }
             }
-            let entry = OnDemand {
-                in_engine: name.to_owned(),
+        }
+        standing_in
+    }
+
+    /// Loads what was wished for and what there is room for, the newest first.
+    async fn fill(&self, model: &LocalModel, on_demand: &[&ServedAdapter], wished: &BTreeSet<String>) {
+        let engine = model.engine();
+        for adapter in on_demand.iter().rev() {
+            let name = reference(adapter);
+            let all = engine.adapters();
+            let room = all.len() < engine.options().max_adapters;
+            let there = all.iter().any(|loaded| loaded.name() == name);
+            if there || !self.is_due(adapter.id) || !(room || wished.contains(&name)) {
+                continue;
+            }
+            if self.load(model, adapter, false).await.is_none() && self.is_due(adapter.id) {
+                // What is in its way will be gone in a moment.
+                self.0.models.wish(&name);
+            }
+        }
+    }
+
+    /// Puts the names of a base model's adapters in the place of those that it had.
+    fn publish(&self, base: &str, wanted: &[&ServedAdapter], loaded: &HashMap<Uuid, AdapterLease>, on_demand: &[&ServedAdapter]) {
+        let before = self.0.models.adapter_names(base);
+        let names =
+            Names { registered: AdapterNames::new(wanted, loaded, &before.registered), on_demand: self.offers(on_demand) };
+        if !(names.registered.same_as(&before.registered) && names.on_demand == before.on_demand) {
+            self.0.models.name_adapters(base, names);
+        }
+    }
+
+    /// What is there on demand, by the names that lead to it.
+    fn offers(&self, on_demand: &[&ServedAdapter]) -> BTreeMap<String, OnDemand> {
+        let mut offers = BTreeMap::new();
+        for adapter in on_demand.iter().rev() {
+            let offer = OnDemand {
+                in_engine: reference(adapter),
                 generation: AdapterGeneration(adapter.generation),
                 created: seconds(adapter),
                 listed: true,
                 // One that is tried again at once is on its way.
                 problem: self.problem(adapter.id).filter(|_| !self.is_due(adapter.id)),
             };
-            for other in [adapter.name.clone(), reference(adapter)].into_iter().chain(adapter.aliases.iter().cloned()) {
-                let listed = adapter.aliases.contains(&other);
+            for name in [adapter.name.clone(), reference(adapter)].into_iter().chain(adapter.aliases.iter().cloned()) {
+                let listed = adapter.aliases.contains(&name);
                 // The newest generation has the name.
-                offered.entry(other).or_insert_with(|| OnDemand { listed, ..entry.clone() });
+                offers.entry(name).or_insert_with(|| OnDemand { listed, ..offer.clone() });
             }
         }
-        if *self.0.models.offered(base) != offered {
-            self.0.models.offer(base, offered);
-        }
+        offers
     }
 
-    async fn load(&self, model: &LocalModel, adapter: &ServedAdapter) -> Option<AdapterLease> {
-        self.load_as(model, adapter, &reference(adapter), true).await
-    }
-
-    async fn load_as(&self, model: &LocalModel, adapter: &ServedAdapter, name: &str, pinned: bool) -> Option<AdapterLease> {
-        let loaded = match self.fits(model, name, adapter).await {
-            Ok(()) => self.read(model.engine(), name, adapter, pinned).await,
+    /// Into the engine, under the name that promises its contents; `None` and a problem when that did not work.
+    async fn load(&self, model: &LocalModel, adapter: &ServedAdapter, pinned: bool) -> Option<AdapterLease> {
+        let name = reference(adapter);
+        let loaded = match self.fits(model, &name, adapter).await {
+            Ok(()) => self.read(model.engine(), &name, adapter, pinned).await,
             Err(why) => Err((why, AGAIN)),
         };
         let (message, wait) = match loaded {
@@ -234,7 +272,7 @@ impl AdapterKeeper {
             }
             Err(problem) => problem,
         };
-        self.refuse(adapter, name, message, wait);
+        self.refuse(adapter, &name, message, wait);
         None
     }
 
@@ -298,11 +336,9 @@ fn seconds(adapter: &ServedAdapter) -> u64 {
     u64::try_from(adapter.created / 1_000_000).unwrap_or_default()
 }
 
-/// What the engine calls an adapter that nothing but a fine-tuning job's name leads to; none for one that somebody gave another name and
-/// so wants there at any time.
-fn name_on_demand(adapter: &ServedAdapter) -> Option<&str> {
-    let first = adapter.aliases.first()?;
-    adapter.aliases.iter().all(|alias| alias.starts_with(FINE_TUNED)).then_some(first)
+/// Whether nothing but a fine-tuning job's name leads to it. One that somebody gave another name is wanted there at any time.
+fn is_on_demand(adapter: &ServedAdapter) -> bool {
+    !adapter.aliases.is_empty() && adapter.aliases.iter().all(|alias| alias.starts_with(FINE_TUNED))
 }
 
 #[cfg(test)]
@@ -321,9 +357,8 @@ mod tests {
             location: String::new(),
             aliases: aliases.iter().map(|alias| (*alias).to_owned()).collect(),
         };
-        assert_eq!(name_on_demand(&adapter(&["ft:b::1"])), Some("ft:b::1"));
-        assert_eq!(name_on_demand(&adapter(&["champion", "ft:b::1"])), None);
-        assert_eq!(name_on_demand(&adapter(&[])), None);
+        assert!(is_on_demand(&adapter(&["ft:b::1"])));
+        assert!(!is_on_demand(&adapter(&["champion", "ft:b::1"])) && !is_on_demand(&adapter(&[])));
         assert_eq!((reference(&adapter(&[])), seconds(&adapter(&[]))), ("ft-1@0000000000000001".to_owned(), 2));
     }
 }

@@ -6,10 +6,11 @@ mod support;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use axum::Router;
 use axum::body::Body;
-use hyper::Request;
+use hyper::{Request, StatusCode};
 use serde_json::{Value, json};
 use support::{Reply, Setup, send};
 use tempfile::TempDir;
@@ -184,6 +185,74 @@ async fn places_are_taken_over_and_names_of_loaded_adapters_are_kept_apart() {
 }
 
 #[tokio::test]
+async fn a_name_leads_to_the_generation_before_until_the_new_one_can_be_loaded() {
+    let server = Server::new();
+    let registry = server.app.adapters.registry().clone();
+    let old = server.register("a", "some").await;
+    server.change("a", "serve").await;
+    assert_eq!(server.answer("a").await, greedy("some"));
+    // Of other weights, as after the base was replaced.
+    let base = Base { hash: Some("f".repeat(64)), ..Base::named("tiny") };
+    let new = registry.register(&golden("adapters/all"), Lineage::new("a", base)).await.unwrap();
+    let served = server.change(&new.reference(), "serve").await.json();
+    assert!(served["problem"].as_str().unwrap().contains("other weights"), "{served}");
+    for _ in 0..2 {
+        assert_eq!(server.answer("a").await, greedy("some"), "requests go on");
+        server.app.adapters.follow().await.unwrap();
+    }
+    let whole = format!("a@{}", old["generation"].as_str().unwrap());
+    assert_eq!((server.answer(&whole).await, server.models().await), (json!(404), vec!["tiny".to_owned(), "a".to_owned()]));
+    // The place is needed by nobody else, and is kept while others come.
+    for (name, adapter) in [("b", "all"), ("c", "patterns")] {
+        server.register(name, adapter).await;
+        assert_eq!(server.change(name, "serve").await.json()["problem"], Value::Null);
+    }
+    assert_eq!(server.answer("a").await, greedy("some"));
+    // What must not be served is not, whatever the name leads to then.
+    assert_eq!(server.change(&whole, "revoke").await.json()["state"], "revoked");
+    assert_eq!(server.answer("a").await, 404);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_name_that_only_a_job_gave_leads_somewhere_at_every_moment() {
+    let server = Server::new();
+    server.register("ft-1", "all").await;
+    server.change("ft-1", "serve").await;
+    let name = "ft:tiny::1";
+    assert_eq!(server.alias(name, "ft-1").await.status, 200);
+    assert_eq!(server.answer(name).await, greedy("all"));
+    let (registry, stop) = (Arc::clone(&server.app.registry), Arc::new(AtomicBool::new(false)));
+    let stopped = Arc::clone(&stop);
+    let asking = std::thread::spawn(move || {
+        let (mut asked, mut lost) = (0, 0);
+        while !stopped.load(Ordering::Relaxed) {
+            asked += 1;
+            // One that is being loaded is asked for again.
+            lost += usize::from(registry.find(Some(name)).is_err_and(|error| error.status != StatusCode::SERVICE_UNAVAILABLE));
+        }
+        (asked, lost)
+    });
+    for _ in 0..20 {
+        // There at any time, and on demand again.
+        assert_eq!(server.alias("champion", "ft-1").await.status, 200);
+        assert_eq!(server.call("DELETE", "/v1/adapter_aliases/champion", Value::Null).await.status, 200);
+    }
+    stop.store(true, Ordering::Relaxed);
+    let (asked, lost) = asking.join().unwrap();
+    assert_eq!(lost, 0, "of {asked}");
+    assert_eq!(server.answer(name).await, greedy("all"));
+    // It is one adapter, whatever leads to it: in records, too.
+    let variant = || server.app.registry.find_local(Some(name)).unwrap().variant();
+    assert_eq!(variant().as_deref(), Some("tiny:ft-1"));
+    server.alias("champion", "ft-1").await;
+    assert_eq!(variant().as_deref(), Some("tiny:ft-1"));
+    let model = server.app.registry.find_local_base(None).unwrap();
+    assert_eq!(model.engine().adapters().len(), 1);
+    let shadow = json!({"lora_name": name, "lora_path": golden("adapters/some"), "load_inplace": true});
+    assert_eq!(server.call("POST", "/v1/load_lora_adapter", shadow).await.status, 400);
+}
+
+#[tokio::test]
 async fn a_damaged_adapter_keeps_nothing_else_from_being_served() {
     let server = Server::new();
     let (good, bad) = (server.register("good", "some").await, server.register("bad", "all").await);
@@ -246,6 +315,15 @@ async fn training_keys_look_and_administrators_change() {
             assert_eq!(server.call("GET", path, Value::Null).await.status, look, "{path}");
         }
         assert_eq!(server.change("a", "serve").await.status, change);
+    }
+    // What a job of somebody else's trained by is for those who see the job.
+    let of_job =
+        Lineage { job: Some(format!("ftjob-{}", server.app.store.issue_id())), ..Lineage::new("j", Base::named("tiny")) };
+    server.app.adapters.registry().register(&golden("adapters/some"), of_job).await.unwrap();
+    for (secret, name, whole) in [(&secrets[1], "a", true), (&secrets[1], "j", false), (&secrets[2], "j", true)] {
+        server.key = Some(secret.clone());
+        let shown = server.call("GET", &format!("/v1/adapters/{name}"), Value::Null).await.json();
+        assert_eq!(shown["lineage"].is_object(), whole, "{shown}");
     }
     assert_eq!(server.alias("x@1", "a").await.error().1.as_deref(), Some("alias"));
     assert_eq!(server.alias("org/best:1", "a").await.status, 200);

@@ -21,7 +21,7 @@ use tidemill::graders::{Desk, DeskOracle};
 use tidemill::http::inside::Inside;
 use tidemill::http::{App, router};
 use tidemill_rlhf::reward::grader::{Oracle, Question, Role};
-use tidemill_store::{AdapterFilter, AdapterState, FileDraft};
+use tidemill_store::{AdapterFilter, AdapterState, FileDraft, FineTuningState, Viewer};
 
 const JOBS: &str = "/v1/fine_tuning/jobs";
 const CHAT: &str = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#;
@@ -251,6 +251,64 @@ while :; do sleep 0.05; done"#;
 }
 
 #[tokio::test]
+async fn a_server_that_is_started_often_does_not_fail_a_training_that_needs_long_for_its_first_step() {
+    let script = r#"
+trap 'exit 75' TERM
+echo run >> "$3/runs"
+while :; do sleep 0.05; done"#;
+    let (app, router, _folder) = start(script);
+    let id = make(&app, &router).await;
+    let runs = app.fine_tuning.options().root.join(id.strip_prefix("ftjob-").unwrap()).join("runs");
+    let mut server = app.fine_tuning.clone();
+    for started in 1..=6 {
+        let begin = Instant::now();
+        while std::fs::read_to_string(&runs).map_or(0, |text| text.lines().count()) < started {
+            assert!(begin.elapsed() < Duration::from_secs(60), "{}", settled(&router, &id, |_| true).await);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        server.close().await;
+        server = tidemill::fine_tuning::FineTuning::new(&app.store, app.fine_tuning.options().clone());
+        tokio::spawn(server.clone().run(app.clone()));
+    }
+    assert_eq!(settled(&router, &id, |_| true).await["status"], "running");
+    server.close().await;
+}
+
+#[tokio::test]
+async fn a_job_that_is_cancelled_while_its_training_dies_leaves_nothing() {
+    let (app, router, _folder) = start(r#"while [ ! -e "$3/go" ]; do sleep 0.05; done; kill -9 $$"#);
+    let id = make(&app, &router).await;
+    settled(&router, &id, |job| job["status"] == "running").await;
+    let folder = app.fine_tuning.options().root.join(id.strip_prefix("ftjob-").unwrap());
+    std::fs::write(folder.join("go"), "").unwrap();
+    post(&router, &format!("{JOBS}/{id}/cancel"), json!({})).await.json();
+    let begin = Instant::now();
+    while folder.exists() {
+        assert!(begin.elapsed() < Duration::from_secs(60));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    app.fine_tuning.close().await;
+}
+
+#[tokio::test]
+async fn a_process_that_cannot_be_started_is_no_training_that_took_no_step() {
+    let (app, router, folder) = start("exit 0");
+    std::fs::remove_file(folder.path().join("program")).unwrap();
+    let id = make(&app, &router).await;
+    let row = id.strip_prefix("ftjob-").unwrap().parse().unwrap();
+    let begin = Instant::now();
+    loop {
+        let job = app.fine_tuning.rows().find(row, &Viewer::Anyone).await.unwrap().unwrap();
+        if (job.state, job.attempts) == (FineTuningState::Running, 0) {
+            break;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(60), "{job:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    app.fine_tuning.close().await;
+}
+
+#[tokio::test]
 async fn only_so_many_jobs_may_be_open_and_files_that_are_looked_through_stay() {
     let app = Setup::default().app();
     let router = router(app.clone());
@@ -301,6 +359,19 @@ async fn graders_are_looked_through_and_tried_out() {
         let (got, named, _) = post(&router, &format!("{GRADERS}/{path}"), body.clone()).await.error();
         assert_eq!((got, named.as_deref()), (status, Some(param)), "{body}");
     }
+}
+
+#[tokio::test]
+async fn more_gradings_than_the_server_has_threads_for_are_told_to_come_again() {
+    let app = Setup { pace: Duration::from_millis(300), ..Setup::script(says("{\"result\": 0.5}")) }.app();
+    let router = router(app);
+    let run = json!({"grader": judge(), "model_sample": "x"});
+    let ask = || post(&router, "/v1/fine_tuning/alpha/graders/run", run.clone());
+    let replies = futures_util::future::join_all((0..20).map(|_| ask())).await;
+    let full: Vec<_> = replies.iter().filter(|reply| reply.status == 503).collect();
+    assert_eq!((full.len(), full[0].error().2.as_deref()), (4, Some("graders_full")));
+    assert!(replies.iter().all(|reply| reply.status == 503 || reply.json()["reward"] == 0.5));
+    assert_eq!(ask().await.json()["reward"], 0.5);
 }
 
 #[tokio::test]

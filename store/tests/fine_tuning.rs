@@ -58,6 +58,8 @@ fn a_job_goes_its_way_and_tells_of_it_in_order() {
         assert!(files.delete(&file).await.unwrap());
         assert_eq!(rows.begin(id, 1, &[], 7).await.unwrap(), Some(1));
         assert_eq!(rows.begin(id, 1, &[], 7).await.unwrap(), Some(2));
+        assert!(rows.forgive(id, 7).await.unwrap());
+        assert_eq!(rows.begin(id, 1, &[], 7).await.unwrap(), Some(1));
         let heard = Heard {
             read_bytes: 100,
             step: 2,

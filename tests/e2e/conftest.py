@@ -27,6 +27,15 @@ def pytest_configure():
             pytest.exit(f"{variable} must name a file (run `make test-e2e`)", returncode=2)
 
 
+# Those that take longest, the longest first: where several processes share the files, none of them is left with one of these at the end.
+LONG = ["fine_tuning", "openapi", "keys", "training", "durability", "labeling", "label_studio", "demos", "network", "reinforcement"]
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
 def golden(path: str) -> dict:
     return json.loads((GOLDENS / path).read_text(encoding="utf-8"))
 

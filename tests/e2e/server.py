@@ -33,12 +33,19 @@ PORTS = "18000-30999"
 _tried = itertools.count(os.getpid())
 
 
+def own_ports() -> range:
+    """The ports of this process: where several run tests at once, no two ask for the same one before their servers have them."""
+    first, last = (int(port) for port in os.environ.get("TIDEMILL_TEST_PORTS", PORTS).split("-"))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    share = (last + 1 - first) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return range(first + worker * share, first + (worker + 1) * share)
+
+
 def free_port() -> int:
     """A port that nobody listens on; from TIDEMILL_TEST_PORTS (such as 18300-18399) where that is set. The next time another one."""
-    allowed = os.environ.get("TIDEMILL_TEST_PORTS", PORTS)
-    first, last = (int(port) for port in allowed.split("-"))
-    for _ in range(first, last + 1):
-        candidate = first + next(_tried) % (last + 1 - first)
+    allowed = own_ports()
+    for _ in allowed:
+        candidate = allowed[next(_tried) % len(allowed)]
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

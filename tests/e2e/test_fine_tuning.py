@@ -365,6 +365,8 @@ def test_jobs_take_turns_and_are_paused_resumed_and_cancelled(start):
     measured = server.metrics()
     assert measured["tidemill:training_step"] > 5 and measured["tidemill:training_loss"] > 0 and "tidemill:training_grad_norm" in measured
     assert (own(client, second.id)["state"], len(trainings(server))) == ("queued", 1)
+    # It gets no setting of the server's, as the database's address could be one.
+    assert b"TIDEMILL" not in open(f"/proc/{process_of(server, first.id)}/environ", "rb").read()
     assert os.getpriority(os.PRIO_PROCESS, process_of(server, first.id)) == os.getpriority(os.PRIO_PROCESS, server.process.pid) + 10
 
     # Another one has its turn while the first stands still.

@@ -9,6 +9,9 @@ use super::error::AdapterError;
 use super::modules::{Modules, Names, ending, first, whole};
 use super::projection::Projection;
 
+/// Most entries of `rank_pattern` and of `alpha_pattern`.
+const MAX_PATTERNS: usize = 4096;
+
 /// How an adapter was made. [`LoraConfig::default`] is rank 16, alpha 32, dropout 0.05 on every matrix.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraConfig {
@@ -182,6 +185,10 @@ impl Reader<'_> {
             Some(Value::Object(entries)) => entries,
             Some(other) => return Err(AdapterError::config(self.path, field, format!("is {other}, but should be an object"))),
         };
+        if entries.len() > MAX_PATTERNS {
+            let detail = format!("has {} entries, more than {MAX_PATTERNS}", entries.len());
+            return Err(AdapterError::config(self.path, field, detail));
+        }
         let entry = |(key, value): (String, Value)| {
             let bad = |detail: String| AdapterError::config(self.path, format!("{field}.{key}"), detail);
             let number = read(&value).ok_or_else(|| bad(format!("{value} is out of range")))?;

@@ -151,8 +151,12 @@ impl Adapter {
                     return Err(AdapterError::tensor(name, detail));
                 }
             }
-            if !scale.is_finite() {
-                return Err(AdapterError::tensor(name, format!("the scale is {scale}")));
+            let largest = b.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+            if !(scale * largest).is_finite() {
+                let name = tensor_name(*layer, *projection, Factor::B);
+                let detail =
+                    format!("its largest number {largest} times the scale {scale} is beyond what f32 holds; see its lora_alpha");
+                return Err(AdapterError::tensor(name, detail));
             }
         }
         let Some(modules) = &self.extra.modules else { return Ok(()) };

@@ -1,7 +1,7 @@
 //! Which modules of a model an adapter's configuration means: PEFT's rules for `target_modules`, `exclude_modules`,
 //! `layers_to_transform` and the patterns of ranks and alphas.
 
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 
 use super::projection::Projection;
 
@@ -54,14 +54,21 @@ fn ends_with(module: &str, name: &str) -> bool {
     module == name || module.strip_suffix(name).is_some_and(|before| before.ends_with('.'))
 }
 
+/// Most bytes of a compiled pattern: far more than names of modules need, and no file can ask for all memory.
+const MAX_COMPILED: usize = 1 << 18;
+
 /// A regular expression that must match a whole name.
 pub(super) fn whole(pattern: &str) -> Result<Regex, regex::Error> {
-    Regex::new(&format!("^(?:{pattern})$"))
+    compiled(&format!("^(?:{pattern})$"))
 }
 
 /// A key of `rank_pattern` or `alpha_pattern`: matches a name, or the end of it after a dot.
 pub(super) fn ending(pattern: &str) -> Result<Regex, regex::Error> {
-    Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"))
+    compiled(&format!(r"^(?:.*\.)?(?:{pattern})$"))
+}
+
+fn compiled(pattern: &str) -> Result<Regex, regex::Error> {
+    RegexBuilder::new(pattern).size_limit(MAX_COMPILED).build()
 }
 
 /// The value of the first pattern that matches.
@@ -105,5 +112,8 @@ mod tests {
         assert_eq!(first(&patterns, "model.layers.11.self_attn.q_proj"), Some(8));
         assert_eq!(first(&patterns, "model.layers.1.self_attn.k_proj"), None);
         assert_eq!(first(&[(ending("proj").unwrap(), 1)], "model.layers.1.self_attn.k_proj"), None);
+        let large = "(?:a{1000}){100}";
+        assert!(whole(large).is_err() && ending(large).is_err());
+        assert!(whole(r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj").is_ok());
     }
 }

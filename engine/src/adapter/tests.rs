@@ -187,6 +187,10 @@ fn an_adapter_of_another_base_or_with_numbers_that_are_none_is_refused_by_its_te
     broken.pairs[4].b[3] = f32::NAN;
     let error = refuse(&model, &broken);
     assert!(error.contains("layers.0.mlp.gate_proj.lora_B") && error.contains("number 3 is NaN"), "{error}");
+    let mut loud = adapter.clone();
+    (loud.pairs[4].scale, loud.pairs[4].b[3]) = (1e30, 1e10);
+    let error = refuse(&model, &loud);
+    assert!(error.contains("layers.0.mlp.gate_proj.lora_B") && error.contains("lora_alpha"), "{error}");
     broken.pairs.clear();
     assert!(refuse(&model, &broken).contains("no tensors"));
 }

@@ -14,13 +14,13 @@ fn failure(bytes: &[u8]) -> String {
     read(bytes).unwrap_err().to_string()
 }
 
-const HEADER: &str = r#"{"__metadata__": {"format": "pt"}, "w": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}, "b": {"dtype": "BF16", "shape": [], "data_offsets": [8, 10]}, "i": {"dtype": "I64", "shape": [1], "data_offsets": [2, 10]}}"#;
+const HEADER: &str = r#"{"__metadata__": {"format": "pt"}, "w": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}, "b": {"dtype": "BF16", "shape": [], "data_offsets": [8, 10]}, "i": {"dtype": "I64", "shape": [1], "data_offsets": [10, 18]}}"#;
 
 #[test]
 fn reads_shapes_and_places() {
-    let bytes = file(HEADER, &[1; 10]);
+    let bytes = file(HEADER, &[1; 18]);
     let tensors = read(&bytes).unwrap();
-    let start = bytes.len() - 10;
+    let start = bytes.len() - 18;
     assert_eq!(tensors["w"], Placement { shape: vec![2, 1], format: Ok(Format::F32), bytes: start..start + 8 });
     assert_eq!(tensors["b"], Placement { shape: vec![], format: Ok(Format::Bf16), bytes: start + 8..start + 10 });
     assert_eq!(tensors["i"].format, Err("I64".to_owned()));
@@ -29,7 +29,7 @@ fn reads_shapes_and_places() {
 
 #[test]
 fn every_truncation_is_an_error_that_names_the_file() {
-    let bytes = file(HEADER, &[1; 10]);
+    let bytes = file(HEADER, &[1; 18]);
     for len in 0..bytes.len() {
         let error = failure(&bytes[..len]);
         assert!(error.contains("model.safetensors"), "{len}: {error}");
@@ -38,7 +38,7 @@ fn every_truncation_is_an_error_that_names_the_file() {
 
 #[test]
 fn every_flipped_byte_is_read_or_refused() {
-    let bytes = file(HEADER, &[1; 10]);
+    let bytes = file(HEADER, &[1; 18]);
     for at in 0..bytes.len() {
         for flip in [0x01, 0x10, 0x80] {
             let mut damaged = bytes.clone();
@@ -59,6 +59,8 @@ fn what_contradicts_itself_is_named() {
     assert!(tensor(r#"{"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 16]}"#).contains("w: "));
     assert!(tensor(r#"{"dtype": "F32", "shape": [-1], "data_offsets": [0, 16]}"#).contains("lacks"));
     assert!(tensor(r#"{"dtype": "F32"}"#).contains("lacks"));
+    let twice = r#"{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}"#;
+    assert!(failure(&file(twice, &[0; 16])).contains("over one another"));
     assert!(failure(&file("[]", &[])).contains("header"));
     assert!(failure(&u64::MAX.to_le_bytes()).contains("claims"));
     assert!(failure(b"short").contains("5 bytes"));

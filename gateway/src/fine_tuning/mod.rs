@@ -19,6 +19,7 @@ mod wish;
 
 pub use method::{Kind, Method};
 pub use priority::TrainingPriority;
+pub use process::sign_in;
 pub use served::withdraw;
 pub use spec::last_name;
 pub use wish::Wish;
@@ -33,13 +34,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tidemill_store::{FineTuningJob, FineTuningState as State, FineTunings, Store, StoreError};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use uuid::Uuid;
 
 /// Jobs that the command line or another server changed are looked for this often.
 const LOOK: Duration = Duration::from_secs(1);
 /// Models, the newest, that are looked at when the server starts.
 const MODELS: usize = 1000;
+/// Graders that are tried out at once. Each holds a thread for as long as its models take.
+const GRADINGS: usize = 16;
 
 /// How this server trains.
 #[derive(Clone, Debug)]
@@ -71,6 +74,7 @@ struct Shared {
     running: Mutex<HashMap<Uuid, Task>>,
     leaving: watch::Sender<bool>,
     trainings: Trainings,
+    gradings: Arc<Semaphore>,
 }
 
 /// The folder of a job.
@@ -78,12 +82,26 @@ fn folder_of(root: &Path, job: Uuid) -> PathBuf {
     root.join(job.to_string())
 }
 
+/// A job's place among those that something is done about.
+struct Turn {
+    jobs: FineTuning,
+    id: Uuid,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.jobs.running().remove(&self.id);
+        self.jobs.wake();
+    }
+}
+
 impl FineTuning {
     /// Over a store. Nothing runs before [`FineTuning::run`].
     pub fn new(store: &Store, options: FineTuningOptions) -> Self {
         let (leaving, _) = watch::channel(false);
         let (running, trainings) = (Mutex::default(), Trainings::default());
-        let shared = Shared { options, wake: Notify::new(), running, leaving, trainings };
+        let gradings = Arc::new(Semaphore::new(GRADINGS));
+        let shared = Shared { options, wake: Notify::new(), running, leaving, trainings, gradings };
         Self { rows: FineTunings::new(store.database()), shared: Arc::new(shared) }
     }
 
@@ -100,6 +118,11 @@ impl FineTuning {
     /// There is something to do.
     pub fn wake(&self) {
         self.shared.wake.notify_one();
+    }
+
+    /// Leave to try out a grader, until it is dropped; `None` while as many are tried out as may be.
+    pub fn grading(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.shared.gradings).try_acquire_owned().ok()
     }
 
     /// The trainings under way, as Prometheus reads them.
@@ -138,8 +161,9 @@ impl FineTuning {
         }
         let (leaving, trainings) = (self.shared.leaving.subscribe(), self.shared.trainings.clone());
         let runner = Arc::new(Runner::new(self.rows.clone(), app, options.clone(), trainings, leaving));
-        if let Err(error) = self.end_strays(&runner).await {
-            tracing::warn!(%error, "cannot look for trainings that nobody wants any more");
+        while let Err(error) = self.end_strays(&runner).await {
+            tracing::warn!(%error, "cannot look for trainings that nobody wants any more; trying again in a moment");
+            tokio::time::sleep(LOOK).await;
         }
         let mut known: HashSet<Uuid> = HashSet::new();
         loop {
@@ -179,9 +203,9 @@ impl FineTuning {
             free.insert(task);
             let (jobs, runner) = (self.clone(), runner.clone());
             tokio::spawn(async move {
+                // However it ends.
+                let _turn = Turn { jobs, id };
                 runner.run(id, task).await;
-                jobs.running().remove(&id);
-                jobs.wake();
             });
         }
     }

@@ -2,12 +2,15 @@
 //!
 //! It inherits a locked file as its standard input, so the lock lives exactly as long as the process does, whatever happens to the
 //! server: whoever finds it taken knows that somebody trains there, and two never do. What the process says goes to files, not pipes, so
-//! that it can go on while there is no server, and the next one listens where the last one stopped.
+//! that it can go on while there is no server, and the next one listens where the last one stopped. Of the server's environment, which may
+//! hold the keys of other servers and the database's password, it gets what any program needs and nothing else.
 
 use crate::fine_tuning::TrainingPriority;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
@@ -18,6 +21,9 @@ const LOCK: &str = "process";
 pub const SAID: &str = "progress.jsonl";
 /// Its log.
 pub const LOG: &str = "log.txt";
+
+/// What it gets of the environment.
+const KEPT: [&str; 6] = ["PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "RUST_BACKTRACE"];
 
 /// A process at work in a folder.
 #[derive(Debug)]
@@ -53,13 +59,16 @@ impl Process {
 
     /// Starts `program train --job FOLDER --priority WORD`; `None` when somebody is at work there.
     pub fn start(program: &Path, folder: &Path, priority: TrainingPriority) -> io::Result<Option<Self>> {
-        let Some(mut lock) = take(folder, true)? else { return Ok(None) };
+        let Some(lock) = take(folder, true)? else { return Ok(None) };
         let append = |name: &str| OpenOptions::new().create(true).append(true).read(true).open(folder.join(name));
         let mut said = append(SAID)?;
         end_line(&mut said)?;
         // Whoever reads it now must not find the number of the process before.
         lock.set_len(0)?;
+        let kept = KEPT.iter().filter_map(|name| Some((*name, std::env::var_os(name)?)));
         let child = Command::new(program)
+            .env_clear()
+            .envs(kept)
             .args(["train", "--job"])
             .arg(folder)
             .args(["--priority", priority.as_str()])
@@ -69,8 +78,7 @@ impl Process {
             // What is typed at the server's terminal is for the server, which tells its trainings itself.
             .process_group(0)
             .spawn()?;
-        lock.seek(SeekFrom::Start(0))?;
-        write!(lock, "{}", child.id())?;
+        sign(&lock, child.id())?;
         Ok(Some(Self { folder: folder.to_owned(), own: Some(child) }))
     }
 
@@ -114,6 +122,23 @@ impl Process {
         };
         number.filter(|number| *number > 1).and_then(Pid::from_raw)
     }
+}
+
+/// Writes this process's number into the locked file of `folder`, if that is its standard input: the server that started it may have been
+/// killed before it did, and the next one must know whom to tell.
+pub fn sign_in(folder: &Path) -> io::Result<()> {
+    sign_if_locked(&File::from(io::stdin().as_fd().try_clone_to_owned()?), folder, std::process::id())
+}
+
+fn sign_if_locked(input: &File, folder: &Path, number: u32) -> io::Result<()> {
+    let (input_is, lock_is) = (input.metadata()?, std::fs::metadata(folder.join(LOCK)));
+    let same = lock_is.is_ok_and(|lock| (lock.dev(), lock.ino()) == (input_is.dev(), input_is.ino()));
+    if same { sign(input, number) } else { Ok(()) }
+}
+
+/// At the beginning, wherever the other one of the two who share the file is.
+fn sign(lock: &File, number: u32) -> io::Result<()> {
+    lock.write_all_at(number.to_string().as_bytes(), 0)
 }
 
 /// A process that was killed may have left half a line.
@@ -161,6 +186,34 @@ mod tests {
         assert!(!end(&mut first).unwrap().success());
         assert_eq!(end(&mut left), None);
         assert!(Process::left(folder.path()).unwrap().is_none());
+    }
+
+    #[test]
+    fn it_gets_no_secret_of_the_servers_environment() {
+        let folder = tempfile::tempdir().unwrap();
+        // Set by whoever runs the tests, as a database's address would be.
+        assert!(std::env::var_os("CARGO_MANIFEST_DIR").is_some());
+        let program = program(folder.path(), "env > \"$3/environment\"");
+        let mut process = Process::start(&program, folder.path(), TrainingPriority::Low).unwrap().unwrap();
+        assert!(end(&mut process).unwrap().success());
+        let text = std::fs::read_to_string(folder.path().join("environment")).unwrap();
+        // What a shell sets by itself.
+        let known = |name: &str| KEPT.contains(&name) || ["PWD", "OLDPWD", "SHLVL", "_"].contains(&name);
+        let names: Vec<&str> = text.lines().filter_map(|line| Some(line.split_once('=')?.0)).collect();
+        assert!(names.contains(&"PATH") && names.iter().all(|name| known(name)), "{text}");
+    }
+
+    #[test]
+    fn it_signs_the_file_that_it_was_given_and_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let sign = |folder: &Path| sign_if_locked(&open(folder, true).unwrap(), folder, 4711);
+        sign(folder.path()).unwrap();
+        let left = Process { folder: folder.path().to_owned(), own: None };
+        assert_eq!(left.pid(), Pid::from_raw(4711));
+        let other = tempfile::NamedTempFile::new().unwrap();
+        sign_if_locked(other.as_file(), folder.path(), 1).unwrap();
+        sign_if_locked(other.as_file(), &folder.path().join("nowhere"), 1).unwrap();
+        assert_eq!((left.pid(), other.as_file().metadata().unwrap().len()), (Pid::from_raw(4711), 0));
     }
 
     #[test]

@@ -251,7 +251,10 @@ impl Runner {
             // What a server that was killed has not heard any more.
             let over = left.is_none() && progress::last(&said)? == Some(Last::Finished) && folder.join(ADAPTER).is_dir();
             let more = u64::from(left.is_none() && !over);
-            let Some(attempts) = self.rows.begin(id, more, &std::mem::take(&mut news), now()).await? else { return Ok(()) };
+            let Some(attempts) = self.rows.begin(id, more, &std::mem::take(&mut news), now()).await? else {
+                // Cancelled or paused just before.
+                return self.end(id).await;
+            };
             self.hear(id, &said, &mut heard).await;
             if over {
                 return self.finish(&job, &heard).await;
@@ -263,12 +266,22 @@ impl Runner {
             }
             let mut process = match left {
                 Some(left) => left,
-                None => Process::start(&self.options.program, &folder, self.options.priority)?
-                    .ok_or_else(|| io::Error::new(io::ErrorKind::ResourceBusy, "another process trains in it"))?,
+                None => match Process::start(&self.options.program, &folder, self.options.priority) {
+                    Ok(Some(started)) => started,
+                    not_started => {
+                        // There was no process that could have taken a step.
+                        self.rows.forgive(id, now()).await?;
+                        let busy = || io::Error::new(io::ErrorKind::ResourceBusy, "another process trains in it");
+                        return Err(not_started.err().unwrap_or_else(busy).into());
+                    }
+                },
             };
             tracing::info!(job = %id, adopted = more == 0, "training");
             let status = match self.watch(&training, id, &mut process, &said, &mut heard).await? {
-                End::Leaving => return Ok(()),
+                End::Leaving => {
+                    self.rows.forgive(id, now()).await?;
+                    return Ok(());
+                }
                 End::Unwanted => return self.clear_if_ended(id).await,
                 End::Over(status) => status,
             };

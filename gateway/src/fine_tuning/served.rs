@@ -8,6 +8,7 @@ use crate::upstream::{LocalModel, Registry as Models};
 use serde_json::{Map, Value};
 use std::path::Path;
 use std::sync::Arc;
+use tidemill_engine::AdapterError;
 use tidemill_rlhf::job::{ADAPTER, EpochAdapter, JobError, epoch_adapters};
 use tidemill_rlhf::registry::{Base, Lineage, RegistryError};
 use tidemill_store::{AdapterRefusal, AdapterState, FineTuningDraft, FineTuningJob, StoreError};
@@ -24,12 +25,18 @@ pub enum NotMade {
 }
 
 impl NotMade {
-    /// Whether the adapter itself is wrong, so that it never can be a model.
+    /// Whether it stays so however often it is tried: not a fault of the disk or the database.
     pub fn is_final(&self) -> bool {
         match self {
-            Self::Registry(RegistryError::Files(_) | RegistryError::Changed { .. }) => true,
+            Self::Registry(
+                RegistryError::Store(_)
+                | RegistryError::Folder { .. }
+                | RegistryError::Files(AdapterError::Io { .. })
+                | RegistryError::Interrupted,
+            ) => false,
             Self::Registry(RegistryError::Refused(refusal)) => !matches!(refusal, AdapterRefusal::Store(_)),
-            _ => false,
+            Self::Registry(_) => true,
+            Self::Folder(_) => false,
         }
     }
 }
@@ -149,5 +156,27 @@ async fn follow(app: &App) {
     // The change is made; where the store cannot be read now, it is in force as soon as that can be.
     if let Err(error) = app.adapters.follow().await {
         tracing::warn!(%error, "a change of fine-tuned models is not in force yet");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_more_attempts_cannot_change_ends_a_job() {
+        let other = || RegistryError::OtherBase { adapter: "a".into(), wanted: "x".into(), found: "y".into() };
+        let disk = || RegistryError::Folder { path: "/data".into(), source: std::io::Error::other("full") };
+        for (error, is_final) in [
+            (other(), true),
+            (RegistryError::NotFound("parent".into()), true),
+            (AdapterRefusal::Revoked("a".into()).into(), true),
+            (disk(), false),
+            (AdapterError::Io { action: "read", path: "/data".into(), source: std::io::Error::other("broken") }.into(), false),
+            (RegistryError::Interrupted, false),
+        ] {
+            let text = error.to_string();
+            assert_eq!(NotMade::from(error).is_final(), is_final, "{text}");
+        }
     }
 }

@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 use tidemill_rlhf::reward::grader::{Formula, Grader, Operation, Role, SamplingParams, Similarity, Template, Turn};
 use tidemill_store::Scope;
 
+/// Longest grader, as JSON in bytes: a job's row holds it, and rows are read often.
+const MAX_LENGTH: usize = 256 << 10;
 /// Longest name, in characters.
 const MAX_NAME: usize = 64;
 /// Most messages to a model, labels, and graders of a `multi`.
@@ -27,6 +29,11 @@ const COSINE: &str = "cosine";
 
 /// The grader in this field.
 pub fn parse(field: &Field<'_>) -> Result<Grader, ApiError> {
+    let length = field.value.to_string().len();
+    if length > MAX_LENGTH {
+        let why = format!("a grader may have {} KiB of JSON, and this one has {}.", MAX_LENGTH >> 10, length.div_ceil(1 << 10));
+        return Err(field.invalid("string_above_max_length", why));
+    }
     let grader = read(field)?;
     grader.check().map_err(|wrong| {
         let path = format!("{}.{}", field.path, wrong.path);
@@ -284,6 +291,10 @@ mod tests {
         ] {
             assert_eq!(changed(grader, path, value).param.as_deref(), Some(param), "{path}");
         }
+        let long = parsed(
+            &json!({"type": "multi", "name": "m", "graders": {"a": check()}, "calculate_output": "a", "x": "y".repeat(MAX_LENGTH)}),
+        );
+        assert!(long.unwrap_err().message.contains("may have 256 KiB"));
         let cosine =
             json!({"type": "text_similarity", "name": "s", "input": "a", "reference": "b", "evaluation_metric": "cosine"});
         let error = parsed(&cosine).unwrap_err();

@@ -6,13 +6,14 @@ use crate::http::app::App;
 use crate::http::auth::{Caller, require};
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
+use crate::http::fine_tuning::sees_job;
 use crate::http::limits::parse_json;
 use crate::http::query::parameters;
 use crate::openai::fields::Fields;
-use axum::Router;
 use axum::extract::{Path, RawQuery, Request, State};
 use axum::response::Response;
 use axum::routing::{delete, get, post};
+use axum::{Extension, Router};
 use hyper::StatusCode;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -95,9 +96,16 @@ async fn list(State(app): State<App>, RawQuery(query): RawQuery) -> Result<Respo
 }
 
 /// `GET /v1/adapters/{id}`: an id, `NAME`, `NAME@GENERATION` or an alias.
-async fn one(State(app): State<App>, Path(id): Path<String>) -> Result<Response, ApiError> {
+async fn one(State(app): State<App>, Extension(caller): Extension<Caller>, Path(id): Path<String>) -> Result<Response, ApiError> {
     let adapter = app.adapters.registry().get(&id).await.map_err(|error| refused("id", error))?;
-    Ok(answer(StatusCode::OK, &show(&app, &adapter).await?))
+    let mut shown = show(&app, &adapter).await?;
+    // How a job of another key trains, its graders among it, is as much theirs as the job is.
+    if let Some(job) = &adapter.job
+        && !sees_job(&app, &caller, job).await?
+    {
+        shown["lineage"] = Value::Null;
+    }
+    Ok(answer(StatusCode::OK, &shown))
 }
 
 /// `POST /v1/adapters`: from a folder of the server's machine.

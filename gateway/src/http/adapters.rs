@@ -92,7 +92,8 @@ async fn unload(State(app): State<App>, request: Request) -> Result<Response, Ap
 
 /// Whether the name is the registry's to give.
 fn is_registered(app: &App, model: &LocalModel, name: &str) -> bool {
-    app.registry.adapter_names(model.name()).get(name).is_some() || app.registry.offered(model.name()).contains_key(name)
+    let names = app.registry.adapter_names(model.name());
+    names.registered.get(name).is_some() || names.on_demand.contains_key(name)
 }
 
 fn base_model(app: &App, name: Option<&str>) -> Result<Arc<LocalModel>, ApiError> {

@@ -23,6 +23,7 @@ use hyper::StatusCode;
 use serde_json::{Value, json};
 use tidemill_store::{
     FileRecord, FineTuningCheckpoint, FineTuningDraft, FineTuningEvent, FineTuningJob, FineTuningState, News, Order, Scope,
+    Viewer,
 };
 use uuid::Uuid;
 
@@ -277,6 +278,12 @@ pub fn name(id: Uuid) -> String {
 
 fn job_id(text: &str) -> Option<Uuid> {
     text.strip_prefix(PREFIX).and_then(|id| Uuid::try_parse(id).ok())
+}
+
+/// Whether the caller may look at what a job of this name did; what is no job of this API hides from nobody.
+pub async fn sees_job(app: &App, caller: &Caller, job: &str) -> Result<bool, ApiError> {
+    let (Some(id), viewer @ Viewer::Key(_)) = (job_id(job), caller.viewer()) else { return Ok(true) };
+    Ok(app.fine_tuning.rows().find(id, &viewer).await.map_err(unavailable)?.is_some())
 }
 
 async fn find(app: &App, caller: &Caller, text: &str) -> Result<FineTuningJob, ApiError> {

@@ -55,8 +55,14 @@ async fn run(State(app): State<App>, Extension(caller): Extension<Caller>, reque
     };
     fields.finish()?;
     check_models(&app, &caller, &grader, GRADER)?;
+    let Some(grading) = app.fine_tuning.grading() else {
+        let message = "The server is trying out as many graders as it can; send the request again.";
+        return Err(ApiError::unavailable(Some("graders_full"), message, 2));
+    };
     let oracle = InsideOracle { inside: Inside::new(app), caller, runtime: Handle::current() };
     let work = move || {
+        // Given back when the work is done, also when nobody waits for it any more.
+        let _grading = grading;
         let began = Instant::now();
         let grade = grader.grade(&Graded::new(Cow::Owned(item), &sample), Some(&oracle));
         shown(&grader, &grade, began.elapsed())

@@ -40,12 +40,12 @@ fn cards(app: &App) -> Vec<ModelCard> {
         // What is in the engine by its generation has a name in the registry's list.
         let loaded = model.engine().adapters().into_iter().filter(|adapter| !adapter.name().contains('@'));
         let loaded = loaded.map(|adapter| (adapter.name().to_owned(), adapter));
-        let registered = app.registry.adapter_names(model.name());
-        let registered = registered.listed().map(|(name, adapter)| (name.to_owned(), adapter.clone())).collect::<Vec<_>>();
+        let names = app.registry.adapter_names(model.name());
+        let registered = names.registered.listed().map(|(name, adapter)| (name.to_owned(), adapter.clone())).collect::<Vec<_>>();
         let found = loaded.chain(registered).map(|(name, adapter)| (name, adapter.created(), adapter.generation()));
         let mut found: Vec<_> = found.collect();
         // What gave way can be asked for all the same.
-        for (name, meant) in app.registry.offered(model.name()).iter().filter(|(_, meant)| meant.listed) {
+        for (name, meant) in names.on_demand.iter().filter(|(_, meant)| meant.listed) {
             if found.iter().all(|(known, ..)| known != name) {
                 found.push((name.clone(), meant.created, meant.generation));
             }

@@ -29,7 +29,8 @@ impl<T> Default for AdapterNames<T> {
 
 impl<T: Clone> AdapterNames<T> {
     /// Names of those of `served` that are in the engine: the name (of several generations the one that was put into service last),
-    /// `NAME@GENERATION`, and aliases. An alias whose adapter is not in the engine leads where it led `before`, if that is still served.
+    /// `NAME@GENERATION`, and aliases. Where the one that was put into service last is not in the engine, the name leads where it led
+    /// `before`, if that is. An alias whose adapter is not in the engine does so, too, if that is still served.
     pub fn new(served: &[&ServedAdapter], loaded: &HashMap<Uuid, T>, before: &Self) -> Self {
         let mut names = BTreeMap::new();
         let named = |id: Uuid, listed| Some(Named { id, adapter: loaded.get(&id)?.clone(), listed });
@@ -37,11 +38,13 @@ impl<T: Clone> AdapterNames<T> {
             if let Some(own) = named(adapter.id, true) {
                 names.insert(format!("{}@{:016x}", adapter.name, adapter.generation), Named { listed: false, ..own.clone() });
                 names.insert(adapter.name.clone(), own);
+            } else if let Some(was) = before.id_of(&adapter.name).and_then(|id| named(id, true)) {
+                names.insert(adapter.name.clone(), was);
             }
         }
         for (adapter, alias) in served.iter().flat_map(|adapter| adapter.aliases.iter().map(move |alias| (adapter, alias))) {
             let was = || {
-                let id = before.0.get(alias)?.id;
+                let id = before.id_of(alias)?;
                 named(served.iter().find(|adapter| adapter.id == id)?.id, true)
             };
             if let Some(meant) = named(adapter.id, true).or_else(was) {
@@ -49,6 +52,11 @@ impl<T: Clone> AdapterNames<T> {
             }
         }
         Self(names)
+    }
+
+    /// The id of the adapter that a name leads to.
+    pub fn id_of(&self, name: &str) -> Option<Uuid> {
+        self.0.get(name).map(|named| named.id)
     }
 
     /// What a name leads to.
@@ -99,6 +107,16 @@ mod tests {
         assert_eq!(found.get("b"), None);
         assert_eq!(found.listed().map(|(name, _)| name).collect::<Vec<_>>(), ["a", "champion"]);
         assert!(found.same_as(&names(&all, &[1, 2], &found)) && !found.same_as(&names(&all, &[2], &AdapterNames::default())));
+    }
+
+    #[test]
+    fn a_name_stays_until_its_new_generation_is_there_for_as_long_as_the_old_one_is() {
+        let first = names(&[served(1, "a", &[])], &[1], &AdapterNames::default());
+        let replaced = [served(2, "a", &[])];
+        let waiting = names(&replaced, &[1], &first);
+        assert_eq!((waiting.get("a"), waiting.get("a@0000000000000001")), (Some(&1), None));
+        assert_eq!(names(&replaced, &[1, 2], &waiting).get("a"), Some(&2));
+        assert_eq!(names(&replaced, &[], &waiting).get("a"), None);
     }
 
     #[test]

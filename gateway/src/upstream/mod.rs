@@ -10,7 +10,7 @@ pub mod remote;
 pub use adapter_names::{AdapterNames, Named};
 pub use events::Events;
 pub use local::LocalModel;
-pub use registry::{LoadState, OnDemand, Registry};
+pub use registry::{LoadState, Names, OnDemand, Registry};
 pub use remote::RemoteModel;
 
 use local::fingerprint;

@@ -27,8 +27,17 @@ pub struct Registry {
 struct Slot {
     name: String,
     upstream: OnceLock<Upstream>,
-    registered: RwLock<Arc<AdapterNames<AdapterLease>>>,
-    on_demand: RwLock<Arc<BTreeMap<String, OnDemand>>>,
+    names: RwLock<Arc<Names>>,
+}
+
+/// What requests call the registered adapters of a base model; a value that is replaced as a whole, so that a name which moves from one
+/// kind to the other leads somewhere at every moment.
+#[derive(Clone, Debug, Default)]
+pub struct Names {
+    /// Those that are there at any time.
+    pub registered: AdapterNames<AdapterLease>,
+    /// Those that may have given way, by the names that lead to them.
+    pub on_demand: BTreeMap<String, OnDemand>,
 }
 
 /// An adapter that has a place in the engine for as long as nobody asks for another that needs it.
@@ -50,10 +59,7 @@ impl Registry {
     /// Names the models; none is loaded yet.
     pub fn new(names: impl IntoIterator<Item = String>) -> Self {
         Self {
-            slots: names
-                .into_iter()
-                .map(|name| Slot { name, upstream: OnceLock::new(), registered: RwLock::default(), on_demand: RwLock::default() })
-                .collect(),
+            slots: names.into_iter().map(|name| Slot { name, upstream: OnceLock::new(), names: RwLock::default() }).collect(),
             wished: Mutex::default(),
             wishing: Notify::new(),
         }
@@ -65,22 +71,10 @@ impl Registry {
     }
 
     /// Puts other names of registered adapters in the place of those that the base model had, all at once.
-    pub fn name_adapters(&self, base: &str, names: AdapterNames<AdapterLease>) {
+    pub fn name_adapters(&self, base: &str, names: Names) {
         if let Some(slot) = self.slots.iter().find(|slot| slot.name == base) {
-            *slot.registered.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(names);
+            *slot.names.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(names);
         }
-    }
-
-    /// What the base model has on demand, by the names that lead there.
-    pub fn offer(&self, base: &str, names: BTreeMap<String, OnDemand>) {
-        if let Some(slot) = self.slots.iter().find(|slot| slot.name == base) {
-            *slot.on_demand.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(names);
-        }
-    }
-
-    /// The same.
-    pub fn offered(&self, base: &str) -> Arc<BTreeMap<String, OnDemand>> {
-        self.slots.iter().find(|slot| slot.name == base).map(Slot::on_demand).unwrap_or_default()
     }
 
     /// Returns when somebody has asked for an adapter that is on demand and not in its engine.
@@ -99,8 +93,8 @@ impl Registry {
     }
 
     /// The names of registered adapters that the base model has.
-    pub fn adapter_names(&self, base: &str) -> Arc<AdapterNames<AdapterLease>> {
-        self.slots.iter().find(|slot| slot.name == base).map(Slot::registered).unwrap_or_default()
+    pub fn adapter_names(&self, base: &str) -> Arc<Names> {
+        self.slots.iter().find(|slot| slot.name == base).map(Slot::names).unwrap_or_default()
     }
 
     /// Adds models that other servers answer; they are there at once. Their names are none of those that were given before.
@@ -108,8 +102,7 @@ impl Registry {
         self.slots.extend(remotes.into_iter().map(|remote| Slot {
             name: remote.name().to_owned(),
             upstream: OnceLock::from(Upstream::Remote(remote)),
-            registered: RwLock::default(),
-            on_demand: RwLock::default(),
+            names: RwLock::default(),
         }));
         self
     }
@@ -180,36 +173,38 @@ impl Registry {
     }
 
     fn find_adapter(&self, name: &str) -> Result<Upstream, ApiError> {
+        // The names of one moment, for every look into them.
+        let slots: Vec<(&Slot, Arc<Names>)> = self.slots.iter().map(|slot| (slot, slot.names())).collect();
         // An alias may hold colons, so all of the name is looked for first.
-        for slot in &self.slots {
-            if let (Some(Upstream::Local(model)), Some(adapter)) = (slot.upstream.get(), slot.registered().get(name)) {
+        for (slot, names) in &slots {
+            if let (Some(Upstream::Local(model)), Some(adapter)) = (slot.upstream.get(), names.registered.get(name)) {
                 return Ok(adapted(model, name, adapter.clone()));
             }
         }
-        let of_base = |slot: &&Slot| name.strip_prefix(slot.name.as_str()).is_some_and(|rest| rest.starts_with(':'));
-        if let Some(slot) = self.slots.iter().find(of_base) {
+        let of_base = |slot: &Slot| name.strip_prefix(slot.name.as_str()).is_some_and(|rest| rest.starts_with(':'));
+        if let Some((slot, names)) = slots.iter().find(|(slot, _)| of_base(slot)) {
             let Upstream::Local(model) = slot.answering()? else { return Err(ApiError::model_not_found(name)) };
             let own = &name[slot.name.len() + 1..];
-            let found = slot.registered().get(own).cloned().or_else(|| loaded(&model, own));
-            return match found {
+            if let Some(adapter) = names.registered.get(own) {
+                return Ok(adapted(&model, name, adapter.clone()));
+            }
+            return self.find_on_demand(slot, names, own).unwrap_or_else(|| match loaded(&model, own) {
                 Some(adapter) => Ok(adapted(&model, name, adapter)),
-                None => self.find_on_demand(slot, own).unwrap_or_else(|| Err(ApiError::model_not_found(name))),
-            };
+                None => Err(ApiError::model_not_found(name)),
+            });
+        }
+        if let Some(found) = slots.iter().find_map(|(slot, names)| self.find_on_demand(slot, names, name)) {
+            return found;
         }
         let by_name = |model: &Arc<LocalModel>| Some(adapted(model, name, loaded(model, name)?));
-        if let Some(found) = self.local().find_map(by_name) {
-            return Ok(found);
-        }
-        let on_demand = self.slots.iter().find_map(|slot| self.find_on_demand(slot, name));
-        on_demand.unwrap_or_else(|| Err(ApiError::model_not_found(name)))
+        self.local().find_map(by_name).ok_or_else(|| ApiError::model_not_found(name))
     }
 
     /// An adapter on demand; where the engine does not have it, it is wished for, and the error says when to come again.
-    fn find_on_demand(&self, slot: &Slot, name: &str) -> Option<Result<Upstream, ApiError>> {
+    fn find_on_demand(&self, slot: &Slot, names: &Names, name: &str) -> Option<Result<Upstream, ApiError>> {
         let Upstream::Local(model) = slot.upstream.get()? else { return None };
-        let offered = slot.on_demand();
-        let meant = offered.get(name)?;
-        if let Some(adapter) = loaded(model, &meant.in_engine) {
+        let meant = names.on_demand.get(name)?;
+        if let Some(adapter) = model.engine().adapter(&meant.in_engine) {
             return Some(Ok(adapted(model, name, adapter)));
         }
         self.wish(&meant.in_engine);
@@ -255,12 +250,8 @@ impl Upstream {
 }
 
 impl Slot {
-    fn on_demand(&self) -> Arc<BTreeMap<String, OnDemand>> {
-        Arc::clone(&self.on_demand.read().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn registered(&self) -> Arc<AdapterNames<AdapterLease>> {
-        Arc::clone(&self.registered.read().unwrap_or_else(PoisonError::into_inner))
+    fn names(&self) -> Arc<Names> {
+        Arc::clone(&self.names.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn answering(&self) -> Result<Upstream, ApiError> {

@@ -227,6 +227,12 @@ impl FineTunings {
         row.map(|row| Ok(row.try_get::<i64, _>("attempts")?.unsigned_abs())).transpose()
     }
 
+    /// The process of a job that runs was told to stop: that it took no step counts for nothing.
+    pub async fn forgive(&self, id: Uuid, now: i64) -> Result<bool, StoreError> {
+        let change = Change { from: &[FineTuningState::Running], set: "attempts = 0", values: Vec::new(), news: &[] };
+        Ok(self.change(id, change, None, now).await?.is_some())
+    }
+
     /// Takes over what a training said. Later states take nothing any more: `false`.
     pub async fn hear(&self, id: Uuid, heard: &Heard, now: i64) -> Result<bool, StoreError> {
         let set = "read_bytes = $3, attempts = CASE WHEN step < $4 THEN 0 ELSE attempts END, step = $4, steps = $5, \

@@ -42,15 +42,17 @@ impl Judge {
 
 /// The first letter that stands alone.
 fn verdict(reply: &str) -> Verdict {
-    let words = reply.split(|character: char| !character.is_alphanumeric());
-    let found = words.into_iter().find_map(|word| match word {
-        // A small a is an article.
-        "A" => Some(Verdict::First),
-        "B" => Some(Verdict::Second),
-        "T" | "tie" | "Tie" => Some(Verdict::Tie),
-        _ => None,
-    });
-    found.unwrap_or(Verdict::Tie)
+    let mut words = reply.split(|character: char| !character.is_alphanumeric()).filter(|word| !word.is_empty()).peekable();
+    while let Some(word) = words.next() {
+        match word {
+            // A small a is an article, and so is a great one before this word.
+            "A" if words.peek().is_none_or(|next| !next.eq_ignore_ascii_case("tie")) => return Verdict::First,
+            "B" => return Verdict::Second,
+            "T" | "tie" | "Tie" => return Verdict::Tie,
+            _ => {}
+        }
+    }
+    Verdict::Tie
 }
 
 #[cfg(test)]
@@ -65,6 +67,8 @@ mod tests {
             ("Answer B is better", Verdict::Second),
             ("T", Verdict::Tie),
             ("It is a tie", Verdict::Tie),
+            ("A tie.", Verdict::Tie),
+            ("A. Tied to the facts", Verdict::First),
             ("Both are good", Verdict::Tie),
             ("", Verdict::Tie),
         ] {

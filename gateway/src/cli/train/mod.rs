@@ -19,6 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::store_args::StoreCommandError;
 use crate::config::{Config, ConfigError};
+use crate::fine_tuning::sign_in;
 use crate::graders::DeskOracle;
 pub use args::TrainArgs;
 
@@ -75,7 +76,7 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode, TrainCommandError> {
     }
     let config = args.place.config()?;
     let spec = args.spec(&config)?;
-    let job = open(&config, &spec)?;
+    let job = open(Some(&config), &spec)?;
     let mut bar = bar::Bar::new();
     bar.prepared(&job);
     if args.dry_run {
@@ -90,10 +91,12 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode, TrainCommandError> {
 }
 
 fn by_specification(args: &TrainArgs, folder: &Path, audience: &mut dyn Audience) -> Result<ExitCode, TrainCommandError> {
-    let config = args.place.config()?;
+    sign_in(folder).map_err(StoreCommandError::file(folder))?;
     let spec = Spec::read(&folder.join(SPEC))?;
+    // A server's job names its rows itself, and needs nothing of what the server was told.
+    let config = spec.dataset.as_ref().map(|_| args.place.config()).transpose()?;
     let stop = Arc::new(AtomicBool::new(false));
-    let job = open(&config, &spec)?.asking(Arc::new(DeskOracle::new(folder, Arc::clone(&stop), leave)));
+    let job = open(config.as_ref(), &spec)?.asking(Arc::new(DeskOracle::new(folder, Arc::clone(&stop), leave)));
     audience.prepared(&job);
     train(&job, folder, audience, stop)
 }
@@ -104,12 +107,12 @@ fn leave() {
 }
 
 /// Reads the rows, from the store only where a dataset is named.
-fn open(config: &Config, spec: &Spec) -> Result<Job, TrainCommandError> {
+fn open(config: Option<&Config>, spec: &Spec) -> Result<Job, TrainCommandError> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(StoreCommandError::Runtime)?;
     let rows = runtime.block_on(async {
-        if spec.dataset.is_none() {
+        let Some(config) = config.filter(|_| spec.dataset.is_some()) else {
             return Ok::<_, TrainCommandError>(Rows::read(spec, None).await?);
-        }
+        };
         let store = Store::open_for_command(&DataDir::new(&config.data), config.database.as_deref()).await?;
         let rows = Rows::read(spec, Some(&Datasets::new(store.clone(), config.datasets_root()))).await;
         store.close().await;

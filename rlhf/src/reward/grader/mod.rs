@@ -21,7 +21,7 @@ use super::{Answer, RewardError, Score, in_parallel};
 pub use formula::{Formula, is_name};
 pub use model::{Oracle, Question, Reply, Role, SamplingParams, Turn};
 pub use similarity::Similarity;
-pub use template::{Graded, Template, Variable};
+pub use template::{Graded, Template, Unrendered, Variable};
 
 /// Questions to a model at once.
 const QUESTIONS: usize = 8;
@@ -304,22 +304,24 @@ impl Grader {
         let one_or_none = |holds: bool| f64::from(u8::from(holds));
         match self {
             Self::StringCheck { input, reference, operation, .. } => {
-                let (input, reference) = (input.render(graded).map_err(absent)?, reference.render(graded).map_err(absent)?);
+                let (input, reference) =
+                    (input.render(graded).map_err(unrendered)?, reference.render(graded).map_err(unrendered)?);
                 Ok(one_or_none(operation.holds(&input, &reference)))
             }
             Self::TextSimilarity { input, reference, evaluation_metric, .. } => {
-                let (input, reference) = (input.render(graded).map_err(absent)?, reference.render(graded).map_err(absent)?);
+                let (input, reference) =
+                    (input.render(graded).map_err(unrendered)?, reference.render(graded).map_err(unrendered)?);
                 Ok(evaluation_metric.of(&input, &reference))
             }
             Self::ScoreModel { model, input, range, sampling_params, .. } => {
                 let wanted = model::Wanted::Score(*range);
-                let question = model::question(model, input, *sampling_params, &wanted, graded).map_err(absent)?;
+                let question = model::question(model, input, *sampling_params, &wanted, graded).map_err(unrendered)?;
                 let reply = ask(oracle, &question, tokens)?;
                 model::score(&reply, *range).map_err(|detail| (FaultKind::Reply, detail))
             }
             Self::LabelModel { model, input, labels, passing_labels, .. } => {
                 let wanted = model::Wanted::Label(labels);
-                let question = model::question(model, input, SamplingParams::default(), &wanted, graded).map_err(absent)?;
+                let question = model::question(model, input, SamplingParams::default(), &wanted, graded).map_err(unrendered)?;
                 let reply = ask(oracle, &question, tokens)?;
                 let label = model::label(&reply, labels).map_err(|detail| (FaultKind::Reply, detail))?;
                 Ok(one_or_none(passing_labels.iter().any(|passing| passing == label)))
@@ -330,9 +332,16 @@ impl Grader {
     }
 }
 
-fn absent(variable: Variable) -> (FaultKind, String) {
-    let kind = if variable.is_of_answer() { FaultKind::Sample } else { FaultKind::Variable };
-    (kind, format!("there is no {variable}"))
+fn unrendered(why: Unrendered) -> (FaultKind, String) {
+    match why {
+        Unrendered::Absent(variable) => {
+            let kind = if variable.is_of_answer() { FaultKind::Sample } else { FaultKind::Variable };
+            (kind, format!("there is no {variable}"))
+        }
+        Unrendered::TooLong => {
+            (FaultKind::Variable, format!("with its places filled, a text is longer than {} MiB", template::MAX_RENDERED >> 20))
+        }
+    }
 }
 
 fn ask(

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::template::{Graded, Template, Variable};
+use super::template::{Graded, MAX_RENDERED, Template, Unrendered};
 
 /// Tokens of a reply, where the grader says nothing: room for one number or label as JSON.
 const REPLY_TOKENS: u32 = 64;
@@ -136,10 +136,16 @@ pub(super) fn question(
     sampling: SamplingParams,
     wanted: &Wanted<'_>,
     graded: &Graded<'_>,
-) -> Result<Question, Variable> {
+) -> Result<Question, Unrendered> {
     let mut messages = Vec::with_capacity(input.len() + 1);
+    let mut length = 0;
     for turn in input {
-        messages.push((turn.role, turn.content.render(graded)?));
+        let text = turn.content.render(graded)?;
+        length += text.len();
+        if length > MAX_RENDERED {
+            return Err(Unrendered::TooLong);
+        }
+        messages.push((turn.role, text));
     }
     match messages.last_mut() {
         Some((Role::User, text)) => {
@@ -233,6 +239,11 @@ mod tests {
         let only_system = question("m", &input[..1], SamplingParams::default(), &wanted, &graded).unwrap();
         assert_eq!(only_system.messages[1].0, Role::User);
         let missing = [turn(Role::User, "{{item.other}}")];
-        assert_eq!(question("m", &missing, SamplingParams::default(), &wanted, &graded).unwrap_err().to_string(), "item.other");
+        let absent = question("m", &missing, SamplingParams::default(), &wanted, &graded).unwrap_err();
+        assert!(matches!(absent, Unrendered::Absent(variable) if variable.to_string() == "item.other"));
+        let long = "x".repeat(MAX_RENDERED / 2);
+        let long = Graded::new(Cow::Owned(json!({})), &long);
+        let turns = ["{{sample.output_text}}"; 3].map(|text| turn(Role::User, text));
+        assert_eq!(question("m", &turns, SamplingParams::default(), &wanted, &long), Err(Unrendered::TooLong));
     }
 }

@@ -8,6 +8,8 @@ use serde_json::Value;
 
 /// Longest template, in bytes.
 const MAX_LENGTH: usize = 256 << 10;
+/// Longest text that one becomes, in bytes: a template may hold thousands of places, and an answer fill each of them.
+pub(super) const MAX_RENDERED: usize = 4 << 20;
 
 /// A text with places; written as its source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +30,15 @@ enum Part {
 pub struct Variable {
     of: Source,
     steps: Vec<Step>,
+}
+
+/// Why a template is no text for an answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unrendered {
+    /// There is nothing for this place.
+    Absent(Variable),
+    /// The text would be longer than is looked at.
+    TooLong,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,19 +102,23 @@ impl Template {
         &self.source
     }
 
-    /// The text for one answer; texts stand as they are, other values as JSON. The error is what is not there.
-    pub fn render(&self, graded: &Graded<'_>) -> Result<String, Variable> {
+    /// The text for one answer; texts stand as they are, other values as JSON.
+    pub fn render(&self, graded: &Graded<'_>) -> Result<String, Unrendered> {
         let mut text = String::with_capacity(self.source.len());
         for part in &self.parts {
-            match part {
-                Part::Text(part) => text.push_str(part),
-                Part::Place(variable) if variable.of == Source::OutputText => text.push_str(graded.text),
+            let more = match part {
+                Part::Text(part) => Cow::Borrowed(part.as_str()),
+                Part::Place(variable) if variable.of == Source::OutputText => Cow::Borrowed(graded.text),
                 Part::Place(variable) => match variable.find(graded) {
-                    Some(Value::String(value)) => text.push_str(value),
-                    Some(value) => text.push_str(&value.to_string()),
-                    None => return Err(variable.clone()),
+                    Some(Value::String(value)) => Cow::Borrowed(value.as_str()),
+                    Some(value) => Cow::Owned(value.to_string()),
+                    None => return Err(Unrendered::Absent(variable.clone())),
                 },
+            };
+            if text.len() + more.len() > MAX_RENDERED {
+                return Err(Unrendered::TooLong);
             }
+            text.push_str(&more);
         }
         Ok(text)
     }
@@ -226,7 +241,10 @@ mod tests {
 
     fn rendered(template: &str, item: Value, text: &str) -> Result<String, String> {
         let graded = Graded::new(Cow::Owned(item), text);
-        Template::new(template).unwrap().render(&graded).map_err(|variable| variable.to_string())
+        Template::new(template).unwrap().render(&graded).map_err(|why| match why {
+            Unrendered::Absent(variable) => variable.to_string(),
+            Unrendered::TooLong => "too long".to_owned(),
+        })
     }
 
     #[test]
@@ -251,6 +269,16 @@ mod tests {
         assert_eq!(rendered("{{sample.output_json[1]}}", json!({}), "[1, 2]").unwrap(), "2");
         // What an answer says is never taken for a template.
         assert_eq!(rendered("{{sample.output_text}}", json!({"a": 1}), "{{item.a}}").unwrap(), "{{item.a}}");
+    }
+
+    #[test]
+    fn an_answer_that_many_places_repeat_becomes_no_text_without_end() {
+        let answer = "x".repeat(MAX_RENDERED / 4);
+        assert_eq!(rendered(&"{{sample.output_text}}".repeat(4), json!({}), &answer).map(|text| text.len()), Ok(MAX_RENDERED));
+        for place in ["{{sample.output_text}}", "{{item.a}}"] {
+            let many = place.repeat(400);
+            assert_eq!(rendered(&many, json!({"a": answer}), &answer), Err("too long".into()), "{place}");
+        }
     }
 
     #[test]
