@@ -206,8 +206,8 @@ struct Bench<'a> {
 }
 
 impl Policy for Bench<'_> {
-    fn base(&self) -> &str {
-        "bench"
+    fn frozen(&self) -> candle_core::Result<String> {
+        Ok("bench".to_owned())
     }
 
     fn parameters(&self) -> &Parameters {

@@ -175,14 +175,10 @@ fn weighted(values: &[f64], weights: &[f32]) -> f64 {
     values.iter().zip(weights).map(|(v, w)| v * f64::from(*w)).sum()
 }
 
-/// Checks `got` against central differences of `Σ weights · forward(x)`.
-fn derivative_is(got: &[f32], x: &[f32], weights: &[f32], tolerance: f64, what: &str, forward: &dyn Fn(&[f64]) -> Vec<f64>) {
+/// Central differences of `Σ weights · forward(x)` along every element of `x`.
+fn derivative(x: &[f32], weights: &[f32], forward: &dyn Fn(&[f64]) -> Vec<f64>) -> Vec<f64> {
     let x = double(x);
-    assert_eq!(got.len(), x.len(), "{what}");
-    for (i, got) in got.iter().enumerate() {
-        let want = difference(&x, i, &|x| weighted(&forward(x), weights));
-        assert!((f64::from(*got) - want).abs() <= tolerance * want.abs().max(1.0), "{what}: d/dx[{i}] is {got}, not {want}");
-    }
+    (0..x.len()).map(|i| difference(&x, i, &|x| weighted(&forward(x), weights))).collect()
 }
 
 fn same(got: &[f32], want: &[f64], tolerance: f64, what: &str) {
@@ -213,14 +209,17 @@ fn norms_of_rows_and_heads() {
         let x = noise(1, rows * pieces.stride);
         let (weight, dy) = (noise(2, pieces.width), noise(3, x.len()));
         let wide = double(&weight);
+        let want = forward(&double(&x), &wide, pieces, rows);
+        let along_x = derivative(&x, &dy, &|x| forward(x, &wide, pieces, rows));
+        let along_weight = derivative(&weight, &dy, &|w| forward(&double(&x), w, pieces, rows));
         each(|compute, _| {
             let (mut out, mut inverse) = (x.clone(), vec![f32::NAN; rows * pieces.count]);
             compute.rms_norm(&x, pieces, &weight, 1e-5, &mut out, &mut inverse).unwrap();
-            same(&out, &forward(&double(&x), &wide, pieces, rows), 1e-5, "rms_norm");
+            same(&out, &want, 1e-5, "rms_norm");
             // What lies beside the pieces is passed on, and so is its derivative.
             let mut dx = dy.clone();
             compute.rms_norm_back(&x, pieces, &weight, &inverse, &dy, &mut dx, Store::Replace).unwrap();
-            derivative_is(&dx, &x, &dy, 1e-4, "rms_norm_back", &|x| forward(x, &wide, pieces, rows));
+            same(&dx, &along_x, 1e-4, "rms_norm_back");
             let mut twice = dx.clone();
             compute.rms_norm_back(&x, pieces, &weight, &inverse, &dy, &mut twice, Store::Add).unwrap();
             let inside = pieces.offset..pieces.offset + pieces.width;
@@ -229,7 +228,7 @@ fn norms_of_rows_and_heads() {
             }
             let mut dweight = vec![0.0; pieces.width];
             compute.rms_norm_back_weight(&x, pieces, &inverse, &dy, &mut dweight).unwrap();
-            derivative_is(&dweight, &weight, &dy, 1e-4, "rms_norm_back_weight", &|w| forward(&double(&x), w, pieces, rows));
+            same(&dweight, &along_weight, 1e-4, "rms_norm_back_weight");
         });
     }
 }
@@ -256,15 +255,16 @@ fn rotation_and_its_inverse() {
         out
     };
     let dy = noise(2, x.len());
+    let (want, along_x) = (forward(&double(&x)), derivative(&x, &dy, &forward));
     each(|compute, _| {
         let mut out = x.clone();
         compute.rotate(&mut out, pieces, &rotation, &positions, false).unwrap();
-        same(&out, &forward(&double(&x)), 1e-5, "rotate");
+        same(&out, &want, 1e-5, "rotate");
         compute.rotate(&mut out, pieces, &rotation, &positions, true).unwrap();
         same(&out, &double(&x), 1e-5, "rotate back");
         let mut dx = dy.clone();
         compute.rotate(&mut dx, pieces, &rotation, &positions, true).unwrap();
-        derivative_is(&dx, &x, &dy, 1e-4, "rotate", &forward);
+        same(&dx, &along_x, 1e-4, "the derivative of rotate");
         assert!(compute.rotate(&mut out, pieces, &rotation, &[0, 7, 50, 3], false).is_err());
     });
 }
@@ -281,13 +281,41 @@ fn gated_activation() {
         }
         out
     };
+    let (want, along_x) = (forward(&double(&x)), derivative(&x, &dy, &forward));
     each(|compute, _| {
         let mut out = vec![f32::NAN; rows * width];
         compute.silu_mul(&x, width, &mut out).unwrap();
-        same(&out, &forward(&double(&x)), 1e-5, "silu_mul");
+        same(&out, &want, 1e-5, "silu_mul");
         let mut dx = vec![f32::NAN; x.len()];
         compute.silu_mul_back(&x, width, &dy, &mut dx).unwrap();
-        derivative_is(&dx, &x, &dy, 1e-4, "silu_mul_back", &forward);
+        same(&dx, &along_x, 1e-4, "silu_mul_back");
+    });
+}
+
+#[test]
+fn dropout_is_a_function_of_key_and_place() {
+    assert!(Dropout::new(0.0, 1).is_none());
+    // More than a task holds, and no whole number of blocks.
+    let x = noise(1, 9_003);
+    let factors = |compute: &mut Compute, probability: f64, key: u64| {
+        let mut out = vec![f32::NAN; x.len()];
+        compute.dropout(Dropout::new(probability, key).unwrap(), &x, &mut out, Store::Replace).unwrap();
+        out
+    };
+    let mut first = None;
+    each(|compute, _| {
+        let out = factors(compute, 0.25, 7);
+        let kept = out.iter().filter(|value| **value != 0.0).count() as f64 / x.len() as f64;
+        // Five standard errors of a share of 0.75 are 0.023.
+        assert!((kept - 0.75).abs() < 0.023, "{kept}");
+        assert!(out.iter().zip(&x).all(|(out, x)| *out == 0.0 || (out - x / 0.75).abs() <= 1e-6 * x.abs()));
+        let mut added = x.clone();
+        compute.dropout(Dropout::new(0.25, 7).unwrap(), &x, &mut added, Store::Add).unwrap();
+        assert!(added.iter().zip(out.iter().zip(&x)).all(|(added, (out, x))| *added == out + x));
+        assert_ne!(factors(compute, 0.25, 8), out);
+        // Threads and instructions change nothing.
+        assert_eq!(first.get_or_insert_with(|| out.clone()), &out);
+        assert!(compute.dropout(Dropout::new(0.25, 7).unwrap(), &x, &mut added[1..], Store::Add).is_err());
     });
 }
 
@@ -323,6 +351,13 @@ fn log_probabilities_over_a_vocabulary_in_pieces() {
             (0..width).for_each(|i| along_head[token * width + i] += factor * wide[row * width + i]);
         }
     }
+    let want = forward(&wide, &wide_head);
+    let along_hidden = derivative(&hidden, &dout, &|hidden| forward(hidden, &wide_head));
+    // By differences where a row is a label and where it is none.
+    for i in [0, 5, 17 * width + 2, 2047 * width + 1, 2048 * width, 2499 * width + 5, 1234 * width] {
+        let want = difference(&wide_head, i, &|head| weighted(&forward(&wide, head), &dout));
+        assert!((along_head[i] - want).abs() <= 1e-6, "d/dhead[{i}] is {}, not {want}", along_head[i]);
+    }
     each(|compute, precision| {
         let tolerance = if precision == Precision::F32 { 1e-5 } else { 3e-2 };
         let call = LogProbs {
@@ -336,23 +371,18 @@ fn log_probabilities_over_a_vocabulary_in_pieces() {
         let (mut out, mut slopes) = (vec![f32::NAN; rows], vec![f32::NAN; hidden.len()]);
         let mut sums = vec![f32::NAN; rows];
         compute.log_probs(call, &mut out, None, None).unwrap();
-        same(&out, &forward(&wide, &wide_head), tolerance, "log_probs");
+        same(&out, &want, tolerance, "log_probs");
         out.fill(f32::NAN);
         compute.log_probs(call, &mut out, Some(&mut sums), Some(&mut slopes)).unwrap();
-        same(&out, &forward(&wide, &wide_head), tolerance, "log_probs");
+        same(&out, &want, tolerance, "log_probs");
         slopes.chunks_mut(width).zip(&dout).for_each(|(slope, dout)| slope.iter_mut().for_each(|slope| *slope *= dout));
-        derivative_is(&slopes, &hidden, &dout, tolerance, "log_probs", &|hidden| forward(hidden, &wide_head));
+        same(&slopes, &along_hidden, tolerance, "the derivative of log_probs");
         let other = LogProbs { tokens: &[0, 1, 2, 3, 2500], ..call };
         assert!(compute.log_probs(other, &mut out, None, None).is_err());
 
-        // Along the head: by its formula everywhere, and by differences where a row is a label and where it is none.
         let mut dhead = vec![f32::NAN; head.len()];
         compute.log_probs_back_head(call, &sums, &dout, &mut dhead).unwrap();
         same(&dhead, &along_head, tolerance, "log_probs_back_head");
-        for i in [0, 5, 17 * width + 2, 2047 * width + 1, 2048 * width, 2499 * width + 5, 1234 * width] {
-            let want = difference(&wide_head, i, &|head| weighted(&forward(&wide, head), &dout));
-            assert!((f64::from(dhead[i]) - want).abs() <= tolerance, "d/dhead[{i}] is {}, not {want}", dhead[i]);
-        }
         assert!(compute.log_probs_back_head(call, &sums[1..], &dout, &mut dhead).is_err());
         assert!(compute.log_probs_back_head(call, &sums, &dout, &mut dhead[1..]).is_err());
     });
@@ -490,6 +520,7 @@ fn attention_over_segments_that_share_prompts() {
             spec: AttentionSpec { scale: 0.4, sliding_window, soft_cap: None },
         };
         let want = attention_in_doubles(call, &double(&qkv));
+        let along_qkv = derivative(&qkv, &dout, &|qkv| attention_in_doubles(call, qkv));
         each(|compute, precision| {
             let tolerance = if precision == Precision::F32 { 2e-5 } else { 5e-2 };
             let (mut out, mut lse) = (vec![f32::NAN; dout.len()], vec![f32::NAN; rows * 4]);
@@ -497,7 +528,7 @@ fn attention_over_segments_that_share_prompts() {
             same(&out, &want, tolerance, "attention");
             let mut dqkv = vec![f32::NAN; qkv.len()];
             compute.attention_back(call, &qkv, &out, &lse, &dout, &mut dqkv).unwrap();
-            derivative_is(&dqkv, &qkv, &dout, tolerance, "attention_back", &|qkv| attention_in_doubles(call, qkv));
+            same(&dqkv, &along_qkv, tolerance, "attention_back");
         });
     }
 }

@@ -1,5 +1,6 @@
 //! Rows to tokens, as the model will meet them when it serves: the prompt with the header of the answer's turn, then the answer as the
-//! template goes on with it, end of turn included.
+//! template goes on with it, end of turn included. An answer that was cut off has no such end: the model wrote none, so none is
+//! taught or, of a rejected answer, taught away.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -8,6 +9,9 @@ use tidemill_engine::{ChatInput, ChatTemplate, Tokenizer};
 
 use super::sample::{Completion, Sample, Truncation};
 use crate::dataset::{Example, Message, Row};
+
+/// A character for private use, which no text that people read ends with.
+const MARK: char = '\u{10fffd}';
 
 /// What a trainer takes from rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +52,8 @@ pub enum Dropped {
     NothingToLearn,
     /// The text cannot be tokenised.
     Tokenizer(String),
+    /// The answer was cut off, and the template does not let its text through.
+    CutOff,
     /// The prompt leaves no room for an answer: its tokens, and the most that it may have.
     TooLong(usize, usize),
 }
@@ -64,6 +70,7 @@ impl fmt::Display for Dropped {
             Self::Boundary => f.write_str("the tokenizer joins the end of the prompt with the beginning of the answer"),
             Self::NothingToLearn => f.write_str("its answer is empty, or nothing of it fits into max_length"),
             Self::Tokenizer(detail) => f.write_str(detail),
+            Self::CutOff => f.write_str("its answer was cut off, and what the chat template makes of it does not say where its text ends"),
             Self::TooLong(tokens, limit) => write!(
                 f,
                 "its prompt has {tokens} tokens, and beside max_completion_length no more than {limit} fit into max_length"
@@ -178,7 +185,7 @@ impl<'a> Encoder<'a> {
         let mut tokens: Option<Vec<u32>> = None;
         let mut completions = Vec::with_capacity(answers.len());
         for answer in answers {
-            let whole = self.render(&values(prompt.iter().chain(*answer)), false, now)?;
+            let whole = self.answered(prompt, answer, now)?;
             if !whole.starts_with(&opening) {
                 return Err(Dropped::Prefix);
             }
@@ -195,11 +202,13 @@ impl<'a> Encoder<'a> {
     /// The conversation cut before the first turn of the assistant; behind it, turns of the assistant are learnt and others are not.
     fn turns(&self, prompt: &[Message], answer: &[Message], now: u64) -> Result<(Vec<u32>, Completion), Dropped> {
         let messages = values(prompt.iter().chain(answer));
-        let whole = self.render(&messages, false, now)?;
+        let whole = self.answered(prompt, answer, now)?;
         let mut cuts = Vec::new();
         for (index, message) in prompt.iter().chain(answer).enumerate().filter(|(_, message)| message.role == "assistant") {
             debug_assert_eq!(messages[index]["role"].as_str(), Some(message.role.as_str()));
-            let (start, end) = (self.render(&messages[..index], true, now)?, self.render(&messages[..=index], false, now)?);
+            let start = self.render(&messages[..index], true, now)?;
+            let last = index + 1 == messages.len();
+            let end = if last { whole.clone() } else { self.render(&messages[..=index], false, now)? };
             let begins = cuts.last().is_none_or(|last| *last <= start.len());
             if !whole.starts_with(&start) || !whole.starts_with(&end) || start.len() > end.len() || !begins {
                 return Err(Dropped::Prefix);
@@ -256,6 +265,18 @@ impl<'a> Encoder<'a> {
             parts.push(part);
         }
         Ok(parts)
+    }
+
+    /// The conversation with its answer, as far as that goes.
+    fn answered(&self, prompt: &[Message], answer: &[Message], now: u64) -> Result<String, Dropped> {
+        let mut messages = values(prompt.iter().chain(answer));
+        let cut_off = answer.last().filter(|last| last.is_cut_off());
+        let (Some(last), Some(value)) = (cut_off, messages.last_mut()) else { return self.render(&messages, false, now) };
+        // Whatever the template does to a text, a mark behind it shows where it ends.
+        value["content"] = Value::String(format!("{}{MARK}", last.content));
+        let mut whole = self.render(&messages, false, now)?;
+        whole.truncate(whole.rfind(MARK).ok_or(Dropped::CutOff)?);
+        Ok(whole)
     }
 
     fn render(&self, messages: &[Value], add_generation_prompt: bool, now: u64) -> Result<String, Dropped> {

@@ -122,6 +122,38 @@ fn thumbs_come_from_thumbs_and_from_pairs() {
     assert_eq!(encoded.samples[1].prompt, encoded.samples[2].prompt);
 }
 
+/// A model that is shown an end which it did not write learns, of a rejected answer, not to end.
+#[test]
+fn an_answer_that_was_cut_off_has_no_end() {
+    // Ends that could be taken for the template's, and a space that it may take away.
+    for text in ["It is as deep", "im_end", "deep, and ", "<|im_end|>"] {
+        for family in ["qwen3", "llama", "llama3", "mistral", "qwen2"] {
+            let files = model(family);
+            let whole = pair("How deep?", "Two feet.", text);
+            let Example::Preference { prompt, chosen, rejected } = whole.clone() else { panic!("it is a pair") };
+            let rejected = rejected.into_iter().map(Message::cut_off).collect();
+            let cut = Example::Preference { prompt, chosen, rejected };
+            let encoded = encode(&files, options(), vec![whole, cut], Teaches::Comparison);
+            let [ended, open] = encoded.samples.as_slice() else {
+                assert!(encoded.dropped.iter().all(|(_, why)| *why == Dropped::Boundary), "{family}: {encoded:?}");
+                continue;
+            };
+            assert_eq!((&open.prompt, &open.completions[0]), (&ended.prompt, &ended.completions[0]), "{family}");
+            let said = |sample: &Sample| files.tokenizer().decode(&sample.completions[1].tokens, false);
+            assert!(said(ended).len() > said(open).len(), "{family}: {:?}", said(open));
+            assert_eq!(said(open).trim(), text.trim(), "{family}");
+        }
+    }
+    let files = model("qwen3");
+    let turns = [("user", "One?"), ("assistant", "First."), ("user", "Two?")];
+    let Example::Demonstration { prompt, completion } = demonstration(&turns, "Second") else { panic!("it is one answer") };
+    let completion = completion.into_iter().map(Message::cut_off).collect();
+    let only = EncodeOptions { assistant_only_loss: true, ..options() };
+    let encoded = encode(&files, only, vec![Example::Demonstration { prompt, completion }], Teaches::Imitation);
+    let text = files.tokenizer().decode(&encoded.samples[0].completions[0].tokens, false);
+    assert!(text.starts_with("First.<|im_end|>\n") && text.ends_with("assistant\nSecond"), "{text:?}");
+}
+
 #[test]
 fn only_the_assistants_turns_are_learnt_when_asked() {
     let files = model("qwen3");

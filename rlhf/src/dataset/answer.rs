@@ -53,9 +53,10 @@ pub struct Answer {
 
 impl Answer {
     /// As a row teaches it: the text that the model wrote, because that is what it is trained on, and beside it the message that the
-    /// text means, for whoever writes it in another way.
+    /// text means, for whoever writes it in another way. One that the model did not end says so.
     pub fn message(&self) -> Message {
-        let mut message = Message::assistant(&self.text);
+        let plain = Message::assistant(&self.text);
+        let mut message = if self.cut_off || !self.whole { plain.cut_off() } else { plain };
         message.extra.extend(self.parsed.as_deref().map(|parsed| (PARSED.to_owned(), parsed.clone())));
         message
     }

@@ -11,7 +11,7 @@ pub struct Message {
     /// The text; an assistant's message that only calls tools has none.
     #[serde(default)]
     pub content: String,
-    /// Everything else that the message carries: `name`, `tool_calls`, `tool_call_id`, `weight`.
+    /// Everything else that the message carries: `name`, `tool_calls`, `tool_call_id`, `weight`, [`CUT_OFF`].
     #[serde(flatten)]
     pub extra: Map<String, Value>,
 }
@@ -19,6 +19,8 @@ pub struct Message {
 /// Key of an answer's message under which lies what its text means, where the text holds reasoning or calls: `content`,
 /// `reasoning_content` and `tool_calls` of the message as conversations have it. The text itself is as the model wrote it.
 pub const PARSED: &str = "parsed";
+/// Key of an answer's message that is true where something else than the model ended the text: a limit of tokens, a fault, a client that left.
+pub const CUT_OFF: &str = "cut_off";
 
 impl Message {
     /// An answer.
@@ -26,9 +28,21 @@ impl Message {
         Self { role: "assistant".to_owned(), content: text.to_owned(), extra: Map::new() }
     }
 
-    /// The message as conversations have it: reasoning and calls apart from the content.
+    /// The same, without an end of its own.
+    pub fn cut_off(mut self) -> Self {
+        self.extra.insert(CUT_OFF.to_owned(), Value::Bool(true));
+        self
+    }
+
+    /// Whether the model wrote no end to it.
+    pub fn is_cut_off(&self) -> bool {
+        self.extra.get(CUT_OFF) == Some(&Value::Bool(true))
+    }
+
+    /// The message as conversations have it: reasoning and calls apart from the content, and nothing of how it ended.
     pub fn structured(&self) -> Self {
         let mut message = self.clone();
+        message.extra.shift_remove(CUT_OFF);
         if let Some(Value::Object(mut parsed)) = message.extra.shift_remove(PARSED) {
             message.content = match parsed.shift_remove("content") {
                 Some(Value::String(content)) => content,

@@ -293,7 +293,7 @@ fn surer(known: Option<(u64, u64)>, threshold: f64, what: &str) -> Option<String
         return None;
     }
     // The lower end grows with the number, up to the rounding of wins.
-    let (mut few, mut enough) = (trials, MOST_COMPARISONS);
+    let (mut few, mut enough) = (trials.min(MOST_COMPARISONS), MOST_COMPARISONS);
     while enough - few > 1 {
         let middle = few + (enough - few) / 2;
         if low(middle) > threshold { enough = middle } else { few = middle }

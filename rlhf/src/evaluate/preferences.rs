@@ -32,29 +32,23 @@ pub fn implicit_margins(model: &dyn Policy, samples: &[Sample], beta: f64, mut w
     Ok(pairs.map(|(now, before)| beta * (f64::from(now[0] - now[1]) - f64::from(before[0] - before[1]))).collect())
 }
 
-/// Rewards of every completion by a reward model, in order.
-pub fn rewards(model: &dyn Policy, head: &Head, samples: &[Sample]) -> Result<Vec<f64>> {
+/// The same by a reward model.
+pub fn margins(model: &dyn Policy, head: &Head, samples: &[Sample], mut watch: impl FnMut(usize)) -> Result<Vec<f64>> {
     let layout = Layout { share_prompt: true, last_row: true };
     let items: Vec<Item<'_>> = samples.iter().enumerate().map(|(index, sample)| Item::of(index, sample)).collect();
     let sizes: Vec<usize> = items.iter().map(|item| item.rows(layout)).collect();
-    let offsets: Vec<usize> = samples
-        .iter()
-        .scan(0, |next, sample| {
-            let own = *next;
-            *next += sample.completions.len();
-            Some(own)
-        })
-        .collect();
-    let mut found = vec![0.0; samples.iter().map(|sample| sample.completions.len()).sum()];
+    let (mut found, mut done) = (vec![0.0; samples.len()], 0);
     for batch in batches(&sizes, BUDGET) {
         let micro = pack(batch.iter().map(|place| items[*place]), layout);
         let rows: Vec<u32> = micro.spans.iter().map(|span| span.last_row).collect();
         let rewards = head.rewards(&model.hidden(&micro.batch, &rows, Pass::EVALUATE)?)?;
         read(&rewards, |rewards| {
             for (span, reward) in micro.spans.iter().zip(rewards) {
-                found[offsets[span.sample] + span.completion] = f64::from(*reward);
+                found[span.sample] += if span.completion == 0 { f64::from(*reward) } else { -f64::from(*reward) };
             }
         })?;
+        done += 2 * batch.len();
+        watch(done);
     }
     Ok(found)
 }

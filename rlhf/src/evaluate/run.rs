@@ -13,8 +13,8 @@ use super::report::{Contender, Evaluation, Example, TrainedOn};
 use super::text;
 use crate::collate::{Encoder, Sample, Teaches};
 use crate::dataset::{Message, Row};
-use crate::job::{JobError, judge_of, reward_model};
-use crate::model::{Model, ModelOptions};
+use crate::job::{JobError, judge_of, measured_model};
+use crate::model::ModelOptions;
 use crate::reward::{self, RewardError, RewardFunction, Rewards};
 use crate::train::{Pass, Prompt, Question, TrainConfig};
 
@@ -172,10 +172,13 @@ pub fn evaluate(
     let mut base_text = None;
     for Entrant { name, folder, trained_on } in &trial.adapters {
         let adapter = Adapter::read(folder).map_err(JobError::from)?;
-        let model = Model::with_adapter(Arc::clone(&files), &adapter, trial.model).map_err(JobError::from)?;
+        let (model, head) = measured_model(&files, folder, &adapter, trial.model)?;
         let total = 2 * comparisons.len();
-        let margins =
-            preferences::implicit_margins(&model, &comparisons, trial.beta, |done| watch(Work::Comparisons, name, done, total))?;
+        let watching = |done| watch(Work::Comparisons, name, done, total);
+        let margins = match &head {
+            Some(head) => preferences::margins(&model, head, &comparisons, watching)?,
+            None => preferences::implicit_margins(&model, &comparisons, trial.beta, watching)?,
+        };
         watch(Work::Text, name, 0, 1);
         let text = text::loss(&model, &text_tokens, Pass::EVALUATE)?;
         if base_text.is_none() {
@@ -235,13 +238,15 @@ fn encoded(files: &ModelFiles, trial: &Trial, teaches: Teaches) -> Result<Vec<Sa
     Ok(Encoder::new(template, files.tokenizer(), options).rows(&trial.rows, teaches).samples)
 }
 
-/// The first questions that the template takes, as tokens.
+/// The first questions that the template takes and that leave room for an answer, as tokens.
 fn prompts(files: &ModelFiles, trial: &Trial) -> Result<Vec<Prompt>, EvaluateError> {
     let template = files.chat_template().ok_or_else(|| JobError::Template(trial.base.name.clone()))?;
     let options = TrainConfig::new(crate::train::Method::Dpo).encoding();
     let encoder = Encoder::new(template, files.tokenizer(), options);
     let prompt = |question: &Question| {
-        let tokens = encoder.opening(&question.messages, question.now).ok().filter(|tokens| !tokens.is_empty())?;
+        let tokens = encoder.opening(&question.messages, question.now).ok()?;
+        let fits = !tokens.is_empty() && tokens.len() < files.config().max_positions;
+        let tokens = fits.then_some(tokens)?;
         Some(Prompt { question: question.clone(), tokens })
     };
     Ok(trial.questions.iter().filter_map(prompt).take(trial.prompts).collect())
@@ -276,22 +281,11 @@ fn decide(
     let [first, second, ..] = said else { return Ok(Decided::default()) };
     match referee {
         Referee::None => Ok(Decided::default()),
-        Referee::RewardModel(folder) => {
-            let (model, head) = reward_model(files, &folder, trial.model)?;
-            let completion = |answer: &Answer| crate::collate::Completion { tokens: answer.tokens.clone(), learnt: None };
-            let samples: Vec<Sample> = prompts
-                .iter()
-                .zip(first.iter().zip(second))
-                .map(|(prompt, (first, second))| Sample {
-                    prompt: prompt.tokens.clone(),
-                    completions: vec![completion(first), completion(second)],
-                    ..Sample::default()
-                })
-                .collect();
-            watch(Work::Duel, "reward model", 0, samples.len());
-            let rewards = preferences::rewards(&model, &head, &samples)?;
-            let verdicts = rewards.chunks_exact(2).map(|pair| duel::by_score(pair[0], pair[1])).collect();
-            Ok(Decided { judge: Some(folder.display().to_string()), verdicts, ..Decided::default() })
+        // The rule that trainings have of it: it reads answers as it was taught to.
+        Referee::RewardModel(path) => {
+            let judge = Some(path.display().to_string());
+            let rules = Rules { functions: vec![reward::Judge::RewardModel { path }.into()], weights: None };
+            Ok(Decided { judge, ..by_rules(files, trial, &rules, prompts, said, watch)? })
         }
         Referee::Rules(rules) => by_rules(files, trial, &rules, prompts, said, watch),
         Referee::Judge(name, judge) => {
@@ -331,6 +325,7 @@ fn by_rules(
                 columns: &prompt.question.columns,
                 text: &answer.text,
                 tokens: answer.tokens.len(),
+                ended: answer.whole,
             })
             .collect();
         let scores = ready.score(&judged)?;

@@ -1,8 +1,10 @@
 //! Every measure, and a whole evaluation of a small model.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
+use tidemill_engine::ModelFiles;
 
 use super::answers::{Answer, Sampling, drift, refuses};
 use super::duel::{Verdict, by_judge, by_score, score};
@@ -10,10 +12,10 @@ use super::preferences::agreement;
 use super::*;
 use crate::dataset::control::shuffle_labels;
 use crate::dataset::{Row, format};
-use crate::job::{ADAPTER, Base, Job, LINEAGE, Rows, Spec};
+use crate::job::{ADAPTER, Base, Job, LINEAGE, Rows, Spec, judge_of};
 use crate::model::{ModelOptions, Precision};
-use crate::reward::{Judge as Rule, LengthUnit, RewardFunction};
-use crate::train::{Control, questions};
+use crate::reward::{Answer as Said, Judge as Rule, LengthUnit, RewardFunction};
+use crate::train::{Control, Method, TrainConfig, questions};
 
 #[test]
 fn agreement_is_the_share_of_positive_margins() {
@@ -154,8 +156,28 @@ async fn an_adapter_is_measured_beside_another_and_its_base() {
     assert_eq!(evaluate(&trial, Referee::None, &mut |_, _, _, _| {}).unwrap(), found, "the same again");
 
     // The same answers: a reward model cannot tell them apart, and a judge who likes the first place says nothing.
-    let by_rewards = evaluate(&trial, Referee::RewardModel(reward), &mut |_, _, _, _| {}).unwrap();
+    let by_rewards = evaluate(&trial, Referee::RewardModel(reward.clone()), &mut |_, _, _, _| {}).unwrap();
     assert_eq!(by_rewards.duel.unwrap().tied, 5);
+    let told = |place: usize| by_rewards.contenders[place].rewards["reward_model"];
+    assert!(told(0) == told(1) && told(0) != told(2), "{} {} {}", told(0), told(1), told(2));
+    assert_eq!(by_rewards.judge, Some(reward.display().to_string()));
+
+    // A reward model agrees by its own rewards: those that it gives while others are trained.
+    let entered = Trial { adapters: vec![entrant("reward", &reward)], prompts: 0, ..trial.clone() };
+    let agrees = evaluate(&entered, Referee::None, &mut |_, _, _, _| {}).unwrap().contenders[0].preferences.unwrap();
+    let files = Arc::new(ModelFiles::open(&tiny().path).unwrap());
+    let rule = Rule::RewardModel { path: reward };
+    let judge = judge_of(&files, &rule, None, trial.model, &TrainConfig::new(Method::Grpo)).unwrap();
+    let columns = Map::new();
+    let mut said = Vec::new();
+    for row in &trial.rows {
+        for answer in row.example.answers() {
+            said.push(Said { prompt: row.example.prompt(), columns: &columns, text: &answer[0].content, tokens: 1, ended: true });
+        }
+    }
+    let rewards = judge.score(&said).unwrap();
+    let apart: f64 = rewards.chunks(2).map(|pair| pair[0].unwrap() - pair[1].unwrap()).sum::<f64>() / trial.rows.len() as f64;
+    assert!(agrees.accuracy.share == 1.0 && (agrees.margin - apart).abs() < 1e-4 * apart.abs(), "{agrees:?} {apart}");
     let mut asked = 0;
     let judge: Judge<'_> = &mut |messages, _, _| {
         assert_eq!(messages[0].role, "user");

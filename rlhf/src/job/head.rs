@@ -26,14 +26,29 @@ pub(super) fn write(head: &Head, folder: &Path) -> Result<(), JobError> {
     durable::replace(&path, &bytes).map_err(JobError::io(&path))
 }
 
+/// What a training left in `folder`: the base of `files` with `adapter`, and a head where it is a reward model.
+pub(crate) fn measured_model(
+    files: &Arc<ModelFiles>,
+    folder: &Path,
+    adapter: &Adapter,
+    options: ModelOptions,
+) -> Result<(Model, Option<Head>), JobError> {
+    let head = if folder.join(HEAD).exists() { Some(read(files, folder)?) } else { None };
+    Ok((Model::with_adapter(Arc::clone(files), adapter, options)?, head))
+}
+
 /// A reward model as a training leaves it in `folder`, on the base of `files`.
 pub fn reward_model(files: &Arc<ModelFiles>, folder: &Path, options: ModelOptions) -> Result<(Model, Head), JobError> {
     let adapter = Adapter::read(folder)?;
+    let head = read(files, folder)?;
+    Ok((Model::with_adapter(Arc::clone(files), &adapter, options)?, head))
+}
+
+fn read(files: &ModelFiles, folder: &Path) -> Result<Head, JobError> {
     let path = folder.join(HEAD);
     let bytes = std::fs::read(&path).map_err(JobError::io(&path))?;
     let width = files.config().hidden;
     let values = Lists::read(&bytes).and_then(|lists| lists.get(WEIGHT, width)).map_err(TrainError::from)?;
     let var = Var::from_vec(values, width, &Device::Cpu).map_err(TrainError::from)?;
-    let model = Model::with_adapter(Arc::clone(files), &adapter, options)?;
-    Ok((model, Head { weight: Parameter { name: WEIGHT.to_owned(), var } }))
+    Ok(Head { weight: Parameter { name: WEIGHT.to_owned(), var } })
 }

@@ -29,7 +29,7 @@ pub(super) fn longest_prompt(config: &TrainConfig, context: usize) -> Result<usi
 /// Steps over so many prompts.
 pub(super) fn steps(config: &TrainConfig, told: &Reinforcement, prompts: usize) -> u64 {
     let plan = Plan { batch: told.prompts(), max_steps: None, ..config.plan(prompts) };
-    u64::try_from(config.max_steps).unwrap_or(if prompts == 0 { 0 } else { plan.steps() * told.uses() })
+    u64::try_from(config.max_steps).unwrap_or(if prompts == 0 { 0 } else { plan.steps().saturating_mul(told.uses()) })
 }
 
 impl Job {

@@ -129,7 +129,7 @@ impl Job {
                 let mut adapter = Adapter::read(folder)?;
                 adapter.check(self.files.config())?;
                 adapter.config.dropout = lora.dropout;
-                Model::with_adapter(Arc::clone(&self.files), &adapter, options)?
+                Model::with_adapter(Arc::clone(&self.files), &adapter, options)?.held_to_itself()?
             }
         })
     }
@@ -208,7 +208,9 @@ impl Job {
             FinetuningType::Lora => self.write_adapter(model, folder, trained)?,
             FinetuningType::Full => self.write_model(model, folder)?,
         };
-        let evaluated = last_evaluation(&folder.join(LOG))?;
+        // Of what is kept.
+        let kept = outcome.best.filter(|_| self.spec.config.load_best_model_at_end).map(|(step, _)| step);
+        let evaluated = last_evaluation(&folder.join(LOG), kept)?;
         let lineage = self.lineage(model, &outcome, &evaluated, shares);
         let path = folder.join(LINEAGE);
         durable::replace(&path, format!("{lineage:#}\n").as_bytes()).map_err(JobError::io(&path))?;
@@ -247,7 +249,9 @@ impl Job {
 
     /// What the adapter was made of. The same training gives the same text, however often it was interrupted.
     fn lineage(&self, model: &Model, outcome: &Outcome, evaluated: &Value, shares: (f64, f64)) -> Value {
-        let raters = self.rows.raters();
+        let learnt = self.train.samples.iter().flat_map(|sample| &sample.raters).map(String::as_str);
+        // Of methods that sample, everyone behind the prompts.
+        let raters = if self.prompts.is_empty() { learnt.collect() } else { self.rows.raters() };
         json!({
             "base": { "name": self.spec.base.name, "digest": model.base() },
             "parent": self.spec.adapter,
@@ -273,9 +277,13 @@ impl Job {
     }
 }
 
-/// The metrics of the last evaluation, from the log: they are the same after a restart.
-fn last_evaluation(path: &Path) -> Result<Value, JobError> {
+/// The metrics of the last evaluation, or of that at `step`, from the log: they are the same after a restart.
+fn last_evaluation(path: &Path, step: Option<u64>) -> Result<Value, JobError> {
     let text = std::fs::read_to_string(path).map_err(JobError::io(path))?;
     let lines = text.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    Ok(lines.into_iter().find(|line| line.get("eval_loss").or(line.get("eval_reward")).is_some()).unwrap_or_default())
+    let wanted = |line: &Value| {
+        let evaluated = line.get("eval_loss").or(line.get("eval_reward")).is_some();
+        evaluated && step.is_none_or(|step| line["step"].as_u64() == Some(step))
+    };
+    Ok(lines.into_iter().find(wanted).unwrap_or_default())
 }

@@ -42,7 +42,7 @@ pub struct Spec {
     /// The new adapter.
     #[serde(default)]
     pub lora: Lora,
-    /// Go on from this adapter instead of a new one; `lora` is then only its dropout.
+    /// Go on from this adapter instead of a new one; `lora` is then only its dropout, and the reference is this adapter as it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<PathBuf>,
     /// Also keep the adapters at the ends of so many epochs before the last, and of the one that was evaluated best.
@@ -199,6 +199,12 @@ impl Spec {
         if self.adapter.is_some() {
             let fix = "does not go with finetuning_type full; merge it into its base (tidemill adapter merge) and train that";
             return wrong("adapter", fix.to_owned());
+        }
+        if self.epoch_adapters.is_some() {
+            return wrong(
+                "epoch_adapters",
+                "does not go with finetuning_type full, which has no adapter; leave it out".to_owned(),
+            );
         }
         if self.lora != Lora::default() {
             return wrong("lora", "does not go with finetuning_type full; leave it out".to_owned());

@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use tidemill_engine::{Adapter, ModelFiles, Part, Weight};
+use tidemill_kernels::train::Precision;
 
 use super::*;
+use crate::dataset::{Example, Message, Origin, Row};
 use crate::train::{Control, Ending, TrainError};
 
 fn base() -> Base {
@@ -127,6 +129,81 @@ async fn a_model_that_is_trained_whole_becomes_a_folder_and_stopping_on_the_way_
     }
 }
 
+/// What the log says of one thing, line by line.
+fn logged(folder: &Path, name: &str) -> Vec<f64> {
+    let log = fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
+    log.lines().filter_map(|line| serde_json::from_str::<Value>(line).unwrap()[name].as_f64()).collect()
+}
+
+#[tokio::test]
+async fn methods_without_a_pair_or_a_reference_train_all_weights_too() {
+    let place = tempfile::tempdir().unwrap();
+    for method in ["kto", "orpo", "simpo"] {
+        let given = spec(place.path(), method);
+        let job = job(Spec { finetuning_type: FinetuningType::Full, lora: Lora::default(), ..given }).await;
+        let folder = |name: &str| place.path().join(format!("{method}-{name}"));
+        let finished = run(&job, &folder("whole"), u64::MAX).1.unwrap();
+        assert_eq!(run(&job, &folder("broken"), 2), (Ending::Stopped, None));
+        assert_eq!(run(&job, &folder("broken"), u64::MAX).1.unwrap().digest, finished.digest, "{method}");
+        let losses = logged(&folder("whole"), "eval_loss");
+        assert!(losses[losses.len() - 1] < losses[0], "{method}: {losses:?}");
+        assert!(*logged(&folder("whole"), "eval_rewards/margins").last().unwrap() > 0.0, "{method}");
+        assert_ne!(finished.digest, ModelFiles::open(&base().path).unwrap().digest());
+    }
+}
+
+#[tokio::test]
+async fn a_lineage_tells_of_what_was_learnt_and_of_the_checkpoint_that_is_kept() {
+    let place = tempfile::tempdir().unwrap();
+    let mut given = spec(place.path(), "dpo");
+    // The first evaluation has the smallest margin.
+    given.config.metric_for_best_model = "rewards/margins".to_owned();
+    given.config.greater_is_better = Some(false);
+    (given.config.load_best_model_at_end, given.config.eval_steps) = (true, Some(1));
+    let mut rows = Rows::read(&given, None).await.unwrap();
+    rows.train.iter_mut().for_each(|row| row.origin.raters = vec!["ann".to_owned()]);
+    let thumb = Example::Unpaired {
+        prompt: rows.train[0].example.prompt().to_vec(),
+        completion: vec![Message::assistant("no")],
+        label: false,
+    };
+    rows.train.push(Row::new(thumb, Origin { raters: vec!["bob".to_owned()], ..Origin::default() }));
+    let job = Job::open(given, rows).unwrap();
+    let folder = place.path().join("out");
+    run(&job, &folder, u64::MAX).1.unwrap();
+    let lineage: Value = serde_json::from_slice(&fs::read(folder.join(LINEAGE)).unwrap()).unwrap();
+    // A thumb is nothing to DPO, and who gave it taught nothing.
+    assert_eq!(lineage["data"]["raters"], json!(["ann"]));
+    assert_eq!((&lineage["best"]["step"], &lineage["metrics"]["step"]), (&json!(1), &json!(1)));
+    assert_eq!(lineage["metrics"]["eval_rewards/margins"], lineage["best"]["metric"]);
+    assert!(logged(&folder, "eval_rewards/margins").len() > 2);
+}
+
+#[tokio::test]
+async fn a_folder_is_for_one_adapter_and_one_precision() {
+    let place = tempfile::tempdir().unwrap();
+    let folder = place.path().join("out");
+    let given = spec(place.path(), "sft");
+    run(&job(given.clone()).await, &folder, 1);
+    // The first numbers of an adapter are the same whatever it is scaled by.
+    let other = |change: &dyn Fn(&mut Spec)| {
+        let mut other = given.clone();
+        change(&mut other);
+        other
+    };
+    for other in [
+        other(&|spec| spec.lora.lora_alpha = 7.0),
+        other(&|spec| spec.lora.lora_dropout = 0.5),
+        other(&|spec| spec.lora.use_rslora = true),
+        other(&|spec| spec.precision = Precision::F32),
+    ] {
+        let error = job(other).await.train(&folder, &mut |_, _| {}, &mut |_| Control::Continue).unwrap_err().to_string();
+        assert!(error.contains("a training with another model, adapter or precision"), "{error}");
+    }
+    let same = other(&|spec| (spec.threads, spec.recompute) = (2, true));
+    assert_eq!(run(&job(same).await, &folder, u64::MAX).0, Ending::Finished);
+}
+
 #[tokio::test]
 async fn every_method_trains_and_a_training_goes_on_from_an_adapter() {
     let place = tempfile::tempdir().unwrap();
@@ -145,6 +222,8 @@ async fn every_method_trains_and_a_training_goes_on_from_an_adapter() {
         let both = a.pairs.iter().zip(&b.pairs);
         both.flat_map(|(a, b)| a.a.iter().zip(&b.a)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
     };
+    // It begins at its reference, which is the adapter that it goes on from.
+    assert!((logged(&folder("next"), "loss")[0] - 2f64.ln()).abs() < 1e-6, "{:?}", logged(&folder("next"), "loss"));
     // A new adapter has other first numbers; this one moved a little from where it was.
     assert!(distance(&before, &after) < 0.05, "{}", distance(&before, &after));
     let estimate = job(spec(place.path(), "dpo")).await.estimate().unwrap();
@@ -178,6 +257,10 @@ async fn what_cannot_be_trained_is_refused_by_name() {
         (json!({ "finetuning_type": "all" }), "unknown variant `all`, expected `lora` or `full`"),
         (json!({ "finetuning_type": "full" }), "lora: does not go with finetuning_type full"),
         (json!({ "finetuning_type": "full", "lora": {}, "adapter": "x" }), "adapter: does not go with finetuning_type full"),
+        (
+            json!({ "finetuning_type": "full", "lora": {}, "epoch_adapters": 2 }),
+            "epoch_adapters: does not go with finetuning_type full",
+        ),
         (json!({ "finetuning_type": "full", "lora": {}, "config": { "method": "reward" } }), "full with reward is not built"),
         (
             json!({ "finetuning_type": "full", "lora": {}, "config": { "method": "grpo", "reward_funcs": [{ "type": "json" }] } }),
@@ -251,6 +334,12 @@ async fn methods_that_sample_ask_a_files_prompts_and_are_rewarded_by_functions_a
         assert_eq!((&lineage["data"]["source"], &lineage["data"]["train"]), (&json!("prompts.jsonl"), &json!(prepared.train)));
         assert!(lineage["metrics"]["eval_reward"].is_f64(), "{lineage}");
     }
+    // One that goes on from an adapter is held to that.
+    let mut next = Spec { adapter: Some(folder("grpo").join(ADAPTER)), ..sampled(place.path(), "rloo", rewards.clone()) };
+    next.config.max_steps = 1;
+    run(&job(next).await, &folder("next"), u64::MAX);
+    assert_eq!(logged(&folder("next"), "kl")[0], 0.0);
+    assert!(logged(&folder("rloo"), "kl").iter().any(|kl| *kl != 0.0));
     let grpo = sampled(place.path(), "grpo", rewards);
     let estimate = job(grpo.clone()).await.estimate().unwrap();
     assert!(estimate.steps == 2 && !estimate.step.is_zero(), "{estimate:?}");

@@ -3,13 +3,13 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout as Strides, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, Device, Layout as Strides, Shape, Tensor};
 use tidemill_engine::{ModelConfig, ModelFiles};
 use tidemill_kernels::Store;
 use tidemill_kernels::train::{Block, LogProbs, Pieces};
 
 use super::workshop::{Buffer, Workshop};
-use super::{ModelError, slice};
+use super::{ModelError, along, slice};
 use crate::parameters::read;
 
 /// The final norm of some rows: `[rows, hidden]` to `[picked, hidden]`.
@@ -67,24 +67,10 @@ impl FinalNorm {
     }
 }
 
-impl CustomOp1 for FinalNorm {
-    fn name(&self) -> &'static str {
-        "final norm"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, strides: &Strides) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok(self.forward(slice(x, strides)?, &self.weight)?)
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, dout: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let (dx, _) = read(x, |x| read(dout, |dout| self.backward(x, &self.weight, dout, false)))???;
-        Ok(Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?))
-    }
-}
-
+/// Of the states and the weight; an empty weight is the files'.
 impl CustomOp2 for FinalNorm {
     fn name(&self) -> &'static str {
-        "trained final norm"
+        "final norm"
     }
 
     fn cpu_fwd(
@@ -94,7 +80,8 @@ impl CustomOp2 for FinalNorm {
         weight: &CpuStorage,
         weight_strides: &Strides,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok(self.forward(slice(x, x_strides)?, slice(weight, weight_strides)?)?)
+        let weight = slice(weight, weight_strides)?;
+        Ok(self.forward(slice(x, x_strides)?, if weight.is_empty() { self.weight.as_slice() } else { weight })?)
     }
 
     fn bwd(
@@ -104,10 +91,14 @@ impl CustomOp2 for FinalNorm {
         _: &Tensor,
         dout: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let along = |x: &[f32]| read(weight, |weight| read(dout, |dout| self.backward(x, weight, dout, true)));
-        let (dx, dweight) = read(x, along)????;
-        let dx = Tensor::from_vec(dx, x.shape(), &Device::Cpu)?;
-        Ok((Some(dx), Some(Tensor::from_vec(dweight, weight.shape(), &Device::Cpu)?)))
+        let slopes = |x: &[f32]| {
+            read(weight, |weight| {
+                let own = if weight.is_empty() { self.weight.as_slice() } else { weight };
+                read(dout, |dout| self.backward(x, own, dout, !weight.is_empty()))
+            })
+        };
+        let (dx, dweight) = read(x, slopes)????;
+        Ok((along(dx, x)?, along(dweight, weight)?))
     }
 }
 
@@ -181,23 +172,10 @@ impl LogProbsOp {
     }
 }
 
-impl CustomOp1 for LogProbsOp {
-    fn name(&self) -> &'static str {
-        "log-probabilities"
-    }
-
-    fn cpu_fwd(&self, hidden: &CpuStorage, strides: &Strides) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok(self.forward(slice(hidden, strides)?, None)?)
-    }
-
-    fn bwd(&self, hidden: &Tensor, _: &Tensor, dout: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some(self.along_hidden(hidden, dout)?))
-    }
-}
-
+/// Of the states and the head; an empty head is the files'.
 impl CustomOp2 for LogProbsOp {
     fn name(&self) -> &'static str {
-        "log-probabilities under a trained head"
+        "log-probabilities"
     }
 
     fn cpu_fwd(
@@ -207,7 +185,8 @@ impl CustomOp2 for LogProbsOp {
         head: &CpuStorage,
         head_strides: &Strides,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok(self.forward(slice(hidden, hidden_strides)?, Some(slice(head, head_strides)?))?)
+        let head = Some(slice(head, head_strides)?).filter(|head| !head.is_empty());
+        Ok(self.forward(slice(hidden, hidden_strides)?, head)?)
     }
 
     fn bwd(
@@ -217,10 +196,12 @@ impl CustomOp2 for LogProbsOp {
         _: &Tensor,
         dout: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let along = |values: &[f32]| read(head, |head| read(dout, |dout| self.along_head(values, head, dout)));
-        let dhead = read(hidden, along)????;
-        let dhead = Tensor::from_vec(dhead, head.shape(), &Device::Cpu)?;
-        Ok((Some(self.along_hidden(hidden, dout)?), Some(dhead)))
+        let dhidden = self.along_hidden(hidden, dout)?;
+        if head.elem_count() == 0 {
+            return Ok((Some(dhidden), None));
+        }
+        let slopes = |values: &[f32]| read(head, |head| read(dout, |dout| self.along_head(values, head, dout)));
+        Ok((Some(dhidden), along(read(hidden, slopes)????, head)?))
     }
 }
 

@@ -1,12 +1,12 @@
 //! One decoder layer as a single operation of the graph, forward and backward.
 //!
-//! The arguments are the residual stream `[rows, hidden]` and the layer's flat parameters: an adapter's one, or the two of a layer that is
-//! trained whole. What is not trained is read from the model's files. Formulas of the parts stand in [`tidemill_kernels::train`]; here is
-//! the chain rule between them.
+//! The arguments are the residual stream `[rows, hidden]` and two flat parameters: an adapter's one and an empty one, those of a layer that
+//! is trained whole, or two empty ones. What is not trained is read from the model's files. Formulas of the parts stand in
+//! [`tidemill_kernels::train`]; here is the chain rule between them.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout as Strides, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, Device, Layout as Strides, Shape, Tensor};
 use tidemill_engine::{ModelConfig, ModelFiles, Part, Projection, Weight};
 use tidemill_kernels::train::{Attention, Block, Compute, Dropout, LowRank, Operand, Pieces, Product, Rotation, Span, View};
 use tidemill_kernels::{AttentionSpec, HeadShape, Store};
@@ -15,7 +15,7 @@ use super::layer_weights::{LayerWeights, Norms, Trained};
 use super::layout::{Group, GroupLayout, Slot};
 use super::whole::Whole;
 use super::workshop::{Buffer, Workshop};
-use super::{ModelError, slice};
+use super::{ModelError, along, slice};
 use crate::parameters::read;
 use crate::random::mix;
 
@@ -151,50 +151,9 @@ impl LayerOp {
     }
 }
 
-impl CustomOp1 for LayerOp {
-    fn name(&self) -> &'static str {
-        "decoder layer"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, x_layout: &Strides) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.forward(slice(x, x_layout)?, [&[], &[]])
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, dout: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some(self.backward(x, [&[], &[]], dout)?.0))
-    }
-}
-
-impl CustomOp2 for LayerOp {
-    fn name(&self) -> &'static str {
-        "adapted decoder layer"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Strides,
-        params: &CpuStorage,
-        params_layout: &Strides,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.forward(slice(x, x_layout)?, [slice(params, params_layout)?, &[]])
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        params: &Tensor,
-        _: &Tensor,
-        dout: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let (dx, slopes) = read(params, |params| self.backward(x, [params, &[]], dout))??;
-        Ok((Some(dx), Some(Tensor::from_vec(slopes.params, params.shape(), &Device::Cpu)?)))
-    }
-}
-
 impl CustomOp3 for LayerOp {
     fn name(&self) -> &'static str {
-        "whole decoder layer"
+        "decoder layer"
     }
 
     fn cpu_fwd(
@@ -218,8 +177,7 @@ impl CustomOp3 for LayerOp {
         dout: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (dx, slopes) = read(params, |params| read(vectors, |vectors| self.backward(x, [params, vectors], dout)))???;
-        let along = |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu);
-        Ok((Some(dx), Some(along(slopes.params, params)?), Some(along(slopes.vectors, vectors)?)))
+        Ok((Some(dx), along(slopes.params, params)?, along(slopes.vectors, vectors)?))
     }
 }
 

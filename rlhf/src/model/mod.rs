@@ -95,6 +95,11 @@ fn slice<'a>(storage: &'a CpuStorage, strides: &Strides) -> candle_core::Result<
     }
 }
 
+/// Derivatives along an argument; none along one that is empty.
+fn along(values: Vec<f32>, argument: &Tensor) -> candle_core::Result<Option<Tensor>> {
+    if values.is_empty() { Ok(None) } else { Tensor::from_vec(values, argument.shape(), &Device::Cpu).map(Some) }
+}
+
 /// How a model computes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ModelOptions {
@@ -117,7 +122,8 @@ impl Default for ModelOptions {
 /// What a pass computes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pass {
-    /// With what was trained; without it, the model that the files hold (the reference) and no graph.
+    /// With what was trained; without it, the reference and no graph: the model that the files hold, or what it is
+    /// [held to](Model::held_to_itself).
     pub adapter: bool,
     /// Whether a backward pass may follow.
     pub gradient: bool,
@@ -132,7 +138,7 @@ impl Pass {
     pub const TRAIN: Pass = Pass { adapter: true, gradient: true, dropout: None, temperature: 1.0 };
     /// The trained model, without one.
     pub const EVALUATE: Pass = Pass { adapter: true, gradient: false, dropout: None, temperature: 1.0 };
-    /// The base model.
+    /// The reference.
     pub const REFERENCE: Pass = Pass { adapter: false, gradient: false, dropout: None, temperature: 1.0 };
 }
 
@@ -148,6 +154,8 @@ pub struct Model {
     /// With how many positions it has.
     rotation: Mutex<(usize, Arc<Rotation>)>,
     base: String,
+    /// The argument of an operation that has no number of that kind.
+    none: Tensor,
 }
 
 /// What is trained.
@@ -169,6 +177,22 @@ struct Ends {
 struct Layer {
     weights: Arc<LayerWeights>,
     trained: Held,
+    /// What stands in the adapter's place in the reference; without it the base's layer stands alone.
+    reference: Option<Tensor>,
+}
+
+impl Layer {
+    /// What a pass adds to the layer or puts in its place, and its two parameters.
+    fn numbers<'a>(&'a self, pass: Pass, none: &'a Tensor) -> (Option<&'a Arc<Trained>>, [&'a Tensor; 2]) {
+        match (&self.trained, &self.reference) {
+            (Some((trained, vars)), _) if pass.adapter => {
+                let var = |index: usize| vars.get(index).map_or(none, Var::as_tensor);
+                (Some(trained), [var(0), var(1)])
+            }
+            (Some((trained, _)), Some(reference)) => (Some(trained), [reference, none]),
+            _ => (None, [none, none]),
+        }
+    }
 }
 
 /// What of a layer is trained, and the parameters that hold its numbers.
@@ -250,14 +274,27 @@ impl Model {
             files.matrix(weight)?;
         }
         let layer = |(index, trained): (usize, Held)| -> Result<Layer, ModelError> {
-            Ok(Layer { weights: Arc::new(LayerWeights::load(&files, index)?), trained })
+            Ok(Layer { weights: Arc::new(LayerWeights::load(&files, index)?), trained, reference: None })
         };
         let layers = trained.into_iter().enumerate().map(layer).collect::<Result<_, _>>()?;
         let workshop = Arc::new(Workshop::new(options.threads, options.precision)?);
         let final_norm = Arc::new(files.vector(Weight::FinalNorm)?);
         let rotation = Mutex::new((0, Arc::new(Rotation::new(&[], 1.0, 0))));
-        let base = files.digest();
-        Ok(Self { files, options, workshop, layers, final_norm, parameters, kind, rotation, base })
+        let (base, none) = (files.digest(), Tensor::zeros(0, DType::F32, &Device::Cpu)?);
+        Ok(Self { files, options, workshop, layers, final_norm, parameters, kind, rotation, base, none })
+    }
+
+    /// The same, whose reference is the adapter as it is now and not the base alone: what a training that goes on from an adapter is held
+    /// to.
+    pub fn held_to_itself(mut self) -> Result<Self, ModelError> {
+        for layer in &mut self.layers {
+            if let Some((_, vars)) = &layer.trained
+                && let [var] = vars.as_slice()
+            {
+                layer.reference = Some(var.as_tensor().copy()?.detach());
+            }
+        }
+        Ok(self)
     }
 
     /// What is trained, in order: one vector per adapted layer, or all of a whole model's.
@@ -268,6 +305,31 @@ impl Model {
     /// Names the base model's weights by their content: [`ModelFiles::digest`].
     pub fn base(&self) -> &str {
         &self.base
+    }
+
+    /// Names everything that its numbers are a function of beside its parameters: the base's weights, how products round, how an adapter
+    /// is scaled and thinned out, and the reference.
+    pub fn frozen(&self) -> Result<String, ModelError> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(format!("{} {:?}\n", self.base, self.options.precision).as_bytes());
+        if let Kind::Adapter(lora) = &self.kind {
+            hasher.update(format!("{}\n", lora.dropout).as_bytes());
+        }
+        for (index, layer) in self.layers.iter().enumerate() {
+            if let Some(Trained::Adapter(layout)) = layer.trained.as_ref().map(|(trained, _)| &**trained) {
+                for slot in layout.slots() {
+                    hasher.update(format!("{index} {:?} {} {}\n", slot.projection, slot.rank, slot.scale).as_bytes());
+                }
+            }
+            if let Some(reference) = &layer.reference {
+                crate::parameters::read(reference, |values| {
+                    for value in values {
+                        hasher.update(&value.to_le_bytes());
+                    }
+                })?;
+            }
+        }
+        Ok(hasher.finalize().to_hex().to_string())
     }
 
     /// The files of the base model.
@@ -353,13 +415,8 @@ impl Model {
             keep: hidden.track_op(),
             kept: Mutex::default(),
         };
-        let head = self.ends(pass).map(|ends| ends.head.as_ref().unwrap_or(&ends.embedding).as_tensor());
-        let log_probs = match (head, hidden.track_op()) {
-            (Some(head), true) => hidden.apply_op2(head, op)?,
-            (Some(head), false) => hidden.apply_op2_no_bwd(head, &op)?,
-            (None, true) => hidden.apply_op1(op)?,
-            (None, false) => hidden.apply_op1_no_bwd(&op)?,
-        };
+        let head = self.ends(pass).map_or(&self.none, |ends| ends.head.as_ref().unwrap_or(&ends.embedding).as_tensor());
+        let log_probs = if hidden.track_op() { hidden.apply_op2(head, op)? } else { hidden.apply_op2_no_bwd(head, &op)? };
         Ok((log_probs, both.narrow(0, labels, rows.len())?))
     }
 
@@ -384,12 +441,12 @@ impl Model {
             None => self.embed(&batch.tokens)?,
         };
         for layer in &self.layers {
-            let trained = layer.trained.as_ref().filter(|_| pass.adapter);
-            let graph = pass.gradient && (hidden.track_op() || trained.is_some());
+            let (trained, [params, vectors]) = layer.numbers(pass, &self.none);
+            let graph = pass.gradient && (hidden.track_op() || params.is_variable());
             let op = LayerOp {
                 files: Arc::clone(&self.files),
                 weights: Arc::clone(&layer.weights),
-                trained: trained.map(|(trained, _)| Arc::clone(trained)),
+                trained: trained.cloned(),
                 rows: Arc::clone(&shared),
                 workshop: Arc::clone(&self.workshop),
                 dropout,
@@ -397,14 +454,8 @@ impl Model {
                 frozen_gradients: self.options.frozen_gradients,
                 saved: Mutex::default(),
             };
-            hidden = match (trained.map_or(&[][..], |(_, vars)| vars.as_slice()), graph) {
-                ([], true) => hidden.apply_op1(op)?,
-                ([], false) => hidden.apply_op1_no_bwd(&op)?,
-                ([only], true) => hidden.apply_op2(only.as_tensor(), op)?,
-                ([only], false) => hidden.apply_op2_no_bwd(only.as_tensor(), &op)?,
-                ([matrices, vectors, ..], true) => hidden.apply_op3(matrices.as_tensor(), vectors.as_tensor(), op)?,
-                ([matrices, vectors, ..], false) => hidden.apply_op3_no_bwd(matrices.as_tensor(), vectors.as_tensor(), &op)?,
-            };
+            hidden =
+                if graph { hidden.apply_op3(params, vectors, op)? } else { hidden.apply_op3_no_bwd(params, vectors, &op)? };
         }
         let op = FinalNorm {
             files: Arc::clone(&self.files),
@@ -412,12 +463,8 @@ impl Model {
             workshop: Arc::clone(&self.workshop),
             picked: rows.to_vec(),
         };
-        Ok(match (ends, hidden.track_op()) {
-            (Some(ends), true) => hidden.apply_op2(ends.norm.as_tensor(), op)?,
-            (Some(ends), false) => hidden.apply_op2_no_bwd(ends.norm.as_tensor(), &op)?,
-            (None, true) => hidden.apply_op1(op)?,
-            (None, false) => hidden.apply_op1_no_bwd(&op)?,
-        })
+        let norm = ends.map_or(&self.none, |ends| ends.norm.as_tensor());
+        Ok(if hidden.track_op() { hidden.apply_op2(norm, op)? } else { hidden.apply_op2_no_bwd(norm, &op)? })
     }
 
     /// Embedding, last norm and head of a model that is trained whole, in passes with what was trained.

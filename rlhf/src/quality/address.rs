@@ -1,6 +1,9 @@
 //! Content addresses that white space does not change: what says the same has the same.
 
-use crate::dataset::{Example, Message, row::PARSED};
+use crate::dataset::{
+    Example, Message,
+    row::{CUT_OFF, PARSED},
+};
 
 /// Of what a row teaches.
 pub(super) fn of(example: &Example) -> blake3::Hash {
@@ -28,8 +31,8 @@ pub(super) fn of_messages(messages: &[Message]) -> blake3::Hash {
         message.content.split_whitespace().for_each(|word| {
             hasher.update(b"\x02").update(word.as_bytes());
         });
-        // What a text means follows from the text.
-        for (key, value) in message.extra.iter().filter(|(key, _)| *key != PARSED) {
+        // What a text means follows from the text, and who ended it changes nothing of it.
+        for (key, value) in message.extra.iter().filter(|(key, _)| *key != PARSED && *key != CUT_OFF) {
             hasher.update(b"\x03").update(key.as_bytes()).update(value.to_string().as_bytes());
         }
     }
@@ -50,6 +53,7 @@ mod tests {
         };
         assert_eq!(says("a b", PARSED), says(" a\n b", PARSED));
         assert_eq!(says("a b", PARSED), of_messages(&[Message::assistant("a b")]));
+        assert_eq!(of_messages(&[Message::assistant("a b").cut_off()]), of_messages(&[Message::assistant("a b")]));
         assert_ne!(says("a b", "tool_calls"), says("a  b", "tool_calls"));
         assert_ne!(says("a b", PARSED), says("ab", PARSED));
     }

@@ -32,6 +32,8 @@ pub struct Answer<'a> {
     pub text: &'a str,
     /// How many tokens were sampled.
     pub tokens: usize,
+    /// It ended by itself, and was not cut off.
+    pub ended: bool,
 }
 
 /// Judges answers. `None` is no opinion, which counts for nothing.

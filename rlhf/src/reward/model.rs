@@ -38,7 +38,8 @@ impl RewardModel {
         };
         let encoder = Encoder::new(template, self.files.tokenizer(), self.encoding.clone());
         let one = |answer: &Answer<'_>| {
-            let (prompt, completion) = (answer.prompt.to_vec(), vec![Message::assistant(answer.text)]);
+            let said = Message::assistant(answer.text);
+            let (prompt, completion) = (answer.prompt.to_vec(), vec![if answer.ended { said } else { said.cut_off() }]);
             let row = Row::new(Example::Demonstration { prompt, completion }, Origin::default());
             encoder.rows(std::slice::from_ref(&row), Teaches::Imitation).samples.pop()
         };

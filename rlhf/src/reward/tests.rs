@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::*;
 
 fn answer<'a>(text: &'a str, columns: &'a Map<String, Value>) -> Answer<'a> {
-    Answer { prompt: &[], columns, text, tokens: text.len() }
+    Answer { prompt: &[], columns, text, tokens: text.len(), ended: true }
 }
 
 fn function(value: Value) -> RewardFunction {

@@ -106,7 +106,7 @@ impl Folder {
                     let differs = [
                         (found.configuration != identity.configuration, "configuration"),
                         (found.data != identity.data, "dataset"),
-                        (found.model != identity.model, "model"),
+                        (found.model != identity.model, "model, adapter or precision"),
                     ];
                     return match differs.into_iter().find(|(differs, _)| *differs) {
                         Some((_, what)) => Err(TrainError::OtherTraining { path: self.path.clone(), what }),

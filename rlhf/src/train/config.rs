@@ -457,12 +457,17 @@ impl TrainConfig {
     pub fn plan(&self, rows: usize) -> Plan {
         Plan {
             rows,
-            batch: self.per_device_train_batch_size * self.gradient_accumulation_steps,
+            batch: self.step_rows(),
             epochs: self.num_train_epochs,
             max_steps: u64::try_from(self.max_steps).ok(),
             shuffle: self.shuffle,
             seed: self.seed,
         }
+    }
+
+    /// Rows of a step; of methods that sample, answers.
+    fn step_rows(&self) -> usize {
+        self.per_device_train_batch_size.saturating_mul(self.gradient_accumulation_steps)
     }
 
     /// How rows become tokens.

@@ -98,6 +98,10 @@ impl Offline {
         }
         let mass: Vec<f64> = train.iter().map(|sample| objective.mass(sample)).collect();
         let weighed = weights(&train, &mass, &config.caps());
+        if weighed.weights.iter().all(|weight| *weight == 0.0) {
+            let text = "rater_weights and user_weights leave no row anything to count; give somebody's rows a weight above 0";
+            return Err(TrainError::Data(text.to_owned()));
+        }
         train.iter_mut().zip(&weighed.weights).for_each(|(sample, weight)| sample.weight = *weight);
         let head = match objective {
             Objective::Reward { .. } => Some(Head::new(model.width(), config.seed)?),

@@ -12,8 +12,9 @@ use crate::{
 
 /// A model that is trained. The same parameters, batch and pass give the same numbers, bit for bit.
 pub trait Policy: Sync {
-    /// Names the frozen weights and the tokenizer by their content: reference log-probabilities are kept under it.
-    fn base(&self) -> &str;
+    /// Names all that its numbers are a function of beside the parameters, the reference included: a training goes on with the same alone, and
+    /// reference log-probabilities are kept under it.
+    fn frozen(&self) -> Result<String>;
 
     /// What training changes.
     fn parameters(&self) -> &Parameters;
@@ -34,8 +35,8 @@ pub trait Policy: Sync {
 }
 
 impl Policy for Model {
-    fn base(&self) -> &str {
-        self.base()
+    fn frozen(&self) -> Result<String> {
+        self.frozen().map_err(Into::into)
     }
 
     fn parameters(&self) -> &Parameters {

@@ -65,7 +65,7 @@ pub(crate) fn sums(
     Ok(found)
 }
 
-/// [`sums`] of the reference, read from `cache` when they were computed before for this base and these tokens.
+/// [`sums`] of the reference, read from `cache` when they were computed before for this reference and these tokens.
 pub(super) fn kept(
     model: &dyn Policy,
     items: &[Item<'_>],
@@ -76,7 +76,7 @@ pub(super) fn kept(
 ) -> std::result::Result<Vec<f32>, TrainError> {
     let Some(cache) = cache else { return Ok(sums(model, items, layout, budget, Pass::REFERENCE, watch)?) };
     let count = items.iter().map(|item| item.completions.len()).sum();
-    let path = cache.join(format!("reference-{}.safetensors", key(model.base(), items)));
+    let path = cache.join(format!("reference-{}.safetensors", key(&model.frozen()?, items)));
     match std::fs::read(&path) {
         Ok(bytes) => match Lists::read(&bytes).and_then(|lists| lists.get(NAME, count)) {
             Ok(found) => return Ok(found),
@@ -95,9 +95,9 @@ pub(super) fn kept(
 }
 
 /// Names what the sums are a function of.
-fn key(base: &str, items: &[Item<'_>]) -> String {
+fn key(frozen: &str, items: &[Item<'_>]) -> String {
     let mut bytes = Vec::new();
-    bytes.extend_from_slice(hash(base.as_bytes()).as_bytes());
+    bytes.extend_from_slice(hash(frozen.as_bytes()).as_bytes());
     for item in items {
         describe(item, &mut bytes);
     }

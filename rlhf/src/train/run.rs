@@ -398,6 +398,6 @@ fn identity<T: Trainer>(
     // How often and how much is kept may change.
     let config = TrainConfig { save_steps: 1, save_total_limit: None, ..config.clone() };
     let configuration = serde_json::to_string(&config).map_err(|error| TrainError::Config(error.to_string()))?;
-    let model = [model.base().as_bytes(), hash(&content(parameters)?).as_bytes()].concat();
+    let model = [model.frozen()?.as_bytes(), hash(&content(parameters)?).as_bytes()].concat();
     Ok(Identity { configuration: hash(configuration.as_bytes()), data: trainer.identity(), model: hash(&model) })
 }

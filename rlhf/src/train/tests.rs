@@ -269,8 +269,8 @@ fn a_folder_belongs_to_one_training() {
 struct Breaking(Tiny, AtomicUsize);
 
 impl Policy for Breaking {
-    fn base(&self) -> &str {
-        self.0.base()
+    fn frozen(&self) -> candle_core::Result<String> {
+        self.0.frozen()
     }
 
     fn parameters(&self) -> &Parameters {
@@ -331,6 +331,10 @@ fn a_raters_share_of_the_loss_is_bounded() {
     let config = TrainConfig { max_rater_share: Some(0.4), ..config(Method::Dpo) };
     let offline = Offline::new(&model, &config, rows.clone(), Vec::new(), None, &mut |_, _| {}).unwrap();
     assert!((offline.largest_shares().0 - 0.4).abs() < 1e-6, "{:?}", offline.largest_shares());
+    let nobody = TrainConfig { rater_weights: [("busy".to_owned(), 0.0)].into(), ..config.clone() };
+    let judged = rows[8..].to_vec();
+    let error = Offline::new(&model, &nobody, judged, Vec::new(), None, &mut |_, _| {}).err().unwrap().to_string();
+    assert!(error.contains("leave no row anything to count"), "{error}");
     let open = TrainConfig { max_rater_share: None, ..config };
     let offline = Offline::new(&model, &open, rows, Vec::new(), None, &mut |_, _| {}).unwrap();
     assert!((offline.largest_shares().0 - 0.8).abs() < 1e-9);

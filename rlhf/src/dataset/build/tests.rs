@@ -299,11 +299,19 @@ fn what_cannot_be_taught_as_good_is_not() {
     change(&mut given, |answer| answer.cut_off = true);
     let built = build(&given, &Query::default());
     assert_eq!(left_out(&built), [(LeftOut::CutOff, 1)]);
-    // As a bad answer it is welcome.
+    // As a bad answer it is welcome, and known for one that the model did not end.
     assert_eq!(built.rows.len(), 1);
+    let ends = |built: &Built| {
+        built.rows.iter().flat_map(|row| row.example.answers()).map(|said| !said[0].is_cut_off()).collect::<Vec<_>>()
+    };
+    assert_eq!(ends(&built), [false]);
     assert_eq!(build(&given, &Query { truncated: true, ..Query::default() }).rows.len(), 2);
     change(&mut given, |answer| answer.whole = false);
     assert_eq!(left_out(&build(&given, &Query::default())), [(LeftOut::Incomplete, 1)]);
+    change(&mut given, |answer| answer.cut_off = false);
+    assert_eq!(ends(&build(&given, &Query::default())), [false]);
+    change(&mut given, |answer| answer.whole = true);
+    assert!(!ends(&build(&given, &Query::default())).contains(&false));
 
     let mut metric = feedback(3, Kind::Metric, "", &[1], json!(5.0));
     metric.metric = Some("seconds".into());

@@ -131,7 +131,7 @@ fn what_makes_no_sense_is_named_by_its_path() {
 #[test]
 fn a_training_goes_on_where_some_answers_cannot_be_judged_and_ends_where_none_can() {
     let columns = Map::new();
-    let answer = |text| Answer { prompt: &[], columns: &columns, text, tokens: 1 };
+    let answer = |text| Answer { prompt: &[], columns: &columns, text, tokens: 1, ended: true };
     let grading = |replies: &[Result<&'static str, &'static str>]| Grading {
         grader: grader(judge()),
         oracle: Some(Arc::new(Says::new(replies)) as Arc<dyn Oracle>),

@@ -139,12 +139,12 @@ pub struct Reinforcement {
 impl Reinforcement {
     /// Steps that learn from the same answers.
     pub fn uses(&self) -> u64 {
-        (self.iterations * self.mini_batches) as u64
+        self.iterations.saturating_mul(self.mini_batches) as u64
     }
 
     /// Prompts that are answered at once.
     pub fn prompts(&self) -> usize {
-        self.answers * self.mini_batches / self.group
+        self.answers.saturating_mul(self.mini_batches) / self.group
     }
 }
 
@@ -163,7 +163,7 @@ impl TrainConfig {
                 "importance_sampling_mode must be one of whole answers for rloo: sequence_truncate or sequence_mask",
             ));
         }
-        let answers = self.per_device_train_batch_size * self.gradient_accumulation_steps;
+        let answers = self.step_rows();
         let mini_batches = self.num_mini_batches.unwrap_or(1);
         let group = self.num_generations.unwrap_or(if ppo {
             1
@@ -175,7 +175,7 @@ impl TrainConfig {
         if !ppo && group < 2 {
             return Err(config("num_generations must be at least 2: answers are compared with others to the same prompt"));
         }
-        if !(answers * mini_batches).is_multiple_of(group) {
+        if !answers.saturating_mul(mini_batches).is_multiple_of(group) {
             return Err(config(format!(
                 "the answers of a step, per_device_train_batch_size · gradient_accumulation_steps = {answers}, must be a multiple of \
                  num_generations = {group}"

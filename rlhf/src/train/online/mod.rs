@@ -157,6 +157,7 @@ impl<'a> Online<'a> {
                 columns: &prompt.question.columns,
                 text: &drawn.text,
                 tokens: drawn.tokens.len(),
+                ended: drawn.ended,
             })
             .collect();
         let scores = self.rewards.score(&judged)?;
@@ -252,10 +253,9 @@ impl<'a> Online<'a> {
         batches(&sizes, self.budget).into_iter().map(batch).collect()
     }
 
-    /// The answers that a step of a turn learns from.
+    /// The answers of one step of a turn.
     fn part(&self, turn: &Turn, within: u64) -> Vec<(usize, usize)> {
         let mut places = turn.places();
-        places.retain(|(group, answer)| !self.told.skip_truncated || turn.groups[*group].answers[*answer].ended);
         let parts = self.told.mini_batches;
         if parts == 1 {
             return places;
@@ -300,11 +300,11 @@ impl Trainer for Online<'_> {
     }
 
     fn steps(&self) -> u64 {
-        self.max_steps.unwrap_or(self.plan.steps() * self.told.uses())
+        self.max_steps.unwrap_or(self.plan.steps().saturating_mul(self.told.uses()))
     }
 
     fn steps_per_epoch(&self) -> u64 {
-        self.plan.steps_per_epoch() * self.told.uses()
+        self.plan.steps_per_epoch().saturating_mul(self.told.uses())
     }
 
     fn step(&mut self, step: u64, model: &dyn Policy) -> Result<Vec<OnlineBatch>, TrainError> {
@@ -314,8 +314,11 @@ impl Trainer for Online<'_> {
             None => self.take_turn(number, model)?,
         };
         let mut places = self.part(&turn, within);
+        let answers = places.len().max(1) as f64;
+        places.retain(|(group, answer)| !self.told.skip_truncated || turn.groups[*group].answers[*answer].ended);
         let tokens = places.iter().map(|(group, answer)| turn.groups[*group].answers[*answer].tokens.len()).sum::<usize>();
-        let totals = Totals { answers: places.len().max(1) as f64, tokens: tokens.max(1) as f64 };
+        // An answer that is skipped counts among the answers, with nothing to learn, and not among the tokens: as in TRL.
+        let totals = Totals { answers, tokens: tokens.max(1) as f64 };
         // Where all answers to a prompt are worth the same, nothing pulls at them but divergence.
         if matches!(self.told.algorithm, Algorithm::Grpo { beta, .. } if beta == 0.0) {
             places.retain(|(group, answer)| !turn.groups[*group].answers[*answer].is_indifferent());

@@ -230,6 +230,32 @@ fn batches_do_not_change_what_is_learnt() {
     }
 }
 
+/// TRL's mean over answers counts those that are skipped, its mean over tokens does not.
+#[test]
+fn what_is_skipped_counts_as_an_answer_without_tokens() {
+    let model = model();
+    let mut answers = Vec::new();
+    for skip in [false, true] {
+        let config = config(
+            Method::Grpo,
+            json!({"mask_truncated_completions": skip, "loss_type": "grpo", "beta": 0.02, "max_completion_length": 40}),
+        );
+        let sampler =
+            EngineSampler::new(engine_for(&golden("llama"), 16, LONGEST, 4, Some(2)).unwrap(), || model.adapter("tiny"));
+        let mut online = Online::new(&model, &config, prompts(6), Vec::new(), capitals(), sampler).unwrap();
+        let batches = online.step(0, &model).unwrap();
+        let turn = online.turn.as_ref().unwrap();
+        let ended = turn.places().iter().filter(|(group, answer)| turn.groups[*group].answers[*answer].ended).count();
+        let places: Vec<(usize, usize)> = batches.iter().flat_map(|batch| batch.places.clone()).collect();
+        assert_eq!(places.len(), if skip { ended } else { 32 });
+        assert!((1..32).contains(&ended), "{ended}");
+        let tokens: usize = places.iter().map(|(group, answer)| turn.groups[*group].answers[*answer].tokens.len()).sum();
+        assert!(batches.iter().all(|batch| batch.totals == Totals { answers: 32.0, tokens: tokens as f64 }));
+        answers.push(places.len());
+    }
+    assert!(answers[0] > answers[1]);
+}
+
 #[test]
 fn what_cannot_be_trained_is_refused() {
     let refused = |fields: Value| {

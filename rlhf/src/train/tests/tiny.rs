@@ -66,8 +66,8 @@ impl Tiny {
 }
 
 impl Policy for Tiny {
-    fn base(&self) -> &str {
-        "tiny"
+    fn frozen(&self) -> Result<String> {
+        Ok("tiny".to_owned())
     }
 
     fn parameters(&self) -> &Parameters {
