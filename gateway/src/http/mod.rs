@@ -1,10 +1,12 @@
 //! The front door: routes, limits, error shape, streaming, shutdown.
 
+pub mod access;
 mod activity;
 mod adapter_registry;
 mod adapters;
 mod answer;
 pub mod app;
+mod audit;
 pub mod auth;
 mod batches;
 mod call_rules;
@@ -27,6 +29,7 @@ mod interchange;
 mod keys;
 pub mod labeling;
 pub mod limits;
+mod lineage;
 mod messages;
 mod models;
 mod observe;
@@ -44,7 +47,8 @@ mod tokens;
 mod upload;
 
 pub use app::App;
-pub use auth::{Auth, Caller, require};
+pub use audit::shown as shown_act;
+pub use auth::{Auth, Caller};
 pub use files::name as file_name;
 pub use fine_tuning::name as job_name;
 pub use router::router;
