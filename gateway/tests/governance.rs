@@ -116,7 +116,10 @@ async fn acts_are_told_with_the_key_and_found_page_by_page() {
     let told: Vec<_> = mine["data"].as_array().unwrap().iter().map(|act| act["action"].as_str().unwrap()).collect();
     assert_eq!(told, ["key.create", "key.change", "key.rotate", "key.revoke", "dataset.build"]);
     let first = &mine["data"][0];
-    assert_eq!((&first["object"], &first["actor"], &first["subject"]), (&json!("audit.entry"), &json!("key boss"), &json!("app")));
+    assert_eq!(
+        (&first["object"], &first["actor"], &first["subject"]),
+        (&json!("audit.entry"), &json!("key boss"), &json!("app"))
+    );
     assert_eq!((&first["detail"]["id"], &first["detail"]["scopes"]), (&json!(id), &json!(["chat"])));
     let boss = first["key_id"].as_str().unwrap();
     assert_eq!(server.get(&format!("/v1/audit?by={boss}&order=asc")).await["data"], mine["data"]);
@@ -239,4 +242,38 @@ async fn an_answer_leads_to_its_adapter_dataset_rows_and_raters_and_back() {
     let after = server.get(&format!("/v1/lineage/{}?rows=true", answer.id)).await;
     let dataset = &after["adapters"][0]["parent"]["dataset"];
     assert!(dataset["tainted"].is_object() && dataset.get("row_ids").is_none() && !after.to_string().contains("rob"), "{after}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn under_four_eyes_another_key_promotes_and_who_looks_sees_it() {
+    let server = Server::new().await;
+    let (_, second) = server.app.store.create_key("second", &[Scope::Admin]).await.unwrap();
+    let spec = json!({
+        "name": "r", "model": MODEL, "kind": "ab", "four_eyes": true,
+        "arms": [{"variant": MODEL}, {"variant": "pirate", "model": MODEL, "prompt_prefix": "Arr."}],
+        "metrics": [{"metric": "feedback.thumb", "goal": {"min": 0}}],
+    });
+    let started = server.boss("POST", "/v1/rollouts", spec.clone()).await;
+    assert_eq!((started.status.as_u16(), &started.json()["spec"]["approval"]), (201, &json!(true)));
+    let refused = server.boss("POST", "/v1/rollouts/r/promote", json!({})).await;
+    assert_eq!(refused.error(), (403, None, Some("four_eyes".into())));
+    assert!(
+        refused.json()["error"]["message"].as_str().unwrap().contains("the key that started it may neither approve nor promote")
+    );
+    assert_eq!(
+        server.look("POST", "/v1/rollouts/r/promote", json!({})).await.error().2.as_deref(),
+        Some("insufficient_permissions")
+    );
+    let promoted = ask(&server.router, "POST", "/v1/rollouts/r/promote", Some(&second), json!({})).await;
+    assert_eq!((promoted.status.as_u16(), &promoted.json()["status"]), (200, &json!("promoted")));
+    assert_eq!(server.get("/v1/rollouts/r").await["status"], "promoted");
+    let told = server.get("/v1/audit?what=rollout&on=r&order=asc").await;
+    let told: Vec<_> = told["data"].as_array().unwrap().iter().map(|act| (&act["action"], &act["actor"])).collect();
+    assert_eq!(told, [(&json!("rollout.start"), &json!("key boss")), (&json!("rollout.promote"), &json!("key second"))]);
+    // To take back what one began needs nobody else.
+    let arms = json!([{"variant": "pirate", "model": MODEL, "prompt_prefix": "Arr."}, {"variant": "plain", "model": MODEL}]);
+    let mut again = spec;
+    again["arms"] = arms;
+    assert_eq!(server.boss("POST", "/v1/rollouts", again).await.status, 201);
+    assert_eq!(server.boss("POST", "/v1/rollouts/r/rollback", json!({})).await.status, 200);
 }

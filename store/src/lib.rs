@@ -30,6 +30,7 @@ mod judgements;
 mod key_terms;
 mod keys;
 pub mod label;
+mod leadership;
 mod model_record;
 mod page;
 mod patience;
@@ -37,6 +38,7 @@ mod recorder;
 pub mod records;
 mod responses;
 pub mod retention;
+mod rollout_readers;
 mod rollouts;
 mod snapshot;
 mod statement;
@@ -44,7 +46,9 @@ mod store;
 mod stored_chats;
 mod usage;
 
-pub use adapters::{AdapterFilter, AdapterOrigin, AdapterRefusal, AdapterState, Adapters, Alias, RegisteredAdapter, ServedAdapter};
+pub use adapters::{
+    AdapterFilter, AdapterOrigin, AdapterRefusal, AdapterState, Adapters, Alias, RegisteredAdapter, ServedAdapter,
+};
 pub use audit::{Act, Actor, Audit, AuditEntry, AuditFilter};
 pub use batches::{Batch, BatchDraft, BatchOutcome, BatchProgress, BatchState, Batches};
 pub use comparisons::{Candidate, Comparison, Comparisons};
@@ -52,7 +56,7 @@ pub use data_dir::{DataDir, DataDirLock, write_atomically};
 pub use database::{Database, Dialect};
 pub use erasure::Erasure;
 pub use error::{Full, StoreError};
-pub use exposures::{ArmCounts, Exposures, FirstTokens, UnitSums};
+pub use exposures::{ArmCounts, Exposures, FirstTokens, UnitSums, UnitValue};
 pub use files::{FileDraft, FileRecord, Files, Incoming, Viewer};
 pub use fine_tuning::{
     FineTuningCheckpoint, FineTuningDraft, FineTuningEvent, FineTuningJob, FineTuningState, FineTunings, Heard, Made, News,
@@ -63,9 +67,11 @@ pub use judged::{JudgedAnswer, JudgedTask, judged_answers, judged_tasks};
 pub use judgements::{Acknowledged, FeedbackChange, FeedbackFilter};
 pub use key_terms::{KeyTerms, Limits, MAX_WEIGHT, Money, Tier};
 pub use keys::{ApiKey, Scope};
+pub use leadership::Leadership;
 pub use model_record::{ModelFile, ModelRecord};
 pub use page::{MAX_PAGE, Order, Page};
 pub use responses::{Chain, MAX_CHAIN, MAX_CHAIN_BYTES, ResponseStatus, StoredResponse};
+pub use rollout_readers::{Readers, RolloutReader};
 pub use rollouts::{Rollout, RolloutChange, RolloutDecision, RolloutFilter, RolloutRefusal, Rollouts};
 pub use snapshot::{Snapshot, Snapshots, Sources};
 pub use store::{Retention, Store, StoreOptions};

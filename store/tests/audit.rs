@@ -76,9 +76,11 @@ async fn fine_tuning(store: &Store, files: &Files) -> FineTuningDraft {
 fn every_change_is_in_the_audit_with_its_hand_and_without_a_secret() {
     each(async |place| {
         let store = place.open().await;
-        let (key, secret) =
-            store.create_key_with("app", &[Scope::Chat], None, KeyTerms::default(), &ann()).await.unwrap();
-        assert!(matches!(store.create_key_with("app", &[], None, KeyTerms::default(), &ann()).await, Err(StoreError::KeyName(_))));
+        let (key, secret) = store.create_key_with("app", &[Scope::Chat], None, KeyTerms::default(), &ann()).await.unwrap();
+        assert!(matches!(
+            store.create_key_with("app", &[], None, KeyTerms::default(), &ann()).await,
+            Err(StoreError::KeyName(_))
+        ));
         store.change_key("app", |key| key.scopes = vec![Scope::Look], &ann()).await.unwrap().unwrap();
         let (_, newer) = store.rotate_key("app", Duration::ZERO, &ann()).await.unwrap().unwrap();
         store.revoke_key("app", "command line").await.unwrap().unwrap();

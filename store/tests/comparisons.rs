@@ -40,10 +40,17 @@ fn a_judgement_comes_with_the_arms_and_places_of_its_candidates() {
         };
         // Taken back; of another kind; and of an answer from before.
         let withdrawn = Feedback { id: store.issue_id(), withdrawn: true, idempotency_key: None, ..said.clone() };
-        let before = Feedback { id: store.issue_id(), target: ids[2].clone(), targets: vec![ids[2].clone()], idempotency_key: None, ..said.clone() };
+        let before = Feedback {
+            id: store.issue_id(),
+            target: ids[2].clone(),
+            targets: vec![ids[2].clone()],
+            idempotency_key: None,
+            ..said.clone()
+        };
         store.add_feedback(vec![said, withdrawn, before, thumb(&store, rows[1].id, "ann")]).await.unwrap();
         let candidate = |index: usize, arm, place| Candidate { id: ids[index].clone(), arm, place };
-        let pair = Comparison { unit: -4, value: value.clone(), candidates: vec![candidate(1, 0, Some(1)), candidate(0, 1, Some(0))] };
+        let pair =
+            Comparison { unit: -4, value: value.clone(), candidates: vec![candidate(1, 0, Some(1)), candidate(0, 1, Some(0))] };
         let comparisons = Comparisons::new(store.database());
         assert_eq!(comparisons.of(ROLLOUT, 10).await.unwrap(), [pair.clone()]);
         let all = comparisons.of(ROLLOUT, 0).await.unwrap();

@@ -73,7 +73,11 @@ fn a_job_goes_its_way_and_tells_of_it_in_order() {
         assert_eq!(rows.begin(id, 0, &[], 8).await.unwrap(), Some(0));
 
         // Paused and resumed; what was said meanwhile is taken over.
-        assert!(rows.enter(id, &[State::Queued, State::Running], State::Paused, &[News::info("paused")], store.act("ann", "pause")).await.unwrap());
+        assert!(
+            rows.enter(id, &[State::Queued, State::Running], State::Paused, &[News::info("paused")], store.act("ann", "pause"))
+                .await
+                .unwrap()
+        );
         assert!(rows.hear(id, &Heard { read_bytes: 120, step: 3, steps: 10, ..Heard::default() }, 9).await.unwrap());
         assert_eq!((find().await.trained_tokens, find().await.estimated_finish), (Some(50), None));
         assert!(!rows.succeed(id, &made(None), &[], 9).await.unwrap());

@@ -64,7 +64,7 @@ enum Command {
     Lineage(lineage::LineageArgs),
     /// Move labeling queues to Label Studio or Argilla and back.
     Label(label::LabelArgs),
-    /// Check a rollout's assignment and plan its traffic.
+    /// Start and watch rollouts of a running server; check an assignment, plan the traffic.
     Rollout(rollout::RolloutArgs),
 }
 

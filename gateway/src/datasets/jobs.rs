@@ -99,15 +99,7 @@ impl DatasetJobs {
         Ok(job)
     }
 
-    async fn run(
-        self,
-        place: Place,
-        datasets: Datasets,
-        name: String,
-        query: Query,
-        options: QualityOptions,
-        watch: Arc<Watch>,
-    ) {
+    async fn run(self, place: Place, datasets: Datasets, name: String, query: Query, options: QualityOptions, watch: Arc<Watch>) {
         let id = place.id;
         let jobs = Jobs::new(self.store.database());
         let work = {

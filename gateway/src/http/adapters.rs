@@ -22,9 +22,7 @@ const MAX_PATH: usize = 4096;
 
 /// The routes.
 pub fn routes() -> Router<App> {
-    Router::new()
-        .route("/v1/load_lora_adapter", post(load))
-        .route("/v1/unload_lora_adapter", post(unload))
+    Router::new().route("/v1/load_lora_adapter", post(load)).route("/v1/unload_lora_adapter", post(unload))
 }
 
 async fn load(State(app): State<App>, request: Request) -> Result<Response, ApiError> {

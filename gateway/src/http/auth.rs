@@ -219,7 +219,8 @@ pub async fn authenticate(State((auth, origins)): State<(Auth, Origins)>, mut re
         }
         return next.run(request).await;
     }
-    let caller = if is_open(request.uri().path()) { Ok(Caller { key: None, open: false }) } else { auth.caller(request.headers()).await };
+    let caller =
+        if is_open(request.uri().path()) { Ok(Caller { key: None, open: false }) } else { auth.caller(request.headers()).await };
     match caller {
         Ok(caller) => {
             if let Some(trail) = request.extensions().get::<Trail>() {

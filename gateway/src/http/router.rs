@@ -2,13 +2,13 @@
 
 use crate::anthropic::error::in_their_words;
 use crate::console;
-use crate::http::app::App;
 use crate::http::access::permit;
+use crate::http::app::App;
 use crate::http::auth::authenticate;
 use crate::http::error::ApiError;
 use crate::http::{
     adapter_registry, adapters, audit, batches, chat, completions, datasets, embeddings, feedback, files, fine_tuning, graders,
-    interchange, keys, labeling, lineage, messages, models, observe, probes, responses, stored_chats, tokens,
+    interchange, keys, labeling, lineage, messages, models, observe, probes, responses, rollouts, stored_chats, tokens,
 };
 use crate::limits::shed;
 use axum::Router;
@@ -63,6 +63,7 @@ pub fn router(app: App) -> Router {
         .merge(adapter_registry::routes())
         .merge(audit::routes())
         .merge(lineage::routes())
+        .merge(rollouts::routes())
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::get).delete(models::delete))
         .route("/health", get(probes::health))

@@ -3,9 +3,7 @@
 use crate::datasets::public;
 use crate::feedback::answer_id;
 use crate::http::{file_name, job_name};
-use crate::lineage::{
-    AdapterFacts, AnswerFacts, DatasetFacts, JobFacts, Offspring, RolloutFacts, RowFacts, Total, Trace, Use,
-};
+use crate::lineage::{AdapterFacts, AnswerFacts, DatasetFacts, JobFacts, Offspring, RolloutFacts, RowFacts, Total, Trace, Use};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use tidemill_rlhf::dataset::{DatasetError, Datasets, StoredRow};

@@ -93,11 +93,10 @@ impl Trace {
 fn of_adapter(adapter: &AdapterFacts) -> Tree {
     let tainted = if adapter.tainted.is_some() { ", a person behind it was erased" } else { "" };
     let hash = adapter.base_hash.as_deref().unwrap_or("of unknown weights");
-    let mut tree =
-        Tree::new(format!("adapter {}  {}{tainted}  {}", adapter.id, adapter.state, at(adapter.created_at))).with([
-            Tree::new(format!("base {}  {hash}", adapter.base)),
-            Tree::new(format!("code {}", adapter.code_version.as_deref().unwrap_or("unknown"))),
-        ]);
+    let mut tree = Tree::new(format!("adapter {}  {}{tainted}  {}", adapter.id, adapter.state, at(adapter.created_at))).with([
+        Tree::new(format!("base {}  {hash}", adapter.base)),
+        Tree::new(format!("code {}", adapter.code_version.as_deref().unwrap_or("unknown"))),
+    ]);
     if let Some(method) = &adapter.method {
         tree = tree.with([Tree::new(format!("trained by {method}"))]);
     }
@@ -190,10 +189,8 @@ mod tests {
 
     #[test]
     fn branches_are_drawn_and_a_name_does_not_break_a_line() {
-        let tree = Tree::new("a").with([
-            Tree::new("b\nc").with([Tree::new("d"), Tree::new("e")]),
-            Tree::new("f").with([Tree::new("g")]),
-        ]);
+        let tree = Tree::new("a")
+            .with([Tree::new("b\nc").with([Tree::new("d"), Tree::new("e")]), Tree::new("f").with([Tree::new("g")])]);
         assert_eq!(tree.to_string(), "a\n├─ b\u{FFFD}c\n│  ├─ d\n│  └─ e\n└─ f\n   └─ g\n");
     }
 

@@ -37,7 +37,8 @@ pub fn topic() -> Topic {
             "The build.",
             named("DatasetBuild"),
         ),
-        of_train(Operation::post("/v1/datasets/builds/{id}/cancel", TAG, "Stop a build")).refuses(&[404])
+        of_train(Operation::post("/v1/datasets/builds/{id}/cancel", TAG, "Stop a build"))
+            .refuses(&[404])
             .answers(200, "The build.", named("DatasetBuild"))
             .refuses(&[409]),
         looks(Operation::get("/v1/datasets/{reference}", TAG, "One snapshot, as NAME, NAME@VERSION or its hash")).answers(

@@ -19,10 +19,8 @@ pub fn topic() -> Topic {
         .with("action", text())
         .with("subject", text())
         .with("detail", any());
-    let listed = page(named("AuditEntry"))
-        .with("first_id", nullable(uuid()))
-        .with("last_id", nullable(uuid()))
-        .with("has_more", flag());
+    let listed =
+        page(named("AuditEntry")).with("first_id", nullable(uuid())).with("last_id", nullable(uuid())).with("has_more", flag());
     let operations = vec![
         looks("/v1/audit", "Who did what to what, the newest first")
             .query("since", number_in(0.0, 1e11))

@@ -13,6 +13,7 @@ mod labeling;
 mod messages;
 mod operation;
 mod responses;
+mod rollouts;
 mod schema;
 mod service;
 
@@ -40,6 +41,7 @@ fn topics() -> impl Iterator<Item = Topic> {
         datasets::topic(),
         keys::topic(),
         adapters::topic(),
+        rollouts::topic(),
         governance::topic(),
     ]
     .into_iter()

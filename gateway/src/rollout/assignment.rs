@@ -23,6 +23,15 @@ pub struct Unit<'a> {
 }
 
 impl<'a> Unit<'a> {
+    /// The key of this kind; the request's where it is not known.
+    pub fn key_of(&self, by: Sticky) -> &'a str {
+        match by {
+            Sticky::User => self.user.unwrap_or(self.request),
+            Sticky::Conversation => self.conversation.unwrap_or(self.request),
+            Sticky::Request => self.request,
+        }
+    }
+
     /// The key that keeps its arm, and which it is.
     fn key(&self, sticky: Sticky) -> (&'a str, Sticky) {
         match (sticky, self.user, self.conversation) {
@@ -107,6 +116,11 @@ impl Experiment {
             places,
             layer: spec.layer.as_ref().map(|layer| (layer.name.clone(), format!("__{}", layer.name), layer.part)),
         }
+    }
+
+    /// The key of a unit that keeps its arm.
+    pub fn key_of<'u>(&self, unit: &Unit<'u>) -> &'u str {
+        unit.key(self.sticky).0
     }
 
     /// The arm of a unit that takes part.

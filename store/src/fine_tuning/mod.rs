@@ -228,7 +228,8 @@ impl FineTunings {
     /// job is not to run.
     pub async fn begin(&self, id: Uuid, more: u64, news: &[News], now: i64) -> Result<Option<u64>, StoreError> {
         let (from, set) = ([FineTuningState::Queued, FineTuningState::Running], "state = 'running', attempts = attempts + $3");
-        let row = self.change(id, Change { from: &from, set, values: vec![Bind::count(more)], news, act: None }, None, now).await?;
+        let row =
+            self.change(id, Change { from: &from, set, values: vec![Bind::count(more)], news, act: None }, None, now).await?;
         row.map(|row| Ok(row.try_get::<i64, _>("attempts")?.unsigned_abs())).transpose()
     }
 

@@ -141,7 +141,9 @@ pub enum ActError {
     #[error("this rollout is under four eyes: approval and promotion need an API key, and another one than started it")]
     NoKey,
     /// It needs another key.
-    #[error("this rollout is under four eyes: the key that started it may neither approve nor promote it; ask the holder of another one")]
+    #[error(
+        "this rollout is under four eyes: the key that started it may neither approve nor promote it; ask the holder of another one"
+    )]
     SameKey,
 }
 
