@@ -157,6 +157,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (10, "rollouts", include_str!("../migrations/0010_rollouts.sql")),
     (11, "keeper", include_str!("../migrations/0011_keeper.sql")),
     (12, "loops", include_str!("../migrations/0012_loops.sql")),
+    (13, "governance", include_str!("../migrations/0013_governance.sql")),
 ];
 
 fn without_password(url: &str) -> String {

@@ -59,9 +59,16 @@ impl Process {
 
     /// Starts `program train --job FOLDER --priority WORD`; `None` when somebody is at work there.
     pub fn start(program: &Path, folder: &Path, priority: TrainingPriority) -> io::Result<Option<Self>> {
-        let mut command = Command::new(program);
+        let mut command = Self::command(program);
         command.args(["train", "--job"]).arg(folder).args(["--priority", priority.as_str()]);
         Self::run(command, folder)
+    }
+
+    /// A command that gets of the environment what every process needs, and no secret.
+    pub fn command(program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command.env_clear().envs(KEPT.iter().filter_map(|name| Some((*name, std::env::var_os(name)?))));
+        command
     }
 
     /// Starts any command with its work in a folder; `None` when somebody is at work there.
@@ -72,10 +79,7 @@ impl Process {
         end_line(&mut said)?;
         // Whoever reads it now must not find the number of the process before.
         lock.set_len(0)?;
-        let kept = KEPT.iter().filter_map(|name| Some((*name, std::env::var_os(name)?)));
         let child = command
-            .env_clear()
-            .envs(kept)
             .stdin(lock.try_clone()?)
             .stdout(said)
             .stderr(append(LOG)?)

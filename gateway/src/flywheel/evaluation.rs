@@ -92,7 +92,7 @@ impl Evaluations {
         let (options, measuring) = (&self.options, &cycle.policy.measuring);
         let mut named = std::ffi::OsString::from(format!("{}=", cycle.policy.base));
         named.push(std::path::absolute(base)?);
-        let mut command = Command::new(&options.program);
+        let mut command = Process::command(&options.program);
         command.args(["eval", "--adapter", adapter, "--dataset", dataset, "--base"]).arg(named);
         command.arg("--gates").arg(folder.join(GATES)).arg("--out").arg(folder).arg("--data").arg(&options.data);
         command.args(["--datasets", &options.datasets]);
@@ -116,10 +116,9 @@ impl Evaluations {
             command.args(["--reward-weights", &serde_json::to_string(weights).map_err(io::Error::other)?]);
         }
         // An address with a password is nobody's business who lists processes.
-        match &options.database {
-            Some(url) => command.env("TIDEMILL_DATABASE", url),
-            None => command.env_remove("TIDEMILL_DATABASE"),
-        };
+        if let Some(url) = &options.database {
+            command.env("TIDEMILL_DATABASE", url);
+        }
         Ok(command)
     }
 
