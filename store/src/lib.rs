@@ -41,6 +41,7 @@ mod snapshot;
 mod statement;
 mod store;
 mod stored_chats;
+mod traffic;
 mod usage;
 
 pub use adapters::{AdapterFilter, AdapterRefusal, AdapterState, Adapters, Alias, RegisteredAdapter, ServedAdapter};
@@ -67,4 +68,5 @@ pub use rollouts::{Rollout, RolloutChange, RolloutDecision, RolloutFilter, Rollo
 pub use snapshot::{Snapshot, Snapshots, Sources};
 pub use store::{Retention, Store, StoreOptions};
 pub use stored_chats::{ChatFilter, StoredChat};
+pub use traffic::{Latency, Traffic, TrafficSum};
 pub use usage::{Usage, UsageWriter};
