@@ -19,6 +19,7 @@ mod wish;
 
 pub use method::{Kind, Method};
 pub use priority::TrainingPriority;
+pub use progress::own_names;
 pub use served::withdraw;
 pub use spec::last_name;
 pub use wish::Wish;

@@ -22,7 +22,7 @@ use axum::{Extension, Router};
 use hyper::StatusCode;
 use serde_json::{Value, json};
 use tidemill_store::{
-    FileRecord, FineTuningCheckpoint, FineTuningDraft, FineTuningEvent, FineTuningJob, FineTuningState, News, Order, Scope,
+    FileRecord, FineTuningCheckpoint, FineTuningDraft, FineTuningEvent, FineTuningJob, FineTuningState, News, Order, Scope, Viewer,
 };
 use uuid::Uuid;
 
@@ -280,8 +280,13 @@ fn job_id(text: &str) -> Option<Uuid> {
 }
 
 async fn find(app: &App, caller: &Caller, text: &str) -> Result<FineTuningJob, ApiError> {
+    find_for(app, &caller.viewer(), text).await
+}
+
+/// The job of this id in the API, if `viewer` may see it.
+pub async fn find_for(app: &App, viewer: &Viewer, text: &str) -> Result<FineTuningJob, ApiError> {
     let found = match job_id(text) {
-        Some(id) => app.fine_tuning.rows().find(id, &caller.viewer()).await.map_err(unavailable)?,
+        Some(id) => app.fine_tuning.rows().find(id, viewer).await.map_err(unavailable)?,
         None => None,
     };
     found.ok_or_else(|| {

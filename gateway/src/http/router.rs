@@ -1,12 +1,11 @@
 //! Which path goes where.
 
 use crate::anthropic::error::in_their_words;
-use crate::console;
 use crate::http::app::App;
 use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
 use crate::http::{
-    adapter_registry, adapters, batches, chat, completions, datasets, embeddings, feedback, files, fine_tuning, graders,
+    adapter_registry, adapters, batches, chat, completions, console, datasets, embeddings, feedback, files, fine_tuning, graders,
     interchange, keys, labeling, messages, models, observe, probes, responses, stored_chats, tokens,
 };
 use crate::limits::shed;
@@ -60,6 +59,7 @@ pub fn router(app: App) -> Router {
         .merge(graders::routes())
         .merge(labeling::routes())
         .merge(interchange::routes())
+        .merge(crate::console::routes())
         .merge(console::routes())
         .merge(keys::routes())
         .merge(adapters::routes())
