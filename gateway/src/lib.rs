@@ -10,6 +10,7 @@
 
 pub mod adapters;
 pub mod anthropic;
+pub mod api_client;
 pub mod batches;
 pub mod chat;
 pub mod cli;

@@ -3,6 +3,7 @@
 //! An exposure is part of an answer's record ([`crate::records::Exposure`]); here are the sums that a rollout is judged by. Answers that
 //! the client broke off count as exposures and as nothing else: they say nothing of the variant.
 
+use sqlx::any::AnyRow;
 use sqlx::{AssertSqlSafe, Row};
 use uuid::Uuid;
 
@@ -50,10 +51,24 @@ pub struct UnitSums {
     pub squares: f64,
 }
 
-/// The time to the first token in an arm.
+/// What is known of every answer, and averaged over a unit's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UnitValue {
+    /// 1 where it failed.
+    Failed,
+    /// 1 where it was cut off at its limit, of those that ended well.
+    Truncated,
+    /// 1 where it refuses, of those of which that is known.
+    Refused,
+    /// Its tokens, of those that ended well.
+    Tokens,
+}
+
+/// The time to the first token in an arm. Who broke off, or was told of a failure, after waiting longer than the bound without one has
+/// waited too long as well.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FirstTokens {
-    /// Answers that have one.
+    /// Answers that have one, or were waited for too long.
     pub count: u64,
     /// The quantile's value, in microseconds; `None` without any.
     pub value_us: Option<i64>,
@@ -96,7 +111,7 @@ impl Exposures {
             );
             let query = sqlx::query(AssertSqlSafe(text)).bind(rollout.to_string()).bind(since);
             let rows = query.fetch_all(self.database.read()).await?;
-            let arm = |row: &sqlx::any::AnyRow| {
+            let arm = |row: &AnyRow| {
                 let count = |index: usize| row.try_get::<i64, _>(index).map(i64::unsigned_abs);
                 Ok(ArmCounts {
                     arm: u32::try_from(row.try_get::<i64, _>(0)?).unwrap_or(u32::MAX),
@@ -125,23 +140,46 @@ impl Exposures {
         quantile: f64,
         bound: i64,
     ) -> Result<FirstTokens, StoreError> {
-        const OF_ARM: &str =
-            "FROM inferences WHERE rollout_id = $1 AND arm = $2 AND created >= $3 AND first_token_us IS NOT NULL";
+        // A stall has no first token: without those who gave up on it, it would look like nothing at all.
+        const OF_ARM: &str = "FROM (SELECT CASE WHEN first_token_us IS NULL AND status <> 'ok' AND duration_us > $4 THEN duration_us \
+             ELSE first_token_us END AS waited FROM inferences WHERE rollout_id = $1 AND arm = $2 AND created >= $3) AS answers \
+             WHERE waited IS NOT NULL";
         at_length(async {
-            let text = format!(
-                "SELECT COUNT(*), CAST(COALESCE(SUM(CASE WHEN first_token_us > $4 THEN 1 ELSE 0 END), 0) AS BIGINT) {OF_ARM}"
-            );
+            let text =
+                format!("SELECT COUNT(*), CAST(COALESCE(SUM(CASE WHEN waited > $4 THEN 1 ELSE 0 END), 0) AS BIGINT) {OF_ARM}");
             let query = sqlx::query(AssertSqlSafe(text)).bind(rollout.to_string()).bind(i64::from(arm)).bind(since).bind(bound);
             let counted = query.fetch_one(self.database.read()).await?;
             let count: i64 = counted.try_get(0)?;
             // The smallest value that so large a share does not exceed.
             let rank = (quantile.clamp(0.0, 1.0) * count as f64).ceil() as i64 - 1;
-            let text = format!("SELECT first_token_us {OF_ARM} ORDER BY first_token_us LIMIT 1 OFFSET $4");
-            let query =
-                sqlx::query(AssertSqlSafe(text)).bind(rollout.to_string()).bind(i64::from(arm)).bind(since).bind(rank.max(0));
+            let text = format!("SELECT waited {OF_ARM} ORDER BY waited LIMIT 1 OFFSET $5");
+            let query = sqlx::query(AssertSqlSafe(text)).bind(rollout.to_string()).bind(i64::from(arm)).bind(since).bind(bound);
+            let query = query.bind(rank.max(0));
             let found = query.fetch_optional(self.database.read()).await?;
             let value_us = found.map(|row| row.try_get(0)).transpose()?;
             Ok(FirstTokens { count: count.unsigned_abs(), value_us, above: counted.try_get::<i64, _>(1)?.unsigned_abs() })
+        })
+        .await
+    }
+
+    /// What the answers since then were like, by arm: of each unit the mean of its answers, so that a unit that asked often counts once.
+    pub async fn unit_means(&self, rollout: Uuid, since: i64, value: UnitValue) -> Result<Vec<UnitSums>, StoreError> {
+        at_length(async {
+            let flag = |condition: &str| format!("CASE WHEN {condition} THEN 1.0 ELSE 0.0 END");
+            let (each, counted) = match value {
+                UnitValue::Failed => (flag("i.status = 'failed'"), "i.status <> 'cancelled'"),
+                UnitValue::Truncated => (flag("c.finish_reason = 'length'"), "i.status = 'ok'"),
+                UnitValue::Refused => (flag("i.refused = 1"), "i.refused IS NOT NULL"),
+                UnitValue::Tokens => ("CAST(i.output_tokens AS DOUBLE PRECISION)".to_owned(), "i.status = 'ok'"),
+            };
+            let text = format!(
+                "SELECT arm, COUNT(*), CAST(SUM(mean) AS DOUBLE PRECISION), CAST(SUM(mean * mean) AS DOUBLE PRECISION) FROM (\
+                     SELECT i.arm AS arm, i.unit AS unit, CAST(AVG({each}) AS DOUBLE PRECISION) AS mean FROM inferences i \
+                     LEFT JOIN choices c ON c.id = i.id WHERE i.rollout_id = $1 AND i.created >= $2 AND {counted} GROUP BY i.arm, i.unit\
+                 ) AS units GROUP BY arm ORDER BY arm"
+            );
+            let query = sqlx::query(AssertSqlSafe(text)).bind(rollout.to_string()).bind(since);
+            query.fetch_all(self.database.read()).await?.iter().map(unit_sums).collect()
         })
         .await
     }
@@ -172,16 +210,17 @@ impl Exposures {
             );
             let query = sqlx::query(AssertSqlSafe(text)).bind(rollout.to_string()).bind(since).bind(kind.as_str());
             let rows = query.bind(clean(metric.unwrap_or_default()).into_owned()).fetch_all(self.database.read()).await?;
-            let arm = |row: &sqlx::any::AnyRow| {
-                Ok(UnitSums {
-                    arm: u32::try_from(row.try_get::<i64, _>(0)?).unwrap_or(u32::MAX),
-                    units: row.try_get::<i64, _>(1)?.unsigned_abs(),
-                    sum: row.try_get(2)?,
-                    squares: row.try_get(3)?,
-                })
-            };
-            rows.iter().map(arm).collect()
+            rows.iter().map(unit_sums).collect()
         })
         .await
     }
+}
+
+fn unit_sums(row: &AnyRow) -> Result<UnitSums, StoreError> {
+    Ok(UnitSums {
+        arm: u32::try_from(row.try_get::<i64, _>(0)?).unwrap_or(u32::MAX),
+        units: row.try_get::<i64, _>(1)?.unsigned_abs(),
+        sum: row.try_get(2)?,
+        squares: row.try_get(3)?,
+    })
 }

@@ -53,6 +53,15 @@ impl IdKey {
         hash.finalize().to_hex()[..32].to_owned()
     }
 
+    /// A number for a key of an assignment, the same on every replica, that says nothing to who does not have the secret.
+    pub(crate) fn unit(&self, key: &str) -> i64 {
+        let mut hash = blake3::Hasher::new_keyed(&self.0);
+        hash.update(b"unit\0").update(key.as_bytes());
+        let mut first = [0; 8];
+        first.copy_from_slice(&hash.finalize().as_bytes()[..8]);
+        i64::from_le_bytes(first)
+    }
+
     fn check(&self, bytes: &[u8; 16]) -> [u8; 4] {
         let hash = blake3::keyed_hash(&self.0, &bytes[..12]);
         let mut check = [0; 4];

@@ -66,6 +66,8 @@ pub struct RolloutChange {
     pub state: Value,
     /// It is over.
     pub over: bool,
+    /// The arm that has the traffic from now on, where one was promoted.
+    pub promoted: Option<u32>,
     /// What was decided; its version is that of the new state.
     pub decision: RolloutDecision,
     /// Whether the decision is worth a row of its own. One that a person wanted always is.
@@ -154,12 +156,12 @@ impl Rollouts {
 
     /// Takes a rollout that was read at the version before to the change's. `actor` is the person who wanted it.
     pub async fn advance(&self, read: &Rollout, change: &RolloutChange, actor: Option<&str>) -> Result<Rollout, RolloutRefusal> {
-        let RolloutChange { state, over, decision, keep } = change;
+        let RolloutChange { state, over, promoted, decision, keep } = change;
         patiently(async {
             let mut transaction = self.store.database().write().begin().await?;
             let text = format!(
-                "UPDATE rollouts SET updated = $3, ended = $4, state = $5, version = $6, latest = $7 WHERE id = $1 AND version = $2 \
-                 AND ended IS NULL RETURNING {COLUMNS}"
+                "UPDATE rollouts SET updated = $3, ended = $4, state = $5, version = $6, latest = $7, promoted = $8 \
+                 WHERE id = $1 AND version = $2 AND ended IS NULL RETURNING {COLUMNS}"
             );
             let changed = sqlx::query(AssertSqlSafe(text))
                 .bind(read.id.to_string())
@@ -169,11 +171,13 @@ impl Rollouts {
                 .bind(text_of(state))
                 .bind(read.version + 1)
                 .bind(text_of(&decision.body))
+                .bind(promoted.map(i64::from))
                 .fetch_optional(&mut *transaction)
                 .await?;
             let changed = changed.as_ref().map(read_row).transpose()?.ok_or(RolloutRefusal::Changed)?;
             if *keep || actor.is_some() {
-                write_decision(&mut transaction, read.id, &RolloutDecision { version: changed.version, ..decision.clone() }).await?;
+                write_decision(&mut transaction, read.id, &RolloutDecision { version: changed.version, ..decision.clone() })
+                    .await?;
             }
             if let Some(actor) = actor {
                 let detail = json!({"version": changed.version});
@@ -203,6 +207,29 @@ impl Rollouts {
             let text = format!("SELECT {COLUMNS} FROM rollouts WHERE ended IS NULL ORDER BY id");
             let rows = sqlx::query(AssertSqlSafe(text)).fetch_all(self.store.database().read()).await?;
             rows.iter().map(read_row).collect()
+        })
+        .await
+    }
+
+    /// Of each model that a rollout was promoted for, the newest such rollout.
+    pub async fn promotions(&self) -> Result<Vec<Rollout>, StoreError> {
+        patiently(async {
+            let text = format!(
+                "SELECT {COLUMNS} FROM rollouts WHERE promoted IS NOT NULL AND NOT EXISTS (SELECT 1 FROM rollouts later \
+                 WHERE later.model = rollouts.model AND later.promoted IS NOT NULL \
+                 AND (later.ended > rollouts.ended OR (later.ended = rollouts.ended AND later.id > rollouts.id))) ORDER BY id"
+            );
+            let rows = sqlx::query(AssertSqlSafe(text)).fetch_all(self.store.database().read()).await?;
+            rows.iter().map(read_row).collect()
+        })
+        .await
+    }
+
+    /// A number that grows with every change of any rollout. Rollouts that are read after it are at least as new.
+    pub async fn clock(&self) -> Result<i64, StoreError> {
+        patiently(async {
+            let text = "SELECT CAST(COALESCE(SUM(version + 1), 0) AS BIGINT) FROM rollouts";
+            Ok(sqlx::query(text).fetch_one(self.store.database().read()).await?.try_get(0)?)
         })
         .await
     }

@@ -125,6 +125,11 @@ impl Store {
         self.0.ids.made(id)
     }
 
+    /// What an exposure calls the unit of this key: a number from which the key cannot be guessed.
+    pub fn unit_of(&self, key: &str) -> i64 {
+        self.0.ids.unit(key)
+    }
+
     /// Takes an answer to be written soon. Never waits for the database: what does not fit into the queue goes to the spill log.
     pub fn record(&self, inference: Inference) -> Result<(), Full> {
         self.0.recorder.record(inference)

@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use support::{answer, each, thumb};
 use tidemill_store::records::{Exposure, Feedback, Inference, Kind, Status, TargetKind};
 use tidemill_store::{
-    ArmCounts, Exposures, FirstTokens, Rollout, RolloutChange, RolloutDecision, RolloutFilter, RolloutRefusal, Rollouts, Store,
-    UnitSums,
+    ArmCounts, Dialect, Exposures, FirstTokens, Leadership, Readers, Rollout, RolloutChange, RolloutDecision, RolloutFilter,
+    RolloutReader, RolloutRefusal, Rollouts, Store, UnitSums, UnitValue,
 };
 use uuid::Uuid;
 
@@ -38,7 +38,14 @@ fn decision(version: i64, at: i64, action: &str, actor: Option<&str>) -> Rollout
 }
 
 fn change(at: i64, action: &str, actor: Option<&str>, keep: bool) -> RolloutChange {
-    RolloutChange { state: json!({"weight": at}), over: action == "promote", decision: decision(-1, at, action, actor), keep }
+    let over = action == "promote";
+    RolloutChange {
+        state: json!({"weight": at}),
+        over,
+        promoted: over.then_some(1),
+        decision: decision(-1, at, action, actor),
+        keep,
+    }
 }
 
 #[test]
@@ -108,6 +115,79 @@ fn a_name_is_free_again_when_its_rollout_is_over() {
         assert_eq!(listed(RolloutFilter { over: Some(false), limit: Some(1), ..RolloutFilter::default() }).await, [again]);
         assert!(listed(RolloutFilter { model: Some("else".into()), ..RolloutFilter::default() }).await.is_empty());
         assert!(matches!(rollouts.find("none").await, Err(RolloutRefusal::Unknown(_))));
+    });
+}
+
+#[test]
+fn the_newest_promotion_of_each_model_is_what_it_serves() {
+    each(async |place| {
+        let store = place.open().await;
+        let rollouts = Rollouts::new(&store);
+        let start = decision(0, 10, "start", Some("ann"));
+        let (before, mut made) = (rollouts.clock().await.unwrap(), Vec::new());
+        assert_eq!((before, rollouts.promotions().await.unwrap().len()), (0, 0));
+        for (name, model, action, at) in [
+            ("first", "assistant", "promote", 30),
+            ("second", "assistant", "promote", 20),
+            ("third", "assistant", "step", 40),
+            ("other", "else", "promote", 5),
+        ] {
+            let new = Rollout { model: model.into(), ..rollout(&store, name) };
+            rollouts.insert(&new, &start, "ann").await.unwrap();
+            made.push(rollouts.advance(&new, &change(at, action, None, true), None).await.unwrap());
+        }
+        assert_eq!(rollouts.promotions().await.unwrap(), [made[0].clone(), made[3].clone()]);
+        // Four were made and each has changed once.
+        assert_eq!(rollouts.clock().await.unwrap(), 8);
+    });
+}
+
+#[test]
+fn who_ends_a_rollout_knows_when_all_servers_do() {
+    each(async |place| {
+        let store = place.open().await;
+        let (one, two) = (RolloutReader::new(&store), RolloutReader::new(&store));
+        one.serves(3).await.unwrap();
+        two.serves(4).await.unwrap();
+        let readers = one.of(4).await.unwrap();
+        if place.dialect == Dialect::Sqlite {
+            // The only server there is.
+            assert_eq!(readers, Readers { all: 1, serving: 1 });
+            return;
+        }
+        assert_eq!(readers, Readers { all: 2, serving: 1 });
+        one.serves(5).await.unwrap();
+        assert_eq!(one.of(4).await.unwrap(), Readers { all: 2, serving: 2 });
+        two.leave().await.unwrap();
+        assert_eq!(one.of(6).await.unwrap(), Readers { all: 1, serving: 0 });
+    });
+}
+
+#[test]
+fn one_server_leads_and_another_one_when_it_is_gone() {
+    each(async |place| {
+        let store = place.open().await;
+        let leadership = |name| Leadership::new(store.database(), name);
+        let (mut one, mut two, mut other) = (leadership("rollouts"), leadership("rollouts"), leadership("else"));
+        assert!(one.is_mine().await.unwrap() && one.is_mine().await.unwrap() && other.is_mine().await.unwrap());
+        if place.dialect == Dialect::Sqlite {
+            return;
+        }
+        assert!(!two.is_mine().await.unwrap());
+        // As a server that is killed: nothing is said, the connection ends.
+        drop(one);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        while !two.is_mine().await.unwrap() {
+            assert!(std::time::Instant::now() < deadline, "nobody leads");
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        let mut three = leadership("rollouts");
+        assert!(!three.is_mine().await.unwrap());
+        two.resign().await;
+        while !three.is_mine().await.unwrap() {
+            assert!(std::time::Instant::now() < deadline, "nobody leads");
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
     });
 }
 
@@ -194,8 +274,18 @@ fn exposures_are_summed_up_by_arm() {
             ]
         );
         let at = async |quantile: f64| exposures.first_tokens(ROLLOUT, 0, 10, quantile, 150).await.unwrap();
-        assert_eq!(at(0.5).await, FirstTokens { count: 3, value_us: Some(200), above: 2 });
-        assert_eq!((at(0.99).await.value_us, at(0.0).await.value_us), (Some(300), Some(100)));
+        // The one that failed had none in 5,000 µs.
+        assert_eq!(at(0.5).await, FirstTokens { count: 4, value_us: Some(200), above: 3 });
+        assert_eq!((at(0.99).await.value_us, at(0.0).await.value_us), (Some(5000), Some(100)));
+        let patient = exposures.first_tokens(ROLLOUT, 0, 10, 0.99, 5000).await.unwrap();
+        assert_eq!(patient, FirstTokens { count: 3, value_us: Some(300), above: 0 });
+        // A unit that answered twice counts once, by its mean; what the client broke off says nothing.
+        let means = async |value| exposures.unit_means(ROLLOUT, 10, value).await.unwrap();
+        let sums = |arm, units, sum, squares| UnitSums { arm, units, sum, squares };
+        assert_eq!(means(UnitValue::Tokens).await, [sums(0, 1, 20.0, 400.0), sums(1, 1, 2.0, 4.0)]);
+        assert_eq!(means(UnitValue::Failed).await, [sums(0, 2, 1.0, 1.0), sums(1, 1, 0.0, 0.0)]);
+        assert_eq!(means(UnitValue::Truncated).await, [sums(0, 1, 0.5, 0.25), sums(1, 1, 0.0, 0.0)]);
+        assert_eq!(means(UnitValue::Refused).await, [sums(0, 1, 0.5, 0.25), sums(1, 1, 0.0, 0.0)]);
     });
 }
 

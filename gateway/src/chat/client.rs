@@ -2,34 +2,12 @@
 
 use std::io::{BufRead, BufReader};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::{Value, json};
-use ureq::tls::{RootCerts, TlsConfig};
 
-/// Errors of the chat client.
-#[derive(Debug, thiserror::Error)]
-pub enum ClientError {
-    /// Nobody answers there.
-    #[error("cannot reach {url}: {reason}\nStart a server with `tidemill serve`, or name another with --base-url")]
-    Unreachable {
-        /// Where.
-        url: String,
-        /// Why not.
-        reason: String,
-    },
-    /// The server refused or failed; its own words.
-    #[error("the server answered {status}: {message}")]
-    Refused {
-        /// HTTP status.
-        status: u16,
-        /// The error's message.
-        message: String,
-    },
-    /// The stream broke off.
-    #[error("the answer broke off: {0}")]
-    Broken(String),
-}
+use crate::api_client::ApiClient;
+pub use crate::api_client::ClientError;
 
 /// How an answer went.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -49,9 +27,7 @@ pub struct Answer {
 /// A server and the model to talk to.
 #[derive(Debug)]
 pub struct ChatClient {
-    agent: ureq::Agent,
-    base_url: String,
-    key: Option<String>,
+    api: ApiClient,
     /// Fields that every request carries beside model and messages.
     pub extra: serde_json::Map<String, Value>,
     /// The model's name.
@@ -61,38 +37,12 @@ pub struct ChatClient {
 impl ChatClient {
     /// Connects lazily: nothing is sent. `base_url` ends in `/v1` as clients of the API expect it.
     pub fn new(base_url: &str, key: Option<String>) -> Self {
-        let agent = ureq::Agent::config_builder()
-            .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
-            .timeout_connect(Some(Duration::from_secs(10)))
-            .http_status_as_error(false)
-            .build()
-            .into();
-        Self {
-            agent,
-            base_url: base_url.trim_end_matches('/').to_owned(),
-            key,
-            extra: serde_json::Map::new(),
-            model: String::new(),
-        }
-    }
-
-    fn unreachable(&self, error: &ureq::Error) -> ClientError {
-        ClientError::Unreachable { url: self.base_url.clone(), reason: error.to_string() }
+        Self { api: ApiClient::new(base_url, key), extra: serde_json::Map::new(), model: String::new() }
     }
 
     /// The ids that the server lists.
     pub fn models(&self) -> Result<Vec<String>, ClientError> {
-        let mut request = self.agent.get(format!("{}/models", self.base_url));
-        if let Some(key) = &self.key {
-            request = request.header("authorization", format!("Bearer {key}"));
-        }
-        let mut response = request.call().map_err(|error| self.unreachable(&error))?;
-        let status = response.status().as_u16();
-        let text = response.body_mut().read_to_string().map_err(|error| ClientError::Broken(error.to_string()))?;
-        if status != 200 {
-            return Err(refused(status, &text));
-        }
-        let list: Value = serde_json::from_str(&text).map_err(|error| ClientError::Broken(error.to_string()))?;
+        let list = self.api.get("models")?;
         let ids = list["data"].as_array().into_iter().flatten().filter_map(|model| model["id"].as_str());
         Ok(ids.map(str::to_owned).collect())
     }
@@ -104,18 +54,8 @@ impl ChatClient {
         body.insert("messages".into(), messages);
         body.insert("stream".into(), json!(true));
         body.insert("stream_options".into(), json!({"include_usage": true}));
-        let mut request =
-            self.agent.post(format!("{}/chat/completions", self.base_url)).header("content-type", "application/json");
-        if let Some(key) = &self.key {
-            request = request.header("authorization", format!("Bearer {key}"));
-        }
         let started = Instant::now();
-        let mut response = request.send(Value::Object(body).to_string()).map_err(|error| self.unreachable(&error))?;
-        let status = response.status().as_u16();
-        if status != 200 {
-            let text = response.body_mut().read_to_string().unwrap_or_default();
-            return Err(refused(status, &text));
-        }
+        let mut response = self.api.send("chat/completions", Some(&Value::Object(body)))?;
         let mut answer = Answer::default();
         let mut pieces = 0;
         for line in BufReader::new(response.body_mut().as_reader()).lines() {
@@ -156,12 +96,4 @@ impl ChatClient {
         }
         Ok(answer)
     }
-}
-
-fn refused(status: u16, text: &str) -> ClientError {
-    let message = serde_json::from_str::<Value>(text)
-        .ok()
-        .and_then(|body| body["error"]["message"].as_str().map(str::to_owned))
-        .unwrap_or_else(|| text.chars().take(200).collect());
-    ClientError::Refused { status, message }
 }

@@ -56,7 +56,7 @@ enum Command {
     Data(data::DataArgs),
     /// Move labeling queues to Label Studio or Argilla and back.
     Label(label::LabelArgs),
-    /// Check a rollout's assignment and plan its traffic.
+    /// Start and watch rollouts of a running server; check an assignment, plan the traffic.
     Rollout(rollout::RolloutArgs),
 }
 

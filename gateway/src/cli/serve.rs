@@ -15,6 +15,8 @@ use crate::http::server::Server;
 use crate::http::tls::{Tls, TlsError};
 use crate::http::{App, Auth};
 use crate::limits::Limiter;
+use crate::rollout::assignment::Holdout;
+use crate::rollout::keeper::Keeper;
 use crate::telemetry::{self, Observer, TelemetryError};
 use crate::upstream::remote::RemoteError;
 use crate::upstream::{LocalModel, Registry, RemoteModel, Upstream};
@@ -178,6 +180,12 @@ pub struct ServeArgs {
     /// Share of the traces begun here that is sent [default: 1]
     #[arg(long, value_name = "0..1")]
     trace_share: Option<String>,
+    /// File with the secret by which testers without an admin key choose a rollout's variant [default: none]
+    #[arg(long, value_name = "FILE")]
+    tester_secret_file: Option<String>,
+    /// Share of the users that takes part in no rollout, such as 2026=0.05; another name is another share [default: none]
+    #[arg(long, value_name = "NAME=0..1")]
+    holdout: Option<String>,
     /// Configuration file [default: tidemill.toml where there is one]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -241,6 +249,8 @@ impl ServeArgs {
             ("log_content", &self.log_content),
             ("otlp_endpoint", &self.otlp_endpoint),
             ("trace_share", &self.trace_share),
+            ("tester_secret_file", &self.tester_secret_file),
+            ("holdout", &self.holdout),
         ];
         for (key, text) in flags {
             layer.flag(key, text.as_ref());
@@ -275,6 +285,14 @@ pub enum ServeError {
     /// The system does not say which program this is, and fine-tuning jobs are run by it.
     #[error("cannot tell where this program lies: {0}; see that /proc is there")]
     Program(std::io::Error),
+    /// The testers' secret cannot be read.
+    #[error("cannot read the testers' secret from {}: {source}; see --tester-secret-file", path.display())]
+    Secret {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// The address is taken or not ours.
     #[error("cannot listen on {address}: {source}; choose another --port or --host")]
     Listen {
@@ -332,7 +350,9 @@ pub fn run(args: &ServeArgs) -> Result<(), ServeError> {
         let limits = Arc::clone(&app.limits);
         tokio::spawn(batches.clone().run(app.clone(), config.retention_age));
         tokio::spawn(fine_tuning.clone().run(app.clone()));
+        let rollouts = app.rollouts.clone();
         let result = serve(config, models, app).await;
+        rollouts.close().await;
         batches.close().await;
         fine_tuning.close().await;
         datasets.close().await;
@@ -363,8 +383,15 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle, 
     let files = Files::open(&store, &DataDir::new(&config.data)).await?;
     let remotes = RemoteModel::all(&config.remotes, clock::seconds())?;
     let registry = Arc::new(Registry::new(models.iter().map(|model| model.name.clone())).with_remotes(remotes));
+    let adapters = AdapterKeeper::new(&store, &DataDir::new(&config.data), Arc::clone(&registry));
+    let feedback_metrics = Arc::new(config.metrics.clone());
+    let holdouts = config.holdout.iter().map(|(name, share)| Holdout::new(name, *share)).collect();
+    let rollouts =
+        Keeper::with_holdouts(&store, Arc::clone(&registry), adapters.clone(), Arc::clone(&feedback_metrics), holdouts);
+    // Before the first request: what was promoted is what the names serve.
+    rollouts.follow().await?;
     Ok(App {
-        adapters: AdapterKeeper::new(&store, &DataDir::new(&config.data), Arc::clone(&registry)),
+        adapters,
         registry,
         drain: Drain::default(),
         origins: config.origins.clone(),
@@ -381,8 +408,17 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle, 
         store,
         background: Background::default(),
         recording: Arc::new(config.recording.clone()),
-        feedback_metrics: Arc::new(config.metrics.clone()),
+        feedback_metrics,
+        rollouts,
+        tester_secret: tester_secret(config)?,
     })
+}
+
+/// What testers send; a file without any text lets nobody in.
+fn tester_secret(config: &Config) -> Result<Option<Arc<str>>, ServeError> {
+    let Some(path) = &config.tester_secret_file else { return Ok(None) };
+    let text = std::fs::read_to_string(path).map_err(|source| ServeError::Secret { path: path.clone(), source })?;
+    Ok(Some(text.trim()).filter(|secret| !secret.is_empty()).map(Arc::from))
 }
 
 /// How jobs train: by this very program, beside a server that needs the other half of the cores.
@@ -441,6 +477,8 @@ async fn serve(config: Config, models: Vec<ModelSpec>, app: App) -> Result<(), S
     tokio::spawn(Arc::clone(app.limits.ledger()).keep_writing());
     tokio::spawn(crate::labeling::filler::keep_filling(app.clone()));
     tokio::spawn(app.adapters.clone().keep_following());
+    tokio::spawn(app.rollouts.clone().keep_following());
+    tokio::spawn(app.rollouts.clone().keep_leading());
     std::thread::Builder::new().name("tidemill-load".into()).spawn(loader).map_err(ServeError::Threads)?;
     let (ended, result) = oneshot::channel();
     let leave = async {

@@ -35,7 +35,7 @@ use tidemill_store::Limits;
 pub const DEFAULT_FILE: &str = "tidemill.toml";
 
 /// Every setting, by its name in the file. The flag is the same with dashes, the variable the same in capitals after `TIDEMILL_`.
-pub const KEYS: [&str; 48] = [
+pub const KEYS: &[&str] = &[
     "model",
     "host",
     "port",
@@ -84,6 +84,8 @@ pub const KEYS: [&str; 48] = [
     "log_content",
     "otlp_endpoint",
     "trace_share",
+    "tester_secret_file",
+    "holdout",
 ];
 
 /// Why there is no configuration.
@@ -244,6 +246,10 @@ pub struct Config {
     pub otlp_endpoint: Option<String>,
     /// Share of the traces begun here that is sent.
     pub trace_share: f64,
+    /// Holds what lets testers choose a variant.
+    pub tester_secret_file: Option<PathBuf>,
+    /// Share of the units that take part in no rollout, and the name that salts who they are.
+    pub holdout: Option<(String, f64)>,
 }
 
 impl Config {
@@ -355,6 +361,8 @@ impl Config {
             log_content: get("log_content").map_or(Ok(false), |s| s.parse(value::switch))?,
             otlp_endpoint: get("otlp_endpoint").map(|s| s.parse(value::web_address)).transpose()?,
             trace_share: get("trace_share").map_or(Ok(1.0), |s| s.parse(value::share))?,
+            tester_secret_file: get("tester_secret_file").map(|s| PathBuf::from(&s.text)),
+            holdout: get("holdout").map(|s| s.parse(value::named_share)).transpose()?,
         })
     }
 

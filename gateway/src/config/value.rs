@@ -28,6 +28,13 @@ pub fn seed(text: &str) -> Result<u64, String> {
     text.parse().map_err(|_| "expected a whole number of at least 0".to_owned())
 }
 
+/// A share with a name, as `2026=0.05`.
+pub fn named_share(text: &str) -> Result<(String, f64), String> {
+    let named = text.split_once('=').filter(|(name, _)| !name.trim().is_empty());
+    let read = named.and_then(|(name, number)| Some((name.trim().to_owned(), share(number.trim()).ok()?)));
+    read.ok_or_else(|| "expected a name and a share from 0 to 1, such as 2026=0.05".to_owned())
+}
+
 /// `true` or `false`.
 pub fn switch(text: &str) -> Result<bool, String> {
     choice(text, &[("true", true), ("false", false)])

@@ -12,6 +12,7 @@ use crate::http::limits::{BodyLimits, FileLimits};
 use crate::http::responses::background::Background;
 use crate::limits::Limiter;
 use crate::recording::Recording;
+use crate::rollout::keeper::Keeper;
 use crate::telemetry::Observer;
 use crate::upstream::Registry;
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -57,4 +58,8 @@ pub struct App {
     pub background: Background,
     /// Metrics that feedback may name.
     pub feedback_metrics: Arc<Metrics>,
+    /// Which variants answer which public models.
+    pub rollouts: Keeper,
+    /// Lets testers without an administrator's key choose a variant.
+    pub tester_secret: Option<Arc<str>>,
 }

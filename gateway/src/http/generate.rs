@@ -2,6 +2,7 @@
 
 use crate::clock::{now, seconds};
 use crate::http::app::App;
+use crate::http::assigned::{Assigned, Hints};
 use crate::http::auth::Caller;
 use crate::http::deadline;
 use crate::http::drain::InFlight;
@@ -88,6 +89,10 @@ pub struct Asked {
     pub background: bool,
     /// When the answer is of no more use.
     pub deadline: Option<Instant>,
+    /// Who answers in the place of the public model, where that is not decided by the name alone.
+    pub assigned: Option<Arc<Assigned>>,
+    /// What the headers say of that.
+    pub hints: Hints,
     /// Where the levels of its limits are left for the response.
     rate: RateSlot,
     trail: Option<Trail>,
@@ -104,12 +109,15 @@ impl Asked {
         let arrived = Instant::now();
         let rate = request.extensions().get::<RateSlot>().cloned().unwrap_or_default();
         let deadline = deadline::of(request.headers(), arrived);
+        let hints = Hints::of(request.headers());
         Self {
             app: app.clone(),
             caller: Caller::of(request),
             arrived,
             background,
             deadline,
+            assigned: None,
+            hints,
             rate,
             trail: request.extensions().get().cloned(),
         }
@@ -135,8 +143,25 @@ impl Asked {
     /// The remote model that a body names, if it names one and the caller may use it.
     pub fn remote(&self, body: &Value) -> Option<Arc<RemoteModel>> {
         let name = body.get("model")?.as_str()?;
-        self.caller.check_model(name).ok()?;
+        if self.assigned_to(name).is_none() {
+            self.caller.check_model(name).ok()?;
+        }
         self.app.registry.remote(name).cloned()
+    }
+
+    /// The assignment, if it is what leads to the model of this name: then the key was asked about the public name already.
+    fn assigned_to(&self, name: &str) -> Option<&Assigned> {
+        self.assigned.as_deref().filter(|assigned| assigned.variant.model == name)
+    }
+
+    /// What the client calls the model `name` that answers it.
+    pub fn public_name<'a>(&'a self, name: &'a str) -> &'a str {
+        self.assigned_to(name).map_or(name, |assigned| &assigned.public)
+    }
+
+    /// A system prompt that is put before the conversation, whoever answers it.
+    pub fn prompt_prefix(&self) -> Option<&str> {
+        self.assigned.as_ref()?.variant.prompt_prefix.as_deref()
     }
 
     /// Follows an answer that another server gives to `prompt`, as `follow` does one of ours.
@@ -151,7 +176,9 @@ impl Asked {
 
     /// The model of this name, if the caller may use it.
     pub fn model(&self, name: &str) -> Result<Arc<LocalModel>, ApiError> {
-        self.caller.model(&self.app.registry, Some(name))
+        let Some(assigned) = self.assigned_to(name) else { return self.caller.model(&self.app.registry, Some(name)) };
+        let model = self.app.registry.find_local(Some(name))?;
+        Ok(Arc::new(model.called(&assigned.public, assigned.variant.prompt_prefix.clone())))
     }
 
     /// Lets a request for a model of this base in whose prompts have so many tokens each, or says which limit it would break. The place within the limits is
@@ -183,6 +210,10 @@ impl Asked {
     /// How much of the answer is recorded; 503 when there is no room for what should be.
     pub fn level(&self, endpoint: &str, base: &str, id: Uuid) -> Result<Level, ApiError> {
         let level = self.app.recording.level(endpoint, base, id);
+        if level == Level::Off && self.assigned.as_ref().is_some_and(|assigned| assigned.exposure.is_some()) {
+            // A rollout counts every answer. Nobody's request is refused for that.
+            return Ok(Level::Counted);
+        }
         if level != Level::Off && !self.app.store.has_room() {
             let message =
                 "The server cannot record answers right now: its database is away or slow. Send the request again later.";
@@ -200,7 +231,7 @@ impl Asked {
     pub fn inference(&self, endpoint: &str, model: &LocalModel, request: &tidemill_engine::Request, about: &About) -> Inference {
         Inference {
             adapter: request.generation().0,
-            variant: model.variant(),
+            variant: self.variant().or_else(|| model.variant()),
             prompt_tokens: u32::try_from(request.prompt.len()).unwrap_or(u32::MAX),
             params: Some(recording::to_json(&request.sampling)),
             prompt_ids: request.prompt.clone(),
@@ -213,6 +244,11 @@ impl Asked {
         self.blank(endpoint, id, model.name(), model.fingerprint(), about)
     }
 
+    /// What rollouts call who answers.
+    fn variant(&self) -> Option<String> {
+        self.assigned.as_ref().map(|assigned| assigned.variant.name.clone())
+    }
+
     fn blank(&self, endpoint: &str, id: Uuid, model: &str, config_hash: &str, about: &About) -> Inference {
         Inference {
             id,
@@ -220,7 +256,7 @@ impl Asked {
             endpoint: endpoint.to_owned(),
             model: model.to_owned(),
             adapter: 0,
-            variant: None,
+            variant: self.variant(),
             conversation: about.conversation.clone(),
             key_id: self.caller.key_id(),
             user_key: about.user_key.clone(),
@@ -237,14 +273,14 @@ impl Asked {
             messages: None,
             prompt_text: None,
             prompt_ids: Vec::new(),
-            exposure: None,
+            exposure: self.assigned.as_ref().and_then(|assigned| assigned.exposure),
             choices: Vec::new(),
         }
     }
 
     /// The records of an answer that has not begun.
     pub fn pending(self, level: Level, drafts: Vec<Draft>) -> Pending {
-        Pending { store: self.app.store, level, arrived: self.arrived, drafts }
+        Pending { store: self.app.store, level, arrived: self.arrived, assigned: self.assigned, drafts }
     }
 }
 
@@ -253,12 +289,16 @@ pub struct Pending {
     store: Store,
     level: Level,
     arrived: Instant,
+    assigned: Option<Arc<Assigned>>,
     drafts: Vec<Draft>,
 }
 
 impl Pending {
     /// The engine has taken the request.
     pub fn start(self) -> Recorder {
+        if let Some(assigned) = &self.assigned {
+            assigned.is_recorded();
+        }
         Recorder::new(self.store, self.level, self.arrived, self.drafts)
     }
 }

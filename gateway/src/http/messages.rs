@@ -3,7 +3,9 @@
 use crate::anthropic::{CountRequest, Head, MessageStream, MessagesRequest, to_json};
 use crate::http::answer::json;
 use crate::http::app::App;
+use crate::http::assigned::{self, Shape};
 use crate::http::chat::ChatRun;
+use crate::http::drain::InFlight;
 use crate::http::error::ApiError;
 use crate::http::generate::{Asked, enter};
 use crate::http::sse;
@@ -16,12 +18,21 @@ use serde_json::Value;
 /// A message, streamed or whole.
 pub async fn create(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let (in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
-    let prepare = move |body: Value| {
-        let request = MessagesRequest::parse(&body)?;
-        let run = ChatRun::prepare(asked, "messages", &request.chat)?;
-        Ok((request, run))
+    let first = move |body: Value| {
+        let (plan, body) = assigned::plan(asked, Some(Shape::Message), body)?;
+        plan.prepare(body, prepare)
     };
-    let (request, run) = app.body.parsed(request, prepare).await?;
+    let first = app.body.parsed(request, first).await?;
+    assigned::answer(&app, first, in_flight, prepare, answer).await
+}
+
+fn prepare(asked: Asked, body: Value) -> Result<(MessagesRequest, ChatRun), ApiError> {
+    let request = MessagesRequest::parse(&body)?;
+    let run = ChatRun::prepare(asked, "messages", &request.chat)?;
+    Ok((request, run))
+}
+
+async fn answer((request, run): (MessagesRequest, ChatRun), in_flight: InFlight) -> Result<Response, ApiError> {
     let head = Head { id: format!("msg_{}", run.id.simple()), model: run.model.name().to_owned() };
     let (format, prompt_tokens) = (run.format.clone(), run.prompt_ids().len());
     let MessagesRequest { stream, thinking, max_tokens, .. } = request;

@@ -33,7 +33,7 @@ struct ModelList {
     data: Vec<ModelCard>,
 }
 
-/// Base models, then adapters: by their own name where that leads to them, else as `base:adapter`.
+/// Base models, then adapters: by their own name where that leads to them, else as `base:adapter`; then what only rollouts know.
 fn cards(app: &App) -> Vec<ModelCard> {
     let mut cards: Vec<ModelCard> = app.registry.states().map(|(name, state)| base_card(name, &state)).collect();
     for model in app.registry.local() {
@@ -59,6 +59,13 @@ fn cards(app: &App) -> Vec<ModelCard> {
                 generation: Some(generation.to_string()),
                 ..base_card(model.name(), &LoadState::Ready(Upstream::Local(Arc::clone(model))))
             });
+        }
+    }
+    // Names that lead to something by a rollout alone.
+    for (name, public) in app.rollouts.tables().models() {
+        if let (false, Ok(upstream)) = (cards.iter().any(|card| card.id == name), app.registry.find(Some(&public.stable().model)))
+        {
+            cards.push(base_card(name, &LoadState::Ready(upstream)));
         }
     }
     cards

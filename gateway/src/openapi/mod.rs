@@ -12,6 +12,7 @@ mod labeling;
 mod messages;
 mod operation;
 mod responses;
+mod rollouts;
 mod schema;
 mod service;
 
@@ -40,6 +41,7 @@ pub fn document() -> Value {
         datasets::topic(),
         keys::topic(),
         adapters::topic(),
+        rollouts::topic(),
     ];
     let mut paths = Map::new();
     let mut schemas = Map::from_iter([("Error".to_owned(), error())]);

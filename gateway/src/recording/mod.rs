@@ -2,13 +2,16 @@
 
 mod params;
 mod recorder;
+mod refusal;
 mod remote;
 
 pub use params::{constrained, to_json};
 pub use recorder::{Draft, Recorder};
+pub(crate) use recorder::{hand_over, micros};
 pub use remote::{RemoteAnswer, RemoteRecord};
 
 use std::collections::BTreeMap;
+use tidemill_store::records::Inference;
 use uuid::Uuid;
 
 /// How much of an answer is recorded.
@@ -18,8 +21,18 @@ pub enum Level {
     Full,
     /// Who, when, how long, which parameters, how sure; no text and no tokens.
     Metadata,
+    /// What a rollout counts, where nothing else is to be recorded: no person, no conversation, nothing of the application's.
+    Counted,
     /// Nothing.
     Off,
+}
+
+/// Leaves of a record what a rollout counts.
+fn only_counted(inference: &mut Inference) {
+    inference.user_key = None;
+    inference.conversation = None;
+    inference.metadata.clear();
+    inference.params = None;
 }
 
 /// What differs for one model or endpoint.

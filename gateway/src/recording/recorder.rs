@@ -1,7 +1,8 @@
 //! Catches an answer as its events pass, and hands it to the store when it ends, however it ends.
 
 use crate::openai::chat_output::{ChatChoice, OutputFormat};
-use crate::recording::Level;
+use crate::recording::refusal::{OPENING, refuses};
+use crate::recording::{Level, only_counted};
 use std::time::Instant;
 use tidemill_engine::{Event, FinishReason};
 use tidemill_store::Store;
@@ -37,6 +38,7 @@ struct InProgress {
 
 #[derive(Default)]
 struct Candidate {
+    /// All of it, or what tells a refusal.
     text: String,
     ids: Vec<u32>,
     logprobs: Vec<f32>,
@@ -81,8 +83,11 @@ impl Recorder {
                 let Some(choice) = prompt.choices.get_mut(*choice) else { return };
                 choice.tokens += 1;
                 choice.raw_sum += f64::from(record.logprob);
-                if self.level == Level::Full {
+                // An answer that counts in a rollout is looked at, whatever is kept of it.
+                if self.level == Level::Full || (inference.exposure.is_some() && choice.text.len() < OPENING) {
                     choice.text.push_str(text);
+                }
+                if self.level == Level::Full {
                     choice.ids.push(record.token);
                     choice.logprobs.push(record.processed_logprob);
                     choice.raw_logprobs.push(record.logprob);
@@ -112,7 +117,7 @@ impl Recorder {
 }
 
 /// Gives the store a record that is complete.
-pub(super) fn hand_over(store: &Store, record: Inference) {
+pub(crate) fn hand_over(store: &Store, record: Inference) {
     if store.record(record).is_err() {
         // New requests are refused by now; this one ran before the store filled up.
         metrics::counter!("tidemill:records_lost_total").increment(1);
@@ -140,6 +145,10 @@ impl InProgress {
             candidates.sort_by(|a, b| b.mean().total_cmp(&a.mean()));
         }
         let full = level == Level::Full;
+        if let (Some(exposure), Some(first), Status::Ok) = (&mut inference.exposure, candidates.first(), status) {
+            let said = format.as_ref().map(|format| ChatChoice::read(format, &first.text).text);
+            exposure.refused = Some(refuses(said.as_deref().unwrap_or(&first.text)));
+        }
         let choice = |(id, made): (Uuid, Candidate)| Choice {
             id,
             finish_reason: made.finish.filter(|reason| *reason != FinishReason::Cancelled).map(|reason| reason.to_string()),
@@ -157,12 +166,15 @@ impl InProgress {
             inference.prompt_text = None;
             inference.prompt_ids = Vec::new();
         }
+        if level == Level::Counted {
+            only_counted(&mut inference);
+        }
         inference
     }
 }
 
 /// Microseconds since a moment.
-pub(super) fn micros(since: Instant) -> i64 {
+pub(crate) fn micros(since: Instant) -> i64 {
     i64::try_from(since.elapsed().as_micros()).unwrap_or(i64::MAX)
 }
 

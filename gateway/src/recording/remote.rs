@@ -1,7 +1,8 @@
 //! The record of an answer that another server gave: its texts and numbers, without tokens.
 
-use crate::recording::Level;
 use crate::recording::recorder::{hand_over, micros};
+use crate::recording::refusal::refuses;
+use crate::recording::{Level, only_counted};
 use crate::upstream::remote::chunk::{Gathered, Gathering, RemoteUsage};
 use serde_json::{Map, Value, json};
 use std::time::Instant;
@@ -58,6 +59,9 @@ impl RemoteRecord {
         (inference.prompt_tokens, inference.cached_tokens) = (count(prompt), count(cached));
         inference.output_tokens = count(output);
         inference.params = Some(with_upstream(inference.params.take(), answer));
+        if let (Some(exposure), Some(first), Status::Ok) = (&mut inference.exposure, answer.gathering.choices.first(), status) {
+            exposure.refused = Some(refuses(&first.choice.text));
+        }
         let (full, alone) = (level == Level::Full, choice_ids.len() == 1);
         let choice = |(id, gathered): (Uuid, &Gathered)| Choice {
             id,
@@ -78,6 +82,9 @@ impl RemoteRecord {
             if let Some(params) = inference.params.as_mut().and_then(Value::as_object_mut) {
                 params.retain(|key, _| !matches!(key.as_str(), "tools" | "functions"));
             }
+        }
+        if level == Level::Counted {
+            only_counted(&mut inference);
         }
         inference
     }

@@ -23,6 +23,15 @@ pub struct Unit<'a> {
 }
 
 impl<'a> Unit<'a> {
+    /// The key of this kind; the request's where it is not known.
+    pub fn key_of(&self, by: Sticky) -> &'a str {
+        match by {
+            Sticky::User => self.user.unwrap_or(self.request),
+            Sticky::Conversation => self.conversation.unwrap_or(self.request),
+            Sticky::Request => self.request,
+        }
+    }
+
     /// The key that keeps its arm, and which it is.
     fn key(&self, sticky: Sticky) -> (&'a str, Sticky) {
         match (sticky, self.user, self.conversation) {

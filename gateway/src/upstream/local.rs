@@ -9,6 +9,7 @@ use crate::openai::tool_prompt;
 use crate::openai::tools::Tool;
 use crate::upstream::Events;
 use crate::upstream::grammars::Grammars;
+use crate::upstream::remote::request::put_before;
 use serde_json::Value;
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -27,6 +28,8 @@ pub struct LocalModel {
     grammars: Arc<Grammars>,
     /// Set for an adapter of the model.
     adapter: Option<AdapterLease>,
+    /// A system prompt that is put before every conversation.
+    prompt_prefix: Option<Arc<str>>,
 }
 
 impl LocalModel {
@@ -44,7 +47,8 @@ impl LocalModel {
         );
         let (name, fingerprint) = (options.served_name.clone(), fingerprint(&configuration));
         let (parsers, shown_special, grammars) = (Arc::default(), Arc::default(), Arc::default());
-        let model = Self { name, fingerprint, created, parsers, shown_special, engine, grammars, adapter: None };
+        let model =
+            Self { name, fingerprint, created, parsers, shown_special, engine, grammars, adapter: None, prompt_prefix: None };
         model.reading_as(ParserChoice::default())
     }
 
@@ -69,6 +73,26 @@ impl LocalModel {
             shown_special: Arc::clone(&self.shown_special),
             grammars: Arc::clone(&self.grammars),
             adapter: Some(adapter),
+            prompt_prefix: self.prompt_prefix.clone(),
+        }
+    }
+
+    /// The same under the name that a client knows it by, with a system prompt that is put before every conversation.
+    pub fn called(&self, public: &str, prompt_prefix: Option<Arc<str>>) -> Self {
+        let fingerprint = match &prompt_prefix {
+            Some(prefix) => fingerprint(&format!("{} {prefix}", self.fingerprint)),
+            None => self.fingerprint.clone(),
+        };
+        Self {
+            name: public.to_owned(),
+            fingerprint,
+            created: self.created,
+            engine: self.engine.clone(),
+            parsers: Arc::clone(&self.parsers),
+            shown_special: Arc::clone(&self.shown_special),
+            grammars: Arc::clone(&self.grammars),
+            adapter: self.adapter.clone(),
+            prompt_prefix,
         }
     }
 
@@ -156,6 +180,9 @@ impl LocalModel {
         }
         let tools: Vec<Value> = tools.iter().map(|tool| tool.to_template()).collect();
         let mut messages = Cow::Borrowed(&prompt.messages);
+        if let Some(prefix) = &self.prompt_prefix {
+            put_before(prefix, messages.to_mut());
+        }
         let mut offered = (!tools.is_empty()).then_some(tools.as_slice());
         if template.tool_source().is_none() && (offered.is_some() || messages.iter().any(speaks_of_tools)) {
             let has_system = template.source().contains("system");

@@ -31,6 +31,7 @@ use tidemill::http::responses::background::Background;
 use tidemill::http::{App, Auth, router};
 use tidemill::limits::{Limiter, Prices};
 use tidemill::recording::Recording;
+use tidemill::rollout::keeper::Keeper;
 use tidemill::telemetry::Observer;
 use tidemill::upstream::remote::Remotes;
 use tidemill::upstream::{LocalModel, Registry, RemoteModel, Upstream};
@@ -266,8 +267,12 @@ impl Setup {
         let registry = Registry::new([MODEL.to_owned()]).with_remotes(remotes);
         assert!(registry.loaded(MODEL, Upstream::Local(Arc::new(LocalModel::new(engine, 7)))));
         let (store, registry) = (store(), Arc::new(registry));
+        let adapters = AdapterKeeper::new(&store, &DataDir::new(folder()), Arc::clone(&registry));
+        let feedback_metrics = Arc::new(self.metrics);
         App {
-            adapters: AdapterKeeper::new(&store, &DataDir::new(folder()), Arc::clone(&registry)),
+            rollouts: Keeper::new(&store, Arc::clone(&registry), adapters.clone(), Arc::clone(&feedback_metrics)),
+            tester_secret: Some("let me in".into()),
+            adapters,
             registry,
             drain: Drain::default(),
             origins: Origins::default(),
@@ -284,7 +289,7 @@ impl Setup {
             store,
             background: Background::default(),
             recording: Arc::new(self.recording),
-            feedback_metrics: Arc::new(self.metrics),
+            feedback_metrics,
         }
     }
 

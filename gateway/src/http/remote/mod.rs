@@ -6,6 +6,7 @@ mod passing;
 
 use crate::http::answer::json;
 use crate::http::app::App;
+use crate::http::assigned::{self, Shape};
 use crate::http::drain::InFlight;
 use crate::http::error::ApiError;
 use crate::http::generate::{Asked, enter};
@@ -108,30 +109,49 @@ enum Prepared<T> {
     Local(T),
 }
 
-/// Answers a request: another server does where the model that it names is one of its, else `run` does what `prepare` has made of it.
+/// Answers a request as the variant that its model's name is assigned to: another server does where that is one of its, else `run` does
+/// what `prepare` has made of it.
 pub async fn serve<T, F>(
     app: &App,
     request: Request,
     endpoint: Endpoint,
     prepare: fn(Asked, &Value) -> Result<T, ApiError>,
-    run: impl FnOnce(T, InFlight) -> F,
+    run: fn(T, InFlight) -> F,
 ) -> Result<Response, ApiError>
 where
     T: Send + 'static,
     F: Future<Output = Result<Response, ApiError>> + Send,
 {
     let (in_flight, asked) = (enter(app)?, Asked::new(app, &request));
-    let look = move |body: Value| match asked.remote(&body) {
+    let look = move |asked: Asked, body: Value| match asked.remote(&body) {
         Some(model) => RemoteCall::parse(asked, model, endpoint, body).map(|call| Prepared::Remote(Box::new(call))),
         None => prepare(asked, &body).map(Prepared::Local),
     };
-    match app.body.parsed(request, look).await? {
-        Prepared::Local(prepared) => Box::pin(run(prepared, in_flight)).await,
+    let first = move |body: Value| {
+        let (plan, body) = assigned::plan(asked, Shape::of(endpoint), body)?;
+        plan.prepare(body, look)
+    };
+    let first = app.body.parsed(request, first).await?;
+    assigned::answer(app, first, in_flight, look, |prepared, in_flight| answer(prepared, in_flight, prepare, run)).await
+}
+
+async fn answer<T, F>(
+    prepared: Prepared<T>,
+    in_flight: InFlight,
+    prepare: fn(Asked, &Value) -> Result<T, ApiError>,
+    run: fn(T, InFlight) -> F,
+) -> Result<Response, ApiError>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<Response, ApiError>> + Send,
+{
+    match prepared {
+        Prepared::Local(prepared) => run(prepared, in_flight).await,
         Prepared::Remote(call) => match Box::pin(call.answer(in_flight)).await? {
             Answerer::Remote(response) => Ok(response),
             Answerer::Local { body, long, asked, in_flight } => {
                 let prepared = off_path(long, move || prepare(*asked, &body)).await??;
-                Box::pin(run(prepared, in_flight)).await
+                run(prepared, in_flight).await
             }
         },
     }
@@ -163,7 +183,14 @@ impl RemoteCall {
             Endpoint::Embeddings => fields.require("input")?.value.clone(),
         };
         let id = asked.app.store.issue_id();
-        let Value::Object(body) = body else { return Err(ApiError::bad_request("The request body must be a JSON object.")) };
+        let Value::Object(mut body) = body else {
+            return Err(ApiError::bad_request("The request body must be a JSON object."));
+        };
+        if let (Some(prefix), Endpoint::Chat) = (asked.prompt_prefix(), endpoint)
+            && let Some(messages) = body.get_mut("messages").and_then(Value::as_array_mut)
+        {
+            request::put_before(prefix, messages);
+        }
         Ok(Self {
             choice_ids: asked.choice_ids(id, n),
             prefix: request::prefix_key(&body),
@@ -369,7 +396,8 @@ impl RemoteCall {
         };
         let shown = |id: &Uuid| format!("{prefix}-{id}");
         let choice_ids = if self.about.compare { self.choice_ids.iter().map(|id| Some(shown(id))).collect() } else { Vec::new() };
-        let mut rewriter = Rewriter { id: id.as_ref().map(shown), model: model.name().to_owned(), choice_ids, usage: self.usage };
+        let public = self.asked.public_name(model.name()).to_owned();
+        let mut rewriter = Rewriter { id: id.as_ref().map(shown), model: public, choice_ids, usage: self.usage };
         match opening {
             Opening::Whole(mut answer) => {
                 account.take(&answer, false);

@@ -9,7 +9,9 @@ pub use stored::{cancel, delete, get, input_items};
 use crate::clock::{now, seconds};
 use crate::http::answer::answer;
 use crate::http::app::App;
+use crate::http::assigned::{self, Shape};
 use crate::http::chat::ChatRun;
+use crate::http::drain::InFlight;
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
 use crate::http::generate::{Asked, enter};
@@ -38,7 +40,21 @@ const ANSWER_ROOM: usize = 16;
 /// `POST /v1/responses`
 pub async fn create(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
     let (in_flight, asked) = (enter(&app)?, Asked::new(&app, &request));
-    let request = app.body.parsed(request, |body| ResponseRequest::parse(&body)).await?;
+    let first = move |body: Value| {
+        let (plan, body) = assigned::plan(asked, Some(Shape::Response), body)?;
+        plan.prepare(body, parse)
+    };
+    let first = app.body.parsed(request, first).await?;
+    assigned::answer(&app, first, in_flight, parse, respond).await
+}
+
+fn parse(asked: Asked, body: Value) -> Result<(Asked, ResponseRequest), ApiError> {
+    let request = ResponseRequest::parse(&body)?;
+    Ok((asked, request))
+}
+
+async fn respond((asked, request): (Asked, ResponseRequest), in_flight: InFlight) -> Result<Response, ApiError> {
+    let app = asked.app.clone();
     let context = Context::of(&app.store, &owner(&asked.caller), &request).await?;
     let long = context.bytes > LONG_WORK;
     let prepared = off_path(long, move || Prepared::new(asked, request, context)).await??;

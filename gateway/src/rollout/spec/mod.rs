@@ -9,6 +9,7 @@ pub use metric::{Condition, Metric, Of, Quantity, Role};
 
 use crate::rollout::hash::Range;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 /// A rollout as it was asked for, with every default filled in.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -74,6 +75,15 @@ pub struct Arm {
     pub variant: String,
     /// All arms' weights sum to 1.
     pub weight: f64,
+    /// Who answers: a name of the registry. The variant's own name, unless said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// A system prompt that is put before every conversation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt_prefix: Option<String>,
+    /// Sampling parameters of requests that are silent about them, under chat's names.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub defaults: Map<String, Value>,
 }
 
 /// A step of a canary.

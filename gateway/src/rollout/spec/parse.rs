@@ -5,7 +5,7 @@ use crate::keys::span;
 use crate::openai::fields::{Field, Fields};
 use crate::rollout::hash::Range;
 use crate::rollout::spec::{Arm, AtDeadline, Kind, LayerPart, Metric, Quantity, Role, Spec, Step, Sticky};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 const KINDS: [(&str, Kind); 5] = [
     ("ab", Kind::Ab),
@@ -15,6 +15,11 @@ const KINDS: [(&str, Kind); 5] = [
     ("bandit", Kind::Bandit),
 ];
 const MAX_NAME: usize = 100;
+/// Longest system prompt of a variant, in characters.
+const MAX_PREFIX: usize = 20_000;
+/// Sampling defaults with their bounds.
+const DECIMALS: [(&str, f64, f64); 4] =
+    [("temperature", 0.0, 2.0), ("top_p", 0.0, 1.0), ("presence_penalty", -2.0, 2.0), ("frequency_penalty", -2.0, 2.0)];
 const MAX_ARMS: usize = 16;
 const MAX_STEPS: usize = 100;
 const MAX_METRICS: usize = 50;
@@ -163,8 +168,12 @@ fn arms(field: &Field<'_>, kind: Kind) -> Result<Vec<Arm>, ApiError> {
         }
         let weight = fields.get("weight").map(|field| field.double(1e-4..=1e6)).transpose()?;
         weighted += usize::from(weight.is_some());
+        let model = fields.get("model").map(|field| name_of(&field)).transpose()?;
+        let prompt_prefix = fields.get("prompt_prefix").map(|field| field.short_string(MAX_PREFIX)).transpose()?;
+        let prompt_prefix = prompt_prefix.filter(|text| !text.is_empty()).map(str::to_owned);
+        let defaults = fields.get("defaults").map_or(Ok(Map::new()), |field| defaults(&field))?;
         fields.finish()?;
-        arms.push(Arm { variant, weight: weight.unwrap_or(1.0) });
+        arms.push(Arm { variant, weight: weight.unwrap_or(1.0), model, prompt_prefix, defaults });
     }
     if weighted > 0 && weighted < arms.len() {
         return Err(field.invalid("invalid_value", "some arms have a weight and some have none. Give all of them one, or none."));
@@ -175,6 +184,22 @@ fn arms(field: &Field<'_>, kind: Kind) -> Result<Vec<Arm>, ApiError> {
     let total: f64 = arms.iter().map(|arm| arm.weight).sum();
     arms.iter_mut().for_each(|arm| arm.weight /= total);
     Ok(arms)
+}
+
+/// Sampling parameters that every endpoint has in some form, each within its bounds.
+fn defaults(field: &Field<'_>) -> Result<Map<String, Value>, ApiError> {
+    let mut fields = field.object()?;
+    let mut defaults = Map::new();
+    for (key, low, high) in DECIMALS {
+        if let Some(value) = fields.get(key) {
+            defaults.insert(key.to_owned(), value.double(low..=high)?.into());
+        }
+    }
+    if let Some(most) = fields.integer("max_tokens", 1..=i64::from(u32::MAX))? {
+        defaults.insert("max_tokens".to_owned(), most.into());
+    }
+    fields.finish()?;
+    Ok(defaults)
 }
 
 fn steps(fields: &mut Fields<'_>, kind: Kind) -> Result<Vec<Step>, ApiError> {

@@ -75,6 +75,16 @@ fn what_is_kept_in_a_row_reads_back_as_the_same() {
     assert_eq!(serde_json::from_str::<Spec>(&kept).unwrap(), spec);
 }
 
+#[test]
+fn a_variant_may_be_a_model_with_other_words_before_it() {
+    let arms = json!([{"variant": "old"}, {"variant": "pirate", "model": "old", "prompt_prefix": "Arr.", "defaults": {"temperature": 0.5, "max_tokens": 9}}]);
+    let spec = Spec::parse(&with(&[("arms", arms)])).unwrap();
+    assert_eq!((&spec.arms[0].model, &spec.arms[0].prompt_prefix, spec.arms[0].defaults.len()), (&None, &None, 0));
+    assert_eq!((spec.arms[1].model.as_deref(), spec.arms[1].prompt_prefix.as_deref()), (Some("old"), Some("Arr.")));
+    assert_eq!(Value::Object(spec.arms[1].defaults.clone()), json!({"temperature": 0.5, "max_tokens": 9}));
+    assert_eq!(serde_json::from_str::<Spec>(&serde_json::to_string(&spec).unwrap()).unwrap(), spec);
+}
+
 fn body() -> Value {
     json!({
         "name": "a", "model": "assistant", "kind": "ab", "arms": [{"variant": "old"}, {"variant": "new"}],
@@ -115,6 +125,12 @@ fn refusals_name_the_field_and_the_fix() {
         (arms(json!([{"variant": "old"}, {"variant": "old"}])), "arms.1.variant", "Name each variant once"),
         (arms(json!([{"variant": "old", "weight": 1}, {"variant": "new"}])), "arms", "all of them one"),
         (arms(json!([{"variant": " "}, {"variant": "new"}])), "arms.0.variant", "Give a name"),
+        (
+            arms(json!([{"variant": "old"}, {"variant": "new", "defaults": {"temperature": 3}}])),
+            "arms.1.defaults.temperature",
+            "<= 2",
+        ),
+        (arms(json!([{"variant": "old"}, {"variant": "new", "defaults": {"seed": 3}}])), "arms.1.defaults.seed", "Unknown"),
         (with(&[("name", json!("a b"))]), "name", "letters, digits"),
         (with(&[("kind", json!("abc"))]), "kind", "'canary'"),
         (with(&[("traffic", json!(0))]), "traffic", "at least 0.0001"),

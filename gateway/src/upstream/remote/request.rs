@@ -129,7 +129,7 @@ pub fn body(asked: &Map<String, Value>, endpoint: Endpoint, model: &RemoteSpec, 
 }
 
 /// The prefix as the conversation's first words; a system prompt that is there goes on after it, since some models take only one.
-fn put_before(prefix: &str, messages: &mut Vec<Value>) {
+pub fn put_before(prefix: &str, messages: &mut Vec<Value>) {
     let theirs = messages.first_mut().filter(|first| matches!(first["role"].as_str(), Some("system" | "developer")));
     if let Some(text) = theirs.and_then(|first| first.get_mut("content"))
         && let Some(rest) = text.as_str()

@@ -1,5 +1,8 @@
 //! `tidemill rollout`
 
+mod server;
+mod status;
+
 use crate::rollout::hash::{HashVersion, bucket};
 use crate::rollout::statistics::{Outcome, Plan, Question, plan};
 use clap::Subcommand;
@@ -14,6 +17,22 @@ pub struct RolloutArgs {
 
 #[derive(Debug, Subcommand)]
 enum RolloutCommand {
+    /// Start a rollout: one that a file describes, or a canary of one variant.
+    Start(Box<server::StartArgs>),
+    /// Show where a rollout stands, what was measured and what was decided.
+    Status(server::StatusArgs),
+    /// List the rollouts that run.
+    List(server::ListArgs),
+    /// Leave the shares as they are; guardrails are watched.
+    Pause(server::OneArgs),
+    /// Go on with a paused rollout.
+    Resume(server::OneArgs),
+    /// Say yes to what a rollout waits for.
+    Approve(server::OneArgs),
+    /// Give a treatment all the traffic, whatever the numbers say.
+    Promote(server::PromoteArgs),
+    /// Give the control all the traffic, now.
+    Rollback(server::OneArgs),
     /// Print the bucket from 0 to 1 that a value falls into: GrowthBook's hash, so that anyone can check an assignment.
     Bucket {
         /// NAME:in says whether a unit takes part in the rollout NAME, NAME:arm which arm it gets
@@ -66,6 +85,14 @@ impl PlanArgs {
 /// Runs the command.
 pub fn run(args: &RolloutArgs) -> Result<(), String> {
     match &args.command {
+        RolloutCommand::Start(args) => server::start(args)?,
+        RolloutCommand::Status(args) => server::show(args)?,
+        RolloutCommand::List(args) => server::list(args)?,
+        RolloutCommand::Pause(args) => server::act(args, "pause")?,
+        RolloutCommand::Resume(args) => server::act(args, "resume")?,
+        RolloutCommand::Approve(args) => server::act(args, "approve")?,
+        RolloutCommand::Promote(args) => server::promote(args)?,
+        RolloutCommand::Rollback(args) => server::act(args, "rollback")?,
         RolloutCommand::Bucket { seed, value, hash_version } => {
             let version = if *hash_version == 1 { HashVersion::V1 } else { HashVersion::V2 };
             say(&bucket(seed, value, version).to_string());
