@@ -71,7 +71,7 @@ async fn what_is_not_there_is_said_in_the_error_shape() {
 /// A rollout after one measurement, as its keeper writes it.
 async fn roll_out(app: &App) -> Uuid {
     let spec = json!({
-        "name": EVIL, "model": EVIL, "kind": "ab", "arms": [{"variant": MODEL}, {"variant": EVIL}],
+        "name": "brief", "model": EVIL, "kind": "ab", "arms": [{"variant": MODEL}, {"variant": EVIL}],
         "metrics": [{"metric": "feedback.thumb", "goal": {"min": 0}}],
     });
     let spec = Spec::parse(&spec).unwrap();

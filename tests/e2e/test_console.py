@@ -78,7 +78,7 @@ def train(server) -> str:
 def roll_out(server) -> dict:
     """An A/B test between the model and its adapter, with answers of both that people liked."""
     spec = {
-        "name": EVIL, "model": MODEL, "kind": "ab", "interval": "1s", "min_exposure": 1000,
+        "name": "greeting", "model": MODEL, "kind": "ab", "interval": "1s", "min_exposure": 1000,
         "arms": [{"variant": MODEL}, {"variant": f"{MODEL}:one"}],
         "metrics": [
             {"metric": "error_rate", "guardrail": {"max": 0.5}, "min_samples": 5},
@@ -237,7 +237,7 @@ def test_the_overview_compares_models_here_and_elsewhere(mill):
             assert f"{MODEL}|–" in cells and any(name.startswith(f"{MODEL}|{MODEL}:one") for name in cells), cells
             assert await person.page.locator("figure svg[role=img]").count() >= 3
             text = await person.text()
-            assert EVIL in text and "running" in text and "ready" in text
+            assert "greeting" in text and "running" in text and "ready" in text
             # The numbers are there for those who do not see the pictures.
             await person.page.locator("#numbers-answers summary").focus()
             await person.page.keyboard.press("Enter")
@@ -269,7 +269,7 @@ def test_a_rollout_shows_its_metrics_over_time_and_does_what_the_buttons_say(mil
             await person.page.locator("#place a").first.focus()
             async with person.page.expect_navigation():
                 await person.page.keyboard.press("Enter")
-            assert await person.title() == EVIL
+            assert await person.title() == "greeting"
             titles = await person.page.locator("figure h3").all_inner_texts()
             assert [title.split(":")[0] for title in titles] == ["error_rate", "time_to_first_token_p95", "goal feedback.thumb"]
             pictures = person.page.locator("figure svg")

@@ -120,6 +120,8 @@ async function act(button) {
   acting = false;
   button.disabled = false;
   await show(false).catch((error) => notice(error.message));
+  // What was pressed may be gone; whoever works by keyboard stays near it.
+  ($(button.id) ?? $("part-title"))?.focus({ preventScroll: true });
 }
 
 /** When G was pressed: a letter soon after it goes to a page. One key alone would take a visitor away by mistake. */

@@ -174,10 +174,10 @@ impl Shown {
             buttons.push(button("pause", "Pause", "{}", None));
         }
         if spec.kind != Kind::Shadow {
-            for (arm, treatment) in spec.arms.iter().enumerate().skip(1) {
+            for treatment in spec.arms.iter().skip(1) {
                 let variant = &treatment.variant;
                 let sure = format!("All traffic of {} goes to {variant}, whatever the numbers say. This is final.", spec.model);
-                let body = serde_json::json!({ "arm": arm }).to_string();
+                let body = serde_json::json!({ "variant": variant }).to_string();
                 let promote = button("promote", &format!("Promote {variant}"), &body, Some(sure));
                 buttons.push(promote);
             }
@@ -357,7 +357,7 @@ mod tests {
 
     fn spec() -> Spec {
         let body = json!({
-            "name": EVIL, "model": EVIL, "kind": "canary", "arms": [{"variant": "old"}, {"variant": EVIL}],
+            "name": "brief", "model": EVIL, "kind": "canary", "arms": [{"variant": "old"}, {"variant": EVIL}],
             "steps": [{"set_weight": 10}, {"pause": {"samples": 500}}], "min_exposure": 10,
             "metrics": [{"metric": "error_rate", "guardrail": {"max": 0.2}}, {"metric": "feedback.thumb", "goal": {"min": 0}}],
         });
@@ -406,7 +406,7 @@ mod tests {
         let acts: Vec<&str> = text.split("data-post=\"").skip(1).map(|rest| rest.split('"').next().unwrap()).collect();
         let of = |act: &str| format!("/v1/rollouts/{}/{act}", "00000000-0000-0000-0000-000000000007");
         assert_eq!(acts, [of("pause"), of("promote"), of("rollback")]);
-        assert!(text.contains("data-body=\"{&quot;arm&quot;:1}\"") && !text.contains("<img"));
+        assert!(text.contains("data-body=\"{&quot;variant&quot;:&quot;&lt;img") && !text.contains("<img"));
         assert_eq!(text.matches("<svg").count(), 2);
         assert!(!shown(12, false).part().document().contains("data-post"), "looking is not acting");
     }

@@ -13,6 +13,7 @@ use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
 use crate::http::fine_tuning::find_for;
 use crate::http::query::parameters;
+use crate::http::rollouts as http_rollouts;
 use crate::http::{job_name, models, probes};
 use axum::extract::{Path, RawQuery, State};
 use axum::response::Response;
@@ -21,8 +22,7 @@ use axum::{Extension, Router};
 use hyper::StatusCode;
 use serde_json::json;
 use tidemill_store::{
-    AdapterFilter, Exposures, FineTuningJob, Jobs, RegisteredAdapter, RolloutFilter, RolloutRefusal, Rollouts, Scope, Traffic,
-    Viewer,
+    AdapterFilter, Exposures, FineTuningJob, Jobs, RegisteredAdapter, RolloutFilter, Rollouts, Scope, Traffic, Viewer,
 };
 
 /// Items of a list; older ones are the API's.
@@ -123,10 +123,7 @@ async fn rollout(
     Path(name): Path<String>,
 ) -> Result<Response, ApiError> {
     let rows = Rollouts::new(&app.store);
-    let rollout = rows.find(&name).await.map_err(|error| match error {
-        RolloutRefusal::Store(error) => unavailable(error),
-        other => ApiError::client(StatusCode::NOT_FOUND, Some("rollout_not_found"), format!("{other}.")),
-    })?;
+    let rollout = rows.find(&name).await.map_err(http_rollouts::refused)?;
     let decisions = rows.decisions(rollout.id).await.map_err(unavailable)?;
     let exposures = Exposures::new(app.store.database());
     let counts = exposures.counts(rollout.id, rollout.created).await.map_err(unavailable)?;
