@@ -4,9 +4,11 @@
 //! [`collate`] makes tokens and packed [`batch`]es of rows. [`loss`] holds what every trainer minimises, as functions of tensors that
 //! know their gradients; [`reward`] judges answers that are sampled while training; [`optimizer`] moves the [`parameters`] along
 //! them; [`train`] is the one loop around it all, and [`job`] one training from its specification to its adapter; [`evaluate`] says
-//! what the adapter is worth. [`registry`] keeps those that come out. [`flywheel`] is the loop through all of it, as a state machine.
+//! what the adapter is worth. [`registry`] keeps those that come out. [`chart`] draws what was measured on the way.
+//! [`flywheel`] is the loop through all of it, as a state machine.
 
 pub mod batch;
+pub mod chart;
 pub mod collate;
 pub mod dataset;
 mod durable;

@@ -136,6 +136,18 @@ impl Jobs {
         })
         .await
     }
+
+    /// Those that are at work or wait for it, the oldest first.
+    pub async fn open(&self, now: i64) -> Result<Vec<Job>, StoreError> {
+        patiently(async {
+            let text = format!("SELECT {COLUMNS} FROM jobs WHERE state IN ('queued', 'running') ORDER BY id");
+            let rows = sqlx::query(AssertSqlSafe(text)).fetch_all(self.database.read()).await?;
+            let jobs = rows.iter().map(|row| job(row, now)).collect::<Result<Vec<_>, _>>()?;
+            // What has lost its process is at work nowhere.
+            Ok(jobs.into_iter().filter(|job| !job.state.ended()).collect())
+        })
+        .await
+    }
 }
 
 fn job(row: &AnyRow, now: i64) -> Result<Job, StoreError> {

@@ -46,6 +46,7 @@ mod statement;
 mod store;
 mod stored_chats;
 mod tally;
+mod traffic;
 mod usage;
 
 pub use adapters::{
@@ -80,4 +81,5 @@ pub use snapshot::{Snapshot, Snapshots, Sources};
 pub use store::{Retention, Store, StoreOptions};
 pub use stored_chats::{ChatFilter, StoredChat};
 pub use tally::{Tally, TallyFilter};
+pub use traffic::{Latency, Traffic, TrafficSum};
 pub use usage::{Usage, UsageWriter};

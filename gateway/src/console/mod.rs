@@ -1,16 +1,29 @@
 //! Pages in the binary. They are static and open; what they show they fetch with the visitor's key.
 //!
-//! Nothing is loaded from elsewhere, and the policy says so to the browser: no inline script or style, no foreign host, no framing,
-//! and no HTML from strings (`require-trusted-types-for`), so that text of a model cannot become markup.
+//! Annotators' pages draw what they get from the API. Operators' pages are one shell, whose part in the middle is written here: a function
+//! of values ([`overview`], [`rollouts`], …), which the shell fetches as a document. Nothing is loaded from elsewhere, and the policy says
+//! so to the browser: no inline script or style, no foreign host, no framing, and no HTML from strings (`require-trusted-types-for`), so that
+//! text of a model cannot become markup. In parts the same is seen to by [`html`], which takes text as text.
+
+pub mod adapters;
+pub mod datasets;
+pub mod html;
+pub mod overview;
+pub mod part;
+pub mod playground;
+pub mod rollouts;
+pub mod sequence;
+pub mod trainings;
 
 use crate::http::App;
 use axum::Router;
-use axum::response::{IntoResponse, Redirect, Response};
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use bytes::Bytes;
 use hyper::header::{
     CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
 };
+use part::Part;
 
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; \
     base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
@@ -19,11 +32,27 @@ const HTML: &str = "text/html; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 const STYLE: &str = "text/css; charset=utf-8";
 
-const PAGES: [(&str, &str); 2] =
-    [("/console/label", include_str!("label.html")), ("/console/queues", include_str!("queues.html"))];
+const SHELL: &str = include_str!("shell.html");
 
-const FILES: [(&str, &str, &str); 7] = [
+const PAGES: [(&str, &str); 12] = [
+    ("/console", SHELL),
+    ("/console/rollouts", SHELL),
+    ("/console/rollouts/{rollout}", SHELL),
+    ("/console/datasets", SHELL),
+    ("/console/datasets/{reference}", SHELL),
+    ("/console/trainings", SHELL),
+    ("/console/trainings/{id}", SHELL),
+    ("/console/adapters", SHELL),
+    ("/console/adapters/{id}", SHELL),
+    ("/console/playground", SHELL),
+    ("/console/label", include_str!("label.html")),
+    ("/console/queues", include_str!("queues.html")),
+];
+
+const FILES: [(&str, &str, &str); 9] = [
     ("/console/console.css", STYLE, include_str!("console.css")),
+    ("/console/console.js", SCRIPT, include_str!("console.js")),
+    ("/console/playground.js", SCRIPT, include_str!("playground.js")),
     ("/console/label.js", SCRIPT, include_str!("label.js")),
     ("/console/queues.js", SCRIPT, include_str!("queues.js")),
     ("/console/markdown.js", SCRIPT, include_str!("markdown.js")),
@@ -37,14 +66,20 @@ pub fn routes() -> Router<App> {
     let pages = PAGES.map(|(path, text)| (path, HTML, page(text)));
     let files = FILES.map(|(path, kind, text)| (path, kind, Bytes::from_static(text.as_bytes())));
     let all = pages.into_iter().chain(files);
-    let routes =
-        all.fold(Router::new(), |router, (path, kind, text)| router.route(path, get(move || async move { file(kind, text) })));
-    routes.route("/console", get(|| async { Redirect::temporary("/console/label") }))
+    all.fold(Router::new(), |router, (path, kind, text)| router.route(path, get(move || async move { file(kind, text) })))
 }
 
 /// Paths and content types of all pages and files.
 pub fn files() -> impl Iterator<Item = (&'static str, &'static str)> {
     PAGES.into_iter().map(|(path, _)| (path, HTML)).chain(FILES.into_iter().map(|(path, kind, _)| (path, kind)))
+}
+
+/// A part as it is sent.
+pub fn sent(part: &Part) -> Response {
+    let mut response = file(HTML, part.document().into());
+    // It is about this moment, and for this key.
+    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
 }
 
 /// A page with what all of them share: the head, and the door where one signs in.

@@ -21,6 +21,11 @@ export const session = {
   /** May see statistics. */
   operator: false,
 
+  /** What a request must send. */
+  headers() {
+    const key = sessionStorage.getItem(KEY);
+    return key ? { authorization: `Bearer ${key}` } : {};
+  },
   name: () => sessionStorage.getItem(NAME),
   setName: (name) => sessionStorage.setItem(NAME, name),
   setKey: (key) => sessionStorage.setItem(KEY, key),
@@ -33,9 +38,7 @@ export const session = {
 
 /** One request with a JSON answer; throws `Refused`. */
 export async function call(method, path, body) {
-  const headers = {};
-  const key = sessionStorage.getItem(KEY);
-  if (key) headers.authorization = `Bearer ${key}`;
+  const headers = session.headers();
   if (body !== undefined) headers["content-type"] = "application/json";
   let response;
   try {
@@ -66,11 +69,13 @@ export function passing(error) {
   return error instanceof Refused && (error.status === 0 || error.status === 408 || error.status === 429 || error.status >= 500);
 }
 
-/** Asks the server who this is: true when signed in. */
-export async function meet() {
-  const name = session.name();
+const LABELING = "/v1/labeling/me";
+
+/** Asks the server who this is: true when signed in. `place` answers those who may see the page. */
+export async function meet(place = LABELING) {
+  const name = place === LABELING ? session.name() : null;
   try {
-    const me = await call("GET", `/v1/labeling/me${name ? `?annotator=${encodeURIComponent(name)}` : ""}`);
+    const me = await call("GET", `${place}${name ? `?annotator=${encodeURIComponent(name)}` : ""}`);
     session.annotator = me.annotator;
     session.keyed = me.keyed;
     session.operator = me.operator;
@@ -83,14 +88,13 @@ export async function meet() {
   return session.annotator !== null;
 }
 
-/** Shows the form and resolves when someone has signed in. `needName`: a name is asked for where there are no keys. */
-export function signIn({ door, title, text, label, field, wrong }) {
+/** Shows the form and resolves when someone has signed in; `words` stand above it where a key is asked for. */
+export function signIn({ door, title, text, label, field, wrong }, { me = LABELING, words = null } = {}) {
   return new Promise((resolve) => {
     const show = () => {
       title.textContent = session.keyed ? "Sign in" : "Who is labeling?";
-      text.textContent = session.keyed
-        ? "Your key opens the queues that you work on. It is kept until this tab is closed."
-        : "This server has no keys. Your name stands beside your verdicts.";
+      const keyed = words?.text ?? "Your key opens the queues that you work on. It is kept until this tab is closed.";
+      text.textContent = session.keyed ? keyed : "This server has no keys. Your name stands beside your verdicts.";
       label.textContent = session.keyed ? "Key" : "Name";
       field.type = session.keyed ? "password" : "text";
       field.placeholder = session.keyed ? "tm-…" : "";
@@ -105,7 +109,7 @@ export function signIn({ door, title, text, label, field, wrong }) {
       if (session.keyed) session.setKey(value);
       else session.setName(value);
       try {
-        if (await meet()) {
+        if (await meet(me)) {
           door.removeEventListener("submit", submit);
           door.hidden = true;
           field.value = "";

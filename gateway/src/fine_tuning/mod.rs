@@ -20,6 +20,7 @@ mod wish;
 pub use method::{Kind, Method};
 pub use priority::TrainingPriority;
 pub use process::sign_in;
+pub use progress::own_names;
 pub use served::withdraw;
 pub use spec::last_name;
 pub(crate) use trainings::escaped;

@@ -72,6 +72,13 @@ pub fn metrics<'a>(step: u64, found: impl IntoIterator<Item = (&'a str, f64)>) -
     Value::Object(metrics)
 }
 
+/// Metrics that an event has in the form of the API, under TRL's names.
+pub fn own_names(metrics: &Value) -> Value {
+    let own = |name: &String| NAMES.iter().find(|(_, theirs)| theirs == name).map_or(name.as_str(), |(ours, _)| ours).to_owned();
+    let entries = metrics.as_object().into_iter().flatten();
+    Value::Object(entries.map(|(name, value)| (own(name), value.clone())).collect())
+}
+
 /// What was said behind `before.read_bytes`, as far as it is whole lines; `None` when there is nothing new. `now` is in microseconds.
 pub fn listen(path: &Path, before: &Heard, now: i64) -> io::Result<Option<Heard>> {
     let mut file = match File::open(path) {

@@ -53,6 +53,7 @@ const RULES: &[(&str, &[Scope], &[Scope])] = &[
     ("/v1/fine_tuning/alpha", TRAIN, TRAIN),
     ("/v1/adapters", TRAIN_OR_LOOK, ADMIN),
     ("/v1/adapter_aliases", TRAIN_OR_LOOK, ADMIN),
+    ("/v1/console", LOOK, ADMIN),
     ("/v1/rollouts", LOOK, ADMIN),
     ("/v1/loops", LOOK, ADMIN),
     ("/v1/audit", LOOK, ADMIN),

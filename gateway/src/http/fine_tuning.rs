@@ -289,7 +289,8 @@ pub async fn sees_job(app: &App, caller: &Caller, job: &str) -> Result<bool, Api
     Ok(app.fine_tuning.rows().find(id, &viewer).await.map_err(unavailable)?.is_some())
 }
 
-async fn find(app: &App, viewer: &Viewer, text: &str) -> Result<FineTuningJob, ApiError> {
+/// The job of this id in the API, if `viewer` may see it.
+pub async fn find(app: &App, viewer: &Viewer, text: &str) -> Result<FineTuningJob, ApiError> {
     let found = match job_id(text) {
         Some(id) => app.fine_tuning.rows().find(id, viewer).await.map_err(unavailable)?,
         None => None,

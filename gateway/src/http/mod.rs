@@ -15,6 +15,7 @@ mod call_rules;
 pub mod chat;
 mod completions;
 mod connection;
+mod console;
 pub mod cors;
 mod datasets;
 pub mod deadline;

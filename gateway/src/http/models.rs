@@ -88,6 +88,11 @@ impl ModelCard {
     }
 }
 
+/// What requests of the caller may name.
+pub fn names(app: &App, caller: &Caller) -> Vec<String> {
+    cards(app).into_iter().map(|card| card.id).filter(|name| caller.check_model(name).is_ok()).collect()
+}
+
 /// `GET /v1/models`: those that the caller may use.
 pub async fn list(State(app): State<App>, request: Request) -> Response {
     let caller = Caller::of(&request);

@@ -28,25 +28,26 @@ pub async fn health(State(app): State<App>) -> Result<Response, ApiError> {
     Ok(json(Bytes::from_static(b"{\"status\":\"ok\"}")))
 }
 
+/// The models, and what each is: `loading`, `ready`, `draining` or `stopped`.
+pub fn states(app: &App) -> impl Iterator<Item = (&str, &'static str)> {
+    app.registry.states().map(|(name, state)| {
+        let state = match state {
+            LoadState::Loading => "loading",
+            LoadState::Ready(Upstream::Local(model)) => match model.engine().health() {
+                Health::Ready => "ready",
+                Health::Draining => "draining",
+                Health::Stopped(_) => "stopped",
+            },
+            // Whether the other server is there shows with each request, and is no reason to restart this one.
+            LoadState::Ready(Upstream::Remote(_)) => "ready",
+        };
+        (name, state)
+    })
+}
+
 /// Ready for requests: 503 while weights load and while draining.
 pub async fn ready(State(app): State<App>) -> Response {
-    let models: serde_json::Map<_, _> = app
-        .registry
-        .states()
-        .map(|(name, state)| {
-            let state = match state {
-                LoadState::Loading => "loading",
-                LoadState::Ready(Upstream::Local(model)) => match model.engine().health() {
-                    Health::Ready => "ready",
-                    Health::Draining => "draining",
-                    Health::Stopped(_) => "stopped",
-                },
-                // Whether the other server is there shows with each request, and is no reason to restart this one.
-                LoadState::Ready(Upstream::Remote(_)) => "ready",
-            };
-            (name.to_owned(), state.into())
-        })
-        .collect();
+    let models: serde_json::Map<_, _> = states(&app).map(|(name, state)| (name.to_owned(), state.into())).collect();
     let status = if app.drain.is_draining() {
         "draining"
     } else if models.values().any(|state| state == "loading") {

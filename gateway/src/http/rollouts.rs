@@ -220,7 +220,8 @@ async fn plan(State(app): State<App>, request: Request) -> Result<Response, ApiE
     Ok(answer(StatusCode::OK, &value))
 }
 
-fn refused(error: RolloutRefusal) -> ApiError {
+/// Why a rollout is not found or not changed.
+pub fn refused(error: RolloutRefusal) -> ApiError {
     ApiError::from(KeeperError::from(error))
 }
 

@@ -1,13 +1,12 @@
 //! Which path goes where.
 
 use crate::anthropic::error::in_their_words;
-use crate::console;
 use crate::http::access::permit;
 use crate::http::app::App;
 use crate::http::auth::authenticate;
 use crate::http::error::ApiError;
 use crate::http::{
-    adapter_registry, adapters, audit, batches, chat, completions, datasets, embeddings, feedback, files, fine_tuning, graders,
+    adapter_registry, adapters, audit, batches, chat, completions, console, datasets, embeddings, feedback, files, fine_tuning, graders,
     interchange, keys, labeling, lineage, loops, messages, models, observe, probes, responses, rollouts, stored_chats, tokens,
 };
 use crate::limits::shed;
@@ -57,6 +56,7 @@ pub fn router(app: App) -> Router {
         .merge(graders::routes())
         .merge(labeling::routes())
         .merge(interchange::routes())
+        .merge(crate::console::routes())
         .merge(console::routes())
         .merge(keys::routes())
         .merge(adapters::routes())

@@ -6,7 +6,7 @@ use crate::limits::gate::{Gate, Level, Rate, Refusal};
 use crate::limits::headers::RateLevels;
 use crate::limits::ledger::{Ledger, today};
 use crate::limits::meter::Meter;
-use crate::limits::price::Prices;
+use crate::limits::price::{Price, Prices};
 use hyper::StatusCode;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -144,14 +144,19 @@ impl Limiter {
             levels.tokens = scarcer(levels.tokens, gate.tokens(now));
         }
         drop(gates);
-        let price = self.prices.get(model).copied().unwrap_or_default();
+        let price = self.price(model);
         let subjects = subjects.into_iter().map(|(subject, _)| subject).collect();
         (refusal.map_or_else(|| Ok(Meter::new(Arc::clone(self), subjects, price, inputs)), Err), levels)
     }
 
+    /// What tokens of a model cost.
+    pub fn price(&self, model: &str) -> Price {
+        self.prices.get(model).copied().unwrap_or_default()
+    }
+
     /// A request on nobody's account: it meets no limit, and only what it costs is known.
     pub fn free(self: &Arc<Self>, model: &str, inputs: Vec<usize>) -> Meter {
-        Meter::new(Arc::clone(self), Vec::new(), self.prices.get(model).copied().unwrap_or_default(), inputs)
+        Meter::new(Arc::clone(self), Vec::new(), self.price(model), inputs)
     }
 
     /// A request has used more.

@@ -142,12 +142,6 @@ impl Operation {
         self
     }
 
-    /// Sends the client elsewhere.
-    pub fn redirects(mut self, status: u16) -> Self {
-        self.answers.insert(status.to_string(), json!({"description": "Elsewhere."}));
-        self
-    }
-
     /// Refuses with these statuses, in the error shape.
     pub fn refuses(mut self, statuses: &[u16]) -> Self {
         for status in statuses {

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use super::{Check, Keep, QualityReport, Status, Verdict, pii, plot, words::spoken};
+use crate::chart::Fragment;
 use crate::dataset::{Example, Row, row::text};
 
 /// Rows that the page shows with their texts.
@@ -73,10 +74,13 @@ impl QualityReport {
     }
 
     fn checks(&self, page: &mut String) {
-        page.push_str(
-            "<h2>Checks</h2><div class=\"card scroll\"><table><thead><tr><th>Status<th>Check<th>Value<th>Warns, fails<th>What it \
-             means</tr></thead><tbody>",
-        );
+        let _ = write!(page, "<h2>Checks</h2><div class=\"card scroll\">{}</div>", self.checks_table().as_str());
+    }
+
+    /// The checks, the worst first.
+    pub fn checks_table(&self) -> Fragment {
+        let mut page =
+            String::from("<table><thead><tr><th>Status<th>Check<th>Value<th>Warns, fails<th>What it means</tr></thead><tbody>");
         let mut checks: Vec<&Check> = self.checks.iter().collect();
         checks.sort_by_key(|check| match check.status {
             Status::Fail => 0,
@@ -107,10 +111,23 @@ impl QualityReport {
             }
             let _ = write!(page, "<td class=why>{}</tr>", escape(&check.explanation));
         }
-        page.push_str("</tbody></table></div>");
+        page.push_str("</tbody></table>");
+        Fragment::new(page)
     }
 
     fn plots(&self, page: &mut String) {
+        let drawings = self.drawings();
+        if !drawings.is_empty() {
+            page.push_str("<h2>Plots</h2><div class=plots>");
+            for (title, svg) in drawings {
+                let _ = write!(page, "<figure class=card style=\"margin:0\"><h3>{title}</h3>{}</figure>", svg.as_str());
+            }
+            page.push_str("</div>");
+        }
+    }
+
+    /// The plots for which there are numbers, with their titles.
+    pub fn drawings(&self) -> Vec<(&'static str, Fragment)> {
         let limit = |name: &str| self.checks.iter().find(|check| check.name == name).and_then(|check| check.threshold);
         let plots = &self.plots;
         let raters = &plots.reliability[..plots.reliability.len().min(RATERS)];
@@ -120,13 +137,8 @@ impl QualityReport {
             ("Share of the rows per user", plot::shares(&plots.users, limit("user_share"), "Share of the rows per user")),
             ("Share of the rows per rater", plot::shares(&plots.raters, limit("rater_share"), "Share of the rows per rater")),
         ];
-        if figures.iter().any(|(_, svg)| !svg.is_empty()) {
-            page.push_str("<h2>Plots</h2><div class=plots>");
-            for (title, svg) in figures.iter().filter(|(_, svg)| !svg.is_empty()) {
-                let _ = write!(page, "<figure class=card style=\"margin:0\"><h3>{title}</h3>{svg}</figure>");
-            }
-            page.push_str("</div>");
-        }
+        let drawn = figures.into_iter().filter(|(_, svg)| !svg.is_empty());
+        drawn.map(|(title, svg)| (title, Fragment::new(svg))).collect()
     }
 
     fn findings(&self, rows: &[Row], page: &mut String) {
@@ -242,7 +254,7 @@ pub(crate) fn excerpt(text: &str) -> String {
 }
 
 /// Text for the inside of an element or of a quoted attribute.
-pub(crate) fn escape(text: &str) -> String {
+pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for character in text.chars() {
         match character {
@@ -258,7 +270,7 @@ pub(crate) fn escape(text: &str) -> String {
 }
 
 /// Up to three significant decimals, without zeros at the end.
-pub(crate) fn number(value: f64) -> String {
+pub fn number(value: f64) -> String {
     let decimals = if value.abs() >= 100.0 {
         0
     } else if value.abs() >= 10.0 {
@@ -272,7 +284,7 @@ pub(crate) fn number(value: f64) -> String {
 }
 
 /// Digits in groups of three.
-pub(crate) fn thousands(count: usize) -> String {
+pub fn thousands(count: usize) -> String {
     let digits = count.to_string();
     let mut out = String::new();
     for (place, digit) in digits.chars().enumerate() {

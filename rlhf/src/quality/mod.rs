@@ -22,7 +22,7 @@ mod noise;
 mod options;
 mod overlap;
 pub mod pii;
-pub(crate) mod plot;
+mod plot;
 pub mod reliability;
 mod report;
 pub mod share;

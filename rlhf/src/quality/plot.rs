@@ -7,19 +7,15 @@ use super::{
     html::{escape, number},
     reliability::Rater,
 };
+use crate::chart::{WIDTH, svg};
 
-const WIDTH: f64 = 560.0;
 /// Left edge of bars that have names beside them.
 const NAMES: f64 = 150.0;
 const RIGHT: f64 = 56.0;
 const ROW: f64 = 22.0;
 const TOP: f64 = 22.0;
 
-/// The picture's frame; writing to a string cannot fail, so results of `write!` are dropped here and below.
-fn svg(height: f64, label: &str, body: &str) -> String {
-    format!("<svg viewBox=\"0 0 {WIDTH} {height:.0}\" role=\"img\" aria-label=\"{}\">{body}</svg>", escape(label))
-}
-
+// Writing to a string cannot fail, so results of `write!` are dropped here and below.
 /// Bars over the difference of lengths; to the right of zero the chosen answer is the longer one.
 pub(super) fn lengths(bins: &[Bin]) -> String {
     const HEIGHT: f64 = 240.0;
@@ -79,75 +75,6 @@ pub(super) fn lengths(bins: &[Bin]) -> String {
         BASE + 38.0
     );
     svg(HEIGHT, "Characters of the chosen answer less those of the rejected", &body)
-}
-
-/// One line of [`curves`].
-pub(crate) struct Curve<'a> {
-    /// What it shows.
-    pub(crate) name: &'a str,
-    /// Places and values, ascending by place; values are finite.
-    pub(crate) points: Vec<(f64, f64)>,
-}
-
-/// Lines over steps, with a legend where there are several. Nothing without points.
-pub(crate) fn curves(curves: &[Curve<'_>], label: &str) -> String {
-    const HEIGHT: f64 = 230.0;
-    const BASE: f64 = 196.0;
-    let points = || curves.iter().flat_map(|curve| curve.points.iter().copied());
-    let range = |values: &mut dyn Iterator<Item = f64>| {
-        let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)));
-        // A flat line stands in the middle.
-        let room = if high > low { 0.0 } else { (0.1 * low.abs()).max(1e-12) };
-        (low - room, high + room)
-    };
-    if points().next().is_none() {
-        return String::new();
-    }
-    let (first, last) = range(&mut points().map(|(step, _)| step));
-    let (low, high) = range(&mut points().map(|(_, value)| value));
-    let (left, right) = (64.0, WIDTH - 12.0);
-    let x = |step: f64| left + (step - first) / (last - first) * (right - left);
-    let y = |value: f64| BASE - (value - low) / (high - low) * (BASE - TOP);
-    let mut body = String::new();
-    for part in [0.0, 0.5, 1.0] {
-        let value = low + part * (high - low);
-        let _ = write!(
-            body,
-            "<path class=grid d=\"M{left} {at:.1}H{right}\"/><text class=tick x=\"{:.0}\" y=\"{:.1}\" text-anchor=end>{}</text>",
-            left - 6.0,
-            y(value) + 4.0,
-            significant(value),
-            at = y(value)
-        );
-    }
-    for (step, anchor) in [(first, "start"), (last, "end")] {
-        let at = BASE + 16.0;
-        let _ =
-            write!(body, "<text class=tick x=\"{:.1}\" y=\"{at}\" text-anchor={anchor}>{}</text>", x(step), number(step.round()));
-    }
-    for (place, curve) in curves.iter().enumerate().filter(|(_, curve)| !curve.points.is_empty()) {
-        let line: Vec<String> = curve.points.iter().map(|(step, value)| format!("{:.1} {:.1}", x(*step), y(*value))).collect();
-        let _ = write!(body, "<path class=\"curve c{place}\" d=\"M{}\"/>", line.join("L"));
-        if let [(step, value)] = curve.points.as_slice() {
-            let _ = write!(body, "<circle class=\"curve c{place}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"3\"/>", x(*step), y(*value));
-        }
-        if curves.len() > 1 {
-            let at = left + 130.0 * place as f64;
-            let _ = write!(
-                body,
-                "<path class=\"curve c{place}\" d=\"M{at} 10h18\"/><text class=note x=\"{}\" y=\"14\">{}</text>",
-                at + 24.0,
-                escape(curve.name)
-            );
-        }
-    }
-    svg(HEIGHT, label, &body)
-}
-
-/// Three digits, however large or small.
-fn significant(value: f64) -> String {
-    let size = value.abs();
-    if size > 0.0 && !(1e-2..1e5).contains(&size) { format!("{value:.2e}").replace('-', "−") } else { number(value) }
 }
 
 /// A bar per person, and the thresholds.

@@ -31,7 +31,7 @@ pub use online::{
 };
 pub use policy::{Head, Pass, Policy};
 pub(crate) use reference::sums;
-pub use report::report;
+pub use report::{charts, report};
 pub use run::{Ending, Outcome, Trainer, train};
 pub(crate) use run::{LOG, STACK};
 pub use watch::{Control, Progress, Stage, remaining};

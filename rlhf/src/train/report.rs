@@ -5,10 +5,8 @@ use std::{collections::BTreeMap, fmt::Write};
 use serde_json::Value;
 
 use super::TrainConfig;
-use crate::quality::{
-    html::{escape, number, page, thousands},
-    plot::{Curve, curves},
-};
+use crate::chart::{Chart, Line, Point, escape, number, percent, thousands};
+use crate::quality::html::page;
 
 /// Curves that share a picture, most telling first. Others follow, each in its own.
 const GROUPS: [(&str, &[&str]); 11] = [
@@ -25,20 +23,11 @@ const GROUPS: [(&str, &[&str]); 11] = [
     ("Learning rate", &["learning_rate"]),
 ];
 /// Not measurements.
-const PLACES: [&str; 3] = ["step", "epoch", "num_tokens"];
+const PLACES: [&str; 5] = ["step", "epoch", "num_tokens", "tokens", "total_steps"];
 
 /// The page of a training with this configuration and log (`metrics.jsonl`).
 pub fn report(config: &TrainConfig, log: &str) -> String {
     let lines: Vec<Value> = log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-    let mut measured: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
-    for line in &lines {
-        let step = line["step"].as_f64().unwrap_or_default();
-        for (name, value) in line.as_object().into_iter().flatten() {
-            if let Some(value) = value.as_f64().filter(|_| !PLACES.contains(&name.as_str())) {
-                measured.entry(name).or_default().push((step, value));
-            }
-        }
-    }
     let last = |name: &str| lines.iter().rev().find_map(|line| line[name].as_f64());
     let mut body = String::new();
     // Writing to a string cannot fail.
@@ -48,7 +37,6 @@ pub fn report(config: &TrainConfig, log: &str) -> String {
         escape(&format!("{:?}", config.method).to_uppercase())
     );
     let whole = |value: f64| thousands(value as usize);
-    let percent = |value: f64| format!("{} %", number(100.0 * value));
     type Show<'a> = &'a dyn Fn(f64) -> String;
     let fine = |value: f64| format!("{value:.4}").replace('-', "−");
     let tiles: [(&str, &str, Show<'_>); 9] = [
@@ -68,21 +56,37 @@ pub fn report(config: &TrainConfig, log: &str) -> String {
         }
     }
     body.push_str("</section><h2>Curves</h2><div class=plots>");
-    let known: Vec<&str> = GROUPS.iter().flat_map(|(_, names)| names.iter().copied()).collect();
-    let others: Vec<&str> = measured.keys().copied().filter(|name| !known.contains(name)).collect();
-    let others = others.iter().map(|name| (*name, std::slice::from_ref(name)));
-    for (title, names) in GROUPS.into_iter().chain(others) {
-        let found: Vec<Curve<'_>> =
-            names.iter().filter_map(|name| Some(Curve { name: part(name), points: measured.get(name)?.clone() })).collect();
-        let picture = curves(&found, title);
-        if !picture.is_empty() {
-            let _ = write!(body, "<figure class=card style=\"margin:0\"><h3>{}</h3>{picture}</figure>", escape(title));
+    for chart in charts(&lines) {
+        if let Some(picture) = chart.draw() {
+            let (title, picture) = (escape(&chart.title), picture.as_str());
+            let _ = write!(body, "<figure class=card style=\"margin:0\"><h3>{title}</h3>{picture}</figure>");
         }
     }
     body.push_str("</div><h2>Configuration</h2><div class=\"card texts\"><pre>");
     body.push_str(&escape(&serde_json::to_string_pretty(config).unwrap_or_default()));
     body.push_str("</pre></div>");
     page("Training", &body)
+}
+
+/// Charts of everything that was measured, most telling first. A line is an object with a `step` and numbers by TRL's names.
+pub fn charts(lines: &[Value]) -> Vec<Chart> {
+    let mut measured: BTreeMap<&str, Vec<Point>> = BTreeMap::new();
+    for line in lines {
+        let step = line["step"].as_f64().unwrap_or_default();
+        for (name, value) in line.as_object().into_iter().flatten() {
+            if let Some(value) = value.as_f64().filter(|_| !PLACES.contains(&name.as_str())) {
+                measured.entry(name).or_default().push(Point::new(step, value));
+            }
+        }
+    }
+    let known: Vec<&str> = GROUPS.iter().flat_map(|(_, names)| names.iter().copied()).collect();
+    let others: Vec<&str> = measured.keys().copied().filter(|name| !known.contains(name)).collect();
+    let others = others.iter().map(|name| (*name, std::slice::from_ref(name)));
+    let chart = |(title, names): (&str, &[&str])| {
+        let line = |name: &&str| Some(Line { name: part(name).to_owned(), points: measured.get(name)?.clone() });
+        Chart::over_steps(title, names.iter().filter_map(line).collect())
+    };
+    GROUPS.into_iter().chain(others).map(chart).filter(|chart| !chart.lines.is_empty()).collect()
 }
 
 /// What a curve shows beside others of its picture.

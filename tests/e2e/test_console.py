@@ -1,0 +1,448 @@
+"""The operators' console in a real browser, over a server with traffic, a rollout, a dataset, a training, an adapter and a remote model."""
+
+import asyncio
+import os
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from conftest import MODEL, running
+from queues import ask, new_key
+from server import PATIENCE, default_model, eventually
+from test_fine_tuning import question, said, supervised, upload
+from test_labeling import chromium
+from test_registry import write_adapter
+
+SHOTS = os.environ.get("TIDEMILL_SCREENSHOTS")
+EVIL = "<img src=x onerror=\"window.pwned='yes'\">"
+USERS = 24
+PLACES = {"o": "Overview", "r": "Rollouts", "d": "Datasets", "t": "Training", "a": "Adapters", "p": "Playground"}
+
+# Text that is too pale for its ground, by WCAG 2: 4.5 to 1, and 3 to 1 where it is large. What is disabled may be pale.
+PALE = """() => {
+    const read = colour => { const [r, g, b, a = 1] = colour.match(/[\\d.]+/g).map(Number); return { r, g, b, a }; };
+    const over = (top, below) => ({ r: top.r * top.a + below.r * (1 - top.a), g: top.g * top.a + below.g * (1 - top.a), b: top.b * top.a + below.b * (1 - top.a), a: 1 });
+    const part = value => (value /= 255, value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+    const luminance = ({ r, g, b }) => 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
+    const ground = node => {
+        const layers = [];
+        for (let at = node; at; at = at.parentElement) {
+            const colour = read(getComputedStyle(at).backgroundColor);
+            layers.push(colour);
+            if (colour.a === 1) break;
+        }
+        return layers.reverse().reduce((below, top) => over(top, below), { r: 255, g: 255, b: 255, a: 1 });
+    };
+    const pale = [];
+    for (const node of document.querySelectorAll("body *")) {
+        const text = [...node.childNodes].filter(child => child.nodeType === 3).map(child => child.data).join("").trim();
+        if (!text || !node.checkVisibility({ visibilityProperty: true }) || node.closest(":disabled, .visually-hidden, title, .skip-link")) continue;
+        const style = getComputedStyle(node);
+        const below = ground(node);
+        const ink = over(read(node.ownerSVGElement ? style.fill : style.color), below);
+        const [high, low] = [luminance(ink), luminance(below)].sort((a, b) => b - a);
+        const ratio = (high + 0.05) / (low + 0.05);
+        const size = parseFloat(style.fontSize);
+        const large = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700);
+        if (ratio < (large ? 3 : 4.5)) pale.push([text.slice(0, 40), Math.round(ratio * 100) / 100]);
+    }
+    return pale;
+}"""
+
+
+def chat(server, model: str, text: str, **extra) -> dict:
+    body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 6, **extra}
+    return ask(server, "POST", "/v1/chat/completions", body)
+
+
+def corrected(server, number: int) -> None:
+    """An answer and a better one: a row to train on."""
+    answer = chat(server, MODEL, f"What is {number} and {number}?", user=f"u{number}")
+    ask(server, "POST", "/v1/feedback", {"target": answer["id"], "kind": "correction", "value": f"It is {2 * number}.", "author": f"r{number % 3}"})
+
+
+def train(server) -> str:
+    lines = [{"messages": [question(country), said("Ahoy!")]} for country in ["Chad", "Mali", "Togo", "Oman"]]
+    with server.client(api_key=server.keys["admin"]) as client:
+        files = [upload(client, lines[:3]), upload(client, lines[3:])]
+        method = supervised(n_epochs=3, batch_size=3, learning_rate_multiplier=2)
+        job = client.fine_tuning.jobs.create(
+            model=MODEL, training_file=files[0], validation_file=files[1], suffix="ahoy", seed=1, method=method
+        )
+        eventually("the training is done", lambda: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded", seconds=600)
+    return job.id
+
+
+def roll_out(server) -> dict:
+    """An A/B test between the model and its adapter, with answers of both that people liked."""
+    spec = {
+        "name": "greeting", "model": MODEL, "kind": "ab", "interval": "1s", "min_exposure": 1000,
+        "arms": [{"variant": MODEL}, {"variant": f"{MODEL}:one"}],
+        "metrics": [
+            {"metric": "error_rate", "guardrail": {"max": 0.5}, "min_samples": 5},
+            {"metric": "time_to_first_token_p95", "guardrail": {"max": 60}, "min_samples": 5},
+            {"metric": "feedback.thumb", "goal": {"min": 0}, "min_samples": 5},
+        ],
+    }
+    made = ask(server, "POST", "/v1/rollouts", spec)
+    for number in range(USERS):
+        answer = chat(server, MODEL, f"Say hello, number {number}.", user=f"user-{number}")
+        ask(server, "POST", "/v1/feedback", {"target": answer["id"], "kind": "thumb", "value": number % 3 > 0})
+
+    def measured() -> bool:
+        latest = ask(server, "GET", f"/v1/rollouts/{made['id']}")["latest"]
+        judged = {entry["metric"]: entry for entry in latest["judgements"]}
+        return sum(latest["exposures"]) == USERS and judged["goal feedback.thumb"]["value"] is not None
+
+    eventually("both arms are measured", measured)
+    return made
+
+
+@pytest.fixture(scope="module")
+def mill(server, tmp_path_factory):
+    """The server of the other tests answers the model `closed` for this one."""
+    folder = tmp_path_factory.mktemp("console")
+    config = folder / "console.toml"
+    config.write_text(f"""
+[upstreams.elsewhere]
+url = "{server.base_url}"
+
+[models.closed]
+upstreams = ["elsewhere"]
+model = "{MODEL}"
+
+[prices.closed]
+input = 1
+output = 10
+""")
+    adapter = write_adapter(folder / "one", 3)
+    with running(folder, {MODEL: default_model()}, "--config", str(config)) as own:
+        own.keys = {scope: new_key(own, scope) for scope in ["admin", "label", "chat"]}
+        ask(own, "POST", "/v1/adapters", {"name": "one", "path": str(adapter), "config": {"note": EVIL}, "metrics": {"win_rate": 0.75}})
+        ask(own, "POST", "/v1/adapters/one/serve")
+        ask(own, "POST", "/v1/adapter_aliases", {"alias": "champion", "adapter": "one"})
+        for number in range(12):
+            corrected(own, number)
+        for number in range(3):
+            chat(own, "closed", f"Say {number}.")
+        build = ask(own, "POST", "/v1/datasets", {"name": "better"})
+        job = train(own)
+        rollout = roll_out(own)
+        eventually("the dataset is built", lambda: ask(own, "GET", f"/v1/datasets/builds/{build['id']}")["status"] == "succeeded")
+        yield SimpleNamespace(server=own, job=job, rollout=rollout, url=f"http://127.0.0.1:{own.port}")
+
+
+class Visitor:
+    """Somebody at the console; what the browser asks for, and what it complains about, is noted."""
+
+    def __init__(self, page, url: str):
+        self.page, self.url = page, url
+        self.complaints: list[str] = []
+        self.asked: list[str] = []
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("console", lambda message: self.complaints.append(message.text) if message.type == "error" else None)
+        page.on("request", lambda request: self.asked.append(request.url))
+
+    @property
+    def errors(self) -> list[str]:
+        """That a server with keys wants one is said to each page that comes without."""
+        return [text for text in self.complaints if "status of 401" not in text]
+
+    async def sign_in(self, key: str, path: str = "/console") -> None:
+        await self.page.goto(self.url + path)
+        await self.page.wait_for_selector("#door-field:focus")
+        await self.page.keyboard.type(key)
+        await self.page.keyboard.press("Enter")
+
+    async def title(self) -> str:
+        await self.page.wait_for_selector("#place:not([hidden]) #part-title")
+        return await self.page.locator("#part-title").inner_text()
+
+    async def go(self, letter: str) -> str:
+        """By keyboard."""
+        async with self.page.expect_navigation():
+            await self.page.keyboard.press("g")
+            await self.page.keyboard.press(letter)
+        return await self.title()
+
+    async def text(self) -> str:
+        return await self.page.locator("#place").inner_text()
+
+    async def shoot(self, name: str, **options) -> None:
+        if SHOTS:
+            Path(SHOTS).mkdir(parents=True, exist_ok=True)
+            await self.page.screenshot(path=f"{SHOTS}/{name}.png", **options)
+
+    async def check(self) -> None:
+        assert self.errors == []
+        elsewhere = [url for url in self.asked if not url.startswith((self.url + "/", "data:"))]
+        assert elsewhere == [], "the pages need nothing from elsewhere"
+        assert await self.page.evaluate("window.pwned") is None
+        assert await self.page.evaluate("document.cookie") == ""
+
+
+@asynccontextmanager
+async def visitor(mill, **context):
+    async with chromium() as browser:
+        opened = await browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
+        yield Visitor(await opened.new_page(), mill.url)
+
+
+def test_a_key_opens_the_console_and_every_page_is_reached_by_keyboard(mill):
+    async def visit():
+        async with visitor(mill) as person:
+            for wrong in ["tm-nonsense", mill.server.keys["label"]]:
+                await person.sign_in(wrong)
+                await person.page.wait_for_function("() => document.getElementById('door-wrong').textContent !== ''")
+                assert await person.page.locator("#place").is_hidden()
+                await person.page.evaluate("sessionStorage.clear()")
+            # That a key was refused is all that the browser complained of.
+            assert all("status of 403" in error for error in person.errors) and person.errors, person.errors
+            person.complaints.clear()
+
+            await person.sign_in(mill.server.keys["admin"])
+            assert await person.title() == "Overview"
+            assert await person.page.locator("#who").inner_text() == "e2e-admin"
+            for letter, title in PLACES.items():
+                if letter != "p":
+                    assert await person.go(letter) == title
+            assert await person.go("p") == "Playground"
+            # A letter in a field is a letter.
+            await person.page.wait_for_selector("#prompt:focus")
+            await person.page.keyboard.type("go")
+            assert await person.page.locator("#prompt").input_value() == "go"
+            await person.page.locator("#places a").first.focus()
+            await person.page.keyboard.press("?")
+            await person.page.wait_for_selector("#help[open]")
+            await person.page.keyboard.press("Escape")
+            await person.check()
+            await person.page.locator("#leave").click()
+            await person.page.wait_for_selector("#door:not([hidden])")
+            assert await person.page.evaluate("sessionStorage.length") == 0
+
+    asyncio.run(visit())
+
+
+def test_the_overview_compares_models_here_and_elsewhere(mill):
+    async def visit():
+        async with visitor(mill) as person:
+            await person.sign_in(mill.server.keys["admin"])
+            await person.title()
+            rows = await person.page.locator(".told").first.locator("tbody tr").all_inner_texts()
+            cells = {row.split("\t")[0].strip() + "|" + row.split("\t")[1].strip(): row.split("\t") for row in rows}
+            closed = cells["closed remote|–"]
+            assert (closed[2], closed[3]) == ("3", "0 %") and closed[8].startswith("$") and closed[8] != "$0", closed
+            assert f"{MODEL}|–" in cells and any(name.startswith(f"{MODEL}|{MODEL}:one") for name in cells), cells
+            assert await person.page.locator("figure svg[role=img]").count() >= 3
+            text = await person.text()
+            assert "greeting" in text and "running" in text and "ready" in text
+            # The numbers are there for those who do not see the pictures.
+            await person.page.locator("#numbers-answers summary").focus()
+            await person.page.keyboard.press("Enter")
+            await person.page.wait_for_selector("#numbers-answers[open] td")
+            # The page looks again by itself, and what was opened stays open.
+            async with person.page.expect_response(lambda response: "/parts/overview" in response.url, timeout=PATIENCE * 1000):
+                await person.page.mouse.move(5, 5)
+            await asyncio.sleep(0.5)
+            assert await person.page.locator("#numbers-answers[open]").count() == 1
+            await person.page.goto(person.url + "/console?hours=1")
+            await person.title()
+            assert await person.page.locator(".windows [aria-current=true]").inner_text() == "1 h"
+            await person.shoot("console-overview")
+            await person.check()
+
+    asyncio.run(visit())
+
+
+def test_a_rollout_shows_its_metrics_over_time_and_does_what_the_buttons_say(mill):
+    path = f"/v1/rollouts/{mill.rollout['id']}"
+
+    def status() -> str:
+        return ask(mill.server, "GET", path)["state"]["status"]["kind"]
+
+    async def visit():
+        async with visitor(mill) as person:
+            await person.sign_in(mill.server.keys["admin"], "/console/rollouts")
+            await person.title()
+            await person.page.locator("#place a").first.focus()
+            async with person.page.expect_navigation():
+                await person.page.keyboard.press("Enter")
+            assert await person.title() == "greeting"
+            titles = await person.page.locator("figure h3").all_inner_texts()
+            assert [title.split(":")[0] for title in titles] == ["error_rate", "time_to_first_token_p95", "goal feedback.thumb"]
+            pictures = person.page.locator("figure svg")
+            assert await pictures.first.locator("path.band").count() == 1 and await pictures.first.locator("path.rule").count() == 1
+            assert await pictures.nth(1).locator("path.band").count() == 0
+            latest = ask(mill.server, "GET", path)["latest"]
+            arms = await person.page.locator("section", has_text="Users exposed").locator("tbody tr").all_inner_texts()
+            assert [int(row.split("\t")[2]) for row in arms] == latest["exposures"] and sum(latest["exposures"]) == USERS
+            await person.shoot("console-rollout")
+
+            async def press(name: str):
+                await person.page.get_by_role("button", name=name, exact=True).focus()
+                await person.page.keyboard.press("Enter")
+
+            await press("Pause")
+            await person.page.wait_for_selector("text=paused by a person")
+            assert status() == "paused"
+            await press("Resume")
+            await person.page.wait_for_selector("#notice.good")
+            eventually("it runs again", lambda: status() == "running")
+            # What is final is asked for twice, and Enter alone leaves it.
+            await press("Roll back")
+            await person.page.wait_for_selector("#sure[open]")
+            await person.page.keyboard.press("Enter")
+            await person.page.wait_for_selector("#sure:not([open])", state="attached")
+            assert status() == "running"
+            await press("Roll back")
+            await person.page.wait_for_selector("#sure[open]")
+            await person.page.locator("#sure-yes").focus()
+            await person.page.keyboard.press("Enter")
+            await person.page.wait_for_selector("#standing >> text=rolled back")
+            assert status() == "rolled_back"
+            assert await person.page.locator("button[data-post]").count() == 0
+            text = await person.text()
+            assert "a person rolled it back" in text and "key e2e-admin" in text
+            await person.check()
+
+    asyncio.run(visit())
+
+
+def test_datasets_trainings_and_adapters_show_where_they_come_from(mill):
+    async def visit():
+        async with visitor(mill) as person:
+            await person.sign_in(mill.server.keys["admin"], "/console/datasets")
+            await person.title()
+            await person.page.get_by_role("link", name="better@1").click()
+            await person.page.wait_for_selector("text=Near duplicates")
+            assert await person.title() == "better@1" and await person.page.locator(".checks tbody tr").count() > 10
+
+            await person.page.goto(f"{person.url}/console/trainings/{mill.job}")
+            assert await person.title() == mill.job
+            loss = person.page.locator("figure", has_text="Loss").first
+            assert await loss.locator("path.curve.c0[d*=L]").count() == 1, "the training's loss"
+            assert await loss.locator("path.curve.c1[d*=L]").count() == 1, "and the held-out one"
+            text = await person.text()
+            assert "succeeded" in text and "3 of 3 steps" in text and "The job has successfully completed." in text
+
+            await person.page.goto(f"{person.url}/console/adapters")
+            await person.title()
+            await person.page.get_by_role("link", name="one@").first.click()
+            await person.page.wait_for_selector("text=Where it comes from")
+            text = await person.text()
+            assert "champion" in text and "serving" in text and "0.75" in text and EVIL.replace('"', '\\"') in text
+            await person.page.goto(f"{person.url}/console/adapters/none")
+            await person.page.wait_for_selector("#notice:not([hidden])")
+            assert "none" in await person.page.locator("#notice").inner_text()
+            assert all("status of 404" in error for error in person.errors) and person.errors, person.errors
+            person.complaints.clear()
+            await person.check()
+
+    asyncio.run(visit())
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_is_readable(mill, scheme):
+    pages = ["", "/rollouts", f"/rollouts/{mill.rollout['id']}", "/datasets", "/datasets/better@1", "/trainings",
+             f"/trainings/{mill.job}", "/adapters", "/adapters/champion", "/playground"]
+
+    async def visit():
+        async with visitor(mill, color_scheme=scheme) as person:
+            await person.sign_in(mill.server.keys["admin"])
+            ground = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]"
+            for page in pages:
+                await person.page.goto(f"{person.url}/console{page}")
+                await person.title()
+                assert (await person.page.evaluate(ground) < 128) == (scheme == "dark"), page
+                for details in await person.page.locator("details").all():
+                    await details.evaluate("node => { node.open = true; }")
+                assert await person.page.evaluate(PALE) == [], page
+                # A phone: the page itself does not scroll sideways.
+                await person.page.set_viewport_size({"width": 380, "height": 800})
+                assert await person.page.evaluate("document.documentElement.scrollWidth") <= 380, page
+                if page in ["", pages[2]]:
+                    await person.shoot(f"narrow-{scheme}-{len(page)}")
+                await person.page.set_viewport_size({"width": 1280, "height": 900})
+            await person.check()
+
+    asyncio.run(visit())
+
+
+@pytest.mark.parametrize("heads", [True, False])
+def test_the_playground_is_blind_and_keeps_the_preference(mill, heads):
+    variants = [MODEL, "one"]
+    since = len(stored(mill))
+
+    async def visit():
+        async with visitor(mill, viewport={"width": 1280, "height": 1000}) as person:
+            # The lot is drawn by the browser's generator, which lands on a known side here.
+            coin = f"crypto.getRandomValues = array => array.fill({int(heads)});"
+            await person.page.add_init_script(coin)
+            await person.sign_in(mill.server.keys["admin"], "/console/playground")
+            await person.page.wait_for_selector("#prompt:focus")
+            offered = await person.page.locator("#one option").all_inner_texts()
+            assert set(variants) <= set(offered) and "closed" in offered, offered
+            await person.page.select_option("#one", label=variants[0])
+            await person.page.select_option("#other", label=variants[1])
+            await person.page.fill("#most", "24")
+            await person.page.locator("#prompt").focus()
+            await person.page.keyboard.type("Tell me something about the sea.")
+            # Nothing is asked twice, and a preference before the answers is none.
+            await person.page.keyboard.press("Control+Enter")
+            await person.page.keyboard.press("1")
+            await person.page.wait_for_selector("#choices button:enabled")
+            pair = [await person.page.locator(f"#{side}-text").inner_text() for side in ["left", "right"]]
+            assert all(pair) and pair[0] != pair[1]
+            seen = await person.page.locator("#answers").inner_text() + await person.page.locator("#choices").inner_text()
+            assert MODEL not in seen and await person.page.locator("#outcome").is_hidden(), "nothing tells which is which"
+            await asyncio.sleep(0.3)
+            await person.page.keyboard.press("1" if heads else "3")
+            await person.page.wait_for_selector("#outcome:not([hidden])")
+            left, right = reversed(variants) if heads else variants
+            said = await person.page.locator("#outcome-text").inner_text()
+            assert said.startswith(f"Left was {left}, right was {right}."), said
+            assert ("equally good" in said) != heads
+            await person.shoot("console-playground")
+            # The next question is typed at once; the same key again judges nothing twice.
+            assert await person.page.evaluate("document.activeElement.id") == "prompt"
+            await person.page.locator("#left").focus()
+            await person.page.keyboard.press("2")
+            await person.check()
+            return pair, [left, right]
+
+    texts, order = asyncio.run(visit())
+    rows = stored(mill)
+    assert len(rows) == since + 1
+    value = rows[0]["value"]
+    assert (rows[0]["source"], rows[0]["author"]) == ("playground", "e2e-admin")
+    shown = value["shown"]
+    assert value["ranking"] == ([[shown[0]], [shown[1]]] if heads else [shown])
+    assert len(texts) == 2 and order[0] != order[1]
+
+
+def stored(mill) -> list[dict]:
+    path = "/v1/feedback?source=playground&limit=100"
+    return ask(mill.server, "GET", path)["data"]
+
+
+def test_an_answer_can_be_stopped_and_an_outage_is_said(mill):
+    async def visit():
+        async with visitor(mill) as person:
+            await person.sign_in(mill.server.keys["admin"], "/console/playground")
+            await person.page.wait_for_selector("#prompt:focus")
+            await person.page.fill("#most", "2000")
+            await person.page.fill("#prompt", "Count from one to a thousand.")
+            await person.page.keyboard.press("Control+Enter")
+            await person.page.wait_for_function("() => document.getElementById('left-text').textContent.length > 0")
+            await person.page.keyboard.press("Escape")
+            await person.page.wait_for_selector("text=Stopped")
+            assert await person.page.locator("#choices").is_hidden()
+            await person.page.context.set_offline(True)
+            await person.page.keyboard.press("Control+Enter")
+            await person.page.wait_for_selector("text=did not answer")
+            await person.page.context.set_offline(False)
+
+    asyncio.run(visit())
+    eventually("nothing is generated any more", lambda: mill.server.metrics().get("tidemill:num_requests_running") == 0)
