@@ -22,7 +22,8 @@ fn spill_bound(kernel: &str) -> u32 {
 }
 
 fn number_before(line: &str, what: &str) -> u32 {
-    let end = line.find(what).unwrap_or_else(|| panic!("no {what:?} in {line:?}"));
+    assert!(line.contains(what), "no {what:?} in {line:?}");
+    let end = line.find(what).unwrap();
     line[..end].split_whitespace().last().unwrap().parse().unwrap()
 }
 

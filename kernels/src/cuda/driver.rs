@@ -55,8 +55,8 @@ impl Card {
         }
         let device = cuda::device::get(0).map_err(|e| failed("no first card", e))?;
         let name = cuda::device::get_name(device).map_err(|e| failed("the card has no name", e))?;
-        // SAFETY: a device that the driver has just given.
         let attribute = |which| {
+            // SAFETY: a device that the driver has just given.
             unsafe { cuda::device::get_attribute(device, which) }.map_err(|e| failed("the card says nothing of itself", e))
         };
         let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;

@@ -48,7 +48,7 @@ fn build(text: &str, folder: &Path, built: &Path) {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     let flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"];
     let outcome = Command::new(&compiler).args(flags).arg("-o").arg(&unique).arg(&code).output();
-    let output = outcome.unwrap_or_else(|e| panic!("the emulated kernels need a C++ compiler: {compiler}: {e}"));
+    let output = outcome.expect("the emulated kernels need a C++ compiler: c++, or what CXX names");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     std::fs::rename(&unique, built).unwrap();
     std::fs::remove_file(&code).unwrap();
