@@ -22,10 +22,12 @@ NODE       := $(CACHE)/node
 # Each in a venv of its own: their pins and the tests' do not agree.
 LABEL_STUDIO := $(CACHE)/label-studio-venv
 ARGILLA      := $(CACHE)/argilla-venv
+# The compiler of the CUDA kernels, which needs no card.
+NVRTC      := $(CACHE)/nvrtc
 TEST_DATA  := $(CACHE)/test-data
 TEST_MODEL := $(TEST_DATA)/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: chromium help serve build test lint test-build test-rust test-e2e demo demo-short demo-word demo-json demo-loop bench bench-store bench-train bench-beside oracle clean
+.PHONY: chromium c++ help serve build test lint test-build test-rust test-e2e demo demo-short demo-word demo-json demo-loop bench bench-store bench-train bench-beside oracle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,7 +46,8 @@ lint:
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 
 # Properties are tried on the same cases every time; `cargo test` by hand draws new ones.
-test-rust: $(TEST_MODEL)
+test-rust: $(TEST_MODEL) $(NVRTC)/ready c++
+	LD_LIBRARY_PATH=$(NVRTC)/nvidia/cu13/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} \
 	PROPTEST_RNG_SEED=1 TIDEMILL_TEST_MODEL=$(TEST_MODEL) CACHE=$(CACHE) tests/postgres.sh $(CARGO) test --workspace --locked
 
 test-build:
@@ -59,6 +62,15 @@ test-e2e: $(TEST_MODEL) $(VENV)/ready $(NODE)/ready chromium $(LABEL_STUDIO)/rea
 $(TEST_MODEL): | test-build
 	$(TEST_BIN) pull --data $(TEST_DATA)
 	@test -f $@
+
+# CUDA kernels are tested as host programs.
+c++:
+	@command -v $(or $(CXX),c++) >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install -y --no-install-recommends g++; } \
+		|| { echo "install a C++ compiler (Debian: apt-get install g++)"; exit 1; }
+
+$(NVRTC)/ready: $(VENV)/ready
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(NVRTC) nvidia-cuda-nvrtc==13.0.88
+	touch $@
 
 # The labeling page is tested in a real browser.
 chromium:

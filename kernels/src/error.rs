@@ -25,6 +25,9 @@ pub enum KernelError {
         /// How much.
         bytes: usize,
     },
+    /// A card or its driver failed.
+    #[error("the GPU failed: {0}")]
+    Device(String),
     /// The machine or build lacks something.
     #[error("{0}")]
     Unsupported(String),

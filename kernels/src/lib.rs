@@ -1,15 +1,17 @@
 //! The arithmetic of Tidemill.
 //!
 //! [`Ops`] lists the operations a decoder needs. `reference` is the scalar oracle that tests compare with; `cpu` is the backend
-//! that serves on processors, with instruction paths chosen at run time. This is the only crate with `unsafe` code: SIMD, memory
-//! maps and the thread pool live here, behind safe interfaces.
+//! that serves on processors, with instruction paths chosen at run time, `cuda` the one for NVIDIA cards. This is the only crate with
+//! `unsafe` code: SIMD, memory maps, the thread pool and the driver's calls live here, behind safe interfaces.
 //!
-//! Invariants: a step allocates nothing; a row's result does not depend on which other rows share its step.
+//! Invariants of the CPU backend: a step allocates nothing; a row's result does not depend on which other rows share its step. On a card
+//! that holds for each kernel; from 17 rows on (65 for quantised weights) products are the library's, which adds in another order.
 
 pub mod activations;
 pub mod aligned;
 pub mod blocks;
 pub mod cpu;
+pub mod cuda;
 pub mod error;
 pub mod isa;
 pub mod linear;

@@ -1,13 +1,15 @@
-//! A whole decoder: the CPU backend on every instruction path against the scalar reference.
+//! A whole decoder: the CPU backend on every instruction path, and the CUDA backend with emulated kernels, against the scalar reference.
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first error; the lint knows test functions only")]
 
 mod support;
 
 use support::decoder::{Decoder, DecoderShape, DecoderWeights};
+use support::emulation::Emulated;
 use support::steps::{ragged, sequences};
 use support::{Noise, error};
 use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
+use tidemill_kernels::cuda::CudaBackend;
 use tidemill_kernels::isa::Isa;
 use tidemill_kernels::reference::Reference;
 use tidemill_kernels::*;
@@ -65,16 +67,30 @@ fn logits_agree_with_the_reference_on_every_path() {
                 oracle.forward(step, &mut StepOutput::default()).unwrap();
                 want.push(oracle.ops.read(oracle.logits).unwrap());
             }
+            let what = |backend: &str| format!("shape {case} {format:?} {dtype:?} {backend}");
             for isa in Isa::available() {
                 let mut decoder = Decoder::new(cpu(isa, 2), &weights, packed, 48, dtype);
-                let mut out = StepOutput::default();
-                for (i, (step, want)) in steps.iter().zip(&want).enumerate() {
-                    decoder.forward(step, &mut out).unwrap();
-                    assert_eq!(out.samples.len(), step.samples.len());
-                    let off = error(&decoder.ops.read(decoder.logits).unwrap(), want);
-                    assert!(off < tolerance, "shape {case} {format:?} {dtype:?} {isa:?} step {i}: {off:e}");
-                }
+                compare(&what(isa.name()), &mut decoder, &steps, &want, tolerance);
             }
+            let cuda = CudaBackend::new(Emulated::default(), LIMITS);
+            // Emulated threads are slow: the first steps have prefill and decode together.
+            compare(
+                &what("CUDA"),
+                &mut Decoder::new(cuda, &weights, packed, 48, dtype),
+                &steps[..4.min(steps.len())],
+                &want,
+                tolerance,
+            );
         }
+    }
+}
+
+fn compare<O: Ops>(what: &str, decoder: &mut Decoder<O>, steps: &[StepBatch], want: &[Vec<f32>], tolerance: f64) {
+    let mut out = StepOutput::default();
+    for (i, (step, want)) in steps.iter().zip(want).enumerate() {
+        decoder.forward(step, &mut out).unwrap();
+        assert_eq!(out.samples.len(), step.samples.len());
+        let off = error(&decoder.ops.read(decoder.logits).unwrap(), want);
+        assert!(off < tolerance, "{what} step {i}: {off:e}");
     }
 }

@@ -1,14 +1,16 @@
-//! Each operation of the CPU backend, on every instruction path of this machine and several thread counts, against the scalar
-//! reference on random ragged steps. Buffers hold NaN before a step: an element that was not written, or one read from a row
+//! Each operation of the CPU backend, on every instruction path of this machine and several thread counts, and of the CUDA backend with
+//! its kernels emulated on the host, against the scalar reference on random ragged steps. Buffers hold NaN before a step: an element that was not written, or one read from a row
 //! beyond the step's, shows.
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first error; the lint knows test functions only")]
 
 mod support;
 
+use support::emulation::Emulated;
 use support::steps::{Sequence, append, greedy, ragged, sequences};
 use support::{Noise, Weight, error};
 use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
+use tidemill_kernels::cuda::CudaBackend;
 use tidemill_kernels::isa::Isa;
 use tidemill_kernels::reference::Reference;
 use tidemill_kernels::*;
@@ -49,6 +51,16 @@ impl Backend for CpuBackend {
     }
 }
 
+impl Backend for CudaBackend<Emulated> {
+    fn poison(&mut self, buf: Buf) {
+        self.fill(buf, f32::NAN).unwrap();
+    }
+}
+
+fn cuda(reversed: bool) -> CudaBackend<Emulated> {
+    CudaBackend::new(Emulated::new(reversed), LIMITS)
+}
+
 /// Runs the scenario on all backends and compares the buffers that it returns; rows beyond the step's must still be NaN.
 fn compare(what: &str, tolerance: f64, scenario: impl Fn(&mut dyn Backend) -> Vec<Buf>) {
     let mut oracle = Reference::new(LIMITS);
@@ -57,13 +69,23 @@ fn compare(what: &str, tolerance: f64, scenario: impl Fn(&mut dyn Backend) -> Ve
         for threads in [1, 2, 3] {
             let mut backend = CpuBackend::new(CpuOptions { threads, isa: Some(isa), limits: LIMITS }).unwrap();
             for (buf, want) in scenario(&mut backend).into_iter().zip(&want) {
-                let off = error(&backend.read(buf).unwrap(), want);
-                assert!(off <= tolerance, "{what}, {isa:?}, {threads} threads: {off:e}");
-                let all = backend.read_all(buf).unwrap();
-                assert!(all[want.len()..].iter().all(|v| v.is_nan()), "{what}, {isa:?}: wrote beyond the step's rows");
+                agrees(&format!("{what}, {isa:?}, {threads} threads"), tolerance, &backend.read_all(buf).unwrap(), want);
             }
         }
     }
+    // The threads of a block run in one order or the other; over all scenarios, both.
+    let reversed = what.len() % 2 == 1;
+    let mut backend = cuda(reversed);
+    for (buf, want) in scenario(&mut backend).into_iter().zip(&want) {
+        agrees(&format!("{what}, CUDA, reversed {reversed}"), tolerance, &backend.read_all(buf).unwrap(), want);
+    }
+}
+
+/// `all` begins with `want`, and goes on with NaN.
+fn agrees(what: &str, tolerance: f64, all: &[f32], want: &[f32]) {
+    let off = error(&all[..want.len()], want);
+    assert!(off <= tolerance, "{what}: {off:e}");
+    assert!(all[want.len()..].iter().all(|v| v.is_nan()), "{what}: wrote beyond the step's rows");
 }
 
 /// A step of `rows` tokens of one sequence that touches no cache, sampling some rows (some twice).
@@ -287,11 +309,117 @@ fn a_row_does_not_depend_on_its_company() {
 }
 
 #[test]
+fn a_row_of_a_cuda_step_does_not_depend_on_its_company() {
+    let noise = &mut Noise::new(11);
+    let heads = HeadShape { heads: 6, kv_heads: 2, head_dim: 64 };
+    let spec = AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None };
+    for format in [Format::F32, Format::Bf16, Format::Q8_0, Format::Q4_0] {
+        let weight = Weight::random(noise, 640, 128, format, 0.1);
+        // Prefill and decode run on different kernels and need not agree to the last bit; each with itself must, up to the number
+        // of rows at which products go to the library.
+        let run = |neighbours: usize| -> Vec<f32> {
+            let noise = &mut Noise::new(12);
+            let mut ops = cuda(neighbours % 2 == 1);
+            let table = ops.load_table(noise, 64, 128);
+            let w = ops.load_matrix(&[weight.source()], WeightFormat::Auto).unwrap();
+            let rope = ops.load_rope(&[1.0, 0.1], 1.0).unwrap();
+            let cache = KvSpec { layers: 1, blocks: 60, block_size: 32, kv_heads: 2, head_dim: 64, dtype: KvDtype::Bf16 };
+            let kv = ops.alloc_kv(cache).unwrap();
+            let x = ops.alloc_poisoned(Rows::Tokens, 128);
+            let qkv = ops.alloc_poisoned(Rows::Tokens, 640);
+            let out = ops.alloc_poisoned(Rows::Tokens, 384);
+            let mut mine = Sequence { tokens: (0..40).collect(), table: vec![58, 59], computed: 0 };
+            let mut rows = Vec::new();
+            for take in [8, 1, 1] {
+                let mut step = StepBatch::default();
+                for i in 0..neighbours {
+                    append(&mut step, &mut Sequence { computed: 0, table: vec![i as u32], tokens: vec![7; 4] }, 1 + i % 2);
+                }
+                let first = step.tokens.len();
+                append(&mut step, &mut mine, take);
+                ops.begin(&step).unwrap();
+                ops.embedding(table, x);
+                ops.linear(x, w, None, qkv, Store::Replace);
+                ops.rope_cache(qkv, heads, None, rope, kv, 0);
+                ops.paged_attention(qkv, heads, spec, kv, 0, out);
+                ops.run();
+                rows.extend_from_slice(&ops.read(out).unwrap()[first * 384..(first + take) * 384]);
+            }
+            rows
+        };
+        let alone = run(0);
+        assert!(alone.iter().all(|v| v.is_finite()));
+        for neighbours in [1, 5] {
+            assert!(run(neighbours) == alone, "{format:?} {neighbours}");
+        }
+    }
+}
+
+#[test]
+fn a_long_context_is_cut_into_parts_that_join() {
+    // Two parts and a bit, for few rows and for a window that leaves the first part out.
+    const LONG: Limits = Limits { max_tokens: 1100, max_samples: 1, max_positions: 1200 };
+    let heads = HeadShape { heads: 4, kv_heads: 2, head_dim: 64 };
+    let plain = AttentionSpec { scale: 0.3, sliding_window: None, soft_cap: None };
+    for spec in [plain, AttentionSpec { sliding_window: Some(300), ..plain }] {
+        let run = |ops: &mut dyn Backend| -> Vec<f32> {
+            let noise = &mut Noise::new(3);
+            let table = ops.load_table(noise, 64, 512);
+            let rope = ops.load_rope(&[1.0, 0.1], 1.0).unwrap();
+            let cache = KvSpec { layers: 1, blocks: 40, block_size: 32, kv_heads: 2, head_dim: 64, dtype: KvDtype::Bf16 };
+            let kv = ops.alloc_kv(cache).unwrap();
+            let qkv = ops.alloc_poisoned(Rows::Tokens, 512);
+            let out = ops.alloc_poisoned(Rows::Tokens, 256);
+            let tokens = (0..1060).map(|_| noise.below(64) as u32).collect();
+            let mut sequence = Sequence { tokens, table: (0..40).rev().collect(), computed: 0 };
+            for rows in [1056, 3] {
+                let mut step = StepBatch::default();
+                append(&mut step, &mut sequence, rows);
+                ops.begin(&step).unwrap();
+                ops.embedding(table, qkv);
+                ops.rope_cache(qkv, heads, None, rope, kv, 0);
+                if rows == 3 {
+                    ops.paged_attention(qkv, heads, spec, kv, 0, out);
+                }
+                ops.run();
+            }
+            ops.read(out).unwrap()
+        };
+        let want = run(&mut Reference::new(LONG));
+        let off = error(&run(&mut CudaBackend::new(Emulated::new(true), LONG)), &want);
+        assert!(off < 2e-2, "{spec:?}: {off:e}");
+    }
+}
+
+#[test]
+fn a_cuda_backend_gives_all_its_memory_back() {
+    let mut ops = cuda(false);
+    let noise = &mut Noise::new(5);
+    let (inputs, starts) = (ops.load_table(noise, 50, 40), ops.load_table(noise, 50, 20));
+    let (x, out) = (ops.alloc_poisoned(Rows::Tokens, 40), ops.alloc_poisoned(Rows::Tokens, 20));
+    let before = ops.device().held();
+    for _ in 0..3 {
+        Factors::random(noise, 2, 40, &[20]).load(&mut ops, 2);
+        ops.unload_adapter(2);
+    }
+    assert_eq!(ops.device().held(), before);
+    Factors::random(noise, 1, 40, &[20]).load(&mut ops, 0);
+    ops.begin(&mixed_step(noise, 30, &[0, NO_ADAPTER])).unwrap();
+    ops.embedding(inputs, x);
+    ops.embedding(starts, out);
+    ops.lora(x, 0, out);
+    ops.run();
+    // Dropping it frees what it reserved; the device is asked to free nothing twice.
+    drop(ops);
+}
+
+#[test]
 fn mistakes_come_back_from_finish_and_leave_the_backend_usable() {
     let noise = &mut Noise::new(1);
     let mut cpu = CpuBackend::new(CpuOptions { threads: 2, isa: None, limits: LIMITS }).unwrap();
     let mut oracle = Reference::new(LIMITS);
-    let backends: [&mut dyn Backend; 2] = [&mut cpu, &mut oracle];
+    let mut cuda = cuda(false);
+    let backends: [&mut dyn Backend; 3] = [&mut cpu, &mut cuda, &mut oracle];
     for ops in backends {
         let table = ops.load_table(noise, 50, 32);
         let weight = ops.load_vector(&[1.0; 32]).unwrap();
@@ -387,20 +515,24 @@ fn sampling_gives_the_same_tokens_and_log_probabilities() {
         let same = |a: &[(u32, f32)], b: &[(u32, f32)]| {
             a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.0 == b.0 && close(a.1, b.1))
         };
+        let check = |what: &str, got: &[Sampled]| {
+            assert_eq!(got.len(), want.len());
+            for (got, want) in got.iter().zip(&want) {
+                let agree = (got.token, got.rank) == (want.token, want.rank)
+                    && close(got.logprob, want.logprob)
+                    && close(got.processed_logprob, want.processed_logprob)
+                    && same(&got.top, &want.top)
+                    && same(&got.processed_top, &want.processed_top);
+                assert!(agree, "case {case}, {what}:\n{got:?}\n{want:?}");
+            }
+        };
         for isa in Isa::available() {
             for threads in [1, 3] {
-                let got = scenario(&mut CpuBackend::new(CpuOptions { threads, isa: Some(isa), limits: LIMITS }).unwrap());
-                assert_eq!(got.len(), want.len());
-                for (got, want) in got.iter().zip(&want) {
-                    let agree = (got.token, got.rank) == (want.token, want.rank)
-                        && close(got.logprob, want.logprob)
-                        && close(got.processed_logprob, want.processed_logprob)
-                        && same(&got.top, &want.top)
-                        && same(&got.processed_top, &want.processed_top);
-                    assert!(agree, "case {case}, {isa:?}, {threads} threads:\n{got:?}\n{want:?}");
-                }
+                let mut cpu = CpuBackend::new(CpuOptions { threads, isa: Some(isa), limits: LIMITS }).unwrap();
+                check(&format!("{isa:?}, {threads} threads"), &scenario(&mut cpu));
             }
         }
+        check("CUDA", &scenario(&mut cuda(case % 2 == 1)));
     }
 }
 

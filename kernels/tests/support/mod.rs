@@ -7,6 +7,7 @@
 )]
 
 pub mod decoder;
+pub mod emulation;
 pub mod steps;
 
 use tidemill_kernels::blocks::quantize_row;

@@ -1,0 +1,362 @@
+// Paged attention of a ragged step: prefill in chunks and decode in one call.
+//
+// Query rows are packed: for one key-value head, packed row q of a sequence is its step row q / G and query head q % G of the G that
+// share the head. A tile is 16 packed rows, so a decoded token with grouped heads fills one, and matrix units are used there, too.
+// The host plans tiles once per step (`kernels/src/cuda/plan.rs`):
+//   attention_few   16 packed rows; the 4 warps of a block take turns over the keys and join at the end. Long contexts are cut
+//                   into parts of a fixed number of keys, joined by attention_join.
+//   attention_many  64 packed rows, 16 for each warp, each over all its keys.
+//   attention_plain a warp for each row and head, for every head width and for caches in f32.
+//
+// Keys and values of a block of 32 tokens and one head lie together: [block, kv_head, 32, head_dim]. Fragments are read from there
+// into registers, 16 bytes a lane: columns of k are given to the operands' places as it suits the reading (see `multiply`), and
+// output columns, too: column g of output tile i of a piece of 64 is the actual column 8 g + i.
+//
+// Softmax is online (Milakov and Gimelshein 2018) in powers of 2. Parts have fixed borders, so a row's result does not depend on
+// what else is in the step.
+
+struct Tile {
+    // First row in the step, rows in the step, tokens in the cache: the sequence's.
+    u32 first_row;
+    u32 rows;
+    u32 context;
+    // First entry in the block table.
+    u32 first_block;
+    // First packed row.
+    u32 packed;
+    // Keys from, to.
+    u32 from;
+    u32 to;
+    // Which partial result this is; all ones when it is the whole.
+    u32 partial;
+};
+
+struct Attention {
+    const float* qkv;
+    // This layer's.
+    const void* keys;
+    const void* values;
+    const u32* blocks;
+    const Tile* tiles;
+    float* out;
+    // A bf16 copy of `out`, or null.
+    u16* half;
+    // [partial, kv_head, 16, HEAD + 2]: outputs not divided, then the maximum and the sum.
+    float* partials;
+    u32 half_stride;
+    u32 heads;
+    u32 kv_heads;
+    u32 head_dim;
+    u32 block_size;
+    // Used by attention_plain; the others need it.
+    u32 cache_is_bf16;
+    // 0: none.
+    u32 window;
+    // Of the scores, times log2 e (before a soft cap: without).
+    float scale;
+    // 0: none.
+    float soft_cap;
+};
+
+constexpr float LOG2_E = 1.44269504f;
+
+// A score in powers of 2.
+DEVICE float score(const Attention& p, float product) {
+    const float s = product * p.scale;
+    return p.soft_cap > 0 ? p.soft_cap * tanhf(s / p.soft_cap) * LOG2_E : s * LOG2_E;
+}
+
+// Whether the query at a position sees a key.
+DEVICE bool sees(const Attention& p, u32 position, u32 key) { return key <= position && (p.window == 0 || position - key < p.window); }
+
+template <u32 HEAD>
+struct Running {
+    float out[HEAD / 8][4] = {};
+    // Rows g and g + 8.
+    float most[2] = {-INFINITE, -INFINITE};
+    // Of this lane's columns.
+    float sum[2] = {0, 0};
+};
+
+// Puts 16 packed rows into shared memory as bf16 [16, HEAD], rows beyond the sequence's as 0. By one warp.
+template <u32 HEAD>
+DEVICE void load_queries(const Attention& p, const Tile& tile, u32 packed, u32 kv_head, u16* to) {
+    const u32 group = p.heads / p.kv_heads, width = (p.heads + 2 * p.kv_heads) * HEAD, lane = threadIdx.x % 32;
+    for (u32 i = 0; i < 16; i++) {
+        const u32 row = (packed + i) / group, head = kv_head * group + (packed + i) % group;
+        const float* const from = p.qkv + (u64)(tile.first_row + row) * width + head * HEAD;
+        for (u32 c = lane * 2; c < HEAD; c += 64) {
+            *(u32*)(to + i * HEAD + c) = row < tile.rows ? pack_bf16(from[c], from[c + 1]) : 0;
+        }
+    }
+    warp_barrier();
+}
+
+// 16 keys, from `key` on, which is a multiple of 16.
+template <u32 HEAD>
+DEVICE void attend(const Attention& p, const Tile& tile, u32 kv_head, const u16* queries, const u32 (&positions)[2], u32 key,
+                   Running<HEAD>& running) {
+    const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const u64 block = p.blocks[tile.first_block + key / p.block_size];
+    const u64 start = ((block * p.kv_heads + kv_head) * p.block_size + key % p.block_size) * HEAD;
+    const u16* const keys = (const u16*)p.keys + start;
+    const u16* const values = (const u16*)p.values + start;
+
+    // Values of keys that nobody has written may be anything, and 0 times NaN is NaN.
+    const auto load_values = [&](u32 piece, Quad(&to)[4]) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            const u32 offset = i / 2 * 8 + 2 * t + i % 2;
+            to[i] = key + offset < tile.context ? *(const Quad*)(values + offset * HEAD + piece * 64 + g * 8) : Quad{};
+        }
+    };
+    // Read ahead of the scores where registers allow it.
+    constexpr bool AHEAD = HEAD <= 128;
+    Quad v[AHEAD ? HEAD / 64 : 1][4];
+    if (AHEAD) {
+#pragma unroll
+        for (u32 piece = 0; piece < HEAD / 64; piece++) load_values(piece, v[AHEAD ? piece : 0]);
+    }
+
+    float s[2][4] = {};
+#pragma unroll
+    for (u32 c = 0; c < HEAD; c += 32) {
+        const Quad above = *(const Quad*)(queries + g * HEAD + c + t * 8), below = *(const Quad*)(queries + (g + 8) * HEAD + c + t * 8);
+        const u32 even[4] = {above.x[0], below.x[0], above.x[1], below.x[1]}, odd[4] = {above.x[2], below.x[2], above.x[3], below.x[3]};
+#pragma unroll
+        for (u32 half = 0; half < 2; half++) {
+            const Quad k = *(const Quad*)(keys + (half * 8 + g) * HEAD + c + t * 8);
+            multiply(s[half], even, k.x[0], k.x[1]);
+            multiply(s[half], odd, k.x[2], k.x[3]);
+        }
+    }
+
+    float most[2] = {running.most[0], running.most[1]};
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            const u32 at = key + half * 8 + 2 * t + i % 2;
+            // The comparison also drops what unwritten keys gave.
+            s[half][i] = at < tile.to && sees(p, positions[i / 2], at) ? score(p, s[half][i]) : -INFINITE;
+            most[i / 2] = fmaxf(most[i / 2], s[half][i]);
+        }
+    }
+    float base[2], shrink[2];
+#pragma unroll
+    for (u32 r = 0; r < 2; r++) {
+        most[r] = fmaxf(most[r], shuffle_xor(most[r], 1));
+        most[r] = fmaxf(most[r], shuffle_xor(most[r], 2));
+        // A row that has seen no key yet: exponents of -infinity less 0, not less -infinity.
+        base[r] = most[r] == -INFINITE ? 0 : most[r];
+        shrink[r] = power_of_2(running.most[r] - base[r]);
+        running.most[r] = most[r];
+        running.sum[r] *= shrink[r];
+    }
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            s[half][i] = power_of_2(s[half][i] - base[i / 2]);
+            running.sum[i / 2] += s[half][i];
+        }
+    }
+    const u32 weights[4] = {pack_bf16(s[0][0], s[0][1]), pack_bf16(s[0][2], s[0][3]), pack_bf16(s[1][0], s[1][1]),
+                            pack_bf16(s[1][2], s[1][3])};
+#pragma unroll
+    for (u32 piece = 0; piece < HEAD / 64; piece++) {
+        Quad(&own)[4] = v[AHEAD ? piece : 0];
+        if (!AHEAD) load_values(piece, own);
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) {
+            float(&out)[4] = running.out[piece * 8 + i];
+#pragma unroll
+            for (u32 c = 0; c < 4; c++) out[c] *= shrink[c / 2];
+            // Element i of two keys' columns, next to each other.
+            u32 pairs[2];
+#pragma unroll
+            for (u32 half = 0; half < 2; half++) {
+                const u32 one = own[half * 2].x[i / 2], two = own[half * 2 + 1].x[i / 2];
+                pairs[half] = i % 2 == 0 ? (one & 0xffffu) | two << 16 : one >> 16 | (two & 0xffff0000u);
+            }
+            multiply(out, weights, pairs[0], pairs[1]);
+        }
+    }
+}
+
+// Positions of packed rows g and g + 8 from `packed` on. Rows beyond the sequence's see nothing that matters.
+DEVICE void positions_of(const Attention& p, const Tile& tile, u32 packed, u32 (&positions)[2]) {
+    const u32 group = p.heads / p.kv_heads, g = threadIdx.x % 32 / 4;
+    for (u32 r = 0; r < 2; r++) positions[r] = tile.context - tile.rows + smaller((packed + g + 8 * r) / group, tile.rows - 1);
+}
+
+// First key that any row from `packed` on sees, down to a multiple of 16.
+DEVICE u32 first_key(const Attention& p, const Tile& tile, u32 packed) {
+    const u32 position = tile.context - tile.rows + packed / (p.heads / p.kv_heads);
+    const u32 first = p.window != 0 && position >= p.window ? position - p.window + 1 : 0;
+    return larger(first, tile.from) / 16 * 16;
+}
+
+// Writes one output column of a packed row.
+DEVICE void write(const Attention& p, const Tile& tile, u32 packed, u32 kv_head, u32 column, float value) {
+    const u32 group = p.heads / p.kv_heads, row = packed / group;
+    if (row >= tile.rows) return;
+    const u32 at = (kv_head * group + packed % group) * p.head_dim + column;
+    p.out[(u64)(tile.first_row + row) * p.heads * p.head_dim + at] = value;
+    if (p.half) p.half[(u64)(tile.first_row + row) * p.half_stride + at] = to_bf16(value);
+}
+
+// Grid [tiles, kv_heads]. Shared memory: 16 HEAD bf16 and 4 · 16 (HEAD + 2) floats.
+template <u32 HEAD>
+DEVICE void attention_few(const Attention& p) {
+    SHARED(shared);
+    const Tile tile = p.tiles[blockIdx.x];
+    const u32 kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    u16* const queries = (u16*)shared;
+    float* const joined = (float*)(shared + 16 * HEAD * 2);
+    if (warp == 0) load_queries<HEAD>(p, tile, tile.packed, kv_head, queries);
+    block_barrier();
+
+    u32 positions[2];
+    positions_of(p, tile, tile.packed, positions);
+    Running<HEAD> running;
+    for (u32 key = first_key(p, tile, tile.packed) + warp * 16; key < tile.to; key += 64) {
+        attend<HEAD>(p, tile, kv_head, queries, positions, key, running);
+    }
+
+    // [warp][row][HEAD outputs, maximum, sum]
+    constexpr u32 WIDTH = HEAD + 2;
+#pragma unroll
+    for (u32 r = 0; r < 2; r++) {
+        float* const row = joined + (warp * 16 + g + 8 * r) * WIDTH;
+        running.sum[r] += shuffle_xor(running.sum[r], 1);
+        running.sum[r] += shuffle_xor(running.sum[r], 2);
+#pragma unroll
+        for (u32 i = 0; i < HEAD / 8; i++) {
+            for (u32 c = 0; c < 2; c++) row[i / 8 * 64 + 8 * (2 * t + c) + i % 8] = running.out[i][2 * r + c];
+        }
+        if (t == 0) {
+            row[HEAD] = running.most[r];
+            row[HEAD + 1] = running.sum[r];
+        }
+    }
+    block_barrier();
+    for (u32 row = warp; row < 16; row += 4) {
+        float most = -INFINITE;
+        for (u32 w = 0; w < 4; w++) most = fmaxf(most, joined[(w * 16 + row) * WIDTH + HEAD]);
+        const float base = most == -INFINITE ? 0 : most;
+        float sum = 0, factor[4];
+        for (u32 w = 0; w < 4; w++) {
+            factor[w] = power_of_2(joined[(w * 16 + row) * WIDTH + HEAD] - base);
+            sum += factor[w] * joined[(w * 16 + row) * WIDTH + HEAD + 1];
+        }
+        float* const part = p.partials + ((u64)tile.partial * p.kv_heads + kv_head) * 16 * WIDTH + row * WIDTH;
+        for (u32 c = lane; c < HEAD; c += 32) {
+            float value = 0;
+            for (u32 w = 0; w < 4; w++) value += factor[w] * joined[(w * 16 + row) * WIDTH + c];
+            if (tile.partial == 0xffffffffu) {
+                write(p, tile, tile.packed + row, kv_head, c, value / sum);
+            } else {
+                part[c] = value;
+            }
+        }
+        if (tile.partial != 0xffffffffu && lane == 0) {
+            part[HEAD] = most;
+            part[HEAD + 1] = sum;
+        }
+    }
+}
+
+// Grid [tiles, kv_heads]. Shared memory: 64 HEAD bf16.
+template <u32 HEAD>
+DEVICE void attention_many(const Attention& p) {
+    SHARED(shared);
+    const Tile tile = p.tiles[blockIdx.x];
+    const u32 kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const u32 packed = tile.packed + warp * 16, group = p.heads / p.kv_heads;
+    if (packed >= tile.rows * group) return;
+    u16* const queries = (u16*)shared + warp * 16 * HEAD;
+    load_queries<HEAD>(p, tile, packed, kv_head, queries);
+
+    u32 positions[2];
+    positions_of(p, tile, packed, positions);
+    Running<HEAD> running;
+    const u32 last = smaller((packed + 15) / group, tile.rows - 1), to = smaller(tile.to, tile.context - tile.rows + last + 1);
+    for (u32 key = first_key(p, tile, packed); key < to; key += 16) {
+        attend<HEAD>(p, tile, kv_head, queries, positions, key, running);
+    }
+#pragma unroll
+    for (u32 r = 0; r < 2; r++) {
+        float sum = running.sum[r];
+        sum += shuffle_xor(sum, 1);
+        sum += shuffle_xor(sum, 2);
+#pragma unroll
+        for (u32 i = 0; i < HEAD / 8; i++) {
+            for (u32 c = 0; c < 2; c++) {
+                write(p, tile, packed + g + 8 * r, kv_head, i / 8 * 64 + 8 * (2 * t + c) + i % 8, running.out[i][2 * r + c] / sum);
+            }
+        }
+    }
+}
+
+#define ATTENTION(HEAD)                                                            \
+    KERNEL(attention_few_##HEAD, 128, Attention) { attention_few<HEAD>(p); }       \
+    KERNEL(attention_many_##HEAD, 128, Attention) { attention_many<HEAD>(p); }
+ATTENTION(64)
+ATTENTION(128)
+ATTENTION(256)
+
+// Joins the parts of a tile: `tile.partial` is the first, (to - from) of them. Grid [tiles, kv_heads]; a warp for every fourth row.
+KERNEL(attention_join, 128, Attention) {
+    const Tile tile = p.tiles[blockIdx.x];
+    const u32 kv_head = blockIdx.y, parts = tile.to - tile.from, width = p.head_dim + 2, lane = threadIdx.x % 32;
+    const u64 step = (u64)p.kv_heads * 16 * width;
+    for (u32 row = threadIdx.x / 32; row < 16; row += 4) {
+        const float* const first = p.partials + ((u64)tile.partial * p.kv_heads + kv_head) * 16 * width + row * width;
+        float most = -INFINITE;
+        for (u32 i = 0; i < parts; i++) most = fmaxf(most, first[i * step + p.head_dim]);
+        const float base = most == -INFINITE ? 0 : most;
+        float sum = 0;
+        for (u32 i = 0; i < parts; i++) sum += power_of_2(first[i * step + p.head_dim] - base) * first[i * step + p.head_dim + 1];
+        for (u32 c = lane; c < p.head_dim; c += 32) {
+            float value = 0;
+            for (u32 i = 0; i < parts; i++) value += power_of_2(first[i * step + p.head_dim] - base) * first[i * step + c];
+            write(p, tile, tile.packed + row, kv_head, c, value / sum);
+        }
+    }
+}
+
+DEVICE float cached(const Attention& p, const void* cache, u64 at) {
+    return p.cache_is_bf16 ? from_bf16(((const u16*)cache)[at]) : ((const float*)cache)[at];
+}
+
+// A warp for each query head of each row: grid [tiles, heads]; a tile is one row.
+// Shared memory: head_dim floats.
+KERNEL(attention_plain, 32, Attention) {
+    SHARED(shared);
+    float* const out = (float*)shared;
+    const Tile tile = p.tiles[blockIdx.x];
+    const u32 head = blockIdx.y, lane = threadIdx.x, group = p.heads / p.kv_heads;
+    const u32 position = tile.context - tile.rows + tile.packed;
+    const u64 row = tile.first_row + tile.packed;
+    const float* const query = p.qkv + row * (p.heads + 2 * p.kv_heads) * p.head_dim + head * p.head_dim;
+    for (u32 c = lane; c < p.head_dim; c += 32) out[c] = 0;
+    float most = -INFINITE, sum = 0;
+    const u32 first = p.window != 0 && position >= p.window ? position - p.window + 1 : 0;
+    for (u32 key = first; key <= position; key++) {
+        const u64 block = p.blocks[tile.first_block + key / p.block_size];
+        const u64 at = ((block * p.kv_heads + head / group) * p.block_size + key % p.block_size) * p.head_dim;
+        float product = 0;
+        for (u32 c = lane; c < p.head_dim; c += 32) product += query[c] * cached(p, p.keys, at + c);
+        const float s = score(p, warp_sum(product)), now = fmaxf(most, s);
+        const float shrink = power_of_2(most - now), weight = power_of_2(s - now);
+        sum = sum * shrink + weight;
+        for (u32 c = lane; c < p.head_dim; c += 32) out[c] = out[c] * shrink + weight * cached(p, p.values, at + c);
+        most = now;
+    }
+    for (u32 c = lane; c < p.head_dim; c += 32) {
+        const u64 at = row * p.heads * p.head_dim + head * p.head_dim + c;
+        p.out[at] = out[c] / sum;
+        if (p.half) p.half[row * p.half_stride + head * p.head_dim + c] = to_bf16(out[c] / sum);
+    }
+}

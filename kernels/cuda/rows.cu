@@ -1,0 +1,269 @@
+// Row by row: what is bound by reading and writing activations. A block for each row, unless said otherwise.
+//
+// Activations are f32. Where a linear reads a buffer next, its producer leaves a bf16 copy beside it (`half`, rows of `half_stride`
+// elements whose padding stays zero), so that no pass of its own converts it.
+
+struct Embedding {
+    Weights table;
+    const u32* tokens;
+    float* out;
+    u16* half;
+    u32 half_stride;
+};
+
+// out[row] = table[tokens[row]]
+KERNEL(embedding, 256, Embedding) {
+    const u64 row = blockIdx.x;
+    const u32 token = p.tokens[row];
+    for (u32 i = threadIdx.x; i < p.table.k; i += blockDim.x) {
+        const float value = element(p.table, token, i);
+        p.out[row * p.table.k + i] = value;
+        if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
+    }
+}
+
+struct RmsNorm {
+    const float* x;
+    const float* weight;
+    float* out;
+    u16* half;
+    u32 width;
+    u32 half_stride;
+    float eps;
+};
+
+// out = x / sqrt(mean(x²) + eps) * weight
+KERNEL(rms_norm, 256, RmsNorm) {
+    SHARED(scratch);
+    const u64 row = blockIdx.x;
+    const float* const x = p.x + row * p.width;
+    float squares = 0;
+    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) squares += x[i] * x[i];
+    const float mean = block_sum(squares, (float*)scratch) / (float)p.width;
+    const float scale = 1.0f / sqrtf(mean + p.eps);
+    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) {
+        const float value = x[i] * scale * p.weight[i];
+        p.out[row * p.width + i] = value;
+        if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
+    }
+}
+
+struct SiluAndMul {
+    const float* gate_up;
+    float* out;
+    u16* half;
+    u32 width;
+    u32 half_stride;
+};
+
+// out = silu(gate) * up
+KERNEL(silu_and_mul, 256, SiluAndMul) {
+    const u64 row = blockIdx.y;
+    const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= p.width) return;
+    const float gate = p.gate_up[row * 2 * p.width + i], up = p.gate_up[row * 2 * p.width + p.width + i];
+    const float value = gate / (1.0f + expf(-gate)) * up;
+    p.out[row * p.width + i] = value;
+    if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
+}
+
+struct Gather {
+    const float* x;
+    const u32* rows;
+    float* out;
+    u16* half;
+    u32 width;
+    u32 half_stride;
+};
+
+// out[i] = x[rows[i]]
+KERNEL(gather, 256, Gather) {
+    const u64 row = blockIdx.x, from = p.rows[row];
+    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) {
+        const float value = p.x[from * p.width + i];
+        p.out[row * p.width + i] = value;
+        if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
+    }
+}
+
+struct Halve {
+    const float* x;
+    u16* half;
+    u32 width;
+    u32 half_stride;
+};
+
+// The bf16 copy of a buffer whose producer left none.
+KERNEL(halve, 256, Halve) {
+    const u64 row = blockIdx.x;
+    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) p.half[row * p.half_stride + i] = to_bf16(p.x[row * p.width + i]);
+}
+
+struct AddBias {
+    const float* bias;
+    float* out;
+    u32 width;
+};
+
+// out += bias, after a matrix product by a library.
+KERNEL(add_bias, 256, AddBias) {
+    const u64 row = blockIdx.x;
+    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) p.out[row * p.width + i] += p.bias[i];
+}
+
+struct Widen {
+    Weights from;
+    u16* to;
+};
+
+// A quantised matrix as bf16 [n, stride], for products with many rows. A block for each row.
+KERNEL(widen, 256, Widen) {
+    const u64 row = blockIdx.x;
+    for (u32 i = threadIdx.x; i < p.from.stride; i += blockDim.x) {
+        p.to[row * p.from.stride + i] = i < p.from.k ? to_bf16(element(p.from, row, i)) : (u16)0;
+    }
+}
+
+struct CopyBlock {
+    u8* cache;
+    u64 from;
+    u64 to;
+    u64 layer_bytes;
+    u32 block_bytes;
+};
+
+// A block of the cache to another, in all layers: grid [pieces, layers]; 16 bytes a thread.
+KERNEL(copy_block, 256, CopyBlock) {
+    const u64 at = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 16;
+    if (at >= p.block_bytes) return;
+    u8* const layer = p.cache + blockIdx.y * p.layer_bytes;
+    const u64 rest = p.block_bytes - at;
+    if (rest >= 16) {
+        *(Quad*)(layer + p.to * p.block_bytes + at) = *(const Quad*)(layer + p.from * p.block_bytes + at);
+    } else {
+        for (u64 i = at; i < p.block_bytes; i += 4) {
+            *(u32*)(layer + p.to * p.block_bytes + i) = *(const u32*)(layer + p.from * p.block_bytes + i);
+        }
+    }
+}
+
+struct RopeCache {
+    float* qkv;
+    const float* q_norm;
+    const float* k_norm;
+    // [positions, half] cosines and sines, times the magnitude.
+    const float* cosines;
+    const float* sines;
+    const u32* positions;
+    const i64* slots;
+    // This layer's keys and values, [block, kv_head, 32, head_dim].
+    void* keys;
+    void* values;
+    u32 heads;
+    u32 kv_heads;
+    u32 head_dim;
+    u32 half;
+    u32 block_size;
+    u32 cache_is_bf16;
+    float eps;
+};
+
+// A warp for each head of each row: grid [ceil((heads + 2 kv_heads) / 4), rows].
+KERNEL(rope_cache, 128, RopeCache) {
+    const u32 head = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u64 row = blockIdx.y;
+    if (head >= p.heads + 2 * p.kv_heads) return;
+    float* const x = p.qkv + (row * (p.heads + 2 * p.kv_heads) + head) * p.head_dim;
+    const bool is_query = head < p.heads, is_value = head >= p.heads + p.kv_heads;
+    if (!is_value) {
+        const float* const weight = is_query ? p.q_norm : p.k_norm;
+        float scale = 1;
+        if (weight) {
+            float squares = 0;
+            for (u32 i = lane; i < p.head_dim; i += 32) squares += x[i] * x[i];
+            scale = 1.0f / sqrtf(warp_sum(squares) / (float)p.head_dim + p.eps);
+        }
+        const u64 angle = (u64)p.positions[row] * p.half;
+        for (u32 i = lane; i < p.half; i += 32) {
+            const float a = weight ? x[i] * scale * weight[i] : x[i];
+            const float b = weight ? x[i + p.half] * scale * weight[i + p.half] : x[i + p.half];
+            const float c = p.cosines[angle + i], s = p.sines[angle + i];
+            x[i] = a * c - b * s;
+            x[i + p.half] = b * c + a * s;
+        }
+        if (weight) {
+            for (u32 i = 2 * p.half + lane; i < p.head_dim; i += 32) x[i] *= scale * weight[i];
+        }
+    }
+    const i64 slot = p.slots[row];
+    if (is_query || slot < 0) return;
+    warp_barrier();
+    const u32 kv_head = (head - p.heads) % p.kv_heads;
+    const u64 block = (u64)slot / p.block_size, offset = (u64)slot % p.block_size;
+    const u64 at = ((block * p.kv_heads + kv_head) * p.block_size + offset) * p.head_dim;
+    void* const cache = is_value ? p.values : p.keys;
+    for (u32 i = lane; i < p.head_dim; i += 32) {
+        if (p.cache_is_bf16) {
+            ((u16*)cache)[at + i] = to_bf16(x[i]);
+        } else {
+            ((float*)cache)[at + i] = x[i];
+        }
+    }
+}
+
+struct LoraPart {
+    const float* a;
+    const float* b;
+    u32 column;
+    u32 n;
+    u32 k;
+    u32 rank;
+    float scale;
+    u32 unused;
+};
+
+struct LoraSite {
+    u32 first;
+    u32 count;
+};
+
+struct Lora {
+    const float* x;
+    float* out;
+    // The slot of each row; none is all ones.
+    const u32* adapters;
+    // [slots, sites_per_slot]
+    const LoraSite* sites;
+    const LoraPart* parts;
+    u32 sites_per_slot;
+    u32 site;
+    u32 x_width;
+    u32 out_width;
+};
+
+// out[column..column + n] += scale · B (A x) for each part that the row's adapter has here. Shared memory: 4 bytes for each rank.
+KERNEL(lora, 256, Lora) {
+    SHARED(scratch);
+    float* const inner = (float*)scratch;
+    const u64 row = blockIdx.x;
+    const u32 slot = p.adapters[row], warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (slot == 0xffffffffu || p.site >= p.sites_per_slot) return;
+    const LoraSite site = p.sites[(u64)slot * p.sites_per_slot + p.site];
+    const float* const x = p.x + row * p.x_width;
+    for (u32 i = 0; i < site.count; i++) {
+        const LoraPart part = p.parts[site.first + i];
+        block_barrier();
+        for (u32 r = warp; r < part.rank; r += blockDim.x / 32) {
+            float sum = 0;
+            for (u32 c = lane; c < part.k; c += 32) sum += part.a[(u64)r * part.k + c] * x[c];
+            sum = warp_sum(sum);
+            if (lane == 0) inner[r] = sum;
+        }
+        block_barrier();
+        for (u32 c = threadIdx.x; c < part.n; c += blockDim.x) {
+            float sum = 0;
+            for (u32 r = 0; r < part.rank; r++) sum += part.b[(u64)c * part.rank + r] * inner[r];
+            p.out[row * p.out_width + part.column + c] += part.scale * sum;
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! What a backend needs of a device: memory, copies, launches, and a library's matrix product. The driver of a card is one; tests
+//! have one that runs the kernels on the host, and one that only writes down what it was asked for.
+
+use crate::error::KernelError;
+
+/// An address in a device's memory; 0 is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(transparent)]
+pub struct Address(pub u64);
+
+impl Address {
+    /// No address.
+    pub const NONE: Address = Address(0);
+
+    /// `bytes` further on.
+    pub const fn plus(self, bytes: usize) -> Address {
+        Address(self.0 + bytes as u64)
+    }
+}
+
+/// A kernel file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Source {
+    /// Row by row.
+    Rows,
+    /// Products of few rows with a weight.
+    Linear,
+    /// Paged attention.
+    Attention,
+    /// Logits to tokens.
+    Sampling,
+}
+
+/// What all kernel files are compiled after.
+pub const HEADER: &str = include_str!("../../cuda/device.cuh");
+
+impl Source {
+    /// All of them.
+    pub const ALL: [Source; 4] = [Source::Rows, Source::Linear, Source::Attention, Source::Sampling];
+
+    /// File name, for messages of the compiler.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Source::Rows => "rows.cu",
+            Source::Linear => "linear.cu",
+            Source::Attention => "attention.cu",
+            Source::Sampling => "sampling.cu",
+        }
+    }
+
+    /// The text, without [`HEADER`].
+    pub const fn text(self) -> &'static str {
+        match self {
+            Source::Rows => include_str!("../../cuda/rows.cu"),
+            Source::Linear => include_str!("../../cuda/linear.cu"),
+            Source::Attention => include_str!("../../cuda/attention.cu"),
+            Source::Sampling => include_str!("../../cuda/sampling.cu"),
+        }
+    }
+}
+
+/// A kernel by its name in its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Kernel {
+    /// Where it is.
+    pub source: Source,
+    /// Its name.
+    pub name: &'static str,
+    /// Threads of a block.
+    pub threads: u32,
+}
+
+impl Kernel {
+    /// A kernel of a file.
+    pub const fn new(source: Source, name: &'static str, threads: u32) -> Self {
+        Kernel { source, name, threads }
+    }
+}
+
+/// How many blocks are launched, and with how much shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// Blocks along x, y, z.
+    pub grid: [u32; 3],
+    /// Bytes of shared memory for each block.
+    pub shared: u32,
+}
+
+impl Launch {
+    /// A block for each of `x`.
+    pub const fn blocks(x: usize) -> Self {
+        Launch { grid: [x as u32, 1, 1], shared: 0 }
+    }
+
+    /// A block for each pair.
+    pub const fn grid(x: usize, y: usize) -> Self {
+        Launch { grid: [x as u32, y as u32, 1], shared: 0 }
+    }
+
+    /// With shared memory.
+    pub const fn with_shared(self, bytes: usize) -> Self {
+        Launch { shared: bytes as u32, ..self }
+    }
+}
+
+/// `out [rows, n] = x [rows, k] · w [n, k]ᵀ` (or added to `out`); bf16 operands with rows of `stride` elements, f32 sums and result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Product {
+    /// bf16 `[rows, stride]`.
+    pub x: Address,
+    /// bf16 `[n, stride]`.
+    pub w: Address,
+    /// f32 `[rows, n]`.
+    pub out: Address,
+    /// Rows.
+    pub rows: usize,
+    /// Output features.
+    pub n: usize,
+    /// Input features, padding included: what is padded is 0 in both.
+    pub stride: usize,
+    /// Add to `out`.
+    pub add: bool,
+}
+
+/// A structure that a kernel takes by value, as bytes.
+pub trait Params: Copy {
+    /// Its bytes. Padding between fields must not exist.
+    fn bytes(&self) -> &[u8];
+}
+
+/// A device. Work is done in the order in which it is asked for; [`Device::read`] and [`Device::wait`] wait for all of it.
+pub trait Device: Send {
+    /// For the start-up lines.
+    fn describe(&self) -> String;
+    /// Multiprocessors: how many blocks it takes to fill the device.
+    fn processors(&self) -> usize;
+    /// Reserves memory filled with zeros, aligned to 128 bytes or more.
+    fn alloc(&mut self, what: &'static str, bytes: usize) -> Result<Address, KernelError>;
+    /// Gives memory back once all work that was asked for is done.
+    fn free(&mut self, at: Address);
+    /// Copies to the device.
+    fn write(&mut self, to: Address, bytes: &[u8]) -> Result<(), KernelError>;
+    /// Copies from the device, when all work before is done.
+    fn read(&self, from: Address, bytes: &mut [u8]) -> Result<(), KernelError>;
+    /// Runs a kernel.
+    fn launch(&mut self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), KernelError>;
+    /// A matrix product of many rows.
+    fn product(&mut self, product: Product) -> Result<(), KernelError>;
+    /// Waits for all work.
+    fn wait(&mut self) -> Result<(), KernelError>;
+}

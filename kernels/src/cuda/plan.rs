@@ -1,0 +1,95 @@
+//! Which tiles of a step's attention run where; see `kernels/cuda/attention.cu`. Planned once per step, for all layers.
+
+use super::params::Tile;
+use crate::ops::{HeadShape, SequenceSpan};
+
+/// Packed rows of a tile of few rows.
+pub const FEW: usize = 16;
+/// Packed rows of a tile of many.
+pub const MANY: usize = 64;
+/// Keys of a part. Fixed, and not a question of how much else there is to do, so that a row's result is the same in any company.
+pub const PART: usize = 512;
+/// The tile is the whole.
+const WHOLE: u32 = u32::MAX;
+
+/// Lists of tiles, for the kernels of the same names.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    pub few: Vec<Tile>,
+    pub many: Vec<Tile>,
+    pub plain: Vec<Tile>,
+    pub joins: Vec<Tile>,
+    /// Partial results that `few` makes and `joins` joins.
+    pub partials: usize,
+}
+
+impl Plan {
+    /// Plans anew, in the memory that is there. `fast`: the shape has kernels with matrix units.
+    pub(super) fn build(&mut self, sequences: &[SequenceSpan], shape: HeadShape, fast: bool) {
+        let Plan { few, many, plain, joins, partials } = self;
+        [&mut *few, &mut *many, &mut *plain, &mut *joins].into_iter().for_each(Vec::clear);
+        *partials = 0;
+        let group = shape.heads / shape.kv_heads;
+        for s in sequences {
+            let tile = |packed: usize| Tile {
+                first_row: s.first_row,
+                rows: s.rows,
+                context: s.context_len,
+                first_block: s.first_block,
+                packed: packed as u32,
+                from: 0,
+                to: s.context_len,
+                partial: WHOLE,
+            };
+            let packed_rows = s.rows as usize * group;
+            if !fast {
+                plain.extend((0..s.rows as usize).map(tile));
+            } else if packed_rows > FEW {
+                many.extend((0..packed_rows).step_by(MANY).map(tile));
+            } else if s.context_len as usize <= PART {
+                few.push(tile(0));
+            } else {
+                let parts = (s.context_len as usize).div_ceil(PART);
+                joins.push(Tile { from: 0, to: parts as u32, partial: *partials as u32, ..tile(0) });
+                for part in 0..parts {
+                    let (from, to) = ((part * PART) as u32, ((part + 1) * PART) as u32);
+                    few.push(Tile { from, to: to.min(s.context_len), partial: (*partials + part) as u32, ..tile(0) });
+                }
+                *partials += parts;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn span(rows: u32, context_len: u32) -> SequenceSpan {
+        SequenceSpan { first_row: 0, rows, context_len, first_block: 0 }
+    }
+
+    #[test]
+    fn every_key_of_a_long_context_is_in_one_part() {
+        let shape = HeadShape { heads: 8, kv_heads: 2, head_dim: 64 };
+        let mut plan = Plan::default();
+        plan.build(&[span(1, 512), span(1, 513), span(4, 2000)], shape, true);
+        assert_eq!(
+            plan.few.iter().map(|t| (t.from, t.to, t.partial)).collect::<Vec<_>>(),
+            [(0, 512, u32::MAX), (0, 512, 0), (512, 513, 1), (0, 512, 2), (512, 1024, 3), (1024, 1536, 4), (1536, 2000, 5),]
+        );
+        assert_eq!(plan.joins.iter().map(|t| (t.partial, t.to)).collect::<Vec<_>>(), [(0, 2), (2, 4)]);
+        assert_eq!(plan.partials, 6);
+    }
+
+    #[test]
+    fn rows_go_to_the_tiles_that_hold_them() {
+        let shape = HeadShape { heads: 9, kv_heads: 3, head_dim: 64 };
+        let mut plan = Plan::default();
+        // 5 rows of 3 heads are 15 packed rows, 6 are 18, 43 are 129.
+        plan.build(&[span(5, 5), span(6, 6), span(43, 43)], shape, true);
+        assert_eq!((plan.few.len(), plan.many.len()), (1, 1 + 3));
+        plan.build(&[span(5, 5)], shape, false);
+        assert_eq!((plan.few.len(), plan.plain.len()), (0, 5));
+    }
+}

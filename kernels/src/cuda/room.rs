@@ -1,0 +1,38 @@
+//! Device memory that grows.
+
+use super::device::{Address, Device};
+use crate::error::KernelError;
+
+/// Memory that grows when more is needed.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Room {
+    pub at: Address,
+    pub bytes: usize,
+}
+
+impl Room {
+    /// Sees to it that there are `bytes`; what was there is lost when it grows.
+    pub(super) fn reserve<D: Device>(
+        &mut self,
+        device: &mut D,
+        what: &'static str,
+        bytes: usize,
+    ) -> Result<Address, KernelError> {
+        if bytes > self.bytes {
+            let grown = bytes.next_power_of_two();
+            let old = std::mem::replace(self, Room { at: device.alloc(what, grown)?, bytes: grown });
+            if old.bytes > 0 {
+                device.free(old.at);
+            }
+        }
+        Ok(self.at)
+    }
+
+    pub(super) fn write<D: Device>(&mut self, device: &mut D, what: &'static str, bytes: &[u8]) -> Result<Address, KernelError> {
+        let at = self.reserve(device, what, bytes.len())?;
+        if !bytes.is_empty() {
+            device.write(at, bytes)?;
+        }
+        Ok(at)
+    }
+}

@@ -1,0 +1,193 @@
+//! A device that runs the CUDA kernels on the host; see `kernels/emulation/host.h`. Each allocation ends where a page without access
+//! begins, so that a kernel that reads or writes beyond one stops the test.
+
+use std::collections::HashMap;
+use std::collections::hash_map::DefaultHasher;
+use std::ffi::{CStr, CString, c_void};
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use half::bf16;
+use tidemill_kernels::KernelError;
+use tidemill_kernels::cuda::device::{Address, Device, HEADER, Kernel, Launch, Product, Source};
+
+const HOST: &str = include_str!("../../emulation/host.h");
+/// What a card lets a block have.
+const MOST_SHARED: u32 = 227 << 10;
+
+type Run = unsafe extern "C" fn(*const u32, u32, u64, u32, *const c_void);
+
+/// The library of a kernel file, built once for its text.
+fn library(source: Source) -> usize {
+    static LIBRARIES: [OnceLock<usize>; Source::ALL.len()] = [const { OnceLock::new() }; Source::ALL.len()];
+    *LIBRARIES[source as usize].get_or_init(|| {
+        let text = format!("{HOST}\n#line 1 \"device.cuh\"\n{HEADER}\n#line 1 \"{}\"\n{}", source.name(), source.text());
+        let hash = &mut DefaultHasher::new();
+        text.hash(hash);
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let built = folder.join(format!("{}-{:016x}.so", source.name(), hash.finish()));
+        if !built.exists() {
+            build(&text, folder, &built);
+        }
+        let path = CString::new(built.to_str().unwrap()).unwrap();
+        // SAFETY: a library without initialisers of its own.
+        let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+        // SAFETY: called right after the failure, on the same thread.
+        assert!(!handle.is_null(), "{}", unsafe { CStr::from_ptr(libc::dlerror()) }.to_string_lossy());
+        handle as usize
+    })
+}
+
+fn build(text: &str, folder: &Path, built: &Path) {
+    let unique = format!("{}.{}", built.display(), std::process::id());
+    let code = PathBuf::from(format!("{unique}.cpp"));
+    std::fs::create_dir_all(folder).unwrap();
+    std::fs::write(&code, text).unwrap();
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+    let flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"];
+    let outcome = Command::new(&compiler).args(flags).arg("-o").arg(&unique).arg(&code).output();
+    let output = outcome.expect("the emulated kernels need a C++ compiler: c++, or what CXX names");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    std::fs::rename(&unique, built).unwrap();
+    std::fs::remove_file(&code).unwrap();
+}
+
+fn symbol(source: Source, name: &str) -> *mut c_void {
+    let name = CString::new(name).unwrap();
+    // SAFETY: a handle that is never closed.
+    let found = unsafe { libc::dlsym(library(source) as *mut c_void, name.as_ptr()) };
+    assert!(!found.is_null(), "{source:?} has no {name:?}");
+    found
+}
+
+struct Mapping {
+    base: usize,
+    mapped: usize,
+    bytes: usize,
+}
+
+/// The device.
+#[derive(Default)]
+pub struct Emulated {
+    /// Threads of a block run from the last to the first.
+    pub reversed: bool,
+    mappings: HashMap<u64, Mapping>,
+}
+
+impl Emulated {
+    pub fn new(reversed: bool) -> Self {
+        Emulated { reversed, mappings: HashMap::new() }
+    }
+
+    /// Bytes that are reserved now.
+    pub fn held(&self) -> usize {
+        self.mappings.values().map(|m| m.bytes).sum()
+    }
+
+    fn within(&self, at: Address, bytes: usize) {
+        let fits = |(start, m): (&u64, &Mapping)| *start <= at.0 && at.0 as usize + bytes <= *start as usize + m.bytes;
+        assert!(self.mappings.iter().any(fits), "{bytes} bytes at {at:?} are not in one allocation");
+    }
+}
+
+impl Drop for Emulated {
+    fn drop(&mut self) {
+        assert!(self.mappings.is_empty() || std::thread::panicking(), "{} bytes were never given back", self.held());
+    }
+}
+
+const PAGE: usize = 4096;
+
+impl Device for Emulated {
+    fn describe(&self) -> String {
+        "emulated".into()
+    }
+
+    fn processors(&self) -> usize {
+        4
+    }
+
+    fn alloc(&mut self, what: &'static str, bytes: usize) -> Result<Address, KernelError> {
+        let memory = KernelError::Memory { what, bytes };
+        if bytes > 1 << 32 {
+            return Err(memory);
+        }
+        let mapped = (bytes + 128).next_multiple_of(PAGE);
+        let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: new pages, the last of which nobody may touch.
+        let base = unsafe {
+            let base = libc::mmap(std::ptr::null_mut(), mapped + PAGE, access, kind, -1, 0);
+            if base == libc::MAP_FAILED {
+                return Err(memory);
+            }
+            libc::mprotect(base.byte_add(mapped), PAGE, libc::PROT_NONE);
+            base as usize
+        };
+        let start = (base + mapped - bytes.next_multiple_of(128)) as u64;
+        self.mappings.insert(start, Mapping { base, mapped, bytes });
+        Ok(Address(start))
+    }
+
+    fn free(&mut self, at: Address) {
+        let mapping = self.mappings.remove(&at.0).expect("what is freed was reserved");
+        // SAFETY: the pages of one mapping; nothing runs.
+        unsafe { libc::munmap(mapping.base as *mut c_void, mapping.mapped + PAGE) };
+    }
+
+    fn write(&mut self, to: Address, bytes: &[u8]) -> Result<(), KernelError> {
+        self.within(to, bytes.len());
+        // SAFETY: inside one mapping.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.0 as *mut u8, bytes.len()) };
+        Ok(())
+    }
+
+    fn read(&self, from: Address, bytes: &mut [u8]) -> Result<(), KernelError> {
+        self.within(from, bytes.len());
+        // SAFETY: inside one mapping.
+        unsafe { std::ptr::copy_nonoverlapping(from.0 as *const u8, bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    fn launch(&mut self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), KernelError> {
+        let [_, y, z] = launch.grid;
+        assert!(y <= 65_535 && z <= 65_535 && launch.shared <= MOST_SHARED, "{kernel:?} {launch:?}");
+        let size = symbol(kernel.source, &format!("{}_params", kernel.name)).cast::<u64>();
+        // SAFETY: the library's own number.
+        assert_eq!(unsafe { *size }, params.len() as u64, "structure of {}", kernel.name);
+        // SAFETY: every kernel has this type; its structure has the right size.
+        unsafe {
+            let run: Run = std::mem::transmute(symbol(kernel.source, kernel.name));
+            // The structure's numbers may be read 8 bytes at a time.
+            let aligned: Vec<u64> =
+                params.chunks(8).map(|c| u64::from_le_bytes(std::array::from_fn(|i| c.get(i).copied().unwrap_or(0)))).collect();
+            run(launch.grid.as_ptr(), kernel.threads, launch.shared.into(), self.reversed.into(), aligned.as_ptr().cast());
+        }
+        Ok(())
+    }
+
+    fn product(&mut self, product: Product) -> Result<(), KernelError> {
+        let Product { x, w, out, rows, n, stride, add } = product;
+        let load = |at: Address, count: usize| {
+            let mut bytes = vec![0; count * 2];
+            self.read(at, &mut bytes)
+                .map(|()| bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect::<Vec<f32>>())
+        };
+        let (x, w) = (load(x, rows * stride)?, load(w, n * stride)?);
+        let mut bytes = vec![0; rows * n * 4];
+        self.read(out, &mut bytes)?;
+        for (i, value) in bytes.as_chunks_mut().0.iter_mut().enumerate() {
+            let (row, feature) = (i / n, i % n);
+            let products =
+                x[row * stride..][..stride].iter().zip(&w[feature * stride..][..stride]).map(|(a, b)| f64::from(a * b));
+            let before = if add { f64::from(f32::from_le_bytes(*value)) } else { 0.0 };
+            *value = ((before + products.sum::<f64>()) as f32).to_le_bytes();
+        }
+        self.write(out, &bytes)
+    }
+
+    fn wait(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
+}
