@@ -9,7 +9,7 @@ use sqlx::any::AnyRow;
 use sqlx::{AssertSqlSafe, Row};
 
 use crate::Store;
-use crate::audit::Act;
+use crate::audit::Actor;
 use crate::error::StoreError;
 use crate::patience::{at_length, patiently};
 use crate::statement::clean;
@@ -66,7 +66,7 @@ pub struct LoopChange {
     /// What the audit calls it, behind `loop.`.
     pub action: String,
     /// Who does it.
-    pub actor: String,
+    pub actor: Actor,
     /// What happened, and the numbers.
     pub step: Value,
 }
@@ -166,14 +166,13 @@ impl Loops {
                 .bind(change.at)
                 .bind(change.cycle.cast_signed())
                 .bind(change.state.clone())
-                .bind(clean(&change.actor).into_owned())
+                .bind(clean(&change.actor.name).into_owned())
                 .bind(text_of(&change.step))
                 .execute(&mut *transaction)
                 .await?;
             let detail = json!({ "cycle": change.cycle, "version": changed.version, "why": change.step["why"] });
-            let action = format!("loop.{}", change.action);
-            let (id, at, actor, subject) = (self.store.issue_id(), change.at, &change.actor, &read.name);
-            Act { id, at, actor, action: &action, subject, detail: &detail }.write(&mut transaction).await?;
+            let act = self.store.act(&change.actor, format!("loop.{}", change.action));
+            act.to(read.name.as_str()).with(detail).at(change.at).write(&mut transaction).await?;
             transaction.commit().await?;
             Ok(changed)
         })

@@ -103,7 +103,7 @@ fn want(named: &NamedArgs, wish: Wish) -> Result<(), StoreCommandError> {
     let name = named.name.as_str();
     let found = named.store.with_config(async |store, config| {
         let configured = config.loops.contains_key(name);
-        follow(&Loops::new(&store), name, configured, wish, ACTOR, now()).await.map_err(refused)?;
+        follow(&Loops::new(&store), name, configured, wish, &ACTOR.into(), now()).await.map_err(refused)?;
         Ok(standing(&store, name, config.loops.get(name), 1, now()).await?.unwrap_or_default())
     })?;
     say(&if named.json { pretty(&found) } else { headline(&found) });
@@ -132,12 +132,7 @@ fn headline(found: &Value) -> String {
 /// A loop in lines: its cycles the newest first, what happened in each the oldest first.
 fn described(found: &Value) -> String {
     let mut lines = vec![headline(found)];
-    lines.push(format!(
-        "  model {} · base {} · dataset {}",
-        text(found, "model"),
-        text(found, "base"),
-        text(found, "dataset")
-    ));
+    lines.push(format!("  model {} · base {} · dataset {}", text(found, "model"), text(found, "base"), text(found, "dataset")));
     for cycle in found["cycles"].as_array().into_iter().flatten() {
         let took = cycle["ended_at"].as_i64().zip(cycle["began_at"].as_i64());
         let how = match (cycle["outcome"].as_str(), took) {

@@ -4,19 +4,19 @@ use crate::clock::now;
 use crate::datasets::Refused;
 use crate::fine_tuning::DATASET;
 use crate::flywheel::{Flywheels, Trouble, actor, candidate, lock, policy};
-use crate::http::App;
+use crate::http::{App, job_name};
 use crate::rollout::keeper::KeeperError;
 use crate::rollout::spec::Spec;
 use serde_json::{Map, json};
 use std::collections::HashSet;
-use tidemill_rlhf::dataset::format::{Format, Selection, lines};
 use tidemill_rlhf::dataset::Datasets;
-use tidemill_rlhf::flywheel::{Act, Cycle, Flywheel, Key, Seen, Work, Word};
+use tidemill_rlhf::dataset::format::{Format, Selection, lines};
+use tidemill_rlhf::flywheel::{Act, Cycle, Flywheel, Key, Seen, Word, Work};
 use tidemill_rlhf::quality::{QualityOptions, Split};
 use tidemill_rlhf::registry::RegistryError;
 use tidemill_store::{
-    AdapterRefusal, AdapterState, FileDraft, Files, FineTuningDraft, Incoming, News, Rollout, RolloutRefusal, Rollouts, Store, StoreError,
-    Viewer,
+    Actor, AdapterRefusal, AdapterState, FileDraft, Files, FineTuningDraft, Incoming, News, Rollout, RolloutRefusal, Rollouts,
+    Store, StoreError, Viewer,
 };
 use uuid::Uuid;
 
@@ -48,7 +48,8 @@ impl Flywheels {
 
     async fn build(&self, app: &App, key: &Key, cycle: &Cycle) -> Result<Option<Seen>, Trouble> {
         let options = QualityOptions { thresholds: cycle.policy.quality.thresholds.clone(), ..QualityOptions::default() };
-        let started = app.datasets.start(cycle.policy.dataset.clone(), cycle.policy.query(cycle.started), options).await;
+        let (dataset, query) = (cycle.policy.dataset.clone(), cycle.policy.query(cycle.started));
+        let started = app.datasets.start(dataset, query, options, actor(&key.name).into()).await;
         match started {
             Ok(job) => {
                 lock(&self.shared.builds).insert(key.name.clone(), (key.cycle, job.id));
@@ -107,7 +108,9 @@ impl Flywheels {
             place: app.files.place().to_owned(),
         };
         let news = [News::info(format!("Created by cycle {} of the loop {} from {dataset}.", key.cycle, key.name))];
-        if !app.fine_tuning.rows().insert(&draft, &news).await? {
+        let detail = json!({ "model": policy.base, "dataset": dataset, "cycle": key.cycle });
+        let act = self.shared.store.act(actor(&key.name), "fine_tuning.create").to(job_name(draft.id)).with(detail);
+        if !app.fine_tuning.rows().insert(&draft, &news, act).await? {
             return Err(Trouble::Busy("a file of its training was deleted; it is written again".to_owned()));
         }
         app.fine_tuning.wake();
@@ -116,7 +119,7 @@ impl Flywheels {
 
     /// Serves the adapter under a name of its own, and starts the rollout.
     async fn roll_out(&self, app: &App, key: &Key, cycle: &Cycle, adapter: &str) -> Result<Option<Seen>, Trouble> {
-        let by = actor(&key.name);
+        let by = Actor::from(actor(&key.name));
         let registry = app.adapters.registry().acting_as(&by);
         let name = candidate(&key.name, key.cycle);
         let row = match registry.serve(adapter, false).await {
@@ -140,7 +143,7 @@ impl Flywheels {
             Ok(spec) => spec,
             Err(error) => return Ok(Some(failed(error.message, "mend `rollout` in the loop's policy", true))),
         };
-        match app.rollouts.start(spec, &by).await {
+        match app.rollouts.start(spec, by).await {
             Ok(_) => Ok(None),
             Err(KeeperError::Refused(RolloutRefusal::Store(error))) => Err(error.into()),
             Err(error) => Ok(Some(failed(error, "mend what it says, and run the loop again", false))),

@@ -30,7 +30,7 @@ use std::time::Duration;
 use tidemill_rlhf::dataset::DatasetError;
 use tidemill_rlhf::flywheel::{Flywheel, Note, Policy, Step, Word, step};
 use tidemill_rlhf::registry::RegistryError;
-use tidemill_store::{Leadership, LoopChange, LoopRefusal, LoopRow, Loops, RolloutRefusal, Store, StoreError};
+use tidemill_store::{Actor, Leadership, LoopChange, LoopRefusal, LoopRow, Loops, RolloutRefusal, Store, StoreError};
 use tokio::sync::{Notify, watch};
 use uuid::Uuid;
 
@@ -116,7 +116,7 @@ fn standing_of(row: &LoopRow) -> Result<Flywheel, StoreError> {
 }
 
 /// The next row of a loop.
-fn change(next: &Flywheel, note: &Note, actor: String) -> LoopChange {
+fn change(next: &Flywheel, note: &Note, actor: Actor) -> LoopChange {
     LoopChange {
         at: note.at,
         cycle: next.cycle,
@@ -258,9 +258,16 @@ impl Flywheels {
             next = step(name, &wheel, policy, &seen, now());
         }
         let Step { next: Some((next, note)), .. } = next else { return Ok(false) };
-        match self.rows.advance(&row, &change(&next, &note, actor(name))).await {
+        match self.rows.advance(&row, &change(&next, &note, actor(name).into())).await {
             Ok(_) => {
-                tracing::info!(name, cycle = note.cycle, state = note.state.as_str(), action = note.action, why = note.why, "a loop");
+                tracing::info!(
+                    name,
+                    cycle = note.cycle,
+                    state = note.state.as_str(),
+                    action = note.action,
+                    why = note.why,
+                    "a loop"
+                );
                 // What failed is tried at the next look, not at once.
                 Ok(note.is_state())
             }

@@ -2,7 +2,7 @@
 
 use crate::flywheel::{change, row_of, standing_of};
 use tidemill_rlhf::flywheel::{Wish, WishError, wish as wished};
-use tidemill_store::{LoopRefusal, Loops, StoreError};
+use tidemill_store::{Actor, LoopRefusal, Loops, StoreError};
 
 /// Times that a wish is written where the loop moves meanwhile.
 const TRIES: usize = 20;
@@ -14,7 +14,9 @@ pub enum WishRefusal {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// No such loop.
-    #[error("there is no loop '{0}'; `[loop.NAME]` in tidemill.toml makes one, `tidemill loop status` shows those that there are")]
+    #[error(
+        "there is no loop '{0}'; `[loop.NAME]` in tidemill.toml makes one, `tidemill loop status` shows those that there are"
+    )]
     Unknown(String),
     /// It is not configured any more.
     #[error("the loop '{0}' is not in the configuration any more; put `[loop.{0}]` back into tidemill.toml")]
@@ -28,7 +30,7 @@ pub enum WishRefusal {
 }
 
 /// Writes a wish down. `configured`: the loop has a policy.
-pub async fn follow(rows: &Loops, name: &str, configured: bool, wish: Wish, by: &str, now: i64) -> Result<(), WishRefusal> {
+pub async fn follow(rows: &Loops, name: &str, configured: bool, wish: Wish, by: &Actor, now: i64) -> Result<(), WishRefusal> {
     if !configured {
         let known = rows.find(name).await?.is_some();
         match (known, wish) {
@@ -40,7 +42,7 @@ pub async fn follow(rows: &Loops, name: &str, configured: bool, wish: Wish, by: 
     for _ in 0..TRIES {
         let row = row_of(rows, name, now).await?;
         let Some((next, note)) = wished(&standing_of(&row)?, wish, by, now)? else { return Ok(()) };
-        match rows.advance(&row, &change(&next, &note, by.to_owned())).await {
+        match rows.advance(&row, &change(&next, &note, by.clone())).await {
             Ok(_) => return Ok(()),
             Err(LoopRefusal::Changed) => {}
             Err(LoopRefusal::Store(error)) => return Err(error.into()),

@@ -114,6 +114,7 @@ mod tests {
         for (under, read, act) in RULES {
             assert!(!act.contains(&Scope::Look), "{under}");
             let governed = [
+                "/v1/console",
                 "/v1/rollouts",
                 "/v1/loops",
                 "/v1/audit",

@@ -6,8 +6,9 @@ use crate::http::app::App;
 use crate::http::auth::authenticate;
 use crate::http::error::ApiError;
 use crate::http::{
-    adapter_registry, adapters, audit, batches, chat, completions, console, datasets, embeddings, feedback, files, fine_tuning, graders,
-    interchange, keys, labeling, lineage, loops, messages, models, observe, probes, responses, rollouts, stored_chats, tokens,
+    adapter_registry, adapters, audit, batches, chat, completions, console, datasets, embeddings, feedback, files, fine_tuning,
+    graders, interchange, keys, labeling, lineage, loops, messages, models, observe, probes, responses, rollouts, stored_chats,
+    tokens,
 };
 use crate::limits::shed;
 use axum::Router;

@@ -235,7 +235,7 @@ impl FineTunings {
 
     /// The process of a job that runs was told to stop: that it took no step counts for nothing.
     pub async fn forgive(&self, id: Uuid, now: i64) -> Result<bool, StoreError> {
-        let change = Change { from: &[FineTuningState::Running], set: "attempts = 0", values: Vec::new(), news: &[] };
+        let change = Change { from: &[FineTuningState::Running], set: "attempts = 0", values: Vec::new(), news: &[], act: None };
         Ok(self.change(id, change, None, now).await?.is_some())
     }
 
