@@ -39,13 +39,7 @@ fn decision(version: i64, at: i64, action: &str, actor: Option<&str>) -> Rollout
 
 fn change(at: i64, action: &str, actor: Option<&str>, keep: bool) -> RolloutChange {
     let over = action == "promote";
-    RolloutChange {
-        state: json!({"weight": at}),
-        over,
-        promoted: over,
-        decision: decision(-1, at, action, actor),
-        keep,
-    }
+    RolloutChange { state: json!({"weight": at}), over, promoted: over, decision: decision(-1, at, action, actor), keep }
 }
 
 #[test]
