@@ -28,7 +28,16 @@ const ROWS: usize = 8;
 
 fn policy(gates: Value) -> Value {
     // The parrot says the same to everything.
-    let allow = ["repeated_answer", "near_duplicates", "exact_duplicates", "diversity", "distinct", "language", "contradictions", "drift"];
+    let allow = [
+        "repeated_answer",
+        "near_duplicates",
+        "exact_duplicates",
+        "diversity",
+        "distinct",
+        "language",
+        "contradictions",
+        "drift",
+    ];
     json!({
         "model": MODEL,
         "when": {"preferences": ROWS, "raters": 2},
@@ -135,12 +144,23 @@ impl Bench {
 
     /// Two people mend the parrot's answers.
     async fn judge(&self) {
-        let subjects = ["the sea", "old trains", "a quiet garden", "seven stars", "bread and salt", "snow in May", "the long road", "a red door"];
+        let subjects = [
+            "the sea",
+            "old trains",
+            "a quiet garden",
+            "seven stars",
+            "bread and salt",
+            "snow in May",
+            "the long road",
+            "a red door",
+        ];
         for (number, subject) in subjects.iter().enumerate() {
             let messages = json!([{"role": "user", "content": format!("Tell me about {subject}, please.")}]);
             let answer = post(&self.router, "/v1/chat/completions", json!({"model": MODEL, "messages": messages})).await.json();
             let author = ["ann", "bob"][number % 2];
-            let text = format!("There is much to say about {subject}: it is number {number} of the things that people like to hear about.");
+            let text = format!(
+                "There is much to say about {subject}: it is number {number} of the things that people like to hear about."
+            );
             let mended = json!({"target": answer["id"], "kind": "correction", "value": text, "author": author});
             // The answer's row may be on its way.
             let sent = post(&self.router, "/v1/feedback", mended).await;
@@ -177,7 +197,10 @@ fn plain() -> Value {
 async fn feedback_becomes_an_adapter_that_a_shut_gate_refuses_with_the_reason() {
     let bench = Bench::new(false, false, plain());
     let before = bench.until(|found| found["created_at"].is_i64()).await;
-    assert_eq!((&before["state"], &before["cycle"], &before["waits_for"]["need"]["preferences"]), (&json!("waiting"), &json!(0), &json!(ROWS)));
+    assert_eq!(
+        (&before["state"], &before["cycle"], &before["waits_for"]["need"]["preferences"]),
+        (&json!("waiting"), &json!(0), &json!(ROWS))
+    );
     bench.judge().await;
     let found = bench.until(ended).await;
     let cycle = &found["cycles"][0];
@@ -186,13 +209,21 @@ async fn feedback_becomes_an_adapter_that_a_shut_gate_refuses_with_the_reason() 
     assert_eq!(cycle["findings"], json!([{"of": "accuracy", "found": "won 3 of 8", "change": "train on more preferences"}]));
     assert_eq!(cycle["steps"][0]["why"], "8 new judgements of 2 people");
     assert_eq!(cycle["steps"][4]["numbers"]["gates"][0]["value"], 0.4);
-    assert_eq!((&found["cycle"], &found["waits_for"]["have"]["preferences"]), (&json!(1), &json!(0)), "they are not new any more");
+    assert_eq!(
+        (&found["cycle"], &found["waits_for"]["have"]["preferences"]),
+        (&json!(1), &json!(0)),
+        "they are not new any more"
+    );
     assert_eq!(bench.acts(), ["train", "eval"]);
 
     // The rows went to the training with the people behind them, and nothing of them stays where it is not needed.
     let rows = std::fs::read_to_string(bench.folder.path().join("acts.rows")).unwrap();
     assert!(rows.lines().count() >= 4 && rows.contains("\"ann\""), "{rows}");
-    let jobs = FineTunings::new(bench.app.store.database()).list(&Viewer::Key(format!("loop:{NAME}")), &[], None, 9).await.unwrap().items;
+    let jobs = FineTunings::new(bench.app.store.database())
+        .list(&Viewer::Key(format!("loop:{NAME}")), &[], None, 9)
+        .await
+        .unwrap()
+        .items;
     assert_eq!((jobs.len(), jobs[0].draft.suffix.as_deref()), (1, Some(NAME)));
     for file in [Some(jobs[0].draft.training_file), jobs[0].draft.validation_file].into_iter().flatten() {
         assert_eq!(bench.app.files.find(file, &Viewer::Anyone, 0).await.unwrap(), None);
@@ -200,10 +231,18 @@ async fn feedback_becomes_an_adapter_that_a_shut_gate_refuses_with_the_reason() 
     }
     // It is a candidate, and knows its snapshot.
     let adapters = bench.app.adapters.registry().list(&AdapterFilter::default()).await.unwrap().items;
-    assert_eq!((adapters.len(), adapters[0].state, &adapters[0].lineage["dataset"]), (1, AdapterState::Candidate, &json!("better@1")));
+    assert_eq!(
+        (adapters.len(), adapters[0].state, &adapters[0].lineage["dataset"]),
+        (1, AdapterState::Candidate, &json!("better@1"))
+    );
     assert!(bench.app.adapters.registry().aliases().await.unwrap().is_empty());
     let asked = std::fs::read_to_string(bench.folder.path().join("acts.eval")).unwrap();
-    for part in [format!("--adapter {}", adapters[0].reference()), "--dataset better@1".into(), format!("--base {MODEL}=/"), "--priority low".into()] {
+    for part in [
+        format!("--adapter {}", adapters[0].reference()),
+        "--dataset better@1".into(),
+        format!("--base {MODEL}=/"),
+        "--priority low".into(),
+    ] {
         assert!(asked.contains(&part), "{part}: {asked}");
     }
     assert!(!asked.contains("postgres"), "no address of a database is in a list of processes");

@@ -66,7 +66,8 @@ fn feedback_is_counted_as_a_query_would_take_it() {
         let recorded = answer(&store, "cy");
         store.record(recorded.clone()).unwrap();
         store.flush().await;
-        let of = |author: &str, at: i64| Feedback { created: at, tags: Vec::new(), ..thumb(&store, recorded.choices[0].id, author) };
+        let of =
+            |author: &str, at: i64| Feedback { created: at, tags: Vec::new(), ..thumb(&store, recorded.choices[0].id, author) };
         let comparison = |author: &str, at: i64| Feedback { kind: Kind::Comparison, ..of(author, at) };
         store
             .add_feedback(vec![

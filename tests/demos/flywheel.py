@@ -83,6 +83,8 @@ def policy(name: str, settings: Settings, count: int) -> dict:
             "comparisons": 10, "accuracy": settings.accuracy, "preferences": 15, "raters": 3,
             # Short answers are what is wanted, and a small model changes much for them.
             "shortest": 0.02, "kl_per_token": 3,
+            # Of so few answers one is many percent.
+            "refusals": 0.3, "truncated": 0.3,
         },
         "rollout": {
             "kind": "canary",
@@ -198,6 +200,7 @@ def run(loop: Loop, settings: Settings) -> tuple[list[str], list[tuple[str, bool
     cycles = {}
     with loop.stage("loops"), loop.serving(arguments=("--training-threads", str(loop.threads))) as server:
         say(server, judgements(shown, settings.seed))
+
         def wait(name: str, word: str = "waiting") -> None:
             """Until the loop stands so, or has ended its cycle."""
             while (found := look(server, name))["state"] != word and not ended(server, name):

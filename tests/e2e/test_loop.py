@@ -18,8 +18,11 @@ import flywheel  # noqa: E402
 from flywheel import LOOPS, PEOPLE, Settings, ended, look  # noqa: E402
 from loop import BASE, Loop  # noqa: E402
 
-# A fifth of the demonstration's work, and a control that learns half as long: what says nothing need not be said often.
-SETTINGS = Settings(questions=44, max_tokens=80, held_out=0.4, prompts=8, exposures=12)
+# Less than half of the demonstration's work.
+SETTINGS = Settings(
+    questions=44, max_tokens=80, held_out=0.4, prompts=8, exposures=12,
+    train=dict(method="dpo", n_epochs=3, batch_size=4, learning_rate_multiplier=30, beta=0.1),
+)
 # Everything beyond a loop's own work: waiting for the other one's training, and a machine with other things to do.
 SECONDS = 1500
 TRAINING = ("--training-threads", "2")

@@ -132,12 +132,7 @@ fn headline(found: &Value) -> String {
 /// A loop in lines: its cycles the newest first, what happened in each the oldest first.
 fn described(found: &Value) -> String {
     let mut lines = vec![headline(found)];
-    lines.push(format!(
-        "  model {} · base {} · dataset {}",
-        text(found, "model"),
-        text(found, "base"),
-        text(found, "dataset")
-    ));
+    lines.push(format!("  model {} · base {} · dataset {}", text(found, "model"), text(found, "base"), text(found, "dataset")));
     for cycle in found["cycles"].as_array().into_iter().flatten() {
         let took = cycle["ended_at"].as_i64().zip(cycle["began_at"].as_i64());
         let how = match (cycle["outcome"].as_str(), took) {

@@ -41,7 +41,11 @@ pub fn tables(
         }
         let mut lines = BTreeMap::from([(String::new(), line_of(name.span()))]);
         let value = json(entry, "", line_of, &mut lines).map_err(|(span, field, found)| {
-            wrong(span, &format!("{key}.{field}"), format!("expected JSON's kinds of values, but found {found}; put it into quotes"))
+            wrong(
+                span,
+                &format!("{key}.{field}"),
+                format!("expected JSON's kinds of values, but found {found}; put it into quotes"),
+            )
         })?;
         tables.push(LoopTable { name: name.get_ref().to_string(), path: path.to_owned(), value, lines });
     }
@@ -167,7 +171,11 @@ metrics = [{metric = "error_rate", guardrail = {max = 0.05}}]
             ("set_weight = 20", "set_weight = 200", "t:16: `loop.shorter.rollout.steps.0.set_weight`: "),
             ("raters = 3", "readers = 3", "t:8: `loop.shorter.when.readers`: Unknown parameter: 'when.readers'. docs/loop.md"),
             ("kind = \"canary\"", "", "t:14: `loop.shorter.rollout.kind`: Missing required parameter: 'rollout.kind'"),
-            ("raters = 3", "at = 03:00:00", "t:8: `loop.shorter.when.at`: expected JSON's kinds of values, but found a date or a time"),
+            (
+                "raters = 3",
+                "at = 03:00:00",
+                "t:8: `loop.shorter.when.at`: expected JSON's kinds of values, but found a date or a time",
+            ),
             ("[loop.shorter]", "[loop.Shorter]", "t:2: `loop.Shorter`: a loop's name is"),
         ] {
             let error = refused(from, to);

@@ -84,7 +84,10 @@ mod tests {
         assert!(text.contains("tidemill:loop_state{loop=\"a\\\"b\",state=\"waiting\"} 1\n"), "{text}");
         assert!(text.contains("state=\"training\"} 0\n") && !text.contains("none"), "{text}");
         for (what, value) in [("cycle", 4), ("paused", 0), ("new_preferences", 7), ("new_raters", 2)] {
-            assert!(text.contains(&format!("# TYPE tidemill:loop_{what} gauge\ntidemill:loop_{what}{{loop=\"a\\\"b\"}} {value}\n")), "{text}");
+            assert!(
+                text.contains(&format!("# TYPE tidemill:loop_{what} gauge\ntidemill:loop_{what}{{loop=\"a\\\"b\"}} {value}\n")),
+                "{text}"
+            );
         }
         gauges.clear();
         assert_eq!(gauges.render(), "");

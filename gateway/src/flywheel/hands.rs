@@ -9,14 +9,14 @@ use crate::rollout::keeper::KeeperError;
 use crate::rollout::spec::Spec;
 use serde_json::{Map, json};
 use std::collections::HashSet;
-use tidemill_rlhf::dataset::format::{Format, Selection, lines};
 use tidemill_rlhf::dataset::Datasets;
-use tidemill_rlhf::flywheel::{Act, Cycle, Flywheel, Key, Seen, Work, Word};
+use tidemill_rlhf::dataset::format::{Format, Selection, lines};
+use tidemill_rlhf::flywheel::{Act, Cycle, Flywheel, Key, Seen, Word, Work};
 use tidemill_rlhf::quality::{QualityOptions, Split};
 use tidemill_rlhf::registry::RegistryError;
 use tidemill_store::{
-    AdapterRefusal, AdapterState, FileDraft, Files, FineTuningDraft, Incoming, News, Rollout, RolloutRefusal, Rollouts, Store, StoreError,
-    Viewer,
+    AdapterRefusal, AdapterState, FileDraft, Files, FineTuningDraft, Incoming, News, Rollout, RolloutRefusal, Rollouts, Store,
+    StoreError, Viewer,
 };
 use uuid::Uuid;
 

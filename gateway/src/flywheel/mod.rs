@@ -260,7 +260,14 @@ impl Flywheels {
         let Step { next: Some((next, note)), .. } = next else { return Ok(false) };
         match self.rows.advance(&row, &change(&next, &note, actor(name))).await {
             Ok(_) => {
-                tracing::info!(name, cycle = note.cycle, state = note.state.as_str(), action = note.action, why = note.why, "a loop");
+                tracing::info!(
+                    name,
+                    cycle = note.cycle,
+                    state = note.state.as_str(),
+                    action = note.action,
+                    why = note.why,
+                    "a loop"
+                );
                 // What failed is tried at the next look, not at once.
                 Ok(note.is_state())
             }

@@ -55,9 +55,11 @@ pub fn read(name: &str, value: &Value) -> Result<Policy, ApiError> {
     let rollout = fields.require("rollout")?;
     let rollout = Value::Object(rollout.map()?.clone());
     fields.finish()?;
-    let policy = Policy { model, base, dataset, when, feedback, window, quality, recipe: method.to_json(), measuring, gates, rollout };
+    let policy =
+        Policy { model, base, dataset, when, feedback, window, quality, recipe: method.to_json(), measuring, gates, rollout };
     if spec(&policy, name, CONTROL, TREATMENT)?.kind == RolloutKind::Shadow {
-        let why = "Invalid 'rollout.kind': nobody sees a shadow's answers, so none is ever promoted. Use 'canary', 'ab' or 'bandit'.";
+        let why =
+            "Invalid 'rollout.kind': nobody sees a shadow's answers, so none is ever promoted. Use 'canary', 'ab' or 'bandit'.";
         return Err(ApiError::invalid("rollout.kind", "invalid_value", why));
     }
     Ok(policy)
@@ -69,7 +71,9 @@ pub fn spec(policy: &Policy, name: &str, control: &str, treatment: &str) -> Resu
     for own in ["name", "model", "arms"] {
         if rollout.contains_key(own) {
             let param = format!("rollout.{own}");
-            let message = format!("Invalid '{param}': the loop says it: its cycle, its model, what that serves and the adapter. Leave it out.");
+            let message = format!(
+                "Invalid '{param}': the loop says it: its cycle, its model, what that serves and the adapter. Leave it out."
+            );
             return Err(ApiError::invalid(param, "invalid_value", message));
         }
     }
@@ -120,13 +124,19 @@ fn when(field: &Field<'_>) -> Result<When, ApiError> {
         None => None,
     };
     let preferences = match (at, fields.integer("preferences", 1..=MOST)?) {
-        (None, None) => return Err(field.invalid("missing_required_parameter", "nothing would begin a cycle. Give 'preferences', 'at' or both.")),
+        (None, None) => {
+            return Err(
+                field.invalid("missing_required_parameter", "nothing would begin a cycle. Give 'preferences', 'at' or both.")
+            );
+        }
         (_, preferences) => preferences.map_or(1, i64::unsigned_abs),
     };
     let raters = fields.integer("raters", 1..=MOST)?.map_or(1, i64::unsigned_abs);
     let need = match (fields.get("need"), at) {
         (None, _) => Need::All,
-        (Some(need), None) => return Err(need.invalid("invalid_value", "there is no 'at' for it. Leave it out, or give a time of day.")),
+        (Some(need), None) => {
+            return Err(need.invalid("invalid_value", "there is no 'at' for it. Leave it out, or give a time of day."));
+        }
         (Some(need), Some(_)) => match need.one_of(&["all", "any"])? {
             "any" => Need::Any,
             _ => Need::All,
@@ -185,10 +195,16 @@ fn feedback(field: Option<&Field<'_>>, kind: Kind) -> Result<(Query, Option<u64>
     let query: Query = serde_json::from_value(Value::Object(map)).map_err(|error| invalid("", format!("{error}.")))?;
     query.check().map_err(|error| invalid(error.field, format!("{}.", error.reason)))?;
     if query.held_out <= 0.0 {
-        return Err(invalid("held_out", "the adapter is measured on rows that it did not learn. Give a share, such as 0.2.".to_owned()));
+        return Err(invalid(
+            "held_out",
+            "the adapter is measured on rows that it did not learn. Give a share, such as 0.2.".to_owned(),
+        ));
     }
     if query.rows != [rows] {
-        return Err(invalid("rows", format!("this method learns from rows of the kind '{}' alone. Leave it out.", rows.as_str())));
+        return Err(invalid(
+            "rows",
+            format!("this method learns from rows of the kind '{}' alone. Leave it out.", rows.as_str()),
+        ));
     }
     Ok((query, window))
 }
@@ -291,11 +307,17 @@ fn gates(field: Option<&Field<'_>>, measuring: &Measuring, kind: Kind) -> Result
     }
     let gates: Gates = serde_json::from_value(Value::Object(map)).map_err(|error| invalid("", &format!("{error}.")))?;
     if gates.text_loss.is_some() && measuring.text.is_none() {
-        return Err(invalid("text_loss", "there is no ordinary text to measure it on. Name a file in 'evaluate.text', or switch it \"off\"."));
+        return Err(invalid(
+            "text_loss",
+            "there is no ordinary text to measure it on. Name a file in 'evaluate.text', or switch it \"off\".",
+        ));
     }
     let answers = [gates.win_rate, gates.kl_per_token, gates.shortest, gates.longest, gates.refusals, gates.truncated];
     if measuring.prompts == 0 && answers.iter().any(Option::is_some) {
-        return Err(invalid("", "gates that look at answers are on, and 'evaluate.prompts' is 0. Raise it, or switch them \"off\"."));
+        return Err(invalid(
+            "",
+            "gates that look at answers are on, and 'evaluate.prompts' is 0. Raise it, or switch them \"off\".",
+        ));
     }
     if gates.accuracy.is_none() && gates.win_rate.is_none() {
         let why = "nothing would say that the adapter is better. Leave 'accuracy' on, or give 'evaluate.rules' for 'win_rate'.";
@@ -335,7 +357,10 @@ pub(crate) mod tests {
         let policy = read("shorter", &table()).unwrap();
         assert_eq!((policy.model.as_str(), policy.base.as_str(), policy.dataset.as_str()), ("assistant", "smollm2", "shorter"));
         assert_eq!(policy.when, When { preferences: 20, raters: 3, at: None, need: Need::All });
-        assert_eq!((policy.feedback.held_out, policy.feedback.rows.as_slice(), policy.window), (0.2, [RowKind::Preference].as_slice(), None));
+        assert_eq!(
+            (policy.feedback.held_out, policy.feedback.rows.as_slice(), policy.window),
+            (0.2, [RowKind::Preference].as_slice(), None)
+        );
         assert_eq!(policy.recipe["type"], "dpo");
         assert_eq!(policy.gates, Gates::default());
         assert_eq!((policy.measuring.prompts, policy.measuring.max_tokens), (50, 256));
@@ -350,12 +375,16 @@ pub(crate) mod tests {
         let mut table = with("when", json!({"at": "03:00", "need": "any", "preferences": 5}));
         table["train"] = json!({"method": "dpo", "beta": 0.2, "n_epochs": 2, "learning_rate_multiplier": 20});
         table["feedback"] = json!({"since": "90d", "sources": ["app"], "from": ["comparison"], "held_out": 0.25});
-        table["quality"] = json!({"allow": ["length_bias"], "strict": true, "thresholds": {"size": {"preferences": {"warn": 20, "fail": 10}}}});
+        table["quality"] =
+            json!({"allow": ["length_bias"], "strict": true, "thresholds": {"size": {"preferences": {"warn": 20, "fail": 10}}}});
         table["gates"] = json!({"shortest": 0.1, "kl_per_token": "off"});
         let policy = read("shorter", &table).unwrap();
         assert_eq!((policy.when.need, policy.when.at.unwrap().to_string()), (Need::Any, "03:00".into()));
         assert_eq!(policy.recipe["dpo"]["hyperparameters"]["learning_rate_multiplier"], 20.0);
-        assert_eq!((policy.window, policy.feedback.since, policy.feedback.sources.as_slice()), (Some(90 * 86_400), None, ["app".to_owned()].as_slice()));
+        assert_eq!(
+            (policy.window, policy.feedback.since, policy.feedback.sources.as_slice()),
+            (Some(90 * 86_400), None, ["app".to_owned()].as_slice())
+        );
         assert_eq!((policy.quality.allow.len(), policy.quality.thresholds.size.preferences.fail), (1, 10.0));
         assert_eq!((policy.gates.shortest, policy.gates.kl_per_token, policy.gates.longest), (Some(0.1), None, Some(2.0)));
         let dated = read("shorter", &with("feedback", json!({"since": "2026-01-01"}))).unwrap();

@@ -9,7 +9,9 @@ use tidemill_rlhf::dataset::DatasetError;
 use tidemill_rlhf::flywheel::{Counts, Cycle, Flywheel, Key, Policy, Seen, State};
 use tidemill_rlhf::quality::Check;
 use tidemill_store::records::Kind;
-use tidemill_store::{FineTuningState, JobState, Rollout, RolloutRefusal, Rollouts, Snapshot, Store, StoreError, TallyFilter, Viewer};
+use tidemill_store::{
+    FineTuningState, JobState, Rollout, RolloutRefusal, Rollouts, Snapshot, Store, StoreError, TallyFilter, Viewer,
+};
 
 /// Snapshots, the newest of a name, among which a cycle's is looked for.
 const SNAPSHOTS: usize = 50;
@@ -192,7 +194,10 @@ mod tests {
     #[test]
     fn a_rollout_that_is_over_says_how_and_on_what() {
         let Seen::Promoted { why, numbers } = see_rollout(&ended(json!({"kind": "promoted", "arm": 1}))) else { panic!() };
-        assert_eq!((why.as_str(), &numbers["exposures"], &numbers["seconds"]), ("arm 1 meets everything", &json!([9, 8]), &json!(3)));
+        assert_eq!(
+            (why.as_str(), &numbers["exposures"], &numbers["seconds"]),
+            ("arm 1 meets everything", &json!([9, 8]), &json!(3))
+        );
         for status in [json!({"kind": "promoted", "arm": 0}), json!({"kind": "rolled_back"}), json!({"kind": "completed"})] {
             assert!(matches!(see_rollout(&ended(status)), Seen::RolledBack { .. }), "no promotion of the adapter");
         }

@@ -50,13 +50,7 @@ pub async fn standing(
 }
 
 /// What a loop waits for, in words and numbers.
-async fn waits_for(
-    store: &Store,
-    name: &str,
-    policy: Option<&Policy>,
-    wheel: &Flywheel,
-    now: i64,
-) -> Result<Value, StoreError> {
+async fn waits_for(store: &Store, name: &str, policy: Option<&Policy>, wheel: &Flywheel, now: i64) -> Result<Value, StoreError> {
     let said = |text: &str| Ok(json!({ "text": text }));
     if wheel.paused {
         return said("a person: it is paused");
@@ -85,7 +79,9 @@ async fn waits_for(
         }
         State::Evaluation { adapter, .. } => said(&format!("the evaluation of {adapter}")),
         State::Canary { cycle, .. } => {
-            let Some(found) = rollout(store, name, wheel.cycle, cycle.started).await? else { return said("its rollout to start") };
+            let Some(found) = rollout(store, name, wheel.cycle, cycle.started).await? else {
+                return said("its rollout to start");
+            };
             let (status, reason) = (&found.state["status"], found.latest["reason"].as_str().unwrap_or_default());
             let text = format!("its rollout {}: {reason}", found.name);
             Ok(json!({ "text": text, "rollout": candidate(name, wheel.cycle), "status": status["kind"] }))
@@ -160,7 +156,10 @@ mod tests {
         assert_eq!(cycles.len(), 2);
         assert_eq!((&cycles[0]["cycle"], &cycles[0]["outcome"], &cycles[0]["ended_at"]), (&json!(2), &Value::Null, &Value::Null));
         let first = &cycles[1];
-        assert_eq!((&first["began_at"], &first["ended_at"], &first["outcome"], &first["why"]), (&json!(2), &json!(4), &json!("refused"), &json!("why 4")));
+        assert_eq!(
+            (&first["began_at"], &first["ended_at"], &first["outcome"], &first["why"]),
+            (&json!(2), &json!(4), &json!("refused"), &json!("why 4"))
+        );
         assert_eq!(first["findings"][0]["change"], "train on more");
         assert_eq!(first["steps"].as_array().unwrap().len(), 4);
         assert_eq!((&first["steps"][1]["action"], &first["steps"][1]["by"]), (&json!("failed"), &json!("loop:a")));

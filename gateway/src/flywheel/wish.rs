@@ -14,7 +14,9 @@ pub enum WishRefusal {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// No such loop.
-    #[error("there is no loop '{0}'; `[loop.NAME]` in tidemill.toml makes one, `tidemill loop status` shows those that there are")]
+    #[error(
+        "there is no loop '{0}'; `[loop.NAME]` in tidemill.toml makes one, `tidemill loop status` shows those that there are"
+    )]
     Unknown(String),
     /// It is not configured any more.
     #[error("the loop '{0}' is not in the configuration any more; put `[loop.{0}]` back into tidemill.toml")]

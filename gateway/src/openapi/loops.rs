@@ -18,7 +18,11 @@ pub fn topic() -> Topic {
         of_admin(Operation::get("/v1/loops", TAG, "The loops, by name")).answers(
             200,
             "Each with its last cycle.",
-            page(named("Loop")).with("first_id", nullable(text())).with("last_id", nullable(text())).with("has_more", flag()).schema(),
+            page(named("Loop"))
+                .with("first_id", nullable(text()))
+                .with("last_id", nullable(text()))
+                .with("has_more", flag())
+                .schema(),
         ),
         one(Operation::get("/v1/loops/{name}", TAG, "Where a loop stands, what it waits for, and its last cycles"))
             .query("cycles", whole(1, 100))

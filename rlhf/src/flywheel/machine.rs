@@ -190,7 +190,11 @@ fn gates(report: &GateReport) -> Vec<Finding> {
         .collect();
     if shut.is_empty() && !report.passed {
         let change = "switch a gate on in `gates`".to_owned();
-        return vec![Finding { of: "gates".to_owned(), found: "none was asked, and what was not measured does not pass".to_owned(), change }];
+        return vec![Finding {
+            of: "gates".to_owned(),
+            found: "none was asked, and what was not measured does not pass".to_owned(),
+            change,
+        }];
     }
     shut
 }

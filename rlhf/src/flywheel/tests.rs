@@ -179,8 +179,7 @@ fn a_shut_gate_refuses_with_what_would_open_it_and_nothing_open_is_no_pass() {
     let shut = report(&[gate("accuracy", false), gate("text_loss", true), gate("kl_per_token", false)]);
     let note = seen(&mut wheel, &Seen::Gates(shut), 7).unwrap();
     assert_eq!(note.why, "accuracy: accuracy is 0.4; kl_per_token: kl_per_token is 0.4");
-    let changes: Vec<(&str, &str)> =
-        note.findings.iter().map(|finding| (finding.of.as_str(), finding.change.as_str())).collect();
+    let changes: Vec<(&str, &str)> = note.findings.iter().map(|finding| (finding.of.as_str(), finding.change.as_str())).collect();
     assert_eq!(changes, [("accuracy", "train on more"), ("kl_per_token", "train on more")]);
     assert_eq!(note.numbers["gates"].as_array().unwrap().len(), 3);
     assert_eq!(step(NAME, &wheel, Some(&policy()), &Seen::Nothing, 8).act.unwrap().work, Work::Clear);
@@ -194,7 +193,12 @@ fn a_shut_gate_refuses_with_what_would_open_it_and_nothing_open_is_no_pass() {
 #[test]
 fn a_rollback_ends_the_cycle_with_its_reason() {
     let mut wheel = at(Word::Canary);
-    let note = seen(&mut wheel, &Seen::RolledBack { why: "the guardrail error_rate is broken".into(), numbers: json!({"exposures": [5, 4]}) }, 7).unwrap();
+    let note = seen(
+        &mut wheel,
+        &Seen::RolledBack { why: "the guardrail error_rate is broken".into(), numbers: json!({"exposures": [5, 4]}) },
+        7,
+    )
+    .unwrap();
     assert_eq!((note.state, note.why.as_str()), (Word::RolledBack, "the guardrail error_rate is broken"));
     assert_eq!(note.numbers["exposures"], json!([5, 4]));
 }
