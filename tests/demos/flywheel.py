@@ -1,5 +1,5 @@
 """The loop closes by itself: simulated people prefer short answers and say so through the API; `[loop.short]` makes a snapshot, trains, holds the
-adapter against its gates, gives it a part of the traffic and promotes it. `[loop.coin]` gets the same answers with labels that say nothing, and
+adapter against its gates, gives it a part of the traffic and promotes it. `[loop.shuffled]` gets the same answers with labels that say nothing, and
 must refuse."""
 
 import json
@@ -15,8 +15,8 @@ from loop import BASE, QUESTIONS, TEXT, Answer, Loop, table
 
 from server import Server
 
-# In this order: of two cycles that could train, the one that was made first does.
-LOOPS = ["short", "coin"]
+# Loops take their turns by name, and the training that was asked for first is the first.
+LOOPS = ["short", "shuffled"]
 PEOPLE = ["ann", "bob", "cy", "dee"]
 LIMIT_S = 3600
 
@@ -83,6 +83,8 @@ def policy(name: str, settings: Settings, count: int) -> dict:
             "comparisons": 10, "accuracy": settings.accuracy, "preferences": 15, "raters": 3,
             # Short answers are what is wanted, and a small model changes much for them.
             "shortest": 0.02, "kl_per_token": 3,
+            # Of so few answers one is many percent.
+            "refusals": 0.3, "truncated": 0.3,
         },
         "rollout": {
             "kind": "canary",
@@ -198,6 +200,7 @@ def run(loop: Loop, settings: Settings) -> tuple[list[str], list[tuple[str, bool
     cycles = {}
     with loop.stage("loops"), loop.serving(arguments=("--training-threads", str(loop.threads))) as server:
         say(server, judgements(shown, settings.seed))
+
         def wait(name: str, word: str = "waiting") -> None:
             """Until the loop stands so, or has ended its cycle."""
             while (found := look(server, name))["state"] != word and not ended(server, name):
@@ -211,10 +214,10 @@ def run(loop: Loop, settings: Settings) -> tuple[list[str], list[tuple[str, bool
         # A rollout without traffic would wait for it.
         with traffic(server, settings, usual / 2):
             wait("short")
-        wait("coin")
+        wait("shuffled")
         status = loop.run("loop", "status", "--config", loop.folder / "tidemill.toml")
 
-    short, coin = cycles["short"], cycles["coin"]
+    short, shuffled = cycles["short"], cycles["shuffled"]
     minutes = loop.costs.get("until short promoted", [0, 0])[0] / 60
     lines = [f"{len(shown)} comparisons by {len(PEOPLE)} people. `tidemill loop status` in the end:", "", "```", status.strip(), "```", ""]
     rows = []
@@ -222,12 +225,12 @@ def run(loop: Loop, settings: Settings) -> tuple[list[str], list[tuple[str, bool
         gates = next((step["numbers"]["gates"] for step in cycle["steps"] if step["numbers"] and "gates" in step["numbers"]), [])
         rows += [[name, "open" if gate["passed"] else "**shut**", gate["gate"], gate["finding"]] for gate in gates]
     lines += table(["loop", "", "gate", "what it found"], rows)
-    shut = [finding["of"] for finding in coin["findings"] or []]
+    shut = [finding["of"] for finding in shuffled["findings"] or []]
     promoted = next((step["numbers"] for step in short["steps"] if step["action"] == "promoted"), None) or {}
     targets = [
         (f"short: {short['outcome']} (promoted)", short["outcome"] == "promoted"),
         (f"short: {minutes:.1f} minutes from the first question to the promotion (at most {settings.minutes:.0f})", 0 < minutes <= settings.minutes),
         (f"short: the rollout's arms answered {promoted.get('exposures')} users", bool(promoted.get("exposures"))),
-        (f"coin: {coin['outcome']} (refused), by {', '.join(shut)}", coin["outcome"] == "refused" and "accuracy" in shut),
+        (f"shuffled: {shuffled['outcome']} (refused), by {', '.join(shut)}", shuffled["outcome"] == "refused" and "accuracy" in shut),
     ]
     return lines, targets

@@ -18,8 +18,11 @@ import flywheel  # noqa: E402
 from flywheel import LOOPS, PEOPLE, Settings, ended, look  # noqa: E402
 from loop import BASE, Loop  # noqa: E402
 
-# A fifth of the demonstration's work, and a control that learns half as long: what says nothing need not be said often.
-SETTINGS = Settings(questions=44, max_tokens=80, held_out=0.4, prompts=8, exposures=12)
+# Less than half of the demonstration's work.
+SETTINGS = Settings(
+    questions=44, max_tokens=80, held_out=0.4, prompts=8, exposures=12,
+    train=dict(method="dpo", n_epochs=3, batch_size=4, learning_rate_multiplier=30, beta=0.1),
+)
 # Everything beyond a loop's own work: waiting for the other one's training, and a machine with other things to do.
 SECONDS = 1500
 TRAINING = ("--training-threads", "2")
@@ -62,19 +65,19 @@ def story(tmp_path_factory):
         told["canary"] = look(server, "short")
         with flywheel.traffic(server, SETTINGS, usual / 2):
             eventually("the cycle has ended", lambda: ended(server, "short"), SECONDS)
-        eventually("the other one has ended", lambda: ended(server, "coin"), SECONDS)
+        eventually("the other one has ended", lambda: ended(server, "shuffled"), SECONDS)
         told |= {name: look(server, name) for name in LOOPS}
         told["metrics"] = server.get("/metrics").body.decode()
         told["models"] = [model["id"] for model in server.get("/v1/models").json()["data"]]
         told["adapters"] = server.get("/v1/adapters").json()["data"]
         told["status"] = command(loop, "status", "short")
-        told["paused"] = [command(loop, word, "coin", "--json") for word in ("pause", "resume")]
+        told["paused"] = [command(loop, word, "shuffled", "--json") for word in ("pause", "resume")]
         told["unknown"] = server.get("/v1/loops/none")
-        told["again"] = server.post("/v1/loops/coin/run", b"")
-        eventually("the next cycle has begun", lambda: now(loop, "coin") != "waiting", 60)
-        told["twice"] = server.post("/v1/loops/coin/run", b"")
+        told["again"] = server.post("/v1/loops/shuffled/run", b"")
+        eventually("the next cycle has begun", lambda: now(loop, "shuffled") != "waiting", 60)
+        told["twice"] = server.post("/v1/loops/shuffled/run", b"")
         # What was begun for it is ended with the server.
-        server.post("/v1/loops/coin/pause", b"")
+        server.post("/v1/loops/shuffled/pause", b"")
     return told
 
 
@@ -113,13 +116,13 @@ def test_feedback_becomes_a_promoted_adapter_and_a_kill_changes_nothing(story):
 
 @pytest.mark.timeout(2400)
 def test_labels_that_say_nothing_are_refused_with_the_reason(story):
-    loop, cycle = story["loop"], story["coin"]["cycles"][0]
+    loop, cycle = story["loop"], story["shuffled"]["cycles"][0]
     assert cycle["outcome"] == "refused", json.dumps(cycle, indent=1)
     shut = {finding["of"]: finding for finding in cycle["findings"]}
     assert "accuracy" in shut and "held-out comparisons" in shut["accuracy"]["found"], cycle
     assert all(finding["change"] for finding in shut.values())
-    assert not rows(loop.data, "SELECT 1 FROM rollouts WHERE name LIKE 'loop-coin-%'"), "nothing of it reached the traffic"
-    adapter = next(adapter for adapter in story["adapters"] if adapter["name"].startswith("ft-coin-"))
+    assert not rows(loop.data, "SELECT 1 FROM rollouts WHERE name LIKE 'loop-shuffled-%'"), "nothing of it reached the traffic"
+    adapter = next(adapter for adapter in story["adapters"] if adapter["name"].startswith("ft-shuffled-"))
     assert adapter["state"] == "candidate"
 
 
