@@ -52,7 +52,8 @@ impl Gauges {
                 let _ = writeln!(text, "tidemill:loop_state{{loop=\"{name}\",state=\"{state}\"}} {here}");
             }
         }
-        let numbers: [(&str, fn(&Shown) -> u64); 4] = [
+        type Number = fn(&Shown) -> u64;
+        let numbers: [(&str, Number); 4] = [
             ("cycle", |shown| shown.cycle),
             ("paused", |shown| u64::from(shown.paused)),
             ("new_preferences", |shown| shown.counts.preferences),

@@ -34,7 +34,7 @@ async fn show(State(app): State<App>, Path(id): Path<String>, RawQuery(query): R
     }
     let tracer = Tracer::new(&app.store, app.datasets.datasets(), app.adapters.registry());
     // Reading a dataset's rows decompresses them.
-    let trace = off_path_waiting(async move { tracer.trace(&id, Want { rows: rows.then_some(limit) }).await }).await?;
+    let trace = off_path_waiting(async move { Box::pin(tracer.trace(&id, Want { rows: rows.then_some(limit) })).await }).await?;
     Ok(answer(StatusCode::OK, &trace?))
 }
 
