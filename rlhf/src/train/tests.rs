@@ -127,7 +127,8 @@ fn batches_and_shared_prompts_do_not_change_the_loss() {
             [column(&lines, "loss"), column(&lines, "eval_loss"), column(&lines, "grad_norm")].concat()
         };
         // Dropout is drawn per batch.
-        let whole = TrainConfig { disable_dropout: Some(true), tokens_per_batch: 100_000, ..config(method) };
+        let whole =
+            TrainConfig { disable_dropout: Some(true), tokens_per_batch: 100_000, num_train_epochs: 2.0, ..config(method) };
         let expected = trace(&whole, true);
         near(&trace(&TrainConfig { tokens_per_batch: 20, ..whole.clone() }, true), &expected, 2e-5);
         near(&trace(&TrainConfig { tokens_per_batch: 1, ..whole.clone() }, true), &expected, 2e-5);
