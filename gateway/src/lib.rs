@@ -27,6 +27,7 @@ pub mod interchange;
 pub mod keys;
 pub mod labeling;
 pub mod limits;
+pub mod lineage;
 pub mod openai;
 pub mod openapi;
 pub mod pull;

@@ -217,7 +217,7 @@ async fn lines_run_with_the_rights_of_the_key_that_made_the_batch() {
     let recorded = app.store.list_inferences(&Default::default()).await.unwrap();
     assert!(recorded.items.iter().all(|answer| answer.key_id == Some(chat_key.id.to_string())) && !recorded.items.is_empty());
     // Without the key, the batch ends.
-    app.store.revoke_key("chat").await.unwrap();
+    app.store.revoke_key("chat", "boss").await.unwrap();
     let id: Uuid = made["id"].as_str().unwrap().strip_prefix("batch_").unwrap().parse().unwrap();
     loop {
         let batch = app.batches.rows().find(id, &tidemill_store::Viewer::Anyone).await.unwrap().unwrap();

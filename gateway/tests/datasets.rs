@@ -64,7 +64,7 @@ async fn a_dataset_is_built_read_exported_and_refused_once_a_person_is_erased() 
     let list = get(&router, "/v1/datasets?limit=1").await.json();
     assert_eq!((&list["first_id"], &list["has_more"]), (&json!("d@1"), &json!(false)));
 
-    app.store.erase_user("ann").await.unwrap();
+    app.store.erase_user("ann", "operator").await.unwrap();
     assert_eq!(get(&router, "/v1/datasets/d/export?kind=preference").await.error().0, 410);
     assert!(get(&router, "/v1/datasets/d@1").await.json()["tainted"].is_object());
     let job = built(&router, json!({"name": "d"})).await;

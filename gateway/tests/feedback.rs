@@ -220,7 +220,7 @@ async fn only_the_key_that_sent_a_feedback_and_an_administrator_change_it() {
     let shown = ask(&router, "GET", &path, Some(other), json!({})).await.json();
     assert_eq!((&shown["value"], &shown["withdrawn"]), (&json!(true), &json!(false)), "anyone may read it");
     assert_eq!(ask(&router, "PATCH", &path, Some(own), json!({"value": false})).await.status, 200);
-    let (_, rotated) = store.rotate_key("own", Duration::ZERO).await.unwrap().unwrap();
+    let (_, rotated) = store.rotate_key("own", Duration::ZERO, "boss").await.unwrap().unwrap();
     assert_eq!(ask(&router, "PATCH", &path, Some(&rotated), json!({"value": true})).await.status, 200, "one key, another secret");
     assert_eq!(ask(&router, "DELETE", &path, Some(boss), json!({})).await.status, 200);
     // From before there were keys: it is nobody's.
@@ -260,10 +260,10 @@ async fn keys_open_what_their_scopes_say() {
         (with(&admin, FEEDBACK, &thumb).await.status.as_u16(), with(&admin, "/v1/chat/completions", &say).await.status.as_u16()),
         (201, 200)
     );
-    store.revoke_key("judge").await.unwrap().unwrap();
+    store.revoke_key("judge", "boss").await.unwrap().unwrap();
     assert_eq!(with(&judge, FEEDBACK, &thumb).await.error().0, 401);
-    store.revoke_key("app").await.unwrap().unwrap();
-    store.revoke_key("boss").await.unwrap().unwrap();
+    store.revoke_key("app", "boss").await.unwrap().unwrap();
+    store.revoke_key("boss", "boss").await.unwrap().unwrap();
     assert_eq!(with("", FEEDBACK, &thumb).await.error().0, 401, "revoking the last key opens nothing");
     let again = App { auth: Auth::new(store.clone(), false), ..Setup::default().app() };
     let reply = post(&tidemill::http::router(again), FEEDBACK, thumb).await;

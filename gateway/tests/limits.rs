@@ -20,7 +20,7 @@ use tower::ServiceExt;
 const CHAT: &str = "/v1/chat/completions";
 
 async fn key(app: &App, name: &str, terms: KeyTerms) -> (ApiKey, String) {
-    app.store.create_key_with(name, &[Scope::Chat], None, terms).await.unwrap()
+    app.store.create_key_with(name, &[Scope::Chat], None, terms, "boss").await.unwrap()
 }
 
 fn limited(limits: Limits) -> KeyTerms {

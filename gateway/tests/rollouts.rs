@@ -401,7 +401,8 @@ async fn serve_many(app: &App, row: &Rollout, arm: u32, units: i64, lost: i64, f
         let mut answer = support::answered(&app.store, "u", "p", &["text"], -1.0);
         answer.created = row.created + 1 + unit;
         answer.status = if failed > 0 && unit % failed == 0 { Status::Failed } else { Status::Ok };
-        answer.exposure = Some(Exposure { rollout: row.id, arm, unit: unit * 2 + i64::from(arm), refused: Some(false) });
+        answer.exposure =
+            Some(Exposure { rollout: row.id, arm, unit: unit * 2 + i64::from(arm), refused: Some(false), place: None });
         app.store.record(answer).unwrap();
         if unit % 500 == 0 {
             // The queue has an end.
@@ -453,7 +454,8 @@ async fn five_points_fewer_thumbs_are_found_and_rolled_back() {
                 let mut answer = support::answered(&app.store, "u", "p", &["text"], -1.0);
                 answer.created = row.created + 1 + turn;
                 let unit = turn * 250 + unit;
-                answer.exposure = Some(Exposure { rollout: row.id, arm, unit: unit * 2 + i64::from(arm), refused: Some(false) });
+                answer.exposure =
+                    Some(Exposure { rollout: row.id, arm, unit: unit * 2 + i64::from(arm), refused: Some(false), place: None });
                 // 80 of a hundred are pleased with what there is, 75 with what is new.
                 said.push(thumb(&app, &answer, unit % 20 < if arm == 0 { 16 } else { 15 }));
                 app.store.record(answer).unwrap();
@@ -501,8 +503,13 @@ async fn a_source_without_data_pauses_and_goes_on_when_they_come() {
         for unit in 0..30 {
             let mut answer = support::answered(&app.store, "u", "p", &["text"], -1.0);
             answer.created = row.created + 5;
-            answer.exposure =
-                Some(Exposure { rollout: row.id, arm, unit: 1_000_000 + unit * 2 + i64::from(arm), refused: Some(false) });
+            answer.exposure = Some(Exposure {
+                rollout: row.id,
+                arm,
+                unit: 1_000_000 + unit * 2 + i64::from(arm),
+                refused: Some(false),
+                place: None,
+            });
             let score = 0.5 + 0.01 * unit as f64;
             let mut said = support::judged(&app.store, answer.id, None, Kind::Metric, json!(score));
             (said.metric, said.number) = (Some("judge.helpful".into()), Some(score));

@@ -152,12 +152,12 @@ async fn erasing_a_person_taints_the_snapshots_that_used_their_rows_and_no_other
     let without = Query { exclude_users: vec!["ann".into()], ..Query::default() };
     build(&datasets, "without", &without).await.unwrap();
     assert_eq!(all.tainted, None);
-    let erased = fixture.store.erase_user("ann").await.unwrap();
+    let erased = fixture.store.erase_user("ann", "operator").await.unwrap();
     assert_eq!(erased.snapshots, ["all@1"]);
     assert!(datasets.find("all").await.unwrap().tainted.is_some());
     assert_eq!(datasets.find("without").await.unwrap().tainted, None);
     // The rater r2 made a row of both.
-    let erased = fixture.store.erase_user("r2").await.unwrap();
+    let erased = fixture.store.erase_user("r2", "operator").await.unwrap();
     assert_eq!(erased.snapshots, ["all@1", "without@1"]);
 }
 

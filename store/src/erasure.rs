@@ -19,7 +19,6 @@ use serde::Serialize;
 use serde_json::json;
 use sqlx::any::AnyRow;
 use sqlx::{AnyConnection, AssertSqlSafe, Connection, Row};
-use uuid::Uuid;
 
 use crate::audit::Act;
 use crate::error::StoreError;
@@ -46,8 +45,8 @@ pub struct Erasure {
 
 const PART: usize = 500;
 
-pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64, audit_id: Uuid) -> Result<Erasure, StoreError> {
-    let begun = Instant::now();
+pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, act: Act) -> Result<Erasure, StoreError> {
+    let (begun, now) = (Instant::now(), act.at);
     let user = clean(user).into_owned();
     let pseudonym = ids.pseudonym(&user);
     let mut connection = database.write().acquire().await?;
@@ -131,8 +130,7 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, now: i64
     };
     sqlx::query(position).bind(format!("\"author\":{}", json!(user))).execute(&mut *sql).await?;
     crate::label::forget_annotator(sql, &user).await?;
-    let act = Act { id: audit_id, at: now, actor: "operator", action: "erase", subject: &pseudonym, detail: &json!(erasure) };
-    act.write(sql).await?;
+    act.to(&pseudonym).with(json!(erasure)).write(sql).await?;
     // Until here others read what is gone now, and may be making something of it: that is as old as its reading.
     let end = now.saturating_add(i64::try_from(begun.elapsed().as_micros()).unwrap_or(i64::MAX));
     mark(sql, &[pseudonym], end).await?;

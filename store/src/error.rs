@@ -57,7 +57,7 @@ pub enum StoreError {
     #[error("there is a key named '{0}' already; revoke it first, or choose another name")]
     KeyName(String),
     /// A scope that is none.
-    #[error("'{0}' is not a scope: use chat, feedback, label, train or admin")]
+    #[error("'{0}' is not a scope: use chat, feedback, label, train, look or admin")]
     Scope(String),
     /// The operating system gives no random bytes.
     #[error("the operating system gives no random numbers: {0}; see that /dev/urandom is there")]

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::any::AnyRow;
 use sqlx::{AnyConnection, AssertSqlSafe, Row};
@@ -70,6 +70,7 @@ const INFERENCES: Insert = Insert {
         "arm",
         "unit",
         "refused",
+        "place",
         "bytes",
     ],
 };
@@ -124,6 +125,7 @@ pub(crate) async fn insert(connection: &mut AnyConnection, rows: &[Inference]) -
                 .bind(row.exposure.map(|exposure| i64::from(exposure.arm)))
                 .bind(row.exposure.map(|exposure| exposure.unit))
                 .bind(row.exposure.and_then(|exposure| exposure.refused).map(i64::from))
+                .bind(row.exposure.and_then(|exposure| exposure.place).map(i64::from))
                 .bind(size_of(row) as i64);
         }
         new += query.fetch_all(&mut *connection).await?.len();
@@ -188,6 +190,25 @@ pub(crate) async fn find(database: &Database, id: Uuid) -> Result<Option<Inferen
         Some(row) => Ok(with_choices(database, vec![read(&row)?]).await?.pop()),
         None => Ok(None),
     }
+}
+
+/// How many answers there are of some sort, and from when to when.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct AnswerSpan {
+    /// How many.
+    pub answers: u64,
+    /// The first, in microseconds since 1970.
+    pub first: Option<i64>,
+    /// The last.
+    pub last: Option<i64>,
+}
+
+/// The answers of an adapter with these contents.
+pub(crate) async fn span_of(database: &Database, generation: u64) -> Result<AnswerSpan, StoreError> {
+    // The second condition is the index's own.
+    let text = "SELECT COUNT(*), MIN(created), MAX(created) FROM inferences WHERE adapter = $1 AND adapter <> 0";
+    let row = sqlx::query(text).bind(generation as i64).fetch_one(database.read()).await?;
+    Ok(AnswerSpan { answers: row.try_get::<i64, _>(0)?.unsigned_abs(), first: row.try_get(1)?, last: row.try_get(2)? })
 }
 
 /// A page of answers.
@@ -267,10 +288,12 @@ fn read(row: &AnyRow) -> Result<Inference, StoreError> {
 fn exposure(row: &AnyRow) -> Result<Option<Exposure>, sqlx::Error> {
     let (rollout, arm, unit): (Option<String>, Option<i64>, Option<i64>) =
         (row.try_get("rollout_id")?, row.try_get("arm")?, row.try_get("unit")?);
-    let refused: Option<i64> = row.try_get("refused")?;
+    let (refused, place): (Option<i64>, Option<i64>) = (row.try_get("refused")?, row.try_get("place")?);
+    let number = |value: i64| u32::try_from(value).unwrap_or(u32::MAX);
     // Our own writing: half an exposure is none.
     Ok(rollout.as_deref().and_then(|rollout| Uuid::try_parse(rollout).ok()).zip(arm).zip(unit).map(|((rollout, arm), unit)| {
-        Exposure { rollout, arm: u32::try_from(arm).unwrap_or(u32::MAX), unit, refused: refused.map(|refused| refused != 0) }
+        let (refused, place) = (refused.map(|refused| refused != 0), place.map(number));
+        Exposure { rollout, arm: number(arm), unit, refused, place }
     }))
 }
 

@@ -7,6 +7,7 @@ use sqlx::{AssertSqlSafe, Row};
 use uuid::Uuid;
 
 use crate::Database;
+use crate::audit::Act;
 use crate::error::StoreError;
 use crate::patience::patiently;
 use crate::statement::clean;
@@ -81,16 +82,19 @@ impl Jobs {
         Self { database: database.clone() }
     }
 
-    /// Writes a new job, queued.
-    pub async fn insert(&self, id: Uuid, kind: &str, spec: &Value, now: i64) -> Result<(), StoreError> {
+    /// Writes a new job, queued, that somebody wants.
+    pub async fn insert(&self, id: Uuid, kind: &str, spec: &Value, act: Act) -> Result<(), StoreError> {
         patiently(async {
+            let mut transaction = self.database.write().begin().await?;
             sqlx::query(AssertSqlSafe(format!("INSERT INTO jobs ({COLUMNS}) VALUES ($1,$2,$2,$3,'queued',$4,'{{}}',NULL)")))
                 .bind(id.to_string())
-                .bind(now)
+                .bind(act.at)
                 .bind(kind.to_owned())
                 .bind(clean(&spec.to_string()).into_owned())
-                .execute(self.database.write())
+                .execute(&mut *transaction)
                 .await?;
+            act.write(&mut transaction).await?;
+            transaction.commit().await?;
             Ok(())
         })
         .await

@@ -4,13 +4,15 @@
 //! that passwords need would only make every request slower.
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use sqlx::Row;
 use sqlx::any::AnyRow;
 use uuid::Uuid;
 
 use crate::Database;
+use crate::audit::Act;
 use crate::error::StoreError;
-use crate::inferences::{json, parse};
+use crate::inferences::{json as text_of, parse};
 use crate::key_terms::KeyTerms;
 use crate::statement::clean;
 
@@ -26,13 +28,15 @@ pub enum Scope {
     Label,
     /// Build datasets, train.
     Train,
+    /// Look at what is governed: rollouts, loops, audit, lineage, adapters, datasets, jobs. Acts on nothing.
+    Look,
     /// Everything.
     Admin,
 }
 
 impl Scope {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Chat, Self::Feedback, Self::Label, Self::Train, Self::Admin];
+    pub const ALL: [Self; 6] = [Self::Chat, Self::Feedback, Self::Label, Self::Train, Self::Look, Self::Admin];
 
     /// The word that the command line uses.
     pub fn as_str(self) -> &'static str {
@@ -41,6 +45,7 @@ impl Scope {
             Self::Feedback => "feedback",
             Self::Label => "label",
             Self::Train => "train",
+            Self::Look => "look",
             Self::Admin => "admin",
         }
     }
@@ -113,7 +118,13 @@ pub(crate) fn hash_of(secret: &str) -> String {
     blake3::hash(secret.as_bytes()).to_hex().to_string()
 }
 
-pub(crate) async fn insert(database: &Database, key: &ApiKey, secret: &str) -> Result<(), StoreError> {
+/// What the audit tells of a key beside its name.
+fn granted(key: &ApiKey) -> Value {
+    json!({"id": key.id, "scopes": key.scopes, "expires": key.expires, "terms": key.terms})
+}
+
+pub(crate) async fn insert(database: &Database, key: &ApiKey, secret: &str, act: Act) -> Result<(), StoreError> {
+    let mut transaction = database.write().begin().await?;
     let text = "INSERT INTO api_keys (id, created, name, prefix, hash, scopes, expires, terms) \
                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT DO NOTHING";
     let made = sqlx::query(text)
@@ -122,14 +133,16 @@ pub(crate) async fn insert(database: &Database, key: &ApiKey, secret: &str) -> R
         .bind(clean(&key.name).into_owned())
         .bind(key.prefix.clone())
         .bind(hash_of(secret))
-        .bind(json(&key.scopes))
+        .bind(text_of(&key.scopes))
         .bind(key.expires)
-        .bind(json(&key.terms))
-        .execute(database.write())
+        .bind(text_of(&key.terms))
+        .execute(&mut *transaction)
         .await?;
     if made.rows_affected() == 0 {
         return Err(StoreError::KeyName(key.name.clone()));
     }
+    act.to(&key.name).with(granted(key)).write(&mut transaction).await?;
+    transaction.commit().await?;
     Ok(())
 }
 
@@ -138,19 +151,24 @@ pub(crate) async fn change(
     database: &Database,
     id_or_name: &str,
     change: impl FnOnce(&mut ApiKey) + Send,
+    act: Act,
 ) -> Result<Option<ApiKey>, StoreError> {
     let mut transaction = database.write().begin().await?;
     let text = "SELECT * FROM api_keys WHERE revoked IS NULL AND (id = $1 OR name = $1)";
     let found = sqlx::query(text).bind(clean(id_or_name).into_owned()).fetch_optional(&mut *transaction).await?;
     let Some(mut key) = found.as_ref().map(read).transpose()? else { return Ok(None) };
+    let before = granted(&key);
     change(&mut key);
     let row = sqlx::query("UPDATE api_keys SET scopes = $2, expires = $3, terms = $4 WHERE id = $1 RETURNING *")
         .bind(key.id.to_string())
-        .bind(json(&key.scopes))
+        .bind(text_of(&key.scopes))
         .bind(key.expires)
-        .bind(json(&key.terms))
+        .bind(text_of(&key.terms))
         .fetch_one(&mut *transaction)
         .await?;
+    let mut detail = granted(&key);
+    detail["before"] = before;
+    act.to(&key.name).with(detail).write(&mut transaction).await?;
     transaction.commit().await?;
     Ok(Some(read(&row)?))
 }
@@ -163,6 +181,7 @@ pub(crate) async fn rotate(
     secret: &str,
     now: i64,
     overlap_ends: i64,
+    act: Act,
 ) -> Result<Option<ApiKey>, StoreError> {
     let mut transaction = database.write().begin().await?;
     let text = "SELECT id, hash FROM api_keys WHERE revoked IS NULL AND (id = $1 OR name = $1)";
@@ -190,8 +209,11 @@ pub(crate) async fn rotate(
         .fetch_optional(&mut *transaction)
         .await?;
     let Some(row) = row else { return Ok(None) };
+    let key = read(&row)?;
+    let detail = json!({"id": key.id, "overlap_ends": overlap_ends});
+    act.to(&key.name).with(detail).write(&mut transaction).await?;
     transaction.commit().await?;
-    Ok(Some(read(&row)?))
+    Ok(Some(key))
 }
 
 pub(crate) async fn list(database: &Database) -> Result<Vec<ApiKey>, StoreError> {
@@ -199,10 +221,14 @@ pub(crate) async fn list(database: &Database) -> Result<Vec<ApiKey>, StoreError>
     rows.iter().map(read).collect()
 }
 
-pub(crate) async fn revoke(database: &Database, id_or_name: &str, now: i64) -> Result<Option<ApiKey>, StoreError> {
+pub(crate) async fn revoke(database: &Database, id_or_name: &str, now: i64, act: Act) -> Result<Option<ApiKey>, StoreError> {
+    let mut transaction = database.write().begin().await?;
     let text = "UPDATE api_keys SET revoked = $2 WHERE revoked IS NULL AND (id = $1 OR name = $1) RETURNING *";
-    let row = sqlx::query(text).bind(clean(id_or_name).into_owned()).bind(now).fetch_optional(database.write()).await?;
-    row.as_ref().map(read).transpose()
+    let row = sqlx::query(text).bind(clean(id_or_name).into_owned()).bind(now).fetch_optional(&mut *transaction).await?;
+    let Some(key) = row.as_ref().map(read).transpose()? else { return Ok(None) };
+    act.to(&key.name).with(json!({"id": key.id})).write(&mut transaction).await?;
+    transaction.commit().await?;
+    Ok(Some(key))
 }
 
 /// The key with this secret; an older secret of a rotated key counts until its overlap is over, and shows as the key's end.

@@ -13,6 +13,7 @@ pub mod adapters;
 mod audit;
 mod batches;
 mod commit;
+mod comparisons;
 mod data_dir;
 mod database;
 pub mod erasure;
@@ -46,8 +47,12 @@ mod stored_chats;
 mod traffic;
 mod usage;
 
-pub use adapters::{AdapterFilter, AdapterRefusal, AdapterState, Adapters, Alias, RegisteredAdapter, ServedAdapter};
+pub use adapters::{
+    AdapterFilter, AdapterOrigin, AdapterRefusal, AdapterState, Adapters, Alias, RegisteredAdapter, ServedAdapter,
+};
+pub use audit::{Act, Actor, Audit, AuditEntry, AuditFilter};
 pub use batches::{Batch, BatchDraft, BatchOutcome, BatchProgress, BatchState, Batches};
+pub use comparisons::{Candidate, Comparison, Comparisons};
 pub use data_dir::{DataDir, DataDirLock, write_atomically};
 pub use database::{Database, Dialect};
 pub use erasure::Erasure;
@@ -57,7 +62,7 @@ pub use files::{FileDraft, FileRecord, Files, Incoming, Viewer};
 pub use fine_tuning::{
     FineTuningCheckpoint, FineTuningDraft, FineTuningEvent, FineTuningJob, FineTuningState, FineTunings, Heard, Made, News,
 };
-pub use inferences::InferenceFilter;
+pub use inferences::{AnswerSpan, InferenceFilter};
 pub use job::{Job, JobState, Jobs};
 pub use judged::{JudgedAnswer, JudgedTask, judged_answers, judged_tasks};
 pub use judgements::{Acknowledged, FeedbackChange, FeedbackFilter};

@@ -11,7 +11,7 @@ use sqlx::{AnyConnection, AssertSqlSafe, Row};
 use uuid::Uuid;
 
 use crate::Store;
-use crate::audit::Act;
+use crate::audit::Actor;
 use crate::error::StoreError;
 use crate::page::{self, Page};
 use crate::patience::{at_length, patiently};
@@ -123,7 +123,8 @@ impl Rollouts {
     }
 
     /// Writes a new rollout with its first decision, which somebody wanted.
-    pub async fn insert(&self, new: &Rollout, first: &RolloutDecision, actor: &str) -> Result<(), RolloutRefusal> {
+    pub async fn insert(&self, new: &Rollout, first: &RolloutDecision, actor: impl Into<Actor>) -> Result<(), RolloutRefusal> {
+        let actor = actor.into();
         patiently(async {
             let mut transaction = self.store.database().write().begin().await?;
             let text = format!(
@@ -147,7 +148,7 @@ impl Rollouts {
             }
             write_decision(&mut transaction, new.id, first).await?;
             let detail = json!({"model": new.model, "spec": new.spec});
-            self.audit(&mut transaction, first.at, actor, &first.action, &new.name, &detail).await?;
+            self.audit(&mut transaction, &actor, first, new, detail).await?;
             transaction.commit().await?;
             Ok(())
         })
@@ -155,7 +156,12 @@ impl Rollouts {
     }
 
     /// Takes a rollout that was read at the version before to the change's. `actor` is the person who wanted it.
-    pub async fn advance(&self, read: &Rollout, change: &RolloutChange, actor: Option<&str>) -> Result<Rollout, RolloutRefusal> {
+    pub async fn advance(
+        &self,
+        read: &Rollout,
+        change: &RolloutChange,
+        actor: Option<&Actor>,
+    ) -> Result<Rollout, RolloutRefusal> {
         let RolloutChange { state, over, promoted, decision, keep } = change;
         patiently(async {
             let mut transaction = self.store.database().write().begin().await?;
@@ -181,7 +187,7 @@ impl Rollouts {
             }
             if let Some(actor) = actor {
                 let detail = json!({"version": changed.version});
-                self.audit(&mut transaction, decision.at, actor, &decision.action, &read.name, &detail).await?;
+                self.audit(&mut transaction, actor, decision, read, detail).await?;
             }
             transaction.commit().await?;
             Ok(changed)
@@ -266,14 +272,14 @@ impl Rollouts {
     async fn audit(
         &self,
         sql: &mut AnyConnection,
-        at: i64,
-        actor: &str,
-        action: &str,
-        name: &str,
-        detail: &Value,
+        actor: &Actor,
+        decision: &RolloutDecision,
+        rollout: &Rollout,
+        mut detail: Value,
     ) -> Result<(), sqlx::Error> {
-        let action = format!("rollout.{action}");
-        Act { id: self.store.issue_id(), at, actor, action: &action, subject: name, detail }.write(sql).await
+        detail["id"] = rollout.id.to_string().into();
+        let act = self.store.act(actor, format!("rollout.{}", decision.action));
+        act.at(decision.at).to(&rollout.name).with(detail).write(sql).await
     }
 }
 

@@ -9,6 +9,7 @@ use sqlx::any::AnyRow;
 use sqlx::{AnyConnection, AssertSqlSafe, Row};
 use uuid::Uuid;
 
+use crate::audit::Act;
 use crate::error::StoreError;
 use crate::ids::IdKey;
 use crate::patience::{at_length, patiently};
@@ -65,7 +66,7 @@ impl Snapshots {
 
     /// Writes a snapshot and its sources; from here on it exists. One made `from_feedback` of this database that was erased while
     /// it was being made is tainted from the start, and does not name the person.
-    pub async fn insert(&self, snapshot: &Snapshot, sources: &Sources, from_feedback: bool) -> Result<(), StoreError> {
+    pub async fn insert(&self, snapshot: &Snapshot, sources: &Sources, from_feedback: bool, act: Act) -> Result<(), StoreError> {
         at_length(async {
             let mut transaction = self.database.write().begin().await?;
             sqlx::query(AssertSqlSafe(format!(
@@ -108,6 +109,7 @@ impl Snapshots {
                     forget_erased(&mut transaction, snapshot.id, sources).await?;
                 }
             }
+            act.write(&mut transaction).await?;
             transaction.commit().await?;
             Ok(())
         })
@@ -126,6 +128,40 @@ impl Snapshots {
             .fetch_optional(self.database.read())
             .await?;
             row.as_ref().map(snapshot).transpose()
+        })
+        .await
+    }
+
+    /// The snapshot of this id.
+    pub async fn by_id(&self, id: Uuid) -> Result<Option<Snapshot>, StoreError> {
+        patiently(async {
+            let text = format!("SELECT {COLUMNS} FROM snapshots WHERE id = $1");
+            let query = sqlx::query(AssertSqlSafe(text)).bind(id.to_string());
+            query.fetch_optional(self.database.read()).await?.as_ref().map(snapshot).transpose()
+        })
+        .await
+    }
+
+    /// The snapshots that were made from this record or with this person, by kind as in [`Sources`]; the oldest first.
+    pub async fn made_from(&self, kind: &str, source: &str) -> Result<Vec<Snapshot>, StoreError> {
+        patiently(async {
+            let text = format!(
+                "SELECT {COLUMNS} FROM snapshots WHERE id IN \
+                 (SELECT snapshot_id FROM snapshot_sources WHERE source = $1 AND kind = $2) ORDER BY id"
+            );
+            let query = sqlx::query(AssertSqlSafe(text)).bind(clean(source).into_owned()).bind(kind.to_owned());
+            query.fetch_all(self.database.read()).await?.iter().map(snapshot).collect()
+        })
+        .await
+    }
+
+    /// How many records of each kind are behind a snapshot.
+    pub async fn source_counts(&self, id: Uuid) -> Result<BTreeMap<String, u64>, StoreError> {
+        at_length(async {
+            let text = "SELECT kind, COUNT(*) FROM snapshot_sources WHERE snapshot_id = $1 GROUP BY kind ORDER BY kind";
+            let rows = sqlx::query(text).bind(id.to_string()).fetch_all(self.database.read()).await?;
+            let count = |row: &AnyRow| Ok((row.try_get(0)?, row.try_get::<i64, _>(1)?.unsigned_abs()));
+            rows.iter().map(count).collect()
         })
         .await
     }

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde_json::Value;
 use uuid::Uuid;
 
-use crate::audit::Act;
+use crate::audit::{Act, Actor};
 use crate::error::{Full, StoreError};
 use crate::ids::IdKey;
-use crate::inferences::{self, InferenceFilter};
+use crate::inferences::{self, AnswerSpan, InferenceFilter};
 use crate::judgements::{self, Acknowledged, FeedbackChange, FeedbackFilter};
 use crate::key_terms::KeyTerms;
 use crate::keys::{self, ApiKey, Scope};
@@ -176,6 +176,11 @@ impl Store {
         at_length(inferences::find_all(&self.0.database, filter)).await
     }
 
+    /// The answers that an adapter with these contents gave; generation 0 is no adapter's and has none.
+    pub async fn answers_of(&self, generation: u64) -> Result<AnswerSpan, StoreError> {
+        at_length(inferences::span_of(&self.0.database, generation)).await
+    }
+
     /// Whether an answer of this conversation is recorded.
     pub async fn conversation_exists(&self, id: &str) -> Result<bool, StoreError> {
         let id = clean(id).into_owned();
@@ -187,18 +192,20 @@ impl Store {
         .await
     }
 
-    /// Makes a key; the text is its secret, which is not kept.
+    /// Makes a key on the server's own account; the text is its secret, which is not kept.
     pub async fn create_key(&self, name: &str, scopes: &[Scope]) -> Result<(ApiKey, String), StoreError> {
-        self.create_key_with(name, scopes, None, KeyTerms::default()).await
+        self.create_key_with(name, scopes, None, KeyTerms::default(), "server").await
     }
 
-    /// The same, for a key that ends by itself at `expires` (microseconds since 1970) or is granted less, or more, than others.
+    /// The same on somebody's behalf, for a key that ends by itself at `expires` (microseconds since 1970) or is granted less, or more,
+    /// than others.
     pub async fn create_key_with(
         &self,
         name: &str,
         scopes: &[Scope],
         expires: Option<i64>,
         terms: KeyTerms,
+        by: impl Into<Actor>,
     ) -> Result<(ApiKey, String), StoreError> {
         let secret = keys::secret_of(random_bytes()?);
         let mut scopes = scopes.to_vec();
@@ -207,7 +214,7 @@ impl Store {
         let (id, prefix) = (self.issue_id(), secret[..8].to_owned());
         let key = ApiKey { id, created: now_us(), name: name.to_owned(), prefix, scopes, revoked: None, expires, terms };
         let _changed = self.changing_keys();
-        patiently(keys::insert(&self.0.database, &key, &secret)).await?;
+        patiently(keys::insert(&self.0.database, &key, &secret, self.act(by, "key.create"))).await?;
         Ok((key, secret))
     }
 
@@ -222,25 +229,32 @@ impl Store {
         &self,
         id_or_name: &str,
         change: impl FnOnce(&mut ApiKey) + Send,
+        by: impl Into<Actor>,
     ) -> Result<Option<ApiKey>, StoreError> {
         let _changed = self.changing_keys();
-        patiently(keys::change(&self.0.database, id_or_name, change)).await
+        patiently(keys::change(&self.0.database, id_or_name, change, self.act(by, "key.change"))).await
     }
 
     /// Gives the key of this id or name a new secret, which is returned and not kept; the old one works for `overlap` more.
-    pub async fn rotate_key(&self, id_or_name: &str, overlap: Duration) -> Result<Option<(ApiKey, String)>, StoreError> {
+    pub async fn rotate_key(
+        &self,
+        id_or_name: &str,
+        overlap: Duration,
+        by: impl Into<Actor>,
+    ) -> Result<Option<(ApiKey, String)>, StoreError> {
         let secret = keys::secret_of(random_bytes()?);
         let now = now_us();
         let ends = now.saturating_add(i64::try_from(overlap.as_micros()).unwrap_or(i64::MAX));
         let _changed = self.changing_keys();
-        let rotated = patiently(keys::rotate(&self.0.database, id_or_name, &secret, now, ends)).await?;
+        let act = self.act(by, "key.rotate");
+        let rotated = patiently(keys::rotate(&self.0.database, id_or_name, &secret, now, ends, act)).await?;
         Ok(rotated.map(|key| (key, secret)))
     }
 
     /// Revokes the key of this id or name. `None`: no key that works is called so.
-    pub async fn revoke_key(&self, id_or_name: &str) -> Result<Option<ApiKey>, StoreError> {
+    pub async fn revoke_key(&self, id_or_name: &str, by: impl Into<Actor>) -> Result<Option<ApiKey>, StoreError> {
         let _changed = self.changing_keys();
-        patiently(keys::revoke(&self.0.database, id_or_name, now_us())).await
+        patiently(keys::revoke(&self.0.database, id_or_name, now_us(), self.act(by, "key.revoke"))).await
     }
 
     /// Counts a change when it is dropped: a change whose acknowledgement was lost, or whose requester has left, may have been made.
@@ -301,16 +315,22 @@ impl Store {
     }
 
     /// Removes a person; see [`crate::erasure`]. `user` is what `user_key` and `author` say.
-    pub async fn erase_user(&self, user: &str) -> Result<Erasure, StoreError> {
+    pub async fn erase_user(&self, user: &str, by: impl Into<Actor>) -> Result<Erasure, StoreError> {
         self.0.recorder.settle().await?;
-        let erasure = crate::erasure::erase(&self.0.database, &self.0.ids, user, now_us(), self.issue_id()).await?;
+        let erasure = crate::erasure::erase(&self.0.database, &self.0.ids, user, self.act(by, "erase")).await?;
         self.0.recorder.remove_damaged()?;
         Ok(erasure)
     }
 
-    /// Writes down who did what to what.
-    pub async fn audit(&self, actor: &str, action: &str, subject: &str, detail: Value) -> Result<(), StoreError> {
-        let act = Act { id: self.issue_id(), at: now_us(), actor, action, subject, detail: &detail };
+    /// What somebody does now: to be written down with the change itself.
+    pub fn act(&self, by: impl Into<Actor>, action: impl Into<String>) -> Act {
+        let (id, at) = (self.issue_id(), now_us());
+        Act { id, at, actor: by.into(), action: action.into(), subject: String::new(), detail: Value::Null }
+    }
+
+    /// Writes down who did what to what, where the change itself is not the store's.
+    pub async fn audit(&self, by: impl Into<Actor>, action: &str, subject: &str, detail: Value) -> Result<(), StoreError> {
+        let act = self.act(by, action).to(subject).with(detail);
         patiently(async {
             let mut connection = self.0.database.write().acquire().await?;
             Ok(act.write(&mut connection).await?)

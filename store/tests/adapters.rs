@@ -194,11 +194,11 @@ fn an_adapter_of_what_was_erased_is_tainted_from_the_start_and_names_nobody() {
             tainted: None,
         };
         let sources: Sources = [("inference", [hers.id.to_string()].into()), ("rater", ["ann".to_owned()].into())].into();
-        snapshots.insert(&snapshot, &sources, false).await.unwrap();
+        snapshots.insert(&snapshot, &sources, false, store.act("ann", "dataset.make")).await.unwrap();
         let early = RegisteredAdapter { snapshot: Some(snapshot.id), ..adapter(&store, "early", 1) };
         let early = adapters.insert(&early, "trainer").await.unwrap();
         assert_eq!(early.tainted, None);
-        assert_eq!(store.erase_user("ann").await.unwrap().adapters, ["early@0000000000000001"]);
+        assert_eq!(store.erase_user("ann", "operator").await.unwrap().adapters, ["early@0000000000000001"]);
         let early = adapters.find(early.id).await.unwrap().unwrap();
         assert!(early.tainted.is_some() && !early.lineage.to_string().contains("ann"), "{early:?}");
 

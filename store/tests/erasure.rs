@@ -78,7 +78,7 @@ fn a_person_is_removed_everywhere_and_what_was_made_from_them_is_marked() {
 
         // Still in the queue when the erasure begins.
         store.record(hers.clone()).unwrap();
-        let erased = store.erase_user("ann@example.org").await.unwrap();
+        let erased = store.erase_user("ann@example.org", "operator").await.unwrap();
         assert_eq!((erased.inferences, erased.feedback, erased.labels), (1, 3, 1));
         assert_eq!(erased.snapshots, ["s1@1", "s2@1"]);
         assert_eq!(erased.adapters, ["first@0000000000000007", "second@0000000000000007"]);
@@ -113,7 +113,7 @@ fn a_person_is_removed_everywhere_and_what_was_made_from_them_is_marked() {
         store.flush().await;
         assert_eq!(store.inference(hers.id).await.unwrap(), None);
         assert_eq!(store.inference(anew.id).await.unwrap(), Some(anew));
-        assert_eq!(store.erase_user("nobody").await.unwrap(), Default::default());
+        assert_eq!(store.erase_user("nobody", "operator").await.unwrap(), Default::default());
         store.close().await;
     });
 }
@@ -142,7 +142,7 @@ fn erasure_by_a_command_reaches_what_waits_in_a_spill_log() {
             let command = Store::open_for_command(&place.data(), place.url.as_deref()).await.unwrap();
             if server_runs {
                 // The log belongs to the server: what is in it is left out when it arrives.
-                assert_eq!(command.erase_user("ann").await.unwrap(), Default::default());
+                assert_eq!(command.erase_user("ann", "operator").await.unwrap(), Default::default());
                 proxy.set(Wire::Up);
                 eventually("the log is empty", async || {
                     std::fs::read_dir(place.folder.path().join("spill")).unwrap().count() == 0
@@ -154,7 +154,7 @@ fn erasure_by_a_command_reaches_what_waits_in_a_spill_log() {
                 drop(lock);
                 // Marks of the erasure before are older than these.
                 sqlx::query("DELETE FROM erasures").execute(command.database().write()).await.unwrap();
-                let erased = command.erase_user("ann").await.unwrap();
+                let erased = command.erase_user("ann", "operator").await.unwrap();
                 assert_eq!((erased.inferences, erased.feedback), (1, 2));
                 proxy.set(Wire::Up);
             }
@@ -249,7 +249,7 @@ fn erasure_by_a_command_succeeds_beside_a_server_that_writes_all_the_time() {
             .collect();
         let command = Store::open_for_command(&place.data(), place.url.as_deref()).await.unwrap();
         for person in 0..4 {
-            assert_eq!(command.erase_user(&format!("p{person}")).await.unwrap().inferences, 300);
+            assert_eq!(command.erase_user(&format!("p{person}"), "operator").await.unwrap().inferences, 300);
         }
         writers.iter().for_each(tokio::task::JoinHandle::abort);
         command.close().await;
@@ -290,7 +290,7 @@ fn not_a_byte_of_an_erased_person_is_left_in_the_files() {
         };
         store.flush().await;
         assert!(found().len() >= 2, "in the database or its log, and in the damaged segment");
-        assert_eq!(store.erase_user(WORDS).await.unwrap().inferences, 200);
+        assert_eq!(store.erase_user(WORDS, "operator").await.unwrap().inferences, 200);
         assert_eq!(found(), Vec::<std::path::PathBuf>::new());
         assert_eq!(
             store.list_inferences(&InferenceFilter { limit: Some(1000), ..Default::default() }).await.unwrap().items.len(),
@@ -337,7 +337,7 @@ fn a_draft_that_was_erased_while_its_answer_was_generated_becomes_no_task() {
         let new = NewDraft { source: hers.id.to_string(), prompt: serde_json::json!(["hers"]), answer, model: None };
         labels.add_drafts(queue.id, &[new], 1).await.unwrap();
         let draft = labels.waiting_drafts(1).await.unwrap().remove(0);
-        store.erase_user("ann").await.unwrap();
+        store.erase_user("ann", "operator").await.unwrap();
         labels.finish_draft(&draft, &pair(&hers), 2).await.unwrap();
         assert!(labels.list_tasks(queue.id, TaskState::Any, None, 9).await.unwrap().is_empty());
         store.close().await;
@@ -356,7 +356,7 @@ fn what_was_read_before_an_erasure_and_is_written_after_it_does_not_stay() {
         }
         store.flush().await;
         let (on_hers, on_his) = (thumb(&store, hers.id, "rater"), thumb(&store, his.id, "rater"));
-        store.erase_user("ann").await.unwrap();
+        store.erase_user("ann", "operator").await.unwrap();
 
         // The one who fills queues has both answers in hand.
         assert_eq!(labels.add_tasks(queue.id, &[pair(&hers), pair(&his)], 1).await.unwrap(), 1);
@@ -381,7 +381,7 @@ fn what_was_read_before_an_erasure_and_is_written_after_it_does_not_stay() {
             [("feedback", [on_hers.id.to_string()].into()), ("user", ["ann".to_owned(), "bob".to_owned()].into())].into();
         let snapshot = snapshot();
         let snapshots = Snapshots::new(store.database());
-        snapshots.insert(&snapshot, &sources, true).await.unwrap();
+        snapshots.insert(&snapshot, &sources, true, store.act("ann", "dataset.make")).await.unwrap();
         let named = snapshots.sources(snapshot.id, "user").await.unwrap();
         assert!(named.len() == 2 && named.contains(&"bob".to_owned()) && !named.contains(&"ann".to_owned()), "{named:?}");
         store.close().await;
@@ -409,7 +409,7 @@ fn snapshot() -> Snapshot {
 async fn erase_behind(store: &Store) -> tokio::task::JoinHandle<Result<Erasure, StoreError>> {
     let erasing = tokio::spawn({
         let store = store.clone();
-        async move { store.erase_user("ann").await }
+        async move { store.erase_user("ann", "operator").await }
     });
     // In this database: tests beside this one wait in theirs.
     let waiting = "SELECT COUNT(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";

@@ -44,7 +44,7 @@ fn a_job_goes_its_way_and_tells_of_it_in_order() {
         let rows = FineTunings::new(store.database());
         let file = uploaded(&store, &files).await;
         let draft = draft(&store, &files, file.id, Some("k"));
-        assert!(rows.insert(&draft, &[News::info("made"), News::info("looking")]).await.unwrap());
+        assert!(rows.insert(&draft, &[News::info("made"), News::info("looking")], store.act("ann", "make")).await.unwrap());
         let id = draft.id;
         let find = async || rows.find(id, &Viewer::Anyone).await.unwrap().unwrap();
         assert_eq!((find().await.draft, find().await.state), (draft, State::ValidatingFiles));
@@ -73,11 +73,15 @@ fn a_job_goes_its_way_and_tells_of_it_in_order() {
         assert_eq!(rows.begin(id, 0, &[], 8).await.unwrap(), Some(0));
 
         // Paused and resumed; what was said meanwhile is taken over.
-        assert!(rows.enter(id, &[State::Queued, State::Running], State::Paused, &[News::info("paused")], 9).await.unwrap());
+        assert!(
+            rows.enter(id, &[State::Queued, State::Running], State::Paused, &[News::info("paused")], store.act("ann", "pause"))
+                .await
+                .unwrap()
+        );
         assert!(rows.hear(id, &Heard { read_bytes: 120, step: 3, steps: 10, ..Heard::default() }, 9).await.unwrap());
         assert_eq!((find().await.trained_tokens, find().await.estimated_finish), (Some(50), None));
         assert!(!rows.succeed(id, &made(None), &[], 9).await.unwrap());
-        assert!(rows.enter(id, &[State::Paused], State::Queued, &[], 9).await.unwrap());
+        assert!(rows.enter(id, &[State::Paused], State::Queued, &[], store.act("bob", "resume")).await.unwrap());
         assert_eq!(rows.begin(id, 1, &[], 10).await.unwrap(), Some(1));
 
         let result = FileRecord { id: find().await.draft.result_file, purpose: "fine-tune-results".into(), ..file.clone() };
@@ -88,7 +92,7 @@ fn a_job_goes_its_way_and_tells_of_it_in_order() {
         assert!(!rows.hear(id, &heard, 12).await.unwrap() && !rows.fail(id, &json!({}), &[], 12).await.unwrap());
         assert_eq!(rows.find_model("ft:m", &Viewer::Anyone).await.unwrap(), Some(job.clone()));
         assert_eq!(rows.served(files.place(), 5).await.unwrap(), [job]);
-        assert!(rows.unserve(id, &[], 13).await.unwrap());
+        assert!(rows.unserve(id, &[], store.act("ann", "delete")).await.unwrap());
         assert!(rows.served(files.place(), 5).await.unwrap().is_empty());
 
         let page = rows.events(id, None, 4).await.unwrap();
@@ -118,7 +122,7 @@ fn lists_show_what_is_ones_own_and_has_the_pairs() {
         let mut ids = Vec::new();
         for key in [Some("a"), Some("b"), Some("a")] {
             let draft = draft(&store, &files, file.id, key);
-            rows.insert(&draft, &[]).await.unwrap();
+            rows.insert(&draft, &[], store.act("ann", "make")).await.unwrap();
             ids.push(draft.id);
         }
         let list = async |viewer: &Viewer, value: &str, after, limit| {
@@ -137,7 +141,7 @@ fn lists_show_what_is_ones_own_and_has_the_pairs() {
         assert_eq!((failed.state, failed.error.unwrap()["code"].as_str()), (State::Failed, Some("c")));
         assert_eq!(rows.state(store.issue_id()).await.unwrap(), None);
         // A file that is not there any more.
-        assert!(!rows.insert(&draft(&store, &files, store.issue_id(), None), &[]).await.unwrap());
+        assert!(!rows.insert(&draft(&store, &files, store.issue_id(), None), &[], store.act("ann", "make")).await.unwrap());
         store.close().await;
     });
 }

@@ -23,17 +23,17 @@ fn terms_and_end_are_kept_and_changed() {
     each(async |place| {
         let store = place.open().await;
         let far = 4_000_000_000_000_000;
-        let (key, secret) = store.create_key_with("app", &[Scope::Chat], Some(far), terms()).await.unwrap();
+        let (key, secret) = store.create_key_with("app", &[Scope::Chat], Some(far), terms(), "ann").await.unwrap();
         assert_eq!(store.find_key(&secret).await.unwrap(), Some(key.clone()));
         let changes = store.key_changes();
-        let changed = store.change_key("app", |key| (key.expires, key.terms.weight) = (None, 9)).await.unwrap().unwrap();
+        let changed = store.change_key("app", |key| (key.expires, key.terms.weight) = (None, 9), "ann").await.unwrap().unwrap();
         assert_eq!((changed.expires, &changed.terms), (None, &KeyTerms { weight: 9, ..terms() }));
         assert!(store.key_changes() > changes, "who remembers keys can tell");
         assert_eq!(store.find_key(&secret).await.unwrap(), Some(changed.clone()));
         assert_eq!(store.list_keys().await.unwrap(), [changed]);
-        store.change_key(&key.id.to_string(), |key| key.expires = Some(1)).await.unwrap().unwrap();
+        store.change_key(&key.id.to_string(), |key| key.expires = Some(1), "ann").await.unwrap().unwrap();
         assert_eq!(store.find_key(&secret).await.unwrap(), None, "it has expired");
-        assert_eq!(store.change_key("nobody", |_| {}).await.unwrap(), None);
+        assert_eq!(store.change_key("nobody", |_| {}, "ann").await.unwrap(), None);
         store.close().await;
     });
 }
@@ -42,26 +42,26 @@ fn terms_and_end_are_kept_and_changed() {
 fn a_rotated_key_is_one_key_with_two_secrets_until_the_overlap_ends() {
     each(async |place| {
         let store = place.open().await;
-        let (key, first) = store.create_key_with("app", &[Scope::Chat], None, terms()).await.unwrap();
-        let (rotated, second) = store.rotate_key("app", Duration::from_secs(3600)).await.unwrap().unwrap();
+        let (key, first) = store.create_key_with("app", &[Scope::Chat], None, terms(), "ann").await.unwrap();
+        let (rotated, second) = store.rotate_key("app", Duration::from_secs(3600), "boss").await.unwrap().unwrap();
         assert_eq!((rotated.id, &rotated.terms, &rotated.prefix[..]), (key.id, &key.terms, &second[..8]));
         let old = store.find_key(&first).await.unwrap().unwrap();
         let ends = old.expires.unwrap();
         assert_eq!((old.id, store.find_key(&second).await.unwrap()), (key.id, Some(rotated)));
         assert!(ends > key.created && ends < key.created + 3_700_000_000, "the old secret ends with the overlap");
         // A later, longer overlap is the second secret's, not the first's.
-        let (_, third) = store.rotate_key("app", Duration::from_secs(86_400)).await.unwrap().unwrap();
+        let (_, third) = store.rotate_key("app", Duration::from_secs(86_400), "boss").await.unwrap().unwrap();
         assert_eq!(store.find_key(&first).await.unwrap().unwrap().expires, Some(ends));
         assert!(store.find_key(&second).await.unwrap().unwrap().expires.unwrap() > ends);
-        let (_, fourth) = store.rotate_key("app", Duration::ZERO).await.unwrap().unwrap();
+        let (_, fourth) = store.rotate_key("app", Duration::ZERO, "boss").await.unwrap().unwrap();
         for ended in [&first, &second, &third] {
             assert_eq!(store.find_key(ended).await.unwrap(), None);
         }
-        store.rotate_key("app", Duration::from_secs(3600)).await.unwrap().unwrap();
+        store.rotate_key("app", Duration::from_secs(3600), "boss").await.unwrap().unwrap();
         assert!(store.find_key(&fourth).await.unwrap().is_some());
-        store.revoke_key("app").await.unwrap().unwrap();
+        store.revoke_key("app", "boss").await.unwrap().unwrap();
         assert_eq!(store.find_key(&fourth).await.unwrap(), None, "revoking ends all secrets");
-        assert!(store.rotate_key("app", Duration::ZERO).await.unwrap().is_none());
+        assert!(store.rotate_key("app", Duration::ZERO, "boss").await.unwrap().is_none());
         store.close().await;
     });
 }

@@ -414,7 +414,7 @@ fn erasing_an_annotator_opens_their_tasks_again() {
             labels.submit(own.id, who, Verdict::A, 1, None).await.unwrap();
         }
         let (held, _) = work(&labels, &queue, "bob", 2).await;
-        store.erase_user("ann").await.unwrap();
+        store.erase_user("ann", "operator").await.unwrap();
         assert_eq!(standing(&store).await, 1);
         let tasks = labels.list_tasks(queue.id, TaskState::Open, None, 9).await.unwrap();
         let verdicts: Vec<(bool, u32)> = tasks.iter().map(|task| (task.id == held.id, task.verdicts)).collect();

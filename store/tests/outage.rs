@@ -384,10 +384,10 @@ fn a_statement_that_never_ends_holds_up_no_call() {
         assert_eq!(reads, (true, true, true, true, true));
         let writes = tokio::join!(
             given_up(async { labels.change_queue(id, None, None).await.map_err(of_labels) }),
-            given_up(jobs.insert(id, "k", &none, 0)),
+            given_up(jobs.insert(id, "k", &none, store.act("a", "b"))),
             given_up(batches.cancel(id, 0)),
             given_up(store.create_key("a", &[tidemill_store::Scope::Chat])),
-            given_up(store.revoke_key("a")),
+            given_up(store.revoke_key("a", "boss")),
             given_up(store.audit("a", "b", "c", none.clone())),
         );
         assert_eq!(writes, (true, true, true, true, true, true));

@@ -118,7 +118,7 @@ fn of_two_keys_that_are_made_at_once_one_gets_the_name() {
             let (one, two) = tokio::join!(store.create_key(&name, &[Scope::Chat]), other.create_key(&name, &[Scope::Chat]));
             assert_eq!(usize::from(one.is_ok()) + usize::from(two.is_ok()), 1);
             assert!(matches!(one.and(two), Err(StoreError::KeyName(taken)) if taken == name));
-            store.revoke_key(&name).await.unwrap().unwrap();
+            store.revoke_key(&name, "boss").await.unwrap().unwrap();
             other.create_key(&name, &[Scope::Chat]).await.unwrap();
         }
         store.close().await;

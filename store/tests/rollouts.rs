@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use support::{answer, each, thumb};
 use tidemill_store::records::{Exposure, Feedback, Inference, Kind, Status, TargetKind};
 use tidemill_store::{
-    ArmCounts, Dialect, Exposures, FirstTokens, Leadership, Readers, Rollout, RolloutChange, RolloutDecision, RolloutFilter,
-    RolloutReader, RolloutRefusal, Rollouts, Store, UnitSums, UnitValue,
+    Actor, ArmCounts, Dialect, Exposures, FirstTokens, Leadership, Readers, Rollout, RolloutChange, RolloutDecision,
+    RolloutFilter, RolloutReader, RolloutRefusal, Rollouts, Store, UnitSums, UnitValue,
 };
 use uuid::Uuid;
 
@@ -58,7 +58,8 @@ fn of_two_who_saw_the_same_state_one_wins_and_the_other_is_told() {
         assert_eq!(rollouts.find("shorter").await.unwrap(), new);
 
         let (one, two) = (change(20, "step", None, true), change(21, "roll_back", Some("bob"), false));
-        let (first, second) = tokio::join!(rollouts.advance(&new, &one, None), rollouts.advance(&new, &two, Some("bob")));
+        let bob = Actor::from("bob");
+        let (first, second) = tokio::join!(rollouts.advance(&new, &one, None), rollouts.advance(&new, &two, Some(&bob)));
         let (won, lost) = if first.is_ok() { (first, second) } else { (second, first) };
         let won = won.unwrap();
         assert!(matches!(lost, Err(RolloutRefusal::Changed)), "{lost:?}");
@@ -68,9 +69,9 @@ fn of_two_who_saw_the_same_state_one_wins_and_the_other_is_told() {
         // What is not worth a row is still the latest; what a person wants has one.
         let held = rollouts.advance(&won, &change(30, "hold", None, false), None).await.unwrap();
         assert_eq!((held.version, &held.latest["action"]), (2, &json!("hold")));
-        let over = rollouts.advance(&held, &change(40, "promote", Some("ann"), false), Some("ann")).await.unwrap();
+        let over = rollouts.advance(&held, &change(40, "promote", Some("ann"), false), Some(&"ann".into())).await.unwrap();
         assert_eq!((over.version, over.ended), (3, Some(40)));
-        let refused = rollouts.advance(&over, &change(50, "roll_back", Some("bob"), true), Some("bob")).await;
+        let refused = rollouts.advance(&over, &change(50, "roll_back", Some("bob"), true), Some(&bob)).await;
         assert!(matches!(refused, Err(RolloutRefusal::Changed)), "nothing changes when it is over");
         let rows = rollouts.decisions(new.id).await.unwrap();
         let versions: Vec<i64> = rows.iter().map(|row| row.version).collect();
@@ -210,7 +211,7 @@ fn served(store: &Store, at: i64, served: &Served) -> Inference {
     row.output_tokens = served.tokens;
     row.first_token_us = served.first_token_us;
     row.choices[0].finish_reason = Some(served.finish.into());
-    row.exposure = Some(Exposure { rollout: ROLLOUT, arm: served.arm, unit: served.unit, refused: served.refused });
+    row.exposure = Some(Exposure { rollout: ROLLOUT, arm: served.arm, unit: served.unit, refused: served.refused, place: None });
     row
 }
 

@@ -34,9 +34,9 @@ fn a_snapshot_comes_back_with_its_sources_and_a_version_is_given_once() {
         let ids = |count: usize| (0..count).map(|number| format!("id-{number:04}")).collect();
         let sources: Sources = [("user", ids(2)), ("rater", ids(150)), ("inference", ids(0))].into();
         for each in [&first, &second, &other] {
-            snapshots.insert(each, &sources, false).await.unwrap();
+            snapshots.insert(each, &sources, false, store.act("ann", "dataset.make")).await.unwrap();
         }
-        assert!(snapshots.insert(&snapshot("a", 4), &sources, false).await.is_err());
+        assert!(snapshots.insert(&snapshot("a", 4), &sources, false, store.act("ann", "dataset.make")).await.is_err());
         assert_eq!(snapshots.find("a", None).await.unwrap(), Some(second.clone()));
         assert_eq!(snapshots.find("a", Some(1)).await.unwrap(), Some(first.clone()));
         assert_eq!(snapshots.find("a", Some(2)).await.unwrap(), None);
@@ -56,10 +56,10 @@ fn a_snapshot_of_feedback_that_is_gone_is_tainted_from_the_start() {
         let store = place.open().await;
         let snapshots = Snapshots::new(store.database());
         let sources: Sources = [("feedback", [Uuid::now_v7().to_string()].into())].into();
-        snapshots.insert(&snapshot("built", 1), &sources, true).await.unwrap();
+        snapshots.insert(&snapshot("built", 1), &sources, true, store.act("ann", "dataset.make")).await.unwrap();
         assert!(snapshots.find("built", None).await.unwrap().unwrap().tainted.is_some());
         // What was imported names feedback of another place.
-        snapshots.insert(&snapshot("imported", 1), &sources, false).await.unwrap();
+        snapshots.insert(&snapshot("imported", 1), &sources, false, store.act("ann", "dataset.make")).await.unwrap();
         assert!(snapshots.find("imported", None).await.unwrap().unwrap().tainted.is_none());
         store.close().await;
     });
@@ -72,7 +72,7 @@ fn a_job_tells_where_it_is_and_one_that_falls_silent_has_failed() {
         let jobs = Jobs::new(store.database());
         let id = Uuid::now_v7();
         assert_eq!(jobs.find(id, 0).await.unwrap(), None);
-        jobs.insert(id, "dataset.build", &json!({"name": "d"}), 100).await.unwrap();
+        jobs.insert(id, "dataset.build", &json!({"name": "d"}), store.act("ann", "dataset.build")).await.unwrap();
         assert_eq!(jobs.find(id, 200).await.unwrap().unwrap().state, JobState::Queued);
         jobs.update(id, JobState::Running, &json!({"done": 1}), None, 300).await.unwrap();
         let running = jobs.find(id, 300 + 59_000_000).await.unwrap().unwrap();

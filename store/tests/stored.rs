@@ -199,7 +199,7 @@ fn erasure_takes_what_a_person_stored_and_all_that_goes_on_from_it() {
         for one in [&hers, &his] {
             store.save_chat(one).await.unwrap();
         }
-        assert_eq!(store.erase_user("ann").await.unwrap().stored, 4);
+        assert_eq!(store.erase_user("ann", "operator").await.unwrap().stored, 4);
         assert_eq!((store.chat("k", hers.id).await.unwrap(), store.chat("k", his.id).await.unwrap()), (None, Some(his)));
         assert_eq!(store.response_chain("k", before.id).await.unwrap().responses, [before]);
         assert_eq!(count(&store, "SELECT COUNT(*) FROM responses").await, 1);

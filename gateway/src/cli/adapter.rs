@@ -12,7 +12,7 @@ use tidemill_rlhf::registry::{Base, Lineage, Registry, RegistryError};
 use tidemill_store::{AdapterFilter, AdapterState, Alias, DataDir, RegisteredAdapter};
 
 use crate::cli::store_args::{StoreArgs, StoreCommandError};
-use crate::cli::when;
+use crate::cli::{COMMAND_LINE, when};
 use crate::config::value::choice;
 use crate::config::{Config, ConfigError, ModelSpec, Origin, model_spec};
 
@@ -234,7 +234,7 @@ fn with(
     work: impl AsyncFnOnce(Registry, Config) -> Result<(), AdapterCommandError>,
 ) -> Result<(), AdapterCommandError> {
     store.with_config(async |store, config| {
-        let registry = Registry::new(&store, &DataDir::new(&config.data)).acting_as("command line");
+        let registry = Registry::new(&store, &DataDir::new(&config.data)).acting_as(COMMAND_LINE);
         Ok(work(registry, config).await)
     })?
 }

@@ -5,6 +5,7 @@ use std::io::{BufRead, IsTerminal, Write};
 use clap::Subcommand;
 use tidemill_store::Erasure;
 
+use crate::cli::COMMAND_LINE;
 use crate::cli::store_args::{StoreArgs, StoreCommandError};
 
 /// What is kept about people.
@@ -38,7 +39,7 @@ pub fn run(args: &DataArgs) -> Result<(), StoreCommandError> {
     if !yes && !agreed(user)? {
         return Err(StoreCommandError::Usage("nothing was erased".to_owned()));
     }
-    let erasure = store.with(|store| async move { Ok(store.erase_user(user).await?) })?;
+    let erasure = store.with(|store| async move { Ok(store.erase_user(user, COMMAND_LINE).await?) })?;
     // A closed standard output is no reason to fail: the work is done.
     let _ = std::io::stdout().write_all(report(&erasure).as_bytes());
     Ok(())

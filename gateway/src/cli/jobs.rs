@@ -7,8 +7,7 @@ use tidemill_store::{FineTuningEvent, FineTuningJob, FineTunings, Viewer};
 use uuid::Uuid;
 
 use crate::cli::store_args::{StoreArgs, StoreCommandError};
-use crate::cli::when;
-use crate::clock::now;
+use crate::cli::{COMMAND_LINE, when};
 use crate::fine_tuning::Wish;
 use crate::http::{file_name, job_name};
 
@@ -95,9 +94,8 @@ fn unknown(id: Uuid) -> StoreCommandError {
 fn follow(job: &JobArgs, wish: Wish) -> Result<(), StoreCommandError> {
     let id = job.id()?;
     let state = job.store.with(|store| async move {
-        let rows = FineTunings::new(store.database());
-        let written = wish.write(&rows, id, now()).await?;
-        let state = rows.state(id).await?.ok_or_else(|| unknown(id))?;
+        let written = wish.write(&store, id, COMMAND_LINE).await?;
+        let state = FineTunings::new(store.database()).state(id).await?.ok_or_else(|| unknown(id))?;
         match wish.refusal(state).filter(|_| !written) {
             Some(why) => Err(StoreCommandError::Usage(why)),
             None => Ok(state),

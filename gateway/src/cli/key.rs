@@ -3,11 +3,10 @@
 use std::io::Write;
 
 use clap::Subcommand;
-use serde_json::json;
 use tidemill_store::{ApiKey, KeyTerms, Limits, MAX_WEIGHT, Scope, Tier};
 
 use crate::cli::store_args::{StoreArgs, StoreCommandError};
-use crate::cli::when;
+use crate::cli::{COMMAND_LINE, when};
 use crate::clock::now;
 use crate::config::value::choice;
 use crate::keys::{KeySpec, check_name, parse_moment, set_limit, span};
@@ -26,7 +25,7 @@ enum KeyCommand {
         /// Whose it is; an annotator's name is the rater in the records
         #[arg(long)]
         name: String,
-        /// What it may do: chat, feedback, label, train, admin
+        /// What it may do: chat, feedback, label, train, look, admin
         #[arg(long = "scope", value_name = "SCOPE,SCOPE", value_delimiter = ',', required = true)]
         scopes: Vec<String>,
         #[command(flatten)]
@@ -145,9 +144,7 @@ pub fn run(args: &KeyArgs) -> Result<(), StoreCommandError> {
             let mut terms = KeyTerms::default();
             spec.change_terms(&mut terms);
             let (key, secret) = store.with(|store| async move {
-                let made = store.create_key_with(name, &scopes, spec.expires.flatten(), terms).await?;
-                store.audit("command line", "key.create", name, json!({"scopes": made.0.scopes, "terms": made.0.terms})).await?;
-                Ok(made)
+                Ok(store.create_key_with(name, &scopes, spec.expires.flatten(), terms, COMMAND_LINE).await?)
             })?;
             tell(&format!("{} may {}. This is the key; it is shown only now:", key.name, words(&key)));
             say(&secret);
@@ -157,27 +154,14 @@ pub fn run(args: &KeyArgs) -> Result<(), StoreCommandError> {
             if spec.is_empty() {
                 return Err(StoreCommandError::Usage("name something to change; `tidemill key set --help` lists it".to_owned()));
             }
-            let changed = store.with(|store| async move {
-                let changed = store.change_key(name, |key| spec.change(key)).await?;
-                if let Some(key) = &changed {
-                    let detail = json!({"id": key.id, "expires": key.expires, "terms": key.terms});
-                    store.audit("command line", "key.change", &key.name, detail).await?;
-                }
-                Ok(changed)
-            })?;
+            let changed =
+                store.with(|store| async move { Ok(store.change_key(name, |key| spec.change(key), COMMAND_LINE).await?) })?;
             let key = changed.ok_or_else(|| unknown(name))?;
             say(&format!("{} ({}) is changed; a running server follows within 5 seconds", key.name, key.id));
         }
         KeyCommand::Rotate { name, overlap, store } => {
             let overlap = span(overlap).map_err(|why| StoreCommandError::Usage(format!("--overlap: {why}")))?;
-            let rotated = store.with(|store| async move {
-                let rotated = store.rotate_key(name, overlap).await?;
-                if let Some((key, _)) = &rotated {
-                    let detail = json!({"id": key.id, "overlap_seconds": overlap.as_secs()});
-                    store.audit("command line", "key.rotate", &key.name, detail).await?;
-                }
-                Ok(rotated)
-            })?;
+            let rotated = store.with(|store| async move { Ok(store.rotate_key(name, overlap, COMMAND_LINE).await?) })?;
             let (key, secret) = rotated.ok_or_else(|| unknown(name))?;
             tell(&format!(
                 "The old secret of {} works for {} s. This is the new one; it is shown only now:",
@@ -203,13 +187,7 @@ pub fn run(args: &KeyArgs) -> Result<(), StoreCommandError> {
             }
         }
         KeyCommand::Revoke { name, store } => {
-            let revoked = store.with(|store| async move {
-                let revoked = store.revoke_key(name).await?;
-                if let Some(key) = &revoked {
-                    store.audit("command line", "key.revoke", &key.name, json!({"id": key.id})).await?;
-                }
-                Ok(revoked)
-            })?;
+            let revoked = store.with(|store| async move { Ok(store.revoke_key(name, COMMAND_LINE).await?) })?;
             let key = revoked.ok_or_else(|| unknown(name))?;
             say(&format!("{} ({}) is revoked; a running server refuses it within 5 seconds", key.name, key.id));
         }

@@ -1,6 +1,7 @@
 //! What a person types.
 
 mod adapter;
+mod audit;
 mod banner;
 mod bench;
 mod chat;
@@ -10,6 +11,7 @@ mod eval;
 mod jobs;
 mod key;
 mod label;
+mod lineage;
 mod pull;
 mod rollout;
 mod serve;
@@ -21,6 +23,9 @@ use crate::clock::when;
 use clap::{Parser, Subcommand};
 use std::io::Write;
 use std::process::ExitCode;
+
+/// What the audit calls whoever types commands.
+const COMMAND_LINE: &str = "command line";
 
 /// Serve open models behind OpenAI's API.
 #[derive(Debug, Parser)]
@@ -54,6 +59,10 @@ enum Command {
     Key(key::KeyArgs),
     /// Erase a person's records.
     Data(data::DataArgs),
+    /// Show who did what.
+    Audit(audit::AuditArgs),
+    /// Show where an answer comes from, and what came of a judgement.
+    Lineage(lineage::LineageArgs),
     /// Move labeling queues to Label Studio or Argilla and back.
     Label(label::LabelArgs),
     /// Start and watch rollouts of a running server; check an assignment, plan the traffic.
@@ -83,6 +92,8 @@ pub fn run() -> ExitCode {
         Command::Jobs(args) => jobs::run(&args).map_err(Into::into),
         Command::Key(args) => key::run(&args).map_err(Into::into),
         Command::Data(args) => data::run(&args).map_err(Into::into),
+        Command::Audit(args) => audit::run(&args).map_err(Into::into),
+        Command::Lineage(args) => lineage::run(&args).map_err(Into::into),
         Command::Label(args) => label::run(&args).map_err(Into::into),
         Command::Rollout(args) => rollout::run(&args).map_err(Into::into),
     };

@@ -16,7 +16,7 @@ use crate::http::tls::{Tls, TlsError};
 use crate::http::{App, Auth};
 use crate::limits::Limiter;
 use crate::rollout::assignment::Holdout;
-use crate::rollout::keeper::Keeper;
+use crate::rollout::keeper::{Keeper, KeeperRules};
 use crate::telemetry::{self, Observer, TelemetryError};
 use crate::upstream::remote::RemoteError;
 use crate::upstream::{LocalModel, Registry, RemoteModel, Upstream};
@@ -186,6 +186,9 @@ pub struct ServeArgs {
     /// Share of the users that takes part in no rollout, such as 2026=0.05; another name is another share [default: none]
     #[arg(long, value_name = "NAME=0..1")]
     holdout: Option<String>,
+    /// Promote rollouts only with another API key than started them [default: false]
+    #[arg(long, value_name = "true|false", num_args = 0..=1, default_missing_value = "true")]
+    four_eyes: Option<String>,
     /// Configuration file [default: tidemill.toml where there is one]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -251,6 +254,7 @@ impl ServeArgs {
             ("trace_share", &self.trace_share),
             ("tester_secret_file", &self.tester_secret_file),
             ("holdout", &self.holdout),
+            ("four_eyes", &self.four_eyes),
         ];
         for (key, text) in flags {
             layer.flag(key, text.as_ref());
@@ -386,8 +390,8 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle, 
     let adapters = AdapterKeeper::new(&store, &DataDir::new(&config.data), Arc::clone(&registry));
     let feedback_metrics = Arc::new(config.metrics.clone());
     let holdouts = config.holdout.iter().map(|(name, share)| Holdout::new(name, *share)).collect();
-    let rollouts =
-        Keeper::with_holdouts(&store, Arc::clone(&registry), adapters.clone(), Arc::clone(&feedback_metrics), holdouts);
+    let rules = KeeperRules { holdouts, four_eyes: config.four_eyes };
+    let rollouts = Keeper::with_rules(&store, Arc::clone(&registry), adapters.clone(), Arc::clone(&feedback_metrics), rules);
     // Before the first request: what was promoted is what the names serve.
     rollouts.follow().await?;
     Ok(App {

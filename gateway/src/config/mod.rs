@@ -86,6 +86,7 @@ pub const KEYS: &[&str] = &[
     "trace_share",
     "tester_secret_file",
     "holdout",
+    "four_eyes",
 ];
 
 /// Why there is no configuration.
@@ -250,6 +251,8 @@ pub struct Config {
     pub tester_secret_file: Option<PathBuf>,
     /// Share of the units that take part in no rollout, and the name that salts who they are.
     pub holdout: Option<(String, f64)>,
+    /// Whether rollouts are promoted only with another key than started them.
+    pub four_eyes: bool,
 }
 
 impl Config {
@@ -363,6 +366,7 @@ impl Config {
             trace_share: get("trace_share").map_or(Ok(1.0), |s| s.parse(value::share))?,
             tester_secret_file: get("tester_secret_file").map(|s| PathBuf::from(&s.text)),
             holdout: get("holdout").map(|s| s.parse(value::named_share)).transpose()?,
+            four_eyes: get("four_eyes").map_or(Ok(false), |s| s.parse(value::switch))?,
         })
     }
 

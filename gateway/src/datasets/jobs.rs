@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tidemill_rlhf::dataset::{DatasetError, Datasets, Query, Stage, Watch};
 use tidemill_rlhf::quality::QualityOptions;
-use tidemill_store::{Job, JobState, Jobs, Store, StoreError};
+use tidemill_store::{Actor, Job, JobState, Jobs, Store, StoreError};
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
@@ -74,8 +74,8 @@ impl DatasetJobs {
         &self.datasets
     }
 
-    /// Takes a build and returns its job.
-    pub async fn start(&self, name: String, query: Query, options: QualityOptions) -> Result<Job, Refused> {
+    /// Takes a build that somebody wants, and returns its job.
+    pub async fn start(&self, name: String, query: Query, options: QualityOptions, by: Actor) -> Result<Job, Refused> {
         let id = self.store.issue_id();
         let watch = Arc::new(Watch::default());
         let place = {
@@ -91,17 +91,19 @@ impl DatasetJobs {
         };
         let jobs = Jobs::new(self.store.database());
         let spec = json!({ "name": name, "query": query });
-        jobs.insert(id, "dataset.build", &spec, now()).await?;
+        let act = self.store.act(&by, "dataset.build").to(&name).with(json!({ "job": id }));
+        jobs.insert(id, "dataset.build", &spec, act).await?;
         let job = jobs.find(id, now()).await?.ok_or(StoreError::Closed)?;
-        tokio::spawn(self.clone().run(place, name, query, options, watch));
+        let datasets = self.datasets.acting_as(by);
+        tokio::spawn(self.clone().run(place, datasets, name, query, options, watch));
         Ok(job)
     }
 
-    async fn run(self, place: Place, name: String, query: Query, options: QualityOptions, watch: Arc<Watch>) {
+    async fn run(self, place: Place, datasets: Datasets, name: String, query: Query, options: QualityOptions, watch: Arc<Watch>) {
         let id = place.id;
         let jobs = Jobs::new(self.store.database());
         let work = {
-            let (datasets, turn, watch) = (self.datasets.clone(), self.turn.clone(), watch.clone());
+            let (turn, watch) = (self.turn.clone(), watch.clone());
             // Sorting, checking and compressing rows would hold up the threads that move bytes.
             tokio::task::spawn_blocking(move || {
                 tokio::runtime::Handle::current().block_on(async {
@@ -188,7 +190,7 @@ mod tests {
         // The job cannot be written down while this connection is out.
         let held = store.database().write().acquire().await.unwrap();
         for _ in 0..=MAX_BUILDS {
-            let start = jobs.start("d".into(), Query::default(), QualityOptions::default());
+            let start = jobs.start("d".into(), Query::default(), QualityOptions::default(), "server".into());
             assert!(tokio::time::timeout(Duration::from_millis(20), start).await.is_err(), "it waits for the database");
         }
         drop(held);

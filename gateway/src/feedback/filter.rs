@@ -2,7 +2,7 @@
 
 use super::submission::bare;
 use crate::http::error::ApiError;
-use crate::http::query::{Parameter, parameters};
+use crate::http::query::parameters;
 use tidemill_store::records::Kind;
 use tidemill_store::{FeedbackFilter, MAX_PAGE, Order};
 
@@ -23,8 +23,8 @@ pub fn parse(query: Option<&str>) -> Result<FeedbackFilter, ApiError> {
             "source" => filter.source = text(),
             "tag" => filter.tag = text(),
             "task_id" => filter.task_id = Some(parameter.parse("an id")?),
-            "since" => filter.since = Some(time(&parameter)?),
-            "until" => filter.until = Some(time(&parameter)?),
+            "since" => filter.since = Some(parameter.time()?),
+            "until" => filter.until = Some(parameter.time()?),
             "withdrawn" => filter.withdrawn = Some(parameter.one_of(&[("true", true), ("false", false)])?),
             "after" => filter.after = Some(parameter.parse("an id")?),
             "limit" => filter.limit = Some(parameter.number(1..=MAX_PAGE)?),
@@ -32,14 +32,6 @@ pub fn parse(query: Option<&str>) -> Result<FeedbackFilter, ApiError> {
         }
     }
     Ok(filter)
-}
-
-/// Seconds since 1970, to microseconds.
-fn time(parameter: &Parameter<'_>) -> Result<i64, ApiError> {
-    let seconds: Option<f64> = parameter.value.parse().ok().filter(|seconds| (0.0..=1e11).contains(seconds));
-    // Whole microseconds far below 2⁶³.
-    let micros = seconds.map(|seconds| (seconds * 1e6).round() as i64);
-    micros.ok_or_else(|| parameter.invalid("a time in seconds since 1970"))
 }
 
 #[cfg(test)]

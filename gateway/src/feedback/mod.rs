@@ -8,5 +8,5 @@ mod view;
 
 pub use filter::parse as filter;
 pub use metric::{Metric, MetricKind, Metrics, Optimize};
-pub use submission::{Edit, Rules, Submission, Target};
+pub use submission::{Edit, Rules, Submission, Target, bare as answer_id};
 pub use view::to_json;

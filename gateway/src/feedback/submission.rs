@@ -112,7 +112,7 @@ fn unprefixed(text: &str) -> Option<&str> {
 }
 
 /// The UUID of an answer, with or without its prefix.
-pub(super) fn bare(text: &str) -> Option<Uuid> {
+pub fn bare(text: &str) -> Option<Uuid> {
     Uuid::try_parse(unprefixed(text).unwrap_or(text)).ok()
 }
 

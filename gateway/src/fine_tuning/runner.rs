@@ -446,7 +446,7 @@ impl Runner {
         } else {
             // Cancelled or paused in this very moment.
             let names: Vec<String> = models.into_iter().map(|model| model.name).collect();
-            let withdrawn = served::withdraw(&self.app, &names, &job_name(draft.id)).await;
+            let withdrawn = served::withdraw(&self.app, &names, &job_name(draft.id).into()).await;
             withdrawn.map_err(|error| Trouble::Model(error.into()))?;
         }
         self.clear_if_ended(draft.id).await

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use tidemill_rlhf::job::{ADAPTER, EpochAdapter, JobError, epoch_adapters};
 use tidemill_rlhf::registry::{Base, Lineage, RegistryError};
-use tidemill_store::{AdapterRefusal, AdapterState, FineTuningDraft, FineTuningJob, StoreError};
+use tidemill_store::{Actor, AdapterRefusal, AdapterState, FineTuningDraft, FineTuningJob, StoreError};
 
 /// Why a model did not come about.
 #[derive(Debug, thiserror::Error)]
@@ -114,7 +114,7 @@ pub async fn publish_older(app: &App, jobs: &[FineTuningJob], root: &Path) {
 
 /// Takes a job's models out of service; requests that they are answering end well. Their adapters stay in the registry, retired. An
 /// error when somebody's alias leads to one of them: nothing has changed then.
-pub async fn withdraw(app: &App, models: &[String], actor: &str) -> Result<(), RegistryError> {
+pub async fn withdraw(app: &App, models: &[String], actor: &Actor) -> Result<(), RegistryError> {
     let registry = app.adapters.registry().acting_as(actor);
     let aliases = registry.aliases().await?;
     let led: Vec<_> = aliases.iter().filter(|alias| models.contains(&alias.name)).collect();

@@ -1,7 +1,10 @@
 //! What people want of a job: the API and the command line change its row, and the server that runs it follows.
 
-use tidemill_store::{FineTuningState as State, FineTunings, News, StoreError};
+use serde_json::json;
+use tidemill_store::{Actor, FineTuningState as State, FineTunings, News, Store, StoreError};
 use uuid::Uuid;
+
+use crate::http::job_name;
 
 /// What somebody wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,10 +56,11 @@ impl Wish {
         }
     }
 
-    /// Writes it down; `false` when the job is in no state for it.
-    pub async fn write(self, rows: &FineTunings, id: Uuid, now: i64) -> Result<bool, StoreError> {
+    /// Writes down that somebody wants it; `false` when the job is in no state for it.
+    pub async fn write(self, store: &Store, id: Uuid, by: impl Into<Actor>) -> Result<bool, StoreError> {
         let (from, to, news) = self.way();
-        rows.enter(id, from, to, &[news], now).await
+        let act = store.act(by, format!("fine_tuning.{}", self.as_str())).to(job_name(id)).with(json!({"state": to.as_str()}));
+        FineTunings::new(store.database()).enter(id, from, to, &[news], act).await
     }
 }
 

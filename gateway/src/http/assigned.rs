@@ -2,17 +2,22 @@
 //! the stable one in its place when that gives no answer. Everything behind it sees a request for a model of the registry.
 
 use crate::clock::now;
+use crate::http::answer::json;
 use crate::http::app::App;
 use crate::http::auth::Caller;
+use crate::http::beside;
 use crate::http::drain::InFlight;
 use crate::http::error::ApiError;
 use crate::http::generate::{Asked, enter};
 use crate::http::limits::off_path;
+use crate::http::mirror::ShadowCopy;
 use crate::recording::{hand_over, micros};
-use crate::rollout::assignment::{Reason, Unit};
-use crate::rollout::table::Variant;
+use crate::rollout::assignment::{Mode, Reason, Unit};
+use crate::rollout::table::{Running, Variant};
 use crate::upstream::remote::request::Endpoint;
 use axum::response::Response;
+use bytes::Bytes;
+use http_body_util::BodyExt;
 use hyper::header::{HeaderName, HeaderValue};
 use hyper::{HeaderMap, StatusCode};
 use metrics::counter;
@@ -173,15 +178,27 @@ impl Assigned {
     }
 
     /// The variant gave no answer. That counts against its arm, also where the client got another one's.
-    fn failed(&self, asked: &Asked) {
-        let Some(exposure) = self.exposure else { return };
+    pub fn failed(&self, asked: &Asked) {
+        if self.exposure.is_none() {
+            return;
+        }
         let labels = (self.rollout.clone().unwrap_or_default(), self.variant.name.clone());
         counter!("tidemill:rollout_variant_failures_total", "rollout" => labels.0, "variant" => labels.1).increment(1);
+        self.without_answer(asked, Status::Failed);
+    }
+
+    /// The variant was not let answer: it was exposed, and nothing is known of it.
+    pub fn called_off(&self, asked: &Asked) {
+        self.without_answer(asked, Status::Cancelled);
+    }
+
+    fn without_answer(&self, asked: &Asked, status: Status) {
+        let Some(exposure) = self.exposure else { return };
         if self.recorded.swap(true, Ordering::AcqRel) {
             return;
         }
         let store = &asked.app.store;
-        let failure = Inference {
+        let record = Inference {
             id: store.issue_id(),
             created: now().saturating_sub(micros(asked.arrived)),
             endpoint: self.shape.name().to_owned(),
@@ -191,7 +208,7 @@ impl Assigned {
             conversation: None,
             key_id: asked.caller.key_id(),
             user_key: None,
-            status: Status::Failed,
+            status,
             compare: false,
             prompt_tokens: 0,
             cached_tokens: 0,
@@ -207,7 +224,7 @@ impl Assigned {
             exposure: Some(exposure),
             choices: Vec::new(),
         };
-        hand_over(store, failure);
+        hand_over(store, record);
     }
 }
 
@@ -244,6 +261,11 @@ impl Fault {
     }
 }
 
+/// Whether it is the variant's affair that it gave no answer. While a server starts, nothing is there yet.
+pub fn is_the_variants(error: &ApiError) -> bool {
+    Fault::of(error) == Fault::Variant && error.code.as_deref() != Some(LOADING)
+}
+
 /// Whether two variants gave no answer for a reason that lies in neither of them.
 fn is_nobodys(first: &ApiError, second: &ApiError) -> bool {
     let loading = |error: &ApiError| error.code.as_deref() == Some(LOADING);
@@ -255,6 +277,22 @@ pub struct Plan {
     /// Who asks, and of whom.
     asked: Asked,
     again: Option<Box<(Asked, Value)>>,
+    besides: Option<Besides>,
+}
+
+/// What is asked besides the answer.
+enum Besides {
+    /// A shadow's treatment, whose answer nobody sees.
+    Copy(Box<ShadowCopy>),
+    /// The other arm of an interleaved rollout, whose answer is shown second.
+    Second(Box<Second>),
+}
+
+/// The answer that is shown second.
+struct Second {
+    asked: Asked,
+    body: Value,
+    stream: bool,
 }
 
 /// Decides who answers a request. A model name about which nothing is to be decided leaves everything as it is.
@@ -265,7 +303,7 @@ pub fn plan(mut asked: Asked, shape: Option<Shape>, mut body: Value) -> Result<(
     let (Some(shape), Some(public)) = (shape, tables.of(&named)) else {
         return match forced {
             Some(variant) if variant != named => Err(no_such_variant(&variant, &named)),
-            _ => Ok((Plan { asked, again: None }, body)),
+            _ => Ok((Plan { asked, again: None, besides: None }, body)),
         };
     };
     // What exists behind a name that is not the caller's is not the caller's business.
@@ -276,7 +314,8 @@ pub fn plan(mut asked: Asked, shape: Option<Shape>, mut body: Value) -> Result<(
     let request = asked.app.store.issue_id().to_string();
     let (user, conversation) = shape.keys(&body);
     let user = user.or(asked.hints.unit.as_deref());
-    let chosen = public.choose(&Unit { user, conversation, request: &request, forced: forced.as_deref() });
+    let unit = Unit { user, conversation, request: &request, forced: forced.as_deref() };
+    let chosen = public.choose(&unit);
     let why = match chosen.assignment.reason {
         Reason::Stable => "stable",
         Reason::Holdout => "holdout",
@@ -287,31 +326,79 @@ pub fn plan(mut asked: Asked, shape: Option<Shape>, mut body: Value) -> Result<(
         "tidemill:variant_requests_total", "model" => named.clone(), "variant" => chosen.variant.name.clone(), "why" => why
     )
     .increment(1);
-    let counts = chosen.counts.map(|(running, arm, key)| {
+    let counts = |running: &Running, arm: usize, key: &str, place| {
         let (arm, unit) = (u32::try_from(arm).unwrap_or(u32::MAX), asked.app.store.unit_of(key));
-        (running.name.clone(), Exposure { rollout: running.id, arm, unit, refused: None })
-    });
-    let (rollout, exposure) = counts.unzip();
-    let variant = Arc::clone(chosen.variant);
-    let assigned = |variant: Arc<Variant>, exposure, rollout| {
-        let (public, recorded) = (named.clone(), AtomicBool::new(false));
+        Some((running.name.clone(), Exposure { rollout: running.id, arm, unit, refused: None, place }))
+    };
+    let assigned = |variant: &Arc<Variant>, counts: Option<(String, Exposure)>| {
+        let (public, variant, recorded) = (named.clone(), Arc::clone(variant), AtomicBool::new(false));
+        let (rollout, exposure) = counts.unzip();
         Some(Arc::new(Assigned { public, variant, exposure, rollout, shape, recorded }))
     };
+    let single = is_single(shape, &body);
+    let (mut variant, mut own) =
+        (Arc::clone(chosen.variant), chosen.counts.and_then(|(running, arm, key)| counts(running, arm, key, None)));
+    let mut besides = None;
+    if let (Reason::Arm { experiment, .. }, Some((running, arm, key))) = (chosen.assignment.reason, chosen.counts)
+        && public.table().experiments().get(experiment).is_some_and(|experiment| experiment.mode == Mode::Both)
+    {
+        // Two answers where one was asked for can be shown; of anything else the control gives what was asked for, and it counts nowhere.
+        match running.arms.get(1 - arm.min(1)).filter(|_| single && shape == Shape::Chat) {
+            Some(other) => {
+                own = counts(running, arm, key, Some(0));
+                let asked = asked.beside(assigned(other, counts(running, 1 - arm.min(1), key, Some(1))));
+                let (mut body, stream) = (body.clone(), body["stream"] == true);
+                if let Some(fields) = body.as_object_mut() {
+                    shape.write(fields, other);
+                }
+                besides = Some(Besides::Second(Box::new(Second { asked, body, stream })));
+            }
+            None => (variant, own) = (running.arms.first().map_or(variant, Arc::clone), None),
+        }
+    }
+    // A copy counts beside the answer of the control, which is the stable variant; where another rollout counts that, there is none.
+    if let Some(mirror) = chosen.assignment.mirror.filter(|_| chosen.assignment.reason == Reason::Stable && single)
+        && let (Some(running), Some(experiment)) = (public.rollouts().get(mirror), public.table().experiments().get(mirror))
+        && let Some(treatment) = running.arms.get(1)
+        && let Some(place) = asked.app.rollouts.mirrors().reserve(&asked.app.registry)
+    {
+        let key = experiment.key_of(&unit);
+        own = counts(running, 0, key, None);
+        let asked = asked.shadow(assigned(treatment, counts(running, 1, key, None)));
+        let mut body = body.clone();
+        if let Some(fields) = body.as_object_mut() {
+            fields.retain(|name, _| !matches!(name.as_str(), "stream" | "stream_options" | "store"));
+            shape.write(fields, treatment);
+        }
+        besides = Some(Besides::Copy(Box::new(ShadowCopy { asked, body, place })));
+    }
     // A tester wants the variant, or to know what is wrong with it.
-    let again = (variant != *public.stable() && forced.is_none()).then(|| {
+    let again = (variant != *public.stable() && forced.is_none() && !matches!(besides, Some(Besides::Second(_)))).then(|| {
         let (stable, mut body) = (public.stable(), body.clone());
         if let Some(fields) = body.as_object_mut() {
             shape.write(fields, stable);
         }
         let mut again = asked.clone();
-        again.assigned = assigned(Arc::clone(stable), None, None);
+        again.assigned = assigned(stable, None);
         Box::new((again, body))
     });
     if let Some(fields) = body.as_object_mut() {
         shape.write(fields, &variant);
     }
-    asked.assigned = assigned(variant, exposure, rollout);
-    Ok((Plan { asked, again }, body))
+    let assigned = assigned(&variant, own);
+    asked.assigned = assigned;
+    Ok((Plan { asked, again, besides }, body))
+}
+
+/// Whether a request asks for one answer, which is kept nowhere but in the records.
+fn is_single(shape: Shape, body: &Value) -> bool {
+    let one = |name: &str| body.get(name).is_none_or(|value| value.is_null() || *value == 1);
+    let prompt = match shape {
+        Shape::Chat => true,
+        Shape::Completion => body["prompt"].is_string(),
+        Shape::Response | Shape::Message => false,
+    };
+    prompt && one("n") && one("best_of") && body["store"] != true
 }
 
 fn no_such_variant(variant: &str, model: &str) -> ApiError {
@@ -340,7 +427,7 @@ impl Plan {
             Err(second) if is_nobodys(&error, second) => {}
             _ => self.blame(),
         }
-        Ok((done?, Self { asked, again: None }))
+        Ok((done?, Self { asked, again: None, besides: None }))
     }
 
     /// Who is to be asked after this error, if anybody; where nobody is, and it is the variant's, it counts against its arm.
@@ -348,8 +435,7 @@ impl Plan {
         match (Fault::of(error), self.again.take()) {
             (Fault::Elsewhere, _) | (Fault::Request, None) => None,
             (Fault::Variant, None) => {
-                // While a server starts, nothing is there yet.
-                if error.code.as_deref() != Some(LOADING) {
+                if is_the_variants(error) {
                     self.blame();
                 }
                 None
@@ -365,13 +451,19 @@ impl Plan {
     }
 
     /// The response with the name of who answered.
-    fn marked(&self, mut response: Response) -> Response {
-        let name = self.asked.assigned.as_ref().map(|assigned| &assigned.variant.name);
-        if let Some(value) = name.and_then(|name| HeaderValue::from_bytes(name.as_bytes()).ok()) {
-            response.headers_mut().insert(VARIANT, value);
-        }
-        response
+    fn marked(&self, response: Response) -> Response {
+        marked(response, &[&self.asked])
     }
+}
+
+/// The response with the names of those who answered.
+fn marked(mut response: Response, asked: &[&Asked]) -> Response {
+    let names: Vec<&str> =
+        asked.iter().filter_map(|asked| asked.assigned.as_ref()).map(|assigned| assigned.variant.name.as_str()).collect();
+    if let Some(value) = HeaderValue::from_bytes(names.join(", ").as_bytes()).ok().filter(|_| !names.is_empty()) {
+        response.headers_mut().insert(VARIANT, value);
+    }
+    response
 }
 
 /// Runs what was prepared; where the variant gives no answer before the first byte, the stable one is prepared and run in its place.
@@ -380,14 +472,27 @@ pub async fn answer<T, F>(
     (prepared, mut plan): (T, Plan),
     in_flight: InFlight,
     prepare: impl Fn(Asked, Value) -> Result<T, ApiError> + Send + 'static,
-    run: impl Fn(T, InFlight) -> F + Send + Sync,
+    run: impl Fn(T, InFlight) -> F + Send + Sync + 'static,
 ) -> Result<Response, ApiError>
 where
     T: Send + 'static,
-    F: Future<Output = Result<Response, ApiError>> + Send,
+    F: Future<Output = Result<Response, ApiError>> + Send + 'static,
 {
+    let copy = match plan.besides.take() {
+        Some(Besides::Second(second)) => {
+            return Box::pin(together(app, (prepared, plan), in_flight, *second, prepare, run)).await;
+        }
+        Some(Besides::Copy(copy)) => Some(copy),
+        None => None,
+    };
     let error = match Box::pin(run(prepared, in_flight)).await {
-        Ok(response) => return Ok(plan.marked(response)),
+        Ok(response) => {
+            let response = plan.marked(response);
+            return Ok(match copy {
+                Some(copy) => copy.after(response, prepare, run),
+                None => response,
+            });
+        }
         Err(error) => error,
     };
     let Some((asked, body)) = plan.instead(&error) else { return Err(error) };
@@ -402,7 +507,62 @@ where
         Err(second) if is_nobodys(&error, second) => {}
         _ => plan.blame(),
     }
-    second.map(|response| Plan { asked, again: None }.marked(response))
+    second.map(|response| marked(response, &[&asked]))
+}
+
+/// Both arms of an interleaved rollout answer, and the one who asked gets both; where one gives no answer, the other one's alone.
+async fn together<T, F>(
+    app: &App,
+    (prepared, plan): (T, Plan),
+    in_flight: InFlight,
+    Second { asked, body, stream }: Second,
+    prepare: impl Fn(Asked, Value) -> Result<T, ApiError> + Send + 'static,
+    run: impl Fn(T, InFlight) -> F + Send + Sync + 'static,
+) -> Result<Response, ApiError>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<Response, ApiError>> + Send + 'static,
+{
+    let second = async {
+        let (in_flight, again) = (enter(app)?, asked.clone());
+        let prepared = off_path(true, move || prepare(again, body)).await??;
+        run(prepared, in_flight).await
+    };
+    let (first, second) = tokio::join!(Box::pin(run(prepared, in_flight)), Box::pin(second));
+    let settle = |asked: &Asked, error: &ApiError| {
+        let Some(assigned) = &asked.assigned else { return };
+        if is_the_variants(error) { assigned.failed(asked) } else { assigned.called_off(asked) }
+    };
+    match (first, second) {
+        (Ok(first), Ok(second)) => {
+            let both = [&plan.asked, &asked];
+            if stream {
+                return Ok(marked(first.map(|first| beside::streamed(first, second.into_body())), &both));
+            }
+            let (first, second) = (whole(first).await?, whole(second).await?);
+            Ok(marked(json(Bytes::from(beside::merged(first, second).to_string())), &both))
+        }
+        (Ok(first), Err(error)) => {
+            settle(&asked, &error);
+            Ok(plan.marked(first))
+        }
+        (Err(error), Ok(second)) => {
+            settle(&plan.asked, &error);
+            Ok(marked(second, &[&asked]))
+        }
+        (Err(first), Err(second)) => {
+            settle(&plan.asked, &first);
+            settle(&asked, &second);
+            Err(first)
+        }
+    }
+}
+
+/// An answer of ours, read back.
+async fn whole(response: Response) -> Result<Value, ApiError> {
+    let broken = || ApiError::fault("An answer broke off.");
+    let bytes = response.into_body().collect().await.map_err(|_| broken())?.to_bytes();
+    serde_json::from_slice(&bytes).map_err(|_| broken())
 }
 
 #[cfg(test)]

@@ -1,28 +1,23 @@
 //! Who is asking, and whether they may.
 
 use crate::clock::now;
+use crate::http::access::is_open;
 use crate::http::cors::Origins;
 use crate::http::error::ApiError;
 use crate::keys::{KeyRing, Known};
 use crate::telemetry::Trail;
 use crate::upstream::{LocalModel, Registry};
 use axum::extract::{Request, State};
-use axum::middleware::{Next, from_fn_with_state};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use axum::routing::Route;
 use hyper::header::{AUTHORIZATION, HOST, HeaderName, HeaderValue, ORIGIN, WWW_AUTHENTICATE};
 use hyper::{HeaderMap, Method, StatusCode};
-use std::convert::Infallible;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tidemill_engine::Tenant;
-use tidemill_store::{ApiKey, Scope, Store, StoreError, Tier, Viewer};
-use tower::{Layer, Service};
-
-/// Paths that need no key: probes, the API's description, and the console's pages, whose data does need one.
-const OPEN: [&str; 6] = ["/health", "/ready", "/version", "/metrics", "/openapi.json", "/console"];
+use tidemill_store::{Actor, ApiKey, Scope, Store, StoreError, Tier, Viewer};
 
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
@@ -103,6 +98,11 @@ impl Caller {
         }
     }
 
+    /// Whose work the caller may look at: everybody's with the scope `look`, else as [`Self::viewer`].
+    pub fn onlooker(&self) -> Viewer {
+        if self.allows(Scope::Look) { Viewer::Anyone } else { self.viewer() }
+    }
+
     /// Whether the caller may put its requests ahead of other callers'.
     pub fn may_hurry(&self) -> bool {
         self.allows(Scope::Admin)
@@ -131,8 +131,8 @@ impl Caller {
     }
 
     /// What the audit calls the caller.
-    pub fn actor(&self) -> String {
-        self.name().map_or_else(|| "open server".to_owned(), |name| format!("key {name}"))
+    pub fn actor(&self) -> Actor {
+        self.key.as_ref().map_or_else(|| "open server".into(), |key| Actor::of_key(key))
     }
 
     /// The key's name, which for annotators is theirs.
@@ -219,9 +219,8 @@ pub async fn authenticate(State((auth, origins)): State<(Auth, Origins)>, mut re
         }
         return next.run(request).await;
     }
-    let path = request.uri().path();
-    let open = OPEN.iter().any(|open| path.strip_prefix(open).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')));
-    let caller = if open { Ok(Caller { key: None, open: false }) } else { auth.caller(request.headers()).await };
+    let caller =
+        if is_open(request.uri().path()) { Ok(Caller { key: None, open: false }) } else { auth.caller(request.headers()).await };
     match caller {
         Ok(caller) => {
             if let Some(trail) = request.extensions().get::<Trail>() {
@@ -246,45 +245,18 @@ pub async fn authenticate(State((auth, origins)): State<(Auth, Origins)>, mut re
     }
 }
 
-/// A layer for `route_layer`: answers 403 to callers whose key lacks the scope.
-pub fn require(
-    scope: Scope,
-) -> impl Layer<
-    Route,
-    Service: Service<Request, Response: IntoResponse, Error: Into<Infallible>, Future: Send> + Clone + Send + Sync + 'static,
-> + Clone
-+ Send
-+ Sync
-+ 'static {
-    require_either([scope, scope])
-}
-
-/// The same for a key that needs one of two scopes; a refusal names the first.
-pub fn require_either(
-    scopes: [Scope; 2],
-) -> impl Layer<
-    Route,
-    Service: Service<Request, Response: IntoResponse, Error: Into<Infallible>, Future: Send> + Clone + Send + Sync + 'static,
-> + Clone
-+ Send
-+ Sync
-+ 'static {
-    from_fn_with_state(scopes, check)
-}
-
-async fn check(State(scopes): State<[Scope; 2]>, request: Request, next: Next) -> Response {
-    let caller = request.extensions().get::<Caller>();
-    if caller.is_some_and(|caller| scopes.into_iter().any(|scope| caller.allows(scope))) {
-        return next.run(request).await;
-    }
-    forbidden(scopes[0]).into_response()
-}
-
 /// 403 for a key without the scope.
 pub fn forbidden(scope: Scope) -> ApiError {
+    lacking(&[scope])
+}
+
+/// 403 for a key that has none of these scopes.
+pub fn lacking(scopes: &[Scope]) -> ApiError {
+    let words: Vec<String> = scopes.iter().map(|scope| format!("`{}`", scope.as_str())).collect();
     let message = format!(
-        "This API key lacks the scope `{0}`. Use one that has it; `tidemill key create --name NAME --scope {0}` makes one.",
-        scope.as_str()
+        "This API key lacks the scope {}. Use one that has it; `tidemill key create --name NAME --scope {}` makes one.",
+        words.join(" or "),
+        scopes.last().map_or("admin", |scope| scope.as_str())
     );
     ApiError::client(StatusCode::FORBIDDEN, Some("insufficient_permissions"), message)
 }

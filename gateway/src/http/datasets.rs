@@ -4,7 +4,7 @@ use crate::clock::now;
 use crate::datasets::{self, Refused};
 use crate::http::answer::{answer, json as json_bytes, list as list_page};
 use crate::http::app::App;
-use crate::http::auth::{Caller, require};
+use crate::http::auth::Caller;
 use crate::http::error::ApiError;
 use crate::http::limits::off_path_waiting;
 use crate::http::query::parameters;
@@ -22,7 +22,7 @@ use tidemill_rlhf::dataset::format::{self, Format, Selection};
 use tidemill_rlhf::dataset::query::{RowKind, time};
 use tidemill_rlhf::dataset::{DatasetError, Query};
 use tidemill_rlhf::quality::{QualityOptions, Split};
-use tidemill_store::{Job, JobState, Scope, Snapshot};
+use tidemill_store::{Job, JobState, Snapshot};
 use uuid::Uuid;
 
 const KINDS: [(&str, RowKind); 3] =
@@ -34,7 +34,7 @@ const MAX_ROWS: usize = 1000;
 /// Most snapshots of one answer.
 const MAX_LIST: usize = 100;
 
-/// The routes, which need a key of scope `train`.
+/// The routes.
 pub fn routes() -> Router<App> {
     Router::new()
         .route("/v1/datasets", post(build).get(list))
@@ -44,7 +44,6 @@ pub fn routes() -> Router<App> {
         .route("/v1/datasets/{reference}/rows", get(rows))
         .route("/v1/datasets/{reference}/report", get(report))
         .route("/v1/datasets/{reference}/export", get(export))
-        .route_layer(require(Scope::Train))
 }
 
 impl From<DatasetError> for ApiError {
@@ -85,16 +84,12 @@ async fn build(State(app): State<App>, Extension(caller): Extension<Caller>, req
         .map_err(|error| ApiError::invalid("query", "invalid_value", format!("'query' cannot be read: {error}.")))?;
     query.check().map_err(DatasetError::from)?;
     app.datasets.datasets().check_name(&name)?;
-    let started = app.datasets.start(name.clone(), query, QualityOptions::default()).await;
+    let started = app.datasets.start(name, query, QualityOptions::default(), caller.actor()).await;
     let job = started.map_err(|error| match error {
         Refused::Full => ApiError::unavailable(Some("queue_full"), error.to_string(), 10),
         Refused::Closing => ApiError::unavailable(Some("draining"), error.to_string(), 5),
         Refused::Store(error) => DatasetError::Store(error).into(),
     })?;
-    let actor = caller.key_id().unwrap_or_else(|| "anyone".to_owned());
-    if let Err(error) = app.store.audit(&actor, "dataset.build", &name, json!({ "job": job.id })).await {
-        tracing::warn!(%error, "cannot write to the audit");
-    }
     Ok(answer(StatusCode::ACCEPTED, &shown_job(&job)))
 }
 
@@ -123,12 +118,20 @@ async fn job(State(app): State<App>, Path(id): Path<String>) -> Result<Response,
     Ok(answer(StatusCode::OK, &shown_job(&job)))
 }
 
-async fn cancel(State(app): State<App>, Path(id): Path<String>) -> Result<Response, ApiError> {
+async fn cancel(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
     let id: Uuid = id.parse().map_err(|_| missing_job())?;
     let job = app.datasets.find(id).await.map_err(DatasetError::from)?.ok_or_else(missing_job)?;
-    if !job.state.ended() && !app.datasets.cancel(id) {
-        let message = "Another server runs this build; send the request to that one.";
-        return Err(ApiError::client(StatusCode::CONFLICT, Some("not_here"), message));
+    if !job.state.ended() {
+        if !app.datasets.cancel(id) {
+            let message = "Another server runs this build; send the request to that one.";
+            return Err(ApiError::client(StatusCode::CONFLICT, Some("not_here"), message));
+        }
+        let name = job.spec["name"].as_str().unwrap_or_default();
+        app.store.audit(caller.actor(), "dataset.cancel", name, json!({ "job": id })).await.map_err(DatasetError::from)?;
     }
     Ok(answer(StatusCode::OK, &shown_job(&job)))
 }

@@ -3,7 +3,7 @@
 use crate::clock::now;
 use crate::http::answer::{answer, list as list_page};
 use crate::http::app::App;
-use crate::http::auth::{Caller, require_either};
+use crate::http::auth::Caller;
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
 use crate::http::generate::enter;
@@ -17,7 +17,7 @@ use axum::{Extension, Router};
 use hyper::StatusCode;
 use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use serde_json::{Value, json};
-use tidemill_store::{FileDraft, FileRecord, Order, Scope};
+use tidemill_store::{FileDraft, FileRecord, Order};
 use tokio::io::AsyncReadExt;
 use uuid::Uuid;
 
@@ -28,13 +28,12 @@ const BATCH_SECONDS: i64 = 30 * 24 * 3600;
 /// What is read from the disk at once.
 const CHUNK: usize = 64 * 1024;
 
-/// The routes, which need a key of scope `chat` or `train`: files are for batches and for fine-tuning.
+/// The routes.
 pub fn routes() -> Router<App> {
     Router::new()
         .route("/v1/files", post(create).get(list))
         .route("/v1/files/{id}", get(show).delete(delete))
         .route("/v1/files/{id}/content", get(content))
-        .route_layer(require_either([Scope::Chat, Scope::Train]))
 }
 
 async fn create(State(app): State<App>, Extension(caller): Extension<Caller>, request: Request) -> Result<Response, ApiError> {

@@ -6,7 +6,7 @@ use crate::graders::check_models;
 use crate::http::adapter_registry::refused;
 use crate::http::answer::{answer, list as list_page};
 use crate::http::app::App;
-use crate::http::auth::{Caller, require};
+use crate::http::auth::Caller;
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
 use crate::http::files;
@@ -22,7 +22,7 @@ use axum::{Extension, Router};
 use hyper::StatusCode;
 use serde_json::{Value, json};
 use tidemill_store::{
-    FileRecord, FineTuningCheckpoint, FineTuningDraft, FineTuningEvent, FineTuningJob, FineTuningState, News, Order, Scope, Viewer,
+    FileRecord, FineTuningCheckpoint, FineTuningDraft, FineTuningEvent, FineTuningJob, FineTuningState, News, Order, Viewer,
 };
 use uuid::Uuid;
 
@@ -40,7 +40,7 @@ const MAX_SEED: i64 = i32::MAX as i64;
 /// OpenAI's objects name an organisation; here there is one.
 const ORGANISATION: &str = "org-tidemill";
 
-/// The routes, which need a key of scope `train`.
+/// The routes.
 pub fn routes() -> Router<App> {
     Router::new()
         .route("/v1/fine_tuning/jobs", post(create).get(list))
@@ -50,7 +50,6 @@ pub fn routes() -> Router<App> {
         .route("/v1/fine_tuning/jobs/{id}/resume", post(resume))
         .route("/v1/fine_tuning/jobs/{id}/events", get(events))
         .route("/v1/fine_tuning/jobs/{id}/checkpoints", get(checkpoints))
-        .route_layer(require(Scope::Train))
 }
 
 async fn create(State(app): State<App>, Extension(caller): Extension<Caller>, request: Request) -> Result<Response, ApiError> {
@@ -104,11 +103,16 @@ async fn create(State(app): State<App>, Extension(caller): Extension<Caller>, re
         place: training.place,
     };
     let news = [News::info(format!("Created fine-tuning job: {}.", name(id))), News::info("The files are looked through.")];
-    if !rows.insert(&draft, &news).await.map_err(unavailable)? {
+    let detail = json!({
+        "model": draft.model, "method": draft.method["type"], "training_file": files::name(draft.training_file),
+        "validation_file": draft.validation_file.map(files::name),
+    });
+    let act = app.store.act(caller.actor(), "fine_tuning.create").to(name(id)).with(detail);
+    if !rows.insert(&draft, &news, act).await.map_err(unavailable)? {
         return Err(ApiError::invalid("training_file", "file_not_found", "A file of this job was deleted just now."));
     }
     app.fine_tuning.wake();
-    Ok(answer(StatusCode::OK, &shown(&find(&app, &caller, &name(id)).await?)))
+    Ok(answer(StatusCode::OK, &shown(&find(&app, &caller.viewer(), &name(id)).await?)))
 }
 
 /// The base of a model that can be trained here.
@@ -183,7 +187,7 @@ async fn list(
 ) -> Result<Response, ApiError> {
     let listing = Listing::parse(query.as_deref(), Order::NewestFirst, Extra::Jobs)?;
     let (rows, after) = (app.fine_tuning.rows(), listing.after_id(PREFIX)?);
-    let page = rows.list(&caller.viewer(), &listing.metadata, after, listing.limit).await.map_err(unavailable)?;
+    let page = rows.list(&caller.onlooker(), &listing.metadata, after, listing.limit).await.map_err(unavailable)?;
     Ok(list_page(page.items.iter().map(shown).collect(), page.has_more))
 }
 
@@ -192,7 +196,7 @@ async fn show(
     Extension(caller): Extension<Caller>,
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
-    Ok(answer(StatusCode::OK, &shown(&find(&app, &caller, &id).await?)))
+    Ok(answer(StatusCode::OK, &shown(&find(&app, &caller.onlooker(), &id).await?)))
 }
 
 async fn cancel(app: State<App>, caller: Extension<Caller>, id: Path<String>) -> Result<Response, ApiError> {
@@ -213,9 +217,9 @@ async fn follow(
     Path(id): Path<String>,
     wish: Wish,
 ) -> Result<Response, ApiError> {
-    let job = find(&app, &caller, &id).await?;
-    let written = wish.write(app.fine_tuning.rows(), job.draft.id, now()).await.map_err(unavailable)?;
-    let job = find(&app, &caller, &id).await?;
+    let job = find(&app, &caller.viewer(), &id).await?;
+    let written = wish.write(&app.store, job.draft.id, caller.actor()).await.map_err(unavailable)?;
+    let job = find(&app, &caller.viewer(), &id).await?;
     if !written && let Some(why) = wish.refusal(job.state) {
         return Err(ApiError::invalid("id", "invalid_state", why));
     }
@@ -229,7 +233,7 @@ async fn events(
     Path(id): Path<String>,
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
-    let job = find(&app, &caller, &id).await?.draft.id;
+    let job = find(&app, &caller.onlooker(), &id).await?.draft.id;
     let (before, limit) = part(query.as_deref(), EVENT, job, 20)?;
     let page = app.fine_tuning.rows().events(job, before, limit).await.map_err(unavailable)?;
     Ok(list_page(page.items.iter().map(|event| shown_event(job, event)).collect(), page.has_more))
@@ -241,7 +245,7 @@ async fn checkpoints(
     Path(id): Path<String>,
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
-    let found = find(&app, &caller, &id).await?;
+    let found = find(&app, &caller.onlooker(), &id).await?;
     let job = found.draft.id;
     let (before, limit) = part(query.as_deref(), CHECKPOINT, job, 10)?;
     if found.state == FineTuningState::Succeeded && !found.served {
@@ -279,12 +283,8 @@ fn job_id(text: &str) -> Option<Uuid> {
     text.strip_prefix(PREFIX).and_then(|id| Uuid::try_parse(id).ok())
 }
 
-async fn find(app: &App, caller: &Caller, text: &str) -> Result<FineTuningJob, ApiError> {
-    find_for(app, &caller.viewer(), text).await
-}
-
 /// The job of this id in the API, if `viewer` may see it.
-pub async fn find_for(app: &App, viewer: &Viewer, text: &str) -> Result<FineTuningJob, ApiError> {
+pub async fn find(app: &App, viewer: &Viewer, text: &str) -> Result<FineTuningJob, ApiError> {
     let found = match job_id(text) {
         Some(id) => app.fine_tuning.rows().find(id, viewer).await.map_err(unavailable)?,
         None => None,
@@ -315,8 +315,8 @@ pub async fn delete_model(app: &App, caller: &Caller, model: &str) -> Result<Res
     let names: Vec<String> = checkpoints.items.into_iter().map(|checkpoint| checkpoint.model).collect();
     withdraw(app, &names, &caller.actor()).await.map_err(|error| refused("id", error))?;
     let news = [News::info(format!("The model `{model}` was deleted."))];
-    rows.unserve(job.draft.id, &news, now()).await.map_err(unavailable)?;
-    app.store.audit(&caller.actor(), "model.delete", model, json!({"job": name(job.draft.id)})).await.map_err(unavailable)?;
+    let act = app.store.act(caller.actor(), "model.delete").to(model).with(json!({"job": name(job.draft.id)}));
+    rows.unserve(job.draft.id, &news, act).await.map_err(unavailable)?;
     Ok(answer(StatusCode::OK, &json!({ "id": model, "object": "model", "deleted": true })))
 }
 

@@ -7,7 +7,7 @@ use crate::http::auth::Caller;
 use crate::http::deadline;
 use crate::http::drain::InFlight;
 use crate::http::error::ApiError;
-use crate::http::tier::{self, BATCH_PRIORITY};
+use crate::http::tier::{self, BATCH_PRIORITY, SHADOW_PRIORITY};
 use crate::limits::Meter;
 use crate::limits::headers::RateSlot;
 use crate::openai::about::About;
@@ -93,10 +93,25 @@ pub struct Asked {
     pub assigned: Option<Arc<Assigned>>,
     /// What the headers say of that.
     pub hints: Hints,
+    standing: Standing,
     /// Where the levels of its limits are left for the response.
     rate: RateSlot,
     trail: Option<Trail>,
 }
+
+/// On whose account a request is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    /// The caller's.
+    Own,
+    /// The operator's, who wants a second answer beside the caller's.
+    Beside,
+    /// The operator's, and nobody waits for it or is to feel it.
+    Shadow,
+}
+
+/// Of all copies that nobody sees: they share what is left among themselves, and take nothing of a key's share.
+const SHADOW_TENANT: Tenant = Tenant { id: u64::MAX, weight: 1 };
 
 /// An extension of requests that a batch sends: whatever anybody waits for goes before them.
 #[derive(Clone, Copy, Debug)]
@@ -118,9 +133,21 @@ impl Asked {
             deadline,
             assigned: None,
             hints,
+            standing: Standing::Own,
             rate,
             trail: request.extensions().get().cloned(),
         }
+    }
+
+    /// The same for a second answer that is shown beside the caller's, on the operator's account.
+    pub fn beside(&self, assigned: Option<Arc<Assigned>>) -> Self {
+        Self { assigned, standing: Standing::Beside, rate: RateSlot::default(), ..self.clone() }
+    }
+
+    /// The same for an answer that nobody sees.
+    pub fn shadow(&self, assigned: Option<Arc<Assigned>>) -> Self {
+        let standing = Standing::Shadow;
+        Self { assigned, standing, background: true, deadline: None, trail: None, rate: RateSlot::default(), ..self.clone() }
     }
 
     /// Follows the answers to `requests` for the log and the trace; give it to the events with [`Events::followed`]. `operation` is
@@ -184,6 +211,9 @@ impl Asked {
     /// Lets a request for a model of this base in whose prompts have so many tokens each, or says which limit it would break. The place within the limits is
     /// held until the meter is dropped: give it to the events with [`Events::metered`].
     pub fn admit(&self, base: &str, inputs: Vec<usize>) -> Result<Meter, ApiError> {
+        if self.standing != Standing::Own {
+            return Ok(self.app.limits.free(base, inputs));
+        }
         let (admitted, levels) = self.app.limits.admit(self.caller.key.as_deref(), base, inputs);
         self.rate.set(levels);
         admitted
@@ -196,12 +226,16 @@ impl Asked {
 
     /// The priority in the engine of a request that gives itself `own` within `tier`; lower runs first.
     pub fn priority(&self, tier: Tier, own: i32) -> i32 {
-        if self.background { BATCH_PRIORITY } else { tier::priority(tier, own, self.caller.may_hurry()) }
+        match self.standing {
+            Standing::Shadow => SHADOW_PRIORITY,
+            _ if self.background => BATCH_PRIORITY,
+            _ => tier::priority(tier, own, self.caller.may_hurry()),
+        }
     }
 
     /// The request with its place in line: whose it is, how urgent, until when.
     pub fn placed(&self, mut request: tidemill_engine::Request, generation: &Generation) -> tidemill_engine::Request {
-        request.tenant = self.caller.tenant();
+        request.tenant = if self.standing == Standing::Shadow { SHADOW_TENANT } else { self.caller.tenant() };
         request.priority = self.priority(self.tier(generation), generation.priority);
         request.deadline = self.deadline;
         request

@@ -1,13 +1,16 @@
 //! The front door: routes, limits, error shape, streaming, shutdown.
 
+pub mod access;
 mod activity;
 mod adapter_registry;
 mod adapters;
 mod answer;
 pub mod app;
 pub mod assigned;
+mod audit;
 pub mod auth;
 mod batches;
+mod beside;
 mod call_rules;
 pub mod chat;
 mod completions;
@@ -29,7 +32,9 @@ mod interchange;
 mod keys;
 pub mod labeling;
 pub mod limits;
+mod lineage;
 mod messages;
+mod mirror;
 mod models;
 mod observe;
 mod probes;
@@ -47,7 +52,8 @@ mod tokens;
 mod upload;
 
 pub use app::App;
-pub use auth::{Auth, Caller, require};
+pub use audit::shown as shown_act;
+pub use auth::{Auth, Caller};
 pub use files::name as file_name;
 pub use fine_tuning::name as job_name;
 pub use router::router;

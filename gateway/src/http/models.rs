@@ -2,7 +2,7 @@
 
 use crate::http::answer::answer;
 use crate::http::app::App;
-use crate::http::auth::{Caller, forbidden};
+use crate::http::auth::Caller;
 use crate::http::error::ApiError;
 use crate::http::fine_tuning::delete_model;
 use crate::upstream::{LoadState, Upstream};
@@ -11,7 +11,6 @@ use axum::response::Response;
 use hyper::StatusCode;
 use serde::Serialize;
 use std::sync::Arc;
-use tidemill_store::Scope;
 
 #[derive(Serialize)]
 struct ModelCard {
@@ -111,9 +110,6 @@ pub async fn get(State(app): State<App>, Path(id): Path<String>, request: Reques
 /// `DELETE /v1/models/{id}`: a model that a fine-tuning job of the caller's made.
 pub async fn delete(State(app): State<App>, Path(id): Path<String>, request: Request) -> Result<Response, ApiError> {
     let caller = Caller::of(&request);
-    if !caller.allows(Scope::Train) {
-        return Err(forbidden(Scope::Train));
-    }
     caller.check_model(&id)?;
     delete_model(&app, &caller, &id).await
 }

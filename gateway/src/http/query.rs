@@ -32,6 +32,14 @@ impl Parameter<'_> {
         number.ok_or_else(|| self.invalid(&format!("a whole number from {} to {}", range.start(), range.end())))
     }
 
+    /// A time in seconds since 1970, as microseconds.
+    pub fn time(&self) -> Result<i64, ApiError> {
+        let seconds: Option<f64> = self.value.parse().ok().filter(|seconds| (0.0..=1e11).contains(seconds));
+        // Whole microseconds far below 2⁶³.
+        let micros = seconds.map(|seconds| (seconds * 1e6).round() as i64);
+        micros.ok_or_else(|| self.invalid("a time in seconds since 1970"))
+    }
+
     /// The meaning of a word; the words are told to whoever uses another one.
     pub fn one_of<T: Copy>(&self, words: &[(&str, T)]) -> Result<T, ApiError> {
         let found = words.iter().find(|(word, _)| *word == self.value).map(|(_, meaning)| *meaning);

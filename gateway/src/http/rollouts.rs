@@ -2,7 +2,7 @@
 
 use crate::http::answer::{answer, list as list_page};
 use crate::http::app::App;
-use crate::http::auth::{Caller, require};
+use crate::http::auth::Caller;
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
 use crate::http::limits::parse_json;
@@ -19,28 +19,23 @@ use axum::response::Response;
 use axum::routing::{get, post};
 use hyper::StatusCode;
 use serde_json::{Map, Value, json};
-use tidemill_store::{Rollout, RolloutDecision, RolloutFilter, RolloutRefusal, Scope, StoreError};
+use tidemill_store::{Rollout, RolloutDecision, RolloutFilter, RolloutRefusal, StoreError};
 use uuid::Uuid;
 
 /// Most rollouts of one answer.
 const MAX_LIST: usize = 100;
 
-/// Looking and acting.
+/// The routes.
 pub fn routes() -> Router<App> {
-    let looking = Router::new()
-        .route("/v1/rollouts", get(list))
+    Router::new()
+        .route("/v1/rollouts", get(list).post(start))
         .route("/v1/rollouts/{id}", get(one))
         .route("/v1/rollout_plan", post(plan))
-        .route_layer(require(Scope::Admin));
-    let acting = Router::new()
-        .route("/v1/rollouts", post(start))
         .route("/v1/rollouts/{id}/pause", post(pause))
         .route("/v1/rollouts/{id}/resume", post(resume))
         .route("/v1/rollouts/{id}/approve", post(approve))
         .route("/v1/rollouts/{id}/promote", post(promote))
         .route("/v1/rollouts/{id}/rollback", post(roll_back))
-        .route_layer(require(Scope::Admin));
-    looking.merge(acting)
 }
 
 /// A rollout as the API shows it: what was asked for, where it stands, and its newest decision.
@@ -245,6 +240,7 @@ impl From<KeeperError> for ApiError {
             KeeperError::Refused(RolloutRefusal::Unknown(_)) => of(None, StatusCode::NOT_FOUND, "rollout_not_found"),
             KeeperError::Act(error) => match error {
                 ActError::Over => conflict(None, "rollout_over"),
+                ActError::NoKey | ActError::SameKey => of(None, StatusCode::FORBIDDEN, "four_eyes"),
                 ActError::NoSuchArm(_) => of(Some("variant".to_owned()), StatusCode::BAD_REQUEST, "invalid_value"),
                 _ => conflict(None, "rollout_state"),
             },
@@ -257,7 +253,6 @@ impl From<KeeperError> for ApiError {
             KeeperError::Metric { index, .. } => {
                 of(Some(format!("metrics.{index}.metric")), StatusCode::BAD_REQUEST, "invalid_value")
             }
-            KeeperError::Kind(_) => of(Some("kind".to_owned()), StatusCode::BAD_REQUEST, "unsupported_parameter"),
         }
     }
 }

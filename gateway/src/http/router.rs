@@ -1,12 +1,13 @@
 //! Which path goes where.
 
 use crate::anthropic::error::in_their_words;
+use crate::http::access::permit;
 use crate::http::app::App;
-use crate::http::auth::{authenticate, require};
+use crate::http::auth::authenticate;
 use crate::http::error::ApiError;
 use crate::http::{
-    adapter_registry, adapters, batches, chat, completions, console, datasets, embeddings, feedback, files, fine_tuning, graders,
-    interchange, keys, labeling, messages, models, observe, probes, responses, rollouts, stored_chats, tokens,
+    adapter_registry, adapters, audit, batches, chat, completions, console, datasets, embeddings, feedback, files, fine_tuning,
+    graders, interchange, keys, labeling, lineage, messages, models, observe, probes, responses, rollouts, stored_chats, tokens,
 };
 use crate::limits::shed;
 use axum::Router;
@@ -16,7 +17,6 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use hyper::StatusCode;
 use percent_encoding::percent_decode_str;
-use tidemill_store::Scope;
 
 /// All routes. Whatever is not one answers in the error shape, too.
 pub fn router(app: App) -> Router {
@@ -29,8 +29,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/completions", post(completions::completions))
         .route("/v1/embeddings", post(embeddings::embeddings))
         .route("/v1/messages", post(messages::create))
-        .route_layer(from_fn_with_state(app.clone(), shed))
-        .route_layer(require(Scope::Chat));
+        .route_layer(from_fn_with_state(app.clone(), shed));
     let around = Router::new()
         .route("/v1/chat/completions", get(stored_chats::list))
         .route("/v1/chat/completions/{id}", get(stored_chats::get).post(stored_chats::update).delete(stored_chats::delete))
@@ -42,12 +41,10 @@ pub fn router(app: App) -> Router {
         .route("/v1/moderations", post(embeddings::moderations))
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .route("/tokenize", post(tokens::tokenize))
-        .route("/detokenize", post(tokens::detokenize))
-        .route_layer(require(Scope::Chat));
+        .route("/detokenize", post(tokens::detokenize));
     let judging = Router::new()
         .route("/v1/feedback", post(feedback::create).get(feedback::list))
-        .route("/v1/feedback/{id}", get(feedback::get).patch(feedback::edit).delete(feedback::withdraw))
-        .route_layer(require(Scope::Feedback));
+        .route("/v1/feedback/{id}", get(feedback::get).patch(feedback::edit).delete(feedback::withdraw));
     Router::new()
         .merge(generating)
         .merge(around)
@@ -64,6 +61,8 @@ pub fn router(app: App) -> Router {
         .merge(keys::routes())
         .merge(adapters::routes())
         .merge(adapter_registry::routes())
+        .merge(audit::routes())
+        .merge(lineage::routes())
         .merge(rollouts::routes())
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::get).delete(models::delete))
@@ -72,6 +71,7 @@ pub fn router(app: App) -> Router {
         .route("/version", get(probes::version))
         .route("/metrics", get(probes::metrics))
         .route("/openapi.json", get(probes::description))
+        .route_layer(from_fn(permit))
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state((auth, app.origins.clone()), authenticate))

@@ -6,6 +6,8 @@ use tidemill_store::Tier;
 const STEP: i32 = 1 << 20;
 /// Requests of batches: after all tiers.
 pub const BATCH_PRIORITY: i32 = 2 * STEP;
+/// Copies that nobody sees: after everything.
+pub const SHADOW_PRIORITY: i32 = 3 * STEP;
 
 /// The engine's priority, lower first, of a request in `tier` that gives itself `own`. A caller that may not hurry can put its requests
 /// behind others', never ahead; nobody leaves the tier that way.
@@ -28,7 +30,7 @@ mod tests {
         for own in [i32::MIN, -7, 0, 7, i32::MAX] {
             for hurry in [false, true] {
                 let [first, second, third] = Tier::ALL.map(|tier| priority(tier, own, hurry));
-                assert!(first < second && second < third && third < BATCH_PRIORITY);
+                assert!(first < second && second < third && third < BATCH_PRIORITY && BATCH_PRIORITY < SHADOW_PRIORITY);
             }
         }
         assert!(priority(Tier::Priority, i32::MAX, true) < priority(Tier::Default, i32::MIN, true));

@@ -139,7 +139,7 @@ mod tests {
         let (_, secret) = store.create_key("app", &[Scope::Chat]).await.unwrap();
         // One request has its answer from the database, and is slow to write it down.
         let (asked, found) = (store.key_changes(), store.find_key(&secret).await.unwrap().unwrap());
-        store.revoke_key("app").await.unwrap().unwrap();
+        store.revoke_key("app", "server").await.unwrap().unwrap();
         assert_eq!(ring.find(&secret, 0).await.unwrap(), Known::Nobody);
         ring.remember(blake3::hash(secret.as_bytes()), &Arc::new(found), asked).await;
         assert_eq!(ring.find(&secret, 0).await.unwrap(), Known::Nobody);

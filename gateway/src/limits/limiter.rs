@@ -154,6 +154,11 @@ impl Limiter {
         self.prices.get(model).copied().unwrap_or_default()
     }
 
+    /// A request on nobody's account: it meets no limit, and only what it costs is known.
+    pub fn free(self: &Arc<Self>, model: &str, inputs: Vec<usize>) -> Meter {
+        Meter::new(Arc::clone(self), Vec::new(), self.price(model), inputs)
+    }
+
     /// A request has used more.
     pub(super) fn count(&self, subjects: &[Subject], usage: Usage) {
         let (now, day) = (self.now(), today());

@@ -34,7 +34,7 @@ pub fn topic() -> Topic {
 }
 
 fn registry() -> Vec<Operation> {
-    let get = |path, summary| Operation::get(path, TAG, summary).scope(Scope::Train).refuses(&[503]);
+    let get = |path, summary| Operation::get(path, TAG, summary).either_scope([Scope::Train, Scope::Look]).refuses(&[503]);
     let change = |path, summary| {
         let operation = Operation::post(path, TAG, summary).scope(Scope::Admin).refuses(&[400, 404, 408, 409, 413, 503]);
         operation.answers(200, "The adapter as it is now.", named("Adapter"))

@@ -13,7 +13,7 @@ const TAG: &str = "datasets";
 /// `/v1/datasets`
 pub fn topic() -> Topic {
     let of_train = |operation: Operation| operation.scope(Scope::Train).refuses(&[503]);
-    let one = |operation: Operation| of_train(operation).refuses(&[404]);
+    let looks = |operation: Operation| operation.either_scope([Scope::Train, Scope::Look]).refuses(&[404, 503]);
     let selected = |operation: Operation| {
         operation.query("kind", word(&["preference", "unpaired", "demonstration"])).query("split", word(&["train", "held_out"]))
     };
@@ -27,33 +27,34 @@ pub fn topic() -> Topic {
             "The build that was begun.",
             named("DatasetBuild"),
         ),
-        one(Operation::get("/v1/datasets", TAG, "Snapshots, the newest first"))
+        looks(Operation::get("/v1/datasets", TAG, "Snapshots, the newest first"))
             .query("name", text())
             .query("after", text())
             .query("limit", whole(0, 100))
             .answers(200, "A page of them.", listed.schema()),
-        one(Operation::get("/v1/datasets/builds/{id}", TAG, "How far a build is")).answers(
+        looks(Operation::get("/v1/datasets/builds/{id}", TAG, "How far a build is")).answers(
             200,
             "The build.",
             named("DatasetBuild"),
         ),
-        one(Operation::post("/v1/datasets/builds/{id}/cancel", TAG, "Stop a build"))
+        of_train(Operation::post("/v1/datasets/builds/{id}/cancel", TAG, "Stop a build"))
+            .refuses(&[404])
             .answers(200, "The build.", named("DatasetBuild"))
             .refuses(&[409]),
-        one(Operation::get("/v1/datasets/{reference}", TAG, "One snapshot, as NAME, NAME@VERSION or its hash")).answers(
+        looks(Operation::get("/v1/datasets/{reference}", TAG, "One snapshot, as NAME, NAME@VERSION or its hash")).answers(
             200,
             "The snapshot, with its report.",
             named("Dataset"),
         ),
-        selected(one(Operation::get("/v1/datasets/{reference}/rows", TAG, "Its rows")))
+        selected(looks(Operation::get("/v1/datasets/{reference}/rows", TAG, "Its rows")))
             .query("offset", json!({"type": "integer", "minimum": 0, "maximum": i64::MAX}))
             .query("limit", whole(0, 1000))
             .answers(200, "A page of them.", rows.schema()),
-        one(Operation::get("/v1/datasets/{reference}/report", TAG, "What is good and bad about it"))
+        looks(Operation::get("/v1/datasets/{reference}/report", TAG, "What is good and bad about it"))
             .query("format", word(&["json", "html"]))
             .answers(200, "The report.", any())
             .answers_as(200, "The report.", "text/html", text()),
-        selected(one(Operation::get("/v1/datasets/{reference}/export", TAG, "Its rows in a trainer's form")))
+        selected(looks(Operation::get("/v1/datasets/{reference}/export", TAG, "Its rows in a trainer's form")))
             .query("format", word(&["trl", "openai", "tidemill"]))
             .answers_as(200, "One object a line.", "application/jsonl", text())
             .refuses(&[410]),

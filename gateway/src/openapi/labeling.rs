@@ -60,12 +60,14 @@ fn queues() -> Vec<Operation> {
     let failure = Object::answer().with("source", text()).with("reason", text());
     vec![
         Operation::get("/v1/labeling/queues", TAG, "Queues; annotators see no more of them than they need")
+            .either_scope([Scope::Label, Scope::Train])
             .answers(200, "All of them.", page(either([named("Queue"), brief.schema()])).schema())
-            .refuses(&[403, 503]),
+            .refuses(&[503]),
         Operation::post("/v1/labeling/queues", TAG, "Make a queue")
+            .scope(Scope::Train)
             .takes(new.schema())
             .answers(201, "The queue.", named("Queue"))
-            .refuses(&[403, 409]),
+            .refuses(&[409]),
         of_train(Operation::get("/v1/labeling/queues/{queue}", TAG, "One queue, by id or name")).answers(
             200,
             "The queue.",
@@ -184,7 +186,7 @@ fn work() -> Vec<Operation> {
         Operation::get("/v1/labeling/me", TAG, "Who the server takes the caller for")
             .query("annotator", text())
             .answers(200, "The caller.", me.schema())
-            .refuses(&[403]),
+            .either_scope([Scope::Label, Scope::Train]),
         of_label(Operation::post("/v1/labeling/queues/{queue}/next", TAG, "A task, or why there is none"))
             .takes(who().schema())
             .answers(200, "The task.", named("Given")),

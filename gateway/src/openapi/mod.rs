@@ -7,6 +7,7 @@ mod feedback;
 mod files;
 mod fine_tuning;
 mod generation;
+mod governance;
 mod keys;
 mod labeling;
 mod messages;
@@ -27,9 +28,8 @@ struct Topic {
     schemas: Vec<(&'static str, Value)>,
 }
 
-/// The whole document.
-pub fn document() -> Value {
-    let topics = [
+fn topics() -> impl Iterator<Item = Topic> {
+    [
         service::topic(),
         generation::topic(),
         messages::topic(),
@@ -42,10 +42,16 @@ pub fn document() -> Value {
         keys::topic(),
         adapters::topic(),
         rollouts::topic(),
-    ];
+        governance::topic(),
+    ]
+    .into_iter()
+}
+
+/// The whole document.
+pub fn document() -> Value {
     let mut paths = Map::new();
     let mut schemas = Map::from_iter([("Error".to_owned(), error())]);
-    for topic in topics {
+    for topic in topics() {
         for operation in topic.operations {
             paths.entry(operation.path).or_insert_with(|| json!({}))[operation.method] = operation.to_json();
         }
@@ -81,6 +87,7 @@ fn error() -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::access::scopes;
     use std::collections::BTreeSet;
 
     fn references(value: &Value, found: &mut BTreeSet<String>) {
@@ -102,6 +109,15 @@ mod tests {
         let schemas = document["components"]["schemas"].as_object().unwrap();
         let defined: BTreeSet<String> = schemas.keys().map(|name| format!("#/components/schemas/{name}")).collect();
         assert_eq!(used, defined);
+    }
+
+    #[test]
+    fn every_operation_says_the_scope_that_the_server_asks_for() {
+        for operation in topics().flat_map(|topic| topic.operations) {
+            let method = operation.method.to_uppercase().parse().unwrap();
+            let needed = scopes(&method, operation.path);
+            assert_eq!(operation.scopes(), needed, "{method} {}", operation.path);
+        }
     }
 
     #[test]

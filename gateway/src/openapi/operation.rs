@@ -92,6 +92,16 @@ impl Operation {
         Self { access: Access::Either(scopes), ..self }.refuses(&[403])
     }
 
+    /// The scopes of which a key needs one; none: every key may.
+    #[cfg(test)]
+    pub fn scopes(&self) -> Vec<Scope> {
+        match self.access {
+            Access::Open | Access::AnyKey => Vec::new(),
+            Access::Scoped(scope) => vec![scope],
+            Access::Either(scopes) => scopes.to_vec(),
+        }
+    }
+
     /// A parameter behind the question mark, which may be left out.
     pub fn query(self, name: &str, schema: Value) -> Self {
         self.parameter("query", name, schema)

@@ -14,6 +14,7 @@ const TAG: &str = "rollouts";
 /// `/v1/rollouts`
 pub fn topic() -> Topic {
     let of_admin = |operation: Operation| operation.scope(Scope::Admin).refuses(&[503]);
+    let looks = |operation: Operation| operation.scope(Scope::Look).refuses(&[503]);
     let act = |path, summary| {
         let operation = of_admin(Operation::post(path, TAG, summary)).refuses(&[400, 404, 408, 409, 413]);
         let servers = Object::answer().with("all", count()).with("serving", count());
@@ -39,7 +40,7 @@ pub fn topic() -> Topic {
         .with("at_the_latest", count())
         .with("tuning", count());
     let operations = vec![
-        of_admin(Operation::get("/v1/rollouts", TAG, "Rollouts, the newest first"))
+        looks(Operation::get("/v1/rollouts", TAG, "Rollouts, the newest first"))
             .query("model", text())
             .query("over", word(&["true", "false"]))
             .query("after", uuid())
@@ -49,7 +50,7 @@ pub fn topic() -> Topic {
             .takes(named("RolloutSpec"))
             .answers(201, "The rollout, which assigns from the next request on.", named("Rollout"))
             .refuses(&[404, 409]),
-        of_admin(Operation::get("/v1/rollouts/{id}", TAG, "One rollout, by id or name")).refuses(&[404]).answers(
+        looks(Operation::get("/v1/rollouts/{id}", TAG, "One rollout, by id or name")).refuses(&[404]).answers(
             200,
             "With the decisions that were kept, each with the numbers that it stood on.",
             json!({"allOf": [named("Rollout"), Object::answer().with("decisions", list(map(any()))).schema()]}),
@@ -109,6 +110,7 @@ fn spec() -> Value {
         .may("deadline", any())
         .may("at_deadline", word(&["pause", "rollback"]))
         .may("approval", flag())
+        .may("four_eyes", flag())
         .may("floor", number_in(1e-4, 0.5))
         .schema()
 }

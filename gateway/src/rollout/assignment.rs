@@ -118,6 +118,11 @@ impl Experiment {
         }
     }
 
+    /// The key of a unit that keeps its arm.
+    pub fn key_of<'u>(&self, unit: &Unit<'u>) -> &'u str {
+        unit.key(self.sticky).0
+    }
+
     /// The arm of a unit that takes part.
     fn arm_of(&self, unit: &Unit<'_>) -> Option<(usize, Sticky)> {
         let (key, by) = unit.key(self.sticky);

@@ -9,8 +9,9 @@ use crate::clock::now;
 use crate::feedback::Metrics;
 use crate::rollout::assignment::{Experiment, Holdout, LayerClash, Table};
 use crate::rollout::decision::{self, Act, ActError, Action, Decision, State, Status};
-use crate::rollout::measure::{measured, recorded_as};
-use crate::rollout::spec::{Kind, Quantity, Spec};
+use crate::rollout::measure::{Sources, measured, recorded_as};
+use crate::rollout::mirrors::Mirrors;
+use crate::rollout::spec::{Quantity, Spec};
 use crate::rollout::table::{self, BadRow, Tables, Variant};
 use crate::upstream::Registry;
 use arc_swap::ArcSwap;
@@ -21,8 +22,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tidemill_rlhf::random::Random;
 use tidemill_store::{
-    Exposures, Leadership, Readers, Rollout, RolloutChange, RolloutDecision, RolloutReader, RolloutRefusal, Rollouts, Store,
-    StoreError,
+    Actor, Comparisons, Exposures, Leadership, Readers, Rollout, RolloutChange, RolloutDecision, RolloutReader, RolloutRefusal,
+    Rollouts, Store, StoreError,
 };
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use uuid::Uuid;
@@ -78,9 +79,6 @@ pub enum KeeperError {
         /// What to do.
         fix: String,
     },
-    /// A kind that this version does not serve.
-    #[error("this version does not run rollouts of the kind `{0}`; use ab, canary or bandit")]
-    Kind(&'static str),
 }
 
 impl From<StoreError> for KeeperError {
@@ -93,6 +91,15 @@ impl From<LayerClash> for KeeperError {
     fn from(clash: LayerClash) -> Self {
         Self::Row(clash.into())
     }
+}
+
+/// What a deployment asks of all rollouts.
+#[derive(Clone, Debug, Default)]
+pub struct KeeperRules {
+    /// Who takes part in nothing.
+    pub holdouts: Vec<Holdout>,
+    /// Whether each is promoted only with another key than started it.
+    pub four_eyes: bool,
 }
 
 /// What became of an act.
@@ -112,11 +119,13 @@ struct Inner {
     store: Store,
     rollouts: Rollouts,
     exposures: Exposures,
+    comparisons: Comparisons,
+    mirrors: Mirrors,
     models: Arc<Registry>,
     adapters: AdapterKeeper,
     /// Metrics that feedback may name.
     declared: Arc<Metrics>,
-    holdouts: Vec<Holdout>,
+    rules: KeeperRules,
     reader: RolloutReader,
     tables: ArcSwap<Tables>,
     /// One look at a time: what was read later must not be overtaken.
@@ -138,25 +147,27 @@ struct Looked {
 impl Keeper {
     /// For the rollouts of `store`, whose variants are in `models` and whose adapters `adapters` serves.
     pub fn new(store: &Store, models: Arc<Registry>, adapters: AdapterKeeper, declared: Arc<Metrics>) -> Self {
-        Self::with_holdouts(store, models, adapters, declared, Vec::new())
+        Self::with_rules(store, models, adapters, declared, KeeperRules::default())
     }
 
-    /// The same; the holdouts take part in nothing.
-    pub fn with_holdouts(
+    /// The same under a deployment's rules.
+    pub fn with_rules(
         store: &Store,
         models: Arc<Registry>,
         adapters: AdapterKeeper,
         declared: Arc<Metrics>,
-        holdouts: Vec<Holdout>,
+        rules: KeeperRules,
     ) -> Self {
         Self(Arc::new(Inner {
             store: store.clone(),
             rollouts: Rollouts::new(store),
             exposures: Exposures::new(store.database()),
+            comparisons: Comparisons::new(store.database()),
+            mirrors: Mirrors::default(),
             models,
             adapters,
             declared,
-            holdouts,
+            rules,
             reader: RolloutReader::new(store),
             tables: ArcSwap::default(),
             looking: tokio::sync::Mutex::default(),
@@ -171,6 +182,11 @@ impl Keeper {
         &self.0.rollouts
     }
 
+    /// Copies of requests for shadows.
+    pub fn mirrors(&self) -> &Mirrors {
+        &self.0.mirrors
+    }
+
     /// What requests are assigned by at this moment.
     pub fn tables(&self) -> Arc<Tables> {
         self.0.tables.load_full()
@@ -183,11 +199,13 @@ impl Keeper {
 
     /// Starts a rollout that `by` wants; the next request is assigned by it. A control that is called as the public model is whatever that
     /// serves now.
-    pub async fn start(&self, spec: Spec, by: &str) -> Result<Rollout, KeeperError> {
+    pub async fn start(&self, spec: Spec, by: impl Into<Actor>) -> Result<Rollout, KeeperError> {
+        let by = by.into();
+        let spec = if self.0.rules.four_eyes { spec.under_four_eyes() } else { spec };
         // What another server has promoted a moment ago is the control, too.
         self.follow().await?;
         let spec = self.checked(spec).await?;
-        let (state, decision) = decision::start(&spec, by, now());
+        let (state, decision) = decision::start(&spec, &by, now());
         let row = Rollout {
             id: self.0.store.issue_id(),
             created: decision.at,
@@ -200,8 +218,8 @@ impl Keeper {
             version: 0,
             latest: json(&decision),
         };
-        self.0.rollouts.insert(&row, &kept_decision(0, &decision), by).await?;
-        tracing::info!(rollout = row.name, model = row.model, by, "a rollout begins");
+        self.0.rollouts.insert(&row, &kept_decision(0, &decision), &by).await?;
+        tracing::info!(rollout = row.name, model = row.model, by = by.name, "a rollout begins");
         self.count(&spec, &decision);
         if let Err(error) = self.follow().await {
             tracing::warn!(%error, "a rollout that was started is not in force yet");
@@ -211,11 +229,6 @@ impl Keeper {
 
     /// The spec with its control filled in, if it can run.
     async fn checked(&self, mut spec: Spec) -> Result<Spec, KeeperError> {
-        match spec.kind {
-            Kind::Ab | Kind::Canary | Kind::Bandit => {}
-            Kind::Shadow => return Err(KeeperError::Kind("shadow")),
-            Kind::Interleaved => return Err(KeeperError::Kind("interleaved")),
-        }
         let stable = self.stable(&spec.model);
         if let Some(control) = spec.arms.first_mut() {
             let plain = control.model.is_none() && control.prompt_prefix.is_none() && control.defaults.is_empty();
@@ -255,13 +268,14 @@ impl Keeper {
 
     /// Does what `by` wants with the rollout of this id or name. The next request to this server is on the new table; before the act is
     /// acknowledged, it waits for the other servers for up to two seconds.
-    pub async fn act(&self, id_or_name: &str, act: Act, by: &str) -> Result<Acted, KeeperError> {
+    pub async fn act(&self, id_or_name: &str, act: Act, by: impl Into<Actor>) -> Result<Acted, KeeperError> {
+        let by = by.into();
         let mut tries = 0;
         let (spec, row) = loop {
             let read = self.0.rollouts.find(id_or_name).await?;
             let (spec, state) = table::read(&read)?;
-            let (next, decision) = decision::act(&spec, &state, act, by, now())?;
-            match self.0.rollouts.advance(&read, &change(&next, &decision, true), Some(by)).await {
+            let (next, decision) = decision::act(&spec, &state, act, &by, now())?;
+            match self.0.rollouts.advance(&read, &change(&next, &decision, true), Some(&by)).await {
                 Ok(row) => {
                     self.done(&spec, &row, &decision).await;
                     break (spec, row);
@@ -271,7 +285,7 @@ impl Keeper {
                 Err(error) => return Err(error.into()),
             }
         };
-        tracing::info!(rollout = spec.name, ?act, by, "a person has decided");
+        tracing::info!(rollout = spec.name, ?act, by = by.name, "a person has decided");
         let clock = self.follow().await?;
         Ok(Acted { rollout: row, servers: self.wait_for(clock).await? })
     }
@@ -301,7 +315,7 @@ impl Keeper {
                 true => Vec::new(),
                 false => self.0.adapters.registry().aliases().await?,
             };
-            let (tables, problems) = Tables::new(&running, &promoted, &aliases, &self.0.holdouts);
+            let (tables, problems) = Tables::new(&running, &promoted, &aliases, &self.0.rules.holdouts);
             if problems != looked.problems {
                 problems.iter().for_each(|problem| tracing::error!(%problem, "a rollout is not served"));
                 looked.problems = problems;
@@ -392,7 +406,8 @@ impl Keeper {
     }
 
     async fn measure(&self, row: &Rollout, spec: &Spec, state: &State, now: i64) -> Result<(), StoreError> {
-        let measured = measured(&self.0.exposures, row.id, spec, state, &self.0.declared).await?;
+        let sources = Sources { exposures: &self.0.exposures, comparisons: &self.0.comparisons };
+        let measured = measured(sources, row.id, spec, state, &self.0.declared).await?;
         // The same draws for whoever measures this state.
         let mut random = Random::new(row.id.as_u64_pair().1 ^ row.version.unsigned_abs());
         let (next, decision) = decision::measure(spec, state, &measured, now, &mut || random.unit());

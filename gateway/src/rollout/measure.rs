@@ -2,11 +2,12 @@
 //! be read, or that there is none of, gives nothing; it never gives a number.
 
 use crate::feedback::Metrics;
+use crate::rollout::contest::verdicts;
 use crate::rollout::decision::{Measure, Measured, State};
 use crate::rollout::spec::{Metric, Of, Quantity, Role, Spec};
 use std::collections::BTreeMap;
 use tidemill_store::records::Kind;
-use tidemill_store::{ArmCounts, Exposures, StoreError, UnitSums, UnitValue};
+use tidemill_store::{ArmCounts, Comparisons, Exposures, StoreError, UnitSums, UnitValue};
 use uuid::Uuid;
 
 /// Waiting for a first token for longer than this is a stall, where the condition has no bound of its own. Microseconds.
@@ -14,15 +15,25 @@ const STALL: i64 = 60_000_000;
 /// How long after a change of shares some server may still have assigned by the old ones. Microseconds.
 const LAG: i64 = 2_000_000;
 
+/// Where it is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Sources<'a> {
+    /// What the answers were like.
+    pub exposures: &'a Exposures,
+    /// Which of two was better.
+    pub comparisons: &'a Comparisons,
+}
+
 /// Measures a rollout. An error means that not even the exposures could be read: then nothing is known, and nothing is decided.
 pub async fn measured(
-    exposures: &Exposures,
+    sources: Sources<'_>,
     id: Uuid,
     spec: &Spec,
     state: &State,
     declared: &Metrics,
 ) -> Result<Measured, StoreError> {
     let since = settled(state, state.since);
+    let Sources { exposures, .. } = sources;
     let counts = exposures.counts(id, since).await?;
     let recent =
         if state.changed == state.since { counts.clone() } else { exposures.counts(id, settled(state, state.changed)).await? };
@@ -31,7 +42,7 @@ pub async fn measured(
     };
     let mut metrics = BTreeMap::new();
     for metric in &spec.metrics {
-        let arms = match source(exposures, id, spec, since, metric, &counts, declared).await {
+        let arms = match source(sources, id, spec, since, metric, &counts, declared).await {
             Ok(arms) => arms,
             Err(error) => {
                 tracing::warn!(rollout = spec.name, metric = metric.name(), %error, "a metric cannot be read");
@@ -54,7 +65,7 @@ fn by_arm<'a, T>(spec: &'a Spec, found: &'a [T], arm: impl Fn(&T) -> u32 + 'a) -
 }
 
 async fn source(
-    exposures: &Exposures,
+    Sources { exposures, comparisons }: Sources<'_>,
     id: Uuid,
     spec: &Spec,
     since: i64,
@@ -115,8 +126,16 @@ async fn source(
             Some(name) if declared.contains_key(&name) => said(Kind::Metric, Some(&name)).await,
             _ => Ok(none),
         },
-        // Nobody records these yet.
-        Quantity::KlToBase | Quantity::Comparison => Ok(none),
+        Quantity::Comparison => {
+            let (first, second) = verdicts(&comparisons.of(id, since).await?);
+            let mut arms = none;
+            if let Some(treatment) = arms.get_mut(1) {
+                *treatment = Some(Measure::Comparison { first, second });
+            }
+            Ok(arms)
+        }
+        // Nobody records this yet.
+        Quantity::KlToBase => Ok(none),
     }
 }
 

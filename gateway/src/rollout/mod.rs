@@ -10,10 +10,12 @@
 //! promote.
 
 pub mod assignment;
+pub mod contest;
 pub mod decision;
 pub mod hash;
 pub mod keeper;
 pub mod measure;
+pub mod mirrors;
 pub mod spec;
 pub mod statistics;
 pub mod table;

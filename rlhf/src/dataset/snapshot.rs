@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use tidemill_store::{InferenceFilter, Snapshot, Snapshots, Sources, Store};
+use tidemill_store::{Actor, InferenceFilter, Snapshot, Snapshots, Sources, Store};
 
 use super::answer::Prompt;
 use super::build::build;
@@ -34,6 +34,7 @@ const LIVE: usize = 500;
 pub struct Datasets {
     store: Store,
     root: String,
+    actor: Actor,
 }
 
 /// How an import goes.
@@ -124,9 +125,14 @@ impl Draft {
 }
 
 impl Datasets {
-    /// Over a store, with tables under `root`, a path or URL.
+    /// Over a store, with tables under `root`, a path or URL; what is made here is the server's doing in the audit.
     pub fn new(store: Store, root: impl Into<String>) -> Self {
-        Self { store, root: root.into() }
+        Self { store, root: root.into(), actor: "server".into() }
+    }
+
+    /// The same on somebody's behalf, as the audit names them.
+    pub fn acting_as(&self, actor: impl Into<Actor>) -> Self {
+        Self { actor: actor.into(), ..self.clone() }
     }
 
     fn snapshots(&self) -> Snapshots {
@@ -349,7 +355,11 @@ impl Datasets {
             report: summary,
             tainted: None,
         };
-        snapshots.insert(&snapshot, &draft.sources, from_feedback).await?;
+        let detail = json!({
+            "id": snapshot.id, "rows": draft.counts.rows, "verdict": snapshot.verdict, "content_hash": snapshot.content_hash,
+        });
+        let act = self.store.act(&self.actor, "dataset.make").to(format!("{name}@{version}")).with(detail);
+        snapshots.insert(&snapshot, &draft.sources, from_feedback, act).await?;
         // As it was written: an erasure in the meantime has marked it.
         Ok(snapshots.find(name, Some(version)).await?.unwrap_or(snapshot))
     }

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use tidemill_engine::{Adapter, ModelConfig, ModelFiles};
 use tidemill_store::{
-    AdapterFilter, AdapterState, Adapters, Alias, DataDir, RegisteredAdapter, ServedAdapter, Snapshots, Store, StoreError,
+    Actor, AdapterFilter, AdapterState, Adapters, Alias, DataDir, RegisteredAdapter, ServedAdapter, Snapshots, Store, StoreError,
 };
 use uuid::Uuid;
 
@@ -92,17 +92,17 @@ pub struct Registry {
     store: Store,
     adapters: Adapters,
     data: DataDir,
-    actor: String,
+    actor: Actor,
 }
 
 impl Registry {
     /// Over a store and the data directory beside it; what is done here is the server's doing in the audit.
     pub fn new(store: &Store, data: &DataDir) -> Self {
-        Self { store: store.clone(), adapters: Adapters::new(store), data: data.clone(), actor: "server".to_owned() }
+        Self { store: store.clone(), adapters: Adapters::new(store), data: data.clone(), actor: "server".into() }
     }
 
     /// The same on somebody's behalf, as the audit names them.
-    pub fn acting_as(&self, actor: impl Into<String>) -> Self {
+    pub fn acting_as(&self, actor: impl Into<Actor>) -> Self {
         Self { actor: actor.into(), ..self.clone() }
     }
 

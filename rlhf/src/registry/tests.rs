@@ -86,7 +86,7 @@ async fn the_lineage_names_what_is_behind_an_adapter() {
         tainted: None,
     };
     let sources: Sources = [("rater", ["ann".to_owned(), "bob".to_owned()].into())].into();
-    Snapshots::new(store.database()).insert(&snapshot, &sources, false).await.unwrap();
+    Snapshots::new(store.database()).insert(&snapshot, &sources, false, store.act("ann", "dataset.make")).await.unwrap();
     let parent = registry.register(&golden("llama/adapters/some"), Lineage::new("first", tiny())).await.unwrap();
     let lineage = Lineage {
         snapshot: Some("thumbs@2".into()),
@@ -102,7 +102,7 @@ async fn the_lineage_names_what_is_behind_an_adapter() {
     assert_eq!((&made.lineage["dataset"], &made.lineage["parent"]), (&json!("thumbs@2"), &json!(parent.reference())));
     assert!(made.lineage["code_version"].as_str().unwrap().starts_with("tidemill "));
     assert_eq!((&made.lineage["config"]["method"], &made.metrics["eval_loss"]), (&json!("dpo"), &json!(0.5)));
-    let erased = store.erase_user("ann").await.unwrap();
+    let erased = store.erase_user("ann", "operator").await.unwrap();
     assert_eq!(erased.adapters, [made.reference()]);
     let marked = registry.get("second").await.unwrap();
     assert!(marked.tainted.is_some() && !marked.lineage.to_string().contains("ann"), "{marked:?}");

@@ -1,12 +1,47 @@
-//! What an erasure means for adapters: marks, and names in their lineage.
+//! Where adapters come from, and what an erasure there means for them: marks, and names in their lineage.
 
 use serde_json::{Value, json};
 use sqlx::AnyConnection;
 use uuid::Uuid;
 
-use super::RegisteredAdapter;
+use super::{Adapters, RegisteredAdapter, row};
+use crate::error::StoreError;
 use crate::ids::IdKey;
+use crate::patience::patiently;
+use crate::statement::Select;
 use crate::{Dialect, commit};
+
+/// What an adapter may come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AdapterOrigin<'a> {
+    /// These contents, whatever the adapter is called.
+    Generation(u64),
+    /// A snapshot that it was trained on.
+    Snapshot(Uuid),
+    /// The adapter that its training went on from.
+    Parent(Uuid),
+    /// The job that trained it.
+    Job(&'a str),
+}
+
+impl Adapters {
+    /// The adapters that come from there, the oldest first.
+    pub async fn made_from(&self, origin: AdapterOrigin<'_>) -> Result<Vec<RegisteredAdapter>, StoreError> {
+        patiently(async {
+            let mut select = Select::new(&format!("SELECT {} FROM adapters", row::COLUMNS));
+            match origin {
+                AdapterOrigin::Generation(generation) => select.integer("generation = ?", Some(generation as i64)),
+                AdapterOrigin::Snapshot(id) => select.text("snapshot_id = ?", &id.to_string()),
+                AdapterOrigin::Parent(id) => select.text("parent = ?", &id.to_string()),
+                AdapterOrigin::Job(job) => select.text("job_id = ?", job),
+            }
+            select.end(" ORDER BY id");
+            let rows = select.query().fetch_all(self.store.database().read()).await?;
+            rows.iter().map(row::read).collect()
+        })
+        .await
+    }
+}
 
 /// Erasure marks the adapters that it finds; one that was not there yet takes the mark of what it was made from.
 pub(super) async fn taint_by_origin(sql: &mut AnyConnection, new: &RegisteredAdapter) -> Result<(), sqlx::Error> {

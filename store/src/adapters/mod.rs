@@ -13,13 +13,14 @@ use sqlx::{AnyConnection, AssertSqlSafe};
 use uuid::Uuid;
 
 use crate::Store;
-use crate::audit::Act;
+use crate::audit::Actor;
 use crate::error::StoreError;
 use crate::page::{self, Page};
 use crate::patience::{at_length, patiently};
 use crate::statement::{Select, clean, clean_option};
 use crate::store::now_us;
 
+pub use lineage::AdapterOrigin;
 pub(crate) use lineage::rename_in_lineage;
 
 /// What is done with an adapter.
@@ -217,7 +218,8 @@ impl Adapters {
 
     /// Writes a new adapter. The same contents under the same name and base are one adapter: then what is there is returned and stays as
     /// it is. One of a tainted snapshot or parent is tainted from the start, and does not name a person who was erased.
-    pub async fn insert(&self, new: &RegisteredAdapter, actor: &str) -> Result<RegisteredAdapter, AdapterRefusal> {
+    pub async fn insert(&self, new: &RegisteredAdapter, actor: impl Into<Actor>) -> Result<RegisteredAdapter, AdapterRefusal> {
+        let actor: &Actor = &actor.into();
         let database = self.store.database();
         patiently(async {
             let mut transaction = database.write().begin().await?;
@@ -295,8 +297,9 @@ impl Adapters {
         &self,
         id: Uuid,
         though_tainted: bool,
-        actor: &str,
+        actor: impl Into<Actor>,
     ) -> Result<(RegisteredAdapter, Vec<RegisteredAdapter>), AdapterRefusal> {
+        let actor: &Actor = &actor.into();
         let known = self.find(id).await?.ok_or(AdapterRefusal::Unknown(id))?;
         patiently(async {
             let mut transaction = self.store.database().write().begin().await?;
@@ -329,7 +332,8 @@ impl Adapters {
     }
 
     /// Takes an adapter out of service, for now.
-    pub async fn retire(&self, id: Uuid, actor: &str) -> Result<RegisteredAdapter, AdapterRefusal> {
+    pub async fn retire(&self, id: Uuid, actor: impl Into<Actor>) -> Result<RegisteredAdapter, AdapterRefusal> {
+        let actor: &Actor = &actor.into();
         patiently(async {
             let mut transaction = self.store.database().write().begin().await?;
             let adapter = row::hold(&mut transaction, id).await?.ok_or(AdapterRefusal::Unknown(id))?;
@@ -349,7 +353,8 @@ impl Adapters {
     }
 
     /// Takes an adapter out of service for good, together with the aliases that lead to it, which are returned.
-    pub async fn revoke(&self, id: Uuid, actor: &str) -> Result<(RegisteredAdapter, Vec<String>), AdapterRefusal> {
+    pub async fn revoke(&self, id: Uuid, actor: impl Into<Actor>) -> Result<(RegisteredAdapter, Vec<String>), AdapterRefusal> {
+        let actor: &Actor = &actor.into();
         patiently(async {
             let mut transaction = self.store.database().write().begin().await?;
             let adapter = row::hold(&mut transaction, id).await?.ok_or(AdapterRefusal::Unknown(id))?;
@@ -369,7 +374,8 @@ impl Adapters {
     }
 
     /// Keeps what an evaluation found, as `evaluation` of the metrics, in the place of the one before; that stays in the audit.
-    pub async fn evaluated(&self, id: Uuid, found: &Value, actor: &str) -> Result<RegisteredAdapter, AdapterRefusal> {
+    pub async fn evaluated(&self, id: Uuid, found: &Value, actor: impl Into<Actor>) -> Result<RegisteredAdapter, AdapterRefusal> {
+        let actor: &Actor = &actor.into();
         patiently(async {
             let mut transaction = self.store.database().write().begin().await?;
             let adapter = row::hold(&mut transaction, id).await?.ok_or(AdapterRefusal::Unknown(id))?;
@@ -389,8 +395,9 @@ impl Adapters {
         &self,
         name: &str,
         id: Uuid,
-        actor: &str,
+        actor: impl Into<Actor>,
     ) -> Result<(RegisteredAdapter, Option<Uuid>), AdapterRefusal> {
+        let actor: &Actor = &actor.into();
         patiently(async {
             let mut transaction = self.store.database().write().begin().await?;
             let adapter = row::hold(&mut transaction, id).await?.ok_or(AdapterRefusal::Unknown(id))?;
@@ -417,7 +424,8 @@ impl Adapters {
     }
 
     /// Removes an alias. Returns the adapter that it led to.
-    pub async fn remove_alias(&self, base: &str, name: &str, actor: &str) -> Result<Uuid, AdapterRefusal> {
+    pub async fn remove_alias(&self, base: &str, name: &str, actor: impl Into<Actor>) -> Result<Uuid, AdapterRefusal> {
+        let actor: &Actor = &actor.into();
         patiently(async {
             let mut transaction = self.store.database().write().begin().await?;
             let gone = sqlx::query(
@@ -439,7 +447,7 @@ impl Adapters {
     async fn audit(
         &self,
         sql: &mut AnyConnection,
-        actor: &str,
+        actor: &Actor,
         action: &str,
         adapter: &RegisteredAdapter,
         detail: Value,
@@ -450,7 +458,7 @@ impl Adapters {
     async fn audit_subject(
         &self,
         sql: &mut AnyConnection,
-        actor: &str,
+        actor: &Actor,
         action: &str,
         subject: &str,
         mut detail: Value,
@@ -459,7 +467,7 @@ impl Adapters {
         if let Some(detail) = detail.as_object_mut() {
             detail.remove("lineage");
         }
-        Act { id: self.store.issue_id(), at: now_us(), actor, action, subject, detail: &detail }.write(sql).await
+        self.store.act(actor, action).to(subject).with(detail).write(sql).await
     }
 }
 

@@ -13,6 +13,7 @@ use sqlx::{Any, AnyConnection, AssertSqlSafe, Connection, Row};
 use uuid::Uuid;
 
 use crate::Database;
+use crate::audit::Act;
 use crate::error::StoreError;
 use crate::files::{self, FileRecord, Viewer};
 use crate::inferences::json;
@@ -79,6 +80,8 @@ struct Change<'a> {
     set: &'a str,
     values: Vec<Bind>,
     news: &'a [News],
+    /// Who wanted it, where somebody did.
+    act: Option<Act>,
 }
 
 impl FineTunings {
@@ -88,7 +91,7 @@ impl FineTunings {
     }
 
     /// Writes a new job; `false` when one of its files was deleted meanwhile.
-    pub async fn insert(&self, draft: &FineTuningDraft, news: &[News]) -> Result<bool, StoreError> {
+    pub async fn insert(&self, draft: &FineTuningDraft, news: &[News], act: Act) -> Result<bool, StoreError> {
         patiently(async {
             let mut connection = self.database.write().acquire().await?;
             let mut transaction = connection.begin().await?;
@@ -126,6 +129,7 @@ impl FineTunings {
                     .await?;
             }
             tell(&mut transaction, draft.id, 1, news, draft.created).await?;
+            act.write(&mut transaction).await?;
             transaction.commit().await?;
             Ok(true)
         })
@@ -198,24 +202,25 @@ impl FineTunings {
         .await
     }
 
-    /// Moves a job that is in one of the states `from`; `false` when it is in none of them.
+    /// Moves a job that is in one of the states `from`, as somebody wants; `false` when it is in none of them.
     pub async fn enter(
         &self,
         id: Uuid,
         from: &[FineTuningState],
         to: FineTuningState,
         news: &[News],
-        now: i64,
+        act: Act,
     ) -> Result<bool, StoreError> {
+        let now = act.at;
         let values = vec![Bind::Text(Some(to.as_str().to_owned())), Bind::Integer(to.ended().then_some(now))];
         let set = "state = $3, finished = $4, estimated_finish = NULL, attempts = 0";
-        Ok(self.change(id, Change { from, set, values, news }, None, now).await?.is_some())
+        Ok(self.change(id, Change { from, set, values, news, act: Some(act) }, None, now).await?.is_some())
     }
 
     /// The files are valid: `method` has numbers where it said `auto`.
     pub async fn validated(&self, id: Uuid, method: &Value, steps: u64, news: &[News], now: i64) -> Result<bool, StoreError> {
         let (from, set) = ([FineTuningState::ValidatingFiles], "state = 'queued', method = $3, steps = $4");
-        let change = Change { from: &from, set, values: vec![Bind::json(method), Bind::count(steps)], news };
+        let change = Change { from: &from, set, values: vec![Bind::json(method), Bind::count(steps)], news, act: None };
         Ok(self.change(id, change, None, now).await?.is_some())
     }
 
@@ -223,7 +228,8 @@ impl FineTunings {
     /// job is not to run.
     pub async fn begin(&self, id: Uuid, more: u64, news: &[News], now: i64) -> Result<Option<u64>, StoreError> {
         let (from, set) = ([FineTuningState::Queued, FineTuningState::Running], "state = 'running', attempts = attempts + $3");
-        let row = self.change(id, Change { from: &from, set, values: vec![Bind::count(more)], news }, None, now).await?;
+        let row =
+            self.change(id, Change { from: &from, set, values: vec![Bind::count(more)], news, act: None }, None, now).await?;
         row.map(|row| Ok(row.try_get::<i64, _>("attempts")?.unsigned_abs())).transpose()
     }
 
@@ -239,7 +245,7 @@ impl FineTunings {
             Bind::Integer(heard.estimated_finish),
         ];
         let from = [FineTuningState::Running, FineTuningState::Paused];
-        let change = Change { from: &from, set, values, news: &heard.news };
+        let change = Change { from: &from, set, values, news: &heard.news, act: None };
         Ok(self.change(id, change, None, now).await?.is_some())
     }
 
@@ -247,7 +253,7 @@ impl FineTunings {
     pub async fn fail(&self, id: Uuid, error: &Value, news: &[News], now: i64) -> Result<bool, StoreError> {
         let set = "state = 'failed', error = $3, finished = $4, estimated_finish = NULL";
         let values = vec![Bind::json(error), Bind::Integer(Some(now))];
-        let change = Change { from: &FineTuningState::OPEN, set, values, news };
+        let change = Change { from: &FineTuningState::OPEN, set, values, news, act: None };
         Ok(self.change(id, change, None, now).await?.is_some())
     }
 
@@ -260,13 +266,15 @@ impl FineTunings {
             Bind::Integer(Some(i64::from(made.result.is_some()))),
             Bind::Integer(Some(now)),
         ];
-        let change = Change { from: &[FineTuningState::Running], set, values, news };
+        let change = Change { from: &[FineTuningState::Running], set, values, news, act: None };
         Ok(self.change(id, change, Some(made), now).await?.is_some())
     }
 
-    /// The model is not served any more.
-    pub async fn unserve(&self, id: Uuid, news: &[News], now: i64) -> Result<bool, StoreError> {
-        let change = Change { from: &[FineTuningState::Succeeded], set: "served = 0", values: Vec::new(), news };
+    /// The model is not served any more, as somebody wants.
+    pub async fn unserve(&self, id: Uuid, news: &[News], act: Act) -> Result<bool, StoreError> {
+        let now = act.at;
+        let from = [FineTuningState::Succeeded];
+        let change = Change { from: &from, set: "served = 0", values: Vec::new(), news, act: Some(act) };
         Ok(self.change(id, change, None, now).await?.is_some())
     }
 
@@ -285,6 +293,9 @@ impl FineTunings {
             let Some(row) = query.fetch_optional(&mut *transaction).await? else { return Ok(None) };
             let last: i64 = row.try_get("events")?;
             tell(&mut transaction, id, last - change.news.len() as i64 + 1, change.news, now).await?;
+            if let Some(act) = &change.act {
+                act.write(&mut transaction).await?;
+            }
             if let Some(made) = made {
                 for checkpoint in &made.checkpoints {
                     let text =

@@ -67,7 +67,7 @@ fn answer(id: u128, text: &str, ids: &[u32]) -> Entry {
         messages: None,
         prompt_text: None,
         prompt_ids: ids.to_vec(),
-        exposure: Some(Exposure { rollout: Uuid::from_u128(9), arm: 1, unit: i64::MIN, refused: Some(false) }),
+        exposure: Some(Exposure { rollout: Uuid::from_u128(9), arm: 1, unit: i64::MIN, refused: Some(false), place: None }),
         choices: vec![choice.clone(), choice],
     }))
 }

@@ -67,6 +67,9 @@ pub struct Exposure {
     pub unit: i64,
     /// Whether the answer refuses, by its words; `None` while nobody has looked.
     pub refused: Option<bool>,
+    /// Where it stood among answers that one person got at once, from 0; `None` where it was the only one.
+    #[serde(default)]
+    pub place: Option<u32>,
 }
 
 /// One answer: everything needed to reproduce it, to train on it, and to trace it.

@@ -127,7 +127,7 @@ pub fn answer(store: &Store, user: &str) -> Inference {
         messages: Some(json!([{"role": "user", "content": "nul: \u{0}, naïve 🦀"}])),
         prompt_text: Some("<|user|> 🦀".into()),
         prompt_ids: vec![7, 8],
-        exposure: Some(Exposure { rollout: Uuid::from_u128(5), arm: 1, unit: i64::MIN, refused: None }),
+        exposure: Some(Exposure { rollout: Uuid::from_u128(5), arm: 1, unit: i64::MIN, refused: None, place: Some(1) }),
         choices: vec![
             choice(id, "first"),
             Choice { mean_logprob: None, finish_reason: None, ..choice(store.issue_id(), "second") },

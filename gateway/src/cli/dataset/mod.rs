@@ -18,6 +18,7 @@ use tidemill_rlhf::dataset::snapshot::ImportOptions;
 use tidemill_rlhf::dataset::{DatasetError, Datasets, Watch};
 use tidemill_store::{DataDir, Snapshot, Store, StoreError};
 
+use super::COMMAND_LINE;
 use super::store_args::{DatasetStoreArgs, StoreCommandError};
 use bar::watched;
 use build_args::{BuildArgs, QualityArgs};
@@ -139,7 +140,7 @@ pub fn run(args: &DatasetArgs) -> Result<ExitCode, Box<dyn std::error::Error>> {
 async fn command(args: &DatasetArgs) -> Result<ExitCode, DatasetCommandError> {
     let config = args.place.config()?;
     let store = Store::open_for_command(&DataDir::new(&config.data), config.database.as_deref()).await?;
-    let datasets = Datasets::new(store.clone(), config.datasets_root());
+    let datasets = Datasets::new(store.clone(), config.datasets_root()).acting_as(COMMAND_LINE);
     let result = match &args.command {
         Command::Build(args) => Box::pin(build(&datasets, args)).await,
         Command::List { name } => list(&datasets, name.as_deref()).await,

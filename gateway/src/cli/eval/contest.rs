@@ -11,11 +11,9 @@ use tidemill_rlhf::registry::Registry;
 use tidemill_store::{DataDir, RegisteredAdapter, Store};
 
 use super::{EvalArgs, EvalCommandError};
+use crate::cli::COMMAND_LINE;
 use crate::cli::store_args::{StoreCommandError, read_json};
 use crate::config::Config;
-
-/// The actor in the audit, as of every command.
-const ACTOR: &str = "command line";
 
 /// An adapter of the command line.
 pub(super) struct Named {
@@ -142,7 +140,7 @@ pub(super) async fn attach(
     }
     let data = DataDir::new(&config.data);
     let store = Store::open_for_command(&data, config.database.as_deref()).await?;
-    let registry = Registry::new(&store, &data).acting_as(ACTOR);
+    let registry = Registry::new(&store, &data).acting_as(COMMAND_LINE);
     let mut kept = Ok(());
     for (place, row) in rows {
         kept = kept.and(registry.evaluated(row.id, &summary(found, place, page, now)).await.map(drop));

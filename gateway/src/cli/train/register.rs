@@ -11,6 +11,7 @@ use tidemill_rlhf::train::Method;
 use tidemill_store::{DataDir, RegisteredAdapter, Store};
 
 use super::TrainArgs;
+use crate::cli::COMMAND_LINE;
 use crate::cli::adapter::{AdapterCommandError, registered};
 use crate::cli::store_args::{StoreCommandError, read_json};
 use crate::config::Config;
@@ -48,7 +49,7 @@ fn keep(config: &Config, spec: &Spec, folder: &Path, name: &str) -> Result<Regis
     runtime.block_on(async {
         let data = DataDir::new(&config.data);
         let store = Store::open_for_command(&data, config.database.as_deref()).await?;
-        let registry = Registry::new(&store, &data).acting_as("command line");
+        let registry = Registry::new(&store, &data).acting_as(COMMAND_LINE);
         let kept = registry.register_training(folder, name, base, None).await;
         store.close().await;
         Ok(kept?)

@@ -120,7 +120,7 @@ pub async fn serve<T, F>(
 ) -> Result<Response, ApiError>
 where
     T: Send + 'static,
-    F: Future<Output = Result<Response, ApiError>> + Send,
+    F: Future<Output = Result<Response, ApiError>> + Send + 'static,
 {
     let (in_flight, asked) = (enter(app)?, Asked::new(app, &request));
     let look = move |asked: Asked, body: Value| match asked.remote(&body) {
@@ -132,7 +132,7 @@ where
         plan.prepare(body, look)
     };
     let first = app.body.parsed(request, first).await?;
-    assigned::answer(app, first, in_flight, look, |prepared, in_flight| answer(prepared, in_flight, prepare, run)).await
+    assigned::answer(app, first, in_flight, look, move |prepared, in_flight| answer(prepared, in_flight, prepare, run)).await
 }
 
 async fn answer<T, F>(
@@ -143,7 +143,7 @@ async fn answer<T, F>(
 ) -> Result<Response, ApiError>
 where
     T: Send + 'static,
-    F: Future<Output = Result<Response, ApiError>> + Send,
+    F: Future<Output = Result<Response, ApiError>> + Send + 'static,
 {
     match prepared {
         Prepared::Local(prepared) => run(prepared, in_flight).await,

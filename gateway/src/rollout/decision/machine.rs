@@ -8,6 +8,7 @@ use crate::rollout::statistics::{
 };
 use std::collections::BTreeMap;
 use tidemill_rlhf::statistics::Interval;
+use tidemill_store::Actor;
 
 /// Below this the arms did not get their shares by chance.
 const SAMPLE_RATIO_ALPHA: f64 = 0.001;
@@ -17,7 +18,8 @@ const SAMPLE_RATIO_LEAST: f64 = 5.0;
 const ROUNDS: usize = 2000;
 
 /// A rollout that begins now, in microseconds since 1970.
-pub fn start(spec: &Spec, by: &str, now: i64) -> (State, Decision) {
+pub fn start(spec: &Spec, by: impl Into<Actor>, now: i64) -> (State, Decision) {
+    let by = by.into();
     let (coverage, weights) = match spec.steps.first() {
         Some(Step::SetWeight(weight)) => spec.at_weight(*weight),
         _ => (spec.traffic, spec.weights()),
@@ -25,6 +27,8 @@ pub fn start(spec: &Spec, by: &str, now: i64) -> (State, Decision) {
     let state = State {
         status: Status::Running,
         started: now,
+        started_by: by.name.clone(),
+        started_key: by.key.clone(),
         coverage,
         weights,
         since: now,
@@ -37,14 +41,18 @@ pub fn start(spec: &Spec, by: &str, now: i64) -> (State, Decision) {
         awaiting: false,
         approved: false,
     };
-    let decision = row(&state, &Facts::default(), Action::Start, "it begins".to_owned(), Some(by), now);
+    let decision = row(&state, &Facts::default(), Action::Start, "it begins".to_owned(), Some(by.name.as_str()), now);
     (state, decision)
 }
 
 /// What a person wants. A rollback and a promotion are final at once.
-pub fn act(spec: &Spec, state: &State, act: Act, by: &str, now: i64) -> Result<(State, Decision), ActError> {
+pub fn act(spec: &Spec, state: &State, act: Act, by: impl Into<Actor>, now: i64) -> Result<(State, Decision), ActError> {
+    let by = by.into();
     if state.status.is_over() {
         return Err(ActError::Over);
+    }
+    if spec.four_eyes && matches!(act, Act::Approve | Act::Promote { .. }) {
+        second_key(state, &by)?;
     }
     let mut next = state.clone();
     let paused = matches!(state.status, Status::Paused { .. });
@@ -76,8 +84,18 @@ pub fn act(spec: &Spec, state: &State, act: Act, by: &str, now: i64) -> Result<(
             (Action::RollBack, "a person rolled it back")
         }
     };
-    let decision = row(&next, &Facts::default(), action, reason.to_owned(), Some(by), now);
+    let decision = row(&next, &Facts::default(), action, reason.to_owned(), Some(by.name.as_str()), now);
     Ok((next, decision))
+}
+
+/// Fails unless this is a key, and not the one that started it. To take back what one began needs nobody else.
+fn second_key(state: &State, by: &Actor) -> Result<(), ActError> {
+    let first = Actor { name: state.started_by.clone(), key: state.started_key.clone() };
+    match &by.key {
+        None => Err(ActError::NoKey),
+        Some(_) if by.is(&first) => Err(ActError::SameKey),
+        Some(_) => Ok(()),
+    }
 }
 
 /// The numbers of a measurement.

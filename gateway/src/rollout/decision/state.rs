@@ -12,6 +12,12 @@ pub struct State {
     pub status: Status,
     /// When it began.
     pub started: i64,
+    /// Who started it.
+    #[serde(default)]
+    pub started_by: String,
+    /// The key that started it, if one did.
+    #[serde(default)]
+    pub started_key: Option<String>,
     /// Share of the units that take part.
     pub coverage: f64,
     /// Shares of the arms among them.
@@ -131,6 +137,14 @@ pub enum ActError {
     /// A shadow's answers were seen by nobody.
     #[error("a shadow cannot be promoted; start a canary")]
     Shadow,
+    /// It needs a key.
+    #[error("this rollout is under four eyes: approval and promotion need an API key, and another one than started it")]
+    NoKey,
+    /// It needs another key.
+    #[error(
+        "this rollout is under four eyes: the key that started it may neither approve nor promote it; ask the holder of another one"
+    )]
+    SameKey,
 }
 
 /// A row: what was decided, when, and on what.

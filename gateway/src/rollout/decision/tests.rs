@@ -3,6 +3,7 @@ use crate::rollout::spec::Spec;
 use crate::rollout::statistics::Verdicts;
 use proptest::prelude::*;
 use serde_json::{Value, json};
+use tidemill_store::Actor;
 
 const SECOND: i64 = 1_000_000;
 
@@ -244,6 +245,37 @@ fn people_pause_resume_approve_promote_and_roll_back() {
         }
     }
     assert_eq!(share_of_treatment(&rolled_back), 0.0);
+}
+
+#[test]
+fn under_four_eyes_another_key_approves_and_promotes() {
+    let key = |name: &str, id: &str| Actor { name: format!("key {name}"), key: Some(id.to_owned()) };
+    let (ann, bob) = (key("ann", "1"), key("bob", "2"));
+    let spec = spec(json!({"steps": [{"set_weight": 5}, {"approval": true}, {"set_weight": 20}]})).under_four_eyes();
+    let (begun, decision) = start(&spec, &ann, 0);
+    assert_eq!(decision.by.as_deref(), Some("key ann"));
+    let (waiting, _) = measure(&spec, &begun, &measured(10, 0, None), SECOND, &mut no_chance);
+    for wanted in [Act::Approve, Act::Promote { arm: 1 }] {
+        let refused = |by: &Actor| act(&spec, &waiting, wanted, by, 5).unwrap_err();
+        assert_eq!(refused(&ann), ActError::SameKey);
+        // Made again under its name, or the same key under another name.
+        assert_eq!((refused(&key("ann", "3")), refused(&key("cleo", "1"))), (ActError::SameKey, ActError::SameKey));
+        assert_eq!(refused(&"command line".into()), ActError::NoKey);
+        assert!(act(&spec, &waiting, wanted, &bob, 5).is_ok());
+    }
+    // To stop takes nobody else.
+    for wanted in [Act::Pause, Act::RollBack] {
+        assert!(act(&spec, &waiting, wanted, &ann, 5).is_ok());
+    }
+    // What the server began by itself, any key may approve.
+    let (begun, _) = start(&spec, "loop nightly", 0);
+    let (waiting, _) = measure(&spec, &begun, &measured(10, 0, None), SECOND, &mut no_chance);
+    assert!(act(&spec, &waiting, Act::Approve, &ann, 5).is_ok());
+    // Nothing is promoted by itself, however good it is, and rows from before there were starters are read.
+    assert!(spec.approval);
+    let mut old = serde_json::to_value(&begun).unwrap();
+    old.as_object_mut().unwrap().retain(|name, _| !name.starts_with("started_"));
+    assert_eq!(serde_json::from_value::<State>(old).unwrap().started_key, None);
 }
 
 #[test]

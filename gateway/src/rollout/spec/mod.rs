@@ -48,6 +48,9 @@ pub struct Spec {
     pub at_deadline: AtDeadline,
     /// Whether a person must approve the promotion.
     pub approval: bool,
+    /// Whether whoever approves or promotes must hold another key than the one that started it. Then a person must approve.
+    #[serde(default)]
+    pub four_eyes: bool,
     /// A bandit's smallest share of an arm.
     pub floor: f64,
 }
@@ -138,6 +141,11 @@ impl Spec {
     pub fn at_weight(&self, weight: f64) -> (f64, Vec<f64>) {
         let treated = self.arms.get(1).map_or(0.5, |arm| arm.weight);
         if weight <= treated { (weight / treated, self.weights()) } else { (1.0, vec![1.0 - weight, weight]) }
+    }
+
+    /// The same with the approval of a second key, which a deployment may ask of every rollout.
+    pub fn under_four_eyes(self) -> Self {
+        Self { four_eyes: true, approval: true, ..self }
     }
 
     /// The arms' weights.

@@ -78,7 +78,18 @@ impl Spec {
             Some("rollback") => AtDeadline::RollBack,
             _ => AtDeadline::Pause,
         };
-        let approval = fields.bool_or("approval", false)?;
+        let four_eyes = fields.bool_or("four_eyes", false)?;
+        let approval = match fields.get("approval") {
+            Some(field) => {
+                let said = field.bool()?;
+                if four_eyes && !said {
+                    let why = "with four_eyes a second key approves. Leave it out, or set it to true.";
+                    return Err(field.invalid("invalid_value", why));
+                }
+                said
+            }
+            None => four_eyes,
+        };
         let floor = match (kind, fields.get("floor")) {
             (Kind::Bandit, Some(field)) => field.double(1e-4..=1.0 / arms.len() as f64)?,
             (Kind::Bandit, None) => FLOOR.min(0.5 / arms.len() as f64),
@@ -106,6 +117,7 @@ impl Spec {
             deadline,
             at_deadline,
             approval,
+            four_eyes,
             floor,
         })
     }

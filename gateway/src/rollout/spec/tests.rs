@@ -152,6 +152,7 @@ fn refusals_name_the_field_and_the_fix() {
             "traffic",
             "use set_weight",
         ),
+        (with(&[("four_eyes", json!(true)), ("approval", json!(false))]), "approval", "a second key approves"),
         (with(&[("kind", json!("shadow"))]), "metrics.0.metric", "nobody sees"),
         (with(&[("kind", json!("interleaved"))]), "metrics", "which answer is better"),
         (
