@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use support::{MODEL, Setup, TwoKeys, answered, ask, get};
 use tidemill::clock::now;
-use tidemill::http::{App, router};
+use tidemill::http::{App, Auth, router};
 use tidemill::rollout::decision::{Measure, Measured, measure, start};
 use tidemill::rollout::spec::Spec;
 use tidemill_store::records::{Inference, Status};
-use tidemill_store::{Adapters, RegisteredAdapter, Rollout, RolloutDecision, Rollouts};
+use tidemill_store::{Adapters, RegisteredAdapter, Rollout, RolloutDecision, Rollouts, Scope};
 use uuid::Uuid;
 
 const EVIL: &str = "<script>alert('x')</script>\"><img src=x>";
@@ -95,6 +95,23 @@ async fn roll_out(app: &App) -> Uuid {
     let first = RolloutDecision { version: 0, at: 1, action: "start".into(), actor: Some(EVIL.into()), body: json!(began) };
     Rollouts::new(&app.store).insert(&rollout, &first, EVIL).await.unwrap();
     rollout.id
+}
+
+#[tokio::test]
+async fn who_only_looks_sees_the_pages_without_their_buttons() {
+    let mut app = Setup::default().app();
+    let rollout = roll_out(&app).await;
+    let (_, look) = app.store.create_key("eyes", &[Scope::Look]).await.unwrap();
+    app.auth = Auth::new(app.store.clone(), true);
+    let router = router(app);
+    for name in PARTS.into_iter().chain([format!("rollouts/{rollout}").as_str()]) {
+        let reply = ask(&router, "GET", &part(name), Some(&look), Value::Null).await;
+        let text = String::from_utf8(reply.body).unwrap();
+        assert_eq!(reply.status, StatusCode::OK, "{name}: {text}");
+        assert!(!text.contains("data-post") && !text.contains("<form"), "{name}: {text}");
+    }
+    let me = ask(&router, "GET", "/v1/console/me", Some(&look), Value::Null).await.json();
+    assert_eq!(me, json!({"annotator": "eyes", "keyed": true, "operator": false}));
 }
 
 #[tokio::test]

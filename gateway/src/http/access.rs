@@ -58,6 +58,7 @@ const RULES: &[(&str, &[Scope], &[Scope])] = &[
     ("/v1/loops", LOOK, ADMIN),
     ("/v1/audit", LOOK, ADMIN),
     ("/v1/lineage", LOOK, ADMIN),
+    ("/v1/console", LOOK, ADMIN),
 ];
 
 /// Whether a path needs no key.
@@ -119,6 +120,7 @@ mod tests {
                 "/v1/loops",
                 "/v1/audit",
                 "/v1/lineage",
+                "/v1/console",
                 "/v1/adapters",
                 "/v1/adapter_aliases",
                 "/v1/datasets",

@@ -49,13 +49,13 @@ pub fn topic() -> Topic {
 /// What the console's pages fetch.
 fn parts() -> Vec<Operation> {
     let part = |path, summary| {
-        let operation = Operation::get(path, "console", summary).scope(Scope::Admin).refuses(&[503]);
+        let operation = Operation::get(path, "console", summary).scope(Scope::Look).refuses(&[503]);
         operation.answers_as(200, "A document, of which the page takes the body.", "text/html", text())
     };
     let one = |path, summary| part(path, summary).refuses(&[404]);
     let me = Object::answer().with("annotator", nullable(text())).with("keyed", flag()).with("operator", flag());
     vec![
-        Operation::get("/v1/console/me", "console", "Who the server takes the caller for").scope(Scope::Admin).answers(
+        Operation::get("/v1/console/me", "console", "Who the server takes the caller for").scope(Scope::Look).answers(
             200,
             "That.",
             me.schema(),
