@@ -23,7 +23,7 @@ ARGILLA      := $(CACHE)/argilla-venv
 TEST_DATA  := $(CACHE)/test-data
 TEST_MODEL := $(TEST_DATA)/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: chromium help serve build test lint test-build test-rust test-e2e demo demo-short demo-word demo-json bench bench-store bench-train bench-beside oracle clean
+.PHONY: chromium help serve build test lint test-build test-rust test-e2e demo demo-short demo-word demo-json demo-loop bench bench-store bench-train bench-beside oracle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -83,12 +83,13 @@ $(LABEL_STUDIO)/ready $(ARGILLA)/ready:
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-demo: demo-short demo-word demo-json ## the model learns: all of these; each rewrites its part of docs/demos.md and fails when a target is missed
+demo: demo-short demo-word demo-json demo-loop ## the model learns: all of these; each rewrites its part of docs/demos.md and fails when a target is missed
 
 demo-short: ## DPO from comparisons of its own answers: half as long on unseen prompts
 demo-word: ## a word that it is to avoid, by DPO from pairs and by KTO from thumbs
 demo-json: ## GRPO: valid JSON on unseen prompts
-demo-short demo-word demo-json: build $(VENV)/ready
+demo-loop: ## the loop closes by itself, from feedback to a promotion; with labels by coin it refuses
+demo-short demo-word demo-json demo-loop: build $(VENV)/ready
 	$(BIN) pull --data $(TEST_DATA)
 	TIDEMILL_BIN=$(BIN) TIDEMILL_TEST_MODEL=$(TEST_MODEL) $(VENV)/bin/python tests/demos/run.py $(@:demo-%=%) \
 		--folder $(CACHE)/demos/$(@:demo-%=%) --page docs/demos.md $(ARGS)

@@ -21,6 +21,7 @@ pub mod datasets;
 pub mod engine_bench;
 pub mod feedback;
 pub mod fine_tuning;
+pub mod flywheel;
 pub mod graders;
 pub mod http;
 pub mod interchange;

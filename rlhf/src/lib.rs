@@ -5,6 +5,7 @@
 //! know their gradients; [`reward`] judges answers that are sampled while training; [`optimizer`] moves the [`parameters`] along
 //! them; [`train`] is the one loop around it all, and [`job`] one training from its specification to its adapter; [`evaluate`] says
 //! what the adapter is worth. [`registry`] keeps those that come out. [`chart`] draws what was measured on the way.
+//! [`flywheel`] is the loop through all of it, as a state machine.
 
 pub mod batch;
 pub mod chart;
@@ -12,6 +13,7 @@ pub mod collate;
 pub mod dataset;
 mod durable;
 pub mod evaluate;
+pub mod flywheel;
 pub mod job;
 pub mod loss;
 pub mod model;

@@ -156,6 +156,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (9, "fine-tuning", include_str!("../migrations/0009_fine_tuning.sql")),
     (10, "rollouts", include_str!("../migrations/0010_rollouts.sql")),
     (11, "keeper", include_str!("../migrations/0011_keeper.sql")),
+    (12, "loops", include_str!("../migrations/0012_loops.sql")),
 ];
 
 fn without_password(url: &str) -> String {

@@ -182,6 +182,14 @@ pub(crate) async fn find(database: &Database, id: Uuid) -> Result<Option<Feedbac
     }
 }
 
+/// Whether a row has the tag `?`. Tags are a JSON array of strings: a quoted string is in the text exactly when it is one of them.
+pub(crate) fn has_tag(dialect: Dialect) -> &'static str {
+    match dialect {
+        Dialect::Sqlite => "instr(tags, ?) > 0",
+        Dialect::Postgres => "strpos(tags, ?) > 0",
+    }
+}
+
 /// A page of feedback.
 pub(crate) async fn find_all(database: &Database, filter: &FeedbackFilter) -> Result<Page<Feedback>, StoreError> {
     let limit = page::limit(filter.limit);
@@ -192,12 +200,7 @@ pub(crate) async fn find_all(database: &Database, filter: &FeedbackFilter) -> Re
     select.text_option("author = ?", filter.author.as_deref());
     select.text_option("source = ?", filter.source.as_deref());
     select.text_option("task_id = ?", filter.task_id.map(|id| id.to_string()).as_deref());
-    // Tags are a JSON array of strings: a quoted string is in the text exactly when it is one of them.
-    let has_tag = match database.dialect() {
-        Dialect::Sqlite => "instr(tags, ?) > 0",
-        Dialect::Postgres => "strpos(tags, ?) > 0",
-    };
-    select.text_option(has_tag, filter.tag.as_ref().map(json).as_deref());
+    select.text_option(has_tag(database.dialect()), filter.tag.as_ref().map(json).as_deref());
     select.integer("created >= ?", filter.since);
     select.integer("created < ?", filter.until);
     select.integer("withdrawn = ?", filter.withdrawn.map(i64::from));

@@ -110,6 +110,19 @@ impl Select {
         }
     }
 
+    /// The same condition for any of the texts; none asks nothing.
+    pub(crate) fn any(&mut self, condition: &str, values: &[String]) {
+        if values.is_empty() {
+            return;
+        }
+        let mut places = Vec::with_capacity(values.len());
+        for value in values {
+            self.values.push(Value::Text(clean(value).into_owned()));
+            places.push(condition.replace('?', &format!("${}", self.values.len())));
+        }
+        self.condition(&format!("({})", places.join(" OR ")));
+    }
+
     /// A condition where `?` stands for an integer.
     pub(crate) fn integer(&mut self, condition: &str, value: Option<i64>) {
         if let Some(value) = value {
@@ -166,5 +179,10 @@ mod tests {
         select.text("c = ?", "x");
         select.end(" LIMIT 1");
         assert_eq!(select.text, "SELECT 1 FROM t WHERE b >= $1 AND c = $2 LIMIT 1");
+        let mut select = Select::new("SELECT 1 FROM t");
+        select.any("a = ?", &[]);
+        select.any("a = ?", &["x".into(), "y".into()]);
+        select.text("b = ?", "z");
+        assert_eq!(select.text, "SELECT 1 FROM t WHERE (a = $1 OR a = $2) AND b = $3");
     }
 }

@@ -70,10 +70,10 @@ class Loop:
             self._costs.write_text(json.dumps(self.costs))
 
     @contextmanager
-    def serving(self, *adapters: str):
+    def serving(self, *adapters: str, arguments: tuple[str, ...] = ()):
         """A server with the base and these trained adapters. Its records are on the disk when it is gone."""
         modules = [part for name in adapters for part in ("--lora-modules", f"{name}={self.adapter(name)}")]
-        server = Server(self.folder, {BASE: default_model()}, "--threads", str(self.threads), *modules)
+        server = Server(self.folder, {BASE: default_model()}, "--threads", str(self.threads), *modules, *arguments)
         try:
             yield server.wait_ready()
         finally:

@@ -1,6 +1,6 @@
 """Shows that the model learns, from its own answers to what is served afterwards; `make demo` runs all.
 
-    python tests/demos/run.py short|word|json [--set FIELD=VALUE ...] [--folder DIR] [--threads N] [--page FILE]
+    python tests/demos/run.py short|word|json|loop [--set FIELD=VALUE ...] [--folder DIR] [--threads N] [--page FILE]
 
 TIDEMILL_BIN and TIDEMILL_TEST_MODEL name the binary and the default model's file. It ends with 1 when a target is missed. Interrupted, the
 same command goes on; once it has ended, the same command begins anew. `--page` writes what was found into that page.
@@ -20,7 +20,7 @@ from loop import Loop, default_model, seconds
 
 from document import machine, put
 
-DEMOS = {"short": "short", "word": "word", "json": "valid_json"}
+DEMOS = {"short": "short", "word": "word", "json": "valid_json", "loop": "flywheel"}
 
 
 def setting(text: str):

@@ -10,6 +10,7 @@ mod eval;
 mod jobs;
 mod key;
 mod label;
+mod loops;
 mod pull;
 mod rollout;
 mod serve;
@@ -56,6 +57,8 @@ enum Command {
     Data(data::DataArgs),
     /// Move labeling queues to Label Studio or Argilla and back.
     Label(label::LabelArgs),
+    /// Look at loops from feedback to adapters, and steer them.
+    Loop(loops::LoopArgs),
     /// Start and watch rollouts of a running server; check an assignment, plan the traffic.
     Rollout(rollout::RolloutArgs),
 }
@@ -84,6 +87,7 @@ pub fn run() -> ExitCode {
         Command::Key(args) => key::run(&args).map_err(Into::into),
         Command::Data(args) => data::run(&args).map_err(Into::into),
         Command::Label(args) => label::run(&args).map_err(Into::into),
+        Command::Loop(args) => loops::run(&args).map_err(Into::into),
         Command::Rollout(args) => rollout::run(&args).map_err(Into::into),
     };
     match result {

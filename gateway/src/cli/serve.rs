@@ -8,6 +8,7 @@ use crate::clock;
 use crate::config::{Config, ConfigError, Layer, ModelSpec, Origin};
 use crate::datasets::DatasetJobs;
 use crate::fine_tuning::{FineTuning, FineTuningOptions};
+use crate::flywheel::{FlywheelOptions, Flywheels};
 use crate::http::drain::Drain;
 use crate::http::limits::BodyLimits;
 use crate::http::responses::background::Background;
@@ -349,9 +350,12 @@ pub fn run(args: &ServeArgs) -> Result<(), ServeError> {
         let fine_tuning = app.fine_tuning.clone();
         let limits = Arc::clone(&app.limits);
         tokio::spawn(batches.clone().run(app.clone(), config.retention_age));
+        let loops = app.loops.clone();
         tokio::spawn(fine_tuning.clone().run(app.clone()));
+        tokio::spawn(loops.clone().run(app.clone()));
         let rollouts = app.rollouts.clone();
         let result = serve(config, models, app).await;
+        loops.close().await;
         rollouts.close().await;
         batches.close().await;
         fine_tuning.close().await;
@@ -404,6 +408,7 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle, 
         files,
         file_limits: config.file_limits,
         batches: Batches::new(&store),
+        loops: Flywheels::new(&store, flywheel_options(config, models)?),
         fine_tuning: FineTuning::new(&store, fine_tuning_options(config, models)?),
         store,
         background: Background::default(),
@@ -431,6 +436,37 @@ fn fine_tuning_options(config: &Config, models: &[ModelSpec]) -> Result<FineTuni
         threads: config.training_threads.unwrap_or((cores / 2).max(1)),
         priority: config.training_priority,
         models: models.iter().map(|model| (model.name.clone(), model.path.clone())).collect(),
+    })
+}
+
+/// What loops do, with the means of the fine-tuning jobs. What they name must be there before anybody waits for it.
+fn flywheel_options(config: &Config, models: &[ModelSpec]) -> Result<FlywheelOptions, ServeError> {
+    for (name, policy) in &config.loops {
+        let wrong = |field: &str, message: String| {
+            ServeError::Config(ConfigError::Value { place: format!("`loop.{name}.{field}`"), message })
+        };
+        if !models.iter().any(|model| model.name == policy.base) {
+            let served: Vec<&str> = models.iter().map(|model| model.name.as_str()).collect();
+            let message = format!("`{}` is no model that is served here; name one of {}", policy.base, served.join(", "));
+            return Err(wrong("base", message));
+        }
+        if let Some(text) = &policy.measuring.text
+            && let Err(error) = std::fs::metadata(text)
+        {
+            return Err(wrong("evaluate.text", format!("cannot read `{text}`: {error}; name a file of ordinary text")));
+        }
+    }
+    let FineTuningOptions { program, threads, priority, models, .. } = fine_tuning_options(config, models)?;
+    Ok(FlywheelOptions {
+        policies: config.loops.clone(),
+        root: config.data.join("loops"),
+        program,
+        threads,
+        priority,
+        models,
+        data: config.data.clone(),
+        database: config.database.clone(),
+        datasets: config.datasets_root(),
     })
 }
 

@@ -3,11 +3,14 @@
 use crate::config::layer::{LISTS, Layer, NamedTable, Origin, Setting};
 use crate::config::tables::TABLES;
 use crate::config::upstreams::TABLE_LISTS;
-use crate::config::{ConfigError, KEYS};
+use crate::config::{ConfigError, KEYS, loops};
 use std::ops::Range;
 use std::path::Path;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
+
+/// The table whose tables have tables in them.
+const LOOP: &str = "loop";
 
 /// Reads the file.
 pub fn read(path: &Path) -> Result<Layer, ConfigError> {
@@ -25,6 +28,10 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Layer, ConfigError> {
     let mut layer = Layer::default();
     for (name, value) in table.get_ref() {
         let line = line_of(name.span());
+        if name.get_ref() == LOOP {
+            layer.loops.extend(loops::tables(path, value, &line_of)?);
+            continue;
+        }
         if let Some(table) = TABLES.iter().find(|table| **table == name.get_ref().as_ref()) {
             named_tables(path, table, value, &line_of, &mut layer)?;
             continue;
@@ -119,7 +126,7 @@ fn hint(written: &str) -> String {
     let near = KEYS.iter().map(|key| (distance(key, &normal), key)).min();
     match near {
         Some((distance, key)) if distance <= 2 => format!("; did you mean `{key}`?"),
-        _ => format!("; the keys are {}, and the tables {}", KEYS.join(", "), TABLES.join(", ")),
+        _ => format!("; the keys are {}, and the tables {}, {LOOP}", KEYS.join(", "), TABLES.join(", ")),
     }
 }
 

@@ -1,5 +1,6 @@
 //! One source of settings: the flags, the environment, or a file.
 
+use crate::config::loops::LoopTable;
 use crate::config::{ConfigError, KEYS};
 use std::path::PathBuf;
 
@@ -91,6 +92,8 @@ pub struct Layer {
     settings: Vec<(&'static str, Setting)>,
     /// Tables, which only a file has.
     pub tables: Vec<NamedTable>,
+    /// Those of loops.
+    pub loops: Vec<LoopTable>,
 }
 
 /// Keys that may have several values: flags given several times, variables with commas, arrays in the file.

@@ -2,6 +2,7 @@
 
 mod file;
 mod layer;
+mod loops;
 pub mod model_spec;
 mod parsers;
 mod tables;
@@ -29,6 +30,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tidemill_engine::EngineOptions;
 use tidemill_kernels::{KvDtype, WeightFormat};
+use tidemill_rlhf::flywheel::Policy;
 use tidemill_store::Limits;
 
 /// Where the configuration is looked for when nobody names a file.
@@ -246,6 +248,8 @@ pub struct Config {
     pub otlp_endpoint: Option<String>,
     /// Share of the traces begun here that is sent.
     pub trace_share: f64,
+    /// Loops from feedback to adapters.
+    pub loops: BTreeMap<String, Policy>,
     /// Holds what lets testers choose a variant.
     pub tester_secret_file: Option<PathBuf>,
     /// Share of the units that take part in no rollout, and the name that salts who they are.
@@ -361,6 +365,7 @@ impl Config {
             log_content: get("log_content").map_or(Ok(false), |s| s.parse(value::switch))?,
             otlp_endpoint: get("otlp_endpoint").map(|s| s.parse(value::web_address)).transpose()?,
             trace_share: get("trace_share").map_or(Ok(1.0), |s| s.parse(value::share))?,
+            loops: loops::policies(layers)?,
             tester_secret_file: get("tester_secret_file").map(|s| PathBuf::from(&s.text)),
             holdout: get("holdout").map(|s| s.parse(value::named_share)).transpose()?,
         })

@@ -6,7 +6,7 @@
 
 mod method;
 mod priority;
-mod process;
+pub(crate) mod process;
 mod progress;
 mod rows;
 mod runner;
@@ -22,6 +22,7 @@ pub use priority::TrainingPriority;
 pub use progress::own_names;
 pub use served::withdraw;
 pub use spec::last_name;
+pub(crate) use trainings::escaped;
 pub use wish::Wish;
 
 use crate::fine_tuning::process::Process;
@@ -33,7 +34,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tidemill_store::{FineTuningJob, FineTuningState as State, FineTunings, Store, StoreError};
+use tidemill_store::{FineTuningDraft, FineTuningJob, FineTuningState as State, FineTunings, Store, StoreError};
 use tokio::sync::{Notify, watch};
 use uuid::Uuid;
 
@@ -72,6 +73,16 @@ struct Shared {
     running: Mutex<HashMap<Uuid, Task>>,
     leaving: watch::Sender<bool>,
     trainings: Trainings,
+}
+
+/// Begins the `key_id` of a job that a loop made: what comes of it is a candidate, which the loop puts into service when it may.
+pub const OF_LOOP: &str = "loop:";
+/// Where such a job's metadata say which snapshot its rows are of.
+pub const DATASET: &str = "tidemill_dataset";
+
+/// Whether a loop made the job.
+fn is_of_loop(draft: &FineTuningDraft) -> bool {
+    draft.key_id.as_ref().is_some_and(|key| key.starts_with(OF_LOOP))
 }
 
 /// The folder of a job.

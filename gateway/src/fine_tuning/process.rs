@@ -1,4 +1,4 @@
-//! The process that trains in a job's folder.
+//! A process that works in a folder of its own, such as the one that trains in a job's.
 //!
 //! It inherits a locked file as its standard input, so the lock lives exactly as long as the process does, whatever happens to the
 //! server: whoever finds it taken knows that somebody trains there, and two never do. What the process says goes to files, not pipes, so
@@ -53,20 +53,24 @@ impl Process {
 
     /// Starts `program train --job FOLDER --priority WORD`; `None` when somebody is at work there.
     pub fn start(program: &Path, folder: &Path, priority: TrainingPriority) -> io::Result<Option<Self>> {
+        let mut command = Command::new(program);
+        command.args(["train", "--job"]).arg(folder).args(["--priority", priority.as_str()]);
+        Self::run(command, folder)
+    }
+
+    /// Starts any command with its work in a folder; `None` when somebody is at work there.
+    pub fn run(mut command: Command, folder: &Path) -> io::Result<Option<Self>> {
         let Some(mut lock) = take(folder, true)? else { return Ok(None) };
         let append = |name: &str| OpenOptions::new().create(true).append(true).read(true).open(folder.join(name));
         let mut said = append(SAID)?;
         end_line(&mut said)?;
         // Whoever reads it now must not find the number of the process before.
         lock.set_len(0)?;
-        let child = Command::new(program)
-            .args(["train", "--job"])
-            .arg(folder)
-            .args(["--priority", priority.as_str()])
+        let child = command
             .stdin(lock.try_clone()?)
             .stdout(said)
             .stderr(append(LOG)?)
-            // What is typed at the server's terminal is for the server, which tells its trainings itself.
+            // What is typed at the server's terminal is for the server, which tells its processes itself.
             .process_group(0)
             .spawn()?;
         lock.seek(SeekFrom::Start(0))?;
@@ -99,7 +103,7 @@ impl Process {
         let Some(pid) = self.pid() else { return };
         // It may have ended by itself.
         if let Err(error) = kill_process(pid, signal) {
-            tracing::debug!(%error, ?signal, "a training could not be signalled");
+            tracing::debug!(%error, ?signal, "a process could not be signalled");
         }
     }
 

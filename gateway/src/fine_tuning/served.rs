@@ -3,6 +3,7 @@
 //! This is the one place that knows what of a job's folder becomes a model and how it comes to be served.
 
 use crate::fine_tuning::spec::{adapter_name, checkpoint_name, model_name};
+use crate::fine_tuning::{DATASET, is_of_loop};
 use crate::http::{App, job_name};
 use crate::upstream::{LocalModel, Registry as Models};
 use serde_json::{Map, Value};
@@ -53,8 +54,8 @@ pub fn base(models: &Models, name: &str) -> Option<Arc<LocalModel>> {
     models.find_local_base(Some(name)).ok().filter(|_| found)
 }
 
-/// Registers what a job made in `folder` and puts it into service: the models of earlier epochs, and the last. Doing so again changes
-/// nothing.
+/// Registers what a job made in `folder` and puts it into service: the models of earlier epochs, and the last. A loop's stays a candidate
+/// under the name that the registry has for it. Doing so again changes nothing.
 pub async fn publish(app: &App, draft: &FineTuningDraft, folder: &Path) -> Result<Vec<Model>, NotMade> {
     let base = match base(&app.registry, &draft.base) {
         Some(model) => app.adapters.base(&model).await,
@@ -64,6 +65,13 @@ pub async fn publish(app: &App, draft: &FineTuningDraft, folder: &Path) -> Resul
     let last = model_name(&draft.base, draft.suffix.as_deref(), draft.id);
     let name = adapter_name(draft.suffix.as_deref(), draft.id, None);
     let lineage = registry.lineage_of(folder, &name, base, Some(job_name(draft.id))).await?;
+    if is_of_loop(draft) {
+        let of = |metadata: &Map<String, Value>| metadata.get(DATASET).and_then(Value::as_str).map(str::to_owned);
+        let lineage = Lineage { snapshot: draft.metadata.as_ref().and_then(of), ..lineage };
+        let metrics = lineage.metrics.as_object().cloned().unwrap_or_default();
+        registry.register(&folder.join(ADAPTER), lineage).await?;
+        return Ok(vec![Model { step: None, name, metrics, problem: None }]);
+    }
     let mut made = Vec::new();
     for EpochAdapter { step, folder, metrics } in epoch_adapters(folder)? {
         let name = adapter_name(draft.suffix.as_deref(), draft.id, Some(step));

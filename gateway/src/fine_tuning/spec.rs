@@ -1,5 +1,6 @@
 //! What a job's process is told, and the name of what it makes.
 
+use crate::fine_tuning::is_of_loop;
 use crate::fine_tuning::method::{Kind, Method};
 use crate::fine_tuning::rows::Found;
 use serde_json::json;
@@ -88,7 +89,8 @@ pub fn spec(draft: &FineTuningDraft, method: &Method, found: Found, bench: &Benc
         "held_out_file": bench.held_out,
         "config": config,
         "adapter": bench.adapter,
-        "epoch_adapters": EARLIER_EPOCHS,
+        // A loop tries what the training ended with.
+        "epoch_adapters": (!is_of_loop(draft)).then_some(EARLIER_EPOCHS),
         "lora": { "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.05 },
         "threads": bench.threads,
     }))

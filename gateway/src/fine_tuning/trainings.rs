@@ -104,7 +104,8 @@ fn metric_name(name: &str) -> String {
     name.chars().take(100).map(|c| if c.is_ascii_alphanumeric() || c == '_' { c } else { '_' }).collect()
 }
 
-fn escaped(label: &str) -> String {
+/// A label's value as Prometheus reads it.
+pub fn escaped(label: &str) -> String {
     label.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 

@@ -5,6 +5,7 @@ use crate::batches::Batches;
 use crate::datasets::DatasetJobs;
 use crate::feedback::Metrics;
 use crate::fine_tuning::FineTuning;
+use crate::flywheel::Flywheels;
 use crate::http::auth::Auth;
 use crate::http::cors::Origins;
 use crate::http::drain::Drain;
@@ -54,6 +55,8 @@ pub struct App {
     pub batches: Batches,
     /// Models that are made from files.
     pub fine_tuning: FineTuning,
+    /// Loops from feedback to adapters.
+    pub loops: Flywheels,
     /// Responses that are made while nobody waits.
     pub background: Background,
     /// Metrics that feedback may name.

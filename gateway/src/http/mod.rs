@@ -29,6 +29,7 @@ mod interchange;
 mod keys;
 pub mod labeling;
 pub mod limits;
+mod loops;
 mod messages;
 mod models;
 mod observe;

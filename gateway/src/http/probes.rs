@@ -70,7 +70,7 @@ pub async fn version() -> Response {
 pub async fn metrics(State(app): State<App>) -> Result<Response, ApiError> {
     let Some(handle) = &app.metrics else { return Err(ApiError::fault("This server runs without metrics.")) };
     handle.run_upkeep();
-    let mut response = (handle.render() + &app.fine_tuning.gauges()).into_response();
+    let mut response = (handle.render() + &app.fine_tuning.gauges() + &app.loops.gauges()).into_response();
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
     Ok(response)
 }

@@ -6,7 +6,7 @@ use crate::http::auth::{authenticate, require};
 use crate::http::error::ApiError;
 use crate::http::{
     adapter_registry, adapters, batches, chat, completions, console, datasets, embeddings, feedback, files, fine_tuning, graders,
-    interchange, keys, labeling, messages, models, observe, probes, responses, rollouts, stored_chats, tokens,
+    interchange, keys, labeling, loops, messages, models, observe, probes, responses, rollouts, stored_chats, tokens,
 };
 use crate::limits::shed;
 use axum::Router;
@@ -64,6 +64,7 @@ pub fn router(app: App) -> Router {
         .merge(keys::routes())
         .merge(adapters::routes())
         .merge(adapter_registry::routes())
+        .merge(loops::routes())
         .merge(rollouts::routes())
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::get).delete(models::delete))

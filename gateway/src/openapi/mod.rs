@@ -9,6 +9,7 @@ mod fine_tuning;
 mod generation;
 mod keys;
 mod labeling;
+mod loops;
 mod messages;
 mod operation;
 mod responses;
@@ -36,6 +37,7 @@ pub fn document() -> Value {
         responses::topic(),
         files::topic(),
         fine_tuning::topic(),
+        loops::topic(),
         feedback::topic(),
         labeling::topic(),
         datasets::topic(),

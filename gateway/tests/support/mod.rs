@@ -24,6 +24,7 @@ use tidemill::clock::now;
 use tidemill::datasets::DatasetJobs;
 use tidemill::feedback::Metrics;
 use tidemill::fine_tuning::{FineTuning, FineTuningOptions, TrainingPriority};
+use tidemill::flywheel::{FlywheelOptions, Flywheels};
 use tidemill::http::cors::Origins;
 use tidemill::http::drain::Drain;
 use tidemill::http::limits::{BodyLimits, FileLimits};
@@ -149,6 +150,7 @@ pub struct Setup {
     pub prices: Prices,
     pub remotes: Remotes,
     pub fine_tuning: Option<FineTuningOptions>,
+    pub loops: Option<FlywheelOptions>,
 }
 
 /// Jobs are taken and wait.
@@ -161,6 +163,21 @@ pub fn no_training() -> FineTuningOptions {
         threads: 1,
         priority: TrainingPriority::Low,
         models,
+    }
+}
+
+/// No loops.
+pub fn no_loops() -> FlywheelOptions {
+    FlywheelOptions {
+        policies: BTreeMap::new(),
+        root: folder().into(),
+        program: "false".into(),
+        threads: 1,
+        priority: TrainingPriority::Low,
+        models: BTreeMap::from([(MODEL.to_owned(), "parrot".into())]),
+        data: folder().into(),
+        database: None,
+        datasets: folder(),
     }
 }
 
@@ -178,6 +195,7 @@ impl Default for Setup {
             prices: Prices::new(),
             remotes: Remotes::default(),
             fine_tuning: None,
+            loops: None,
         }
     }
 }
@@ -286,6 +304,7 @@ impl Setup {
             file_limits: FileLimits { file: 1 << 20, total: 3 << 20 },
             batches: Batches::new(&store),
             fine_tuning: FineTuning::new(&store, self.fine_tuning.unwrap_or_else(no_training)),
+            loops: Flywheels::new(&store, self.loops.unwrap_or_else(no_loops)),
             store,
             background: Background::default(),
             recording: Arc::new(self.recording),

@@ -171,30 +171,27 @@ pub struct InvalidQuery {
 impl Query {
     /// Whether it looks at this feedback at all.
     pub(super) fn asks_for(&self, feedback: &Feedback) -> bool {
-        let wanted = |material| {
-            self.wants_material(material)
-                && match material {
-                    Material::Comparison | Material::Rating => self.wants(RowKind::Preference),
-                    Material::Correction => self.wants(RowKind::Preference) || self.wants(RowKind::Demonstration),
-                    Material::Thumb | Material::Metric => self.wants(RowKind::Unpaired),
-                }
-        };
-        let kind = match feedback.kind {
-            Kind::Comparison => wanted(Material::Comparison),
-            Kind::Correction => wanted(Material::Correction),
-            Kind::Rating => wanted(Material::Rating),
-            Kind::Thumb => wanted(Material::Thumb),
-            Kind::Metric => {
-                wanted(Material::Metric) && self.labels.iter().any(|label| Some(&label.name) == feedback.metric.as_ref())
-            }
-            Kind::Comment => false,
-        };
+        let labelled = || self.labels.iter().any(|label| Some(&label.name) == feedback.metric.as_ref());
+        let kind = self.takes(feedback.kind) && (feedback.kind != Kind::Metric || labelled());
         kind && self.since.is_none_or(|since| feedback.created >= since)
             && self.until.is_none_or(|until| feedback.created < until)
             && (self.tags.is_empty() || feedback.tags.iter().any(|tag| self.tags.contains(tag)))
             && !feedback.tags.iter().any(|tag| self.exclude_tags.contains(tag))
             && (self.sources.is_empty() || feedback.source.as_ref().is_some_and(|source| self.sources.contains(source)))
             && feedback.author.as_ref().is_none_or(|author| !self.exclude_raters.contains(author))
+    }
+
+    /// Whether feedback of this kind may become rows; of metrics only those that [`Query::labels`] names.
+    pub fn takes(&self, kind: Kind) -> bool {
+        let (material, kinds): (_, &[RowKind]) = match kind {
+            Kind::Comparison => (Material::Comparison, &[RowKind::Preference]),
+            Kind::Rating => (Material::Rating, &[RowKind::Preference]),
+            Kind::Correction => (Material::Correction, &[RowKind::Preference, RowKind::Demonstration]),
+            Kind::Thumb => (Material::Thumb, &[RowKind::Unpaired]),
+            Kind::Metric => (Material::Metric, &[RowKind::Unpaired]),
+            Kind::Comment => return false,
+        };
+        self.wants_material(material) && kinds.iter().any(|kind| self.wants(*kind))
     }
 
     /// Refuses what cannot be meant.

@@ -24,6 +24,7 @@ use super::adapter::base_of;
 use super::store_args::{DatasetStoreArgs, StoreCommandError, read_json};
 use crate::clock::now;
 use crate::config::{Config, ConfigError, ModelSpec, Origin, model_spec};
+use crate::fine_tuning::TrainingPriority;
 use contest::{Contest, Named};
 use judge::Judge;
 
@@ -91,6 +92,9 @@ pub struct EvalArgs {
     /// Threads that compute [default: one per core]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// How urgent it is beside a server: idle (what nobody else wants) or low [default: as urgent as any program]
+    #[arg(long, value_enum)]
+    priority: Option<TrainingPriority>,
     /// Folder for evaluation.json and evaluation.html [default: evaluation in the first adapter's parent folder; of a registered one
     /// evaluations/NAME@GENERATION in the data directory]
     #[arg(long, value_name = "DIR")]
@@ -139,6 +143,9 @@ impl From<ConfigError> for EvalCommandError {
 
 /// Runs the command; the exit status is the gates', where they were asked.
 pub fn run(args: &EvalArgs) -> Result<ExitCode, EvalCommandError> {
+    if let Some(priority) = args.priority {
+        priority.take();
+    }
     let config = args.place.config()?;
     // Before the hours of work.
     let (gates, rules) = (args.gates.as_deref().map(gates).transpose()?, rules(args)?);

@@ -1,0 +1,151 @@
+//! The process that measures an adapter: `tidemill eval`, in a folder of its cycle, as urgent as a training.
+//!
+//! What it found is a file in that folder, so a server that comes later finds it, or the process at work, or neither, and begins again: the
+//! same command gives the same numbers.
+
+use crate::fine_tuning::process::{LOG, Process};
+use crate::flywheel::{FlywheelOptions, lock};
+use std::collections::HashMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+use tidemill_rlhf::evaluate::{Evaluation, GateReport};
+use tidemill_rlhf::flywheel::{Cycle, Seen};
+use tidemill_store::write_atomically;
+
+/// What `tidemill eval` writes.
+const FOUND: &str = "evaluation.json";
+const GATES: &str = "gates.json";
+/// How long an evaluation that was told to stop may take before it is killed.
+const LEAVING: Duration = Duration::from_secs(5);
+
+/// The evaluations of this server.
+pub(super) struct Evaluations {
+    options: FlywheelOptions,
+    /// Those that were begun here or found at work, by loop, with their cycle.
+    running: Mutex<HashMap<String, (u64, Process)>>,
+}
+
+impl Evaluations {
+    pub(super) fn new(options: &FlywheelOptions) -> Self {
+        Self { options: options.clone(), running: Mutex::default() }
+    }
+
+    fn folder(&self, name: &str, cycle: u64) -> PathBuf {
+        self.options.root.join(name).join(cycle.to_string())
+    }
+
+    /// How far a cycle's evaluation is.
+    pub(super) fn see(&self, name: &str, cycle: u64) -> io::Result<Seen> {
+        let folder = self.folder(name, cycle);
+        let mut running = lock(&self.running);
+        if !running.get(name).is_some_and(|(of, _)| *of == cycle) {
+            // An earlier server's, if it is still at work.
+            match Process::left(&folder)? {
+                Some(left) => drop(running.insert(name.to_owned(), (cycle, left))),
+                None => return Ok(found(&folder).map_or(Seen::Nothing, Seen::Gates)),
+            }
+        }
+        let Some((_, process)) = running.get_mut(name) else { return Ok(Seen::Nothing) };
+        let Some(status) = process.ended()? else { return Ok(Seen::Underway) };
+        running.remove(name);
+        Ok(found(&folder).map_or_else(
+            || {
+                let how = status.map_or_else(|| "in an unknown way".to_owned(), |status| status.to_string());
+                let why = match last_line(&folder.join(LOG)) {
+                    Some(line) => format!("the evaluation ended ({how}): {line}"),
+                    None => format!("the evaluation ended ({how})"),
+                };
+                Seen::Failed { why, change: "mend what it says, and run the loop again".to_owned(), lasting: false }
+            },
+            Seen::Gates,
+        ))
+    }
+
+    /// Begins a cycle's evaluation; what is seen at once where it cannot be.
+    pub(super) fn begin(&self, name: &str, number: u64, cycle: &Cycle, dataset: &str, adapter: &str) -> io::Result<Option<Seen>> {
+        let Some(base) = self.options.models.get(&cycle.policy.base) else {
+            let why = format!("the model `{}` is not served here any more", cycle.policy.base);
+            let change = "serve it, and run the loop again".to_owned();
+            return Ok(Some(Seen::Failed { why, change, lasting: true }));
+        };
+        let folder = std::path::absolute(self.folder(name, number))?;
+        std::fs::create_dir_all(&folder)?;
+        // Half of a file, if anything.
+        match std::fs::remove_file(folder.join(FOUND)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let gates = serde_json::to_vec_pretty(&cycle.policy.gates).map_err(io::Error::other)?;
+        write_atomically(&folder.join(GATES), &gates).map_err(io::Error::other)?;
+        let command = self.command(&folder, base, cycle, dataset, adapter)?;
+        // Somebody who is at work there is found at the next look.
+        if let Some(process) = Process::run(command, &folder)? {
+            lock(&self.running).insert(name.to_owned(), (number, process));
+        }
+        Ok(None)
+    }
+
+    fn command(&self, folder: &Path, base: &Path, cycle: &Cycle, dataset: &str, adapter: &str) -> io::Result<Command> {
+        let (options, measuring) = (&self.options, &cycle.policy.measuring);
+        let mut named = std::ffi::OsString::from(format!("{}=", cycle.policy.base));
+        named.push(std::path::absolute(base)?);
+        let mut command = Command::new(&options.program);
+        command.args(["eval", "--adapter", adapter, "--dataset", dataset, "--base"]).arg(named);
+        command.arg("--gates").arg(folder.join(GATES)).arg("--out").arg(folder).arg("--data").arg(&options.data);
+        command.args(["--datasets", &options.datasets]);
+        for (flag, value) in [
+            ("--prompts", measuring.prompts.to_string()),
+            ("--max-tokens", measuring.max_tokens.to_string()),
+            ("--temperature", measuring.temperature.to_string()),
+            ("--seed", measuring.seed.to_string()),
+            ("--threads", options.threads.to_string()),
+            ("--priority", options.priority.as_str().to_owned()),
+        ] {
+            command.args([flag, &value]);
+        }
+        if let Some(text) = &measuring.text {
+            command.arg("--text").arg(std::path::absolute(text)?);
+        }
+        if !measuring.rules.is_empty() {
+            command.args(["--reward-funcs", &serde_json::to_string(&measuring.rules).map_err(io::Error::other)?]);
+        }
+        if let Some(weights) = &measuring.weights {
+            command.args(["--reward-weights", &serde_json::to_string(weights).map_err(io::Error::other)?]);
+        }
+        // An address with a password is nobody's business who lists processes.
+        match &options.database {
+            Some(url) => command.env("TIDEMILL_DATABASE", url),
+            None => command.env_remove("TIDEMILL_DATABASE"),
+        };
+        Ok(command)
+    }
+
+    /// Ends those at work: nobody would hear of them.
+    pub(super) async fn end(&self) {
+        let mut running: Vec<Process> = lock(&self.running).drain().map(|(_, (_, process))| process).collect();
+        running.iter().for_each(Process::ask);
+        let deadline = Instant::now() + LEAVING;
+        while !running.is_empty() {
+            if Instant::now() >= deadline {
+                running.iter().for_each(Process::kill);
+            }
+            running.retain_mut(|process| matches!(process.ended(), Ok(None)));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+/// What the gates said, where an evaluation came to its end.
+fn found(folder: &Path) -> Option<GateReport> {
+    let text = std::fs::read(folder.join(FOUND)).ok()?;
+    serde_json::from_slice::<Evaluation>(&text).ok()?.gates
+}
+
+/// The last line that says something.
+fn last_line(log: &Path) -> Option<String> {
+    let text = std::fs::read_to_string(log).ok()?;
+    text.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(|line| line.chars().take(500).collect())
+}
