@@ -22,7 +22,8 @@ use axum::{Extension, Router};
 use hyper::StatusCode;
 use serde_json::{Value, json};
 use tidemill_store::{
-    FileRecord, FineTuningCheckpoint, FineTuningDraft, FineTuningEvent, FineTuningJob, FineTuningState, News, Order, Scope, Viewer,
+    FileRecord, FineTuningCheckpoint, FineTuningDraft, FineTuningEvent, FineTuningJob, FineTuningState, News, Order, Scope,
+    Viewer,
 };
 use uuid::Uuid;
 
