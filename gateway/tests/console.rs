@@ -17,7 +17,7 @@ use tidemill_store::{Adapters, RegisteredAdapter, Rollout, RolloutDecision, Roll
 use uuid::Uuid;
 
 const EVIL: &str = "<script>alert('x')</script>\"><img src=x>";
-const PARTS: [&str; 6] = ["overview", "rollouts", "datasets", "trainings", "adapters", "playground"];
+const PARTS: [&str; 7] = ["overview", "rollouts", "loops", "datasets", "trainings", "adapters", "playground"];
 
 fn part(name: &str) -> String {
     format!("/v1/console/parts/{name}")
@@ -59,7 +59,7 @@ async fn parts_are_for_administrators_and_the_shell_is_for_everybody() {
 #[tokio::test]
 async fn what_is_not_there_is_said_in_the_error_shape() {
     let router = Setup::default().router();
-    for name in ["rollouts/none", "datasets/none", "trainings/none", "trainings/ftjob-x", "adapters/none"] {
+    for name in ["rollouts/none", "loops/none", "datasets/none", "trainings/none", "trainings/ftjob-x", "adapters/none"] {
         assert_eq!(get(&router, &part(name)).await.error().0, 404, "{name}");
     }
     let error = get(&router, &part("overview?hours=2")).await.error();
@@ -142,7 +142,7 @@ async fn hostile_names_stay_text_on_every_page() {
     for name in PARTS.into_iter().chain([of_rollout.as_str(), of_adapter.as_str()]) {
         let text = shown(&router, name).await;
         assert!(!text.contains("<script") && !text.contains("<img"), "{name}: {text}");
-        let empty = ["datasets", "trainings", "playground"].contains(&name);
+        let empty = ["loops", "datasets", "trainings", "playground"].contains(&name);
         assert!(empty || text.contains("&lt;script&gt;"), "{name}: {text}");
     }
     let overview = shown(&router, "overview?hours=1").await;

@@ -8,6 +8,7 @@
 pub mod adapters;
 pub mod datasets;
 pub mod html;
+pub mod loops;
 pub mod overview;
 pub mod part;
 pub mod playground;
@@ -34,10 +35,12 @@ const STYLE: &str = "text/css; charset=utf-8";
 
 const SHELL: &str = include_str!("shell.html");
 
-const PAGES: [(&str, &str); 12] = [
+const PAGES: [(&str, &str); 14] = [
     ("/console", SHELL),
     ("/console/rollouts", SHELL),
     ("/console/rollouts/{rollout}", SHELL),
+    ("/console/loops", SHELL),
+    ("/console/loops/{name}", SHELL),
     ("/console/datasets", SHELL),
     ("/console/datasets/{reference}", SHELL),
     ("/console/trainings", SHELL),

@@ -4,7 +4,7 @@ use crate::clock::now;
 use crate::console::overview::{Overview, STRETCHES, Variant, WINDOWS, Work};
 use crate::console::part::count;
 use crate::console::playground::Candidate;
-use crate::console::{adapters, datasets, playground, rollouts, sent, trainings};
+use crate::console::{adapters, datasets, loops, playground, rollouts, sent, trainings};
 use crate::http::adapter_registry::refused;
 use crate::http::answer::answer;
 use crate::http::app::App;
@@ -12,6 +12,7 @@ use crate::http::auth::Caller;
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
 use crate::http::fine_tuning::find as find_job;
+use crate::http::loops as http_loops;
 use crate::http::query::parameters;
 use crate::http::rollouts as http_rollouts;
 use crate::http::{job_name, models, probes};
@@ -43,6 +44,8 @@ pub fn routes() -> Router<App> {
         .route("/v1/console/parts/overview", get(overview))
         .route("/v1/console/parts/rollouts", get(rollout_list))
         .route("/v1/console/parts/rollouts/{rollout}", get(rollout))
+        .route("/v1/console/parts/loops", get(loop_list))
+        .route("/v1/console/parts/loops/{name}", get(one_loop))
         .route("/v1/console/parts/datasets", get(dataset_list))
         .route("/v1/console/parts/datasets/{reference}", get(dataset))
         .route("/v1/console/parts/trainings", get(training_list))
@@ -127,6 +130,19 @@ async fn rollout(
     let exposures = Exposures::new(app.store.database());
     let counts = exposures.counts(rollout.id, rollout.created).await.map_err(unavailable)?;
     Ok(sent(&rollouts::Shown { rollout, decisions, counts, acts: acts(&caller) }.part()))
+}
+
+async fn loop_list(State(app): State<App>) -> Result<Response, ApiError> {
+    Ok(sent(&loops::list(&http_loops::all(&app).await?)))
+}
+
+async fn one_loop(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    Path(name): Path<String>,
+) -> Result<Response, ApiError> {
+    let found = http_loops::find(&app, &name, http_loops::CYCLES).await?;
+    Ok(sent(&loops::page(&found, acts(&caller))))
 }
 
 async fn dataset_list(State(app): State<App>) -> Result<Response, ApiError> {

@@ -18,7 +18,7 @@ use std::collections::BTreeSet;
 use tidemill_rlhf::flywheel::Wish;
 
 /// Cycles of one answer, unless asked, and most.
-const CYCLES: u64 = 10;
+pub const CYCLES: u64 = 10;
 const MAX_CYCLES: usize = 100;
 
 /// The routes.
@@ -32,13 +32,18 @@ pub fn routes() -> Router<App> {
 }
 
 async fn list(State(app): State<App>) -> Result<Response, ApiError> {
+    Ok(list_page(all(&app).await?, false))
+}
+
+/// All of them, by name, each with its last cycle.
+pub async fn all(app: &App) -> Result<Vec<Value>, ApiError> {
     let mut names: BTreeSet<String> = app.loops.policies().keys().cloned().collect();
     names.extend(app.loops.rows().all().await.map_err(unavailable)?.into_iter().map(|row| row.name));
     let mut loops = Vec::with_capacity(names.len());
     for name in names {
-        loops.extend(shown(&app, &name, 1).await?);
+        loops.extend(shown(app, &name, 1).await?);
     }
-    Ok(list_page(loops, false))
+    Ok(loops)
 }
 
 /// `GET /v1/loops/{name}?cycles=N`
@@ -51,8 +56,13 @@ async fn one(State(app): State<App>, Path(name): Path<String>, RawQuery(query): 
 }
 
 async fn show(app: &App, name: &str, cycles: u64) -> Result<Response, ApiError> {
-    let found = shown(app, name, cycles).await?.ok_or_else(|| refused(WishRefusal::Unknown(name.chars().take(100).collect())))?;
-    Ok(answer(StatusCode::OK, &found))
+    Ok(answer(StatusCode::OK, &find(app, name, cycles).await?))
+}
+
+/// The loop of this name with its last cycles.
+pub async fn find(app: &App, name: &str, cycles: u64) -> Result<Value, ApiError> {
+    let found = shown(app, name, cycles).await?;
+    found.ok_or_else(|| refused(WishRefusal::Unknown(name.chars().take(100).collect())))
 }
 
 /// With what is in its way at this server.

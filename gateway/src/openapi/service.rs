@@ -64,6 +64,8 @@ fn parts() -> Vec<Operation> {
             .query("hours", word(&WINDOWS.map(|(hours, _)| hours))),
         part("/v1/console/parts/rollouts", "The newest rollouts"),
         one("/v1/console/parts/rollouts/{rollout}", "A rollout with its metrics over time and its decisions"),
+        part("/v1/console/parts/loops", "The loops"),
+        one("/v1/console/parts/loops/{name}", "A loop with what it waits for and its last cycles"),
         part("/v1/console/parts/datasets", "The newest datasets"),
         one("/v1/console/parts/datasets/{reference}", "A dataset with its quality"),
         part("/v1/console/parts/trainings", "The newest fine-tuning jobs"),
