@@ -337,7 +337,7 @@ async fn after_the_acknowledgement_of_a_rollback_nothing_reaches_the_variant() {
     let late = |seen: &far::Seen| seen.body["user"].as_str().unwrap().starts_with("late");
     assert!(far.count() >= 20 && !far.seen().iter().any(late), "a request reached the variant after the acknowledgement");
     assert!(!answered(&router, "ann").await.headers.contains_key("x-tidemill-variant"));
-    let over = post(&router, "/v1/rollouts/r/resume", Value::Null).await.error();
+    let over = post(&router, "/v1/rollouts/r/resume", json!({})).await.error();
     assert_eq!((over.0, over.2.as_deref()), (409, Some("rollout_over")));
 }
 

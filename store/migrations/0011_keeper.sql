@@ -1,6 +1,7 @@
--- The arm that has the traffic since its rollout ended, where one was promoted: what a public model name serves is its newest one.
+-- Which of all promotions a rollout ended in, counted from 1, where it did: a public model name serves the newest. Not by the time, since
+-- the clocks of servers differ.
 ALTER TABLE rollouts ADD COLUMN promoted BIGINT;
-CREATE INDEX rollouts_promoted ON rollouts (model, ended) WHERE promoted IS NOT NULL;
+CREATE INDEX rollouts_promoted ON rollouts (model, promoted) WHERE promoted IS NOT NULL;
 
 -- Which state of the rollouts each server assigns by, so that who ends one can wait until all of them do. `seen` is the database's clock.
 CREATE TABLE rollout_readers (

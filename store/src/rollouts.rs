@@ -66,8 +66,8 @@ pub struct RolloutChange {
     pub state: Value,
     /// It is over.
     pub over: bool,
-    /// The arm that has the traffic from now on, where one was promoted.
-    pub promoted: Option<u32>,
+    /// An arm was promoted: the public model name serves it from now on.
+    pub promoted: bool,
     /// What was decided; its version is that of the new state.
     pub decision: RolloutDecision,
     /// Whether the decision is worth a row of its own. One that a person wanted always is.
@@ -166,7 +166,8 @@ impl Rollouts {
         patiently(async {
             let mut transaction = self.store.database().write().begin().await?;
             let text = format!(
-                "UPDATE rollouts SET updated = $3, ended = $4, state = $5, version = $6, latest = $7, promoted = $8 \
+                "UPDATE rollouts SET updated = $3, ended = $4, state = $5, version = $6, latest = $7, \
+                 promoted = CASE WHEN $8 = 1 THEN (SELECT COALESCE(MAX(promoted), 0) + 1 FROM rollouts) ELSE NULL END \
                  WHERE id = $1 AND version = $2 AND ended IS NULL RETURNING {COLUMNS}"
             );
             let changed = sqlx::query(AssertSqlSafe(text))
@@ -177,7 +178,7 @@ impl Rollouts {
                 .bind(text_of(state))
                 .bind(read.version + 1)
                 .bind(text_of(&decision.body))
-                .bind(promoted.map(i64::from))
+                .bind(i64::from(*promoted))
                 .fetch_optional(&mut *transaction)
                 .await?;
             let changed = changed.as_ref().map(read_row).transpose()?.ok_or(RolloutRefusal::Changed)?;
@@ -223,7 +224,7 @@ impl Rollouts {
             let text = format!(
                 "SELECT {COLUMNS} FROM rollouts WHERE promoted IS NOT NULL AND NOT EXISTS (SELECT 1 FROM rollouts later \
                  WHERE later.model = rollouts.model AND later.promoted IS NOT NULL \
-                 AND (later.ended > rollouts.ended OR (later.ended = rollouts.ended AND later.id > rollouts.id))) ORDER BY id"
+                 AND (later.promoted > rollouts.promoted OR (later.promoted = rollouts.promoted AND later.id > rollouts.id))) ORDER BY id"
             );
             let rows = sqlx::query(AssertSqlSafe(text)).fetch_all(self.store.database().read()).await?;
             rows.iter().map(read_row).collect()

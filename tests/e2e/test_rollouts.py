@@ -15,8 +15,8 @@ from postgres import Postgres
 from server import PATIENCE, Server, binary, default_model, eventually
 from test_registry import change, write_adapter
 
-QUESTION = [{"role": "user", "content": "Name a colour."}]
-# Below what a person would notice; the answers are a few tokens.
+# The model answers `1 + 1 = 2` and stops, after eight tokens.
+QUESTION = [{"role": "user", "content": "What is 1+1? Answer with a number."}]
 CLIENTS = 6
 
 

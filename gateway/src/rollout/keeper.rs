@@ -542,10 +542,7 @@ fn worth_a_row(decision: &Decision, before: Option<&Decision>, started: i64, kep
 }
 
 fn change(next: &State, decision: &Decision, keep: bool) -> RolloutChange {
-    let promoted = match next.status {
-        Status::Promoted { arm } => u32::try_from(arm).ok(),
-        _ => None,
-    };
+    let promoted = matches!(next.status, Status::Promoted { .. });
     // The version is the row's to know.
     RolloutChange { state: json(next), over: next.status.is_over(), promoted, decision: kept_decision(0, decision), keep }
 }
