@@ -97,7 +97,7 @@ async fn who_may_look_sees_what_is_governed_and_acts_on_nothing() {
         let reply = ask(&server.router, "GET", path, Some(&train), Value::Null).await;
         assert!(reply.json()["error"]["message"].as_str().unwrap().contains("lacks the scope `look`"), "{path}");
     }
-    assert_eq!(server.look("POST", "/v1/audit", json!({})).await.error().0, 403);
+    assert_eq!(server.look("POST", "/v1/audit", json!({})).await.error().0, 405);
     assert_eq!(server.boss("DELETE", "/v1/audit", json!({})).await.error().0, 405, "nobody changes a row");
 }
 

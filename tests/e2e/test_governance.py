@@ -136,7 +136,10 @@ def test_an_answer_leads_to_its_dataset_and_raters_and_back(tmp_path):
     with running(tmp_path, {MODEL: default_model()}) as server:
         # People prefer one of two answers.
         for index, noun in enumerate(NOUNS):
-            two = ask(server, boss, MODEL, noun, n=2, temperature=1.5, seed=index, user=f"user-{index}", tidemill={"compare": True})
+            two = ask(
+                server, boss, MODEL, noun, n=2, temperature=1.0, seed=index, user=f"user-{index}", tidemill={"compare": True}, stop=["."],
+                max_tokens=80,
+            )
             ids = [choice["tidemill"]["id"] for choice in two["choices"]]
             body = {
                 "kind": "comparison", "value": {"candidates": ids, "winner": ids[index % 2]},

@@ -46,6 +46,8 @@ enum Off {
     Failed,
     /// It was in the way, or too late.
     Called,
+    /// The same, once another server had been asked: that is recorded already.
+    Recorded,
 }
 
 impl ShadowCopy {
@@ -87,7 +89,7 @@ impl ShadowCopy {
         let word = match &outcome {
             Ok(()) => "answered",
             Err(Off::Failed) => "failed",
-            Err(Off::Called) => "called_off",
+            Err(Off::Called | Off::Recorded) => "called_off",
         };
         counter!("tidemill:shadow_copies_total", "outcome" => word).increment(1);
         match (outcome, assigned) {
@@ -127,9 +129,14 @@ where
         response.into_body().collect().await.map(drop).map_err(|_| Off::Failed)
     };
     tokio::select! {
-        done = timeout(LONGEST, whole) => done.unwrap_or(Err(Off::Called)),
-        () = disturbed(app, is_ours) => Err(Off::Called),
+        done = timeout(LONGEST, whole) => done.unwrap_or(Err(called_off(is_ours))),
+        () = disturbed(app, is_ours) => Err(called_off(is_ours)),
     }
+}
+
+/// A request to another server writes its record also when it is dropped.
+fn called_off(is_ours: bool) -> Off {
+    if is_ours { Off::Called } else { Off::Recorded }
 }
 
 /// Resolves when the server leaves or, for a copy at an engine here, somebody else wants one.
