@@ -61,7 +61,7 @@ def story(tmp_path_factory):
         eventually("it has taken a step", lambda: look(server, "short")["waits_for"].get("step", 0) > 0, 600)
         server.kill()
     with loop.serving(arguments=TRAINING) as server:
-        eventually("the canary has begun", lambda: now(loop, "short") == "canary" or ended(server, "short"), SECONDS)
+        eventually("the canary has begun", lambda: "rollout" in look(server, "short")["waits_for"] or ended(server, "short"), SECONDS)
         told["canary"] = look(server, "short")
         with flywheel.traffic(server, SETTINGS, usual / 2):
             eventually("the cycle has ended", lambda: ended(server, "short"), SECONDS)
