@@ -52,7 +52,7 @@ fn a_judgement_comes_with_the_arms_and_places_of_its_candidates() {
         let pair =
             Comparison { unit: -4, value: value.clone(), candidates: vec![candidate(1, 0, Some(1)), candidate(0, 1, Some(0))] };
         let comparisons = Comparisons::new(store.database());
-        assert_eq!(comparisons.of(ROLLOUT, 10).await.unwrap(), [pair.clone()]);
+        assert_eq!(comparisons.of(ROLLOUT, 10).await.unwrap(), std::slice::from_ref(&pair));
         let all = comparisons.of(ROLLOUT, 0).await.unwrap();
         assert_eq!((&all[0], &all[1].candidates), (&pair, &vec![candidate(2, 0, None)]));
         assert!(comparisons.of(Uuid::from_u128(78), 0).await.unwrap().is_empty());
