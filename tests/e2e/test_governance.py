@@ -158,8 +158,9 @@ def test_an_answer_leads_to_its_dataset_and_raters_and_back(tmp_path):
         first = ask(server, boss, "short", "city")
 
         path = f"/v1/lineage/{first['id']}"
+        eventually("the answer is recorded", lambda: call(server, look, "GET", path).status == 200)
         trace = call(server, look, "GET", f"{path}?rows=true").json()
-        assert (trace["of"], trace["answer"]["model"], trace["answer"]["variant"]) == ("answer", MODEL, "short")
+        assert (trace["of"], trace["answer"]["model"], trace["answer"]["variant"]) == ("answer", MODEL, f"{MODEL}:short")
         [adapter] = trace["adapters"]
         assert adapter["id"] == f"short@{trace['answer']['generation']}" and adapter["method"] == "dpo"
         assert len(adapter["base_hash"]) == 64 and adapter["code_version"].startswith("tidemill ")
