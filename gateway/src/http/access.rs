@@ -53,7 +53,6 @@ const RULES: &[(&str, &[Scope], &[Scope])] = &[
     ("/v1/fine_tuning/alpha", TRAIN, TRAIN),
     ("/v1/adapters", TRAIN_OR_LOOK, ADMIN),
     ("/v1/adapter_aliases", TRAIN_OR_LOOK, ADMIN),
-    ("/v1/console", LOOK, ADMIN),
     ("/v1/rollouts", LOOK, ADMIN),
     ("/v1/loops", LOOK, ADMIN),
     ("/v1/audit", LOOK, ADMIN),
@@ -115,7 +114,6 @@ mod tests {
         for (under, read, act) in RULES {
             assert!(!act.contains(&Scope::Look), "{under}");
             let governed = [
-                "/v1/console",
                 "/v1/rollouts",
                 "/v1/loops",
                 "/v1/audit",

@@ -16,8 +16,10 @@ const TAG: &str = "fine-tuning";
 /// `/v1/fine_tuning/jobs`, and `DELETE /v1/models/{id}`
 pub fn topic() -> Topic {
     let of_train = |operation: Operation| operation.scope(Scope::Train).refuses(&[503]);
+    let looks = |operation: Operation| operation.either_scope([Scope::Train, Scope::Look]).refuses(&[503]);
     let one = |operation: Operation| of_train(operation).refuses(&[404]);
-    let job = |operation: Operation| one(operation).answers(200, "The job.", named("FineTuningJob"));
+    let seen = |operation: Operation| looks(operation).refuses(&[404]);
+    let job = |operation: Operation| operation.answers(200, "The job.", named("FineTuningJob"));
     let pages = |item: &str| {
         let ids = page(named(item)).with("first_id", nullable(text())).with("last_id", nullable(text()));
         ids.with("has_more", flag()).schema()
@@ -30,17 +32,17 @@ pub fn topic() -> Topic {
                 .takes(new())
                 .answers(200, "The job.", named("FineTuningJob"))
                 .refuses(&[404, 409, 429]),
-            of_train(Operation::get("/v1/fine_tuning/jobs", TAG, "Jobs, the newest first"))
+            looks(Operation::get("/v1/fine_tuning/jobs", TAG, "Jobs, the newest first"))
                 .query("after", text())
                 .query("limit", whole(1, 100))
                 .answers(200, "A page of them.", pages("FineTuningJob")),
-            job(Operation::get("/v1/fine_tuning/jobs/{id}", TAG, "How far a job is")),
-            job(Operation::post("/v1/fine_tuning/jobs/{id}/cancel", TAG, "End a job")).refuses(&[400]),
-            job(Operation::post("/v1/fine_tuning/jobs/{id}/pause", TAG, "Have a job stand still")).refuses(&[400]),
-            job(Operation::post("/v1/fine_tuning/jobs/{id}/resume", TAG, "Have a paused job go on")).refuses(&[400]),
-            part(one(Operation::get("/v1/fine_tuning/jobs/{id}/events", TAG, "What happened to a job, the newest first")))
+            job(seen(Operation::get("/v1/fine_tuning/jobs/{id}", TAG, "How far a job is"))),
+            job(one(Operation::post("/v1/fine_tuning/jobs/{id}/cancel", TAG, "End a job"))).refuses(&[400]),
+            job(one(Operation::post("/v1/fine_tuning/jobs/{id}/pause", TAG, "Have a job stand still"))).refuses(&[400]),
+            job(one(Operation::post("/v1/fine_tuning/jobs/{id}/resume", TAG, "Have a paused job go on"))).refuses(&[400]),
+            part(seen(Operation::get("/v1/fine_tuning/jobs/{id}/events", TAG, "What happened to a job, the newest first")))
                 .answers(200, "A page of it.", pages("FineTuningEvent")),
-            part(one(Operation::get("/v1/fine_tuning/jobs/{id}/checkpoints", TAG, "Models of a job that can be used"))).answers(
+            part(seen(Operation::get("/v1/fine_tuning/jobs/{id}/checkpoints", TAG, "Models of a job that can be used"))).answers(
                 200,
                 "A page of them.",
                 pages("FineTuningCheckpoint"),

@@ -11,11 +11,11 @@ const TAG: &str = "loops";
 
 /// `/v1/loops`
 pub fn topic() -> Topic {
-    let of_admin = |operation: Operation| operation.scope(Scope::Admin).refuses(&[503]);
-    let one = |operation: Operation| of_admin(operation).refuses(&[404]).answers(200, "The loop.", named("Loop"));
-    let want = |path, summary| one(Operation::post(path, TAG, summary)).refuses(&[409]);
+    let looks = |operation: Operation| operation.scope(Scope::Look).refuses(&[503]);
+    let one = |operation: Operation| operation.refuses(&[404]).answers(200, "The loop.", named("Loop"));
+    let want = |path, summary| one(Operation::post(path, TAG, summary).scope(Scope::Admin).refuses(&[503])).refuses(&[409]);
     let operations = vec![
-        of_admin(Operation::get("/v1/loops", TAG, "The loops, by name")).answers(
+        looks(Operation::get("/v1/loops", TAG, "The loops, by name")).answers(
             200,
             "Each with its last cycle.",
             page(named("Loop"))
@@ -24,7 +24,7 @@ pub fn topic() -> Topic {
                 .with("has_more", flag())
                 .schema(),
         ),
-        one(Operation::get("/v1/loops/{name}", TAG, "Where a loop stands, what it waits for, and its last cycles"))
+        one(looks(Operation::get("/v1/loops/{name}", TAG, "Where a loop stands, what it waits for, and its last cycles")))
             .query("cycles", whole(1, 100))
             .refuses(&[400]),
         want("/v1/loops/{name}/run", "Have a loop begin a cycle, whatever it waits for"),

@@ -254,7 +254,14 @@ fn under_four_eyes_another_key_approves_and_promotes() {
     let spec = spec(json!({"steps": [{"set_weight": 5}, {"approval": true}, {"set_weight": 20}]})).under_four_eyes();
     let (begun, decision) = start(&spec, &ann, 0);
     assert_eq!(decision.by.as_deref(), Some("key ann"));
-    let (waiting, _) = measure(&spec, &begun, &measured(10, 0, None), SECOND, &mut no_chance);
+    // Step by step to the one that waits for approval.
+    let at_approval = |begun: State| {
+        let look = |state: State, second: i64| measure(&spec, &state, &measured(10, 0, None), second * SECOND, &mut no_chance).0;
+        let waiting = (1..4).fold(begun, look);
+        assert!(waiting.awaiting);
+        waiting
+    };
+    let waiting = at_approval(begun);
     for wanted in [Act::Approve, Act::Promote { arm: 1 }] {
         let refused = |by: &Actor| act(&spec, &waiting, wanted, by, 5).unwrap_err();
         assert_eq!(refused(&ann), ActError::SameKey);
@@ -268,8 +275,7 @@ fn under_four_eyes_another_key_approves_and_promotes() {
         assert!(act(&spec, &waiting, wanted, &ann, 5).is_ok());
     }
     // What the server began by itself, any key may approve.
-    let (begun, _) = start(&spec, "loop nightly", 0);
-    let (waiting, _) = measure(&spec, &begun, &measured(10, 0, None), SECOND, &mut no_chance);
+    let waiting = at_approval(start(&spec, "loop nightly", 0).0);
     assert!(act(&spec, &waiting, Act::Approve, &ann, 5).is_ok());
     // Nothing is promoted by itself, however good it is, and rows from before there were starters are read.
     assert!(spec.approval);
