@@ -41,7 +41,7 @@ impl Evaluations {
     pub(super) fn see(&self, name: &str, cycle: u64) -> io::Result<Seen> {
         let folder = self.folder(name, cycle);
         let mut running = lock(&self.running);
-        if !running.get(name).is_some_and(|(of, _)| *of == cycle) {
+        if running.get(name).is_none_or(|(of, _)| *of != cycle) {
             // An earlier server's, if it is still at work.
             match Process::left(&folder)? {
                 Some(left) => drop(running.insert(name.to_owned(), (cycle, left))),

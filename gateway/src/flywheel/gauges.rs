@@ -11,6 +11,9 @@ use tidemill_rlhf::flywheel::{Counts, Flywheel, Word};
 #[derive(Default)]
 pub(super) struct Gauges(Mutex<BTreeMap<String, Shown>>);
 
+/// What a gauge says of a loop.
+type Number = fn(&Shown) -> u64;
+
 struct Shown {
     state: Word,
     cycle: u64,
@@ -52,7 +55,7 @@ impl Gauges {
                 let _ = writeln!(text, "tidemill:loop_state{{loop=\"{name}\",state=\"{state}\"}} {here}");
             }
         }
-        let numbers: [(&str, fn(&Shown) -> u64); 4] = [
+        let numbers: [(&str, Number); 4] = [
             ("cycle", |shown| shown.cycle),
             ("paused", |shown| u64::from(shown.paused)),
             ("new_preferences", |shown| shown.counts.preferences),
