@@ -261,7 +261,7 @@ fn under_four_eyes_another_key_approves_and_promotes() {
         assert!(waiting.awaiting);
         waiting
     };
-    let waiting = at_approval(begun);
+    let waiting = at_approval(begun.clone());
     for wanted in [Act::Approve, Act::Promote { arm: 1 }] {
         let refused = |by: &Actor| act(&spec, &waiting, wanted, by, 5).unwrap_err();
         assert_eq!(refused(&ann), ActError::SameKey);
