@@ -144,10 +144,10 @@ class Server:
         return self.request("POST", path, data, {"content-type": "application/json"}, **options)
 
     def client(self, **options) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.base_url, api_key="none", **{"max_retries": 0, "timeout": 240, **options})
+        return openai.OpenAI(base_url=self.base_url, **{"api_key": "none", "max_retries": 0, "timeout": 240, **options})
 
     def async_client(self, **options) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=self.base_url, api_key="none", **{"max_retries": 0, "timeout": 240, **options})
+        return openai.AsyncOpenAI(base_url=self.base_url, **{"api_key": "none", "max_retries": 0, "timeout": 240, **options})
 
     def metrics(self) -> dict[str, float]:
         """Samples of /metrics, summed over their labels."""
