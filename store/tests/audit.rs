@@ -118,7 +118,7 @@ fn a_job_is_in_the_audit_as_often_as_somebody_moved_it() {
         let files = Files::open(&store, &place.data()).await.unwrap();
         let rows = FineTunings::new(store.database());
         let draft = fine_tuning(&store, &files).await;
-        let act = |what: &str| store.act(&ann(), format!("fine_tuning.{what}")).to("job").with(json!({"n": 1}));
+        let act = |what: &str| store.act(ann(), format!("fine_tuning.{what}")).to("job").with(json!({"n": 1}));
         assert!(rows.insert(&draft, &[], act("create")).await.unwrap());
         let pause = async || rows.enter(draft.id, &[State::Queued], State::Paused, &[News::info("p")], act("pause")).await;
         assert!(!pause().await.unwrap(), "its files are looked through");
@@ -142,11 +142,11 @@ fn what_cannot_be_written_down_is_not_done() {
         let (_, secret) = store.create_key("app", &[Scope::Chat]).await.unwrap();
         let kept = adapters.insert(&adapter(&store), &ann()).await.unwrap();
         let waiting = fine_tuning(&store, &files).await;
-        rows.insert(&waiting, &[], store.act(&ann(), "create")).await.unwrap();
+        rows.insert(&waiting, &[], store.act(ann(), "create")).await.unwrap();
         let before = all(&store).await;
         sqlx::query("ALTER TABLE audit RENAME TO audit_away").execute(store.database().write()).await.unwrap();
 
-        let act = || store.act(&ann(), "x");
+        let act = || store.act(ann(), "x");
         let (new, built) = (fine_tuning(&store, &files).await, store.issue_id());
         assert!(store.create_key("other", &[Scope::Chat]).await.is_err());
         assert!(store.change_key("app", |key| key.scopes = vec![Scope::Admin], &ann()).await.is_err());
