@@ -14,8 +14,8 @@ BIN    := $(TARGET)/release/tidemill
 # What the tests start: built with checks of overflow and of our own invariants, and only once for all tests.
 TEST_BIN := $(TARGET)/debug/tidemill
 ARGS   ?=
-# Processes that share the files of end-to-end tests: much of their time is waiting.
-E2E_WORKERS ?= 2
+# Processes that share the files of end-to-end tests, much of whose time is waiting; 0 is none but pytest's own.
+E2E_WORKERS ?= 0
 
 VENV       := $(CACHE)/test-venv
 NODE       := $(CACHE)/node
