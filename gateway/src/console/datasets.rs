@@ -3,7 +3,7 @@
 use crate::console::html::{Html, tag};
 use crate::console::part::{Mood, Part, block, chip, count, facts, link, moment, nothing, pictures, scrolled, table, tiles};
 use serde_json::{Value, json};
-use tidemill_rlhf::quality::QualityReport;
+use tidemill_rlhf::quality::{Plots, QualityReport};
 use tidemill_store::Snapshot;
 
 fn reference(snapshot: &Snapshot) -> String {
@@ -48,10 +48,12 @@ pub fn list(snapshots: &[Snapshot], has_more: bool) -> Part {
     Part::new("Datasets", "What people said, as rows to train on. A snapshot never changes.", [list, more])
 }
 
-/// The report as the row has it: without its rows, and empty after an erasure.
+/// The report as the row has it: without its rows and its plots, and empty after an erasure.
 fn report(snapshot: &Snapshot) -> Option<QualityReport> {
     let mut report = snapshot.report.clone();
-    report.as_object_mut()?.entry("rows").or_insert_with(|| json!([]));
+    let fields = report.as_object_mut()?;
+    fields.entry("rows").or_insert_with(|| json!([]));
+    fields.entry("plots").or_insert_with(|| json!(Plots::default()));
     serde_json::from_value(report).ok()
 }
 
