@@ -17,14 +17,12 @@ typedef long long i64;
 #define DEVICE static __device__ __forceinline__
 #define DEVICE_MEMBER __device__ __forceinline__
 #define KERNEL(name, threads, Params) extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+// One that gains nothing from a second block on its processor: it may have all registers.
+#define KERNEL_ALONE(name, threads, Params) extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Params p)
 // A block's shared memory, as much as was asked for at its launch.
 extern __shared__ __align__(128) u8 tidemill_shared[];
 #define SHARED(name) u8* const name = tidemill_shared
 #define INFINITE __int_as_float(0x7f800000)
-
-struct alignas(8) Pair {
-    u32 x[2];
-};
 
 struct alignas(16) Quad {
     u32 x[4];

@@ -260,7 +260,7 @@ DEVICE u32 smallest_allowed(const u32* words, u32 count, u32 vocabulary, Scratch
     return best == 0 ? 0 : 0xffffffffu - (u32)best;
 }
 
-KERNEL(sample, 512, Sample) {
+KERNEL_ALONE(sample, 512, Sample) {
     SHARED(shared);
     Scratch& s = *(Scratch*)shared;
     const u32 at = blockIdx.x;

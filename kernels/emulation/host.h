@@ -261,6 +261,7 @@ inline u32 lane() { return runner().current % 32; }
         emulation::run(#name, bound, grid, threads, shared, reversed, body, params);                                             \
     }                                                                                                                            \
     static void name##_body(const Params& p)
+#define KERNEL_ALONE(name, bound, Params) KERNEL(name, bound, Params)
 #define SHARED(name) u8* const name = emulation::runner().shared.start()
 #define threadIdx (emulation::runner().fibers[emulation::runner().current].thread)
 #define blockIdx (emulation::runner().block)
@@ -268,10 +269,6 @@ inline u32 lane() { return runner().current % 32; }
 #define gridDim (emulation::runner().grid)
 #define INFINITE INFINITY
 #define __restrict__
-
-struct alignas(8) Pair {
-    u32 x[2];
-};
 
 struct alignas(16) Quad {
     u32 x[4];

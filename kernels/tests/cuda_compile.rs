@@ -16,11 +16,6 @@ struct Report {
     registers: u32,
 }
 
-/// Bytes that a kernel may spill to memory: sampling a few, around a call of the logarithm once per row.
-fn spill_bound(kernel: &str) -> u32 {
-    if kernel == "sample" { 16 } else { 0 }
-}
-
 fn number_before(line: &str, what: &str) -> u32 {
     assert!(line.contains(what), "no {what:?} in {line:?}");
     let end = line.find(what).unwrap();
@@ -53,7 +48,7 @@ fn kernels_compile_for_every_card_without_warnings_or_spills() {
             assert!(compiled.cubin.starts_with(b"\x7fELF"), "{source:?}");
             assert!(!compiled.log.contains("warning"), "{}", compiled.log);
             let reports = reports(&compiled.log);
-            let names: Vec<&str> = source.text().match_indices("KERNEL(").map(|(at, _)| &source.text()[at..]).collect();
+            let names: Vec<&str> = source.text().match_indices("\nKERNEL").map(|(at, _)| &source.text()[at..]).collect();
             assert!(
                 reports.len() >= names.len() && !reports.is_empty(),
                 "{source:?}: {} reports\n{}",
@@ -63,7 +58,7 @@ fn kernels_compile_for_every_card_without_warnings_or_spills() {
             for (kernel, report) in reports {
                 println!("{architecture} {kernel}: {report:?}");
                 assert!(report.registers > 0, "{kernel}: {report:?}");
-                assert!(report.spilled <= spill_bound(&kernel), "{architecture} {kernel}: {report:?}");
+                assert!(report.spilled == 0, "{architecture} {kernel}: {report:?}");
                 // A stack frame is local memory, which is as slow as any.
                 assert!(!kernel.starts_with("attention") || report.stack == 0, "{architecture} {kernel}: {report:?}");
             }

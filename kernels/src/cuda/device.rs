@@ -132,8 +132,6 @@ pub trait Params: Copy {
 pub trait Device: Send {
     /// For the start-up lines.
     fn describe(&self) -> String;
-    /// Multiprocessors: how many blocks it takes to fill the device.
-    fn processors(&self) -> usize;
     /// Reserves memory filled with zeros, aligned to 128 bytes or more.
     fn alloc(&mut self, what: &'static str, bytes: usize) -> Result<Address, KernelError>;
     /// Gives memory back once all work that was asked for is done.

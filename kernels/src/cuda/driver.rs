@@ -158,10 +158,6 @@ impl Device for Card {
         format!("{}, {}, {} multiprocessors", self.name, self.architecture, self.processors)
     }
 
-    fn processors(&self) -> usize {
-        self.processors
-    }
-
     fn alloc(&mut self, what: &'static str, bytes: usize) -> Result<Address, KernelError> {
         self.current()?;
         let at = card_alloc(bytes, what)?;

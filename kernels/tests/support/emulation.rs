@@ -105,10 +105,6 @@ impl Device for Emulated {
         "emulated".into()
     }
 
-    fn processors(&self) -> usize {
-        4
-    }
-
     fn alloc(&mut self, what: &'static str, bytes: usize) -> Result<Address, KernelError> {
         let memory = KernelError::Memory { what, bytes };
         if bytes > 1 << 32 {
