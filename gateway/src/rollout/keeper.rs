@@ -7,13 +7,14 @@
 use crate::adapters::AdapterKeeper;
 use crate::clock::now;
 use crate::feedback::Metrics;
+use crate::recording::Recording;
 use crate::rollout::assignment::{Experiment, Holdout, LayerClash, Table};
 use crate::rollout::decision::{self, Act, ActError, Action, Decision, State, Status};
 use crate::rollout::measure::{Sources, measured, recorded_as};
 use crate::rollout::mirrors::Mirrors;
-use crate::rollout::spec::{Quantity, Spec};
+use crate::rollout::spec::Spec;
 use crate::rollout::table::{self, BadRow, Tables, Variant};
-use crate::upstream::Registry;
+use crate::upstream::{Registry, Upstream};
 use arc_swap::ArcSwap;
 use metrics::{counter, gauge};
 use std::collections::HashMap;
@@ -100,6 +101,8 @@ pub struct KeeperRules {
     pub holdouts: Vec<Holdout>,
     /// Whether each is promoted only with another key than started it.
     pub four_eyes: bool,
+    /// How much of the answers is recorded.
+    pub recording: Recording,
 }
 
 /// What became of an act.
@@ -249,13 +252,20 @@ impl Keeper {
         }
         for (index, metric) in spec.metrics.iter().enumerate() {
             let refused = |fix: String| KeeperError::Metric { index, metric: metric.quantity.to_string(), fix };
-            match (recorded_as(&metric.quantity), &metric.quantity) {
-                (Some(name), _) if !self.0.declared.contains_key(&name) => {
-                    let quoted = if name.contains('.') { format!("\"{name}\"") } else { name };
-                    return Err(refused(format!("declare it as [metrics.{quoted}] in tidemill.toml, and send it as feedback")));
-                }
-                (None, Quantity::KlToBase) => return Err(refused("leave it out".to_owned())),
-                _ => {}
+            if let Some(name) = recorded_as(&metric.quantity).filter(|name| !self.0.declared.contains_key(name)) {
+                let quoted = if name.contains('.') { format!("\"{name}\"") } else { name };
+                return Err(refused(format!("declare it as [metrics.{quoted}] in tidemill.toml, and send it as feedback")));
+            }
+            for (arm, variant) in spec.arms.iter().map(Variant::of).enumerate().filter(|(arm, _)| metric.scored(*arm) > 0.0) {
+                let why = match self.0.models.find(Some(&variant.model)) {
+                    Ok(Upstream::Remote(_)) => "come from another server, and no base model here scores them",
+                    Ok(Upstream::Local(model)) if !self.0.rules.recording.keeps_tokens(model.base()) => {
+                        "are recorded without their tokens, which the base would score; set 'record' to full for them"
+                    }
+                    _ => continue,
+                };
+                let role = if arm == 0 { ", the control," } else { "" };
+                return Err(refused(format!("the answers of `{}`{role} {why}; or leave the metric out", variant.name)));
             }
         }
         let running = self.0.rollouts.running().await?;
