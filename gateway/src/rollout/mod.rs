@@ -21,3 +21,4 @@ pub mod scorer;
 pub mod spec;
 pub mod statistics;
 pub mod table;
+pub mod under_way;
