@@ -37,7 +37,7 @@ async fn server(change: impl FnOnce(&mut Setup)) -> (TempDir, App, Router) {
     let router = router(app.clone());
     let body = json!({"name": "drifted", "path": tiny::golden("adapters/all")});
     assert_eq!(post(&router, "/v1/adapters", body).await.status, 201);
-    assert_eq!(ask(&router, "POST", "/v1/adapters/drifted/serve", None, Value::Null).await.status, 200);
+    assert_eq!(ask(&router, "POST", "/v1/adapters/drifted/serve", None, json!({})).await.status, 200);
     (folder, app, router)
 }
 
@@ -216,31 +216,28 @@ async fn what_the_base_cannot_score_is_refused_with_the_field() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn scoring_waits_for_an_idle_engine_and_gives_way_to_whoever_comes() {
-    // A step takes two seconds, so that there is time to come in the middle of one.
-    let app = Setup { pace: Duration::from_secs(2), ..Setup::script(support::says("")) }.app();
+async fn scoring_waits_for_an_idle_engine() {
+    let app = Setup::slow(500, 20).app();
     let router = router(app.clone());
     let arms = json!([{"variant": MODEL}, {"variant": "loud", "model": MODEL, "defaults": {"temperature": 0.5}}]);
     let metrics = json!([{"metric": "kl_to_base", "guardrail": {"of": "difference", "max": 1}, "share": 1}]);
     started(&router, spec(metrics, json!({"model": MODEL, "arms": arms}))).await;
-    let question = || json!({"model": MODEL, "prompt": "hello", "max_tokens": 1, "user": "ann"});
-    assert_eq!(post(&router, "/v1/completions", question()).await.status, 200);
+    let question = |tokens: usize| json!({"model": MODEL, "prompt": "hello", "max_tokens": tokens, "user": "ann"});
+    assert_eq!(post(&router, "/v1/completions", question(2)).await.status, 200);
     app.store.flush().await;
+    // Somebody's answer takes at least six seconds from here on.
+    let (asking, long) = (router.clone(), question(300));
+    let asking = tokio::spawn(async move { post(&asking, "/v1/completions", long).await.status });
     let engine = app.registry.find_local(Some(MODEL)).unwrap().engine().clone();
-    let busy = async || {
-        while engine.stats().running + engine.stats().waiting == 0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    // Whoever is there is waited for, and whoever comes while an answer is scored has the engine.
-    let first = scorer(&app);
-    let scoring = tokio::spawn(async move { first.score_waiting().await.unwrap() });
-    busy().await;
-    assert_eq!(post(&router, "/v1/completions", question()).await.status, 200);
-    assert_eq!(scoring.await.unwrap(), 0, "it was called off");
-    app.store.flush().await;
-    assert!(sums(&app, UnitValue::KlToBase).await.is_empty());
-    // Both wait; nothing is lost.
-    assert_eq!(score_all(&app).await, 2);
+    while engine.stats().running == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let scorer = scorer(&app);
+    let scoring = tokio::spawn(async move { scorer.score_waiting().await.unwrap() });
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(!asking.is_finished() && !scoring.is_finished());
+    assert!(sums(&app, UnitValue::KlToBase).await.is_empty(), "the answer is waited for");
+    assert_eq!(asking.await.unwrap(), 200);
+    assert_eq!(scoring.await.unwrap(), 1);
     assert_eq!(sums(&app, UnitValue::KlToBase).await.len(), 1);
 }

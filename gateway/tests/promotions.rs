@@ -21,7 +21,7 @@ async fn server() -> (TempDir, App, Router) {
     for (name, adapter) in [("a", "all"), ("b", "some"), ("c", "patterns")] {
         let body = json!({"name": name, "path": tiny::golden("adapters").join(adapter)});
         assert_eq!(post(&router, "/v1/adapters", body).await.status, 201);
-        assert_eq!(ask(&router, "POST", &format!("/v1/adapters/{name}/serve"), None, Value::Null).await.status, 200);
+        assert_eq!(ask(&router, "POST", &format!("/v1/adapters/{name}/serve"), None, json!({})).await.status, 200);
     }
     alias(&router, "a").await;
     (folder, app, router)
@@ -104,12 +104,12 @@ async fn what_was_moved_since_or_is_gone_is_not_overwritten() {
     assert_eq!(served(&router, "champion").await, served(&router, "c").await);
     // Back at what was promoted, nothing newer stands there; but what was there before is not served any more.
     alias(&router, "b").await;
-    assert_eq!(ask(&router, "POST", "/v1/adapters/a/retire", None, Value::Null).await.status, 200);
+    assert_eq!(ask(&router, "POST", "/v1/adapters/a/retire", None, json!({})).await.status, 200);
     let refused = undo(&router, "r").await;
     assert_eq!(refused.error().2.as_deref(), Some("rollout_superseded"));
     assert!(refused.json().to_string().contains("cannot be led back"), "{}", refused.json());
     assert_eq!(served(&router, "champion").await, served(&router, "b").await);
-    assert_eq!(ask(&router, "POST", "/v1/adapters/a/serve", None, Value::Null).await.status, 200);
+    assert_eq!(ask(&router, "POST", "/v1/adapters/a/serve", None, json!({})).await.status, 200);
     assert_eq!(undo(&router, "r").await.status, 200);
     assert_eq!(served(&router, "champion").await, served(&router, "a").await);
 }
