@@ -19,6 +19,7 @@ use tempfile::TempDir;
 use tidemill::clock::now;
 use tidemill::http::{App, router};
 use tidemill::recording::{Level, Recording};
+use tidemill::rollout::decision::Act;
 use tidemill::rollout::scorer::Scorer;
 use tidemill::upstream::remote::{RemoteSpec, Remotes, ServerSpec};
 use tidemill_store::records::Inference;
@@ -119,6 +120,8 @@ async fn an_answer_is_put_through_the_base_once_and_its_numbers_are_those_of_the
     assert_eq!(score_all(&app).await, 0, "each once");
     let (kl, logprob) = (sums(&app, UnitValue::KlToBase).await, sums(&app, UnitValue::LogprobToBase).await);
     assert_eq!((kl.len(), kl[0].arm, kl[0].units), (1, 1, answers.len() as u64));
+    // From here on the name is the base's alone, for everybody.
+    app.rollouts.act("r", Act::RollBack, "ann").await.unwrap();
     let (mut differences, mut base) = (0.0, 0.0);
     for answer in &answers {
         let choice = &answer.choices[0];

@@ -32,13 +32,17 @@ async fn alias(router: &Router, adapter: &str) {
     assert!(post(router, "/v1/adapter_aliases", body).await.status.is_success());
 }
 
-async fn promoted(app: &App, router: &Router, name: &str, to: Value) {
+async fn started(router: &Router, name: &str, to: Value) {
     let spec = json!({
         "name": name, "model": "champion", "kind": "ab", "arms": [{"variant": "champion"}, to],
         "metrics": [{"metric": "feedback.thumb", "goal": {"min": 0}}],
     });
     let reply = post(router, "/v1/rollouts", spec).await;
     assert_eq!(reply.status, 201, "{}", reply.json());
+}
+
+async fn promoted(app: &App, router: &Router, name: &str, to: Value) {
+    started(router, name, to).await;
     app.rollouts.act(name, Act::Promote { arm: 1 }, "ann").await.unwrap();
 }
 
@@ -87,6 +91,11 @@ async fn an_older_promotion_of_another_kind_is_served_again() {
     promoted(&app, &router, "second", json!({"variant": "b"})).await;
     assert_eq!(app.rollouts.stable("champion").name, "champion");
     assert_eq!(undo(&router, "first").await.error().2.as_deref(), Some("rollout_superseded"));
+    // One that runs has what was promoted as its control.
+    started(&router, "third", json!({"variant": "c"})).await;
+    let refused = undo(&router, "second").await;
+    assert!(refused.status == 409 && refused.json().to_string().contains("`third` runs on"), "{}", refused.json());
+    assert_eq!(undo(&router, "third").await.status, 200);
     assert_eq!(undo(&router, "second").await.status, 200);
     assert_eq!(app.rollouts.stable("champion").name, "loud");
     assert_eq!(undo(&router, "first").await.status, 200);
