@@ -270,10 +270,15 @@ async fn under_four_eyes_another_key_promotes_and_who_looks_sees_it() {
     let told = server.get("/v1/audit?what=rollout&on=r&order=asc").await;
     let told: Vec<_> = told["data"].as_array().unwrap().iter().map(|act| (&act["action"], &act["actor"])).collect();
     assert_eq!(told, [(&json!("rollout.start"), &json!("key boss")), (&json!("rollout.promote"), &json!("key second"))]);
-    // To take back what one began needs nobody else.
+    // What took two to promote takes another one to take back, too.
+    let refused = server.boss("POST", "/v1/rollouts/r/rollback", json!({})).await;
+    assert_eq!(refused.error(), (403, None, Some("four_eyes".into())));
+    // To stop what one began needs nobody else.
     let arms = json!([{"variant": "pirate", "model": MODEL, "prompt_prefix": "Arr."}, {"variant": "plain", "model": MODEL}]);
     let mut again = spec;
     again["arms"] = arms;
     assert_eq!(server.boss("POST", "/v1/rollouts", again).await.status, 201);
     assert_eq!(server.boss("POST", "/v1/rollouts/r/rollback", json!({})).await.status, 200);
+    let first = format!("/v1/rollouts/{}/rollback", started.json()["id"].as_str().unwrap());
+    assert_eq!(ask(&server.router, "POST", &first, Some(&second), json!({})).await.json()["status"], "rolled_back");
 }

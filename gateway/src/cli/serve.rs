@@ -18,6 +18,7 @@ use crate::http::{App, Auth};
 use crate::limits::Limiter;
 use crate::rollout::assignment::Holdout;
 use crate::rollout::keeper::{Keeper, KeeperRules};
+use crate::rollout::scorer::Scorer;
 use crate::telemetry::{self, Observer, TelemetryError};
 use crate::upstream::remote::RemoteError;
 use crate::upstream::{LocalModel, Registry, RemoteModel, Upstream};
@@ -394,7 +395,7 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle, 
     let adapters = AdapterKeeper::new(&store, &DataDir::new(&config.data), Arc::clone(&registry));
     let feedback_metrics = Arc::new(config.metrics.clone());
     let holdouts = config.holdout.iter().map(|(name, share)| Holdout::new(name, *share)).collect();
-    let rules = KeeperRules { holdouts, four_eyes: config.four_eyes };
+    let rules = KeeperRules { holdouts, four_eyes: config.four_eyes, recording: config.recording.clone() };
     let rollouts = Keeper::with_rules(&store, Arc::clone(&registry), adapters.clone(), Arc::clone(&feedback_metrics), rules);
     // Before the first request: what was promoted is what the names serve.
     rollouts.follow().await?;
@@ -519,6 +520,8 @@ async fn serve(config: Config, models: Vec<ModelSpec>, app: App) -> Result<(), S
     tokio::spawn(app.adapters.clone().keep_following());
     tokio::spawn(app.rollouts.clone().keep_following());
     tokio::spawn(app.rollouts.clone().keep_leading());
+    let scorer = Scorer::new(&app.store, Arc::clone(&app.registry), app.rollouts.clone(), app.drain.clone());
+    tokio::spawn(scorer.keep_scoring());
     std::thread::Builder::new().name("tidemill-load".into()).spawn(loader).map_err(ServeError::Threads)?;
     let (ended, result) = oneshot::channel();
     let leave = async {

@@ -294,6 +294,11 @@ impl Registry {
         Ok(self.adapters.set_alias(alias, self.get(reference).await?.id, &self.actor).await?)
     }
 
+    /// Leads an alias back to the adapter that it led to from `since` on, in microseconds since 1970.
+    pub async fn alias_back(&self, alias: &str, adapter: Uuid, since: i64) -> Result<RegisteredAdapter, RegistryError> {
+        Ok(self.adapters.lead_alias_back(alias, adapter, since, &self.actor).await?.0)
+    }
+
     /// Removes an alias; `base` is needed where several base models have one of this name. Returns what it was.
     pub async fn unalias(&self, alias: &str, base: Option<&str>) -> Result<Alias, RegistryError> {
         let aliases = self.adapters.aliases().await?;

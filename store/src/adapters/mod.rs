@@ -397,7 +397,27 @@ impl Adapters {
         id: Uuid,
         actor: impl Into<Actor>,
     ) -> Result<(RegisteredAdapter, Option<Uuid>), AdapterRefusal> {
-        let actor: &Actor = &actor.into();
+        self.lead_alias(name, id, now_us(), &actor.into()).await
+    }
+
+    /// Leads an alias back to where it led from `since` on, in microseconds since 1970, as if it had not been moved.
+    pub async fn lead_alias_back(
+        &self,
+        name: &str,
+        id: Uuid,
+        since: i64,
+        actor: impl Into<Actor>,
+    ) -> Result<(RegisteredAdapter, Option<Uuid>), AdapterRefusal> {
+        self.lead_alias(name, id, since, &actor.into()).await
+    }
+
+    async fn lead_alias(
+        &self,
+        name: &str,
+        id: Uuid,
+        since: i64,
+        actor: &Actor,
+    ) -> Result<(RegisteredAdapter, Option<Uuid>), AdapterRefusal> {
         patiently(async {
             let mut transaction = self.store.database().write().begin().await?;
             let adapter = row::hold(&mut transaction, id).await?.ok_or(AdapterRefusal::Unknown(id))?;
@@ -414,7 +434,7 @@ impl Adapters {
             if let Some(taken_by) = taken_by {
                 return Err(AdapterRefusal::NameTaken { name: name.to_owned(), taken_by });
             }
-            let before = row::lead(&mut transaction, &adapter, name, now_us()).await?;
+            let before = row::lead(&mut transaction, &adapter, name, since).await?;
             let detail = json!({"base": adapter.base, "adapter": adapter.reference(), "before": before});
             self.audit_subject(&mut transaction, actor, "adapter.alias", name, detail).await?;
             transaction.commit().await?;
