@@ -8,7 +8,7 @@ use cudarc::driver::result::{self as cuda, DriverError};
 use cudarc::driver::sys;
 
 use super::compile::{architecture, compile, text};
-use super::device::{Address, Device, Kernel, Launch, Product, Source};
+use super::device::{Address, Device, Graph, Kernel, Launch, Product, Source};
 use super::product::Products;
 use crate::error::KernelError;
 
@@ -29,6 +29,8 @@ pub struct Card {
     functions: HashMap<&'static str, sys::CUfunction>,
     modules: Vec<sys::CUmodule>,
     products: Products,
+    graphs: HashMap<Graph, sys::CUgraphExec>,
+    made_graphs: u64,
     name: String,
     architecture: String,
     processors: usize,
@@ -72,10 +74,19 @@ impl Card {
 
         // SAFETY: a device that the driver has just given; released when this is dropped.
         let context = unsafe { cuda::primary_ctx::retain(device) }.map_err(|e| failed("no context", e))?;
-        let products = Products::none();
-        let (functions, modules, stream) = (HashMap::new(), Vec::new(), std::ptr::null_mut());
-        let mut card =
-            Card { device, context, stream, functions, modules, products, name, architecture, processors: processors as usize };
+        let mut card = Card {
+            device,
+            context,
+            stream: std::ptr::null_mut(),
+            functions: HashMap::new(),
+            modules: Vec::new(),
+            products: Products::none(),
+            graphs: HashMap::new(),
+            made_graphs: 0,
+            name,
+            architecture,
+            processors: processors as usize,
+        };
         card.current()?;
         card.stream = cuda::stream::create(cuda::stream::StreamKind::NonBlocking).map_err(|e| failed("no stream", e))?;
         for image in images {
@@ -86,12 +97,6 @@ impl Card {
         }
         card.products = Products::open(&mut |bytes| card_alloc(bytes, "workspace"))?;
         Ok(card)
-    }
-
-    /// Free and total bytes of the card's memory.
-    pub fn memory(&self) -> Result<(usize, usize), KernelError> {
-        self.current()?;
-        cuda::mem_get_info().map_err(|e| failed("the card's memory cannot be read", e))
     }
 
     fn current(&self) -> Result<(), KernelError> {
@@ -158,6 +163,11 @@ impl Device for Card {
         format!("{}, {}, {} multiprocessors", self.name, self.architecture, self.processors)
     }
 
+    fn memory(&self) -> Result<(usize, usize), KernelError> {
+        self.current()?;
+        cuda::mem_get_info().map_err(|e| failed("the card's memory cannot be read", e))
+    }
+
     fn alloc(&mut self, what: &'static str, bytes: usize) -> Result<Address, KernelError> {
         self.current()?;
         let at = card_alloc(bytes, what)?;
@@ -215,6 +225,46 @@ impl Device for Card {
         // SAFETY: a stream of our own.
         unsafe { cuda::stream::synchronize(self.stream) }.map_err(|e| failed("the card stopped", e))
     }
+
+    fn capture(&mut self) -> Result<(), KernelError> {
+        self.current()?;
+        // Other threads may have cards' memory to reserve meanwhile; only this one keeps to the rules of a capture.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: a stream of our own.
+        unsafe { cuda::stream::begin_capture(self.stream, mode) }.map_err(|e| failed("a capture does not begin", e))
+    }
+
+    fn captured(&mut self) -> Result<Graph, KernelError> {
+        self.current()?;
+        // SAFETY: a stream of our own.
+        let graph = unsafe { cuda::stream::end_capture(self.stream) }.map_err(|e| failed("a capture was broken off", e))?;
+        // SAFETY: the graph was just made; what is made of it does not need it any more.
+        let made = unsafe {
+            let made = cuda::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            let _ = cuda::graph::destroy(graph);
+            made
+        };
+        let graph = Graph(self.made_graphs);
+        self.graphs.insert(graph, made.map_err(|e| failed("a captured step is refused", e))?);
+        self.made_graphs += 1;
+        Ok(graph)
+    }
+
+    fn replay(&mut self, graph: Graph) -> Result<(), KernelError> {
+        self.current()?;
+        let Some(made) = self.graphs.get(&graph) else {
+            return Err(KernelError::Device("a captured step was given back before it was used".into()));
+        };
+        // SAFETY: alive until `forget`.
+        unsafe { cuda::graph::launch(*made, self.stream) }.map_err(|e| failed("a captured step is not launched", e))
+    }
+
+    fn forget(&mut self, graph: Graph) {
+        if let (Some(made), Ok(())) = (self.graphs.remove(&graph), self.current()) {
+            // SAFETY: made once, destroyed once; the driver lets one that runs come to its end.
+            let _ = unsafe { cuda::graph::exec_destroy(made) };
+        }
+    }
 }
 
 impl Drop for Card {
@@ -224,6 +274,9 @@ impl Drop for Card {
             self.products.close();
             // SAFETY: everything was made by `open`, and is given back once.
             unsafe {
+                for (_, graph) in self.graphs.drain() {
+                    let _ = cuda::graph::exec_destroy(graph);
+                }
                 for module in &self.modules {
                     let _ = cuda::module::unload(*module);
                 }
