@@ -13,11 +13,13 @@ pub mod compile;
 pub mod device;
 pub mod driver;
 mod holdings;
+pub mod libraries;
 mod params;
 mod plan;
 mod product;
 mod room;
 mod sampling;
+mod staging;
 pub mod weights;
 
 use self::adapters::Adapters;
