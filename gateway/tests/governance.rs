@@ -9,7 +9,7 @@ use std::time::Duration;
 use support::{MODEL, Reply, Setup, answered, ask, judged};
 use tidemill::http::{App, Auth, router};
 use tidemill_store::records::{Exposure, Inference, Kind};
-use tidemill_store::{Adapters, RegisteredAdapter, Rollout, RolloutDecision, Rollouts, Scope, Snapshots};
+use tidemill_store::{Adapters, FileDraft, RegisteredAdapter, Rollout, RolloutDecision, Rollouts, Scope, Snapshots};
 use uuid::Uuid;
 
 struct Server {
@@ -111,10 +111,32 @@ async fn acts_are_told_with_the_key_and_found_page_by_page() {
     server.boss("DELETE", "/v1/admin/keys/app", Value::Null).await;
     assert_eq!(server.boss("DELETE", "/v1/admin/keys/app", Value::Null).await.error().0, 404);
     server.boss("POST", "/v1/datasets", json!({"name": "d"})).await;
+    assert_eq!(server.boss("POST", "/v1/labeling/queues", json!({"name": "q"})).await.status, 201);
+    assert_eq!(server.boss("PATCH", "/v1/labeling/queues/q", json!({"closed": true})).await.status, 200);
+    let content = server.app.files.receive(server.app.store.issue_id()).await.unwrap();
+    let draft = FileDraft { key_id: None, filename: "ann.jsonl".into(), purpose: "batch".into(), expires: None };
+    let file = format!("file-{}", content.finish(draft, 1).await.unwrap().id);
+    assert_eq!(server.boss("DELETE", &format!("/v1/files/{file}"), Value::Null).await.status, 200);
 
     let mine = server.get("/v1/audit?by=boss&order=asc").await;
     let told: Vec<_> = mine["data"].as_array().unwrap().iter().map(|act| act["action"].as_str().unwrap()).collect();
-    assert_eq!(told, ["key.create", "key.change", "key.rotate", "key.revoke", "dataset.build"]);
+    assert_eq!(
+        told,
+        [
+            "key.create",
+            "key.change",
+            "key.rotate",
+            "key.revoke",
+            "dataset.build",
+            "labeling.create",
+            "labeling.change",
+            "file.delete",
+        ]
+    );
+    let (closed, deleted) = (&mine["data"][6], &mine["data"][7]);
+    assert_eq!((&closed["subject"], &closed["detail"]["closed"]), (&json!("q"), &json!(true)));
+    assert_eq!((&deleted["subject"], &deleted["detail"]["purpose"]), (&json!(file), &json!("batch")));
+    assert!(!mine.to_string().contains("ann.jsonl"), "a file's name is its owner's words");
     let first = &mine["data"][0];
     assert_eq!(
         (&first["object"], &first["actor"], &first["subject"]),

@@ -92,7 +92,7 @@ pub struct ServeArgs {
     /// Seed for requests that bring none [default: another one on every start]
     #[arg(long, value_name = "N")]
     seed: Option<String>,
-    /// Where to compute: auto, cpu, cuda [default: auto]
+    /// Where to compute: cpu, cuda, cuda:N with the number of a card, auto [default: cpu]
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
     /// Time that running answers get after SIGTERM [default: 30s]
@@ -146,6 +146,9 @@ pub struct ServeArgs {
     /// Fine-tuning jobs that train at once; 0 takes them and leaves them waiting [default: 1]
     #[arg(long, value_name = "N")]
     training_jobs: Option<String>,
+    /// Fine-tuning jobs of one key that may run, wait or be paused; more are refused [default: 16]
+    #[arg(long, value_name = "N")]
+    training_jobs_per_key: Option<String>,
     /// Threads of a fine-tuning job, beside those that serve [default: half of the cores]
     #[arg(long, value_name = "N")]
     training_threads: Option<String>,
@@ -242,6 +245,7 @@ impl ServeArgs {
             ("database", &self.database),
             ("datasets", &self.datasets),
             ("training_jobs", &self.training_jobs),
+            ("training_jobs_per_key", &self.training_jobs_per_key),
             ("training_threads", &self.training_threads),
             ("training_priority", &self.training_priority),
             ("record", &self.record),
@@ -438,6 +442,7 @@ fn fine_tuning_options(config: &Config, models: &[ModelSpec]) -> Result<FineTuni
         root: DataDir::new(&config.data).root().join("fine_tuning"),
         program: std::env::current_exe().map_err(ServeError::Program)?,
         jobs: config.training_jobs,
+        jobs_per_key: config.training_jobs_per_key,
         threads: config.training_threads.unwrap_or((cores / 2).max(1)),
         priority: config.training_priority,
         models: models.iter().map(|model| (model.name.clone(), model.path.clone())).collect(),

@@ -160,6 +160,7 @@ pub fn no_training() -> FineTuningOptions {
         root: folder().into(),
         program: "false".into(),
         jobs: 0,
+        jobs_per_key: 16,
         threads: 1,
         priority: TrainingPriority::Low,
         models,
