@@ -158,6 +158,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (11, "keeper", include_str!("../migrations/0011_keeper.sql")),
     (12, "loops", include_str!("../migrations/0012_loops.sql")),
     (13, "governance", include_str!("../migrations/0013_governance.sql")),
+    (15, "traffic", include_str!("../migrations/0015_traffic.sql")),
 ];
 
 fn without_password(url: &str) -> String {

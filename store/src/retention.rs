@@ -7,7 +7,7 @@
 //!   keeps its length and fills the gaps.
 //! - **Never**: feedback, which is small and somebody's work (withdrawing and erasure remove it), labeling tasks, which hold their own
 //!   copy of both answers, and snapshots, which hold their own copy of their rows. The lineage of a snapshot keeps the ids of answers
-//!   that are gone.
+//!   that are gone, and the sums of the traffic keep counting them.
 //!
 //! Deleted in small transactions with pauses: on SQLite, feedback waits behind each of them.
 
