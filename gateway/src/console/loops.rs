@@ -48,7 +48,9 @@ pub fn list(loops: &[Value]) -> Part {
     };
     let head = ["Loop", "Model", "State", "Waits for", "Cycle", "Newest outcome", "Changed (UTC)"];
     let list = match loops {
-        [] => nothing("No loop: [loop.NAME] in tidemill.toml makes one."),
+        [] => nothing(
+            "No loop yet: `[loop.NAME]` in tidemill.toml makes one, and its policy says when it learns from the feedback.",
+        ),
         _ => tag("section").class("block card").with(table(head, loops.iter().map(row))).into(),
     };
     Part::new("Loops", "Feedback becomes a dataset, the dataset an adapter, the adapter a rollout; then it begins again.", [list])
@@ -110,7 +112,7 @@ fn track(state: &str) -> Html {
         let step = tag("li").with(*word);
         if *word == state { step.attr("aria-current", "step") } else { step }
     };
-    tag("ol").class("track").attr("aria-label", "A cycle").with_all(STATES.iter().map(step)).into()
+    tag("ol").class("steps").attr("aria-label", "A cycle").with_all(STATES.iter().map(step)).into()
 }
 
 fn buttons(found: &Value, acts: bool) -> Html {
