@@ -62,6 +62,10 @@ pub enum UnitValue {
     Refused,
     /// Its tokens, of those that ended well.
     Tokens,
+    /// How far its model has moved from the base, of those that were scored ([`crate::BaseScores`]).
+    KlToBase,
+    /// The base's mean log-probability of its tokens, of the same.
+    LogprobToBase,
 }
 
 /// The time to the first token in an arm. Who broke off, or was told of a failure, after waiting longer than the bound without one has
@@ -131,6 +135,22 @@ impl Exposures {
         .await
     }
 
+    /// The units of each arm whose answers began since then and before `until` (microseconds since 1970), by arm.
+    pub async fn units(&self, rollout: Uuid, since: i64, until: i64) -> Result<Vec<(u32, u64)>, StoreError> {
+        const TEXT: &str = "SELECT arm, COUNT(DISTINCT unit) FROM inferences \
+             WHERE rollout_id = $1 AND created >= $2 AND created < $3 GROUP BY arm ORDER BY arm";
+        at_length(async {
+            let query = sqlx::query(TEXT).bind(rollout.to_string()).bind(since).bind(until);
+            let rows = query.fetch_all(self.database.read()).await?;
+            let units = |row: &AnyRow| {
+                let arm = u32::try_from(row.try_get::<i64, _>(0)?).unwrap_or(u32::MAX);
+                Ok((arm, row.try_get::<i64, _>(1)?.unsigned_abs()))
+            };
+            rows.iter().map(units).collect()
+        })
+        .await
+    }
+
     /// The time to the first token of an arm's answers: its `quantile`, from 0 to 1, and how many took longer than `bound` microseconds.
     pub async fn first_tokens(
         &self,
@@ -171,6 +191,8 @@ impl Exposures {
                 UnitValue::Truncated => (flag("c.finish_reason = 'length'"), "i.status = 'ok'"),
                 UnitValue::Refused => (flag("i.refused = 1"), "i.refused IS NOT NULL"),
                 UnitValue::Tokens => ("CAST(i.output_tokens AS DOUBLE PRECISION)".to_owned(), "i.status = 'ok'"),
+                UnitValue::KlToBase => ("i.kl_to_base".to_owned(), "i.kl_to_base IS NOT NULL"),
+                UnitValue::LogprobToBase => ("i.logprob_to_base".to_owned(), "i.logprob_to_base IS NOT NULL"),
             };
             let text = format!(
                 "SELECT arm, COUNT(*), CAST(SUM(mean) AS DOUBLE PRECISION), CAST(SUM(mean * mean) AS DOUBLE PRECISION) FROM (\

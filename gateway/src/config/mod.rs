@@ -28,7 +28,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tidemill_engine::EngineOptions;
+use tidemill_engine::{Device, EngineOptions};
 use tidemill_kernels::{KvDtype, WeightFormat};
 use tidemill_rlhf::flywheel::Policy;
 use tidemill_store::Limits;
@@ -74,6 +74,7 @@ pub const KEYS: &[&str] = &[
     "database",
     "datasets",
     "training_jobs",
+    "training_jobs_per_key",
     "training_threads",
     "training_priority",
     "record",
@@ -136,15 +137,6 @@ pub enum ConfigError {
     /// The data directory is damaged.
     #[error("{0}")]
     Store(#[from] tidemill_store::StoreError),
-}
-
-/// Where to compute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Device {
-    /// The best that is there.
-    Auto,
-    /// The processor.
-    Cpu,
 }
 
 /// How log lines look.
@@ -225,6 +217,8 @@ pub struct Config {
     pub datasets: Option<String>,
     /// Fine-tuning jobs that train at once.
     pub training_jobs: usize,
+    /// Jobs of one key that may run, wait or be paused.
+    pub training_jobs_per_key: usize,
     /// Threads of each; `None` is half of the cores.
     pub training_threads: Option<usize>,
     /// How urgent each is.
@@ -319,7 +313,7 @@ impl Config {
             )?,
             remotes: upstreams::remotes(layers)?,
             seed: get("seed").map(|s| s.parse(value::seed)).transpose()?,
-            device: get("device").map_or(Ok(Device::Auto), |s| s.parse(value::device))?,
+            device: get("device").map_or(Ok(base.device), |s| s.parse(str::parse))?,
             drain_timeout: get("drain_timeout").map_or(Ok(Duration::from_secs(30)), |s| s.parse(value::duration))?,
             max_body: get("max_body").map_or(Ok(10 << 20), |s| s.parse(value::size))?,
             body_timeout: get("body_timeout").map_or(Ok(BodyLimits::default().time), |s| s.parse(value::some_time))?,
@@ -348,6 +342,7 @@ impl Config {
             database: get("database").map(|s| s.text.clone()),
             datasets: get("datasets").map(|s| s.text.clone()),
             training_jobs: count("training_jobs", 0)?.unwrap_or(1),
+            training_jobs_per_key: count("training_jobs_per_key", 1)?.unwrap_or(16),
             training_threads: count("training_threads", 1)?,
             training_priority: get("training_priority").map_or(Ok(TrainingPriority::default()), |s| {
                 s.parse(|text| value::choice(text, &[("idle", TrainingPriority::Idle), ("low", TrainingPriority::Low)]))
@@ -389,6 +384,8 @@ impl Config {
     pub fn engine_options(&self, model: &ModelSpec, models: usize) -> EngineOptions {
         EngineOptions {
             served_name: model.name.clone(),
+            device: self.device,
+            kernel_cache: Some(kernel_cache(&self.data)),
             threads: self.threads,
             kv_memory: self.kv_memory,
             kv_share: models,
@@ -405,6 +402,11 @@ impl Config {
             ..EngineOptions::new(&model.path)
         }
     }
+}
+
+/// Where kernels that were compiled for a card are kept.
+pub fn kernel_cache(data: &Path) -> PathBuf {
+    data.join("cache").join("kernels")
 }
 
 /// Both or neither.

@@ -3,7 +3,7 @@
 //! They are read as the API shows them, so that the page, the command line and programs see the same.
 
 use crate::console::html::{Html, all, tag};
-use crate::console::part::{Mood, Part, block, chip, facts, href, link, moment, nothing, table};
+use crate::console::part::{Mood, Part, block, chip, facts, href, link, moment, nothing, said, table};
 use serde_json::Value;
 
 /// What a cycle goes through.
@@ -143,7 +143,7 @@ fn cycle(cycle: &Value) -> Html {
         ("Began (UTC)", time(cycle, "began_at")),
         ("Ended (UTC)", time(cycle, "ended_at")),
     ]);
-    let finding = |finding: &Value| ["of", "found", "change"].map(|key| Html::from(text(finding, key)));
+    let finding = |finding: &Value| ["of", "found", "change"].map(|key| said(text(finding, key)));
     let findings: Vec<_> = cycle["findings"].as_array().into_iter().flatten().map(finding).collect();
     let shut = (!findings.is_empty()).then(|| table(["Gate", "Found", "What would change it"], findings));
     let row = |(place, step): (usize, &Value)| {

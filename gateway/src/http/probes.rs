@@ -28,13 +28,14 @@ pub async fn health(State(app): State<App>) -> Result<Response, ApiError> {
     Ok(json(Bytes::from_static(b"{\"status\":\"ok\"}")))
 }
 
-/// The models, and what each is: `loading`, `ready`, `draining` or `stopped`.
+/// The models, and what each is: `loading`, `ready`, `short_of_memory`, `draining` or `stopped`.
 pub fn states(app: &App) -> impl Iterator<Item = (&str, &'static str)> {
     app.registry.states().map(|(name, state)| {
         let state = match state {
             LoadState::Loading => "loading",
             LoadState::Ready(Upstream::Local(model)) => match model.engine().health() {
                 Health::Ready => "ready",
+                Health::Short(_) => "short_of_memory",
                 Health::Draining => "draining",
                 Health::Stopped(_) => "stopped",
             },
@@ -45,7 +46,7 @@ pub fn states(app: &App) -> impl Iterator<Item = (&str, &'static str)> {
     })
 }
 
-/// Ready for requests: 503 while weights load and while draining.
+/// Ready for requests: 503 while weights load, while draining and while a card is short of memory.
 pub async fn ready(State(app): State<App>) -> Response {
     let models: serde_json::Map<_, _> = states(&app).map(|(name, state)| (name.to_owned(), state.into())).collect();
     let status = if app.drain.is_draining() {
@@ -54,6 +55,8 @@ pub async fn ready(State(app): State<App>) -> Response {
         "loading"
     } else if models.values().all(|state| state == "ready") {
         "ready"
+    } else if models.values().all(|state| state == "ready" || state == "short_of_memory") {
+        "short_of_memory"
     } else {
         "stopped"
     };

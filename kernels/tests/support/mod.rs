@@ -8,6 +8,8 @@
 
 pub mod decoder;
 pub mod emulation;
+pub mod faulty;
+pub mod recorder;
 pub mod steps;
 
 use tidemill_kernels::blocks::quantize_row;

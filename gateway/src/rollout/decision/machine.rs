@@ -10,7 +10,9 @@ use std::collections::BTreeMap;
 use tidemill_rlhf::statistics::Interval;
 use tidemill_store::Actor;
 
-/// Below this the arms did not get their shares by chance.
+/// Below this, however often it is looked at, the arms did not get their shares by chance.
+const SAMPLE_RATIO_ANYTIME: f64 = 0.01;
+/// Below this, at one look, nothing that compares the arms is believed; whether they got their shares is told by further units.
 const SAMPLE_RATIO_ALPHA: f64 = 0.001;
 /// Expected units in the smallest arm below which χ² says little.
 const SAMPLE_RATIO_LEAST: f64 = 5.0;
@@ -40,16 +42,19 @@ pub fn start(spec: &Spec, by: impl Into<Actor>, now: i64) -> (State, Decision) {
         inconclusive: BTreeMap::new(),
         awaiting: false,
         approved: false,
+        alias: None,
     };
     let decision = row(&state, &Facts::default(), Action::Start, "it begins".to_owned(), Some(by.name.as_str()), now);
     (state, decision)
 }
 
-/// What a person wants. A rollback and a promotion are final at once.
+/// What a person wants. A rollback and a promotion end it at once; a promotion can be taken back once more.
 pub fn act(spec: &Spec, state: &State, act: Act, by: impl Into<Actor>, now: i64) -> Result<(State, Decision), ActError> {
     let by = by.into();
-    if state.status.is_over() {
-        return Err(ActError::Over);
+    match (state.status, act) {
+        (Status::Promoted { .. }, Act::RollBack) => return take_back(spec, state, &by, now),
+        (status, _) if status.is_over() => return Err(ActError::Over),
+        _ => {}
     }
     if spec.four_eyes && matches!(act, Act::Approve | Act::Promote { .. }) {
         second_key(state, &by)?;
@@ -88,7 +93,20 @@ pub fn act(spec: &Spec, state: &State, act: Act, by: impl Into<Actor>, now: i64)
     Ok((next, decision))
 }
 
-/// Fails unless this is a key, and not the one that started it. To take back what one began needs nobody else.
+/// The public name serves again what it served before the promotion. Everybody is moved by it, as by the promotion, so it takes as many
+/// people; whether something newer stands on the promotion is the rows' to know.
+fn take_back(spec: &Spec, state: &State, by: &Actor, now: i64) -> Result<(State, Decision), ActError> {
+    if spec.four_eyes {
+        second_key(state, by)?;
+    }
+    let mut next = state.clone();
+    end(&mut next, Status::RolledBack, 0, now);
+    let reason = "a person took the promotion back".to_owned();
+    let decision = row(&next, &Facts::default(), Action::RollBack, reason, Some(by.name.as_str()), now);
+    Ok((next, decision))
+}
+
+/// Fails unless this is a key, and not the one that started it. To stop what one began needs nobody else.
 fn second_key(state: &State, by: &Actor) -> Result<(), ActError> {
     let first = Actor { name: state.started_by.clone(), key: state.started_key.clone() };
     match &by.key {
@@ -152,8 +170,7 @@ fn facts(spec: &Spec, state: &State, measured: &Measured) -> Facts {
         Kind::Shadow | Kind::Interleaved => vec![1.0; spec.arms.len()],
         _ => state.weights.clone(),
     };
-    // A bandit's shares change all the time, so only what came since the last change can be compared with them.
-    let observed = if spec.kind == Kind::Bandit { &measured.recent } else { &measured.exposures };
+    let observed = &measured.ended;
     let least = shares.iter().copied().filter(|share| *share > 0.0).fold(f64::INFINITY, f64::min) / shares.iter().sum::<f64>();
     let enough = observed.iter().sum::<u64>() as f64 * least >= SAMPLE_RATIO_LEAST;
     let sample_ratio = if enough { sample_ratio(observed, &shares) } else { None };
@@ -195,9 +212,15 @@ fn follow(
     if status == (Status::Paused { reason: PauseReason::SampleRatio }) {
         return (Action::Hold, "the arms did not get their shares; find the cause, then `resume`".to_owned());
     }
-    if let Some(test) = facts.sample_ratio.filter(|test| test.p_value < SAMPLE_RATIO_ALPHA) {
-        let why = format!("the arms did not get their shares: chance would do this with probability {:.2e}", test.p_value);
+    if let Some(test) = facts.sample_ratio.filter(|test| test.anytime_p < SAMPLE_RATIO_ANYTIME) {
+        let why = format!("the arms did not get their shares: chance would ever do this with probability {:.2e}", test.anytime_p);
         return pause(next, PauseReason::SampleRatio, why);
+    }
+    if let Some(test) = facts.sample_ratio.filter(|test| test.p_value < SAMPLE_RATIO_ALPHA) {
+        return (
+            Action::Hold,
+            format!("the arms may not have got their shares (p = {:.2e} at this look); more units will tell", test.p_value),
+        );
     }
     if let Some((action, reason)) = missed(spec, next, facts, now) {
         return (action, reason);
