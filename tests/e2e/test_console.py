@@ -86,7 +86,7 @@ def history(data: Path) -> None:
     rows = []
     for number in range(HISTORY):
         # More by day than by night, and fewer and fewer of the closed model.
-        hours = 23 * (1 - (number / HISTORY)) + 0.7 * math.sin(number / 40)
+        hours = 1 + 21.5 * (1 - number / HISTORY) + 0.7 * math.sin(number / 40)
         model = ["archive", MODEL, "closed"][0 if number % 3 == 0 else 1 + (number * 7 % HISTORY > number)]
         first, whole = (30_000 + number * 7919 % 40_000, 300_000 + number * 104_729 % 500_000)
         scale = 1 if model == MODEL else 6
@@ -431,7 +431,7 @@ def test_a_rollout_that_is_over_has_its_sequence_and_what_was_decided_on_it(mill
             assert await person.title() == "move-home"
             goal = person.page.locator("figure", has_text="goal feedback.thumb")
             assert await goal.locator("path.band").count() == 1
-            marks = await goal.locator("text.mark").all_inner_texts()
+            marks = await goal.locator("text.mark").all_text_contents()
             titles = await goal.locator("g > title").all_text_contents()
             assert marks[0] == "▷" and marks[-1] == "★", marks
             assert any("step done" in title for title in titles) and "promoted" in titles[-1], titles
