@@ -52,6 +52,10 @@ pub struct Chart {
     pub rules: Vec<Rule>,
     /// Places where something happened.
     pub marks: Vec<Mark>,
+    /// From where to where it is drawn along, also where there are no points; else from the first to the last.
+    pub span: Option<(f64, f64)>,
+    /// Where it is there, the scale goes from zero to at least this.
+    pub reach: Option<f64>,
 }
 
 /// A line of a chart.
@@ -120,6 +124,16 @@ fn range(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
     low.is_finite().then_some((low - room, high + room))
 }
 
+/// Two to four round numbers between these.
+fn ticks(low: f64, high: f64) -> Vec<f64> {
+    let rough = (high - low) / 3.0;
+    let unit = 10f64.powf(rough.log10().floor());
+    let step = [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().map(|part| part * unit).find(|step| *step >= rough).unwrap_or(rough);
+    // Of a tick on the edge rounding leaves a little more or less.
+    let (first, last) = ((low / step - 1e-9).ceil(), (high / step + 1e-9).floor());
+    std::iter::successors(Some(first), |at| Some(at + 1.0)).take_while(|at| *at <= last).take(8).map(|at| at * step).collect()
+}
+
 /// Places on the picture.
 struct Scale {
     first: f64,
@@ -148,17 +162,20 @@ impl Chart {
     /// Lines over steps.
     pub fn over_steps(title: impl Into<String>, lines: Vec<Line>) -> Self {
         let place = |step: f64| number(step.round());
-        Self { title: title.into(), place, value: significant, lines, rules: Vec::new(), marks: Vec::new() }
+        let (rules, marks) = (Vec::new(), Vec::new());
+        Self { title: title.into(), place, value: significant, lines, rules, marks, span: None, reach: None }
     }
 
     /// The picture; none without a point.
     pub fn draw(&self) -> Option<Fragment> {
         let points = || self.lines.iter().flat_map(Line::finite);
-        let (first, last) = range(points().map(|point| point.at))?;
+        let found = range(points().map(|point| point.at))?;
+        let (first, last) = self.span.filter(|(first, last)| first < last).unwrap_or(found);
         let settled = first + SETTLED * (last - first);
         let wide = points().filter(|point| point.at >= settled).filter_map(|point| point.interval);
         let values = points().map(|point| point.value).chain(wide.flat_map(|interval| [interval.low, interval.high]));
         let (low, high) = range(values.chain(self.rules.iter().map(|rule| rule.value).filter(|value| value.is_finite())))?;
+        let (low, high) = self.reach.map_or((low, high), |least| (0.0, high.max(least)));
         let legend = if self.lines.len() > 1 { LEGEND_ROW * self.lines.len().div_ceil(LEGEND_COLUMNS) as f64 } else { 0.0 };
         let scale = Scale { first, last, low, high, top: 20.0 + legend };
         let mut body = String::new();
@@ -176,16 +193,21 @@ impl Chart {
 
     // Writing to a string cannot fail, so results of `write!` are dropped here and below.
     fn draw_scale(&self, scale: &Scale, body: &mut String) {
-        for part in [0.0, 0.5, 1.0] {
-            let value = scale.low + part * (scale.high - scale.low);
-            let at = scale.y(value);
+        let mut above = String::new();
+        for value in ticks(scale.low, scale.high) {
+            let (at, text) = (scale.y(value), (self.value)(value));
+            // Of two that would read the same one is enough.
+            if text == above {
+                continue;
+            }
             let _ = write!(
                 body,
                 "<path class=grid d=\"M{LEFT} {at:.1}H{RIGHT}\"/><text class=tick x=\"{:.0}\" y=\"{:.1}\" text-anchor=end>{}</text>",
                 LEFT - 6.0,
                 at + 4.0,
-                escape(&(self.value)(value)),
+                escape(&text),
             );
+            above = text;
         }
         for (place, anchor) in [(scale.first, "start"), ((scale.first + scale.last) / 2.0, "middle"), (scale.last, "end")] {
             let _ = write!(
@@ -338,6 +360,31 @@ mod tests {
     }
 
     #[test]
+    fn the_scale_has_round_numbers() {
+        for (low, high, expected) in [
+            (0.0, 19.0, vec![0.0, 10.0]),
+            (0.0, 3.0, vec![0.0, 1.0, 2.0, 3.0]),
+            (-0.286, 0.253, vec![-0.2, 0.0, 0.2]),
+            (6.19, 10.9, vec![8.0, 10.0]),
+            (0.0, 0.01, vec![0.0, 0.005, 0.01]),
+        ] {
+            let found = ticks(low, high);
+            assert_eq!(found.len(), expected.len(), "{low} to {high}: {found:?}");
+            assert!(found.iter().zip(&expected).all(|(one, other)| (one - other).abs() < 1e-9), "{found:?}");
+        }
+        assert!(ticks(f64::MAX / -2.0, f64::MAX / 2.0).len() <= 8);
+    }
+
+    #[test]
+    fn a_span_holds_also_for_one_point_and_a_reach_begins_at_zero() {
+        let one = vec![line("a", vec![Point::new(5.0, 0.0)])];
+        let placed = Chart { span: Some((0.0, 10.0)), reach: Some(0.01), value: percent, ..chart(one) };
+        let picture = placed.draw().unwrap();
+        assert_eq!(numbers(picture.as_str(), "curve c0"), [(LEFT + RIGHT) / 2.0, 20.0 + PLOT]);
+        assert!(picture.as_str().contains(">1 %</text>") && picture.as_str().contains(">10</text>"));
+    }
+
+    #[test]
     fn what_is_no_number_is_not_drawn() {
         let gap = [point(1.0, 1.0, 0.1), Point::new(2.0, f64::NAN), Point::new(3.0, 2.0), point(4.0, 1.5, f64::INFINITY)];
         let with_rule =
@@ -369,6 +416,8 @@ mod tests {
             lines: vec![line(EVIL, points.clone()), line("b", points)],
             rules: vec![Rule { value: 1.0, name: EVIL.to_owned() }],
             marks: vec![Mark { at: 1.5, sign: EVIL.to_owned(), name: EVIL.to_owned() }],
+            span: None,
+            reach: None,
         };
         let picture = all.draw().unwrap();
         assert!(!picture.as_str().contains("<script") && !picture.as_str().contains("\"><s"));
@@ -396,6 +445,6 @@ mod tests {
         };
         let picture = ruled.draw().unwrap();
         assert!(picture.as_str().contains("<path class=rule d=\"M64 20.0H548\"") && picture.as_str().contains(">at most 2 %<"));
-        assert!(picture.as_str().contains(">2 %</text>") && picture.as_str().contains(">0.1 %</text>"));
+        assert!(picture.as_str().contains(">2 %</text>") && picture.as_str().contains(">1 %</text>"));
     }
 }

@@ -10,6 +10,7 @@ use crate::ids::IdKey;
 use crate::judgements::Acknowledged;
 use crate::records::{Feedback, Inference};
 use crate::statement::{clean, list};
+use crate::traffic::Counted;
 use crate::{Database, Dialect, erasure, inferences, judgements};
 
 /// How long a transaction may take before the database counts as away. What it writes may arrive all the same: ids make that harmless.
@@ -54,12 +55,13 @@ impl Batch<'_> {
     async fn write(self, sql: &mut AnyConnection) -> Result<Vec<Acknowledged>, sqlx::Error> {
         match self {
             Self::Answers(ids, rows) => {
-                inferences::insert(sql, rows).await?;
+                let mut new = inferences::insert(sql, rows).await?;
                 // Asked after the insert: an erasure at the same time has either seen these rows, or its mark is seen here.
                 let erased = erased(sql, ids, rows.iter().filter_map(|row| row.user_key.as_deref()).collect()).await?;
                 for row in rows {
                     let at = row.user_key.as_deref().and_then(|user| erased.get(&ids.pseudonym(user)));
                     let Some(at) = at.filter(|at| row.created <= **at) else { continue };
+                    new.remove(&row.id.to_string());
                     for text in ["DELETE FROM inferences WHERE id = $1", "DELETE FROM choices WHERE inference_id = $1"] {
                         sqlx::query(text).bind(row.id.to_string()).execute(&mut *sql).await?;
                     }
@@ -69,6 +71,9 @@ impl Batch<'_> {
                         ids_of.chain(row.conversation.clone()).map(|target| ids.pseudonym(&target)).collect();
                     erasure::mark(sql, &marks, *at).await?;
                 }
+                // An id is taken out with its row: of one that is there twice, one was written.
+                let written = rows.iter().filter(|row| new.remove(&row.id.to_string()));
+                Counted::of(written).add_to(sql).await?;
                 Ok(Vec::new())
             }
             Self::Feedback(ids, rows) => {

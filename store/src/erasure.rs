@@ -8,6 +8,8 @@
 //!
 //! SQLite overwrites what it deletes (`secure_delete`), and its write-ahead log is emptied afterwards. Postgres does so when it vacuums.
 //!
+//! The sums of the traffic lose what these answers had added to them.
+//!
 //! What remains is a pseudonym (a keyed hash) of the person and of each answer: in the audit, in place of their name in the lineage of
 //! snapshots and adapters, and in `erasures`, by which a record that waited elsewhere (the spill log of another gateway), or a response that was
 //! going on from an erased one, is left out when it comes.
@@ -24,6 +26,7 @@ use crate::audit::Act;
 use crate::error::StoreError;
 use crate::ids::IdKey;
 use crate::statement::{clean, list};
+use crate::traffic::Counted;
 use crate::{Database, Dialect};
 
 /// What was removed and what was made from it.
@@ -112,6 +115,7 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, act: Act
     let renamed = "UPDATE snapshot_sources SET source = $2 WHERE source = $1";
     sqlx::query(renamed).bind(user.clone()).bind(pseudonym.clone()).execute(&mut *sql).await?;
     crate::adapters::rename_in_lineage(sql, database.dialect(), &user, &pseudonym).await?;
+    Counted::stored(sql, &answers).await?.take_from(sql).await?;
     for (table, column, keys) in [
         ("label_tasks", "id", &tasks),
         ("label_assignments", "task_id", &tasks),

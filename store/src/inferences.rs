@@ -1,6 +1,6 @@
 //! Answers in the database.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -92,9 +92,9 @@ const CHOICES: Insert = Insert {
     ],
 };
 
-/// Writes the answers whose ids are not there yet, within the caller's transaction; returns how many were new.
-pub(crate) async fn insert(connection: &mut AnyConnection, rows: &[Inference]) -> Result<usize, sqlx::Error> {
-    let mut new = 0;
+/// Writes the answers whose ids are not there yet, within the caller's transaction; returns the ids of those that were new.
+pub(crate) async fn insert(connection: &mut AnyConnection, rows: &[Inference]) -> Result<HashSet<String>, sqlx::Error> {
+    let mut new = HashSet::new();
     for part in Insert::parts(rows) {
         let mut query = sqlx::query(AssertSqlSafe(INFERENCES.text(part.len())));
         for row in part {
@@ -128,7 +128,9 @@ pub(crate) async fn insert(connection: &mut AnyConnection, rows: &[Inference]) -
                 .bind(row.exposure.and_then(|exposure| exposure.place).map(i64::from))
                 .bind(size_of(row) as i64);
         }
-        new += query.fetch_all(&mut *connection).await?.len();
+        for row in query.fetch_all(&mut *connection).await? {
+            new.insert(row.try_get(0)?);
+        }
     }
     let choices: Vec<(Uuid, usize, &Choice)> =
         rows.iter().flat_map(|row| row.choices.iter().enumerate().map(|(position, choice)| (row.id, position, choice))).collect();

@@ -9,7 +9,7 @@
 //!   shrink while somebody looks at them would promise more than they hold, and oldest-first would take the judged and the others unevenly.
 //! - **Never**: feedback, which is small and somebody's work (withdrawing and erasure remove it), labeling tasks, which hold their own
 //!   copy of both answers, and snapshots, which hold their own copy of their rows. The lineage of a snapshot keeps the ids of answers
-//!   that are gone.
+//!   that are gone, and the sums of the traffic keep counting them.
 //!
 //! Deleted in small transactions with pauses: on SQLite, feedback waits behind each of them.
 

@@ -1,18 +1,16 @@
 // The operators' pages. The server writes them; this fetches the one that the address names with the visitor's key, puts it in its
 // place, looks again now and then, and sends what a button says.
 
+import { path, places, showPlaces } from "./places.js";
 import { playground } from "./playground.js";
 import { call, doorParts, meet, passing, session, signIn } from "./session.js";
 
 const $ = (id) => document.getElementById(id);
 const ME = "/v1/console/me";
 const EVERY_MS = 10000;
-/** Between G and the letter of a page. */
-const GO_MS = 2000;
 const DOOR = { text: "Your key opens the console. It is kept until this tab is closed. Labeling is at /console/label." };
 
 /** Where this page's part is. */
-const path = location.pathname.replace(/\/+$/, "");
 const source = `/v1/console/parts${path === "/console" ? "/overview" : path.slice("/console".length)}${location.search}`;
 
 function notice(text, good = false) {
@@ -124,40 +122,13 @@ async function act(button) {
   ($(button.id) ?? $("part-title"))?.focus({ preventScroll: true });
 }
 
-/** When G was pressed: a letter soon after it goes to a page. One key alone would take a visitor away by mistake. */
-let going = -Infinity;
-
-function keys(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
-  if (/^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName)) return;
-  const key = event.key.toLowerCase();
-  if (event.key === "?") {
-    event.preventDefault();
-    $("help").showModal();
-    return;
-  }
-  const soon = event.timeStamp - going < GO_MS;
-  going = key === "g" ? event.timeStamp : -Infinity;
-  const place = soon && !$("places").hidden && [...$("places").children].find((link) => link.dataset.key === key);
-  if (place) {
-    event.preventDefault();
-    place.click();
-  }
-}
-
 function connect() {
-  document.addEventListener("keydown", keys);
-  $("help-open").addEventListener("click", () => $("help").showModal());
+  places();
   $("leave").addEventListener("click", () => session.leave());
   $("place").addEventListener("click", (event) => {
     const button = event.target.closest("button[data-post]");
     if (button) act(button);
   });
-  for (const link of $("places").querySelectorAll("a")) {
-    const to = new URL(link.href).pathname;
-    const here = to === "/console" ? path === to : path === to || path.startsWith(`${to}/`);
-    if (here) link.setAttribute("aria-current", "page");
-  }
 }
 
 async function start() {
@@ -176,7 +147,7 @@ async function start() {
   $("who").textContent = session.annotator ?? "";
   $("who").hidden = !session.annotator;
   $("leave").hidden = !session.keyed;
-  $("places").hidden = false;
+  showPlaces();
   try {
     await show(true);
   } catch (error) {

@@ -1,8 +1,11 @@
 //! Datasets: the list of snapshots, and one with what its quality report found.
 
 use crate::console::html::{Html, tag};
-use crate::console::part::{Mood, Part, block, chip, count, facts, link, moment, nothing, pictures, scrolled, table, tiles};
+use crate::console::part::{
+    Mood, Part, block, chip, count, facts, link, moment, nothing, pictures, said, scrolled, table, tiles,
+};
 use serde_json::{Value, json};
+use tidemill_rlhf::chart::{Fragment, thousands};
 use tidemill_rlhf::quality::{Plots, QualityReport};
 use tidemill_store::Snapshot;
 
@@ -48,17 +51,22 @@ pub fn list(snapshots: &[Snapshot], has_more: bool) -> Part {
     Part::new("Datasets", "What people said, as rows to train on. A snapshot never changes.", [list, more])
 }
 
-/// The report as the row has it: without its rows and its plots, and empty after an erasure.
-fn report(snapshot: &Snapshot) -> Option<QualityReport> {
+/// The report as the row has it, with the plots that its file has; none after an erasure.
+fn report(snapshot: &Snapshot, plots: Option<Plots>) -> Option<QualityReport> {
     let mut report = snapshot.report.clone();
-    let fields = report.as_object_mut()?;
+    let fields = report.as_object_mut().filter(|fields| !fields.is_empty())?;
     fields.entry("rows").or_insert_with(|| json!([]));
-    fields.entry("plots").or_insert_with(|| json!(Plots::default()));
+    fields.insert("plots".to_owned(), json!(plots.unwrap_or_default()));
     serde_json::from_value(report).ok()
 }
 
-/// One of them.
-pub fn page(snapshot: &Snapshot) -> Part {
+/// Whether there is a report to show. After an erasure there is none, and its file, which names people, is not for showing.
+pub fn has_report(snapshot: &Snapshot) -> bool {
+    snapshot.report.as_object().is_some_and(|fields| !fields.is_empty())
+}
+
+/// One of them. `plots` are those of its report; none: they cannot be read.
+pub fn page(snapshot: &Snapshot, plots: Option<Plots>) -> Part {
     let pretty = |value: &Value| tag("pre").attr("tabindex", "0").with(serde_json::to_string_pretty(value).unwrap_or_default());
     let details = |id: &str, name: &str, value: &Value| {
         Html::from(tag("details").attr("id", id).with(tag("summary").with(name)).with(pretty(value)))
@@ -71,36 +79,51 @@ pub fn page(snapshot: &Snapshot) -> Part {
         ("Tainted", snapshot.tainted.as_ref().map(Value::to_string).into()),
     ]);
     let about = block("What it is").with(about).with(details("query", "What was asked for", &snapshot.query));
-    let mut blocks: Vec<Html> = vec![about.with(details("counts", "What became of the judgements", &snapshot.row_counts)).into()];
-    match report(snapshot) {
-        None => blocks.push(nothing("Its quality report is gone: a person behind it was erased.")),
-        Some(report) => {
-            let summary = &report.summary;
-            let rows = |count: usize| tidemill_rlhf::chart::thousands(count);
-            let parts = format!("{} keep, {} review, {} drop", rows(summary.keep), rows(summary.review), rows(summary.drop));
-            let people = format!("{} raters, {} users", rows(summary.raters), rows(summary.users));
-            let pairs = format!("{} thumbs, {} demonstrations", rows(summary.unpaired), rows(summary.demonstrations));
-            blocks.push(tiles([
-                ("Rows", rows(summary.rows), parts),
-                ("Preferences", rows(summary.preferences), pairs),
-                ("Prompts that differ", rows(summary.prompt_clusters), format!("{} words in all", rows(summary.words))),
-                ("People", rows(summary.raters + summary.users), people),
-            ]));
-            let checks = scrolled("Checks", &report.checks_table());
-            blocks.push(block("Checks").with(tag("div").class("checks").with(checks)).into());
-            let figure = |(title, drawing): &(&str, tidemill_rlhf::chart::Fragment)| {
-                Html::from(tag("figure").class("block card").with(tag("h3").with(*title)).with(scrolled(title, drawing)))
-            };
-            blocks.push(pictures(report.drawings().iter().map(figure)));
+    let about = about.with(details("counts", "What became of the judgements", &snapshot.row_counts));
+    let mut blocks: Vec<Html> = vec![about.into()];
+    let read = plots.is_some();
+    match report(snapshot, plots) {
+        None => {
+            blocks.push(nothing("Its quality report is gone: a person behind it was erased. Build the dataset anew to get one."))
         }
+        Some(report) => blocks.extend(quality(&reference(snapshot), &report, read)),
     }
     Part::new(&reference(snapshot), "What people said, as rows to train on.", blocks)
+}
+
+/// What the report says.
+fn quality(reference: &str, report: &QualityReport, read: bool) -> Vec<Html> {
+    let summary = &report.summary;
+    let parts =
+        format!("{} keep, {} review, {} drop", thousands(summary.keep), thousands(summary.review), thousands(summary.drop));
+    let people = format!("{} raters, {} users", thousands(summary.raters), thousands(summary.users));
+    let pairs = format!("{} thumbs, {} demonstrations", thousands(summary.unpaired), thousands(summary.demonstrations));
+    let tiles = tiles([
+        ("Rows", thousands(summary.rows), parts),
+        ("Preferences", thousands(summary.preferences), pairs),
+        ("Prompts that differ", thousands(summary.prompt_clusters), format!("{} words in all", thousands(summary.words))),
+        ("People", thousands(summary.raters + summary.users), people),
+    ]);
+    let figure = |(title, drawing): &(&str, Fragment)| {
+        Html::from(tag("figure").class("block card").with(tag("h3").with(*title)).with(scrolled(title, drawing)))
+    };
+    let drawings = pictures(report.drawings().iter().map(figure));
+    let drawings = match drawings.is_empty() {
+        false => drawings,
+        true if read => nothing("No plots: there are no pairs whose lengths could be compared, and no two people."),
+        true => nothing("Its plots could not be read; the server's log says why."),
+    };
+    let checks = tag("div").class("checks").with(scrolled("Checks", &report.checks_table()));
+    let rows =
+        format!("The rows behind the findings are on a page of their own: `tidemill dataset report {reference} --html FILE`.");
+    let checks = block("Checks").with(checks).with(tag("p").with(said(&rows)));
+    vec![tiles, drawings, checks.into()]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tidemill_rlhf::quality::{QualityOptions, assess};
+    use tidemill_rlhf::quality::{Bin, QualityOptions, Share, assess};
     use uuid::Uuid;
 
     const EVIL: &str = "<script>alert(1)</script>";
@@ -123,14 +146,34 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_shows_the_checks_of_its_report_and_one_after_an_erasure_none() {
+    fn a_snapshot_shows_the_checks_and_plots_of_its_report_and_one_after_an_erasure_none() {
         let mut report = serde_json::to_value(assess(&[], &QualityOptions::default())).unwrap();
-        report.as_object_mut().unwrap().remove("rows");
-        let text = page(&snapshot(report)).document();
+        let fields = report.as_object_mut().unwrap();
+        (fields.remove("rows"), fields.remove("plots"));
+        let agreement = fields["checks"].as_array_mut().unwrap().iter_mut().find(|check| check["name"] == "agreement").unwrap();
+        (agreement["value"], agreement["interval"]) = (json!(0.5), json!({"low": 0.25, "high": 0.75}));
+        let bin = |low: f64, count: usize| Bin { low, high: low + 10.0, count };
+        let share = |person: &str| Share { person: person.into(), share: 0.5, rows: 617.0 };
+        let plots = Plots {
+            length_differences: vec![bin(-10.0, 3), bin(0.0, 9)],
+            raters: vec![share(EVIL), share("bob")],
+            ..Plots::default()
+        };
+        let text = page(&snapshot(report.clone()), Some(plots)).document();
         assert!(text.contains("Near duplicates") && text.contains(">warn</span>"), "{text}");
         assert!(!text.contains("<script") && text.contains("preference"));
+        for title in ["Length: chosen less rejected", "Agreement: Krippendorff", "Share of the rows per rater"] {
+            assert!(text.contains(&format!("<h3>{title}")), "{title}: {text}");
+        }
+        assert_eq!(text.matches("<svg").count(), 3);
+        assert!(page(&snapshot(report.clone()), None).document().contains("<svg"), "agreement is in the row");
+        report["checks"] = json!([]);
+        assert!(page(&snapshot(report.clone()), None).document().contains("could not be read"));
+        assert!(page(&snapshot(report), Some(Plots::default())).document().contains("No plots"));
+
         let tainted = Snapshot { tainted: Some(json!({"reason": EVIL})), ..snapshot(json!({})) };
-        let text = page(&tainted).document();
+        assert!(!has_report(&tainted));
+        let text = page(&tainted, None).document();
         assert!(text.contains("is gone") && text.contains(">tainted</span>") && !text.contains("<script"));
     }
 

@@ -3,7 +3,7 @@
 //! They are read as the API shows them, so that the page, the command line and programs see the same.
 
 use crate::console::html::{Html, all, tag};
-use crate::console::part::{Mood, Part, block, chip, facts, href, link, moment, nothing, table};
+use crate::console::part::{Mood, Part, block, chip, facts, href, link, moment, nothing, said, table};
 use serde_json::Value;
 
 /// What a cycle goes through.
@@ -48,7 +48,9 @@ pub fn list(loops: &[Value]) -> Part {
     };
     let head = ["Loop", "Model", "State", "Waits for", "Cycle", "Newest outcome", "Changed (UTC)"];
     let list = match loops {
-        [] => nothing("No loop: [loop.NAME] in tidemill.toml makes one."),
+        [] => nothing(
+            "No loop yet: `[loop.NAME]` in tidemill.toml makes one, and its policy says when it learns from the feedback.",
+        ),
         _ => tag("section").class("block card").with(table(head, loops.iter().map(row))).into(),
     };
     Part::new("Loops", "Feedback becomes a dataset, the dataset an adapter, the adapter a rollout; then it begins again.", [list])
@@ -110,7 +112,7 @@ fn track(state: &str) -> Html {
         let step = tag("li").with(*word);
         if *word == state { step.attr("aria-current", "step") } else { step }
     };
-    tag("ol").class("track").attr("aria-label", "A cycle").with_all(STATES.iter().map(step)).into()
+    tag("ol").class("steps").attr("aria-label", "A cycle").with_all(STATES.iter().map(step)).into()
 }
 
 fn buttons(found: &Value, acts: bool) -> Html {
@@ -141,7 +143,7 @@ fn cycle(cycle: &Value) -> Html {
         ("Began (UTC)", time(cycle, "began_at")),
         ("Ended (UTC)", time(cycle, "ended_at")),
     ]);
-    let finding = |finding: &Value| ["of", "found", "change"].map(|key| Html::from(text(finding, key)));
+    let finding = |finding: &Value| ["of", "found", "change"].map(|key| said(text(finding, key)));
     let findings: Vec<_> = cycle["findings"].as_array().into_iter().flatten().map(finding).collect();
     let shut = (!findings.is_empty()).then(|| table(["Gate", "Found", "What would change it"], findings));
     let row = |(place, step): (usize, &Value)| {

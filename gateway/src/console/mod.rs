@@ -16,6 +16,7 @@ pub mod rollouts;
 pub mod sequence;
 pub mod trainings;
 
+use crate::console::html::{all, tag};
 use crate::http::App;
 use axum::Router;
 use axum::response::{IntoResponse, Response};
@@ -52,9 +53,22 @@ const PAGES: [(&str, &str); 14] = [
     ("/console/queues", include_str!("queues.html")),
 ];
 
-const FILES: [(&str, &str, &str); 9] = [
+/// The operators' pages: where, the letter that goes there after G, and the name.
+const PLACES: [(&str, &str, &str); 8] = [
+    ("/console", "O", "Overview"),
+    ("/console/rollouts", "R", "Rollouts"),
+    ("/console/loops", "L", "Loops"),
+    ("/console/datasets", "D", "Datasets"),
+    ("/console/trainings", "T", "Training"),
+    ("/console/adapters", "A", "Adapters"),
+    ("/console/playground", "P", "Playground"),
+    ("/console/queues", "Q", "Labeling"),
+];
+
+const FILES: [(&str, &str, &str); 10] = [
     ("/console/console.css", STYLE, include_str!("console.css")),
     ("/console/console.js", SCRIPT, include_str!("console.js")),
+    ("/console/places.js", SCRIPT, include_str!("places.js")),
     ("/console/playground.js", SCRIPT, include_str!("playground.js")),
     ("/console/label.js", SCRIPT, include_str!("label.js")),
     ("/console/queues.js", SCRIPT, include_str!("queues.js")),
@@ -85,10 +99,38 @@ pub fn sent(part: &Part) -> Response {
     response
 }
 
-/// A page with what all of them share: the head, and the door where one signs in.
+/// A page with what it shares with others: the head, the door where one signs in, who is there, the way between pages, and the list of keys.
 fn page(text: &str) -> Bytes {
-    let shared = [("<!-- head -->\n", include_str!("head.html")), ("<!-- door -->\n", include_str!("door.html"))];
-    shared.into_iter().fold(text.to_owned(), |page, (place, part)| page.replace(place, part)).into()
+    let (before, after) = include_str!("help.html").split_once("<!-- keys -->\n").unwrap_or_default();
+    let shared = [
+        ("<!-- head -->\n", include_str!("head.html").to_owned()),
+        ("<!-- door -->\n", include_str!("door.html").to_owned()),
+        ("<!-- session -->\n", include_str!("session.html").to_owned()),
+        ("<!-- places -->\n", places()),
+        ("<!-- help -->\n", before.to_owned()),
+        ("<!-- keys of places -->\n", keys_of_places()),
+        ("<!-- /help -->\n", after.to_owned()),
+    ];
+    shared.into_iter().fold(text.to_owned(), |page, (place, part)| page.replace(place, &part)).into()
+}
+
+/// The links at the top of the operators' pages.
+fn places() -> String {
+    let link =
+        |(path, key, name): (&str, &str, &str)| tag("a").attr("href", path).attr("data-key", key.to_lowercase()).with(name);
+    let brand = tag("a").class("brand").attr("href", "/console");
+    let brand = brand.with(tag("span").class("wave").attr("aria-hidden", "true")).with("Tidemill");
+    let links = tag("nav").class("places").attr("id", "places").attr("aria-label", "Console").flag("hidden", true);
+    all([brand, links.with_all(PLACES.map(link))]).as_str().to_owned() + "\n"
+}
+
+/// The keys that go to them.
+fn keys_of_places() -> String {
+    let key = |(_, key, name): (&str, &str, &str)| {
+        let keys = tag("dt").with(tag("kbd").with("G")).with(" ").with(tag("kbd").with(key));
+        tag("div").with(keys).with(tag("dd").with(name))
+    };
+    all(PLACES.map(key)).as_str().to_owned() + "\n"
 }
 
 fn file(kind: &'static str, text: Bytes) -> Response {
@@ -111,7 +153,12 @@ mod tests {
     fn pages_load_nothing_from_elsewhere_and_never_write_html() {
         let pages = PAGES.map(|(path, text)| (path, String::from_utf8(page(text).to_vec()).unwrap()));
         for (path, text) in &pages {
-            assert!(text.starts_with("<!doctype html>") && text.contains("id=\"door-field\""), "{path} is whole");
+            assert!(text.starts_with("<!doctype html>") && text.ends_with("</html>\n"), "{path} is whole");
+            for id in ["door-field", "who", "notice", "leave", "help"] {
+                assert_eq!(text.matches(&format!(" id=\"{id}\"")).count(), 1, "{path} has one {id}");
+            }
+            assert!(!text.contains("<!-- "), "{path} has all that it shares");
+            assert!(text.len() < 6_000, "{path} is small: {}", text.len());
         }
         let files = FILES.map(|(path, _, text)| (path, text.to_owned()));
         for (path, text) in pages.into_iter().chain(files) {

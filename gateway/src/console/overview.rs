@@ -10,10 +10,8 @@ use tidemill_rlhf::chart::{Chart, Line, Point, percent, significant};
 use tidemill_rlhf::statistics::quantile;
 use tidemill_store::{Job, JobState, Latency, Money, Rollout, TrafficSum};
 
-/// Hours that can be looked back on.
-pub const WINDOWS: [(&str, i64); 4] = [("1", 1), ("24", 24), ("168", 168), ("720", 720)];
-/// Stretches of a window.
-pub const STRETCHES: i64 = 48;
+/// Hours that can be looked back on, and the minutes of a stretch: lengths for which the database has sums.
+pub const WINDOWS: [(&str, (i64, i64)); 4] = [("1", (1, 5)), ("24", (24, 30)), ("168", (168, 180)), ("720", (720, 720))];
 /// Lines of a picture.
 const LINES: usize = 6;
 
@@ -42,8 +40,8 @@ pub struct Variant {
     pub total: TrafficSum,
     /// By stretch of time.
     pub stretches: Vec<TrafficSum>,
-    /// Another server answers.
-    pub remote: bool,
+    /// The servers that answer, where it is not this one.
+    pub remote: Option<String>,
     /// What its tokens cost.
     pub price: Price,
     /// How long its newest answers took.
@@ -107,7 +105,7 @@ impl Variant {
                 None => found.push(Self {
                     total: sum.clone(),
                     stretches: vec![sum],
-                    remote: false,
+                    remote: None,
                     price: Price::default(),
                     latencies: Vec::new(),
                 }),
@@ -119,8 +117,9 @@ impl Variant {
 
     fn name(&self) -> String {
         match &self.total.variant {
-            // What records call an adapter begins with its base.
-            Some(variant) if variant.starts_with(&self.total.model) => variant.clone(),
+            // What records call an adapter begins with its base. The base in a rollout has its own name twice, which tells it from itself
+            // without one.
+            Some(variant) if variant.starts_with(&self.total.model) && *variant != self.total.model => variant.clone(),
             Some(variant) => format!("{} · {variant}", self.total.model),
             None => self.total.model.clone(),
         }
@@ -142,8 +141,17 @@ impl Variant {
 
 /// Dollars, with as many digits as small amounts need.
 fn dollars(money: Money) -> String {
-    let dollars = money.dollars();
-    if dollars >= 1.0 { format!("${dollars:.2}") } else { format!("${}", significant(dollars)) }
+    written(money.dollars())
+}
+
+fn written(dollars: f64) -> String {
+    if dollars >= 1.0 {
+        return format!("${dollars:.2}");
+    }
+    // Three digits, however small: nobody reads an exponent on a bill.
+    let decimals = if dollars > 0.0 { (2.0 - dollars.log10().floor()).clamp(2.0, 9.0) as usize } else { 0 };
+    let text = format!("{dollars:.decimals$}");
+    format!("${}", if decimals > 0 { text.trim_end_matches('0').trim_end_matches('.') } else { &text })
 }
 
 fn share(part: u64, whole: u64) -> Option<f64> {
@@ -169,7 +177,7 @@ impl Overview {
     }
 
     fn lead(&self) -> Html {
-        let window = |(word, hours): (&str, i64)| {
+        let window = |(word, (hours, _)): (&str, (i64, i64))| {
             let name = if hours < 48 { format!("{hours} h") } else { format!("{} days", hours / 24) };
             let here = if hours == self.hours { "true" } else { "false" };
             tag("a").attr("href", format!("/console?hours={word}")).attr("aria-current", here).with(name)
@@ -178,38 +186,49 @@ impl Overview {
         all([Html::from("Answers that this server's database has recorded, of the last "), windows.into()])
     }
 
+    fn cost(&self) -> Money {
+        Money(self.variants.iter().map(|variant| cost(&variant.price, &variant.total).0).sum())
+    }
+
     fn figures(&self) -> Html {
         let sum = |of: fn(&TrafficSum) -> u64| self.variants.iter().map(|variant| of(&variant.total)).sum::<u64>();
         let (answers, failed, cancelled) = (sum(|sum| sum.answers), sum(|sum| sum.failed), sum(|sum| sum.cancelled));
         let (prompt, cached, output) = (sum(|sum| sum.prompt_tokens), sum(|sum| sum.cached_tokens), sum(|sum| sum.output_tokens));
-        let money = self.variants.iter().map(|variant| cost(&variant.price, &variant.total).0).sum();
+        let money = self.cost();
+        let priced = match money.0 == 0 && answers > 0 {
+            true => "no model has a price: [prices.NAME] in tidemill.toml",
+            false => "by the price table",
+        };
         let failures = share(failed, answers).map_or_else(|| "–".to_owned(), percent);
         let found = share(cached, prompt).map_or_else(String::new, |share| format!(", {} of them cached", percent(share)));
         tiles([
             ("Answers", count(answers), format!("{} broken off by the client", count(cancelled))),
             ("Failed", failures, format!("{} answers", count(failed))),
             ("Tokens", count(prompt + output), format!("{} in{found}; {} out", count(prompt), count(output))),
-            ("Cost", dollars(Money(money)), "by the price table".to_owned()),
+            ("Cost", dollars(money), priced.to_owned()),
         ])
     }
 
     fn charts(&self) -> Html {
         let (first, last, _) = self.window;
         let place = time_writer(first, last);
-        let chart = |title: &str, value: fn(f64) -> String, line: &dyn Fn(&Variant) -> Line| Chart {
+        let chart = |title: &str, value: fn(f64) -> String, least: f64, line: &dyn Fn(&Variant) -> Line| Chart {
             value,
             place,
+            span: Some((first as f64, last as f64)),
+            reach: Some(least),
             ..Chart::over_steps(title, self.variants.iter().take(LINES).map(line).collect())
         };
         let minutes = self.window.2 / 60_000_000;
         let each = |what: &str| format!("{what} in stretches of {minutes} min (UTC)");
         let answers =
-            chart("Answers", significant, &|variant| variant.line(self.window, Some(0.0), |sum| Some(sum.answers as f64)));
-        let costs = chart("Cost", |dollars| format!("${}", significant(dollars)), &|variant| {
+            chart("Answers", significant, 4.0, &|variant| variant.line(self.window, Some(0.0), |sum| Some(sum.answers as f64)));
+        let costs = chart("Cost", written, 0.0, &|variant| {
             variant.line(self.window, Some(0.0), |sum| Some(cost(&variant.price, sum).dollars()))
         });
-        let failed = chart("Failed", percent, &|variant| variant.line(self.window, None, |sum| share(sum.failed, sum.answers)));
-        let waited = chart("Time to the first token", seconds_of, &|variant| {
+        let failed =
+            chart("Failed", percent, 0.01, &|variant| variant.line(self.window, None, |sum| share(sum.failed, sum.answers)));
+        let waited = chart("Time to the first token", seconds_of, 0.0, &|variant| {
             let mean = |sum: &TrafficSum| (sum.begun > 0).then(|| sum.first_token_us as f64 / sum.begun as f64);
             variant.line(self.window, None, mean)
         });
@@ -217,7 +236,7 @@ impl Overview {
             figure("answers", &answers, each("Answers")),
             figure("waited", &waited, each("Mean over the answers")),
             figure("failed", &failed, each("Share of the answers")),
-            figure("cost", &costs, each("Dollars")),
+            figure("cost", &costs, each("Dollars")).filter(|_| self.cost().0 > 0),
         ];
         pictures(figures.into_iter().flatten())
     }
@@ -225,17 +244,19 @@ impl Overview {
     fn comparison(&self) -> Html {
         let block = block("By model and variant");
         if self.variants.is_empty() {
-            return block.with(nothing("Nothing was recorded in this time.")).into();
+            let words = "Nothing was recorded in this time. Answers of `POST /v1/chat/completions` are, unless the server runs with \
+                         `--record off`.";
+            return block.with(nothing(words)).into();
         }
         let row = |variant: &Variant| {
             let total = &variant.total;
-            let where_from = variant.remote.then(|| chip(Mood::Plain, "remote"));
             let money = cost(&variant.price, total);
             let each = share(1000, total.answers).map(|part| dollars(Money((money.0 as f64 * part) as i64)));
             let times = |of: fn(&Latency) -> Option<i64>| variant.latencies.iter().filter_map(of).map(|us| us as f64).collect();
             [
-                all([Html::from(&total.model), " ".into(), where_from.into()]),
+                (&total.model).into(),
                 total.variant.as_ref().map_or_else(|| "–".into(), Html::from),
+                variant.remote.as_ref().map_or_else(|| "here".into(), |servers| chip(Mood::Plain, servers).into()),
                 count(total.answers).into(),
                 share(total.failed, total.answers).map(percent).into(),
                 count(total.prompt_tokens).into(),
@@ -249,6 +270,7 @@ impl Overview {
         let head = [
             "Model",
             "Variant",
+            "Answered",
             "Answers",
             "Failed",
             "Tokens in",
@@ -259,7 +281,8 @@ impl Overview {
             "per 1,000 answers",
         ];
         let words = "Times are the median and, smaller, what one in twenty exceeds, over the newest 1,000 complete answers.";
-        block.with(table(head, self.variants.iter().map(row))).with(tag("p").with(words)).into()
+        let table = tag("div").class("compare").with(table(head, self.variants.iter().map(row)));
+        block.with(table).with(tag("p").with(words)).into()
     }
 
     fn at_work(&self) -> Html {
@@ -346,7 +369,7 @@ mod tests {
     fn the_price_is_that_of_the_tokens_and_names_stay_text() {
         let mut variants = Variant::all(vec![sum(EVIL, Some(EVIL), 100, 4)]);
         variants[0].price = Price { input: 150, cached_input: 75, output: 600 };
-        variants[0].remote = true;
+        variants[0].remote = Some(EVIL.into());
         variants[0].latencies =
             (1..=100).map(|ms| Latency { first_token_us: Some(ms * 1000), duration_us: ms * 10_000 }).collect();
         let mut page = overview(variants);
@@ -363,8 +386,20 @@ mod tests {
         // 1 M tokens in at $0.15 and half a million out at $0.60.
         assert!(text.contains("<b>$0.45</b>") && text.contains("<td>$112.50</td>"), "{text}");
         assert!(text.contains("0.05 s<small> 0.1 s</small>"), "{text}");
-        assert!(text.contains(">remote</span>") && text.contains("<td>25 %</td>"), "{text}");
+        assert!(text.contains("<td><span class=\"chip none\">&lt;b&gt;") && text.contains("<td>25 %</td>"), "{text}");
         assert!(text.contains("/console/trainings/%3Cb%3E%22m%22%3C%2Fb%3E"));
+        assert!(text.contains("<h3>Cost</h3>") && !text.contains("has a price"));
+    }
+
+    #[test]
+    fn a_bill_has_no_exponents_and_without_prices_it_says_how_to_set_them() {
+        for (dollars, expected) in [(0.0, "$0"), (0.000_282, "$0.000282"), (0.09, "$0.09"), (0.4567, "$0.457"), (12.0, "$12.00")]
+        {
+            assert_eq!(written(dollars), expected);
+        }
+        let text = overview(Variant::all(vec![sum("a", None, 100, 4), sum("a", Some("a"), 100, 4)])).part().document();
+        assert!(text.contains("no model has a price: [prices.NAME]") && !text.contains("<h3>Cost</h3>"), "{text}");
+        assert!(text.contains(">a · a<"), "the base in a rollout is told from the base: {text}");
     }
 
     #[test]

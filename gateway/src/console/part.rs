@@ -192,9 +192,22 @@ pub fn time_writer(first: i64, last: i64) -> fn(f64) -> String {
     if last - first < DAY { |at| crate::clock::time_of_day(at as i64) } else { |at| when(at as i64) }
 }
 
-/// What there is to say where there is nothing to show.
-pub fn nothing(words: impl Into<Html>) -> Html {
-    tag("p").class("lead").with(words).into()
+/// What there is to say where there is nothing to show; see [`said`].
+pub fn nothing(words: &str) -> Html {
+    tag("p").class("nothing").with(said(words)).into()
+}
+
+/// A text in which what stands between backticks is code.
+pub fn said(words: &str) -> Html {
+    let parts: Vec<&str> = words.split('`').collect();
+    if parts.len().is_multiple_of(2) {
+        // One without another is a character.
+        return words.into();
+    }
+    all(parts
+        .iter()
+        .enumerate()
+        .map(|(place, part)| if place % 2 == 1 { tag("code").with(*part).into() } else { Html::from(*part) }))
 }
 
 /// Pictures beside each other; nothing without any.
@@ -226,6 +239,12 @@ mod tests {
         let part = Part::new(EVIL, EVIL, pieces).document();
         assert!(!part.contains("<script") && part.contains("&lt;script&gt;"), "{part}");
         assert!(part.contains("/console/rollouts/%3Cscript%3Ealert%281%29%3C%2Fscript%3E%22%27"));
+    }
+
+    #[test]
+    fn what_stands_between_backticks_is_code() {
+        assert_eq!(said("`a <b>`, or c").as_str(), "<code>a &lt;b&gt;</code>, or c");
+        assert_eq!(said("a ` b").as_str(), "a ` b");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 // Statistics of the queues, for those who run them.
 
+import { places, showPlaces } from "./places.js";
 import { call, doorParts, meet, session, signIn } from "./session.js";
 
 const $ = (id) => document.getElementById(id);
@@ -134,6 +135,7 @@ async function refresh() {
 }
 
 async function start() {
+  places();
   $("leave").addEventListener("click", () => session.leave());
   while (true) {
     try {
@@ -149,6 +151,7 @@ async function start() {
   $("who").textContent = session.annotator ?? "";
   $("who").hidden = !session.annotator;
   $("leave").hidden = !session.keyed;
+  showPlaces();
   $("board").hidden = false;
   await refresh();
 }

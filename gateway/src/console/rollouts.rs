@@ -4,7 +4,7 @@ use crate::console::html::{Html, all, tag};
 use crate::console::part::{
     Mood, Part, block, chip, count, facts, figure, href, interval, link, moment, nothing, pictures, table,
 };
-use crate::console::sequence::{PLAIN, chart, sign, value_writer};
+use crate::console::sequence::{PLAIN, chart, possible, sign, value_writer};
 use crate::rollout::decision::{Action, Decision, Judgement, PauseReason, State, Status, Verdict};
 use crate::rollout::spec::{Arm, Kind, Metric, Role, Spec, Step};
 use serde_json::Value;
@@ -264,7 +264,8 @@ fn sequences(Read { spec, decisions, .. }: &Read) -> Html {
     signs.sort_unstable();
     signs.dedup();
     let legend = signs.into_iter().map(|(sign, words)| tag("li").with(tag("b").with(sign)).with(format!(" {words}")));
-    all([figures, tag("ul").class("legend").attr("aria-label", "Marks on the pictures").with_all(legend).into()])
+    let legend = tag("ul").class("legend").with(tag("li").with("Marks on the pictures:")).with_all(legend);
+    all([figures, legend.into()])
 }
 
 fn verdict_chip(verdict: Verdict) -> Html {
@@ -283,8 +284,8 @@ fn verdict_chip(verdict: Verdict) -> Html {
 /// What a decision stood on.
 fn judged(spec: &Spec, judgements: &[Judgement]) -> Html {
     let row = |judgement: &Judgement| {
-        let writer = spec.metrics.iter().find(|metric| metric.name() == judgement.metric);
-        let (own, value, range) = writer.map_or(PLAIN, value_writer);
+        let metric = spec.metrics.iter().find(|metric| metric.name() == judgement.metric);
+        let (own, value, range) = metric.map_or(PLAIN, value_writer);
         let variant = spec.arms.get(judgement.arm).map_or("?", |arm| arm.variant.as_str());
         [
             (&judgement.metric).into(),
@@ -292,7 +293,7 @@ fn judged(spec: &Spec, judgements: &[Judgement]) -> Html {
             judgement.control.map(own).into(),
             judgement.treatment.map(own).into(),
             judgement.value.map(value).into(),
-            judgement.interval.map(|found| interval(range, found)).into(),
+            judgement.interval.map(|found| interval(range, metric.map_or(found, |metric| possible(metric, found)))).into(),
             count(judgement.samples).into(),
             verdict_chip(judgement.verdict),
             (&judgement.note).into(),

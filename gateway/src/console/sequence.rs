@@ -4,6 +4,7 @@ use crate::console::part::{in_seconds, thinned, time_writer};
 use crate::rollout::decision::{Action, Decision, Judgement};
 use crate::rollout::spec::{Arm, Condition, Metric, Of, Quantity, Spec};
 use tidemill_rlhf::chart::{Chart, Line, Mark, Point, Rule, percent, significant};
+use tidemill_rlhf::statistics::Interval;
 
 /// How numbers of one sort are written.
 type Writer = fn(f64) -> String;
@@ -20,6 +21,17 @@ pub fn value_writer(metric: &Metric) -> (Writer, Writer, Writer) {
     };
     let judged = if metric.condition.of == Of::Relative { percent } else { own };
     (own, judged, if is_quantile(metric) { percent } else { judged })
+}
+
+/// The interval as far as the number can go: of few observations it reaches beyond, which says nothing.
+pub fn possible(metric: &Metric, found: Interval) -> Interval {
+    let (least, most) = match metric.condition.of {
+        _ if is_quantile(metric) => (0.0, 1.0),
+        Of::Value if metric.quantity.is_share() => (0.0, 1.0),
+        Of::Difference if metric.quantity.is_share() => (-1.0, 1.0),
+        _ => return found,
+    };
+    Interval { low: found.low.clamp(least, most), high: found.high.clamp(least, most) }
 }
 
 /// A quantile's interval is one of the share above the bound, which another scale belongs to.
@@ -48,7 +60,7 @@ pub fn chart(spec: &Spec, metric: &Metric, decisions: &[Decision]) -> Chart {
     let name = metric.name();
     let (_, value, _) = value_writer(metric);
     let point = |decision: &Decision, judgement: &Judgement| {
-        let interval = judgement.interval.filter(|_| !is_quantile(metric));
+        let interval = judgement.interval.filter(|_| !is_quantile(metric)).map(|found| possible(metric, found));
         Some(Point { at: decision.at as f64, value: judgement.value?, interval })
     };
     let line = |(arm, treatment): (usize, &Arm)| {
@@ -71,6 +83,8 @@ pub fn chart(spec: &Spec, metric: &Metric, decisions: &[Decision]) -> Chart {
         place: time_writer(first, last),
         value,
         lines,
+        span: Some((first as f64, last as f64)),
+        reach: None,
         rules: rules(&metric.condition, value),
         marks: decisions.iter().filter_map(mark).collect(),
     }
@@ -150,7 +164,8 @@ mod tests {
         assert_eq!(drawn.lines[0].points[19].interval, last.unwrap().interval, "the decision's own numbers");
         assert_eq!(drawn.rules, [Rule { value: 0.5, name: "at most 50 %".to_owned() }]);
         assert_eq!(drawn.marks[0].sign, "▷");
-        assert!(drawn.draw().is_some());
+        // It began before anything was measured.
+        assert!(drawn.draw().unwrap().as_str().contains(">▷</text>"));
     }
 
     #[test]
@@ -162,6 +177,16 @@ mod tests {
         assert_eq!(drawn.rules[0].name, "at most 2 s");
         let (own, judged, range) = value_writer(&spec.metrics[1]);
         assert_eq!((own(1.5), judged(1.5), range(0.01)), ("1.5 s".into(), "1.5 s".into(), "1 %".into()));
+    }
+
+    #[test]
+    fn an_interval_goes_as_far_as_the_number_can() {
+        let spec = spec();
+        let wide = Interval { low: -2.86, high: 2.53 };
+        assert_eq!(possible(&spec.metrics[0], wide), Interval { low: 0.0, high: 1.0 });
+        assert_eq!(possible(&spec.metrics[2], wide), wide, "relative to the control there is no end");
+        let thumb = Metric { condition: Condition { of: Of::Difference, min: Some(0.0), max: None }, ..spec.metrics[2].clone() };
+        assert_eq!(possible(&thumb, wide), Interval { low: -1.0, high: 1.0 });
     }
 
     #[test]

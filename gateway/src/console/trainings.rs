@@ -1,10 +1,11 @@
 //! Fine-tuning jobs: the list, and one with its curves.
 
 use crate::console::html::{Html, all, tag};
-use crate::console::part::{Mood, Part, block, chip, count, facts, figure, href, link, moment, nothing, pictures, table};
+use crate::console::part::{Mood, Part, block, chip, count, facts, figure, href, link, moment, nothing, pictures, said, table};
 use crate::fine_tuning::own_names;
 use crate::http::job_name;
 use serde_json::Value;
+use tidemill_rlhf::chart::significant;
 use tidemill_rlhf::train::charts;
 use tidemill_store::{FineTuningCheckpoint, FineTuningEvent, FineTuningJob, FineTuningState};
 
@@ -124,7 +125,7 @@ impl Shown {
     fn curves(&self) -> Html {
         let lines: Vec<Value> = self.events.iter().rev().filter_map(|event| event.news.metrics.as_ref()).map(own_names).collect();
         let figures = charts(&lines);
-        let figures = figures.iter().enumerate().filter_map(|(place, chart)| figure(&format!("curve-{place}"), chart, "by step"));
+        let figures = figures.iter().enumerate().filter_map(|(place, chart)| figure(&format!("curve-{place}"), chart, "By step"));
         let figures = pictures(figures);
         if figures.is_empty() { block("Curves").with(nothing("Nothing was measured yet.")).into() } else { figures }
     }
@@ -132,7 +133,10 @@ impl Shown {
     fn models(&self) -> Html {
         let row = |checkpoint: &FineTuningCheckpoint| {
             let metrics = checkpoint.metrics.as_object().into_iter().flatten();
-            let words = metrics.filter(|(name, _)| *name != "step").map(|(name, value)| format!("{name} {value}"));
+            let words = metrics.filter(|(name, _)| *name != "step").map(|(name, value)| {
+                let value = value.as_f64().map_or_else(|| value.to_string(), significant);
+                format!("{name} {value}")
+            });
             let words = words.collect::<Vec<_>>().join(" · ");
             [tag("code").with(&checkpoint.model).into(), count(checkpoint.step).into(), words.into(), moment(checkpoint.created)]
         };
@@ -153,7 +157,7 @@ impl Shown {
                 "warn" => Mood::Warn,
                 _ => Mood::Plain,
             };
-            [moment(event.created), chip(mood, event.news.level).into(), (&event.news.message).into()]
+            [moment(event.created), chip(mood, event.news.level).into(), said(&event.news.message)]
         };
         block("What happened").with(table(["When (UTC)", "Level", "What"], told.map(row))).into()
     }
@@ -222,6 +226,7 @@ mod tests {
     fn a_job_has_curves_of_what_was_measured_in_training_and_held_out() {
         let text = shown(FineTuningState::Running, true).part().document();
         assert_eq!(text.matches("<svg").count(), 2, "{text}");
+        assert!(text.contains("<td>full_valid_loss 0.5</td>"), "{text}");
         assert!(text.contains("<h3>Loss</h3>") && text.contains("<h3>Share of comparisons won</h3>"));
         assert!(text.contains("<td>2</td><td>held-out</td><td>0.5</td>") && text.contains("<td>training</td><td>0.75</td>"));
         assert!(text.contains("2 of 8 steps") && text.contains("12\u{202f}345") && !text.contains("<script"));

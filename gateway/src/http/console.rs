@@ -1,7 +1,7 @@
 //! `/v1/console/…`: the parts of the operators' pages, each a document that the console's shell fetches with the visitor's key.
 
 use crate::clock::now;
-use crate::console::overview::{Overview, STRETCHES, Variant, WINDOWS, Work};
+use crate::console::overview::{Overview, Variant, WINDOWS, Work};
 use crate::console::part::count;
 use crate::console::playground::Candidate;
 use crate::console::{adapters, datasets, loops, playground, rollouts, sent, trainings};
@@ -12,6 +12,7 @@ use crate::http::auth::Caller;
 use crate::http::error::ApiError;
 use crate::http::feedback::unavailable;
 use crate::http::fine_tuning::find as find_job;
+use crate::http::limits::off_path_waiting;
 use crate::http::loops as http_loops;
 use crate::http::query::parameters;
 use crate::http::rollouts as http_rollouts;
@@ -66,17 +67,18 @@ async fn me(Extension(caller): Extension<Caller>) -> Response {
 }
 
 async fn overview(State(app): State<App>, RawQuery(query): RawQuery) -> Result<Response, ApiError> {
-    let mut hours = 24;
+    let (_, (mut hours, mut minutes)) = WINDOWS[1];
     for parameter in parameters(query.as_deref(), &["hours"])? {
-        hours = parameter.one_of(&WINDOWS)?;
+        (hours, minutes) = parameter.one_of(&WINDOWS)?;
     }
-    let (now, long) = (now(), hours * 3_600_000_000);
-    let window = (now - long, now, long / STRETCHES);
+    let (now, width) = (now(), minutes * 60_000_000);
+    // From the begin of a whole stretch: sums are of those.
+    let window = ((now - hours * 3_600_000_000) / width * width, now, width);
     let traffic = Traffic::new(app.store.database());
     let mut variants = Variant::all(traffic.sums(window.0, window.1, window.2).await.map_err(unavailable)?);
     for (place, variant) in variants.iter_mut().enumerate() {
         let (model, name) = (&variant.total.model, variant.total.variant.as_deref());
-        variant.remote = app.registry.remote(model).is_some();
+        variant.remote = app.registry.remote(model).map(|remote| remote.spec().servers.join(", "));
         variant.price = app.limits.price(model);
         if place < TIMED {
             variant.latencies = traffic.latencies(model, name, window.0, TIMES).await.map_err(unavailable)?;
@@ -153,7 +155,18 @@ async fn dataset_list(State(app): State<App>) -> Result<Response, ApiError> {
 }
 
 async fn dataset(State(app): State<App>, Path(reference): Path<String>) -> Result<Response, ApiError> {
-    Ok(sent(&datasets::page(&app.datasets.datasets().find(&reference).await?)))
+    let snapshots = app.datasets.datasets().clone();
+    let snapshot = snapshots.find(&reference).await?;
+    if !datasets::has_report(&snapshot) {
+        return Ok(sent(&datasets::page(&snapshot, None)));
+    }
+    let of = snapshot.clone();
+    // The report has every row in it, and may lie elsewhere.
+    let plots = off_path_waiting(async move { snapshots.plots(&of).await }).await?;
+    if let Err(error) = &plots {
+        tracing::warn!(dataset = reference, %error, "the plots of a quality report cannot be read");
+    }
+    Ok(sent(&datasets::page(&snapshot, plots.ok())))
 }
 
 async fn training_list(State(app): State<App>) -> Result<Response, ApiError> {

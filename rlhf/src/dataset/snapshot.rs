@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tidemill_store::{Actor, InferenceFilter, Snapshot, Snapshots, Sources, Store};
 
@@ -22,7 +22,7 @@ use super::stored::StoredRow;
 use super::table::{RowStream, Table};
 use super::watch::{Stage, Watch};
 use super::{Row, format};
-use crate::quality::{self, Keep, QualityOptions, QualityReport, Split, Verdict};
+use crate::quality::{self, Keep, Plots, QualityOptions, QualityReport, Split, Verdict};
 
 /// Rows that a report looks at; of larger imports it takes a sample of this size. Also the most rows held in memory.
 pub const CHECKED: usize = 100_000;
@@ -401,6 +401,20 @@ impl Datasets {
     pub async fn report(&self, snapshot: &Snapshot, page: bool) -> Result<Vec<u8>, DatasetError> {
         let file = if page { "report.html" } else { "report.json" };
         self.table(snapshot).await?.get_beside(&format!("{}/{file}", snapshot.version)).await
+    }
+
+    /// The numbers behind the plots of its quality report, out of the report's file: the row in the store is without them.
+    pub async fn plots(&self, snapshot: &Snapshot) -> Result<Plots, DatasetError> {
+        #[derive(Deserialize)]
+        struct Drawn {
+            plots: Plots,
+        }
+        let report = self.report(snapshot, false).await?;
+        let unreadable = |error: serde_json::Error| DatasetError::Unreadable {
+            what: format!("the quality report of {}@{}", snapshot.name, snapshot.version),
+            reason: error.to_string(),
+        };
+        Ok(serde_json::from_slice::<Drawn>(&report).map_err(unreadable)?.plots)
     }
 
     /// Texts of the last prompts of users.

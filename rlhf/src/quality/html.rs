@@ -128,12 +128,25 @@ impl QualityReport {
 
     /// The plots for which there are numbers, with their titles.
     pub fn drawings(&self) -> Vec<(&'static str, Fragment)> {
-        let limit = |name: &str| self.checks.iter().find(|check| check.name == name).and_then(|check| check.threshold);
+        let check = |name: &str| self.checks.iter().find(|check| check.name == name);
+        let limit = |name: &str| check(name).and_then(|check| check.threshold);
         let plots = &self.plots;
-        let raters = &plots.reliability[..plots.reliability.len().min(RATERS)];
+        let agreement = check("agreement").and_then(|check| {
+            Some(plot::Dot {
+                name: "All judgements",
+                value: check.value?,
+                interval: check.interval?,
+                about: check.explanation.clone(),
+            })
+        });
+        let raters: Vec<plot::Dot<'_>> = plots.reliability.iter().take(RATERS).map(plot::Dot::of_rater).collect();
         let figures = [
             ("Length: chosen less rejected, in characters", plot::lengths(&plots.length_differences)),
-            ("Skill of raters", plot::reliability(raters, limit("reliability"))),
+            (
+                "Agreement: Krippendorff's α",
+                plot::dots(agreement.as_slice(), limit("agreement"), "Krippendorff's α with its 95 % interval"),
+            ),
+            ("Skill of raters", plot::dots(&raters, limit("reliability"), "Skill of each rater with its 95 % interval")),
             ("Share of the rows per user", plot::shares(&plots.users, limit("user_share"), "Share of the rows per user")),
             ("Share of the rows per rater", plot::shares(&plots.raters, limit("rater_share"), "Share of the rows per rater")),
         ];

@@ -8,6 +8,7 @@ use super::{
     reliability::Rater,
 };
 use crate::chart::{WIDTH, svg};
+use crate::statistics::Interval;
 
 /// Left edge of bars that have names beside them.
 const NAMES: f64 = 150.0;
@@ -110,14 +111,33 @@ pub(super) fn shares(shares: &[Share], limit: Option<Limit>, label: &str) -> Str
     svg(bottom + 6.0, label, &body)
 }
 
-/// A dot and an interval per rater, from against the others (−1) to always right (1).
-pub(super) fn reliability(raters: &[Rater], limit: Option<Limit>) -> String {
-    if raters.is_empty() {
+/// A number between −1 and 1, and what it may as well be.
+pub(super) struct Dot<'a> {
+    /// What stands beside it.
+    pub(super) name: &'a str,
+    pub(super) value: f64,
+    pub(super) interval: Interval,
+    /// What is told of it besides.
+    pub(super) about: String,
+}
+
+impl<'a> Dot<'a> {
+    /// How good a rater is, from against the others (−1) to always right (1).
+    pub(super) fn of_rater(rater: &'a Rater) -> Self {
+        let Rater { skill, accuracy, judgements, interval, .. } = rater;
+        let about = format!("skill {skill:.2}, accuracy {accuracy:.2}, {judgements} judgements");
+        Self { name: &rater.rater, value: *skill, interval: *interval, about }
+    }
+}
+
+/// A dot and an interval per number.
+pub(super) fn dots(dots: &[Dot<'_>], limit: Option<Limit>, label: &str) -> String {
+    if dots.is_empty() {
         return String::new();
     }
-    let lowest = raters.iter().map(|rater| rater.interval.low).fold(0.0, f64::min).max(-1.0);
+    let lowest = dots.iter().map(|dot| dot.interval.low).fold(0.0, f64::min).max(-1.0);
     let x = |value: f64| NAMES + (value.clamp(lowest, 1.0) - lowest) / (1.0 - lowest) * (WIDTH - NAMES - RIGHT);
-    let bottom = TOP + ROW * raters.len() as f64;
+    let bottom = TOP + ROW * dots.len() as f64;
     let mut body = String::new();
     for value in [-1.0, -0.5, 0.0, 0.5, 1.0].into_iter().filter(|value| *value >= lowest) {
         let _ = write!(
@@ -128,25 +148,25 @@ pub(super) fn reliability(raters: &[Rater], limit: Option<Limit>) -> String {
             number(value)
         );
     }
-    for (place, rater) in raters.iter().enumerate() {
+    for (place, dot) in dots.iter().enumerate() {
         let y = TOP + ROW * place as f64;
-        let class = limit.map_or("more", |limit| bar(limit, rater.interval.high));
+        let class = limit.map_or("more", |limit| bar(limit, dot.interval.high));
         let (middle, text) = (y + 11.0, y + 15.5);
-        let (low, high, at) = (x(rater.interval.low), x(rater.interval.high), x(rater.skill));
-        let Rater { skill, accuracy, judgements, .. } = rater;
+        let (low, high, at) = (x(dot.interval.low), x(dot.interval.high), x(dot.value));
         let _ = write!(
             body,
             "{}<path class=\"whisker {class}\" d=\"M{low:.1} {middle:.1}H{high:.1}\"/><circle class={class} cx=\"{at:.1}\" \
-             cy=\"{middle:.1}\" r=\"5\"><title>skill {skill:.2}, accuracy {accuracy:.2}, {judgements} judgements</title></circle><text \
-             class=value x=\"{:.1}\" y=\"{text:.1}\">{skill:.2}</text>",
-            name(&rater.rater, y),
+             cy=\"{middle:.1}\" r=\"5\"><title>{}</title></circle><text class=value x=\"{:.1}\" y=\"{text:.1}\">{:.2}</text>",
+            name(dot.name, y),
+            escape(&dot.about),
             WIDTH - RIGHT + 12.0,
+            dot.value,
         );
     }
     for (word, value) in limit.map(|limit| [("warn", limit.warn), ("fail", limit.fail)]).into_iter().flatten() {
         let _ = write!(body, "{}", threshold(word, x(value), bottom));
     }
-    svg(bottom + 22.0, "Skill of each rater with its 95 % interval", &body)
+    svg(bottom + 22.0, label, &body)
 }
 
 /// A person's name at the left of a row, cut to fit.
