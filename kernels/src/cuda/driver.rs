@@ -15,7 +15,7 @@ use crate::error::KernelError;
 /// Shared memory that a kernel gets without being asked for more.
 const SHARED_UNASKED: u32 = 48 << 10;
 
-fn failed(what: &str, e: DriverError) -> KernelError {
+pub(super) fn failed(what: &str, e: DriverError) -> KernelError {
     // The driver's own words; a code that it does not know has none.
     let words = e.error_string().map(|text| text.to_string_lossy().into_owned()).unwrap_or_default();
     KernelError::Device(format!("{what}: {e:?} {words}"))
@@ -25,7 +25,7 @@ fn failed(what: &str, e: DriverError) -> KernelError {
 pub struct Card {
     device: sys::CUdevice,
     context: sys::CUcontext,
-    stream: sys::CUstream,
+    pub(super) stream: sys::CUstream,
     functions: HashMap<&'static str, sys::CUfunction>,
     modules: Vec<sys::CUmodule>,
     products: Products,
@@ -45,7 +45,9 @@ impl Card {
         // SAFETY: it looks for the library, and for nothing else.
         if !unsafe { sys::is_culib_present() } {
             return Err(KernelError::Unsupported(
-                "no NVIDIA driver: libcuda.so is not on the loader's path; install a driver, or serve with --device cpu".into(),
+                "no NVIDIA driver found: looked for libcuda.so and libcuda.so.1 on the loader's path; install a driver, or serve with \
+                 --device cpu"
+                    .into(),
             ));
         }
         cuda::init().map_err(|e| failed("the driver does not start", e))?;
@@ -94,7 +96,7 @@ impl Card {
         cuda::mem_get_info().map_err(|e| failed("the card's memory cannot be read", e))
     }
 
-    fn current(&self) -> Result<(), KernelError> {
+    pub(super) fn current(&self) -> Result<(), KernelError> {
         // SAFETY: the context is held until this is dropped.
         unsafe { cuda::ctx::set_current(self.context) }.map_err(|e| failed("no context", e))
     }
@@ -116,6 +118,15 @@ impl Card {
 fn card_alloc(bytes: usize, what: &'static str) -> Result<Address, KernelError> {
     // SAFETY: plain memory.
     unsafe { cuda::malloc_sync(bytes.max(1)) }.map(Address).map_err(|_| KernelError::Memory { what, bytes })
+}
+
+/// Compiles all kernel files for an architecture (`sm_90a`) into `cache`, for a machine that has a driver and no NVRTC.
+pub fn prepare(architecture: &str, cache: &Path) -> Result<(), KernelError> {
+    images(architecture, Some(cache))?;
+    match Source::ALL.into_iter().map(|source| kept_at(cache, source, architecture)).find(|path| !path.is_file()) {
+        Some(path) => Err(KernelError::Device(format!("{} could not be written; choose a folder that can be", path.display()))),
+        None => Ok(()),
+    }
 }
 
 /// The machine code of all files, from the cache or the compiler.

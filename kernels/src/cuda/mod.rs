@@ -18,6 +18,7 @@ mod plan;
 mod product;
 mod room;
 mod sampling;
+pub mod stopwatch;
 pub mod weights;
 
 use self::adapters::Adapters;
