@@ -6,8 +6,13 @@
     reason = "a test stops at the first error; the lint knows test functions only"
 )]
 
+pub mod backend;
 pub mod decoder;
 pub mod emulation;
+pub mod low_rank;
+pub mod mistakes;
+pub mod sampling;
+pub mod scenarios;
 pub mod steps;
 
 use tidemill_kernels::blocks::quantize_row;
