@@ -33,7 +33,15 @@ mod tests {
 
     #[test]
     fn the_formats_own_numbers() {
-        let table = [(0x00, 0.0), (0x01, 1.0 / 512.0), (0x07, 7.0 / 512.0), (0x08, 1.0 / 64.0), (0x38, 1.0), (0x7e, 448.0), (0xb9, -1.125)];
+        let table = [
+            (0x00, 0.0),
+            (0x01, 1.0 / 512.0),
+            (0x07, 7.0 / 512.0),
+            (0x08, 1.0 / 64.0),
+            (0x38, 1.0),
+            (0x7e, 448.0),
+            (0xb9, -1.125),
+        ];
         for (byte, value) in table {
             assert_eq!((decode(byte), encode(value)), (value, byte));
         }

@@ -64,7 +64,8 @@ fn a_row_does_not_depend_on_its_company() {
         for format in [Format::F32, Format::Bf16, Format::Q8_0, Format::Q4_0] {
             let weight = Weight::random(noise, 640, 128, format, 0.1);
             let alone = rows_in_company(&mut cpu(isa, 1, LIMITS), &weight, &[64], 0);
-            for (threads, takes, neighbours) in [(2, &[64][..], 0), (2, &[1; 64], 0), (3, &[20, 20, 20, 4], 5), (1, &[1; 64], 2)] {
+            for (threads, takes, neighbours) in [(2, &[64][..], 0), (2, &[1; 64], 0), (3, &[20, 20, 20, 4], 5), (1, &[1; 64], 2)]
+            {
                 let rows = rows_in_company(&mut cpu(isa, threads, LIMITS), &weight, takes, neighbours);
                 assert!(rows == alone, "{isa:?} {format:?} {threads} {takes:?} {neighbours}");
             }

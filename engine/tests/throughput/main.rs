@@ -213,7 +213,8 @@ fn run(engine: &Engine, plan: &Plan, batch: usize, answer: usize) -> Option<Rate
 
 fn print(plan: &Plan, name: &str, bytes: f64, batch: usize, prefill: Option<f64>, decode: Option<f64>) {
     let Plan { llama, prompt, answer, copy, product, .. } = plan;
-    let share = |value: f64, ceiling: f64| if ceiling > 0.0 { format!("{:.0} %", value / ceiling * 100.0) } else { String::new() };
+    let share =
+        |value: f64, ceiling: f64| if ceiling > 0.0 { format!("{:.0} %", value / ceiling * 100.0) } else { String::new() };
     let weights = llama.multiplied() as f64;
     // A step reads the weights once, and each sequence's keys and values so far.
     let read = weights * bytes + (batch * (prompt + answer / 2) * llama.kv_bytes()) as f64;

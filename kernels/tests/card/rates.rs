@@ -48,14 +48,7 @@ impl Sizes {
             launches: 24,
             series: 5,
             // 16 layers of blocks of 32 MiB: a step that copies one moves 1 GiB, which it reads and writes.
-            copied: KvSpec {
-                layers: 16,
-                blocks: 2,
-                block_size: BLOCK,
-                kv_heads: 4096,
-                head_dim: 128,
-                dtype: KvDtype::Bf16,
-            },
+            copied: KvSpec { layers: 16, blocks: 2, block_size: BLOCK, kv_heads: 4096, head_dim: 128, dtype: KvDtype::Bf16 },
             products: [[8192, 8192, 8192], [8192, 28672, 4096], [4096, 4096, 14336]],
         }
     }
@@ -157,18 +150,13 @@ impl<'a, D: Clock> Bench<'a, D> {
         series[series.len() / 2]
     }
 
-    fn measure(
-        &mut self,
-        kernel: &str,
-        sizes: &str,
-        step: &StepBatch,
-        cost: Work,
-        work: impl FnMut(&mut CudaBackend<D>, usize),
-    ) {
+    fn measure(&mut self, kernel: &str, sizes: &str, step: &StepBatch, cost: Work, work: impl FnMut(&mut CudaBackend<D>, usize)) {
         let seconds = self.seconds(step, self.sizes.launches, work);
         let (bytes, operations) = (cost.bytes / seconds, cost.operations / seconds);
-        let share = |value: f64, ceiling: f64| if ceiling > 0.0 { format!("{:.0} %", value / ceiling * 100.0) } else { "".into() };
-        let rate = |value: f64, unit: f64, digits: usize| if value > 0.0 { format!("{:.digits$}", value / unit) } else { "".into() };
+        let share =
+            |value: f64, ceiling: f64| if ceiling > 0.0 { format!("{:.0} %", value / ceiling * 100.0) } else { "".into() };
+        let rate =
+            |value: f64, unit: f64, digits: usize| if value > 0.0 { format!("{:.digits$}", value / unit) } else { "".into() };
         (self.row)(format!(
             "| {kernel} | {sizes} | {:.1} | {} | {} | {} | {} |",
             seconds * 1e6,
@@ -457,9 +445,15 @@ fn attention<D: Clock>(
         bench.ops.embedding(table, qkv);
         bench.ops.finish(&mut done).unwrap();
         let cost = Work { bytes: bytes as f64, operations: 4.0 * (heads * head_dim) as f64 * pairs };
-        bench.measure(&format!("attention, {name}, {dtype:?}"), &format!("{rows} rows, context {context}"), &step, cost, |ops, i| {
-            ops.paged_attention(qkv, sizes.heads, spec, kv, i % layers, out);
-        });
+        bench.measure(
+            &format!("attention, {name}, {dtype:?}"),
+            &format!("{rows} rows, context {context}"),
+            &step,
+            cost,
+            |ops, i| {
+                ops.paged_attention(qkv, sizes.heads, spec, kv, i % layers, out);
+            },
+        );
     }
 }
 

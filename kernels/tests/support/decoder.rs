@@ -231,14 +231,7 @@ impl Trial {
         })
     }
 
-    pub fn new(
-        seed: u64,
-        shape: DecoderShape,
-        format: Format,
-        packed: WeightFormat,
-        dtype: KvDtype,
-        tolerance: f64,
-    ) -> Trial {
+    pub fn new(seed: u64, shape: DecoderShape, format: Format, packed: WeightFormat, dtype: KvDtype, tolerance: f64) -> Trial {
         let weights = DecoderWeights::random(7, shape, format, format);
         let noise = &mut Noise::new(seed);
         let mut list = sequences(noise, 5, 150, shape.vocabulary, BLOCKS);

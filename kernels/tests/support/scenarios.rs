@@ -165,7 +165,10 @@ const SHAPES: [HeadShape; 6] = [
 ];
 
 pub fn attention() -> Vec<Scenario> {
-    [(KvDtype::F32, 1e-5), (KvDtype::Bf16, 2e-2)].into_iter().flat_map(|(dtype, tolerance)| attention_in(dtype, tolerance)).collect()
+    [(KvDtype::F32, 1e-5), (KvDtype::Bf16, 2e-2)]
+        .into_iter()
+        .flat_map(|(dtype, tolerance)| attention_in(dtype, tolerance))
+        .collect()
 }
 
 /// Attention over a cache of one type.
