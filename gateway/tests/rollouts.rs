@@ -412,6 +412,24 @@ async fn serve_many(app: &App, row: &Rollout, arm: u32, units: i64, lost: i64, f
 }
 
 #[tokio::test]
+async fn an_arm_that_takes_longer_is_not_taken_for_one_that_lost_units() {
+    let app = app(ServerSpec::new("u", "http://127.0.0.1:1"));
+    let router = router(app.clone());
+    let metrics = json!([{"metric": "error_rate", "guardrail": {"max": 0.1}, "min_samples": 1000}]);
+    started(&router, json!({"name": "slow", "kind": "canary", "steps": [{"set_weight": 50}], "metrics": metrics})).await;
+    let row = app.rollouts.rollouts().find("slow").await.unwrap();
+    // The control's have begun as well, and are being written by the engine.
+    let writing = app.rollouts.under_way().begin(row.created + 1);
+    serve_many(&app, &row, 1, 300, 0, 0).await;
+    let rollout = measured(&app, "slow", 5).await;
+    assert_eq!(rollout.latest["action"]["kind"], "hold", "{}", rollout.latest);
+    assert_eq!((&rollout.latest["exposures"], &rollout.latest["sample_ratio"]), (&json!([0, 300]), &Value::Null));
+    // They have ended, and nothing came of them.
+    drop(writing);
+    assert_eq!(measured(&app, "slow", 10).await.latest["action"], json!({"kind": "pause", "reason": "sample_ratio"}));
+}
+
+#[tokio::test]
 async fn lost_exposures_are_seen_and_promote_nothing() {
     let app = app(ServerSpec::new("u", "http://127.0.0.1:1"));
     let router = router(app.clone());

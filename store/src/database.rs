@@ -158,6 +158,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (11, "keeper", include_str!("../migrations/0011_keeper.sql")),
     (12, "loops", include_str!("../migrations/0012_loops.sql")),
     (13, "governance", include_str!("../migrations/0013_governance.sql")),
+    (17, "under way", include_str!("../migrations/0017_under_way.sql")),
 ];
 
 fn without_password(url: &str) -> String {

@@ -131,6 +131,22 @@ impl Exposures {
         .await
     }
 
+    /// The units of each arm whose answers began since then and before `until` (microseconds since 1970), by arm.
+    pub async fn units(&self, rollout: Uuid, since: i64, until: i64) -> Result<Vec<(u32, u64)>, StoreError> {
+        const TEXT: &str = "SELECT arm, COUNT(DISTINCT unit) FROM inferences \
+             WHERE rollout_id = $1 AND created >= $2 AND created < $3 GROUP BY arm ORDER BY arm";
+        at_length(async {
+            let query = sqlx::query(TEXT).bind(rollout.to_string()).bind(since).bind(until);
+            let rows = query.fetch_all(self.database.read()).await?;
+            let units = |row: &AnyRow| {
+                let arm = u32::try_from(row.try_get::<i64, _>(0)?).unwrap_or(u32::MAX);
+                Ok((arm, row.try_get::<i64, _>(1)?.unsigned_abs()))
+            };
+            rows.iter().map(units).collect()
+        })
+        .await
+    }
+
     /// The time to the first token of an arm's answers: its `quantile`, from 0 to 1, and how many took longer than `bound` microseconds.
     pub async fn first_tokens(
         &self,

@@ -43,17 +43,19 @@ impl RolloutReader {
         self.store.database().dialect() == Dialect::Sqlite
     }
 
-    /// Says that this server assigns by the rollouts of this clock, or by newer ones. To be said again within some seconds.
-    pub async fn serves(&self, clock: i64) -> Result<(), StoreError> {
+    /// Says that this server assigns by the rollouts of this clock, or by newer ones, and when the oldest of its answers began that will count
+    /// in one and has not ended (microseconds since 1970). To be said again within some seconds.
+    pub async fn serves(&self, clock: i64, under_way: i64) -> Result<(), StoreError> {
         if self.is_alone() {
             return Ok(());
         }
         patiently(async {
             let text = format!(
-                "INSERT INTO rollout_readers (reader, serves, seen) VALUES ($1, $2, {NOW}) \
-                 ON CONFLICT (reader) DO UPDATE SET serves = excluded.serves, seen = excluded.seen"
+                "INSERT INTO rollout_readers (reader, serves, seen, under_way) VALUES ($1, $2, {NOW}, $3) \
+                 ON CONFLICT (reader) DO UPDATE SET serves = excluded.serves, seen = excluded.seen, under_way = excluded.under_way"
             );
-            sqlx::query(AssertSqlSafe(text)).bind(self.name.clone()).bind(clock).execute(self.store.database().write()).await?;
+            let query = sqlx::query(AssertSqlSafe(text)).bind(self.name.clone()).bind(clock).bind(under_way);
+            query.execute(self.store.database().write()).await?;
             // Those that were killed.
             let text = format!("DELETE FROM rollout_readers WHERE seen < {NOW} - {}", 10 * GONE.as_micros());
             sqlx::query(AssertSqlSafe(text)).execute(self.store.database().write()).await?;
@@ -76,6 +78,20 @@ impl RolloutReader {
             let row = sqlx::query(AssertSqlSafe(text)).bind(clock).fetch_one(self.store.database().read()).await?;
             let count = |index: usize| row.try_get::<i64, _>(index).map(i64::unsigned_abs);
             Ok(Readers { all: count(0)?, serving: count(1)? })
+        })
+        .await
+    }
+
+    /// When the oldest answer of any server began that will count in a rollout and has not ended, as far as they have said so. `own` is this
+    /// server's, in microseconds since 1970.
+    pub async fn under_way(&self, own: i64) -> Result<i64, StoreError> {
+        if self.is_alone() {
+            return Ok(own);
+        }
+        patiently(async {
+            let text = format!("SELECT MIN(under_way) FROM rollout_readers WHERE seen > {NOW} - {}", GONE.as_micros());
+            let row = sqlx::query(AssertSqlSafe(text)).fetch_one(self.store.database().read()).await?;
+            Ok(row.try_get::<Option<i64>, _>(0)?.map_or(own, |others| others.min(own)))
         })
         .await
     }

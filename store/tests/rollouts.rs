@@ -143,18 +143,21 @@ fn who_ends_a_rollout_knows_when_all_servers_do() {
     each(async |place| {
         let store = place.open().await;
         let (one, two) = (RolloutReader::new(&store), RolloutReader::new(&store));
-        one.serves(3).await.unwrap();
-        two.serves(4).await.unwrap();
+        one.serves(3, 30).await.unwrap();
+        two.serves(4, 20).await.unwrap();
         let readers = one.of(4).await.unwrap();
         if place.dialect == Dialect::Sqlite {
             // The only server there is.
             assert_eq!(readers, Readers { all: 1, serving: 1 });
+            assert_eq!(one.under_way(50).await.unwrap(), 50);
             return;
         }
         assert_eq!(readers, Readers { all: 2, serving: 1 });
-        one.serves(5).await.unwrap();
+        one.serves(5, 40).await.unwrap();
         assert_eq!(one.of(4).await.unwrap(), Readers { all: 2, serving: 2 });
+        assert_eq!((one.under_way(50).await.unwrap(), one.under_way(10).await.unwrap()), (20, 10));
         two.leave().await.unwrap();
+        assert_eq!(one.under_way(50).await.unwrap(), 40);
         assert_eq!(one.of(6).await.unwrap(), Readers { all: 1, serving: 0 });
     });
 }

@@ -14,7 +14,7 @@ use tidemill_store::{ArmCounts, Rollout, RolloutDecision};
 /// Decisions of the table, the newest.
 const DECISIONS: usize = 100;
 /// As the decision has it.
-const SAMPLE_RATIO_ALPHA: f64 = 0.001;
+const SAMPLE_RATIO_ANYTIME: f64 = 0.01;
 
 /// A rollout's page.
 pub struct Shown {
@@ -130,7 +130,7 @@ impl Shown {
         };
         let ratio = latest.and_then(|latest| latest.sample_ratio).map(|test| {
             let (mood, word) =
-                if test.p_value < SAMPLE_RATIO_ALPHA { (Mood::Bad, "mismatch") } else { (Mood::Good, "as it should be") };
+                if test.anytime_p < SAMPLE_RATIO_ANYTIME { (Mood::Bad, "mismatch") } else { (Mood::Good, "as it should be") };
             let numbers = format!(" χ² {}, p {}", significant(test.chi_square), significant(test.p_value));
             all([chip(mood, word).into(), Html::from(numbers)])
         });
@@ -377,7 +377,7 @@ mod tests {
             ("error_rate".to_owned(), vec![share(10), share(errors)]),
             ("goal feedback.thumb".to_owned(), vec![share(500), share(520)]),
         ]);
-        let measured = Measured { exposures: vec![1000, 1010], recent: vec![1000, 1010], metrics };
+        let measured = Measured { exposures: vec![1000, 1010], ended: vec![1000, 1010], metrics };
         let (state, second) = measure(&spec, &state, &measured, 9_000_000, &mut || 0.5);
         let rollout = Rollout {
             id: Uuid::from_u128(7),

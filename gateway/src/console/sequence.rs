@@ -122,7 +122,7 @@ mod tests {
             ("time_to_first_token_p99".to_owned(), vec![wait, wait, None]),
             ("goal feedback.thumb".to_owned(), vec![share(2), share(2), share(3)]),
         ]);
-        Measured { exposures: vec![trials; 3], recent: vec![trials; 3], metrics }
+        Measured { exposures: vec![trials; 3], ended: vec![trials; 3], metrics }
     }
 
     fn run(spec: &Spec, looks: u64) -> Vec<Decision> {

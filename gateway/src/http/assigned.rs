@@ -14,6 +14,7 @@ use crate::http::mirror::ShadowCopy;
 use crate::recording::{hand_over, micros};
 use crate::rollout::assignment::{Mode, Reason, Unit};
 use crate::rollout::table::{Running, Variant};
+use crate::rollout::under_way::Counting;
 use crate::upstream::remote::request::Endpoint;
 use axum::response::Response;
 use bytes::Bytes;
@@ -169,9 +170,16 @@ pub struct Assigned {
     shape: Shape,
     /// A record that has the exposure has begun.
     recorded: AtomicBool,
+    /// Held until that record is the store's.
+    counting: Option<Arc<Counting>>,
 }
 
 impl Assigned {
+    /// What whoever records the answer holds until the record is the store's.
+    pub fn counting(&self) -> Option<Arc<Counting>> {
+        self.counting.clone()
+    }
+
     /// A record that has the exposure has begun: it will say how the answer ended.
     pub fn is_recorded(&self) {
         self.recorded.store(true, Ordering::Release);
@@ -333,7 +341,8 @@ pub fn plan(mut asked: Asked, shape: Option<Shape>, mut body: Value) -> Result<(
     let assigned = |variant: &Arc<Variant>, counts: Option<(String, Exposure)>| {
         let (public, variant, recorded) = (named.clone(), Arc::clone(variant), AtomicBool::new(false));
         let (rollout, exposure) = counts.unzip();
-        Some(Arc::new(Assigned { public, variant, exposure, rollout, shape, recorded }))
+        let counting = exposure.map(|_| asked.app.rollouts.under_way().begin(now()));
+        Some(Arc::new(Assigned { public, variant, exposure, rollout, shape, recorded, counting }))
     };
     let single = is_single(shape, &body);
     let (mut variant, mut own) =

@@ -333,6 +333,7 @@ impl Pending {
         if let Some(assigned) = &self.assigned {
             assigned.is_recorded();
         }
-        Recorder::new(self.store, self.level, self.arrived, self.drafts)
+        let counting = self.assigned.as_ref().and_then(|assigned| assigned.counting());
+        Recorder::new(self.store, self.level, self.arrived, self.drafts, counting)
     }
 }

@@ -85,7 +85,7 @@ async fn answers(app: &App, draft: &Draft, n: usize, whose: Whose) -> Result<Opt
     let model = app.registry.find_local(draft.model.as_deref())?;
     let (request, record) = prepare(app, &model, draft, n, whose)?;
     let ids = record.choice_ids.clone();
-    let mut recorder = Recorder::new(app.store.clone(), Level::Full, Instant::now(), vec![record]);
+    let mut recorder = Recorder::new(app.store.clone(), Level::Full, Instant::now(), vec![record], None);
     let mut events = model.submit(vec![request])?;
     let mut collected = Collected::new(1, n, false);
     loop {

@@ -3,6 +3,8 @@
 use crate::openai::chat_output::{ChatChoice, OutputFormat};
 use crate::recording::refusal::{OPENING, refuses};
 use crate::recording::{Level, only_counted};
+use crate::rollout::under_way::Counting;
+use std::sync::Arc;
 use std::time::Instant;
 use tidemill_engine::{Event, FinishReason};
 use tidemill_store::Store;
@@ -29,6 +31,8 @@ pub struct Recorder {
     level: Level,
     arrived: Instant,
     prompts: Vec<Option<InProgress>>,
+    /// Of an answer that counts in a rollout.
+    _counting: Option<Arc<Counting>>,
 }
 
 struct InProgress {
@@ -56,12 +60,12 @@ impl Candidate {
 
 impl Recorder {
     /// For the prompts of one request that arrived at `arrived`.
-    pub fn new(store: Store, level: Level, arrived: Instant, drafts: Vec<Draft>) -> Self {
+    pub fn new(store: Store, level: Level, arrived: Instant, drafts: Vec<Draft>, counting: Option<Arc<Counting>>) -> Self {
         let in_progress = |draft: Draft| {
             let choices = (0..draft.candidates).map(|_| Candidate::default()).collect();
             Some(InProgress { draft, choices })
         };
-        Self { store, level, arrived, prompts: drafts.into_iter().map(in_progress).collect() }
+        Self { store, level, arrived, prompts: drafts.into_iter().map(in_progress).collect(), _counting: counting }
     }
 
     /// Takes note of an event of prompt `index`.
@@ -263,7 +267,7 @@ mod tests {
             draft.choice_ids = vec![*id];
             draft
         });
-        let mut recorder = Recorder::new(store.clone(), Level::Full, Instant::now(), drafts.collect());
+        let mut recorder = Recorder::new(store.clone(), Level::Full, Instant::now(), drafts.collect(), None);
         let record = TokenRecord { token: 7, logprob: -1.0, processed_logprob: -0.5, top: vec![], processed_top: vec![] };
         for prompt in 0..2 {
             recorder.see(prompt, &Event::Prompt { cached_tokens: 1, logprobs: None });

@@ -3,8 +3,10 @@
 use crate::recording::recorder::{hand_over, micros};
 use crate::recording::refusal::refuses;
 use crate::recording::{Level, only_counted};
+use crate::rollout::under_way::Counting;
 use crate::upstream::remote::chunk::{Gathered, Gathering, RemoteUsage};
 use serde_json::{Map, Value, json};
+use std::sync::Arc;
 use std::time::Instant;
 use tidemill_store::records::{Choice, Inference, Status};
 use tidemill_store::{Money, Store};
@@ -22,6 +24,8 @@ pub struct RemoteRecord {
     pub inference: Inference,
     /// Ids of the choices, the answer's own first.
     pub choice_ids: Vec<Uuid>,
+    /// Of an answer that counts in a rollout.
+    pub counting: Option<Arc<Counting>>,
 }
 
 /// What there is of an answer at its end.
@@ -47,6 +51,7 @@ impl RemoteRecord {
     /// The answer is over, and the record is the store's.
     pub fn finish(self, status: Status, answer: &RemoteAnswer<'_>) {
         let (store, arrived) = (self.store.clone(), self.arrived);
+        let _counting = self.counting.clone();
         hand_over(&store, self.into_record(status, micros(arrived), answer));
     }
 

@@ -13,6 +13,7 @@ use crate::rollout::measure::{Sources, measured, recorded_as};
 use crate::rollout::mirrors::Mirrors;
 use crate::rollout::spec::{Quantity, Spec};
 use crate::rollout::table::{self, BadRow, Tables, Variant};
+use crate::rollout::under_way::UnderWay;
 use crate::upstream::Registry;
 use arc_swap::ArcSwap;
 use metrics::{counter, gauge};
@@ -121,6 +122,7 @@ struct Inner {
     exposures: Exposures,
     comparisons: Comparisons,
     mirrors: Mirrors,
+    under_way: UnderWay,
     models: Arc<Registry>,
     adapters: AdapterKeeper,
     /// Metrics that feedback may name.
@@ -164,6 +166,7 @@ impl Keeper {
             exposures: Exposures::new(store.database()),
             comparisons: Comparisons::new(store.database()),
             mirrors: Mirrors::default(),
+            under_way: UnderWay::default(),
             models,
             adapters,
             declared,
@@ -180,6 +183,11 @@ impl Keeper {
     /// The rows.
     pub fn rollouts(&self) -> &Rollouts {
         &self.0.rollouts
+    }
+
+    /// Answers of this server that will count in a rollout, and have not ended.
+    pub fn under_way(&self) -> &UnderWay {
+        &self.0.under_way
     }
 
     /// Copies of requests for shadows.
@@ -327,7 +335,7 @@ impl Keeper {
         }
         looked.clock = Some(clock);
         if !fresh || looked.said.is_none_or(|said| said.elapsed() >= PULSE) {
-            self.0.reader.serves(clock).await?;
+            self.0.reader.serves(clock, self.0.under_way.since(now())).await?;
             looked.said = Some(Instant::now());
         }
         Ok(clock)
@@ -407,7 +415,8 @@ impl Keeper {
 
     async fn measure(&self, row: &Rollout, spec: &Spec, state: &State, now: i64) -> Result<(), StoreError> {
         let sources = Sources { exposures: &self.0.exposures, comparisons: &self.0.comparisons };
-        let measured = measured(sources, row.id, spec, state, &self.0.declared).await?;
+        let under_way = self.0.reader.under_way(self.0.under_way.since(now)).await?;
+        let measured = measured(sources, row.id, spec, state, &self.0.declared, under_way).await?;
         // The same draws for whoever measures this state.
         let mut random = Random::new(row.id.as_u64_pair().1 ^ row.version.unsigned_abs());
         let (next, decision) = decision::measure(spec, state, &measured, now, &mut || random.unit());

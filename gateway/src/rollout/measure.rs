@@ -4,7 +4,7 @@
 use crate::feedback::Metrics;
 use crate::rollout::contest::verdicts;
 use crate::rollout::decision::{Measure, Measured, State};
-use crate::rollout::spec::{Metric, Of, Quantity, Role, Spec};
+use crate::rollout::spec::{Kind as RolloutKind, Metric, Of, Quantity, Role, Spec};
 use std::collections::BTreeMap;
 use tidemill_store::records::Kind;
 use tidemill_store::{ArmCounts, Comparisons, Exposures, StoreError, UnitSums, UnitValue};
@@ -14,6 +14,8 @@ use uuid::Uuid;
 const STALL: i64 = 60_000_000;
 /// How long after a change of shares some server may still have assigned by the old ones. Microseconds.
 const LAG: i64 = 2_000_000;
+/// How long a record may take to its place in the database after its answer has ended. Microseconds.
+const WRITING: i64 = 2_000_000;
 
 /// Where it is measured.
 #[derive(Clone, Copy, Debug)]
@@ -24,22 +26,21 @@ pub struct Sources<'a> {
     pub comparisons: &'a Comparisons,
 }
 
-/// Measures a rollout. An error means that not even the exposures could be read: then nothing is known, and nothing is decided.
+/// Measures a rollout; answers that began at `under_way` or later may not have ended (microseconds since 1970). An error means that not even the exposures could be read: then nothing is known, and nothing is decided.
 pub async fn measured(
     sources: Sources<'_>,
     id: Uuid,
     spec: &Spec,
     state: &State,
     declared: &Metrics,
+    under_way: i64,
 ) -> Result<Measured, StoreError> {
     let since = settled(state, state.since);
     let Sources { exposures, .. } = sources;
     let counts = exposures.counts(id, since).await?;
-    let recent =
-        if state.changed == state.since { counts.clone() } else { exposures.counts(id, settled(state, state.changed)).await? };
-    let units = |counts: &[ArmCounts]| {
-        by_arm(spec, counts, |count| count.arm).map(|count| count.map_or(0, |count| count.units)).collect()
-    };
+    // A bandit's shares change all the time, so only what came since the last change can be compared with them.
+    let shared = if spec.kind == RolloutKind::Bandit { settled(state, state.changed) } else { since };
+    let ended = exposures.units(id, shared, under_way.saturating_sub(WRITING)).await?;
     let mut metrics = BTreeMap::new();
     for metric in &spec.metrics {
         let arms = match source(sources, id, spec, since, metric, &counts, declared).await {
@@ -51,7 +52,9 @@ pub async fn measured(
         };
         metrics.insert(metric.name(), arms);
     }
-    Ok(Measured { exposures: units(&counts), recent: units(&recent), metrics })
+    let exposures = by_arm(spec, &counts, |count| count.arm).map(|count| count.map_or(0, |count| count.units)).collect();
+    let ended = by_arm(spec, &ended, |(arm, _)| *arm).map(|units| units.map_or(0, |(_, units)| *units)).collect();
+    Ok(Measured { exposures, ended, metrics })
 }
 
 /// From when on all servers assign by the shares that a state has since then. Before a rollout began nobody was assigned by it.

@@ -19,3 +19,4 @@ pub mod mirrors;
 pub mod spec;
 pub mod statistics;
 pub mod table;
+pub mod under_way;

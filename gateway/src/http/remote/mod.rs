@@ -334,7 +334,8 @@ impl RemoteCall {
                 _ => {}
             }
             let (store, arrived, choice_ids) = (app.store.clone(), self.asked.arrived, self.choice_ids.clone());
-            RemoteRecord { store, level, arrived, inference, choice_ids }
+            let counting = self.asked.assigned.as_ref().and_then(|assigned| assigned.counting());
+            RemoteRecord { store, level, arrived, inference, choice_ids, counting }
         });
         let id = (self.endpoint != Endpoint::Embeddings).then_some(self.id);
         let follower = self.asked.follow_remote(self.endpoint.operation(), model.name(), id, &self.prompt);

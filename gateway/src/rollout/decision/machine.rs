@@ -10,7 +10,9 @@ use std::collections::BTreeMap;
 use tidemill_rlhf::statistics::Interval;
 use tidemill_store::Actor;
 
-/// Below this the arms did not get their shares by chance.
+/// Below this, however often it is looked at, the arms did not get their shares by chance.
+const SAMPLE_RATIO_ANYTIME: f64 = 0.01;
+/// Below this, at one look, nothing that compares the arms is believed; whether they got their shares is told by further units.
 const SAMPLE_RATIO_ALPHA: f64 = 0.001;
 /// Expected units in the smallest arm below which χ² says little.
 const SAMPLE_RATIO_LEAST: f64 = 5.0;
@@ -152,8 +154,7 @@ fn facts(spec: &Spec, state: &State, measured: &Measured) -> Facts {
         Kind::Shadow | Kind::Interleaved => vec![1.0; spec.arms.len()],
         _ => state.weights.clone(),
     };
-    // A bandit's shares change all the time, so only what came since the last change can be compared with them.
-    let observed = if spec.kind == Kind::Bandit { &measured.recent } else { &measured.exposures };
+    let observed = &measured.ended;
     let least = shares.iter().copied().filter(|share| *share > 0.0).fold(f64::INFINITY, f64::min) / shares.iter().sum::<f64>();
     let enough = observed.iter().sum::<u64>() as f64 * least >= SAMPLE_RATIO_LEAST;
     let sample_ratio = if enough { sample_ratio(observed, &shares) } else { None };
@@ -195,9 +196,15 @@ fn follow(
     if status == (Status::Paused { reason: PauseReason::SampleRatio }) {
         return (Action::Hold, "the arms did not get their shares; find the cause, then `resume`".to_owned());
     }
-    if let Some(test) = facts.sample_ratio.filter(|test| test.p_value < SAMPLE_RATIO_ALPHA) {
-        let why = format!("the arms did not get their shares: chance would do this with probability {:.2e}", test.p_value);
+    if let Some(test) = facts.sample_ratio.filter(|test| test.anytime_p < SAMPLE_RATIO_ANYTIME) {
+        let why = format!("the arms did not get their shares: chance would ever do this with probability {:.2e}", test.anytime_p);
         return pause(next, PauseReason::SampleRatio, why);
+    }
+    if let Some(test) = facts.sample_ratio.filter(|test| test.p_value < SAMPLE_RATIO_ALPHA) {
+        return (
+            Action::Hold,
+            format!("the arms may not have got their shares (p = {:.2e} at this look); more units will tell", test.p_value),
+        );
     }
     if let Some((action, reason)) = missed(spec, next, facts, now) {
         return (action, reason);

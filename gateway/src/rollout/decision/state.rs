@@ -91,8 +91,9 @@ impl Status {
 pub struct Measured {
     /// Units that each arm has answered since [`State::since`].
     pub exposures: Vec<u64>,
-    /// The same since [`State::changed`].
-    pub recent: Vec<u64>,
+    /// Those of which the shares of the arms can be told: began before every answer that is under way, and of a bandit since
+    /// [`State::changed`].
+    pub ended: Vec<u64>,
     /// By a metric's name, each arm's measure since [`State::since`]; None where its source gave nothing.
     pub metrics: BTreeMap<String, Vec<Option<Measure>>>,
 }

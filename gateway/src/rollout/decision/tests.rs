@@ -31,7 +31,7 @@ fn measured(units: u64, errors: u64, thumbs: Option<[f64; 2]>) -> Measured {
     let up = |arm: usize| thumbs.and_then(|shares| share((shares[arm] * given as f64).round() as u64, given));
     Measured {
         exposures: vec![units, units],
-        recent: vec![units, units],
+        ended: vec![units, units],
         metrics: [
             ("error_rate".to_owned(), vec![share(0, units), share(errors, units)]),
             ("goal feedback.thumb".to_owned(), vec![up(0), up(1)]),
@@ -95,7 +95,7 @@ fn a_good_canary_climbs_its_steps_and_is_promoted_by_its_goal() {
 fn what_follows_from_a_measurement() {
     let promote = Action::Promote { arm: 1 };
     let good = measured(9000, 90, Some([0.5, 0.7]));
-    let lopsided = Measured { exposures: vec![9000, 8100], ..good.clone() };
+    let lopsided = Measured { ended: vec![9000, 8100], ..good.clone() };
     let none_at_all = Measured { metrics: Default::default(), ..good.clone() };
     let nan = {
         let mut nan = good.clone();
@@ -141,6 +141,9 @@ fn what_follows_from_a_measurement() {
         ("no numbers came", &nothing, nan, Action::Hold),
         ("impossible numbers came", &nothing, impossible, Action::Hold),
         ("units are missing in an arm", &nothing, lopsided, Action::Pause { reason: PauseReason::SampleRatio }),
+        // At one look chance would do this once in two thousand times (χ²), and at any of many once in ten.
+        ("few units, and more in one arm", &nothing, Measured { ended: vec![10, 33], ..good.clone() }, Action::Hold),
+        ("more units in one arm have not ended", &nothing, Measured { ended: vec![], ..good.clone() }, promote),
         ("a person must approve", &json!({"approval": true}), good.clone(), Action::AwaitApproval),
         (
             "out of time",
@@ -210,7 +213,7 @@ fn a_sample_ratio_mismatch_stays_until_a_person_resumes() {
     let mut state = begin(&spec);
     state.step = spec.steps.len();
     let good = measured(9000, 90, Some([0.5, 0.7]));
-    let lopsided = Measured { exposures: vec![9000, 8100], ..good.clone() };
+    let lopsided = Measured { ended: vec![9000, 8100], ..good.clone() };
     let rows = run(&spec, &mut state, SECOND, &[lopsided.clone(), good.clone(), good.clone()]);
     assert_eq!(rows.len(), 1);
     state = act(&spec, &state, Act::Resume, "ann", 9 * SECOND).unwrap().0;
@@ -306,7 +309,7 @@ fn up_to_its_own_weight_a_canary_is_compared_as_one_also_when_a_database_lost_a_
     let spec = spec(json!({"arms": arms, "steps": [{"set_weight": 5}, {"set_weight": 30}]}));
     let mut state = begin(&spec);
     state.weights[0] -= f64::EPSILON;
-    let good = Measured { exposures: vec![400, 200], ..measured(300, 3, Some([0.5, 0.5])) };
+    let good = Measured { exposures: vec![400, 200], ended: vec![400, 200], ..measured(300, 3, Some([0.5, 0.5])) };
     assert_eq!(run(&spec, &mut state, 5 * SECOND, &[good])[0].action, Action::Step);
     assert_eq!((state.since, state.changed, state.step_exposures), (0, 5 * SECOND, 200));
 }
@@ -316,7 +319,7 @@ fn of_several_treatments_the_best_that_meets_the_goal_is_promoted_and_all_must_m
     let spec = spec(json!({"kind": "ab", "steps": null, "arms": [{"variant": "a"}, {"variant": "b"}, {"variant": "c"}]}));
     let arms = |shares: [f64; 3]| Measured {
         exposures: vec![9000; 3],
-        recent: vec![9000; 3],
+        ended: vec![9000; 3],
         metrics: [
             ("error_rate".to_owned(), vec![share(0, 9000); 3]),
             ("goal feedback.thumb".to_owned(), shares.map(|p| share((p * 900.0) as u64, 900)).into()),
@@ -351,7 +354,7 @@ fn interleaved_answers_are_judged_by_their_win_rate_without_the_place() {
         let verdicts = |(won, tied, lost)| Verdicts { won, tied, lost };
         let comparison = Measure::Comparison { first: verdicts(first), second: verdicts(second) };
         let metrics = [("goal comparison".to_owned(), vec![None, Some(comparison)])].into();
-        Measured { exposures: vec![3000; 2], recent: vec![3000; 2], metrics }
+        Measured { exposures: vec![3000; 2], ended: vec![3000; 2], metrics }
     };
     for (first, second, expected) in [
         ((700, 100, 200), (650, 100, 250), Action::Promote { arm: 1 }),
@@ -372,7 +375,7 @@ fn the_guardrail_of_a_quantile_is_exact_about_how_many_were_slower() {
     let slow = |value: f64, above: Option<u64>| {
         let quantile = |value, above| Some(Measure::Quantile { value, count: 1000, above });
         let metrics = [("time_to_first_token_p99".to_owned(), vec![quantile(0.5, None), quantile(value, above)])].into();
-        Measured { exposures: vec![1000; 2], recent: vec![1000; 2], metrics }
+        Measured { exposures: vec![1000; 2], ended: vec![1000; 2], metrics }
     };
     for (value, above, expected) in [
         (1.5, Some(5), Verdict::Pass),
@@ -392,7 +395,7 @@ fn a_model_that_is_its_own_base_has_no_divergence_and_passes() {
     let spec = spec(json!({"metrics": [{"metric": "kl_to_base", "guardrail": {"max": 0.1}}]}));
     let same = Measure::Mean { sum: 0.0, sum_squares: 0.0, count: 500 };
     let metrics = [("kl_to_base".to_owned(), vec![Some(same), Some(same)])].into();
-    let measured = Measured { exposures: vec![500; 2], recent: vec![500; 2], metrics };
+    let measured = Measured { exposures: vec![500; 2], ended: vec![500; 2], metrics };
     let (_, decision) = measure(&spec, &begin(&spec), &measured, SECOND, &mut no_chance);
     assert_eq!(decision.judgements[0].verdict, Verdict::Pass);
 }
@@ -405,7 +408,7 @@ fn a_bandit_moves_to_the_better_arm_above_the_floor_and_ends_when_it_is_sure() {
     );
     let arms = |counts: [(u64, u64); 3]| Measured {
         exposures: counts.map(|(_, trials)| 10 * trials).into(),
-        recent: vec![0; 3],
+        ended: vec![0; 3],
         metrics: [("goal feedback.thumb".to_owned(), counts.map(|(up, all)| share(up, all)).into())].into(),
     };
     let mut random = tidemill_rlhf::random::Random::new(8);
@@ -454,7 +457,7 @@ fn simulate(spec: &Spec, seed: u64, errors: [f64; 2], thumbs: [f64; 2]) -> (usiz
             let arms = |counts: [u64; 2], of: u64| counts.map(|count| share(count, of)).to_vec();
             let metrics =
                 [("error_rate".to_owned(), arms(wrong, units)), ("goal feedback.thumb".to_owned(), arms(up, units / 5))];
-            let measured = Measured { exposures: vec![units; 2], recent: vec![units; 2], metrics: metrics.into() };
+            let measured = Measured { exposures: vec![units; 2], ended: vec![units; 2], metrics: metrics.into() };
             state = measure(spec, &state, &measured, look * 30 * SECOND, &mut no_chance).0;
             match state.status {
                 Status::Promoted { .. } => promoted += 1,
@@ -500,7 +503,7 @@ fn any_measured() -> impl Strategy<Value = Measured> {
     let units = prop_oneof![(0u64..20_000).prop_map(|n| vec![n, n]), prop::collection::vec(0u64..20_000, 0..3)];
     let anything = (units, prop::collection::vec(any_measure(), 0..3), prop::collection::vec(any_measure(), 0..3)).prop_map(
         |(exposures, errors, thumbs)| Measured {
-            recent: exposures.clone(),
+            ended: exposures.clone(),
             exposures,
             metrics: [("error_rate".to_owned(), errors), ("goal feedback.thumb".to_owned(), thumbs)].into(),
         },
