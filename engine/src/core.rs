@@ -23,6 +23,10 @@ use tidemill_kernels::{KernelError, NO_ADAPTER, StepBatch, StepOutput};
 /// How often to look whether slow clients have caught up, when there is nothing else to do.
 const PAUSED_POLL: Duration = Duration::from_millis(2);
 
+/// How long an engine that ran short of memory says that it is not ready, when no step has gone well since. Not for ever: to whom
+/// nobody sends requests, no step goes well.
+const SHORT: Duration = Duration::from_secs(10);
+
 /// What reaches the loop.
 pub(crate) enum Command {
     Submit(Submission),
@@ -59,6 +63,8 @@ pub(crate) struct Status {
     pub(crate) adapters: Mutex<AdapterTable>,
     stats: Mutex<Stats>,
     stopped: Mutex<Option<String>>,
+    /// When a step failed for want of memory, and what was said; `None` after one that went well.
+    short: Mutex<Option<(Instant, String)>>,
 }
 
 impl Status {
@@ -73,6 +79,7 @@ impl Status {
             adapters: Mutex::new(AdapterTable::new(adapters)),
             stats: Mutex::default(),
             stopped: Mutex::default(),
+            short: Mutex::default(),
         }
     }
 
@@ -80,11 +87,14 @@ impl Status {
         *lock(&self.stats)
     }
 
-    pub(crate) fn health(&self) -> Health {
+    pub(crate) fn health(&self, now: Instant) -> Health {
         match &*lock(&self.stopped) {
             Some(reason) => Health::Stopped(reason.clone()),
             None if self.draining.load(Ordering::Acquire) => Health::Draining,
-            None => Health::Ready,
+            None => match &*lock(&self.short) {
+                Some((since, why)) if now.saturating_duration_since(*since) < SHORT => Health::Short(why.clone()),
+                _ => Health::Ready,
+            },
         }
     }
 }
@@ -124,10 +134,15 @@ pub(crate) struct Flow {
 }
 
 impl Core {
-    /// Runs until the handles are gone or the engine is drained. A panic ends all requests and the engine, not the process.
+    /// Runs until the handles are gone, the engine is drained or its device is lost. A panic ends all requests and the engine, not
+    /// the process.
     pub(crate) fn run(mut self) {
         let reason = match catch_unwind(AssertUnwindSafe(|| self.steps())) {
-            Ok(()) => "it was shut down".to_owned(),
+            Ok(Ok(())) => "it was shut down".to_owned(),
+            Ok(Err(lost)) => {
+                tracing::error!(%lost, "the engine's device is lost; restart the server");
+                lost.to_string()
+            }
             Err(panic) => {
                 let text = panic.downcast_ref::<String>().map(String::as_str);
                 let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown cause");
@@ -149,7 +164,8 @@ impl Core {
         }
     }
 
-    fn steps(&mut self) {
+    /// The error is that of a device with which nothing can be done any more.
+    fn steps(&mut self) -> Result<(), KernelError> {
         while self.take_arrivals() {
             self.tend_clients();
             let start = Instant::now();
@@ -165,15 +181,29 @@ impl Core {
             let scheduled = Instant::now();
             let computed = self.compute();
             let now = Instant::now();
-            match computed.map_err(|error| error.to_string()).and_then(|()| self.apply()) {
-                Ok(()) => self.emit(now),
-                Err(error) => self.fail_step(&error),
+            match computed {
+                Ok(()) => {
+                    *lock(&self.status.short) = None;
+                    match self.apply() {
+                        Ok(()) => self.emit(now),
+                        Err(error) => self.fail_step(&error),
+                    }
+                }
+                // After a failed launch or copy, a driver answers every further call with the same failure.
+                Err(error @ KernelError::Device(_)) => return Err(error),
+                Err(error) => {
+                    if matches!(error, KernelError::Memory { .. }) {
+                        *lock(&self.status.short) = Some((now, error.to_string()));
+                    }
+                    self.fail_step(&error.to_string());
+                }
             }
             lock(&self.status.backlog).step(prompt_tokens, now - start);
             self.flow.stats.model_time += now - scheduled;
             self.flow.stats.overhead += (scheduled - start) + now.elapsed();
             self.publish(tokens);
         }
+        Ok(())
     }
 
     /// Takes what arrived; waits when there is nothing to do. `false` ends the loop.

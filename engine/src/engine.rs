@@ -2,6 +2,7 @@
 
 use crate::adapter::Adapter;
 use crate::adapters::{AdapterLease, AdapterRefused, Description, check_name, split_generation};
+use crate::backend;
 use crate::block_pool::{BLOCK_SIZE, SharedPool};
 use crate::chat_template::ChatTemplate;
 use crate::client;
@@ -9,7 +10,7 @@ use crate::core::{Command, Core, Flow, Loading, Status, Submission, lock};
 use crate::embedding::{EmbedRequest, Embedding, Pooled};
 use crate::generation_defaults::GenerationDefaults;
 use crate::grammar::{Compiler, Constraint, Grammar, GrammarError};
-use crate::memory;
+use crate::memory::{self, Free};
 use crate::model::{Decoder, Model};
 use crate::model_config::ModelConfig;
 use crate::model_files::{Frontend, ModelFiles};
@@ -27,7 +28,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tidemill_kernels::Limits;
-use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
 
 /// How long a stopping engine may take for the step that is in flight.
 const LAST_STEP: Duration = Duration::from_secs(30);
@@ -105,6 +105,8 @@ pub struct MemoryReport {
 pub enum Health {
     /// Takes requests.
     Ready,
+    /// Takes requests, but the last step failed for want of memory, not long ago; the next that goes well makes it ready.
+    Short(String),
     /// Finishes what it has.
     Draining,
     /// Gone, and why.
@@ -112,7 +114,7 @@ pub enum Health {
 }
 
 impl Engine {
-    /// Loads the model for the CPU and starts the engine's thread. `progress` hears (bytes packed, bytes in all). Install the
+    /// Loads the model for the device of `options` and starts the engine's thread. `progress` hears (bytes packed, bytes in all). Install the
     /// metrics recorder before.
     pub fn start(options: EngineOptions, progress: &mut dyn FnMut(u64, u64)) -> Result<Engine, StartError> {
         options.check()?;
@@ -123,8 +125,8 @@ impl Engine {
             max_samples: options.max_seqs,
             max_positions: options.max_model_len.unwrap_or(context).min(context),
         };
-        let backend = CpuBackend::new(CpuOptions { threads: options.threads.unwrap_or(0), isa: None, limits })?;
-        let model = Decoder::load(&files, Box::new(backend), options.weight_format, progress)?;
+        let backend = backend::open(options.device, options.threads, limits, options.kernel_cache.as_deref())?;
+        let model = Decoder::load(&files, backend, options.weight_format, progress)?;
         let description = files.describe();
         Self::with_model(ServedModel { model: Box::new(model), frontend: files.into_frontend(), context, description }, options)
     }
@@ -134,7 +136,8 @@ impl Engine {
         options.check()?;
         let ServedModel { mut model, frontend, context, description } = served;
         let block_bytes = model.kv_block_bytes(BLOCK_SIZE, options.kv_dtype);
-        let kv = memory::plan(&options, context, block_bytes, memory::free_memory())?;
+        let free = model.spare_memory()?.map_or_else(|| Free::Machine(memory::free_memory()), Free::Card);
+        let kv = memory::plan(&options, context, block_bytes, free)?;
         model.alloc_kv(kv.blocks, BLOCK_SIZE, options.kv_dtype)?;
         let limits = EngineLimits {
             max_model_len: kv.max_model_len,
@@ -217,7 +220,7 @@ impl Engine {
         let inner = &*self.inner;
         validate(&request, &inner.limits)?;
         match self.health() {
-            Health::Ready => {}
+            Health::Ready | Health::Short(_) => {}
             Health::Draining => return Err(SubmitError::Draining),
             Health::Stopped(reason) => return Err(SubmitError::Stopped(reason)),
         }
@@ -237,7 +240,7 @@ impl Engine {
             // An engine that stopped meanwhile emptied its inbox before this request came; nobody would ever answer.
             Ok(()) => match self.health() {
                 Health::Stopped(reason) => Err(SubmitError::Stopped(reason)),
-                Health::Ready | Health::Draining => Ok(receiver),
+                Health::Ready | Health::Short(_) | Health::Draining => Ok(receiver),
             },
             Err(error) => {
                 inner.status.waiting.fetch_sub(1, Ordering::AcqRel);
@@ -413,10 +416,10 @@ impl Engine {
 
     /// Whether it can serve.
     pub fn health(&self) -> Health {
-        self.inner.status.health()
+        self.inner.status.health(Instant::now())
     }
 
-    /// Whether it takes requests.
+    /// Whether it takes requests and has no want of memory.
     pub fn is_ready(&self) -> bool {
         self.health() == Health::Ready
     }

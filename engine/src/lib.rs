@@ -8,6 +8,7 @@
 
 pub mod adapter;
 pub mod adapters;
+mod backend;
 pub mod backlog;
 pub mod batch;
 pub mod block_pool;
@@ -46,6 +47,7 @@ pub mod validate;
 
 pub use adapter::{Adapter, AdapterError, LoraConfig, Pair, Projection};
 pub use adapters::{AdapterLease, AdapterRefused};
+pub use backend::Device;
 pub use chat_template::{ChatInput, ChatTemplate, TemplateError};
 pub use detokenizer::Detokenizer;
 pub use embedding::{EmbedError, EmbedRequest, Embedding};

@@ -13,11 +13,21 @@ pub struct KvPlan {
     pub max_model_len: usize,
 }
 
-/// Sizes the pool. `context` is what the model supports, `free` what [`free_memory`] says.
+/// Where the cache's memory comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Free {
+    /// The machine's: bytes that are free, for everybody on it. `None` where the system does not say.
+    Machine(Option<usize>),
+    /// A card's: bytes that nothing else will want.
+    Card(usize),
+}
+
+/// Sizes the pool. `context` is what the model supports.
 ///
-/// A given `kv_memory` is used whole. Otherwise three quarters of the free memory are, or this engine's share of them, but never more than `max_seqs` sequences of
-/// full length need. Without a given `max_model_len` it shrinks to what the pool holds.
-pub fn plan(options: &EngineOptions, context: usize, block_bytes: usize, free: Option<usize>) -> Result<KvPlan, StartError> {
+/// A given `kv_memory` is used whole. Otherwise three quarters of the machine's free memory are, or all that a card can spare, or this
+/// engine's share of them, but never more than `max_seqs` sequences of full length need. Without a given `max_model_len` it shrinks to
+/// what the pool holds.
+pub fn plan(options: &EngineOptions, context: usize, block_bytes: usize, free: Free) -> Result<KvPlan, StartError> {
     let wanted = options.max_model_len.unwrap_or(context);
     if wanted > context {
         let message = format!("must be at most {context}, the model's context, not {wanted}");
@@ -26,8 +36,9 @@ pub fn plan(options: &EngineOptions, context: usize, block_bytes: usize, free: O
     let blocks_each = wanted.div_ceil(BLOCK_SIZE);
     let useful = options.max_seqs.saturating_mul(blocks_each);
     let available = options.kv_memory.unwrap_or_else(|| match free {
-        Some(free) => free / 4 * 3 / options.kv_share.max(1),
-        None => useful.saturating_mul(block_bytes),
+        Free::Machine(Some(free)) => free / 4 * 3 / options.kv_share.max(1),
+        Free::Machine(None) => useful.saturating_mul(block_bytes),
+        Free::Card(spare) => spare / options.kv_share.max(1),
     });
     let fit = (available / block_bytes.max(1)).min(i32::MAX as usize / BLOCK_SIZE);
     let blocks = if options.kv_memory.is_some() { fit } else { fit.min(useful) };
@@ -97,27 +108,38 @@ mod tests {
 
     #[test]
     fn free_memory_is_used_in_part_and_never_more_than_can_be_used() {
-        let plenty = plan(&options(), 100, 1000, Some(1 << 30)).unwrap();
+        let plenty = plan(&options(), 100, 1000, Free::Machine(Some(1 << 30))).unwrap();
         assert_eq!(plenty, KvPlan { blocks: 16, max_model_len: 100 });
-        let scarce = plan(&options(), 100, 1000, Some(4000)).unwrap();
+        let scarce = plan(&options(), 100, 1000, Free::Machine(Some(4000))).unwrap();
         assert_eq!(scarce, KvPlan { blocks: 3, max_model_len: 96 });
+    }
+
+    #[test]
+    fn all_that_a_card_can_spare_is_used_and_shared_by_its_models() {
+        let card = Free::Card(4000);
+        assert_eq!(plan(&options(), 100, 1000, card).unwrap(), KvPlan { blocks: 4, max_model_len: 100 });
+        let one_of_two = EngineOptions { kv_share: 2, ..options() };
+        assert_eq!(plan(&one_of_two, 100, 1000, card).unwrap(), KvPlan { blocks: 2, max_model_len: 64 });
+        assert!(plan(&options(), 100, 1000, Free::Card(999)).is_err());
+        let bounded = EngineOptions { kv_memory: Some(3000), ..options() };
+        assert_eq!(plan(&bounded, 100, 1000, card).unwrap().blocks, 3);
     }
 
     #[test]
     fn a_given_size_is_used_whole() {
         let given = EngineOptions { kv_memory: Some(50_000), ..options() };
-        assert_eq!(plan(&given, 100, 1000, Some(0)).unwrap(), KvPlan { blocks: 50, max_model_len: 100 });
+        assert_eq!(plan(&given, 100, 1000, Free::Machine(Some(0))).unwrap(), KvPlan { blocks: 50, max_model_len: 100 });
     }
 
     #[test]
     fn a_length_that_does_not_fit_is_refused_only_when_it_was_asked_for() {
         let small = EngineOptions { kv_memory: Some(2000), ..options() };
-        assert_eq!(plan(&small, 100, 1000, None).unwrap(), KvPlan { blocks: 2, max_model_len: 64 });
+        assert_eq!(plan(&small, 100, 1000, Free::Machine(None)).unwrap(), KvPlan { blocks: 2, max_model_len: 64 });
         let asked = EngineOptions { max_model_len: Some(100), ..small.clone() };
-        assert!(plan(&asked, 100, 1000, None).unwrap_err().to_string().contains("--kv-memory"));
+        assert!(plan(&asked, 100, 1000, Free::Machine(None)).unwrap_err().to_string().contains("--kv-memory"));
         let beyond = EngineOptions { max_model_len: Some(101), ..small.clone() };
-        assert!(plan(&beyond, 100, 1000, None).unwrap_err().to_string().contains("at most 100"));
-        assert!(plan(&EngineOptions { kv_memory: Some(999), ..small }, 100, 1000, None).is_err());
+        assert!(plan(&beyond, 100, 1000, Free::Machine(None)).unwrap_err().to_string().contains("at most 100"));
+        assert!(plan(&EngineOptions { kv_memory: Some(999), ..small }, 100, 1000, Free::Machine(None)).is_err());
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! How an engine is set up.
 
+use crate::backend::Device;
 use std::path::PathBuf;
 use tidemill_kernels::{KvDtype, WeightFormat};
 
@@ -10,9 +11,13 @@ pub struct EngineOptions {
     pub model: PathBuf,
     /// Name that clients use; label `model_name` of the metrics.
     pub served_name: String,
+    /// Where to compute.
+    pub device: Device,
+    /// Folder that keeps the kernels compiled for a card; `None` compiles them on every start.
+    pub kernel_cache: Option<PathBuf>,
     /// Threads that compute; `None` is one per core that this process may use.
     pub threads: Option<usize>,
-    /// Bytes for the KV cache; `None` sizes it from free memory.
+    /// Bytes for the KV cache; `None` sizes it from free memory, the card's where one computes.
     pub kv_memory: Option<usize>,
     /// Engines that share the machine: where `kv_memory` is `None`, this one takes its part of the free memory only, ≥ 1.
     pub kv_share: usize,
@@ -46,6 +51,8 @@ impl EngineOptions {
         Self {
             model,
             served_name,
+            device: Device::Cpu,
+            kernel_cache: None,
             threads: None,
             kv_memory: None,
             kv_share: 1,

@@ -8,6 +8,10 @@ use tidemill_kernels::{KernelError, KvDtype, MemoryUse, SampleRow, Sampled, Step
 
 /// A prompt that starts with this token makes the model return an error.
 pub(crate) const REFUSED: u32 = 90;
+/// The second token of a refused prompt: the device is lost with it.
+pub(crate) const LOST: u32 = 77;
+/// The second token of a refused prompt: there is no memory for it.
+pub(crate) const LARGE: u32 = 78;
 /// A prompt that starts with this token makes the model panic.
 pub(crate) const POISON: u32 = 91;
 
@@ -82,7 +86,11 @@ impl Model for RecallModel {
                 })
                 .collect();
             if history[0] == REFUSED {
-                return Err(KernelError::Unsupported("refused, as the test wants it".into()));
+                return Err(match history.get(1) {
+                    Some(&LOST) => KernelError::Device("lost, as the test wants it".into()),
+                    Some(&LARGE) => KernelError::Memory { what: "a test", bytes: 1 },
+                    _ => KernelError::Unsupported("refused, as the test wants it".into()),
+                });
             }
             assert_ne!(history[0], POISON, "poisoned, as the test wants it");
             let bias = &batch.bias[sample.bias.start as usize..sample.bias.end as usize];

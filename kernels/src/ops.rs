@@ -199,7 +199,7 @@ pub struct HeadShape {
 }
 
 /// Per-head RMS norms of queries and keys before the rotation (Qwen3).
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct QkNorm {
     /// `[head_dim]` weight for queries.
     pub q: Vector,
@@ -438,6 +438,11 @@ pub trait Ops: Send {
     fn limits(&self) -> Limits;
     /// What is held now.
     fn memory(&self) -> MemoryUse;
+    /// Bytes that the cache may take of a memory that is the backend's own; `None` when it computes in the machine's. Asked for when
+    /// everything but the cache is loaded.
+    fn spare_memory(&self) -> Result<Option<usize>, KernelError> {
+        Ok(None)
+    }
 
     /// Packs the sources, stacked along `n` (all with one `k`), into one matrix. The source bytes are not kept.
     fn load_matrix(&mut self, sources: &[MatrixSource<'_>], format: WeightFormat) -> Result<Matrix, KernelError>;

@@ -1,5 +1,6 @@
 """Starting: what is printed, and a clear end for each way in which files and settings can be wrong."""
 
+import ctypes.util
 import json
 import re
 import shutil
@@ -240,6 +241,18 @@ def test_a_bad_value_names_where_it_stood(tmp_path):
     assert_fails(tidemill("serve", cwd=tmp_path, TIDEMILL_PORT="seventy"), "TIDEMILL_PORT", "seventy")
     assert_fails(tidemill("serve", "--max-seqs", "0", cwd=tmp_path), "max-seqs")
     assert_fails(tidemill("serve", "--no-such-flag", cwd=tmp_path), "no-such-flag")
+
+
+def test_a_device_that_is_no_device(tmp_path):
+    assert_fails(tidemill("serve", "--device", "gpu", cwd=tmp_path), "--device", "cuda:N")
+
+
+@pytest.mark.skipif(ctypes.util.find_library("cuda") is not None, reason="this machine has a driver")
+@pytest.mark.parametrize("command", ["serve", "bench"])
+def test_a_card_without_a_driver(tmp_path, command):
+    arguments = [command, "--device", "cuda", "--model", str(GOLDENS / "llama"), "--data", str(tmp_path / "data")]
+    port = ["--port", "0"] if command == "serve" else []
+    assert_fails(tidemill(*arguments, *port, cwd=tmp_path), "no NVIDIA driver found", "libcuda.so.1", "--device cpu")
 
 
 def test_without_a_model_the_next_step_is_named(tmp_path):

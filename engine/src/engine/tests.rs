@@ -1,5 +1,5 @@
 use super::*;
-use crate::recall_model::{POISON, REFUSED, RecallModel, expected};
+use crate::recall_model::{LARGE, LOST, POISON, REFUSED, RecallModel, expected};
 use crate::request::{FinishReason, SamplingParams, StopCause, TokenRecord, Usage};
 use crate::sequence::tests::request;
 use crate::tokenizer::letters::letters;
@@ -225,6 +225,41 @@ fn a_step_that_the_model_refuses_fails_its_requests_only() {
     }
     assert!(engine.is_ready());
     assert_eq!(collect(&engine.submit(request(prompt(1, 10), greedy(5))).unwrap(), 1).tokens[0].len(), 5);
+    idle(&engine);
+}
+
+#[test]
+fn a_lost_device_ends_the_engine_with_its_words_to_everyone() {
+    let engine = start();
+    // More tokens than its channel holds: it cannot end before it is read.
+    let running = engine.submit(request(prompt(1, 10), greedy(900))).unwrap();
+    assert!(matches!(within(&running), Event::Prompt { .. }));
+    let mut bad = prompt(1, 10);
+    (bad[0], bad[1]) = (REFUSED, LOST);
+    let receiver = engine.submit(request(bad, greedy(5))).unwrap();
+    assert!(matches!(within(&receiver), Event::Failed(text) if text.contains("the GPU failed: lost")));
+    assert!(matches!(engine.health(), Health::Stopped(reason) if reason.contains("the GPU failed: lost")));
+    assert!(!engine.is_ready());
+    assert!(matches!(running.iter().last(), Some(Event::Failed(text)) if text.contains("the GPU failed: lost")));
+    assert!(matches!(engine.submit(request(prompt(1, 10), greedy(5))), Err(SubmitError::Stopped(_))));
+    assert!(engine.drain(PATIENCE));
+}
+
+#[test]
+fn a_step_without_memory_fails_its_requests_and_the_next_one_makes_the_engine_ready_again() {
+    let engine = start();
+    let mut bad = prompt(1, 10);
+    (bad[0], bad[1]) = (REFUSED, LARGE);
+    let receiver = engine.submit(request(bad, greedy(5))).unwrap();
+    assert!(matches!(within(&receiver), Event::Failed(text) if text.contains("cannot reserve 1 bytes for a test")));
+    let status = &engine.inner.status;
+    let told = Instant::now();
+    // As of a moment before it was told: a slow machine changes nothing.
+    let before = told.checked_sub(Duration::from_secs(20)).unwrap_or(told);
+    assert!(matches!(status.health(before), Health::Short(why) if why.contains("cannot reserve")));
+    assert_eq!(status.health(told + Duration::from_secs(20)), Health::Ready);
+    assert_eq!(collect(&engine.submit(request(prompt(1, 10), greedy(5))).unwrap(), 1).tokens[0].len(), 5);
+    assert_eq!(status.health(before), Health::Ready);
     idle(&engine);
 }
 

@@ -225,6 +225,10 @@ impl Model for Decoder {
         self.ops.unload_adapter(slot);
     }
 
+    fn spare_memory(&self) -> Result<Option<usize>, KernelError> {
+        self.ops.spare_memory()
+    }
+
     fn memory(&self) -> MemoryUse {
         self.ops.memory()
     }

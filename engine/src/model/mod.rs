@@ -38,6 +38,10 @@ pub trait Model: Send {
     }
     /// Empties a slot that no row of a later step uses.
     fn unload_adapter(&mut self, _slot: u32) {}
+    /// Bytes that the cache may take of a card's memory; `None` when the machine's is used.
+    fn spare_memory(&self) -> Result<Option<usize>, KernelError> {
+        Ok(None)
+    }
     /// Memory held, for the start-up lines.
     fn memory(&self) -> MemoryUse;
     /// Device, instruction path, weight format: for the start-up lines.

@@ -4,11 +4,10 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use serde_json::json;
-use tidemill_engine::{Constraint, Engine, EngineOptions, GrammarError, StartError};
+use tidemill_engine::{Constraint, Device, Engine, EngineOptions, GrammarError, StartError};
 
 use crate::config::ConfigError;
-use crate::config::Origin;
-use crate::config::model_spec;
+use crate::config::{Origin, kernel_cache, model_spec};
 use crate::engine_bench::{self, BenchError, Load};
 
 /// Tokens per second of the engine alone: no HTTP, no client on the same cores.
@@ -23,6 +22,9 @@ pub struct BenchArgs {
     /// Threads that compute [default: one per core]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// Where to compute: cpu, cuda, cuda:N with the number of a card, auto
+    #[arg(long, default_value_t)]
+    device: Device,
     /// Requests at once, one line of the table each
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [1, 8, 32])]
     streams: Vec<usize>,
@@ -71,6 +73,8 @@ pub fn run(args: &BenchArgs) -> Result<(), BenchCommandError> {
     let most = args.streams.iter().copied().max().unwrap_or(1);
     let defaults = EngineOptions::new(&model.path);
     let options = EngineOptions {
+        device: args.device,
+        kernel_cache: Some(kernel_cache(&args.data)),
         threads: args.threads,
         max_seqs: most,
         max_batch_tokens: defaults.max_batch_tokens.max(most),

@@ -91,7 +91,7 @@ pub struct ServeArgs {
     /// Seed for requests that bring none [default: another one on every start]
     #[arg(long, value_name = "N")]
     seed: Option<String>,
-    /// Where to compute: auto, cpu, cuda [default: auto]
+    /// Where to compute: cpu, cuda, cuda:N with the number of a card, auto [default: cpu]
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
     /// Time that running answers get after SIGTERM [default: 30s]

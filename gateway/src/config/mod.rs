@@ -28,7 +28,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tidemill_engine::EngineOptions;
+use tidemill_engine::{Device, EngineOptions};
 use tidemill_kernels::{KvDtype, WeightFormat};
 use tidemill_rlhf::flywheel::Policy;
 use tidemill_store::Limits;
@@ -136,15 +136,6 @@ pub enum ConfigError {
     /// The data directory is damaged.
     #[error("{0}")]
     Store(#[from] tidemill_store::StoreError),
-}
-
-/// Where to compute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Device {
-    /// The best that is there.
-    Auto,
-    /// The processor.
-    Cpu,
 }
 
 /// How log lines look.
@@ -320,7 +311,7 @@ impl Config {
             )?,
             remotes: upstreams::remotes(layers)?,
             seed: get("seed").map(|s| s.parse(value::seed)).transpose()?,
-            device: get("device").map_or(Ok(Device::Auto), |s| s.parse(value::device))?,
+            device: get("device").map_or(Ok(base.device), |s| s.parse(str::parse))?,
             drain_timeout: get("drain_timeout").map_or(Ok(Duration::from_secs(30)), |s| s.parse(value::duration))?,
             max_body: get("max_body").map_or(Ok(10 << 20), |s| s.parse(value::size))?,
             body_timeout: get("body_timeout").map_or(Ok(BodyLimits::default().time), |s| s.parse(value::some_time))?,
@@ -390,6 +381,8 @@ impl Config {
     pub fn engine_options(&self, model: &ModelSpec, models: usize) -> EngineOptions {
         EngineOptions {
             served_name: model.name.clone(),
+            device: self.device,
+            kernel_cache: Some(kernel_cache(&self.data)),
             threads: self.threads,
             kv_memory: self.kv_memory,
             kv_share: models,
@@ -406,6 +399,11 @@ impl Config {
             ..EngineOptions::new(&model.path)
         }
     }
+}
+
+/// Where kernels that were compiled for a card are kept.
+pub fn kernel_cache(data: &Path) -> PathBuf {
+    data.join("cache").join("kernels")
 }
 
 /// Both or neither.

@@ -1,6 +1,5 @@
 //! Settings as text to settings as values. Errors say what was expected.
 
-use crate::config::Device;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
@@ -47,16 +46,6 @@ pub fn choice<T: Copy>(text: &str, words: &[(&str, T)]) -> Result<T, String> {
         format!("expected one of {}", list.join(", "))
     };
     words.iter().find(|(word, _)| *word == text).map(|(_, value)| *value).ok_or_else(expected)
-}
-
-/// Where to compute.
-pub fn device(text: &str) -> Result<Device, String> {
-    match text {
-        "auto" => Ok(Device::Auto),
-        "cpu" => Ok(Device::Cpu),
-        "cuda" => Err("this build has no CUDA backend yet; expected auto or cpu".to_owned()),
-        _ => Err("expected one of auto, cpu, cuda".to_owned()),
-    }
 }
 
 /// Bytes: `2GiB`, `512MB`, `1.5G` (= GiB), or a plain number.
@@ -170,11 +159,5 @@ mod tests {
         for text in ["-0.1", "1.1", "NaN", "half"] {
             assert!(share(text).is_err(), "{text}");
         }
-    }
-
-    #[test]
-    fn cuda_is_known_and_not_here() {
-        assert!(device("cuda").unwrap_err().contains("no CUDA backend"));
-        assert_eq!(device("cpu"), Ok(Device::Cpu));
     }
 }

@@ -28,13 +28,14 @@ pub async fn health(State(app): State<App>) -> Result<Response, ApiError> {
     Ok(json(Bytes::from_static(b"{\"status\":\"ok\"}")))
 }
 
-/// The models, and what each is: `loading`, `ready`, `draining` or `stopped`.
+/// The models, and what each is: `loading`, `ready`, `short_of_memory`, `draining` or `stopped`.
 pub fn states(app: &App) -> impl Iterator<Item = (&str, &'static str)> {
     app.registry.states().map(|(name, state)| {
         let state = match state {
             LoadState::Loading => "loading",
             LoadState::Ready(Upstream::Local(model)) => match model.engine().health() {
                 Health::Ready => "ready",
+                Health::Short(_) => "short_of_memory",
                 Health::Draining => "draining",
                 Health::Stopped(_) => "stopped",
             },
@@ -54,8 +55,10 @@ pub async fn ready(State(app): State<App>) -> Response {
         "loading"
     } else if models.values().all(|state| state == "ready") {
         "ready"
-    } else {
+    } else if models.values().any(|state| state == "stopped") {
         "stopped"
+    } else {
+        "short_of_memory"
     };
     let code = if status == "ready" { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     answer(code, &json!({"status": status, "models": models}))

@@ -11,7 +11,7 @@ const TAG: &str = "service";
 
 /// Everything that is about the server itself.
 pub fn topic() -> Topic {
-    let state = word(&["loading", "ready", "draining", "stopped"]);
+    let state = word(&["loading", "ready", "short_of_memory", "draining", "stopped"]);
     let ready = Object::answer().with("status", state.clone()).with("models", map(state)).schema();
     let ok = |name| Object::answer().with(name, text()).schema();
     let models = Object::answer().with("object", just("list")).with("data", list(named("Model"))).schema();

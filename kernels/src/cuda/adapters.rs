@@ -100,6 +100,11 @@ impl Adapters {
         self.held.iter().filter_map(|a| a.factors).map(|(_, bytes)| bytes).sum::<usize>() + self.sites.bytes + self.parts.bytes
     }
 
+    /// How often the tables have moved.
+    pub(super) fn moves(&self) -> usize {
+        self.sites.moves + self.parts.moves
+    }
+
     /// All memory, to be freed.
     pub(super) fn addresses(&self) -> impl Iterator<Item = Address> {
         let rooms = [self.sites, self.parts].into_iter().filter(|room| room.bytes > 0).map(|room| room.at);

@@ -1,6 +1,7 @@
 //! The tiles of a step's attention on the device.
 
 use super::device::{Address, Device, Kernel, Source};
+use super::graphs::Padded;
 use super::params::{Tile, all_bytes};
 use super::plan::Plan;
 use super::room::Room;
@@ -74,6 +75,7 @@ impl Plans {
         &mut self,
         device: &mut D,
         batch: &StepBatch,
+        padded: Option<Padded>,
         shape: HeadShape,
         fast: bool,
     ) -> Result<Planned, KernelError> {
@@ -84,7 +86,13 @@ impl Plans {
         });
         let entry = &mut self.0[index];
         if !entry.built {
-            entry.plan.build(&batch.sequences, shape, fast);
+            let first_block = batch.sequences.first().map_or(0, |s| s.first_block);
+            let padding = batch.tokens.len()..padded.map_or(0, |size| size.rows);
+            let sequences = batch.sequences.iter().copied().chain(padding.map(|row| Padded::span(row, first_block)));
+            entry.plan.build(sequences, shape, fast);
+            if let Some(size) = padded {
+                entry.plan.pad(size.tiles, if size.split { size.rows } else { 0 });
+            }
             let Plan { few, many, plain, joins, partials } = &entry.plan;
             let bytes = [few, many, plain, joins].map(|list| all_bytes(list)).concat();
             let mut at = entry.room.write(device, "attention tiles", &bytes)?;

@@ -5,6 +5,7 @@ use std::ffi::{CStr, CString, c_char};
 use cudarc::nvrtc::{result, sys};
 
 use super::device::{HEADER, Source};
+use super::libraries::{Library, check_compiler, compiler_version};
 use crate::error::KernelError;
 
 /// What a compiler made of a kernel file.
@@ -32,14 +33,8 @@ pub fn text(source: Source) -> String {
 ///
 /// Errors: NVRTC is missing, or does not know the architecture; what it says of the text.
 pub fn compile(source: Source, architecture: &str, report: bool) -> Result<Compiled, KernelError> {
-    // SAFETY: it looks for the library, and for nothing else.
-    if !unsafe { sys::is_culib_present() } {
-        return Err(KernelError::Unsupported(
-            "the CUDA kernels need NVRTC (libnvrtc.so, part of the CUDA toolkit and of the package nvidia-cuda-nvrtc) on the \
-             loader's path; install it or serve with --device cpu"
-                .into(),
-        ));
-    }
+    Library::Nvrtc.require()?;
+    check_compiler(compiler_version()?, None)?;
     let wrong =
         |what: &str, e: result::NvrtcError| KernelError::Unsupported(format!("NVRTC cannot {what} {}: {e}", source.name()));
     let text = CString::new(text(source)).map_err(|_| KernelError::Unsupported("a kernel file holds a zero byte".into()))?;

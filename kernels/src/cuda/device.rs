@@ -128,10 +128,19 @@ pub trait Params: Copy {
     fn bytes(&self) -> &[u8];
 }
 
+/// Work that was written down once and can be done many times.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Graph(pub u64);
+
 /// A device. Work is done in the order in which it is asked for; [`Device::read`] and [`Device::wait`] wait for all of it.
+///
+/// Between [`Device::capture`] and [`Device::captured`], launches and products are written down and not done, and nothing else may be
+/// asked for.
 pub trait Device: Send {
     /// For the start-up lines.
     fn describe(&self) -> String;
+    /// Free and total bytes of memory.
+    fn memory(&self) -> Result<(usize, usize), KernelError>;
     /// Reserves memory filled with zeros, aligned to 128 bytes or more.
     fn alloc(&mut self, what: &'static str, bytes: usize) -> Result<Address, KernelError>;
     /// Gives memory back once all work that was asked for is done.
@@ -146,4 +155,12 @@ pub trait Device: Send {
     fn product(&mut self, product: Product) -> Result<(), KernelError>;
     /// Waits for all work.
     fn wait(&mut self) -> Result<(), KernelError>;
+    /// Begins to write work down.
+    fn capture(&mut self) -> Result<(), KernelError>;
+    /// Ends what `capture` began, also when something between them failed. The work reads and writes the addresses that it was given.
+    fn captured(&mut self) -> Result<Graph, KernelError>;
+    /// Does all of what was written down.
+    fn replay(&mut self, graph: Graph) -> Result<(), KernelError>;
+    /// Gives it back.
+    fn forget(&mut self, graph: Graph);
 }

@@ -9,29 +9,37 @@
 
 mod adapters;
 mod attention;
+mod budget;
 pub mod compile;
 pub mod device;
 pub mod driver;
+mod graphs;
 mod holdings;
+pub mod libraries;
 mod params;
 mod plan;
 mod product;
+mod replay;
 mod room;
 mod sampling;
+mod staging;
 pub mod stopwatch;
 pub mod weights;
 
 use self::adapters::Adapters;
 use self::attention::{Planned, Plans, Tiles, cache_form, fast_attention};
 use self::device::{Address, Device, Kernel, Launch, Params, Product, Source};
+use self::graphs::Op;
 use self::holdings::{Buffer, Half, HeldCache, HeldMatrix, HeldRope, few_rows};
 use self::params as p;
+use self::replay::Captures;
 use self::room::Room;
 use self::sampling::SamplingRoom;
 use self::weights::Form;
 use crate::error::KernelError;
 use crate::ops::*;
 use crate::shapes::Shapes;
+use std::iter::repeat;
 
 const EMBEDDING: Kernel = Kernel::new(Source::Rows, "embedding", 256);
 const RMS_NORM: Kernel = Kernel::new(Source::Rows, "rms_norm", 256);
@@ -79,6 +87,7 @@ pub struct CudaBackend<D: Device> {
     /// A quantised matrix as bf16, for products of many rows.
     widened: Room,
     sampling: SamplingRoom,
+    captures: Captures,
     batch: StepBatch,
     sampled: bool,
     error: Option<KernelError>,
@@ -103,6 +112,7 @@ impl<D: Device> CudaBackend<D> {
             partials: Room::default(),
             widened: Room::default(),
             sampling: SamplingRoom::default(),
+            captures: Captures::default(),
             batch: StepBatch::default(),
             sampled: false,
             error: None,
@@ -153,8 +163,14 @@ impl<D: Device> CudaBackend<D> {
         self.device.launch(kernel, launch, params.bytes())
     }
 
+    /// Rows that the step computes: those that were asked for, and those that pad.
     fn rows(&self, buf: Buf) -> usize {
-        self.shapes.count(self.buffers[buf.0 as usize].rows)
+        let rows = self.buffers[buf.0 as usize].rows;
+        match (self.captures.size, rows) {
+            (Some(size), Rows::Tokens) => size.rows,
+            (Some(size), Rows::Samples) => size.samples,
+            (None, rows) => self.shapes.count(rows),
+        }
     }
 
     fn at(&self, buf: Buf) -> Address {
@@ -194,7 +210,8 @@ impl<D: Device> CudaBackend<D> {
             }
         };
         if !half.fresh {
-            let (x, width, rows) = (buffer.at, buffer.width as u32, self.shapes.count(buffer.rows));
+            let (x, width) = (buffer.at, buffer.width as u32);
+            let rows = self.rows(buf);
             self.launch(HALVE, Launch::blocks(rows), p::Halve { x, half: half.at, width, half_stride: half.stride as u32 })?;
             self.produce(buf);
         }
@@ -236,6 +253,15 @@ impl<D: Device> CudaBackend<D> {
         Ok(())
     }
 
+    /// The kernels with matrix units for a shape, the step's tiles, and memory for its partial results; once per step.
+    fn plan(&mut self, shape: HeadShape, kv: KvCache) -> Result<(Option<(Kernel, Kernel)>, Planned, Address), KernelError> {
+        let dtype = self.caches[kv.0 as usize].spec.dtype;
+        let kernels = fast_attention(shape.head_dim, dtype);
+        let planned = self.plans.get(&mut self.device, &self.batch, self.captures.size, shape, kernels.is_some())?;
+        let bytes = planned.partials * shape.kv_heads * 16 * (shape.head_dim + 2) * 4;
+        Ok((kernels, planned, self.partials.reserve(&mut self.device, "attention", bytes)?))
+    }
+
     fn attend(
         &mut self,
         qkv: Buf,
@@ -246,13 +272,11 @@ impl<D: Device> CudaBackend<D> {
         out: Buf,
     ) -> Result<(), KernelError> {
         let HeadShape { heads, kv_heads, head_dim } = shape;
+        let (kernels, planned, partials) = self.plan(shape, kv)?;
         let cache = &self.caches[kv.0 as usize];
         let (dtype, block_size, (keys, values)) = (cache.spec.dtype, cache.spec.block_size, cache.layer(layer));
-        let kernels = fast_attention(head_dim, dtype);
-        let planned = self.plans.get(&mut self.device, &self.batch, shape, kernels.is_some())?;
         let (half, half_stride) = self.produce(out);
         let width = head_dim + 2;
-        let partials = self.partials.reserve(&mut self.device, "attention", planned.partials * kv_heads * 16 * width * 4)?;
         let with = |tiles: Tiles| p::Attention {
             qkv: self.buffers[qkv.0 as usize].at,
             keys,
@@ -287,16 +311,22 @@ impl<D: Device> CudaBackend<D> {
     /// Puts the step's lists on the device in one copy.
     fn write_lists(&mut self) -> Result<(), KernelError> {
         let StepBatch { tokens, positions, slots, samples, blocks, adapters, .. } = &self.batch;
+        // Lists of a step that may be captured have the lengths that it is padded to, so they always begin at the same places. A row
+        // that pads is a token 0 at position 0, writes nothing to the cache and has no adapter.
+        let size = self.captures.size;
+        let rows = size.map_or(tokens.len(), |size| size.rows);
+        let sampled = size.map_or(samples.len(), |size| size.samples);
+        let adapted = size.map_or(adapters.len(), |size| size.rows);
         let staging = &mut self.lists.staging;
         staging.clear();
         // The widest first, so that all lie on multiples of their size.
-        staging.extend(slots.iter().flat_map(|v| v.to_le_bytes()));
+        staging.extend(slots.iter().copied().chain(repeat(-1)).take(rows).flat_map(|v| v.to_le_bytes()));
         let mut starts = [0; 5];
         let lists: [&mut dyn Iterator<Item = u32>; 5] = [
-            &mut tokens.iter().copied(),
-            &mut positions.iter().copied(),
-            &mut adapters.iter().copied(),
-            &mut samples.iter().map(|s| s.row),
+            &mut tokens.iter().copied().chain(repeat(0)).take(rows),
+            &mut positions.iter().copied().chain(repeat(0)).take(rows),
+            &mut adapters.iter().copied().chain(repeat(NO_ADAPTER)).take(adapted),
+            &mut samples.iter().map(|s| s.row).chain(repeat(0)).take(sampled),
             &mut blocks.iter().copied(),
         ];
         for (start, list) in starts.iter_mut().zip(lists) {
@@ -343,6 +373,8 @@ impl<D: Device> CudaBackend<D> {
 
 impl<D: Device> Drop for CudaBackend<D> {
     fn drop(&mut self) {
+        self.captures.graphs.forget();
+        self.hand_back();
         let rooms =
             [self.lists.room, self.partials, self.widened].into_iter().chain(self.plans.rooms()).chain(self.sampling.rooms());
         let halves = self.buffers.iter().filter_map(|b| b.half.map(|half| half.at));
@@ -369,6 +401,10 @@ impl<D: Device> Ops for CudaBackend<D> {
         let rooms = [self.lists.room, self.partials, self.widened].into_iter().chain(self.sampling.rooms());
         let activations = self.memory.activations + rooms.map(|room| room.bytes).sum::<usize>();
         MemoryUse { activations, adapters: self.adapters.bytes(), ..self.memory }
+    }
+
+    fn spare_memory(&self) -> Result<Option<usize>, KernelError> {
+        CudaBackend::spare_memory(self).map(Some)
     }
 
     fn load_matrix(&mut self, sources: &[MatrixSource<'_>], format: WeightFormat) -> Result<Matrix, KernelError> {
@@ -436,11 +472,19 @@ impl<D: Device> Ops for CudaBackend<D> {
 
     fn load_adapter(&mut self, slot: u32, sites: &[Vec<LowRank<'_>>]) -> Result<(), KernelError> {
         self.shapes.add_adapter(slot, sites)?;
-        self.adapters.load(&mut self.device, slot as usize, sites)
+        self.captures.graphs.forget_adapters();
+        self.hand_back();
+        let loaded = self.adapters.load(&mut self.device, slot as usize, sites);
+        if loaded.is_err() {
+            self.unload_adapter(slot);
+        }
+        loaded
     }
 
     fn unload_adapter(&mut self, slot: u32) {
         self.shapes.remove_adapter(slot);
+        self.captures.graphs.forget_adapters();
+        self.hand_back();
         self.adapters.unload(&mut self.device, slot as usize);
     }
 
@@ -448,14 +492,18 @@ impl<D: Device> Ops for CudaBackend<D> {
         self.error = None;
         self.sampled = false;
         self.plans.forget();
+        self.all_stale();
+        self.captures.recording = false;
+        self.captures.size = None;
         self.shapes.begin(batch)?;
         self.batch.copy_from(batch);
+        self.begin_recording();
         self.write_lists()?;
         self.copy_blocks()
     }
 
     fn embedding(&mut self, table: Matrix, out: Buf) {
-        self.attempt(self.shapes.embedding(table, out), |b| {
+        self.enqueue(self.shapes.embedding(table, out), Op::Embedding { table, out }, |b| {
             let (half, half_stride) = b.produce(out);
             let (table, tokens) = (b.matrices[table.0 as usize].weights, b.lists.tokens);
             let params = p::Embedding { table, tokens, out: b.at(out), half, half_stride, unused: 0 };
@@ -464,7 +512,7 @@ impl<D: Device> Ops for CudaBackend<D> {
     }
 
     fn rms_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf) {
-        self.attempt(self.shapes.rms_norm(x, weight, out), |b| {
+        self.enqueue(self.shapes.rms_norm(x, weight, out), Op::RmsNorm { x, weight, eps, out }, |b| {
             let (half, half_stride) = b.produce(out);
             let (width, weight) = (b.buffers[x.0 as usize].width as u32, b.vectors[weight.0 as usize]);
             let params = p::RmsNorm { x: b.at(x), weight, out: b.at(out), half, width, half_stride, eps, unused: 0 };
@@ -473,16 +521,17 @@ impl<D: Device> Ops for CudaBackend<D> {
     }
 
     fn linear(&mut self, x: Buf, w: Matrix, bias: Option<Vector>, out: Buf, store: Store) {
-        self.attempt(self.shapes.linear(x, w, bias, out), |b| b.multiply(x, w, bias, out, store));
+        self.enqueue(self.shapes.linear(x, w, bias, out), Op::Linear { x, w, bias, out, store }, |b| {
+            b.multiply(x, w, bias, out, store)
+        });
     }
 
     fn lora(&mut self, x: Buf, site: usize, out: Buf) {
         let used = self.shapes.lora(x, site, out);
-        let runs = matches!(used, Ok(true));
-        self.attempt(used.map(|_| ()), |b| {
-            if !runs {
-                return Ok(());
-            }
+        if matches!(used, Ok(false)) {
+            return;
+        }
+        self.enqueue(used.map(|_| ()), Op::Lora { x, site, out }, |b| {
             let tables = b.adapters.tables(&mut b.device)?;
             b.stale(out);
             let params = p::Lora {
@@ -502,7 +551,7 @@ impl<D: Device> Ops for CudaBackend<D> {
 
     fn rope_cache(&mut self, qkv: Buf, shape: HeadShape, norm: Option<QkNorm>, rope: Rope, kv: KvCache, layer: usize) {
         let check = self.shapes.rope_cache(qkv, shape, norm.as_ref(), rope, kv, layer);
-        self.attempt(check, |b| {
+        self.enqueue(check, Op::RopeCache { qkv, shape, norm, rope, kv, layer }, |b| {
             b.stale(qkv);
             let (rope, cache) = (&b.ropes[rope.0 as usize], &b.caches[kv.0 as usize]);
             let (keys, values) = cache.layer(layer);
@@ -533,11 +582,13 @@ impl<D: Device> Ops for CudaBackend<D> {
 
     fn paged_attention(&mut self, qkv: Buf, shape: HeadShape, spec: AttentionSpec, kv: KvCache, layer: usize, out: Buf) {
         let check = self.shapes.paged_attention(qkv, shape, kv, layer, out, &self.batch);
-        self.attempt(check, |b| b.attend(qkv, shape, spec, kv, layer, out));
+        self.enqueue(check, Op::PagedAttention { qkv, shape, spec, kv, layer, out }, |b| {
+            b.attend(qkv, shape, spec, kv, layer, out)
+        });
     }
 
     fn silu_and_mul(&mut self, gate_up: Buf, out: Buf) {
-        self.attempt(self.shapes.silu_and_mul(gate_up, out), |b| {
+        self.enqueue(self.shapes.silu_and_mul(gate_up, out), Op::SiluAndMul { gate_up, out }, |b| {
             let (half, half_stride) = b.produce(out);
             let width = b.buffers[out.0 as usize].width;
             let params = p::SiluAndMul { gate_up: b.at(gate_up), out: b.at(out), half, width: width as u32, half_stride };
@@ -546,7 +597,7 @@ impl<D: Device> Ops for CudaBackend<D> {
     }
 
     fn gather(&mut self, x: Buf, out: Buf) {
-        self.attempt(self.shapes.gather(x, out), |b| {
+        self.enqueue(self.shapes.gather(x, out), Op::Gather { x, out }, |b| {
             let (half, half_stride) = b.produce(out);
             let (width, rows) = (b.buffers[out.0 as usize].width as u32, b.lists.gathered);
             let params = p::Gather { x: b.at(x), rows, out: b.at(out), half, width, half_stride };
@@ -555,6 +606,9 @@ impl<D: Device> Ops for CudaBackend<D> {
     }
 
     fn sample(&mut self, logits: Buf, vocabulary: usize) {
+        // Behind what was captured and not in it: how much is listed of a row differs from step to step, and masks may still be made
+        // while the rest of the step runs.
+        self.run_recorded();
         self.attempt(self.shapes.sample(logits, vocabulary, &self.batch), |b| {
             let buffer = &b.buffers[logits.0 as usize];
             b.sampled = true;
@@ -564,15 +618,18 @@ impl<D: Device> Ops for CudaBackend<D> {
 
     fn finish(&mut self, out: &mut StepOutput) -> Result<(), KernelError> {
         out.samples.clear();
-        let waited = self.device.wait();
-        match self.error.take() {
-            Some(error) => Err(error),
-            None => waited,
-        }?;
-        if std::mem::take(&mut self.sampled) {
-            self.sampling.read(&self.device, &mut out.samples)?;
+        self.run_recorded();
+        let sampled = std::mem::take(&mut self.sampled);
+        if let Some(error) = self.error.take() {
+            // What was asked for before is done before anybody goes on; the first error is the cause.
+            let _ = self.device.wait();
+            return Err(error);
         }
-        Ok(())
+        // The one copy back waits for all that was before it.
+        match sampled && self.sampling.has_rows() {
+            true => self.sampling.read(&self.device, &mut out.samples),
+            false => self.device.wait(),
+        }
     }
 
     fn read(&self, buf: Buf) -> Result<Vec<f32>, KernelError> {

@@ -12,6 +12,11 @@ pub const PART: usize = 512;
 /// The tile is the whole.
 const WHOLE: u32 = u32::MAX;
 
+/// Parts that a context is cut into.
+pub const fn parts_of(context: usize) -> usize {
+    if context <= PART { 1 } else { context.div_ceil(PART) }
+}
+
 /// Lists of tiles, for the kernels of the same names.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
@@ -25,7 +30,7 @@ pub(super) struct Plan {
 
 impl Plan {
     /// Plans anew, in the memory that is there. `fast`: the shape has kernels with matrix units.
-    pub(super) fn build(&mut self, sequences: &[SequenceSpan], shape: HeadShape, fast: bool) {
+    pub(super) fn build(&mut self, sequences: impl IntoIterator<Item = SequenceSpan>, shape: HeadShape, fast: bool) {
         let Plan { few, many, plain, joins, partials } = self;
         [&mut *few, &mut *many, &mut *plain, &mut *joins].into_iter().for_each(Vec::clear);
         *partials = 0;
@@ -46,10 +51,10 @@ impl Plan {
                 plain.extend((0..s.rows as usize).map(tile));
             } else if packed_rows > FEW {
                 many.extend((0..packed_rows).step_by(MANY).map(tile));
-            } else if s.context_len as usize <= PART {
+            } else if parts_of(s.context_len as usize) == 1 {
                 few.push(tile(0));
             } else {
-                let parts = (s.context_len as usize).div_ceil(PART);
+                let parts = parts_of(s.context_len as usize);
                 joins.push(Tile { from: 0, to: parts as u32, partial: *partials as u32, ..tile(0) });
                 for part in 0..parts {
                     let (from, to) = ((part * PART) as u32, ((part + 1) * PART) as u32);
@@ -57,6 +62,20 @@ impl Plan {
                 }
                 *partials += parts;
             }
+        }
+    }
+
+    /// Appends tiles that have nothing to do until there are so many of few rows and so many joins; room for as many partial results.
+    /// A shape without tiles of few rows stays as it is.
+    pub(super) fn pad(&mut self, tiles: usize, joins: usize) {
+        const IDLE: Tile = Tile { first_row: 0, rows: 0, context: 0, first_block: 0, packed: 0, from: 0, to: 0, partial: WHOLE };
+        if self.few.is_empty() {
+            return;
+        }
+        self.few.resize(tiles.max(self.few.len()), IDLE);
+        if joins > 0 {
+            self.joins.resize(joins.max(self.joins.len()), Tile { partial: 0, ..IDLE });
+            self.partials = self.partials.max(tiles);
         }
     }
 }
@@ -73,7 +92,7 @@ mod tests {
     fn every_key_of_a_long_context_is_in_one_part() {
         let shape = HeadShape { heads: 8, kv_heads: 2, head_dim: 64 };
         let mut plan = Plan::default();
-        plan.build(&[span(1, 512), span(1, 513), span(4, 2000)], shape, true);
+        plan.build([span(1, 512), span(1, 513), span(4, 2000)], shape, true);
         assert_eq!(
             plan.few.iter().map(|t| (t.from, t.to, t.partial)).collect::<Vec<_>>(),
             [(0, 512, u32::MAX), (0, 512, 0), (512, 513, 1), (0, 512, 2), (512, 1024, 3), (1024, 1536, 4), (1536, 2000, 5),]
@@ -87,9 +106,9 @@ mod tests {
         let shape = HeadShape { heads: 9, kv_heads: 3, head_dim: 64 };
         let mut plan = Plan::default();
         // 5 rows of 3 heads are 15 packed rows, 6 are 18, 43 are 129.
-        plan.build(&[span(5, 5), span(6, 6), span(43, 43)], shape, true);
+        plan.build([span(5, 5), span(6, 6), span(43, 43)], shape, true);
         assert_eq!((plan.few.len(), plan.many.len()), (1, 1 + 3));
-        plan.build(&[span(5, 5)], shape, false);
+        plan.build([span(5, 5)], shape, false);
         assert_eq!((plan.few.len(), plan.plain.len()), (0, 5));
     }
 }

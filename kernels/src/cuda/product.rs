@@ -8,6 +8,7 @@ use cudarc::cublaslt::{result, sys};
 use cudarc::driver::sys::CUstream;
 
 use super::device::{Address, Product};
+use super::libraries::Library;
 use crate::error::KernelError;
 
 /// Memory that the library may use for a product.
@@ -40,14 +41,7 @@ impl Products {
     }
 
     pub(super) fn open(alloc: &mut dyn FnMut(usize) -> Result<Address, KernelError>) -> Result<Self, KernelError> {
-        // SAFETY: it looks for the library, and for nothing else.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(KernelError::Unsupported(
-                "serving on a card needs cuBLASLt (libcublasLt.so, part of the CUDA toolkit and of the package nvidia-cublas) on the \
-                 loader's path; install it or serve with --device cpu"
-                    .into(),
-            ));
-        }
+        Library::CublasLt.require()?;
         let handle = result::create_handle().map_err(|e| failed("does not start", e))?;
         Ok(Products { handle, workspace: alloc(WORKSPACE)?, plans: HashMap::new() })
     }

@@ -8,6 +8,8 @@ use crate::error::KernelError;
 pub(super) struct Room {
     pub at: Address,
     pub bytes: usize,
+    /// How often it was reserved anew, somewhere else.
+    pub moves: usize,
 }
 
 impl Room {
@@ -20,7 +22,7 @@ impl Room {
     ) -> Result<Address, KernelError> {
         if bytes > self.bytes {
             let grown = bytes.next_power_of_two();
-            let old = std::mem::replace(self, Room { at: device.alloc(what, grown)?, bytes: grown });
+            let old = std::mem::replace(self, Room { at: device.alloc(what, grown)?, bytes: grown, moves: self.moves + 1 });
             if old.bytes > 0 {
                 device.free(old.at);
             }

@@ -110,15 +110,17 @@ impl SamplingRoom {
         device.launch(SAMPLE, Launch::blocks(self.rows).with_shared(SCRATCH), params.bytes())
     }
 
+    /// Whether anything was drawn.
+    pub(super) fn has_rows(&self) -> bool {
+        self.rows > 0
+    }
+
     fn drawn_bytes(&self) -> usize {
         self.rows * size_of::<p::Drawn>()
     }
 
     /// What was drawn, once the device is done.
     pub(super) fn read<D: Device>(&self, device: &D, out: &mut Vec<Sampled>) -> Result<(), KernelError> {
-        if self.rows == 0 {
-            return Ok(());
-        }
         let mut bytes = vec![0; self.drawn_bytes() + self.rows * 2 * self.most_top * size_of::<p::Likely>()];
         device.read(self.results.at, &mut bytes)?;
         let (drawn, top) = bytes.split_at(self.drawn_bytes());

@@ -22,6 +22,7 @@ use rates::{Ceilings, Sizes};
 use support::emulation::Emulated;
 use tidemill_kernels::Limits;
 use tidemill_kernels::cuda::CudaBackend;
+use tidemill_kernels::cuda::device::Device;
 use tidemill_kernels::cuda::driver::{Card, prepare};
 
 /// Cards that kernels are compiled for ahead.
@@ -132,7 +133,7 @@ fn check(place: &Place<'_>, report: Option<&Path>, limit: Duration) -> ExitCode 
     match place {
         // Opened here first, so that a machine without one gets one plain line.
         Place::Card(images) => match Card::open(Some(images)) {
-            Ok(card) => table.line(&describe(&card)),
+            Ok(card) => table.line(&card.describe()),
             Err(error) => {
                 eprintln!("{error}");
                 return ExitCode::from(NO_CARD);
@@ -156,12 +157,6 @@ fn check(place: &Place<'_>, report: Option<&Path>, limit: Duration) -> ExitCode 
     }
     table.line(&format!("\n{:.0} s in all.", start.elapsed().as_secs_f64()));
     if table.failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
-}
-
-fn describe(card: &Card) -> String {
-    use tidemill_kernels::cuda::device::Device;
-    let memory = card.memory().map_or(String::new(), |(_, total)| format!(", {:.0} GiB", total as f64 / (1u64 << 30) as f64));
-    format!("{}{memory}.", card.describe())
 }
 
 /// What was printed so far, also kept in a file: a run that is killed leaves what it had.

@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 
 use half::bf16;
 use tidemill_kernels::KernelError;
-use tidemill_kernels::cuda::device::{Address, Device, HEADER, Kernel, Launch, Product, Source};
+use tidemill_kernels::cuda::device::{Address, Device, Graph, HEADER, Kernel, Launch, Product, Source};
 
 const HOST: &str = include_str!("../../emulation/host.h");
 /// What a card lets a block have.
@@ -68,17 +68,34 @@ struct Mapping {
     bytes: usize,
 }
 
+/// Work that was written down.
+enum Work {
+    Launch(Kernel, Launch, Vec<u8>),
+    Product(Product),
+}
+
 /// The device.
 #[derive(Default)]
 pub struct Emulated {
     /// Threads of a block run from the last to the first.
     pub reversed: bool,
     mappings: HashMap<u64, Mapping>,
+    /// What is being written down.
+    capture: Option<Vec<Work>>,
+    graphs: HashMap<Graph, Vec<Work>>,
+    made_graphs: u64,
+    /// Captured steps that were done.
+    pub replays: usize,
 }
 
 impl Emulated {
     pub fn new(reversed: bool) -> Self {
-        Emulated { reversed, mappings: HashMap::new() }
+        let (mappings, capture, graphs) = (HashMap::new(), None, HashMap::new());
+        Emulated { reversed, mappings, capture, graphs, made_graphs: 0, replays: 0 }
+    }
+
+    fn outside_captures(&self) {
+        assert!(self.capture.is_none(), "only launches and products may be captured");
     }
 
     /// Bytes that are reserved now.
@@ -95,6 +112,7 @@ impl Emulated {
 impl Drop for Emulated {
     fn drop(&mut self) {
         assert!(self.mappings.is_empty() || std::thread::panicking(), "{} bytes were never given back", self.held());
+        assert!(self.graphs.is_empty() || std::thread::panicking(), "{} graphs were never given back", self.graphs.len());
     }
 }
 
@@ -105,7 +123,12 @@ impl Device for Emulated {
         "emulated".into()
     }
 
+    fn memory(&self) -> Result<(usize, usize), KernelError> {
+        Ok((8 << 30, 8 << 30))
+    }
+
     fn alloc(&mut self, what: &'static str, bytes: usize) -> Result<Address, KernelError> {
+        self.outside_captures();
         let memory = KernelError::Memory { what, bytes };
         if bytes > 1 << 32 {
             return Err(memory);
@@ -127,12 +150,14 @@ impl Device for Emulated {
     }
 
     fn free(&mut self, at: Address) {
+        self.outside_captures();
         let mapping = self.mappings.remove(&at.0).expect("what is freed was reserved");
         // SAFETY: the pages of one mapping; nothing runs.
         unsafe { libc::munmap(mapping.base as *mut c_void, mapping.mapped + PAGE) };
     }
 
     fn write(&mut self, to: Address, bytes: &[u8]) -> Result<(), KernelError> {
+        self.outside_captures();
         self.within(to, bytes.len());
         // SAFETY: inside one mapping.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.0 as *mut u8, bytes.len()) };
@@ -140,6 +165,7 @@ impl Device for Emulated {
     }
 
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<(), KernelError> {
+        self.outside_captures();
         self.within(from, bytes.len());
         // SAFETY: inside one mapping.
         unsafe { std::ptr::copy_nonoverlapping(from.0 as *const u8, bytes.as_mut_ptr(), bytes.len()) };
@@ -147,6 +173,10 @@ impl Device for Emulated {
     }
 
     fn launch(&mut self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), KernelError> {
+        if let Some(work) = &mut self.capture {
+            work.push(Work::Launch(kernel, launch, params.to_vec()));
+            return Ok(());
+        }
         let [_, y, z] = launch.grid;
         assert!(y <= 65_535 && z <= 65_535 && launch.shared <= MOST_SHARED, "{kernel:?} {launch:?}");
         let size = symbol(kernel.source, &format!("{}_params", kernel.name)).cast::<u64>();
@@ -164,6 +194,10 @@ impl Device for Emulated {
     }
 
     fn product(&mut self, product: Product) -> Result<(), KernelError> {
+        if let Some(work) = &mut self.capture {
+            work.push(Work::Product(product));
+            return Ok(());
+        }
         let Product { x, w, out, rows, n, stride, add } = product;
         let load = |at: Address, count: usize| {
             let mut bytes = vec![0; count * 2];
@@ -184,6 +218,39 @@ impl Device for Emulated {
     }
 
     fn wait(&mut self) -> Result<(), KernelError> {
+        self.outside_captures();
         Ok(())
+    }
+
+    fn capture(&mut self) -> Result<(), KernelError> {
+        self.outside_captures();
+        self.capture = Some(Vec::new());
+        Ok(())
+    }
+
+    fn captured(&mut self) -> Result<Graph, KernelError> {
+        let graph = Graph(self.made_graphs);
+        self.made_graphs += 1;
+        self.graphs.insert(graph, self.capture.take().expect("a capture was begun"));
+        Ok(graph)
+    }
+
+    fn replay(&mut self, graph: Graph) -> Result<(), KernelError> {
+        self.outside_captures();
+        self.replays += 1;
+        let work = self.graphs.remove(&graph).expect("a graph that was not given back");
+        for piece in &work {
+            match piece {
+                Work::Launch(kernel, launch, params) => self.launch(*kernel, *launch, params)?,
+                Work::Product(product) => self.product(*product)?,
+            }
+        }
+        self.graphs.insert(graph, work);
+        Ok(())
+    }
+
+    fn forget(&mut self, graph: Graph) {
+        self.outside_captures();
+        self.graphs.remove(&graph).expect("what is given back was made");
     }
 }

@@ -9,8 +9,10 @@
 pub mod backend;
 pub mod decoder;
 pub mod emulation;
+pub mod faulty;
 pub mod low_rank;
 pub mod mistakes;
+pub mod recorder;
 pub mod sampling;
 pub mod scenarios;
 pub mod steps;

@@ -1,0 +1,49 @@
+//! How much of a card's memory may be given to the key-value cache.
+
+use super::CudaBackend;
+use super::device::Device;
+use super::weights::{Form, PADDING};
+use crate::error::KernelError;
+use crate::ops::Rows;
+
+/// What stays free: for captured steps, partial results of attention, and whoever else uses the card. A twentieth, and this at least.
+const LEAST_MARGIN: usize = 256 << 20;
+
+/// Of `free` bytes, those that nobody will want.
+fn to_spare(free: usize, total: usize, needed: usize) -> usize {
+    free.saturating_sub(needed).saturating_sub((total / 20).max(LEAST_MARGIN))
+}
+
+impl<D: Device> CudaBackend<D> {
+    /// Bytes that can be given to the cache: what is free, without what steps up to the limits will reserve and without a margin.
+    pub(super) fn spare_memory(&self) -> Result<usize, KernelError> {
+        let (free, total) = self.device.memory()?;
+        Ok(to_spare(free, total, self.still_to_reserve()))
+    }
+
+    /// What is reserved when it is first needed, and has not been: bf16 copies of activations, a widened matrix, values to sample from.
+    fn still_to_reserve(&self) -> usize {
+        let copies = self.buffers.iter().filter(|buffer| buffer.half.is_none());
+        let copies = copies.map(|b| self.shapes.capacity(b.rows) * b.width.next_multiple_of(PADDING) * 2).sum::<usize>();
+        let quantised = self.matrices.iter().filter(|m| matches!(m.form, Form::Int8 | Form::Int4));
+        let widened = quantised.map(|m| m.weights.n as usize * m.weights.stride as usize * 2).max().unwrap_or(0);
+        let sampled = self.buffers.iter().filter(|buffer| buffer.rows == Rows::Samples);
+        let values = sampled.map(|b| self.shapes.capacity(b.rows) * b.width * 4).max().unwrap_or(0);
+        // Rooms grow to powers of 2.
+        copies + widened.next_power_of_two() + values.next_power_of_two()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_margin_and_what_steps_need_stay_free() {
+        const GIB: usize = 1 << 30;
+        assert_eq!(to_spare(70 * GIB, 80 * GIB, GIB), 65 * GIB);
+        // On a small card the margin is not less than what a captured step takes.
+        assert_eq!(to_spare(3 * GIB, 4 * GIB, 0), 3 * GIB - LEAST_MARGIN);
+        assert_eq!(to_spare(GIB, 80 * GIB, 0), 0);
+    }
+}

@@ -1,0 +1,154 @@
+//! Steps that are recorded, and captured or replayed where they can be; see [`super::graphs`].
+
+use super::CudaBackend;
+use super::device::{Device, Graph};
+use super::graphs::{Graphs, Op, Padded, Way};
+use crate::error::KernelError;
+use crate::ops::*;
+
+/// What a backend knows of captures.
+#[derive(Default)]
+pub(super) struct Captures {
+    /// Whether steps are captured at all.
+    pub on: bool,
+    pub graphs: Graphs,
+    /// What the current step is padded to, where it may be captured.
+    pub size: Option<Padded>,
+    /// Operations are written down, and not done yet.
+    pub recording: bool,
+    pub program: Vec<Op>,
+}
+
+impl<D: Device> CudaBackend<D> {
+    /// Steps that compute one token of each sequence are captured and replayed from now on.
+    pub fn capturing(mut self) -> Self {
+        self.captures.on = true;
+        self
+    }
+
+    /// A new step: decides whether it is recorded.
+    pub(super) fn begin_recording(&mut self) {
+        let captures = &mut self.captures;
+        captures.size = if captures.on { Padded::of(&self.batch, self.shapes.limits()) } else { None };
+        captures.recording = captures.size.is_some();
+        captures.program.clear();
+    }
+
+    /// Writes an operation down, or does it when the step is not recorded.
+    pub(super) fn enqueue(
+        &mut self,
+        check: Result<(), KernelError>,
+        op: Op,
+        run: impl FnOnce(&mut Self) -> Result<(), KernelError>,
+    ) {
+        if !self.captures.recording || check.is_err() {
+            return self.attempt(check, run);
+        }
+        self.captures.program.push(op);
+    }
+
+    /// Does what was written down.
+    pub(super) fn run_recorded(&mut self) {
+        if !std::mem::take(&mut self.captures.recording) || self.error.is_some() {
+            return;
+        }
+        let program = std::mem::take(&mut self.captures.program);
+        let done = self.run_program(&program);
+        self.captures.program = program;
+        if self.error.is_none() {
+            self.error = done.err();
+        }
+    }
+
+    fn run_program(&mut self, program: &[Op]) -> Result<(), KernelError> {
+        let Some(size) = self.captures.size else { return Ok(()) };
+        // Nothing may be reserved or written during a capture, and what differs from step to step must be there for a replay.
+        for op in program {
+            match *op {
+                Op::PagedAttention { shape, kv, .. } => {
+                    self.plan(shape, kv)?;
+                }
+                Op::Lora { .. } => {
+                    self.adapters.tables(&mut self.device)?;
+                }
+                _ => {}
+            }
+        }
+        let way = self.captures.graphs.way(size, program, self.moves());
+        self.hand_back();
+        match way {
+            Way::Replay(graph) => self.device.replay(graph),
+            Way::Plain => {
+                self.repeat(program);
+                Ok(())
+            }
+            Way::First => {
+                self.repeat(program);
+                if self.error.is_some() {
+                    self.captures.graphs.undo_first();
+                }
+                Ok(())
+            }
+            Way::Capture(index) => {
+                let captured = self.capture(program);
+                self.captures.graphs.keep(index, captured);
+                if let Some(graph) = captured {
+                    return self.device.replay(graph);
+                }
+                // A step that cannot be captured is done without; if the device is lost, that shows now.
+                self.all_stale();
+                self.repeat(program);
+                Ok(())
+            }
+        }
+    }
+
+    /// `None` when anything goes wrong.
+    fn capture(&mut self, program: &[Op]) -> Option<Graph> {
+        self.device.capture().ok()?;
+        self.repeat(program);
+        let broken = self.error.take();
+        let captured = self.device.captured().ok()?;
+        if broken.is_some() {
+            self.device.forget(captured);
+            return None;
+        }
+        Some(captured)
+    }
+
+    /// Asks for each operation again, which is done at once now.
+    fn repeat(&mut self, program: &[Op]) {
+        for op in program {
+            match *op {
+                Op::Embedding { table, out } => self.embedding(table, out),
+                Op::RmsNorm { x, weight, eps, out } => self.rms_norm(x, weight, eps, out),
+                Op::Linear { x, w, bias, out, store } => self.linear(x, w, bias, out, store),
+                Op::Lora { x, site, out } => self.lora(x, site, out),
+                Op::RopeCache { qkv, shape, norm, rope, kv, layer } => self.rope_cache(qkv, shape, norm, rope, kv, layer),
+                Op::PagedAttention { qkv, shape, spec, kv, layer, out } => {
+                    self.paged_attention(qkv, shape, spec, kv, layer, out);
+                }
+                Op::SiluAndMul { gate_up, out } => self.silu_and_mul(gate_up, out),
+                Op::Gather { x, out } => self.gather(x, out),
+            }
+        }
+    }
+
+    /// How often memory that captured steps read has moved.
+    fn moves(&self) -> usize {
+        let rooms = [self.lists.room, self.partials, self.widened].into_iter().chain(self.plans.rooms());
+        rooms.map(|room| room.moves).sum::<usize>() + self.adapters.moves()
+    }
+
+    /// Gives captured steps that are not used any more back to the device.
+    pub(super) fn hand_back(&mut self) {
+        for graph in self.captures.graphs.dropped() {
+            self.device.forget(graph);
+        }
+    }
+
+    /// No bf16 copy is what its buffer is.
+    pub(super) fn all_stale(&mut self) {
+        self.buffers.iter_mut().filter_map(|buffer| buffer.half.as_mut()).for_each(|half| half.fresh = false);
+    }
+}
