@@ -46,7 +46,7 @@ pub fn states(app: &App) -> impl Iterator<Item = (&str, &'static str)> {
     })
 }
 
-/// Ready for requests: 503 while weights load and while draining.
+/// Ready for requests: 503 while weights load, while draining and while a card is short of memory.
 pub async fn ready(State(app): State<App>) -> Response {
     let models: serde_json::Map<_, _> = states(&app).map(|(name, state)| (name.to_owned(), state.into())).collect();
     let status = if app.drain.is_draining() {
@@ -55,10 +55,10 @@ pub async fn ready(State(app): State<App>) -> Response {
         "loading"
     } else if models.values().all(|state| state == "ready") {
         "ready"
-    } else if models.values().any(|state| state == "stopped") {
-        "stopped"
-    } else {
+    } else if models.values().all(|state| state == "ready" || state == "short_of_memory") {
         "short_of_memory"
+    } else {
+        "stopped"
     };
     let code = if status == "ready" { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     answer(code, &json!({"status": status, "models": models}))
