@@ -29,7 +29,7 @@ GPU        := $(CACHE)/gpu
 TEST_DATA  := $(CACHE)/test-data
 TEST_MODEL := $(TEST_DATA)/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: gpu-build gpu-check chromium c++ help serve build test lint test-build test-rust test-e2e demo demo-short demo-word demo-json demo-loop bench bench-store bench-train bench-beside oracle clean
+.PHONY: gpu-build gpu-check tour chromium c++ help serve build test lint test-build test-rust test-e2e demo demo-short demo-word demo-json demo-loop bench bench-store bench-train bench-beside oracle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -109,6 +109,10 @@ demo-short demo-word demo-json demo-loop: build $(VENV)/ready
 	$(BIN) pull --data $(TEST_DATA)
 	TIDEMILL_BIN=$(BIN) TIDEMILL_TEST_MODEL=$(TEST_MODEL) $(VENV)/bin/python tests/demos/run.py $(@:demo-%=%) \
 		--folder $(CACHE)/demos/$(@:demo-%=%) --page docs/demos.md $(ARGS)
+
+tour: build chromium ## types what README.md and docs/tour.md say, and writes into them what came of it (five minutes; port 8080)
+	$(PYTHON) tests/tour.py $(BIN) README.md --folder $(CACHE)/tour
+	$(PYTHON) tests/tour.py $(BIN) docs/tour.md --folder $(CACHE)/tour
 
 bench: build ## ours beside llama.cpp, vLLM and OpenVINO on this machine; rewrites docs/benchmarks.md (about an hour)
 	$(MAKE) -C loadtest/peers all

@@ -3,8 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test stops at the first surprise")]
 
 mod support;
+#[path = "support/tiny.rs"]
+mod tiny;
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -14,19 +15,13 @@ use hyper::{Request, StatusCode};
 use serde_json::{Value, json};
 use support::{Reply, Setup, send};
 use tempfile::TempDir;
-use tidemill::adapters::AdapterKeeper;
 use tidemill::http::{App, router};
-use tidemill::upstream::{LocalModel, Registry, Upstream};
-use tidemill_engine::{Engine, EngineOptions, ModelFiles};
-use tidemill_kernels::{KvDtype, WeightFormat};
+use tidemill_engine::ModelFiles;
 use tidemill_rlhf::registry::{Base, Lineage};
-use tidemill_store::{DataDir, Scope};
+use tidemill_store::Scope;
+use tiny::golden;
 
 const TOKENS: usize = 16;
-
-fn golden(place: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/llama").join(place)
-}
 
 fn expected(place: &str) -> Value {
     serde_json::from_slice(&std::fs::read(golden(place)).unwrap()).unwrap()
@@ -47,22 +42,8 @@ struct Server {
 
 impl Server {
     fn new() -> Self {
-        let options = EngineOptions {
-            served_name: "tiny".into(),
-            kv_memory: Some(16 << 20),
-            threads: Some(1),
-            weight_format: WeightFormat::F32,
-            kv_dtype: KvDtype::F32,
-            max_adapters: 3,
-            ..EngineOptions::new(golden(""))
-        };
-        let engine = Engine::start(options, &mut |_, _| {}).unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let registry = Arc::new(Registry::new(["tiny".to_owned()]));
-        let app = Setup::default().app();
-        let adapters = AdapterKeeper::new(&app.store, &DataDir::new(folder.path()), Arc::clone(&registry));
-        registry.loaded("tiny", Upstream::Local(Arc::new(LocalModel::new(engine, 7))));
-        let app = App { adapters, registry, ..app };
+        let app = tiny::app(folder.path(), Setup::default());
         Self { folder, router: router(app.clone()), app, key: None }
     }
 

@@ -13,15 +13,15 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
-use support::{MODEL, Setup, ask, get, no_training, post, says};
+use support::{MODEL, Reply, Setup, ask, get, no_training, post, says};
 use tempfile::TempDir;
 use tidemill::fine_tuning::FineTuningOptions;
 use tidemill::graders::desk::Petitioner;
 use tidemill::graders::{Desk, DeskOracle};
 use tidemill::http::inside::Inside;
-use tidemill::http::{App, router};
+use tidemill::http::{App, Auth, router};
 use tidemill_rlhf::reward::grader::{Oracle, Question, Role};
-use tidemill_store::{AdapterFilter, AdapterState, FileDraft, FineTuningState, Viewer};
+use tidemill_store::{AdapterFilter, AdapterState, FileDraft, FineTuningState, Scope, Viewer};
 
 const JOBS: &str = "/v1/fine_tuning/jobs";
 const CHAT: &str = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#;
@@ -321,6 +321,30 @@ async fn only_so_many_jobs_may_be_open_and_files_that_are_looked_through_stay() 
     let page = get(&router, &format!("{JOBS}?limit=3")).await.json();
     assert_eq!((page["data"].as_array().unwrap().len(), &page["has_more"]), (3, &json!(true)));
     assert_eq!(get(&router, &format!("{JOBS}?order=asc")).await.error().0, 400);
+}
+
+#[tokio::test]
+async fn one_key_does_not_fill_the_queue_for_all() {
+    let options = FineTuningOptions { jobs_per_key: 3, ..no_training() };
+    let mut app = Setup { fine_tuning: Some(options), ..Setup::default() }.app();
+    let (_, busy) = app.store.create_key("busy", &[Scope::Admin]).await.unwrap();
+    let (_, other) = app.store.create_key("other", &[Scope::Admin]).await.unwrap();
+    app.auth = Auth::new(app.store.clone(), true);
+    let router = router(app.clone());
+    let order = json!({"model": MODEL, "training_file": file(&app, CHAT).await});
+    let make = async |key: &str| ask(&router, "POST", JOBS, Some(key), order.clone()).await;
+    // All at once: none is counted away by another.
+    let sent = futures_util::future::join_all((0..8).map(|_| make(&busy))).await;
+    let taken: Vec<&Reply> = sent.iter().filter(|reply| reply.status == 200).collect();
+    assert_eq!(taken.len(), 3);
+    let refused = sent.iter().find(|reply| reply.status != 200).unwrap();
+    assert_eq!((refused.error().0, refused.error().2.as_deref()), (429, Some("too_many_jobs")));
+    assert!(refused.json()["error"]["message"].as_str().unwrap().starts_with("3 fine-tuning jobs of this key"));
+    assert_eq!(make(&other).await.status, 200);
+    // One that is cancelled makes room.
+    let id = taken[0].json()["id"].as_str().unwrap().to_owned();
+    assert_eq!(ask(&router, "POST", &format!("{JOBS}/{id}/cancel"), Some(&busy), Value::Null).await.status, 200);
+    assert_eq!(make(&busy).await.status, 200);
 }
 
 fn exact() -> Value {

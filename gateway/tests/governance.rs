@@ -9,7 +9,7 @@ use std::time::Duration;
 use support::{MODEL, Reply, Setup, answered, ask, judged};
 use tidemill::http::{App, Auth, router};
 use tidemill_store::records::{Exposure, Inference, Kind};
-use tidemill_store::{Adapters, RegisteredAdapter, Rollout, RolloutDecision, Rollouts, Scope, Snapshots};
+use tidemill_store::{Adapters, FileDraft, RegisteredAdapter, Rollout, RolloutDecision, Rollouts, Scope, Snapshots};
 use uuid::Uuid;
 
 struct Server {
@@ -111,10 +111,32 @@ async fn acts_are_told_with_the_key_and_found_page_by_page() {
     server.boss("DELETE", "/v1/admin/keys/app", Value::Null).await;
     assert_eq!(server.boss("DELETE", "/v1/admin/keys/app", Value::Null).await.error().0, 404);
     server.boss("POST", "/v1/datasets", json!({"name": "d"})).await;
+    assert_eq!(server.boss("POST", "/v1/labeling/queues", json!({"name": "q"})).await.status, 201);
+    assert_eq!(server.boss("PATCH", "/v1/labeling/queues/q", json!({"closed": true})).await.status, 200);
+    let content = server.app.files.receive(server.app.store.issue_id()).await.unwrap();
+    let draft = FileDraft { key_id: None, filename: "ann.jsonl".into(), purpose: "batch".into(), expires: None };
+    let file = format!("file-{}", content.finish(draft, 1).await.unwrap().id);
+    assert_eq!(server.boss("DELETE", &format!("/v1/files/{file}"), Value::Null).await.status, 200);
 
     let mine = server.get("/v1/audit?by=boss&order=asc").await;
     let told: Vec<_> = mine["data"].as_array().unwrap().iter().map(|act| act["action"].as_str().unwrap()).collect();
-    assert_eq!(told, ["key.create", "key.change", "key.rotate", "key.revoke", "dataset.build"]);
+    assert_eq!(
+        told,
+        [
+            "key.create",
+            "key.change",
+            "key.rotate",
+            "key.revoke",
+            "dataset.build",
+            "labeling.create",
+            "labeling.change",
+            "file.delete",
+        ]
+    );
+    let (closed, deleted) = (&mine["data"][6], &mine["data"][7]);
+    assert_eq!((&closed["subject"], &closed["detail"]["closed"]), (&json!("q"), &json!(true)));
+    assert_eq!((&deleted["subject"], &deleted["detail"]["purpose"]), (&json!(file), &json!("batch")));
+    assert!(!mine.to_string().contains("ann.jsonl"), "a file's name is its owner's words");
     let first = &mine["data"][0];
     assert_eq!(
         (&first["object"], &first["actor"], &first["subject"]),
@@ -270,10 +292,15 @@ async fn under_four_eyes_another_key_promotes_and_who_looks_sees_it() {
     let told = server.get("/v1/audit?what=rollout&on=r&order=asc").await;
     let told: Vec<_> = told["data"].as_array().unwrap().iter().map(|act| (&act["action"], &act["actor"])).collect();
     assert_eq!(told, [(&json!("rollout.start"), &json!("key boss")), (&json!("rollout.promote"), &json!("key second"))]);
-    // To take back what one began needs nobody else.
+    // What took two to promote takes another one to take back, too.
+    let refused = server.boss("POST", "/v1/rollouts/r/rollback", json!({})).await;
+    assert_eq!(refused.error(), (403, None, Some("four_eyes".into())));
+    // To stop what one began needs nobody else.
     let arms = json!([{"variant": "pirate", "model": MODEL, "prompt_prefix": "Arr."}, {"variant": "plain", "model": MODEL}]);
     let mut again = spec;
     again["arms"] = arms;
     assert_eq!(server.boss("POST", "/v1/rollouts", again).await.status, 201);
     assert_eq!(server.boss("POST", "/v1/rollouts/r/rollback", json!({})).await.status, 200);
+    let first = format!("/v1/rollouts/{}/rollback", started.json()["id"].as_str().unwrap());
+    assert_eq!(ask(&server.router, "POST", &first, Some(&second), json!({})).await.json()["status"], "rolled_back");
 }

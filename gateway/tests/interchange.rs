@@ -29,7 +29,7 @@ async fn scene(pairs: u32) -> (App, Router, Vec<Task>) {
         lease_seconds: 60,
         filled_until: String::new(),
     };
-    let queue = labels.create_queue(queue, 1).await.unwrap();
+    let queue = labels.create_queue(queue, 1, app.store.act("ann", "labeling.create")).await.unwrap();
     let task = |n: u32| NewTask {
         source: format!("line {n}"),
         prompt: json!([{"role": "user", "content": format!("Question {n}?")}]),

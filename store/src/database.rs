@@ -158,6 +158,8 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (11, "keeper", include_str!("../migrations/0011_keeper.sql")),
     (12, "loops", include_str!("../migrations/0012_loops.sql")),
     (13, "governance", include_str!("../migrations/0013_governance.sql")),
+    (14, "base scores", include_str!("../migrations/0014_base_scores.sql")),
+    (16, "housekeeping", include_str!("../migrations/0016_housekeeping.sql")),
     (17, "under way", include_str!("../migrations/0017_under_way.sql")),
 ];
 

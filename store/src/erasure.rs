@@ -66,7 +66,12 @@ pub(crate) async fn erase(database: &Database, ids: &IdKey, user: &str, act: Act
         sqlx::query(lock).execute(&mut *sql).await?;
     }
 
-    let answers = texts(sql, "SELECT id FROM inferences WHERE user_key = $1", &user).await?;
+    let mut answers = texts(sql, "SELECT id FROM inferences WHERE user_key = $1", &user).await?;
+    // What a rollout counts names nobody, but the hash by which it tells people apart is theirs.
+    let counted = sqlx::query("SELECT id FROM inferences WHERE unit = $1 AND unit IS NOT NULL AND user_key IS NULL");
+    for row in counted.bind(ids.unit(&user)).fetch_all(&mut *sql).await? {
+        answers.insert(row.try_get(0)?);
+    }
     let conversations =
         texts(sql, "SELECT DISTINCT conversation FROM inferences WHERE user_key = $1 AND conversation IS NOT NULL", &user)
             .await?;

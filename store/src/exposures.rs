@@ -62,6 +62,10 @@ pub enum UnitValue {
     Refused,
     /// Its tokens, of those that ended well.
     Tokens,
+    /// How far its model has moved from the base, of those that were scored ([`crate::BaseScores`]).
+    KlToBase,
+    /// The base's mean log-probability of its tokens, of the same.
+    LogprobToBase,
 }
 
 /// The time to the first token in an arm. Who broke off, or was told of a failure, after waiting longer than the bound without one has
@@ -187,6 +191,8 @@ impl Exposures {
                 UnitValue::Truncated => (flag("c.finish_reason = 'length'"), "i.status = 'ok'"),
                 UnitValue::Refused => (flag("i.refused = 1"), "i.refused IS NOT NULL"),
                 UnitValue::Tokens => ("CAST(i.output_tokens AS DOUBLE PRECISION)".to_owned(), "i.status = 'ok'"),
+                UnitValue::KlToBase => ("i.kl_to_base".to_owned(), "i.kl_to_base IS NOT NULL"),
+                UnitValue::LogprobToBase => ("i.logprob_to_base".to_owned(), "i.logprob_to_base IS NOT NULL"),
             };
             let text = format!(
                 "SELECT arm, COUNT(*), CAST(SUM(mean) AS DOUBLE PRECISION), CAST(SUM(mean * mean) AS DOUBLE PRECISION) FROM (\

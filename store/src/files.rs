@@ -14,6 +14,7 @@ use tokio::fs::{self, File};
 use tokio::io::AsyncWriteExt;
 use uuid::Uuid;
 
+use crate::audit::Act;
 use crate::batches::OPEN;
 use crate::data_dir::write_atomically;
 use crate::error::StoreError;
@@ -184,16 +185,24 @@ impl Files {
         .await
     }
 
-    /// Removes a file; `false` when a batch or a fine-tuning job still reads it.
-    pub async fn delete(&self, file: &FileRecord) -> Result<bool, StoreError> {
-        let text = format!("DELETE FROM files WHERE id = $1 AND {UNUSED}");
-        let query = sqlx::query(AssertSqlSafe(text)).bind(file.id.to_string());
-        let deleted = patiently(async { Ok::<_, StoreError>(query.execute(self.database.write()).await?) }).await?;
-        if deleted.rows_affected() == 0 {
-            return Ok(false);
+    /// Removes a file, as somebody wants; `false` when a batch or a fine-tuning job still reads it.
+    pub async fn delete(&self, file: &FileRecord, act: Act) -> Result<bool, StoreError> {
+        let deleted = patiently(async {
+            let mut transaction = self.database.write().begin().await?;
+            let text = format!("DELETE FROM files WHERE id = $1 AND {UNUSED}");
+            let query = sqlx::query(AssertSqlSafe(text)).bind(file.id.to_string());
+            if query.execute(&mut *transaction).await?.rows_affected() == 0 {
+                return Ok(false);
+            }
+            act.write(&mut transaction).await?;
+            transaction.commit().await?;
+            Ok::<_, StoreError>(true)
+        })
+        .await?;
+        if deleted {
+            self.forget(&file.place, file.id).await;
         }
-        self.forget(&file.place, file.id).await;
-        Ok(true)
+        Ok(deleted)
     }
 
     /// Bytes of all contents in this data directory.

@@ -11,6 +11,7 @@
 
 pub mod adapters;
 mod audit;
+mod base_scores;
 mod batches;
 mod commit;
 mod comparisons;
@@ -53,6 +54,7 @@ pub use adapters::{
     AdapterFilter, AdapterOrigin, AdapterRefusal, AdapterState, Adapters, Alias, RegisteredAdapter, ServedAdapter,
 };
 pub use audit::{Act, Actor, Audit, AuditEntry, AuditFilter};
+pub use base_scores::{BaseScore, BaseScores, Unscored};
 pub use batches::{Batch, BatchDraft, BatchOutcome, BatchProgress, BatchState, Batches};
 pub use comparisons::{Candidate, Comparison, Comparisons};
 pub use data_dir::{DataDir, DataDirLock, write_atomically};

@@ -5,6 +5,8 @@
 //! - **By size**: the oldest without feedback first, stored chats and responses among them, and judged ones only when no others are
 //!   left: a judgement without its answer teaches nothing. The size is that of text and tokens; the files are larger, and SQLite's file
 //!   keeps its length and fills the gaps.
+//! - **In a rollout that runs**, an answer loses its texts, tokens and person, and what the rollout counts stays until it is over: sums that
+//!   shrink while somebody looks at them would promise more than they hold, and oldest-first would take the judged and the others unevenly.
 //! - **Never**: feedback, which is small and somebody's work (withdrawing and erasure remove it), labeling tasks, which hold their own
 //!   copy of both answers, and snapshots, which hold their own copy of their rows. The lineage of a snapshot keeps the ids of answers
 //!   that are gone.
@@ -47,7 +49,13 @@ pub(crate) async fn run(database: Database, retention: Retention, mut closing: w
     }
 }
 
-/// Deletes what is beyond the limits at `now`, in microseconds since 1970, and says how many answers, stored chats and responses that were.
+/// Whether an answer counts in a rollout that runs.
+const COUNTS: &str = "CASE WHEN rollout_id IN (SELECT id FROM rollouts WHERE ended IS NULL) THEN 1 ELSE 0 END";
+/// About what an answer takes of which only that is left.
+const STRIPPED_BYTES: i64 = 700;
+
+/// Deletes what is beyond the limits at `now`, in microseconds since 1970, and says how many answers, stored chats and responses that were;
+/// those that a rollout counts on are among them when they have lost their texts.
 /// On Postgres one gateway at a time does so: two that count down from the same total side by side would delete more than is too much.
 pub async fn apply(database: &Database, retention: Retention, now: i64) -> Result<u64, StoreError> {
     if database.dialect() == Dialect::Sqlite {
@@ -62,19 +70,39 @@ pub async fn apply(database: &Database, retention: Retention, now: i64) -> Resul
 }
 
 async fn apply_alone(database: &Database, retention: Retention, now: i64) -> Result<u64, StoreError> {
+    // What was kept for rollouts that are over; it was told when it lost its texts.
+    loop {
+        let text = format!(
+            "SELECT id FROM inferences WHERE stripped = 1 AND rollout_id IN (SELECT id FROM rollouts WHERE ended IS NOT NULL) LIMIT {PART}"
+        );
+        let rows = sqlx::query(AssertSqlSafe(text)).fetch_all(database.read()).await?;
+        let ids: Vec<String> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
+        if ids.is_empty() {
+            break;
+        }
+        delete(database, Place::Answers, &ids).await?;
+    }
     let mut deleted = 0;
     if let Some(age) = retention.max_age {
         let before = now.saturating_sub(i64::try_from(age.as_micros()).unwrap_or(i64::MAX));
         for place in Place::ALL {
             loop {
-                let table = place.table();
-                let text = format!("SELECT id FROM {table} WHERE created < $1 ORDER BY created LIMIT {PART}");
+                let (table, counts, whole) = match place {
+                    Place::Answers => (place.table(), COUNTS, " AND stripped IS NULL"),
+                    Place::Chats | Place::Responses => (place.table(), "0", ""),
+                };
+                let text = format!(
+                    "SELECT id, CAST({counts} AS BIGINT) FROM {table} WHERE created < $1{whole} ORDER BY created LIMIT {PART}"
+                );
                 let rows = sqlx::query(AssertSqlSafe(text)).bind(before).fetch_all(database.read()).await?;
-                let ids: Vec<String> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
-                if ids.is_empty() {
+                if rows.is_empty() {
                     break;
                 }
-                deleted += delete(database, place, &ids).await?;
+                let (mut gone, mut bare) = (Vec::new(), Vec::new());
+                for row in &rows {
+                    if row.try_get::<i64, _>(1)? == 1 { &mut bare } else { &mut gone }.push(row.try_get(0)?);
+                }
+                deleted += delete(database, place, &gone).await? + strip(database, &bare).await?;
             }
         }
     }
@@ -88,23 +116,27 @@ async fn apply_alone(database: &Database, retention: Retention, now: i64) -> Res
         }
         metrics::gauge!("tidemill:store_answer_bytes").set(total as f64);
         let unjudged = format!(
-            "SELECT * FROM (SELECT id, bytes, created, CAST(0 AS BIGINT) AS place FROM inferences WHERE NOT {JUDGED} \
+            "SELECT * FROM (SELECT id, bytes, created, CAST(3 * {COUNTS} AS BIGINT) AS place FROM inferences \
+                 WHERE stripped IS NULL AND NOT {JUDGED} \
              UNION ALL SELECT id, bytes, created, CAST(1 AS BIGINT) AS place FROM stored_chats \
              UNION ALL SELECT id, bytes, created, CAST(2 AS BIGINT) AS place FROM responses) AS things ORDER BY created LIMIT {PART}"
         );
         let judged = format!(
-            "SELECT id, bytes, created, CAST(0 AS BIGINT) AS place FROM inferences WHERE {JUDGED} ORDER BY created LIMIT {PART}"
+            "SELECT id, bytes, created, CAST(3 * {COUNTS} AS BIGINT) AS place FROM inferences \
+             WHERE stripped IS NULL AND {JUDGED} ORDER BY created LIMIT {PART}"
         );
         for text in [unjudged, judged] {
             while total > most {
-                let mut oldest: [Vec<String>; 3] = Default::default();
+                // By place; the last are answers that lose their texts.
+                let mut oldest: [Vec<String>; 4] = Default::default();
                 for row in sqlx::query(AssertSqlSafe(text.clone())).fetch_all(database.read()).await? {
                     if total <= most {
                         break;
                     }
                     let place = usize::try_from(row.try_get::<i64, _>("place")?).unwrap_or_default();
-                    oldest[place.min(2)].push(row.try_get("id")?);
-                    total -= row.try_get::<i64, _>("bytes")?;
+                    oldest[place.min(3)].push(row.try_get("id")?);
+                    let bytes = row.try_get::<i64, _>("bytes")?;
+                    total -= if place == 3 { (bytes - STRIPPED_BYTES).max(0) } else { bytes };
                 }
                 if oldest.iter().all(Vec::is_empty) {
                     break;
@@ -112,6 +144,7 @@ async fn apply_alone(database: &Database, retention: Retention, now: i64) -> Res
                 for (place, ids) in Place::ALL.into_iter().zip(&oldest) {
                     deleted += delete(database, place, ids).await?;
                 }
+                deleted += strip(database, &oldest[3]).await?;
             }
         }
     }
@@ -169,4 +202,40 @@ async fn delete(database: &Database, place: Place, ids: &[String]) -> Result<u64
     drop(connection);
     tokio::time::sleep(PAUSE).await;
     Ok(deleted)
+}
+
+/// Takes texts, tokens and person from answers that a rollout counts on. A conversation stays named where somebody has judged it, which
+/// says the same; the API's key stays, as with all that is counted.
+async fn strip(database: &Database, ids: &[String]) -> Result<u64, StoreError> {
+    if ids.is_empty() {
+        return Ok(0);
+    }
+    let list = list(1, ids.len());
+    let judged = "EXISTS (SELECT 1 FROM feedback WHERE feedback.target = inferences.conversation AND feedback.target_kind = 'conversation')";
+    let statements = [
+        format!(
+            "UPDATE inferences SET stripped = 1, bytes = {STRIPPED_BYTES}, user_key = NULL, metadata = '{{}}', params = NULL, \
+             messages = NULL, prompt_text = NULL, prompt_ids = NULL, \
+             conversation = CASE WHEN {judged} THEN conversation ELSE NULL END WHERE id IN {list}"
+        ),
+        format!(
+            "UPDATE choices SET output_text = NULL, message = NULL, output_ids = NULL, logprobs = NULL, raw_logprobs = NULL \
+             WHERE inference_id IN {list}"
+        ),
+    ];
+    let mut connection = database.write().acquire().await?;
+    let mut transaction = connection.begin().await?;
+    let mut stripped = 0;
+    for (index, text) in statements.into_iter().enumerate() {
+        let mut query = sqlx::query(AssertSqlSafe(text));
+        for id in ids {
+            query = query.bind(id.clone());
+        }
+        let done = query.execute(&mut *transaction).await?.rows_affected();
+        stripped += if index == 0 { done } else { 0 };
+    }
+    transaction.commit().await?;
+    drop(connection);
+    tokio::time::sleep(PAUSE).await;
+    Ok(stripped)
 }

@@ -18,6 +18,10 @@ use crate::patience::{at_length, patiently};
 use crate::statement::{Select, clean};
 
 const COLUMNS: &str = "id, created, updated, ended, name, model, spec, state, version, latest";
+/// Whether `later` stands on the promotion of `rollouts`: it was promoted after it, or it runs and began with what that left as its control.
+const STANDS_ON: &str = "later.id <> rollouts.id AND later.model = rollouts.model AND (later.promoted > rollouts.promoted \
+                         OR (later.promoted = rollouts.promoted AND later.id > rollouts.id) \
+                         OR (later.ended IS NULL AND later.created >= rollouts.ended))";
 
 /// A rollout.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -162,13 +166,45 @@ impl Rollouts {
         change: &RolloutChange,
         actor: Option<&Actor>,
     ) -> Result<Rollout, RolloutRefusal> {
+        self.write(read, change, actor, "ended IS NULL").await
+    }
+
+    /// Takes a promotion back that was read at the version before: the model serves what was promoted before it, if anything was. Nothing
+    /// changes where something newer stands on it ([`Rollouts::standing_on`]).
+    pub async fn take_back(&self, read: &Rollout, change: &RolloutChange, actor: &Actor) -> Result<Rollout, RolloutRefusal> {
+        let condition = format!("promoted IS NOT NULL AND NOT EXISTS (SELECT 1 FROM rollouts later WHERE {STANDS_ON})");
+        self.write(read, change, Some(actor), &condition).await
+    }
+
+    /// What keeps a promotion from being taken back: a later promotion of its model, or a rollout that began on it since and runs.
+    pub async fn standing_on(&self, promoted: Uuid) -> Result<Option<Rollout>, StoreError> {
+        patiently(async {
+            let columns = COLUMNS.split(", ").map(|column| format!("later.{column}")).collect::<Vec<_>>().join(", ");
+            let text = format!(
+                "SELECT {columns} FROM rollouts, rollouts later WHERE rollouts.id = $1 AND rollouts.promoted IS NOT NULL AND {STANDS_ON} \
+                 ORDER BY later.ended IS NULL DESC, later.promoted DESC, later.id DESC LIMIT 1"
+            );
+            let query = sqlx::query(AssertSqlSafe(text)).bind(promoted.to_string());
+            query.fetch_optional(self.store.database().read()).await?.as_ref().map(read_row).transpose()
+        })
+        .await
+    }
+
+    /// Writes the change where the row is as it was read and `condition` holds.
+    async fn write(
+        &self,
+        read: &Rollout,
+        change: &RolloutChange,
+        actor: Option<&Actor>,
+        condition: &str,
+    ) -> Result<Rollout, RolloutRefusal> {
         let RolloutChange { state, over, promoted, decision, keep } = change;
         patiently(async {
             let mut transaction = self.store.database().write().begin().await?;
             let text = format!(
                 "UPDATE rollouts SET updated = $3, ended = $4, state = $5, version = $6, latest = $7, \
                  promoted = CASE WHEN $8 = 1 THEN (SELECT COALESCE(MAX(promoted), 0) + 1 FROM rollouts) ELSE NULL END \
-                 WHERE id = $1 AND version = $2 AND ended IS NULL RETURNING {COLUMNS}"
+                 WHERE id = $1 AND version = $2 AND {condition} RETURNING {COLUMNS}"
             );
             let changed = sqlx::query(AssertSqlSafe(text))
                 .bind(read.id.to_string())
@@ -220,13 +256,19 @@ impl Rollouts {
 
     /// Of each model that a rollout was promoted for, the newest such rollout.
     pub async fn promotions(&self) -> Result<Vec<Rollout>, StoreError> {
+        self.promotions_but(Uuid::nil()).await
+    }
+
+    /// The same as if this rollout had not been promoted.
+    pub async fn promotions_but(&self, taken_back: Uuid) -> Result<Vec<Rollout>, StoreError> {
         patiently(async {
             let text = format!(
-                "SELECT {COLUMNS} FROM rollouts WHERE promoted IS NOT NULL AND NOT EXISTS (SELECT 1 FROM rollouts later \
-                 WHERE later.model = rollouts.model AND later.promoted IS NOT NULL \
+                "SELECT {COLUMNS} FROM rollouts WHERE promoted IS NOT NULL AND id <> $1 AND NOT EXISTS (SELECT 1 FROM rollouts later \
+                 WHERE later.model = rollouts.model AND later.promoted IS NOT NULL AND later.id <> $1 \
                  AND (later.promoted > rollouts.promoted OR (later.promoted = rollouts.promoted AND later.id > rollouts.id))) ORDER BY id"
             );
-            let rows = sqlx::query(AssertSqlSafe(text)).fetch_all(self.store.database().read()).await?;
+            let query = sqlx::query(AssertSqlSafe(text)).bind(taken_back.to_string());
+            let rows = query.fetch_all(self.store.database().read()).await?;
             rows.iter().map(read_row).collect()
         })
         .await

@@ -12,18 +12,10 @@ use uuid::Uuid;
 
 fn adapter(store: &Store, name: &str, generation: u64) -> RegisteredAdapter {
     RegisteredAdapter {
-        id: store.issue_id(),
-        created: 5,
-        updated: 5,
-        name: name.into(),
-        generation,
-        base: "base".into(),
         base_hash: Some("ba5e".into()),
-        content_hash: format!("{generation:016x}"),
-        location: format!("adapters/{generation:016x}"),
         lineage: json!({"raters": ["ann"], "config": {"method": "dpo"}}),
         metrics: json!({"eval_loss": 0.25}),
-        ..RegisteredAdapter::default()
+        ..support::adapter(store, name, generation)
     }
 }
 
@@ -210,6 +202,70 @@ fn an_adapter_of_what_was_erased_is_tainted_from_the_start_and_names_nobody() {
         assert_eq!(adapters.insert(&child, "trainer").await.unwrap().tainted, early.tainted);
         assert!(matches!(adapters.serve(late.id, false, "boss").await, Err(AdapterRefusal::Tainted(_))));
         assert_eq!(adapters.serve(late.id, true, "boss").await.unwrap().0.state, AdapterState::Serving);
+        store.close().await;
+    });
+}
+
+#[test]
+fn files_go_when_nothing_serves_them_and_come_back_with_a_registration() {
+    each(async |place| {
+        let store = place.open().await;
+        let adapters = Adapters::new(&store);
+        let (one, twin) = (adapter(&store, "one", 1), adapter(&store, "twin", 1));
+        for new in [&one, &twin] {
+            adapters.insert(new, "ann").await.unwrap();
+        }
+        let taken = std::sync::atomic::AtomicUsize::new(0);
+        let remove = async |id, since| {
+            let take = || {
+                taken.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                Ok(())
+            };
+            adapters.remove_files(id, since, "ann", take).await
+        };
+        let times = || taken.load(std::sync::atomic::Ordering::Relaxed);
+        assert!(matches!(remove(one.id, None).await, Err(AdapterRefusal::InUse { state: AdapterState::Candidate, .. })));
+        adapters.serve(one.id, false, "ann").await.unwrap();
+        adapters.set_alias("champion", one.id, "ann").await.unwrap();
+        assert!(matches!(remove(one.id, None).await, Err(AdapterRefusal::InUse { state: AdapterState::Serving, .. })));
+        adapters.remove_alias("base", "champion", "ann").await.unwrap();
+        let retired = adapters.retire(one.id, "ann").await.unwrap();
+        assert!(matches!(remove(one.id, Some(retired.updated - 1)).await, Err(AdapterRefusal::Changed(_))));
+        let removed = remove(one.id, Some(retired.updated)).await.unwrap();
+        assert!(removed.files_removed.is_some() && times() == 0, "the twin has the same files");
+        assert_eq!((removed.updated, removed.lineage), (retired.updated, retired.lineage));
+        adapters.revoke(twin.id, "ann").await.unwrap();
+        remove(twin.id, None).await.unwrap();
+        assert_eq!(times(), 1);
+        // Once more, after a fault on the way: nothing new, and the folder is asked for again.
+        assert_eq!(remove(one.id, None).await.unwrap().files_removed, removed.files_removed);
+        assert_eq!(times(), 2);
+        let refused = adapters.remove_files(twin.id, None, "ann", || Err(std::io::Error::other("full"))).await;
+        assert!(matches!(refused, Err(AdapterRefusal::Folder { .. })));
+
+        assert!(matches!(adapters.serve(one.id, false, "ann").await, Err(AdapterRefusal::FilesRemoved(_))));
+        assert!(matches!(adapters.insert(&twin, "ann").await, Err(AdapterRefusal::Revoked(_))));
+        assert!(adapters.find(twin.id).await.unwrap().unwrap().files_removed.is_some());
+        let again = RegisteredAdapter { id: store.issue_id(), ..one.clone() };
+        let restored = adapters.insert(&again, "bob").await.unwrap();
+        assert_eq!((restored.id, restored.files_removed, restored.state), (one.id, None, AdapterState::Retired));
+        adapters.serve(one.id, false, "ann").await.unwrap();
+        let acts: Vec<(String,)> =
+            sqlx::query_as("SELECT action || ' ' || actor FROM audit WHERE action LIKE 'adapter.re%' ORDER BY id")
+                .fetch_all(store.database().read())
+                .await
+                .unwrap();
+        let acts: Vec<&str> = acts.iter().map(|(act,)| act.as_str()).filter(|act| !act.starts_with("adapter.register")).collect();
+        assert_eq!(
+            acts,
+            [
+                "adapter.retire ann",
+                "adapter.remove_files ann",
+                "adapter.revoke ann",
+                "adapter.remove_files ann",
+                "adapter.restore bob"
+            ]
+        );
         store.close().await;
     });
 }

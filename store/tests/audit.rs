@@ -6,10 +6,11 @@ mod support;
 use std::time::Duration;
 
 use serde_json::json;
-use support::each;
+use support::{adapter, each, snapshot};
+use tidemill_store::label::{Labels, NewQueue};
 use tidemill_store::{
-    Actor, Adapters, Audit, AuditEntry, AuditFilter, FileDraft, Files, FineTuningDraft, FineTuningState as State, FineTunings,
-    Jobs, KeyTerms, News, Order, RegisteredAdapter, Scope, Snapshot, Snapshots, Store, StoreError, Viewer,
+    Actor, Adapters, Audit, AuditEntry, AuditFilter, FileDraft, FileRecord, Files, FineTuningDraft, FineTuningState as State,
+    FineTunings, Jobs, KeyTerms, News, Order, Scope, Snapshots, Store, StoreError, Viewer,
 };
 
 fn ann() -> Actor {
@@ -21,40 +22,27 @@ async fn all(store: &Store) -> Vec<AuditEntry> {
     Audit::new(store.database()).list(&filter).await.unwrap().items
 }
 
-fn adapter(store: &Store) -> RegisteredAdapter {
-    RegisteredAdapter {
-        id: store.issue_id(),
-        name: "a".into(),
-        generation: 1,
-        base: "base".into(),
-        content_hash: "01".into(),
-        location: "adapters/01".into(),
-        ..RegisteredAdapter::default()
-    }
+async fn uploaded(store: &Store, files: &Files) -> FileRecord {
+    let mut content = files.receive(store.issue_id()).await.unwrap();
+    content.write(b"{}\n").await.unwrap();
+    let draft = FileDraft { key_id: None, filename: "f".into(), purpose: "fine-tune".into(), expires: None };
+    content.finish(draft, 5).await.unwrap()
 }
 
-fn snapshot(store: &Store) -> Snapshot {
-    Snapshot {
-        id: store.issue_id(),
-        name: "d".into(),
-        version: 1,
-        created: 5,
-        query: json!({}),
-        content_hash: "abc".into(),
-        location: "/data/x".into(),
-        table_version: 1,
-        row_counts: json!({"rows": 2}),
-        verdict: "pass".into(),
-        report: json!({}),
-        tainted: None,
+fn queue(name: &str) -> NewQueue {
+    NewQueue {
+        name: name.into(),
+        rule: json!({"kind": "none"}),
+        guidelines: String::new(),
+        overlap: 1,
+        gold_share: 0.0,
+        lease_seconds: 60,
+        filled_until: String::new(),
     }
 }
 
 async fn fine_tuning(store: &Store, files: &Files) -> FineTuningDraft {
-    let mut content = files.receive(store.issue_id()).await.unwrap();
-    content.write(b"{}\n").await.unwrap();
-    let draft = FileDraft { key_id: None, filename: "f".into(), purpose: "fine-tune".into(), expires: None };
-    let file = content.finish(draft, 5).await.unwrap();
+    let file = uploaded(store, files).await;
     FineTuningDraft {
         id: store.issue_id(),
         created: 5,
@@ -133,6 +121,28 @@ fn a_job_is_in_the_audit_as_often_as_somebody_moved_it() {
 }
 
 #[test]
+fn queues_and_deleted_files_are_in_the_audit() {
+    each(async |place| {
+        let store = place.open().await;
+        let files = Files::open(&store, &place.data()).await.unwrap();
+        let labels = Labels::new(store.database());
+        let act = |what: &str| store.act(ann(), what).to("it").with(json!({"n": 1}));
+        let made = labels.create_queue(queue("q"), 1, act("labeling.create")).await.unwrap();
+        assert!(labels.create_queue(queue("q"), 1, act("labeling.create")).await.is_err(), "the name is taken");
+        labels.change_queue(made.id, Some(5), None, act("labeling.change")).await.unwrap();
+        let file = uploaded(&store, &files).await;
+        assert!(files.delete(&file, act("file.delete")).await.unwrap());
+        assert!(!files.delete(&file, act("file.delete")).await.unwrap(), "it is gone");
+        let acts = all(&store).await;
+        let told: Vec<(&str, &str, &str)> =
+            acts.iter().map(|act| (act.action.as_str(), &*act.actor, act.subject.as_str())).collect();
+        let by = |action| (action, "key ann", "it");
+        assert_eq!(told, [by("labeling.create"), by("labeling.change"), by("file.delete")]);
+        store.close().await;
+    });
+}
+
+#[test]
 fn what_cannot_be_written_down_is_not_done() {
     each(async |place| {
         let store = place.open().await;
@@ -140,9 +150,14 @@ fn what_cannot_be_written_down_is_not_done() {
         let (adapters, rows) = (Adapters::new(&store), FineTunings::new(store.database()));
         let (jobs, snapshots) = (Jobs::new(store.database()), Snapshots::new(store.database()));
         let (_, secret) = store.create_key("app", &[Scope::Chat]).await.unwrap();
-        let kept = adapters.insert(&adapter(&store), &ann()).await.unwrap();
+        let kept = adapters.insert(&adapter(&store, "a", 1), &ann()).await.unwrap();
         let waiting = fine_tuning(&store, &files).await;
         rows.insert(&waiting, &[], store.act(ann(), "create")).await.unwrap();
+        let idle = adapters.insert(&adapter(&store, "idle", 2), &ann()).await.unwrap();
+        let idle = adapters.retire(idle.id, &ann()).await.unwrap();
+        let labels = Labels::new(store.database());
+        let open = labels.create_queue(queue("q"), 1, store.act(ann(), "labeling.create")).await.unwrap();
+        let unused = uploaded(&store, &files).await;
         let before = all(&store).await;
         sqlx::query("ALTER TABLE audit RENAME TO audit_away").execute(store.database().write()).await.unwrap();
 
@@ -157,12 +172,19 @@ fn what_cannot_be_written_down_is_not_done() {
         assert!(rows.insert(&new, &[], act()).await.is_err());
         assert!(rows.enter(waiting.id, &State::OPEN, State::Cancelled, &[], act()).await.is_err());
         assert!(jobs.insert(built, "dataset.build", &json!({}), act()).await.is_err());
-        assert!(snapshots.insert(&snapshot(&store), &Default::default(), false, act()).await.is_err());
+        assert!(snapshots.insert(&snapshot(&store, "d"), &Default::default(), false, act()).await.is_err());
+        assert!(labels.create_queue(queue("new"), 1, act()).await.is_err());
+        assert!(labels.change_queue(open.id, Some(5), Some("x"), act()).await.is_err());
+        assert!(files.delete(&unused, act()).await.is_err());
+        assert!(adapters.remove_files(idle.id, None, &ann(), || panic!("it is not written down")).await.is_err());
 
         sqlx::query("ALTER TABLE audit_away RENAME TO audit").execute(store.database().write()).await.unwrap();
         let found = store.find_key(&secret).await.unwrap().unwrap();
         assert_eq!((found.scopes, store.list_keys().await.unwrap().len()), (vec![Scope::Chat], 1));
         assert_eq!(adapters.find(kept.id).await.unwrap(), Some(kept));
+        assert_eq!(adapters.find(idle.id).await.unwrap(), Some(idle));
+        assert_eq!(labels.list_queues().await.unwrap(), [open]);
+        assert!(files.find(unused.id, &Viewer::Anyone, 0).await.unwrap().is_some() && files.path(unused.id).exists());
         assert_eq!(rows.state(new.id).await.unwrap(), None);
         assert_eq!(rows.find(waiting.id, &Viewer::Anyone).await.unwrap().unwrap().state, State::ValidatingFiles);
         assert_eq!((jobs.find(built, 0).await.unwrap(), snapshots.find("d", None).await.unwrap()), (None, None));

@@ -329,7 +329,7 @@ fn a_draft_that_was_erased_while_its_answer_was_generated_becomes_no_task() {
     each(async |place| {
         let store = place.open().await;
         let labels = Labels::new(store.database());
-        let queue = labels.create_queue(queue(), 1).await.unwrap();
+        let queue = labels.create_queue(queue(), 1, store.act("ann", "labeling.create")).await.unwrap();
         let hers = answer(&store, "ann");
         store.record(hers.clone()).unwrap();
         store.flush().await;
@@ -349,7 +349,7 @@ fn what_was_read_before_an_erasure_and_is_written_after_it_does_not_stay() {
     each(async |place| {
         let store = place.open().await;
         let labels = Labels::new(store.database());
-        let queue = labels.create_queue(queue(), 1).await.unwrap();
+        let queue = labels.create_queue(queue(), 1, store.act("ann", "labeling.create")).await.unwrap();
         let (hers, his) = (answer(&store, "ann"), answer(&store, "bob"));
         for recorded in [&hers, &his] {
             store.record(recorded.clone()).unwrap();
@@ -461,7 +461,7 @@ fn an_erasure_waits_for_a_verdict_that_is_being_written_and_neither_fails() {
     on_postgres(&server, &async |place: &Place| {
         let store = place.open().await;
         let labels = Labels::new(store.database());
-        let queue = labels.create_queue(queue(), 1).await.unwrap();
+        let queue = labels.create_queue(queue(), 1, store.act("ann", "labeling.create")).await.unwrap();
         let hers = answer(&store, "ann");
         store.record(hers.clone()).unwrap();
         store.flush().await;

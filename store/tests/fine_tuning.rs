@@ -50,12 +50,12 @@ fn a_job_goes_its_way_and_tells_of_it_in_order() {
         assert_eq!((find().await.draft, find().await.state), (draft, State::ValidatingFiles));
         assert!(rows.find(id, &Viewer::Key("other".into())).await.unwrap().is_none());
         // What is looked through stays.
-        assert!(!files.delete(&file).await.unwrap());
+        assert!(!files.delete(&file, store.act("ann", "file.delete")).await.unwrap());
 
         // Out of turn: nothing changes.
         assert_eq!(rows.begin(id, 1, &[News::info("no")], 6).await.unwrap(), None);
         assert!(rows.validated(id, &json!({"type": "supervised", "n": 3}), 10, &[News::info("valid")], 6).await.unwrap());
-        assert!(files.delete(&file).await.unwrap());
+        assert!(files.delete(&file, store.act("ann", "file.delete")).await.unwrap());
         assert_eq!(rows.begin(id, 1, &[], 7).await.unwrap(), Some(1));
         assert_eq!(rows.begin(id, 1, &[], 7).await.unwrap(), Some(2));
         assert!(rows.forgive(id, 7).await.unwrap());
@@ -64,6 +64,7 @@ fn a_job_goes_its_way_and_tells_of_it_in_order() {
             read_bytes: 100,
             step: 2,
             steps: 10,
+            evaluated: 2,
             tokens: Some(50),
             estimated_finish: Some(99),
             news: vec![News::metrics("Step 2/10", json!({"step": 2}))],
@@ -71,6 +72,7 @@ fn a_job_goes_its_way_and_tells_of_it_in_order() {
         assert!(rows.hear(id, &heard, 8).await.unwrap());
         let job = find().await;
         assert_eq!((job.attempts, job.step, job.read_bytes, job.trained_tokens), (0, 2, 100, Some(50)));
+        assert_eq!(job.evaluated, 2);
         assert_eq!((job.estimated_finish, job.draft.method["n"].as_i64()), (Some(99), Some(3)));
         assert_eq!(rows.begin(id, 0, &[], 8).await.unwrap(), Some(0));
 

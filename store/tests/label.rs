@@ -40,8 +40,8 @@ fn pair(source: &str) -> NewTask {
     }
 }
 
-async fn queue_of(labels: &Labels, name: &str, overlap: u32, tasks: usize) -> Queue {
-    let queue = labels.create_queue(new_queue(name, overlap, 0.0), 1).await.unwrap();
+async fn queue_of(store: &Store, labels: &Labels, name: &str, overlap: u32, tasks: usize) -> Queue {
+    let queue = labels.create_queue(new_queue(name, overlap, 0.0), 1, store.act("ann", "labeling.create")).await.unwrap();
     let tasks: Vec<NewTask> = (0..tasks).map(|n| pair(&format!("t{n}"))).collect();
     assert_eq!(labels.add_tasks(queue.id, &tasks, 1).await.unwrap(), tasks.len() as u64);
     queue
@@ -66,8 +66,11 @@ fn a_source_enters_a_queue_once_and_a_name_is_taken_once() {
     each(async |place| {
         let store = place.open().await;
         let labels = Labels::new(store.database());
-        let queue = queue_of(&labels, "q", 1, 3).await;
-        assert!(matches!(labels.create_queue(new_queue("q", 1, 0.0), 2).await, Err(LabelError::NameTaken(_))));
+        let queue = queue_of(&store, &labels, "q", 1, 3).await;
+        assert!(matches!(
+            labels.create_queue(new_queue("q", 1, 0.0), 2, store.act("ann", "labeling.create")).await,
+            Err(LabelError::NameTaken(_))
+        ));
         assert_eq!(labels.add_tasks(queue.id, &[pair("t1"), pair("t9"), pair("t9")], 2).await.unwrap(), 1);
         let sources: Vec<String> =
             labels.list_tasks(queue.id, TaskState::Open, None, 10).await.unwrap().into_iter().map(|t| t.source).collect();
@@ -83,7 +86,7 @@ fn a_task_is_with_one_person_at_a_time_and_comes_back_when_the_lease_runs_out() 
     each(async |place| {
         let store = place.open().await;
         let labels = Labels::new(store.database());
-        let queue = queue_of(&labels, "q", 1, 1).await;
+        let queue = queue_of(&store, &labels, "q", 1, 1).await;
         let (task, first) = work(&labels, &queue, "ann", 0).await;
         assert_eq!(work(&labels, &queue, "ann", 5).await.1, first, "asking again gives the same");
         // The second asking renewed the lease, to 5 + one minute.
@@ -104,7 +107,7 @@ fn the_id_that_an_annotator_sees_does_not_tell_the_side() {
     each(async |place| {
         let store = place.open().await;
         let labels = Labels::new(store.database());
-        let queue = queue_of(&labels, "q", 1, 64).await;
+        let queue = queue_of(&store, &labels, "q", 1, 64).await;
         let mut told = 0;
         for person in 0..64 {
             let (_, own) = work(&labels, &queue, &format!("p{person}"), 0).await;
@@ -133,7 +136,7 @@ fn a_late_verdict_counts_where_nobody_took_the_task() {
     each(async |place| {
         let store = place.open().await;
         let labels = Labels::new(store.database());
-        let queue = queue_of(&labels, "q", 1, 1).await;
+        let queue = queue_of(&store, &labels, "q", 1, 1).await;
         let (_, own) = work(&labels, &queue, "ann", 0).await;
         labels.submit(own.id, "ann", Verdict::Tie, 60 * MINUTE, None).await.unwrap();
         assert_eq!(labels.progress(queue.id, 60 * MINUTE).await.unwrap().done, 1);
@@ -146,7 +149,7 @@ fn a_verdict_is_feedback_with_the_sides_as_shown_and_undo_withdraws_it() {
     each(async |place| {
         let store = place.open().await;
         let labels = Labels::new(store.database());
-        let queue = labels.create_queue(new_queue("q", 1, 0.0), 1).await.unwrap();
+        let queue = labels.create_queue(new_queue("q", 1, 0.0), 1, store.act("ann", "labeling.create")).await.unwrap();
         let (a, b) = (Uuid::now_v7(), Uuid::now_v7());
         let ours = NewTask { candidate_a: Some(a), candidate_b: Some(b), ..pair("ours") };
         labels.add_tasks(queue.id, &[ours], 1).await.unwrap();
@@ -190,7 +193,7 @@ fn answers_that_are_not_ours_are_named_by_their_task() {
     each(async |place| {
         let store = place.open().await;
         let labels = Labels::new(store.database());
-        let queue = queue_of(&labels, "q", 1, 1).await;
+        let queue = queue_of(&store, &labels, "q", 1, 1).await;
         let (task, own) = work(&labels, &queue, "ann", 0).await;
         let done = labels.submit(own.id, "ann", Verdict::BothBad, 1, None).await.unwrap();
         let feedback = store.feedback(done.feedback_id.unwrap()).await.unwrap().unwrap();
@@ -206,7 +209,7 @@ fn a_skipped_task_goes_to_others_and_its_reason_stays() {
     each(async |place| {
         let store = place.open().await;
         let labels = Labels::new(store.database());
-        let queue = queue_of(&labels, "q", 1, 1).await;
+        let queue = queue_of(&store, &labels, "q", 1, 1).await;
         let (_, own) = work(&labels, &queue, "ann", 0).await;
         labels.skip(own.id, "ann", "not my language", 5).await.unwrap();
         labels.skip(own.id, "ann", "not my language", 6).await.unwrap();
@@ -226,7 +229,7 @@ fn gold_is_for_everyone_once_and_no_progress() {
     each(async |place| {
         let store = place.open().await;
         let labels = Labels::new(store.database());
-        let queue = labels.create_queue(new_queue("q", 1, 1.0), 1).await.unwrap();
+        let queue = labels.create_queue(new_queue("q", 1, 1.0), 1, store.act("ann", "labeling.create")).await.unwrap();
         let gold = |source: &str| NewTask { gold: Some(Verdict::A), ..pair(source) };
         labels.add_tasks(queue.id, &[gold("g1"), gold("g2"), pair("p")], 1).await.unwrap();
         for who in ["ann", "bob"] {
@@ -250,8 +253,8 @@ fn a_closed_queue_hands_out_nothing() {
     each(async |place| {
         let store = place.open().await;
         let labels = Labels::new(store.database());
-        let queue = queue_of(&labels, "q", 1, 1).await;
-        labels.change_queue(queue.id, Some(5), None).await.unwrap();
+        let queue = queue_of(&store, &labels, "q", 1, 1).await;
+        labels.change_queue(queue.id, Some(5), None, store.act("ann", "labeling.change")).await.unwrap();
         let queue = labels.queue("q").await.unwrap();
         assert_eq!((queue.closed, queue.guidelines.as_str()), (Some(5), "Be fair."));
         assert_eq!(labels.lease(&queue, "ann", 6).await.unwrap(), Lease::Empty);
@@ -264,7 +267,7 @@ fn a_draft_becomes_a_task_once() {
     each(async |place| {
         let store = place.open().await;
         let labels = Labels::new(store.database());
-        let queue = queue_of(&labels, "q", 1, 1).await;
+        let queue = queue_of(&store, &labels, "q", 1, 1).await;
         let first = Uuid::now_v7();
         let new = |source: &str| NewDraft {
             source: source.into(),
@@ -293,7 +296,7 @@ fn a_queue_is_full_by_what_waits_in_it() {
     each(async |place| {
         let store = place.open().await;
         let labels = Labels::new(store.database());
-        let queue = queue_of(&labels, "q", 1, 3).await;
+        let queue = queue_of(&store, &labels, "q", 1, 3).await;
         let gold = NewTask { gold: Some(Verdict::A), ..pair("gold") };
         labels.add_tasks(queue.id, &[gold], 1).await.unwrap();
         let draft = NewDraft { source: "d".into(), prompt: json!([]), answer: None, model: None };
@@ -311,7 +314,7 @@ fn of_two_gateways_one_moves_the_cursor() {
     each(async |place| {
         let store = place.open().await;
         let labels = Labels::new(store.database());
-        let queue = queue_of(&labels, "q", 1, 0).await;
+        let queue = queue_of(&store, &labels, "q", 1, 0).await;
         assert!(labels.advance(queue.id, "", "5").await.unwrap());
         assert!(!labels.advance(queue.id, "", "6").await.unwrap());
         assert_eq!(labels.queue("q").await.unwrap().filled_until, "5");
@@ -324,7 +327,7 @@ async fn crowd(stores: [Store; 2]) {
     const PEOPLE: u64 = 6;
     const OVERLAP: u32 = 3;
     let labels = stores.each_ref().map(|store| Labels::new(store.database()));
-    let queue = queue_of(&labels[0], &format!("crowd{}", Uuid::now_v7()), OVERLAP, 40).await;
+    let queue = queue_of(&stores[0], &labels[0], &format!("crowd{}", Uuid::now_v7()), OVERLAP, 40).await;
     let clock = Arc::new(AtomicI64::new(1));
     let holders = Arc::new(std::sync::Mutex::new(HashMap::<Uuid, (String, i64, i64)>::new()));
     let mut people = tokio::task::JoinSet::new();
@@ -408,7 +411,7 @@ fn erasing_an_annotator_opens_their_tasks_again() {
     each(async |place| {
         let store = place.open().await;
         let labels = Labels::new(store.database());
-        let queue = queue_of(&labels, "q", 2, 2).await;
+        let queue = queue_of(&store, &labels, "q", 2, 2).await;
         for who in ["ann", "bob", "ann"] {
             let (_, own) = work(&labels, &queue, who, 0).await;
             labels.submit(own.id, who, Verdict::A, 1, None).await.unwrap();

@@ -29,7 +29,7 @@ impl Scene {
             lease_seconds: 60,
             filled_until: String::new(),
         };
-        let queue = labels.create_queue(new, 1).await.unwrap();
+        let queue = labels.create_queue(new, 1, store.act("ann", "labeling.create")).await.unwrap();
         let pair = |n: u32| NewTask {
             source: format!("t{n}"),
             prompt: json!([{"role": "user", "content": "Why?"}]),

@@ -3,40 +3,10 @@
 
 mod support;
 
-use serde_json::json;
-use support::{answer, each};
+use support::{adapter, answer, each, snapshot};
 use tidemill_store::records::Inference;
-use tidemill_store::{AdapterOrigin, Adapters, AnswerSpan, RegisteredAdapter, Snapshot, Snapshots, Sources, Store};
+use tidemill_store::{AdapterOrigin, Adapters, AnswerSpan, RegisteredAdapter, Snapshots, Sources};
 use uuid::Uuid;
-
-fn snapshot(store: &Store, name: &str) -> Snapshot {
-    Snapshot {
-        id: store.issue_id(),
-        name: name.into(),
-        version: 1,
-        created: 5,
-        query: json!({}),
-        content_hash: "abc".into(),
-        location: "/data/x".into(),
-        table_version: 1,
-        row_counts: json!({"rows": 2}),
-        verdict: "pass".into(),
-        report: json!({}),
-        tainted: None,
-    }
-}
-
-fn adapter(store: &Store, name: &str, generation: u64) -> RegisteredAdapter {
-    RegisteredAdapter {
-        id: store.issue_id(),
-        name: name.into(),
-        generation,
-        base: "m".into(),
-        content_hash: format!("{generation:x}"),
-        location: format!("adapters/{generation:x}"),
-        ..RegisteredAdapter::default()
-    }
-}
 
 #[test]
 fn ties_are_followed_both_ways() {

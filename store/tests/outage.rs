@@ -383,7 +383,7 @@ fn a_statement_that_never_ends_holds_up_no_call() {
         );
         assert_eq!(reads, (true, true, true, true, true));
         let writes = tokio::join!(
-            given_up(async { labels.change_queue(id, None, None).await.map_err(of_labels) }),
+            given_up(async { labels.change_queue(id, None, None, store.act("a", "b")).await.map_err(of_labels) }),
             given_up(jobs.insert(id, "k", &none, store.act("a", "b"))),
             given_up(batches.cancel(id, 0)),
             given_up(store.create_key("a", &[tidemill_store::Scope::Chat])),

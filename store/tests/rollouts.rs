@@ -139,6 +139,49 @@ fn the_newest_promotion_of_each_model_is_what_it_serves() {
 }
 
 #[test]
+fn a_promotion_is_taken_back_unless_something_newer_stands_on_it() {
+    each(async |place| {
+        let store = place.open().await;
+        let rollouts = Rollouts::new(&store);
+        let ann = Actor::from("ann");
+        let promoted = async |name: &str, created: i64, at: i64| {
+            let new = Rollout { created, ..rollout(&store, name) };
+            rollouts.insert(&new, &decision(0, created, "start", Some("ann")), "ann").await.unwrap();
+            rollouts.advance(&new, &change(at, "promote", Some("ann"), true), Some(&ann)).await.unwrap()
+        };
+        let back = |at: i64| RolloutChange { over: true, promoted: false, ..change(at, "roll_back", Some("ann"), true) };
+        let (first, second) = (promoted("first", 10, 20).await, promoted("second", 30, 40).await);
+        // One that began before what is taken back has another control, and stays.
+        let beside = Rollout { created: 35, ..rollout(&store, "beside") };
+        rollouts.insert(&beside, &decision(0, 35, "start", Some("ann")), "ann").await.unwrap();
+        let above = Rollout { created: 40, ..rollout(&store, "above") };
+        rollouts.insert(&above, &decision(0, 40, "start", Some("ann")), "ann").await.unwrap();
+        let elsewhere = Rollout { created: 90, model: "else".into(), ..rollout(&store, "elsewhere") };
+        rollouts.insert(&elsewhere, &decision(0, 90, "start", Some("ann")), "ann").await.unwrap();
+
+        let standing = async |on: &Rollout| rollouts.standing_on(on.id).await.unwrap().map(|row| row.name);
+        assert_eq!((standing(&first).await.as_deref(), standing(&second).await.as_deref()), (Some("above"), Some("above")));
+        let refused = rollouts.take_back(&second, &back(50), &ann).await;
+        assert!(matches!(refused, Err(RolloutRefusal::Changed)), "{refused:?}");
+        rollouts.advance(&above, &back(60), Some(&ann)).await.unwrap();
+        rollouts.advance(&beside, &back(60), Some(&ann)).await.unwrap();
+        assert_eq!((standing(&first).await.as_deref(), standing(&second).await), (Some("second"), None));
+        assert!(rollouts.take_back(&first, &back(70), &ann).await.is_err());
+        assert_eq!(rollouts.promotions_but(second.id).await.unwrap(), [first.clone()]);
+
+        let clock = rollouts.clock().await.unwrap();
+        let taken = rollouts.take_back(&second, &back(70), &ann).await.unwrap();
+        assert_eq!((taken.version, taken.ended, rollouts.clock().await.unwrap()), (second.version + 1, Some(70), clock + 1));
+        assert_eq!(rollouts.promotions().await.unwrap(), [first.clone()]);
+        assert!(rollouts.take_back(&taken, &back(80), &ann).await.is_err(), "once");
+        rollouts.take_back(&first, &back(90), &ann).await.unwrap();
+        assert!(rollouts.promotions().await.unwrap().is_empty());
+        let rows = rollouts.decisions(first.id).await.unwrap();
+        assert_eq!(rows.iter().map(|row| row.action.as_str()).collect::<Vec<_>>(), ["start", "promote", "roll_back"]);
+    });
+}
+
+#[test]
 fn who_ends_a_rollout_knows_when_all_servers_do() {
     each(async |place| {
         let store = place.open().await;

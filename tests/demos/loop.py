@@ -23,7 +23,7 @@ from server import Server, binary, default_model  # noqa: E402
 
 # Without a word about length the model talks until the limit of tokens cuts it off, and of such answers nobody knows where they would end.
 BRIEFLY = "Explain in one or two sentences."
-QUESTIONS = [f"{line} {BRIEFLY}" for line in Path(__file__).with_name("questions.txt").read_text(encoding="utf-8").splitlines()]
+QUESTIONS = [f"{line} {BRIEFLY}" for line in (TESTS.parent / "docs/examples/questions.txt").read_text(encoding="utf-8").splitlines()]
 # Ordinary text, to see whether a model still knows what it knew.
 TEXT = TESTS / "goldens/smollm2/perplexity.txt"
 BASE = "base"

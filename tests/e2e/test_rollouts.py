@@ -45,10 +45,14 @@ BROKEN = {"metric": "truncation_rate", "guardrail": {"of": "difference", "max": 
 
 
 class Crowd:
-    """Users who ask until told to stop, each with a name of its own. `seen` has (user, variant, id, second) of every answer."""
+    """
+    Users who ask until told to stop, each with a name of its own, with so many seconds between an answer and the next question. `seen` has
+    (user, variant, id, second) of every answer.
+    """
 
-    def __init__(self, server: Server, model: str, clients: int = CLIENTS, opinion=None, **ask):
+    def __init__(self, server: Server, model: str, clients: int = CLIENTS, opinion=None, between: float = 0, **ask):
         self.server, self.model, self.opinion, self.ask = server, model, opinion, {"max_tokens": 1, "temperature": 0, **ask}
+        self.between = between
         self.stop, self.begun = threading.Event(), time.monotonic()
         self.seen, self.faults = [], []
         self.threads = [threading.Thread(target=self.run, args=(number,)) for number in range(clients)]
@@ -69,6 +73,7 @@ class Crowd:
                 if self.opinion:
                     said = {"target": answer_id, "kind": "thumb", "value": self.opinion(variant, turn)}
                     assert self.server.post("/v1/feedback", said).status in (200, 201)
+                self.stop.wait(self.between)
         except Exception as error:  # noqa: BLE001: whatever it is, the test must hear of it
             self.faults.append(error)
 
@@ -180,6 +185,34 @@ def test_a_broken_adapter_is_rolled_back_before_anybody_has_said_a_word(server):
     with Crowd(server, MODEL, clients=2) as crowd:
         eventually("twenty answers", lambda: len(crowd.seen) >= 20)
     assert {variant for _, variant, *_ in crowd.seen} == {None}
+
+
+def test_an_adapter_that_has_drifted_from_its_base_is_rolled_back_by_what_the_base_says(server):
+    drifted = {"metric": "kl_to_base", "guardrail": {"max": 0.5}, "min_samples": 8, "share": 1}
+    begin(server, name="drift", model=MODEL, kind="canary", arms=[{"variant": MODEL}, {"variant": "noise"}],
+          steps=[{"set_weight": 50}, {"pause": "1h"}], metrics=[drifted])
+    # One person after the other: between two of them the base has time for the answers.
+    with Crowd(server, MODEL, clients=1, between=0.5, max_tokens=16, temperature=1) as crowd:
+        ended = until_over(server, "drift", crowd)
+        exposed, seconds = crowd.users("noise"), ended["ended_at"] - ended["created_at"]
+    assert (ended["status"], ended["latest"]["reason"]) == ("rolled_back", "the guardrail kl_to_base is broken"), ended["latest"]
+    judged = ended["latest"]["judgements"][0]
+    print(f"\na drifted adapter: {judged['value']:.2f} nats per token from its base, gone after {seconds} s, {exposed} users exposed")
+    assert server.metrics()["tidemill:base_scores_total"] >= 8
+
+    # An adapter that has learnt next to nothing is where its base is.
+    begin(server, name="still", model=MODEL, kind="canary", arms=[{"variant": MODEL}, {"variant": "one"}],
+          steps=[{"set_weight": 50}], min_exposure=8, metrics=[drifted])
+    with Crowd(server, MODEL, clients=1, between=0.5, max_tokens=16, temperature=1) as crowd:
+        ended = until_over(server, "still", crowd)
+    judged = ended["latest"]["judgements"][0]
+    assert ended["status"] == "promoted" and abs(judged["value"]) < 0.05, ended["latest"]
+
+    # One command takes the promotion back, and the next request is where it was before.
+    assert "rolled back" in rollout(server, "rollback", "still")
+    body = {"model": MODEL, "messages": QUESTION, "max_tokens": 1, "user": "after"}
+    assert server.post("/v1/chat/completions", body).headers.get("x-tidemill-variant") is None
+    assert "rollout is over" in rollout(server, "rollback", "still", status=1)
 
 
 def test_a_variant_that_stalls_is_felt_by_nobody_for_long_and_rolled_back(server):

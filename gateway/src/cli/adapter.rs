@@ -11,6 +11,7 @@ use tidemill_rlhf::job::LINEAGE;
 use tidemill_rlhf::registry::{Base, Lineage, Registry, RegistryError};
 use tidemill_store::{AdapterFilter, AdapterState, Alias, DataDir, RegisteredAdapter};
 
+use crate::cli::prune::{self, PruneArgs};
 use crate::cli::store_args::{StoreArgs, StoreCommandError};
 use crate::cli::{COMMAND_LINE, when};
 use crate::config::value::choice;
@@ -37,6 +38,8 @@ enum AdapterCommand {
     Retire(One),
     /// Take an adapter out of service for good, and its aliases with it.
     Revoke(One),
+    /// Remove the files of adapters that were retired or revoked and that nothing needs; what is known of them stays.
+    Prune(PruneArgs),
     /// Lead a name such as `champion` to an adapter that is served; every request finds the one or the other.
     Alias(AliasArgs),
     /// Remove an alias.
@@ -203,6 +206,7 @@ pub fn run(args: &AdapterArgs) -> Result<(), AdapterCommandError> {
             say(&format!("{} is revoked{gone}", adapter.reference()));
             Ok(())
         }),
+        AdapterCommand::Prune(args) => prune::run(args),
         AdapterCommand::Alias(args) => with(&args.one.store, async |registry, _| {
             let (adapter, _) = registry.alias(&args.alias, &args.one.adapter).await?;
             say(&format!("{}:{} leads to {}", adapter.base, args.alias, adapter.reference()));
@@ -249,9 +253,10 @@ async fn list(registry: &Registry, args: &ListArgs) -> Result<(), AdapterCommand
         let page = registry.list(&filter).await?;
         for adapter in &page.items {
             let tainted = if adapter.tainted.is_some() { "  tainted" } else { "" };
+            let gone = if adapter.files_removed.is_some() { "  files removed" } else { "" };
             let names = names(adapter, &aliases);
             let (reference, state) = (adapter.reference(), adapter.state.as_str());
-            say(&format!("{reference:40}  {state:9}  {:24}  {}  {names}{tainted}", adapter.base, when(adapter.created)));
+            say(&format!("{reference:40}  {state:9}  {:24}  {}  {names}{tainted}{gone}", adapter.base, when(adapter.created)));
         }
         filter.before = page.items.last().map(|last| last.id);
         if !page.has_more {
@@ -281,7 +286,10 @@ fn described(adapter: &RegisteredAdapter, aliases: &[Alias]) -> String {
             adapter.base_hash.as_deref().unwrap_or("unknown; only shapes are compared when it is served")
         ),
         format!("  content      {}", adapter.content_hash),
-        format!("  folder       {}", adapter.location),
+        match adapter.files_removed {
+            Some(at) => format!("  folder       {}, removed {}", adapter.location, when(at)),
+            None => format!("  folder       {}", adapter.location),
+        },
         format!("  dataset      {}", text("dataset")),
         format!("  raters       {raters}"),
         format!("  parent       {}", lineage["parent"].as_str().unwrap_or("none")),

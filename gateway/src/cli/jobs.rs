@@ -183,6 +183,7 @@ mod tests {
             steps: 4,
             read_bytes: 0,
             attempts: 0,
+            evaluated: 0,
         };
         let event = |number, text: &str| FineTuningEvent { number, created: 0, news: News::info(text) };
         let text = described(&job, &[event(2, "second"), event(1, "first")]);

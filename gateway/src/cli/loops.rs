@@ -9,12 +9,9 @@ use tidemill_rlhf::flywheel::Wish;
 use tidemill_store::Loops;
 
 use crate::cli::store_args::{StoreArgs, StoreCommandError};
-use crate::cli::when;
+use crate::cli::{COMMAND_LINE, when};
 use crate::clock::now;
 use crate::flywheel::{WishRefusal, follow, standing};
-
-/// The actor in the audit, as of every command.
-const ACTOR: &str = "command line";
 
 /// Loops from feedback to adapters. A running server follows what is changed here within a second or two.
 #[derive(Debug, clap::Args)]
@@ -92,7 +89,7 @@ fn look(store: &StoreArgs, name: Option<&str>, cycles: u64) -> Result<Vec<Value>
         }
         let mut loops = Vec::with_capacity(names.len());
         for name in names {
-            let found = standing(&store, &name, config.loops.get(&name), cycles, now()).await?;
+            let found = standing(&store, &name, config.loops.get(&name), cycles, None, now()).await?;
             loops.push(found.ok_or_else(|| refused(WishRefusal::Unknown(name)))?);
         }
         Ok(loops)
@@ -103,8 +100,8 @@ fn want(named: &NamedArgs, wish: Wish) -> Result<(), StoreCommandError> {
     let name = named.name.as_str();
     let found = named.store.with_config(async |store, config| {
         let configured = config.loops.contains_key(name);
-        follow(&Loops::new(&store), name, configured, wish, &ACTOR.into(), now()).await.map_err(refused)?;
-        Ok(standing(&store, name, config.loops.get(name), 1, now()).await?.unwrap_or_default())
+        follow(&Loops::new(&store), name, configured, wish, &COMMAND_LINE.into(), now()).await.map_err(refused)?;
+        Ok(standing(&store, name, config.loops.get(name), 1, None, now()).await?.unwrap_or_default())
     })?;
     say(&if named.json { pretty(&found) } else { headline(&found) });
     Ok(())

@@ -13,6 +13,7 @@ mod key;
 mod label;
 mod lineage;
 mod loops;
+mod prune;
 mod pull;
 mod rollout;
 mod serve;

@@ -18,6 +18,7 @@ use crate::http::{App, Auth};
 use crate::limits::Limiter;
 use crate::rollout::assignment::Holdout;
 use crate::rollout::keeper::{Keeper, KeeperRules};
+use crate::rollout::scorer::Scorer;
 use crate::telemetry::{self, Observer, TelemetryError};
 use crate::upstream::remote::RemoteError;
 use crate::upstream::{LocalModel, Registry, RemoteModel, Upstream};
@@ -145,6 +146,9 @@ pub struct ServeArgs {
     /// Fine-tuning jobs that train at once; 0 takes them and leaves them waiting [default: 1]
     #[arg(long, value_name = "N")]
     training_jobs: Option<String>,
+    /// Fine-tuning jobs of one key that may run, wait or be paused; more are refused [default: 16]
+    #[arg(long, value_name = "N")]
+    training_jobs_per_key: Option<String>,
     /// Threads of a fine-tuning job, beside those that serve [default: half of the cores]
     #[arg(long, value_name = "N")]
     training_threads: Option<String>,
@@ -241,6 +245,7 @@ impl ServeArgs {
             ("database", &self.database),
             ("datasets", &self.datasets),
             ("training_jobs", &self.training_jobs),
+            ("training_jobs_per_key", &self.training_jobs_per_key),
             ("training_threads", &self.training_threads),
             ("training_priority", &self.training_priority),
             ("record", &self.record),
@@ -394,7 +399,7 @@ async fn open(config: &Config, models: &[ModelSpec], metrics: PrometheusHandle, 
     let adapters = AdapterKeeper::new(&store, &DataDir::new(&config.data), Arc::clone(&registry));
     let feedback_metrics = Arc::new(config.metrics.clone());
     let holdouts = config.holdout.iter().map(|(name, share)| Holdout::new(name, *share)).collect();
-    let rules = KeeperRules { holdouts, four_eyes: config.four_eyes };
+    let rules = KeeperRules { holdouts, four_eyes: config.four_eyes, recording: config.recording.clone() };
     let rollouts = Keeper::with_rules(&store, Arc::clone(&registry), adapters.clone(), Arc::clone(&feedback_metrics), rules);
     // Before the first request: what was promoted is what the names serve.
     rollouts.follow().await?;
@@ -437,6 +442,7 @@ fn fine_tuning_options(config: &Config, models: &[ModelSpec]) -> Result<FineTuni
         root: DataDir::new(&config.data).root().join("fine_tuning"),
         program: std::env::current_exe().map_err(ServeError::Program)?,
         jobs: config.training_jobs,
+        jobs_per_key: config.training_jobs_per_key,
         threads: config.training_threads.unwrap_or((cores / 2).max(1)),
         priority: config.training_priority,
         models: models.iter().map(|model| (model.name.clone(), model.path.clone())).collect(),
@@ -519,6 +525,8 @@ async fn serve(config: Config, models: Vec<ModelSpec>, app: App) -> Result<(), S
     tokio::spawn(app.adapters.clone().keep_following());
     tokio::spawn(app.rollouts.clone().keep_following());
     tokio::spawn(app.rollouts.clone().keep_leading());
+    let scorer = Scorer::new(&app.store, Arc::clone(&app.registry), app.rollouts.clone(), app.drain.clone());
+    tokio::spawn(scorer.keep_scoring());
     std::thread::Builder::new().name("tidemill-load".into()).spawn(loader).map_err(ServeError::Threads)?;
     let (ended, result) = oneshot::channel();
     let leave = async {

@@ -8,7 +8,7 @@ use tidemill_store::{DataDir, Store, StoreError};
 use crate::config::{Config, ConfigError, Layer};
 
 /// Which store. Without these flags: what the environment or `tidemill.toml` says, as for `serve`.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub struct StoreArgs {
     /// Directory for models and records [default: ./data]
     #[arg(long, global = true, value_name = "DIR")]

@@ -74,6 +74,7 @@ pub const KEYS: &[&str] = &[
     "database",
     "datasets",
     "training_jobs",
+    "training_jobs_per_key",
     "training_threads",
     "training_priority",
     "record",
@@ -216,6 +217,8 @@ pub struct Config {
     pub datasets: Option<String>,
     /// Fine-tuning jobs that train at once.
     pub training_jobs: usize,
+    /// Jobs of one key that may run, wait or be paused.
+    pub training_jobs_per_key: usize,
     /// Threads of each; `None` is half of the cores.
     pub training_threads: Option<usize>,
     /// How urgent each is.
@@ -340,6 +343,7 @@ impl Config {
             database: get("database").map(|s| s.text.clone()),
             datasets: get("datasets").map(|s| s.text.clone()),
             training_jobs: count("training_jobs", 0)?.unwrap_or(1),
+            training_jobs_per_key: count("training_jobs_per_key", 1)?.unwrap_or(16),
             training_threads: count("training_threads", 1)?,
             training_priority: get("training_priority").map_or(Ok(TrainingPriority::default()), |s| {
                 s.parse(|text| value::choice(text, &[("idle", TrainingPriority::Idle), ("low", TrainingPriority::Low)]))

@@ -51,6 +51,7 @@ impl Shown {
             ("Tainted", tainted.into()),
             ("Registered (UTC)", moment(adapter.created)),
             ("In service since (UTC)", adapter.served.map(moment).into()),
+            ("Files removed (UTC)", adapter.files_removed.map(moment).into()),
             ("Contents", tag("code").with(&adapter.content_hash).into()),
             ("Base's weights", adapter.base_hash.as_ref().map(|hash| tag("code").with(hash)).into()),
         ]);

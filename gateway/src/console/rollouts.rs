@@ -149,7 +149,8 @@ impl Shown {
 
     /// What a person may want now.
     fn buttons(&self, spec: &Spec, state: &State) -> Html {
-        if !self.acts || state.status.is_over() {
+        let promoted = matches!(state.status, Status::Promoted { .. });
+        if !self.acts || (state.status.is_over() && !promoted) {
             return Html::default();
         }
         let id = self.rollout.id.to_string();
@@ -162,6 +163,13 @@ impl Shown {
                 None => button,
             })
         };
+        let row = |buttons: Vec<Html>| {
+            tag("div").class("row").attr("role", "group").attr("aria-label", "Acts").with_all(buttons).into()
+        };
+        if promoted {
+            let sure = format!("All traffic of {} goes to what it served before, with the next request.", spec.model);
+            return row(vec![button("rollback", "Take the promotion back", "{}", Some(sure))]);
+        }
         let mut buttons = Vec::new();
         if state.awaiting {
             buttons.push(button("approve", "Approve", "{}", None));
@@ -176,7 +184,7 @@ impl Shown {
         if spec.kind != Kind::Shadow {
             for treatment in spec.arms.iter().skip(1) {
                 let variant = &treatment.variant;
-                let sure = format!("All traffic of {} goes to {variant}, whatever the numbers say. This is final.", spec.model);
+                let sure = format!("All traffic of {} goes to {variant}, whatever the numbers say.", spec.model);
                 let body = serde_json::json!({ "variant": variant }).to_string();
                 let promote = button("promote", &format!("Promote {variant}"), &body, Some(sure));
                 buttons.push(promote);
@@ -184,7 +192,7 @@ impl Shown {
         }
         let sure = format!("All traffic of {} goes to {} with the next request. This is final.", spec.model, control(spec));
         buttons.push(button("rollback", "Roll back", "{}", Some(sure)));
-        tag("div").class("row").attr("role", "group").attr("aria-label", "Acts").with_all(buttons).into()
+        row(buttons)
     }
 
     fn arms(&self, Read { spec, state, decisions }: &Read) -> Html {
@@ -409,6 +417,16 @@ mod tests {
         assert!(text.contains("data-body=\"{&quot;variant&quot;:&quot;&lt;img") && !text.contains("<img"));
         assert_eq!(text.matches("<svg").count(), 2);
         assert!(!shown(12, false).part().document().contains("data-post"), "looking is not acting");
+        // Of one that is over, only a promotion can still be taken back.
+        let over = |wanted: Act| {
+            let mut shown = shown(12, true);
+            let state = serde_json::from_value(shown.rollout.state.clone()).unwrap();
+            shown.rollout.state = json!(act(&spec(), &state, wanted, "ann", 9_500_000).unwrap().0);
+            shown.part().document()
+        };
+        let promoted = over(Act::Promote { arm: 1 });
+        assert!(promoted.contains("Take the promotion back") && promoted.matches("data-post").count() == 1, "{promoted}");
+        assert!(!over(Act::RollBack).contains("data-post"));
     }
 
     #[test]

@@ -197,6 +197,7 @@ mod tests {
             steps: 8,
             read_bytes: 0,
             attempts: 0,
+            evaluated: 0,
         }
     }
 

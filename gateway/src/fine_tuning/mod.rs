@@ -36,7 +36,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tidemill_store::{FineTuningDraft, FineTuningJob, FineTuningState as State, FineTunings, Store, StoreError};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch};
 use uuid::Uuid;
 
 /// Jobs that the command line or another server changed are looked for this often.
@@ -55,6 +55,8 @@ pub struct FineTuningOptions {
     pub program: PathBuf,
     /// Jobs that train at once; 0 when this server only takes them.
     pub jobs: usize,
+    /// Jobs of one key in which something is still to be done; more are refused.
+    pub jobs_per_key: usize,
     /// Threads of each.
     pub threads: usize,
     /// How urgent each is.
@@ -77,6 +79,7 @@ struct Shared {
     leaving: watch::Sender<bool>,
     trainings: Trainings,
     gradings: Arc<Semaphore>,
+    making: Semaphore,
 }
 
 /// Begins the `key_id` of a job that a loop made: what comes of it is a candidate, which the loop puts into service when it may.
@@ -113,7 +116,8 @@ impl FineTuning {
         let (leaving, _) = watch::channel(false);
         let (running, trainings) = (Mutex::default(), Trainings::default());
         let gradings = Arc::new(Semaphore::new(GRADINGS));
-        let shared = Shared { options, wake: Notify::new(), running, leaving, trainings, gradings };
+        let making = Semaphore::new(1);
+        let shared = Shared { options, wake: Notify::new(), running, leaving, trainings, gradings, making };
         Self { rows: FineTunings::new(store.database()), shared: Arc::new(shared) }
     }
 
@@ -135,6 +139,11 @@ impl FineTuning {
     /// Leave to try out a grader, until it is dropped; `None` while as many are tried out as may be.
     pub fn grading(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.shared.gradings).try_acquire_owned().ok()
+    }
+
+    /// One's turn to make a job, until it is dropped: how many there are is counted before. `None` never comes, as nobody closes it.
+    pub async fn making(&self) -> Option<SemaphorePermit<'_>> {
+        self.shared.making.acquire().await.ok()
     }
 
     /// The trainings under way, as Prometheus reads them.

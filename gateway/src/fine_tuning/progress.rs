@@ -125,7 +125,9 @@ fn take(heard: &mut Heard, line: &Line, now: i64) {
                 }
             }
         }
-        "evaluated" if line.step >= heard.step => {
+        // Evaluations behind the last checkpoint are made again, too.
+        "evaluated" if line.step > heard.evaluated => {
+            heard.evaluated = line.step;
             let loss = line.metrics.get("eval_loss").copied().flatten();
             let loss = loss.map_or_else(String::new, |loss| format!(": full validation loss={loss:.4}"));
             heard.news.push(News::metrics(format!("Step {}/{}{loss}", line.step, heard.steps), metrics(line.step, found())));
@@ -270,6 +272,28 @@ mod tests {
         let again = listen(file.path(), &heard, 7).unwrap().unwrap();
         assert_eq!(again.news.iter().map(|news| news.message.as_str()).collect::<Vec<_>>(), ["Step 3/4: training loss=0.1250"]);
         assert_eq!(listen(Path::new("/nowhere"), &heard, 7).unwrap(), None);
+    }
+
+    #[test]
+    fn an_evaluation_is_told_once_however_often_it_is_made() {
+        let evaluated = |step: u64| {
+            let metrics = json!({"eval_loss": 0.5});
+            json!({"event": "evaluated", "step": step, "steps": 4, "metrics": metrics}).to_string() + "\n"
+        };
+        // Killed after the evaluation of its last step and before the checkpoint; the next process takes that step again.
+        let until_killed = step(3, 0.5) + &evaluated(3) + &step(4, 0.25) + &evaluated(4);
+        let file = said(&until_killed);
+        let heard = listen(file.path(), &Heard::default(), 0).unwrap().unwrap();
+        let told = |heard: &Heard| -> Vec<String> { heard.news.iter().map(|news| news.message.clone()).collect() };
+        let validation = "Step 4/4: full validation loss=0.5000";
+        assert_eq!((told(&heard).len(), told(&heard)[3].as_str(), heard.evaluated), (4, validation, 4));
+        std::fs::write(file.path(), until_killed.clone() + "\n" + &step(4, 0.25) + &evaluated(4)).unwrap();
+        let again = listen(file.path(), &heard, 0).unwrap().unwrap();
+        assert_eq!((told(&again), again.evaluated), (Vec::new(), 4));
+        // Killed between a step and its evaluation: the next process' is the first.
+        let file = said(&(step(3, 0.5) + &evaluated(3) + &step(4, 0.25) + "\n" + &step(4, 0.25) + &evaluated(4)));
+        let heard = listen(file.path(), &Heard::default(), 0).unwrap().unwrap();
+        assert_eq!((told(&heard).len(), told(&heard)[3].as_str()), (4, validation));
     }
 
     #[test]

@@ -236,6 +236,7 @@ impl Runner {
             read_bytes: job.read_bytes,
             step: job.step,
             steps: job.steps,
+            evaluated: job.evaluated,
             tokens: job.trained_tokens,
             ..Heard::default()
         };

@@ -133,6 +133,7 @@ mod tests {
             steps: 0,
             read_bytes: 0,
             attempts: 0,
+            evaluated: 0,
         };
         let said = tempfile::NamedTempFile::new().unwrap();
         let line = json!({"event": "progress", "step": 3, "steps": 9, "epoch": 0.5, "tokens": 70, "metrics": {"loss": 0.25, "rewards/margins": -1.5, "bad": null}});

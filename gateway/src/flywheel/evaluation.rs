@@ -122,6 +122,22 @@ impl Evaluations {
         Ok(command)
     }
 
+    /// Removes the folders of a loop's cycles but the last `keep` up to this one.
+    pub(super) fn forget(&self, name: &str, cycle: u64, keep: u64) -> io::Result<()> {
+        let entries = match std::fs::read_dir(self.options.root.join(name)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            let number = entry.file_name().to_str().and_then(|name| name.parse::<u64>().ok());
+            if number.is_some_and(|number| number.saturating_add(keep) <= cycle) {
+                std::fs::remove_dir_all(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
     /// Ends those at work: nobody would hear of them.
     pub(super) async fn end(&self) {
         let mut running: Vec<Process> = lock(&self.running).drain().map(|(_, (_, process))| process).collect();
@@ -147,4 +163,41 @@ fn found(folder: &Path) -> Option<GateReport> {
 fn last_line(log: &Path) -> Option<String> {
     let text = std::fs::read_to_string(log).ok()?;
     text.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(|line| line.chars().take(500).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fine_tuning::TrainingPriority;
+    use std::collections::BTreeMap;
+
+    #[test]
+    fn the_last_cycles_stay_and_nothing_else_is_touched() {
+        let root = tempfile::tempdir().unwrap();
+        let options = FlywheelOptions {
+            policies: BTreeMap::new(),
+            root: root.path().to_owned(),
+            program: "false".into(),
+            threads: 1,
+            priority: TrainingPriority::Low,
+            models: BTreeMap::new(),
+            data: root.path().to_owned(),
+            database: None,
+            datasets: String::new(),
+        };
+        let evaluations = Evaluations::new(&options);
+        for place in ["a/1", "a/2", "a/7", "a/8", "a/9", "a/notes", "b/1"] {
+            std::fs::create_dir_all(root.path().join(place)).unwrap();
+            std::fs::write(root.path().join(place).join(FOUND), "{}").unwrap();
+        }
+        evaluations.forget("a", 8, 2).unwrap();
+        evaluations.forget("none", 8, 2).unwrap();
+        let left = |name: &str| {
+            let entries = std::fs::read_dir(root.path().join(name)).unwrap();
+            let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!((left("a"), left("b")), (vec!["7".to_owned(), "8".into(), "9".into(), "notes".into()], vec!["1".to_owned()]));
+    }
 }

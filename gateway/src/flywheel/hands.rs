@@ -4,7 +4,7 @@ use crate::clock::now;
 use crate::datasets::Refused;
 use crate::fine_tuning::DATASET;
 use crate::flywheel::{Flywheels, Trouble, actor, candidate, lock, policy};
-use crate::http::{App, job_name};
+use crate::http::{App, file_name, job_name};
 use crate::rollout::keeper::KeeperError;
 use crate::rollout::spec::Spec;
 use serde_json::{Map, json};
@@ -155,12 +155,14 @@ impl Flywheels {
         let training = Key { state: Word::Training, ..key.clone() };
         for part in [TRAIN, HELD_OUT] {
             let id = training.id(part, cycle.started);
-            if let Some(file) = app.files.find(id, &Viewer::Anyone, now()).await?
-                && !app.files.delete(&file).await?
-            {
+            let Some(file) = app.files.find(id, &Viewer::Anyone, now()).await? else { continue };
+            let detail = json!({ "purpose": file.purpose, "bytes": file.bytes, "cycle": key.cycle });
+            let act = self.shared.store.act(actor(&key.name), "file.delete").to(file_name(id)).with(detail);
+            if !app.files.delete(&file, act).await? {
                 return Err(Trouble::Busy("its training still reads its files".to_owned()));
             }
         }
+        self.shared.evaluations.forget(&key.name, key.cycle, cycle.policy.measuring.keep)?;
         lock(&self.shared.builds).remove(&key.name);
         let named = named_by_rollouts(&self.shared.store).await?;
         let registry = app.adapters.registry().acting_as(actor(&key.name));
@@ -221,7 +223,7 @@ fn names(rollout: &Rollout) -> Vec<String> {
 }
 
 /// Names that a rollout under way or a promotion that holds leads requests to.
-async fn named_by_rollouts(store: &Store) -> Result<HashSet<String>, StoreError> {
+pub(crate) async fn named_by_rollouts(store: &Store) -> Result<HashSet<String>, StoreError> {
     let rollouts = Rollouts::new(store);
     let (promoted, running) = (rollouts.promotions().await?, rollouts.running().await?);
     Ok(promoted.iter().chain(&running).flat_map(names).collect())

@@ -13,7 +13,10 @@ mod sight;
 mod view;
 mod wish;
 
+pub(crate) use hands::named_by_rollouts;
 pub use policy::read as read_policy;
+#[cfg(test)]
+pub(crate) use policy::tests;
 pub use view::standing;
 pub use wish::{WishRefusal, follow};
 
@@ -110,7 +113,7 @@ pub(crate) fn candidate(name: &str, cycle: u64) -> String {
 }
 
 /// Where a row says that its loop stands.
-fn standing_of(row: &LoopRow) -> Result<Flywheel, StoreError> {
+pub(crate) fn standing_of(row: &LoopRow) -> Result<Flywheel, StoreError> {
     let bad = |error: serde_json::Error| StoreError::Row { table: "loops", id: row.name.clone(), reason: error.to_string() };
     serde_json::from_value(row.body.clone()).map_err(bad)
 }

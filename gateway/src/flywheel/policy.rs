@@ -245,6 +245,7 @@ fn measuring(field: Option<&Field<'_>>) -> Result<Measuring, ApiError> {
     let max_tokens = fields.integer("max_tokens", 1..=16_384)?.unwrap_or(MAX_TOKENS);
     let temperature = fields.decimal("temperature", 0.0..=2.0)?.unwrap_or(1.0);
     let seed = fields.integer("seed", 0..=MOST)?.unwrap_or(0);
+    let keep = fields.integer("keep", 1..=1_000_000)?.map_or(Measuring::KEEP, i64::unsigned_abs);
     let rules_field = fields.get("rules");
     let mut rules: Vec<RewardFunction> = Vec::new();
     if let Some(field) = &rules_field {
@@ -267,7 +268,7 @@ fn measuring(field: Option<&Field<'_>>) -> Result<Measuring, ApiError> {
     }
     let count = |number: i64| usize::try_from(number).unwrap_or(0);
     let (prompts, max_tokens, seed) = (count(prompts), count(max_tokens), seed.unsigned_abs());
-    Ok(Measuring { text: place, prompts, max_tokens, temperature, seed, rules, weights })
+    Ok(Measuring { text: place, prompts, max_tokens, temperature, seed, rules, weights, keep })
 }
 
 /// Gates by name: a threshold, or `"off"`. Gates that nothing could open are refused now and not after every training.

@@ -6,18 +6,20 @@ use crate::flywheel::{candidate, standing_of};
 use crate::http::job_name;
 use serde_json::{Value, json};
 use tidemill_rlhf::flywheel::{Flywheel, Note, Policy, State, Word};
-use tidemill_store::{FineTunings, LoopRow, LoopStep, Loops, Store, StoreError, Viewer};
+use tidemill_store::{FineTuningJob, FineTunings, LoopRow, LoopStep, Loops, Store, StoreError, Viewer};
 
 fn seconds(micros: i64) -> i64 {
     micros.div_euclid(1_000_000)
 }
 
-/// The loop of this name, with its last cycles, the newest first. None where there is neither a policy nor a row.
+/// The loop of this name, with its last cycles, the newest first. None where there is neither a policy nor a row. `here` is the place of the
+/// server that is asked, where one is.
 pub async fn standing(
     store: &Store,
     name: &str,
     policy: Option<&Policy>,
     cycles: u64,
+    here: Option<&str>,
     now: i64,
 ) -> Result<Option<Value>, StoreError> {
     let rows = Loops::new(store);
@@ -27,7 +29,7 @@ pub async fn standing(
     }
     let wheel = row.as_ref().map(standing_of).transpose()?.unwrap_or_else(|| Flywheel::new(now));
     let steps = rows.steps(name, cycles).await?;
-    let waits_for = waits_for(store, name, policy, &wheel, now).await?;
+    let waits_for = waits_for(store, name, policy, &wheel, here, now).await?;
     // A cycle goes on with the policy that it began with.
     let own = wheel.state.cycle().map(|cycle| &cycle.policy).or(policy);
     Ok(Some(json!({
@@ -50,7 +52,14 @@ pub async fn standing(
 }
 
 /// What a loop waits for, in words and numbers.
-async fn waits_for(store: &Store, name: &str, policy: Option<&Policy>, wheel: &Flywheel, now: i64) -> Result<Value, StoreError> {
+async fn waits_for(
+    store: &Store,
+    name: &str,
+    policy: Option<&Policy>,
+    wheel: &Flywheel,
+    here: Option<&str>,
+    now: i64,
+) -> Result<Value, StoreError> {
     let said = |text: &str| Ok(json!({ "text": text }));
     if wheel.paused {
         return said("a person: it is paused");
@@ -71,11 +80,7 @@ async fn waits_for(store: &Store, name: &str, policy: Option<&Policy>, wheel: &F
         State::Training { cycle, .. } => {
             let job = FineTunings::new(store.database()).find(wheel.key(name).id("job", cycle.started), &Viewer::Anyone).await?;
             let Some(job) = job else { return said("its training's files") };
-            let text = match job.steps {
-                0 => format!("its training: {}", job.state.as_str()),
-                steps => format!("its training: {}, step {} of {steps}", job.state.as_str(), job.step),
-            };
-            Ok(json!({ "text": text, "job": job_name(job.draft.id), "step": job.step, "steps": job.steps }))
+            Ok(training(&job, here))
         }
         State::Evaluation { adapter, .. } => said(&format!("the evaluation of {adapter}")),
         State::Canary { cycle, .. } => {
@@ -88,6 +93,22 @@ async fn waits_for(store: &Store, name: &str, policy: Option<&Policy>, wheel: &F
         }
         State::Promoted { .. } | State::Refused { .. } | State::RolledBack { .. } => said("what it needed to be cleared away"),
     }
+}
+
+/// A training that is waited for. Only the server that has its files can go on with it.
+fn training(job: &FineTuningJob, here: Option<&str>) -> Value {
+    let (name, elsewhere) = (job_name(job.draft.id), here.is_some_and(|here| here != job.draft.place));
+    let mut text = match job.steps {
+        0 => format!("its training: {}", job.state.as_str()),
+        steps => format!("its training: {}, step {} of {steps}", job.state.as_str(), job.step),
+    };
+    if elsewhere {
+        text += &format!(
+            "; its files are in the data directory of another server, and it goes on while that one runs. If that is gone for good, \
+             cancel {name} and run the loop again"
+        );
+    }
+    json!({ "text": text, "job": name, "step": job.step, "steps": job.steps, "elsewhere": elsewhere })
 }
 
 /// Cycles, the newest first, each with what happened in it, the oldest first.

@@ -60,6 +60,7 @@ fn shown(app: &App, adapter: &RegisteredAdapter, aliases: &[Alias], whole: bool)
         "metrics": adapter.metrics,
         "tainted": adapter.tainted,
         "problem": app.adapters.problem(adapter.id),
+        "files_removed_at": adapter.files_removed.map(seconds),
     });
     if whole {
         value["lineage"] = adapter.lineage.clone();
@@ -231,6 +232,12 @@ pub fn refused(param: &'static str, error: RegistryError) -> ApiError {
             AdapterRefusal::Tainted(_) => conflict("adapter_tainted", &error),
             AdapterRefusal::Aliased { .. } => conflict("adapter_aliased", &error),
             AdapterRefusal::NotServed { .. } => conflict("adapter_not_served", &error),
+            AdapterRefusal::FilesRemoved(_) => conflict("adapter_files_removed", &error),
+            AdapterRefusal::InUse { .. } | AdapterRefusal::Changed(_) => conflict("adapter_in_use", &error),
+            AdapterRefusal::Folder { .. } => {
+                tracing::error!(%error, "the adapters' folder failed");
+                ApiError::fault("The server could not read or write its adapters.")
+            }
             AdapterRefusal::Store(_) => ApiError::fault("The server could not read or write its records."),
         },
         RegistryError::Files(error) => match &error {

@@ -84,7 +84,10 @@ async fn delete(
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
     let file = find(&app, &caller, &id, StatusCode::NOT_FOUND, "id").await?;
-    if !app.files.delete(&file).await.map_err(unavailable)? {
+    // Its name is the client's words, and may be a person's.
+    let detail = json!({ "purpose": file.purpose, "bytes": file.bytes });
+    let act = app.store.act(caller.actor(), "file.delete").to(name(file.id)).with(detail);
+    if !app.files.delete(&file, act).await.map_err(unavailable)? {
         let message = format!(
             "The file `{}` is the input of a batch that runs, or of a fine-tuning job that looks through it; cancel that first.",
             name(file.id)

@@ -17,7 +17,7 @@ use crate::openai::fields::{Field, Fields};
 use crate::openai::listing::{Extra, Listing};
 use axum::extract::{Path, RawQuery, Request, State};
 use axum::response::Response;
-use axum::routing::{get, post};
+use axum::routing::{MethodRouter, get, post};
 use axum::{Extension, Router};
 use hyper::StatusCode;
 use serde_json::{Value, json};
@@ -45,9 +45,9 @@ pub fn routes() -> Router<App> {
     Router::new()
         .route("/v1/fine_tuning/jobs", post(create).get(list))
         .route("/v1/fine_tuning/jobs/{id}", get(show))
-        .route("/v1/fine_tuning/jobs/{id}/cancel", post(cancel))
-        .route("/v1/fine_tuning/jobs/{id}/pause", post(pause))
-        .route("/v1/fine_tuning/jobs/{id}/resume", post(resume))
+        .route("/v1/fine_tuning/jobs/{id}/cancel", wanting(Wish::Cancel))
+        .route("/v1/fine_tuning/jobs/{id}/pause", wanting(Wish::Pause))
+        .route("/v1/fine_tuning/jobs/{id}/resume", wanting(Wish::Resume))
         .route("/v1/fine_tuning/jobs/{id}/events", get(events))
         .route("/v1/fine_tuning/jobs/{id}/checkpoints", get(checkpoints))
 }
@@ -78,13 +78,10 @@ async fn create(State(app): State<App>, Extension(caller): Extension<Caller>, re
         None => None,
     };
     let rows = app.fine_tuning.rows();
-    if rows.open(app.files.place()).await.map_err(unavailable)?.len() >= MAX_OPEN {
-        let message = format!(
-            "{MAX_OPEN} fine-tuning jobs run, wait or are paused on this server, the most that it takes; cancel one, or wait."
-        );
-        let error = ApiError::client(StatusCode::TOO_MANY_REQUESTS, Some("too_many_jobs"), message);
-        return Err(ApiError { retry_after: Some(60), ..error });
-    }
+    // Those who count at once would each find room.
+    let _turn = app.fine_tuning.making().await;
+    let open = rows.open(app.files.place()).await.map_err(unavailable)?;
+    check_room(&open, caller.key_id().as_deref(), app.fine_tuning.options().jobs_per_key)?;
     let id = app.store.issue_id();
     let draft = FineTuningDraft {
         id,
@@ -113,6 +110,20 @@ async fn create(State(app): State<App>, Extension(caller): Extension<Caller>, re
     }
     app.fine_tuning.wake();
     Ok(answer(StatusCode::OK, &shown(&find(&app, &caller.viewer(), &name(id)).await?)))
+}
+
+/// Fails when a server has as many jobs to do as it takes, or as it takes of this key.
+fn check_room(open: &[FineTuningJob], key: Option<&str>, most_per_key: usize) -> Result<(), ApiError> {
+    let own = open.iter().filter(|job| key.is_some() && job.draft.key_id.as_deref() == key).count();
+    let message = if own >= most_per_key {
+        format!("{own} fine-tuning jobs of this key run, wait or are paused on this server, the most that it takes of one key; ")
+    } else if open.len() >= MAX_OPEN {
+        format!("{MAX_OPEN} fine-tuning jobs run, wait or are paused on this server, the most that it takes; ")
+    } else {
+        return Ok(());
+    };
+    let error = ApiError::client(StatusCode::TOO_MANY_REQUESTS, Some("too_many_jobs"), message + "cancel one, or wait.");
+    Err(ApiError { retry_after: Some(60), ..error })
 }
 
 /// The base of a model that can be trained here.
@@ -199,16 +210,9 @@ async fn show(
     Ok(answer(StatusCode::OK, &shown(&find(&app, &caller.onlooker(), &id).await?)))
 }
 
-async fn cancel(app: State<App>, caller: Extension<Caller>, id: Path<String>) -> Result<Response, ApiError> {
-    follow(app, caller, id, Wish::Cancel).await
-}
-
-async fn pause(app: State<App>, caller: Extension<Caller>, id: Path<String>) -> Result<Response, ApiError> {
-    follow(app, caller, id, Wish::Pause).await
-}
-
-async fn resume(app: State<App>, caller: Extension<Caller>, id: Path<String>) -> Result<Response, ApiError> {
-    follow(app, caller, id, Wish::Resume).await
+/// What somebody wants of a job.
+fn wanting(wish: Wish) -> MethodRouter<App> {
+    post(move |app: State<App>, caller: Extension<Caller>, id: Path<String>| follow(app, caller, id, wish))
 }
 
 async fn follow(

@@ -110,8 +110,8 @@ enum Standing {
     Shadow,
 }
 
-/// Of all copies that nobody sees: they share what is left among themselves, and take nothing of a key's share.
-const SHADOW_TENANT: Tenant = Tenant { id: u64::MAX, weight: 1 };
+/// Of all that nobody sees: it shares what is left, and takes nothing of a key's share.
+pub const SHADOW_TENANT: Tenant = Tenant { id: u64::MAX, weight: 1 };
 
 /// An extension of requests that a batch sends: whatever anybody waits for goes before them.
 #[derive(Clone, Copy, Debug)]

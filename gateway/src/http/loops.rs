@@ -10,7 +10,7 @@ use crate::http::feedback::unavailable;
 use crate::http::query::parameters;
 use axum::extract::{Path, RawQuery, State};
 use axum::response::Response;
-use axum::routing::{get, post};
+use axum::routing::{MethodRouter, get, post};
 use axum::{Extension, Router};
 use hyper::StatusCode;
 use serde_json::Value;
@@ -26,9 +26,9 @@ pub fn routes() -> Router<App> {
     Router::new()
         .route("/v1/loops", get(list))
         .route("/v1/loops/{name}", get(one))
-        .route("/v1/loops/{name}/run", post(run))
-        .route("/v1/loops/{name}/pause", post(pause))
-        .route("/v1/loops/{name}/resume", post(resume))
+        .route("/v1/loops/{name}/run", wanting(Wish::Run))
+        .route("/v1/loops/{name}/pause", wanting(Wish::Pause))
+        .route("/v1/loops/{name}/resume", wanting(Wish::Resume))
 }
 
 async fn list(State(app): State<App>) -> Result<Response, ApiError> {
@@ -68,23 +68,16 @@ pub async fn find(app: &App, name: &str, cycles: u64) -> Result<Value, ApiError>
 /// With what is in its way at this server.
 async fn shown(app: &App, name: &str, cycles: u64) -> Result<Option<Value>, ApiError> {
     let policy = app.loops.policies().get(name);
-    let found = standing(&app.store, name, policy, cycles, now()).await.map_err(unavailable)?;
+    let found = standing(&app.store, name, policy, cycles, Some(app.files.place()), now()).await.map_err(unavailable)?;
     Ok(found.map(|mut found| {
         found["problem"] = app.loops.problem(name).into();
         found
     }))
 }
 
-async fn run(app: State<App>, caller: Extension<Caller>, name: Path<String>) -> Result<Response, ApiError> {
-    want(app, caller, name, Wish::Run).await
-}
-
-async fn pause(app: State<App>, caller: Extension<Caller>, name: Path<String>) -> Result<Response, ApiError> {
-    want(app, caller, name, Wish::Pause).await
-}
-
-async fn resume(app: State<App>, caller: Extension<Caller>, name: Path<String>) -> Result<Response, ApiError> {
-    want(app, caller, name, Wish::Resume).await
+/// What somebody wants of a loop.
+fn wanting(wish: Wish) -> MethodRouter<App> {
+    post(move |app: State<App>, caller: Extension<Caller>, name: Path<String>| want(app, caller, name, wish))
 }
 
 async fn want(

@@ -244,6 +244,7 @@ impl From<KeeperError> for ApiError {
                 ActError::NoSuchArm(_) => of(Some("variant".to_owned()), StatusCode::BAD_REQUEST, "invalid_value"),
                 _ => conflict(None, "rollout_state"),
             },
+            KeeperError::Built { .. } => conflict(None, "rollout_superseded"),
             KeeperError::Row(BadRow::Clash(_)) => conflict(Some("layer"), "layer_taken"),
             KeeperError::Row(BadRow::Json { name, reason }) => {
                 unavailable(StoreError::Row { table: "rollouts", id: name, reason })

@@ -6,7 +6,7 @@ use tidemill_store::Tier;
 const STEP: i32 = 1 << 20;
 /// Requests of batches: after all tiers.
 pub const BATCH_PRIORITY: i32 = 2 * STEP;
-/// Copies that nobody sees: after everything.
+/// What nobody sees: after everything.
 pub const SHADOW_PRIORITY: i32 = 3 * STEP;
 
 /// The engine's priority, lower first, of a request in `tier` that gives itself `own`. A caller that may not hurry can put its requests

@@ -105,6 +105,7 @@ fn adapter() -> Value {
         .with("metrics", any())
         .with("tainted", any())
         .with("problem", nullable(text()))
+        .with("files_removed_at", nullable(seconds()))
         .sometimes("lineage", any())
         .schema()
 }

@@ -61,7 +61,7 @@ pub fn topic() -> Topic {
         act("/v1/rollouts/{id}/promote", "Give a treatment all the traffic, whatever the numbers say")
             .takes(promoted.schema())
             .optional_body(),
-        act("/v1/rollouts/{id}/rollback", "Give the control all the traffic, now"),
+        act("/v1/rollouts/{id}/rollback", "Give the control all the traffic, now; of a promotion, what was served before it"),
         of_admin(Operation::post("/v1/rollout_plan", TAG, "How much traffic it takes to find a change"))
             .takes(question.schema())
             .answers(200, "Observations of both arms together.", sizes.schema()),

@@ -73,14 +73,24 @@ impl Recording {
     /// How much of one answer. The id alone draws the lot, so that every replica and every later look agrees.
     pub fn level(&self, endpoint: &str, model: &str, id: Uuid) -> Level {
         let (level, share) = self.of(endpoint, model);
-        if share >= 1.0 || lot(id) < share { level } else { Level::Off }
+        if share >= 1.0 || lot(b"", id) < share { level } else { Level::Off }
+    }
+
+    /// Whether answers of this base model are recorded with their tokens, at any endpoint that gives answers.
+    pub fn keeps_tokens(&self, model: &str) -> bool {
+        ["chat", "response", "completion"].iter().any(|endpoint| {
+            let (level, share) = self.of(endpoint, model);
+            level == Level::Full && share > 0.0
+        })
     }
 }
 
-/// A number from 0 to below 1 that is fixed by the id and uniform over ids.
-fn lot(id: Uuid) -> f64 {
+/// A number from 0 to below 1 that is fixed by the id and uniform over ids. Those of two purposes are independent.
+pub(crate) fn lot(purpose: &[u8], id: Uuid) -> f64 {
+    let mut hash = blake3::Hasher::new();
+    hash.update(purpose).update(id.as_bytes());
     let mut first = [0; 4];
-    first.copy_from_slice(&blake3::hash(id.as_bytes()).as_bytes()[..4]);
+    first.copy_from_slice(&hash.finalize().as_bytes()[..4]);
     f64::from(u32::from_le_bytes(first)) / 4_294_967_296.0
 }
 
@@ -98,6 +108,23 @@ mod tests {
         assert_eq!(recording.of("chat", "m"), (Level::Off, 0.5));
         assert_eq!(recording.of("chat", "other"), (Level::Metadata, 0.5));
         assert_eq!(recording.of("completion", "other"), (Level::Full, 1.0));
+    }
+
+    #[test]
+    fn tokens_are_kept_where_any_endpoint_records_all() {
+        let route = |level, share| Route { level, share };
+        let routes = [("m".to_owned(), route(Some(Level::Metadata), None)), ("chat".to_owned(), route(None, Some(0.0)))];
+        let recording = Recording { routes: routes.into(), ..Recording::default() };
+        assert!(!recording.keeps_tokens("m") && recording.keeps_tokens("other"));
+        assert!(!Recording { share: 0.0, ..Recording::default() }.keeps_tokens("m"));
+    }
+
+    #[test]
+    fn the_lots_of_two_purposes_are_independent() {
+        let ids: Vec<Uuid> = (0..10_000u128).map(|n| Uuid::from_u128(n << 64 | n)).collect();
+        let both = ids.iter().filter(|id| lot(b"", **id) < 0.5 && lot(b"base score", **id) < 0.5).count();
+        // Binomial with p = 0.25: six standard deviations are 260.
+        assert!((2240..2760).contains(&both), "{both}");
     }
 
     #[test]

@@ -4,17 +4,23 @@
 //! What is decided is decided by [`decision`]; what is written is refused where somebody else was first, so neither two leaders nor a
 //! leader and a person can overwrite each other. A table is replaced as a whole: a request is on the old one or on the new one.
 
+mod error;
+mod promotion;
+
+pub use error::KeeperError;
+
 use crate::adapters::AdapterKeeper;
 use crate::clock::now;
 use crate::feedback::Metrics;
-use crate::rollout::assignment::{Experiment, Holdout, LayerClash, Table};
-use crate::rollout::decision::{self, Act, ActError, Action, Decision, State, Status};
+use crate::recording::Recording;
+use crate::rollout::assignment::{Experiment, Holdout, Table};
+use crate::rollout::decision::{self, Act, Action, Decision, State, Status};
 use crate::rollout::measure::{Sources, measured, recorded_as};
 use crate::rollout::mirrors::Mirrors;
-use crate::rollout::spec::{Quantity, Spec};
+use crate::rollout::spec::Spec;
 use crate::rollout::table::{self, BadRow, Tables, Variant};
 use crate::rollout::under_way::UnderWay;
-use crate::upstream::Registry;
+use crate::upstream::{Registry, Upstream};
 use arc_swap::ArcSwap;
 use metrics::{counter, gauge};
 use std::collections::HashMap;
@@ -38,62 +44,6 @@ const WAIT: Duration = Duration::from_secs(2);
 /// How often an act is tried again when a measurement was faster.
 const TRIES: u32 = 5;
 
-/// Why nothing was started or done.
-#[derive(Debug, thiserror::Error)]
-pub enum KeeperError {
-    /// The rows refuse.
-    #[error(transparent)]
-    Refused(#[from] RolloutRefusal),
-    /// The state refuses.
-    #[error(transparent)]
-    Act(#[from] ActError),
-    /// A row cannot be read, or two want the same part of a layer.
-    #[error(transparent)]
-    Row(#[from] BadRow),
-    /// The control is not what the model serves.
-    #[error("the first arm is the control, which is what `{model}` serves now: `{stable}`, and not `{control}`")]
-    Control {
-        /// The public model name.
-        model: String,
-        /// What it serves.
-        stable: String,
-        /// What was named.
-        control: String,
-    },
-    /// A variant cannot answer.
-    #[error("the variant `{variant}` cannot answer: {reason}")]
-    Variant {
-        /// Which arm.
-        arm: usize,
-        /// Its name.
-        variant: String,
-        /// Why not.
-        reason: String,
-    },
-    /// A metric that nothing records.
-    #[error("nothing records the metric `{metric}`: {fix}")]
-    Metric {
-        /// Which of the spec's metrics.
-        index: usize,
-        /// Its name.
-        metric: String,
-        /// What to do.
-        fix: String,
-    },
-}
-
-impl From<StoreError> for KeeperError {
-    fn from(error: StoreError) -> Self {
-        Self::Refused(error.into())
-    }
-}
-
-impl From<LayerClash> for KeeperError {
-    fn from(clash: LayerClash) -> Self {
-        Self::Row(clash.into())
-    }
-}
-
 /// What a deployment asks of all rollouts.
 #[derive(Clone, Debug, Default)]
 pub struct KeeperRules {
@@ -101,6 +51,8 @@ pub struct KeeperRules {
     pub holdouts: Vec<Holdout>,
     /// Whether each is promoted only with another key than started it.
     pub four_eyes: bool,
+    /// How much of the answers is recorded.
+    pub recording: Recording,
 }
 
 /// What became of an act.
@@ -142,6 +94,8 @@ struct Inner {
 #[derive(Default)]
 struct Looked {
     clock: Option<i64>,
+    /// Which promotions held.
+    promoted: Option<Vec<Uuid>>,
     said: Option<Instant>,
     problems: Vec<BadRow>,
 }
@@ -257,13 +211,20 @@ impl Keeper {
         }
         for (index, metric) in spec.metrics.iter().enumerate() {
             let refused = |fix: String| KeeperError::Metric { index, metric: metric.quantity.to_string(), fix };
-            match (recorded_as(&metric.quantity), &metric.quantity) {
-                (Some(name), _) if !self.0.declared.contains_key(&name) => {
-                    let quoted = if name.contains('.') { format!("\"{name}\"") } else { name };
-                    return Err(refused(format!("declare it as [metrics.{quoted}] in tidemill.toml, and send it as feedback")));
-                }
-                (None, Quantity::KlToBase) => return Err(refused("leave it out".to_owned())),
-                _ => {}
+            if let Some(name) = recorded_as(&metric.quantity).filter(|name| !self.0.declared.contains_key(name)) {
+                let quoted = if name.contains('.') { format!("\"{name}\"") } else { name };
+                return Err(refused(format!("declare it as [metrics.{quoted}] in tidemill.toml, and send it as feedback")));
+            }
+            for (arm, variant) in spec.arms.iter().map(Variant::of).enumerate().filter(|(arm, _)| metric.scored(*arm) > 0.0) {
+                let why = match self.0.models.find(Some(&variant.model)) {
+                    Ok(Upstream::Remote(_)) => "come from another server, and no base model here scores them",
+                    Ok(Upstream::Local(model)) if !self.0.rules.recording.keeps_tokens(model.base()) => {
+                        "are recorded without their tokens, which the base would score; set 'record' to full for them"
+                    }
+                    _ => continue,
+                };
+                let role = if arm == 0 { ", the control," } else { "" };
+                return Err(refused(format!("the answers of `{}`{role} {why}; or leave the metric out", variant.name)));
             }
         }
         let running = self.0.rollouts.running().await?;
@@ -282,10 +243,17 @@ impl Keeper {
         let (spec, row) = loop {
             let read = self.0.rollouts.find(id_or_name).await?;
             let (spec, state) = table::read(&read)?;
-            let (next, decision) = decision::act(&spec, &state, act, &by, now())?;
-            match self.0.rollouts.advance(&read, &change(&next, &decision, true), Some(&by)).await {
+            let (mut next, decision) = decision::act(&spec, &state, act, &by, now())?;
+            let written = if matches!(state.status, Status::Promoted { .. }) {
+                self.clear_way_back(&read, &state, &by).await?;
+                self.0.rollouts.take_back(&read, &change(&next, &decision, true), &by).await
+            } else {
+                next.alias = self.alias_move(&spec, next.status).await?;
+                self.0.rollouts.advance(&read, &change(&next, &decision, true), Some(&by)).await
+            };
+            match written {
                 Ok(row) => {
-                    self.done(&spec, &row, &decision).await;
+                    self.done(&spec, &row, &next, &decision).await;
                     break (spec, row);
                 }
                 // A measurement was faster; what the person wants is still wanted.
@@ -323,6 +291,13 @@ impl Keeper {
                 true => Vec::new(),
                 false => self.0.adapters.registry().aliases().await?,
             };
+            let held: Vec<Uuid> = promoted.iter().map(|row| row.id).collect();
+            if looked.promoted.as_ref().is_some_and(|before| *before != held) {
+                // Another server may have led an alias back with a promotion that it took back: by the table alone, the name would go on
+                // leading to what was promoted until somebody looks at the adapters.
+                self.0.adapters.follow().await?;
+            }
+            looked.promoted = Some(held);
             let (tables, problems) = Tables::new(&running, &promoted, &aliases, &self.0.rules.holdouts);
             if problems != looked.problems {
                 problems.iter().for_each(|problem| tracing::error!(%problem, "a rollout is not served"));
@@ -419,7 +394,8 @@ impl Keeper {
         let measured = measured(sources, row.id, spec, state, &self.0.declared, under_way).await?;
         // The same draws for whoever measures this state.
         let mut random = Random::new(row.id.as_u64_pair().1 ^ row.version.unsigned_abs());
-        let (next, decision) = decision::measure(spec, state, &measured, now, &mut || random.unit());
+        let (mut next, decision) = decision::measure(spec, state, &measured, now, &mut || random.unit());
+        next.alias = self.alias_move(spec, next.status).await?;
         let before: Option<Decision> = serde_json::from_value(row.latest.clone()).ok();
         let keep = {
             let kept = self.0.kept.lock().unwrap_or_else(PoisonError::into_inner);
@@ -430,7 +406,7 @@ impl Keeper {
                 if keep {
                     self.0.kept.lock().unwrap_or_else(PoisonError::into_inner).insert(row.id, decision.at);
                 }
-                self.done(spec, &row, &decision).await;
+                self.done(spec, &row, &next, &decision).await;
             }
             Err(RolloutRefusal::Store(error)) => return Err(error),
             Err(_) => {}
@@ -440,7 +416,7 @@ impl Keeper {
     }
 
     /// What follows from a decision that is written.
-    async fn done(&self, spec: &Spec, row: &Rollout, decision: &Decision) {
+    async fn done(&self, spec: &Spec, row: &Rollout, next: &State, decision: &Decision) {
         self.count(spec, decision);
         if decision.action != Action::Hold {
             tracing::info!(
@@ -450,31 +426,8 @@ impl Keeper {
                 "a rollout was decided on"
             );
         }
-        if let Action::Promote { arm } = decision.action
-            && let Some(variant) = spec.arms.get(arm).map(Variant::of)
-        {
-            self.lead_alias(&row.model, &variant).await;
-        }
-    }
-
-    /// Where the public name is an alias and the promoted variant a registered adapter as it is, the alias leads there from now on: then
-    /// everything that knows the name by the registry agrees.
-    async fn lead_alias(&self, model: &str, variant: &Variant) {
-        let registry = self.0.adapters.registry();
-        let plain = variant.prompt_prefix.is_none() && variant.defaults.is_empty();
-        let aliases = registry.aliases().await.unwrap_or_default();
-        let Some(alias) = aliases.iter().find(|alias| alias.name == model).filter(|_| plain) else { return };
-        let prefix = format!("{}:", alias.base);
-        let reference = variant.model.strip_prefix(&prefix).unwrap_or(&variant.model);
-        let named = registry.acting_as("rollouts").alias(model, reference).await;
-        match named {
-            Ok(_) => {
-                if let Err(error) = self.0.adapters.follow().await {
-                    tracing::warn!(%error, "a change of adapters is not in force yet");
-                }
-            }
-            // The variant is no adapter, or of another base: the rollout's row says what the name serves.
-            Err(error) => tracing::info!(alias = model, variant = variant.name, %error, "the alias stays where it is"),
+        if let (Action::Promote { .. }, Some(moved)) = (decision.action, next.alias) {
+            self.lead_alias(&row.model, moved).await;
         }
     }
 

@@ -87,6 +87,15 @@ async fn source(
     let of_units = |sums: &[UnitSums]| -> Vec<Option<Measure>> {
         by_arm(spec, sums, |sums| sums.arm).map(|sums| Some(of_unit_sums(sums))).collect()
     };
+    // Never a share, whatever the numbers are: those of a model that is the base itself are all 0.
+    let means = |sums: &[UnitSums]| -> Vec<Option<Measure>> {
+        by_arm(spec, sums, |sums| sums.arm)
+            .map(|sums| {
+                let UnitSums { units, sum, squares, .. } = sums.copied().unwrap_or_default();
+                Some(Measure::Mean { sum, sum_squares: squares, count: units })
+            })
+            .collect()
+    };
     // A guardrail counts answers, and is exact from the first one on. A goal compares people, of whom each counts once.
     let share = async |value: UnitValue, of: fn(&ArmCounts) -> (u64, u64)| -> Result<Vec<Option<Measure>>, StoreError> {
         match metric.role {
@@ -137,8 +146,8 @@ async fn source(
             }
             Ok(arms)
         }
-        // Nobody records this yet.
-        Quantity::KlToBase => Ok(none),
+        Quantity::KlToBase => Ok(means(&exposures.unit_means(id, since, UnitValue::KlToBase).await?)),
+        Quantity::LogprobToBase => Ok(means(&exposures.unit_means(id, since, UnitValue::LogprobToBase).await?)),
     }
 }
 

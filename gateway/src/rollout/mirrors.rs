@@ -1,4 +1,5 @@
-//! How many copies of requests there are for shadows, and whether they are in anybody's way.
+//! How many copies of requests there are for shadows, and whether they are in anybody's way; what the base scores is in nobody's way
+//! likewise.
 
 use crate::upstream::Registry;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ const MOST: usize = 4;
 #[derive(Clone, Debug)]
 pub struct Mirrors {
     places: Arc<Semaphore>,
-    /// Copies that an engine here is answering.
+    /// Copies that an engine here is answering, and answers that it is scoring.
     running: Arc<AtomicUsize>,
 }
 
@@ -22,7 +23,7 @@ impl Default for Mirrors {
     }
 }
 
-/// Counts a copy that an engine here is answering, until it is dropped.
+/// Counts a copy that an engine here is answering, or an answer that it is scoring, until it is dropped.
 #[derive(Debug)]
 pub struct Running(Arc<AtomicUsize>);
 
@@ -42,13 +43,13 @@ impl Mirrors {
         Arc::clone(&self.places).try_acquire_owned().ok()
     }
 
-    /// A copy begins at an engine here.
+    /// A copy, or a scoring, begins at an engine here.
     pub fn begin(&self) -> Running {
         self.running.fetch_add(1, Ordering::AcqRel);
         Running(Arc::clone(&self.running))
     }
 
-    /// Whether an engine here has something else to do than copies.
+    /// Whether an engine here has something else to do than copies and scoring.
     pub fn are_in_the_way(&self, models: &Registry) -> bool {
         let busy = |stats: tidemill_engine::Stats| stats.running + stats.waiting;
         let all: usize = models.local().map(|model| busy(model.engine().stats())).sum();

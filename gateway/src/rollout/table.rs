@@ -59,6 +59,26 @@ pub struct Running {
     pub name: String,
     /// By arm.
     pub arms: Vec<Arc<Variant>>,
+    /// What the base model is to score, if anything is.
+    pub scored: Option<Scored>,
+}
+
+/// Which answers of a rollout the base model scores.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scored {
+    /// Of each arm this share.
+    pub shares: Vec<f64>,
+    /// Answers since then, in microseconds since 1970.
+    pub since: i64,
+}
+
+impl Scored {
+    /// For the metrics of a rollout in this state.
+    fn of(spec: &Spec, state: &State) -> Option<Self> {
+        let share = |arm: usize| spec.metrics.iter().map(|metric| metric.scored(arm)).fold(0.0, f64::max);
+        let shares: Vec<f64> = (0..spec.arms.len()).map(share).collect();
+        shares.iter().any(|share| *share > 0.0).then_some(Self { shares, since: state.since })
+    }
 }
 
 /// A public model name.
@@ -185,7 +205,7 @@ impl Tables {
             let arms = spec.arms.iter().map(|arm| Arc::new(Variant::of(arm))).collect();
             let (experiments, rollouts) = parts.entry(&row.model).or_default();
             experiments.push(experiment);
-            rollouts.push(Running { id: row.id, name: row.name.clone(), arms });
+            rollouts.push(Running { id: row.id, name: row.name.clone(), arms, scored: Scored::of(&spec, &state) });
         }
         let names: std::collections::BTreeSet<&str> = stable.keys().chain(parts.keys()).copied().collect();
         let mut models = BTreeMap::new();

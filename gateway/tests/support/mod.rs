@@ -32,7 +32,7 @@ use tidemill::http::responses::background::Background;
 use tidemill::http::{App, Auth, router};
 use tidemill::limits::{Limiter, Prices};
 use tidemill::recording::Recording;
-use tidemill::rollout::keeper::Keeper;
+use tidemill::rollout::keeper::{Keeper, KeeperRules};
 use tidemill::telemetry::Observer;
 use tidemill::upstream::remote::Remotes;
 use tidemill::upstream::{LocalModel, Registry, RemoteModel, Upstream};
@@ -160,6 +160,7 @@ pub fn no_training() -> FineTuningOptions {
         root: folder().into(),
         program: "false".into(),
         jobs: 0,
+        jobs_per_key: 16,
         threads: 1,
         priority: TrainingPriority::Low,
         models,
@@ -287,8 +288,9 @@ impl Setup {
         let (store, registry) = (store(), Arc::new(registry));
         let adapters = AdapterKeeper::new(&store, &DataDir::new(folder()), Arc::clone(&registry));
         let feedback_metrics = Arc::new(self.metrics);
+        let rules = KeeperRules { recording: self.recording.clone(), ..KeeperRules::default() };
         App {
-            rollouts: Keeper::new(&store, Arc::clone(&registry), adapters.clone(), Arc::clone(&feedback_metrics)),
+            rollouts: Keeper::with_rules(&store, Arc::clone(&registry), adapters.clone(), Arc::clone(&feedback_metrics), rules),
             tester_secret: Some("let me in".into()),
             adapters,
             registry,

@@ -8,8 +8,11 @@ use super::room::Room;
 use crate::error::KernelError;
 use crate::ops::{HeadShape, KvDtype, StepBatch};
 
-/// The kernels with matrix units for a head width and a cache: of few rows, of many.
-pub(super) fn fast_attention(head_dim: usize, dtype: KvDtype) -> Option<(Kernel, Kernel)> {
+/// The kernels with matrix units: of few rows, of many.
+pub(super) type FewAndMany = (Kernel, Kernel);
+
+/// Those for a head width and a cache.
+pub(super) fn fast_attention(head_dim: usize, dtype: KvDtype) -> Option<FewAndMany> {
     let kernel = |name| Kernel::new(Source::Attention, name, 128);
     let (few, many) = match (head_dim, dtype) {
         (64, KvDtype::Bf16) => ("attention_few_64", "attention_many_64"),

@@ -27,7 +27,7 @@ pub mod stopwatch;
 pub mod weights;
 
 use self::adapters::Adapters;
-use self::attention::{Planned, Plans, Tiles, cache_form, fast_attention};
+use self::attention::{FewAndMany, Planned, Plans, Tiles, cache_form, fast_attention};
 use self::device::{Address, Device, Kernel, Launch, Params, Product, Source};
 use self::graphs::Op;
 use self::holdings::{Buffer, Half, HeldCache, HeldMatrix, HeldRope, few_rows};
@@ -254,7 +254,7 @@ impl<D: Device> CudaBackend<D> {
     }
 
     /// The kernels with matrix units for a shape, the step's tiles, and memory for its partial results; once per step.
-    fn plan(&mut self, shape: HeadShape, kv: KvCache) -> Result<(Option<(Kernel, Kernel)>, Planned, Address), KernelError> {
+    fn plan(&mut self, shape: HeadShape, kv: KvCache) -> Result<(Option<FewAndMany>, Planned, Address), KernelError> {
         let dtype = self.caches[kv.0 as usize].spec.dtype;
         let kernels = fast_attention(shape.head_dim, dtype);
         let planned = self.plans.get(&mut self.device, &self.batch, self.captures.size, shape, kernels.is_some())?;

@@ -98,6 +98,19 @@ pub struct Measuring {
     pub rules: Vec<RewardFunction>,
     /// A factor for each rule.
     pub weights: Option<Vec<f64>>,
+    /// Cycles whose reports stay.
+    #[serde(default = "kept")]
+    pub keep: u64,
+}
+
+/// Unless it is said.
+fn kept() -> u64 {
+    Measuring::KEEP
+}
+
+impl Measuring {
+    /// Cycles whose reports stay, unless it is said.
+    pub const KEEP: u64 = 20;
 }
 
 /// New judgements, and how many people gave them.

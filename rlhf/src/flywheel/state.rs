@@ -313,6 +313,20 @@ impl Word {
     }
 }
 
+/// Every state that has a cycle, which it names.
+macro_rules! at_work {
+    ($cycle:ident) => {
+        Self::Snapshot { $cycle }
+            | Self::Quality { $cycle, .. }
+            | Self::Training { $cycle, .. }
+            | Self::Evaluation { $cycle, .. }
+            | Self::Canary { $cycle, .. }
+            | Self::Promoted { $cycle, .. }
+            | Self::Refused { $cycle }
+            | Self::RolledBack { $cycle }
+    };
+}
+
 impl State {
     /// Its word.
     pub fn word(&self) -> Word {
@@ -333,14 +347,7 @@ impl State {
     pub fn cycle(&self) -> Option<&Cycle> {
         match self {
             Self::Waiting { .. } => None,
-            Self::Snapshot { cycle }
-            | Self::Quality { cycle, .. }
-            | Self::Training { cycle, .. }
-            | Self::Evaluation { cycle, .. }
-            | Self::Canary { cycle, .. }
-            | Self::Promoted { cycle, .. }
-            | Self::Refused { cycle }
-            | Self::RolledBack { cycle } => Some(cycle),
+            at_work!(cycle) => Some(cycle),
         }
     }
 
@@ -348,14 +355,15 @@ impl State {
     pub(super) fn cycle_mut(&mut self) -> Option<&mut Cycle> {
         match self {
             Self::Waiting { .. } => None,
-            Self::Snapshot { cycle }
-            | Self::Quality { cycle, .. }
-            | Self::Training { cycle, .. }
-            | Self::Evaluation { cycle, .. }
-            | Self::Canary { cycle, .. }
-            | Self::Promoted { cycle, .. }
-            | Self::Refused { cycle }
-            | Self::RolledBack { cycle } => Some(cycle),
+            at_work!(cycle) => Some(cycle),
+        }
+    }
+
+    /// The adapter that the state is about.
+    pub fn adapter(&self) -> Option<&str> {
+        match self {
+            Self::Evaluation { adapter, .. } | Self::Canary { adapter, .. } | Self::Promoted { adapter, .. } => Some(adapter),
+            _ => None,
         }
     }
 }

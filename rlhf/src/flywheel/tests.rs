@@ -34,6 +34,7 @@ fn policy() -> Policy {
             seed: 0,
             rules: Vec::new(),
             weights: None,
+            keep: Measuring::KEEP,
         },
         gates: Gates::default(),
         rollout: json!({"kind": "canary"}),

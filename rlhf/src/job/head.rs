@@ -1,4 +1,4 @@
-//! The head of a reward model, beside its adapter.
+//! The head of a reward model, beside its adapter or in the folder of the model.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,15 +10,18 @@ use super::JobError;
 use crate::durable;
 use crate::model::{Model, ModelOptions};
 use crate::parameters::Parameter;
+use crate::reward::model::RewardModel;
 use crate::tensors::{self, Lists};
-use crate::train::{Head, TrainError};
+use crate::train::{Head, TrainConfig, TrainError};
 
 /// The file.
 const HEAD: &str = "head.safetensors";
 /// The tensor's name.
 const WEIGHT: &str = "score.weight";
+/// What a folder has that holds a model of its own, and no adapter.
+const MODEL_CONFIG: &str = "config.json";
 
-/// Writes a head into its adapter's folder.
+/// Writes a head into the folder of its adapter or model.
 pub(super) fn write(head: &Head, folder: &Path) -> Result<(), JobError> {
     let values = head.weight.values().map_err(TrainError::from)?;
     let bytes = tensors::write([(head.weight.name.clone(), values.as_slice())]).map_err(TrainError::from)?;
@@ -37,11 +40,31 @@ pub(crate) fn measured_model(
     Ok((Model::with_adapter(Arc::clone(files), adapter, options)?, head))
 }
 
-/// A reward model as a training leaves it in `folder`, on the base of `files`.
-pub fn reward_model(files: &Arc<ModelFiles>, folder: &Path, options: ModelOptions) -> Result<(Model, Head), JobError> {
-    let adapter = Adapter::read(folder)?;
-    let head = read(files, folder)?;
-    Ok((Model::with_adapter(Arc::clone(files), &adapter, options)?, head))
+/// A reward model as a training leaves it in `folder`: an adapter on the base of `files`, or a model of its own. `config` says how
+/// conversations become tokens.
+pub(super) fn reward_model(
+    files: &Arc<ModelFiles>,
+    folder: &Path,
+    options: ModelOptions,
+    config: &TrainConfig,
+) -> Result<RewardModel, JobError> {
+    let whole = folder.join(MODEL_CONFIG).is_file();
+    let files = if whole { Arc::new(ModelFiles::open(folder)?) } else { Arc::clone(files) };
+    let head = read(&files, folder)?;
+    let mut hasher = blake3::Hasher::new();
+    let model = if whole {
+        Model::untrained(Arc::clone(&files), options)?
+    } else {
+        let adapter = Adapter::read(folder)?;
+        hasher.update(&adapter.digest());
+        Model::with_adapter(Arc::clone(&files), &adapter, options)?
+    };
+    hasher.update(model.base().as_bytes());
+    for value in head.weight.values().map_err(TrainError::from)? {
+        hasher.update(&value.to_le_bytes());
+    }
+    let (encoding, budget, digest) = (config.encoding(), config.tokens_per_batch, hasher.finalize().to_hex().to_string());
+    Ok(RewardModel { model: Box::new(model), head, files, encoding, budget, digest })
 }
 
 fn read(files: &ModelFiles, folder: &Path) -> Result<Head, JobError> {

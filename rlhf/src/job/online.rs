@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use tidemill_engine::ModelFiles;
 
-use super::{Job, JobError, reward_model};
+use super::head::reward_model;
+use super::{Job, JobError};
 use crate::collate::Plan;
 use crate::model::{Model, ModelOptions};
 use crate::reward::grader::{Grading, Oracle};
-use crate::reward::model::RewardModel;
 use crate::reward::{Judge, RewardError, Rewards, Score};
 use crate::train::{EngineSampler, Online, Reinforcement, TrainConfig, TrainError, engine_for};
 
@@ -57,7 +57,7 @@ impl Job {
     }
 }
 
-/// A judge ready for work: a reward model must have been trained here on the same base, a grader may ask models through `oracle`.
+/// A judge ready for work: a reward model must have been trained here, on the same base or whole, a grader may ask models through `oracle`.
 pub(crate) fn judge_of(
     files: &Arc<ModelFiles>,
     judge: &Judge,
@@ -73,12 +73,5 @@ pub(crate) fn judge_of(
         other => return other.ready(),
     };
     let wrong = |error: JobError| RewardError::Model { path: folder.clone(), detail: error.to_string() };
-    let (model, head) = reward_model(files, folder, options).map_err(wrong)?;
-    Ok(Box::new(RewardModel {
-        model: Box::new(model),
-        head,
-        files: Arc::clone(files),
-        encoding: config.encoding(),
-        budget: config.tokens_per_batch,
-    }))
+    Ok(Box::new(reward_model(files, folder, options, config).map_err(wrong)?))
 }

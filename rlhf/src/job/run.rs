@@ -1,5 +1,6 @@
 //! From a specification to an adapter or a model.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ use crate::dataset::Row;
 use crate::durable;
 use crate::model::{Model, ModelOptions};
 use crate::reward::grader::Oracle;
-use crate::train::{self, Control, Ending, Head, LOG, Offline, Outcome, Progress, Prompt, Stage, train};
+use crate::train::{self, Control, Ending, Head, LOG, Offline, Outcome, Progress, Prompt, Stage, Trainer, train};
 
 /// The folder of the finished adapter.
 pub const ADAPTER: &str = "adapter";
@@ -66,6 +67,17 @@ pub struct Finished {
     pub folder: PathBuf,
     /// Names it by its content, in hexadecimal digits.
     pub digest: String,
+}
+
+/// What a trainer leaves beside the model.
+#[derive(Default)]
+struct Told<'a> {
+    /// Of a reward model.
+    head: Option<&'a Head>,
+    /// The largest share of the loss that one rater had, and one user.
+    shares: (f64, f64),
+    /// Reward models by their contents.
+    judges: BTreeMap<String, String>,
 }
 
 impl Job {
@@ -169,14 +181,16 @@ impl Job {
             let mut trainer = self.online(&model)?;
             let outcome = train(&model, &mut trainer, config, folder, &mut watch)?;
             unkept.map_or(Ok(()), Err)?;
-            return self.finish(folder, &model, outcome, None, (0.0, 0.0));
+            let told = Told { judges: trainer.judges(), ..Told::default() };
+            return self.finish(folder, &model, outcome, &told);
         }
         let (train_samples, held_out) = (self.train.samples.clone(), self.held_out.samples.clone());
         let cache = folder.join("reference");
         let mut trainer = Offline::new(&model, config, train_samples, held_out, Some(&cache), prepare)?;
         let outcome = train(&model, &mut trainer, config, folder, &mut watch)?;
         unkept.map_or(Ok(()), Err)?;
-        self.finish(folder, &model, outcome, trainer.head(), trainer.largest_shares())
+        let told = Told { head: trainer.head(), shares: trainer.largest_shares(), ..Told::default() };
+        self.finish(folder, &model, outcome, &told)
     }
 
     /// Writes the adapter as it is at the end of an epoch that is not the last, where the specification wants it. After a restart the
@@ -198,20 +212,19 @@ impl Job {
         folder: &Path,
         model: &Model,
         outcome: Outcome,
-        trained: Option<&Head>,
-        shares: (f64, f64),
+        told: &Told<'_>,
     ) -> Result<(Outcome, Option<Finished>), JobError> {
         if outcome.ending == Ending::Stopped {
             return Ok((outcome, None));
         }
         let finished = match self.spec.finetuning_type {
-            FinetuningType::Lora => self.write_adapter(model, folder, trained)?,
-            FinetuningType::Full => self.write_model(model, folder)?,
+            FinetuningType::Lora => self.write_adapter(model, folder, told.head)?,
+            FinetuningType::Full => self.write_model(model, folder, told.head)?,
         };
         // Of what is kept.
         let kept = outcome.best.filter(|_| self.spec.config.load_best_model_at_end).map(|(step, _)| step);
         let evaluated = last_evaluation(&folder.join(LOG), kept)?;
-        let lineage = self.lineage(model, &outcome, &evaluated, shares);
+        let lineage = self.lineage(model, &outcome, &evaluated, told);
         let path = folder.join(LINEAGE);
         durable::replace(&path, format!("{lineage:#}\n").as_bytes()).map_err(JobError::io(&path))?;
         tracing::info!(digest = finished.digest, "the training is finished");
@@ -230,7 +243,7 @@ impl Job {
     }
 
     /// Matrices are stored as products round them.
-    fn write_model(&self, model: &Model, folder: &Path) -> Result<Finished, JobError> {
+    fn write_model(&self, model: &Model, folder: &Path, trained: Option<&Head>) -> Result<Finished, JobError> {
         let place = folder.join(MODEL);
         let storage = match self.spec.precision {
             Precision::F32 => Format::F32,
@@ -244,15 +257,18 @@ impl Job {
             }
         }
         model.write(&place, storage)?;
+        if let Some(trained) = trained {
+            head::write(trained, &place)?;
+        }
         Ok(Finished { kind: FinetuningType::Full, digest: ModelFiles::open(&place)?.digest(), folder: place })
     }
 
     /// What the adapter was made of. The same training gives the same text, however often it was interrupted.
-    fn lineage(&self, model: &Model, outcome: &Outcome, evaluated: &Value, shares: (f64, f64)) -> Value {
+    fn lineage(&self, model: &Model, outcome: &Outcome, evaluated: &Value, told: &Told<'_>) -> Value {
         let learnt = self.train.samples.iter().flat_map(|sample| &sample.raters).map(String::as_str);
         // Of methods that sample, everyone behind the prompts.
         let raters = if self.prompts.is_empty() { learnt.collect() } else { self.rows.raters() };
-        json!({
+        let mut lineage = json!({
             "base": { "name": self.spec.base.name, "digest": model.base() },
             "parent": self.spec.adapter,
             "data": {
@@ -262,8 +278,8 @@ impl Job {
                 "held_out": self.held_out.samples.len() + self.held_out_prompts.len(),
                 "raters": raters,
                 "shuffled_labels": self.spec.shuffled_labels,
-                "largest_rater_share": shares.0,
-                "largest_user_share": shares.1,
+                "largest_rater_share": told.shares.0,
+                "largest_user_share": told.shares.1,
             },
             "config": self.spec.config,
             "finetuning_type": self.spec.finetuning_type,
@@ -273,7 +289,11 @@ impl Job {
             "tokens": outcome.tokens,
             "best": outcome.best.map(|(step, metric)| json!({ "step": step, "metric": metric })),
             "metrics": evaluated,
-        })
+        });
+        if !told.judges.is_empty() {
+            lineage["reward_models"] = json!(told.judges);
+        }
+        lineage
     }
 }
 

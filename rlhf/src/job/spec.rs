@@ -8,7 +8,7 @@ use tidemill_engine::{LoraConfig, Projection};
 use tidemill_kernels::train::Precision;
 
 use super::JobError;
-use crate::train::{Method, TrainConfig};
+use crate::train::TrainConfig;
 
 /// The largest share of rows that is held out.
 const MOST_HELD_OUT: f64 = 0.5;
@@ -192,9 +192,6 @@ impl Spec {
         if self.config.method.samples() {
             let fix = "needs an engine that is given all weights between turns, which is not built; train an adapter instead";
             return wrong("finetuning_type", format!("full with {method} {fix}"));
-        }
-        if self.config.method == Method::Reward {
-            return wrong("finetuning_type", "full with reward is not built; train an adapter with a head instead".to_owned());
         }
         if self.adapter.is_some() {
             let fix = "does not go with finetuning_type full; merge it into its base (tidemill adapter merge) and train that";

@@ -9,7 +9,9 @@ use tidemill_kernels::train::Precision;
 
 use super::*;
 use crate::dataset::{Example, Message, Origin, Row};
-use crate::train::{Control, Ending, TrainError};
+use crate::model::ModelOptions;
+use crate::reward::{Answer, Judge};
+use crate::train::{Control, Ending, Method, TrainConfig, TrainError};
 
 fn base() -> Base {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/qwen2");
@@ -153,6 +155,56 @@ async fn methods_without_a_pair_or_a_reference_train_all_weights_too() {
 }
 
 #[tokio::test]
+async fn a_reward_model_that_is_trained_whole_judges_by_its_own_numbers() {
+    let place = tempfile::tempdir().unwrap();
+    let folder = |name: &str| place.path().join(name);
+    let given = Spec { finetuning_type: FinetuningType::Full, lora: Lora::default(), ..spec(place.path(), "reward") };
+    let whole = job(given).await;
+    let finished = run(&whole, &folder("whole"), u64::MAX).1.unwrap();
+    assert_eq!(run(&whole, &folder("broken"), 1), (Ending::Stopped, None));
+    assert_eq!(run(&whole, &folder("broken"), u64::MAX).1.unwrap().digest, finished.digest);
+    for file in ["model/model.safetensors", "model/head.safetensors", "metrics.jsonl"] {
+        assert_eq!(fs::read(folder("whole").join(file)).unwrap(), fs::read(folder("broken").join(file)).unwrap(), "{file}");
+    }
+    assert_eq!(*logged(&folder("whole"), "eval_rewards/accuracies").last().unwrap(), 1.0);
+    // The body learnt, and not the head alone.
+    let (before, after) = (ModelFiles::open(&base().path).unwrap(), ModelFiles::open(&finished.folder).unwrap());
+    assert_ne!(before.vector(Weight::FinalNorm).unwrap(), after.vector(Weight::FinalNorm).unwrap());
+
+    let files = std::sync::Arc::new(before);
+    let config = TrainConfig::new(Method::Grpo);
+    let judge = Judge::RewardModel { path: finished.folder };
+    let judge = judge_of(&files, &judge, None, ModelOptions { threads: 1, ..ModelOptions::default() }, &config).unwrap();
+    let asked = json!({ "role": "user", "content": "Question number 3 is which?" });
+    let (prompt, columns) = ([serde_json::from_value::<Message>(asked).unwrap()], serde_json::Map::new());
+    let answer = |text| Answer { prompt: &prompt, columns: &columns, text, tokens: 1, ended: true };
+    let rewards = judge.score(&[answer("yes"), answer("no, not at all")]).unwrap();
+    assert!(rewards[0] > rewards[1], "{rewards:?}");
+}
+
+#[tokio::test]
+async fn a_reward_model_is_known_by_its_numbers_and_not_by_its_place() {
+    let place = tempfile::tempdir().unwrap();
+    let folder = |name: &str| place.path().join(name);
+    let other = |given: Spec, rate: f64| Spec { config: TrainConfig { learning_rate: Some(rate), ..given.config }, ..given };
+    run(&job(spec(place.path(), "reward")).await, &folder("one"), u64::MAX);
+    run(&job(other(spec(place.path(), "reward"), 2e-3)).await, &folder("two"), u64::MAX);
+    let judged = |path: PathBuf| sampled(place.path(), "grpo", json!([{ "type": "reward_model", "path": path }]));
+    let own = folder("one").join(ADAPTER);
+    assert_eq!(run(&job(judged(own.clone())).await, &folder("grpo"), 1).0, Ending::Stopped);
+
+    // The same numbers elsewhere.
+    fs::rename(&own, folder("moved")).unwrap();
+    // Others in the old place.
+    fs::rename(folder("two").join(ADAPTER), &own).unwrap();
+    let error = job(judged(own)).await.train(&folder("grpo"), &mut |_, _| {}, &mut |_| Control::Continue).unwrap_err();
+    assert!(error.to_string().contains("a training with another reward model"), "{error}");
+    assert_eq!(run(&job(judged(folder("moved"))).await, &folder("grpo"), u64::MAX).0, Ending::Finished);
+    let lineage: Value = serde_json::from_slice(&fs::read(folder("grpo").join(LINEAGE)).unwrap()).unwrap();
+    assert_eq!(lineage["reward_models"]["reward_model"].as_str().unwrap().len(), 64, "{lineage}");
+}
+
+#[tokio::test]
 async fn a_lineage_tells_of_what_was_learnt_and_of_the_checkpoint_that_is_kept() {
     let place = tempfile::tempdir().unwrap();
     let mut given = spec(place.path(), "dpo");
@@ -261,7 +313,6 @@ async fn what_cannot_be_trained_is_refused_by_name() {
             json!({ "finetuning_type": "full", "lora": {}, "epoch_adapters": 2 }),
             "epoch_adapters: does not go with finetuning_type full",
         ),
-        (json!({ "finetuning_type": "full", "lora": {}, "config": { "method": "reward" } }), "full with reward is not built"),
         (
             json!({ "finetuning_type": "full", "lora": {}, "config": { "method": "grpo", "reward_funcs": [{ "type": "json" }] } }),
             "full with grpo needs an engine that is given all weights",

@@ -216,6 +216,12 @@ impl Model {
         Self::with(files, adapter.config.clone(), adapted, options)
     }
 
+    /// The model of `files` alone, to evaluate it.
+    pub fn untrained(files: Arc<ModelFiles>, options: ModelOptions) -> Result<Self, ModelError> {
+        let layers = files.config().layers;
+        Self::with(files, LoraConfig::default(), (0..layers).map(|_| None).collect(), options)
+    }
+
     /// The model of `files` with every number of it to train: the files' numbers in f32, which products round as they round others.
     pub fn whole(files: Arc<ModelFiles>, options: ModelOptions) -> Result<Self, ModelError> {
         let layout = Whole::new(files.config());

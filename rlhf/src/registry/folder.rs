@@ -57,6 +57,41 @@ fn keep_beside(source: &Path, root: &Path, beside: &Path, config: Option<&ModelC
     Ok(Kept { adapter, location: format!("adapters/{generation}") })
 }
 
+/// Where the folder of an adapter goes before it is removed.
+fn aside(place: &Path) -> PathBuf {
+    place.with_file_name(format!(".{}.removed", place.file_name().unwrap_or_default().to_string_lossy()))
+}
+
+/// Takes a folder out of its place in one step; `false` when there is none.
+pub(super) fn set_aside(place: &Path) -> io::Result<bool> {
+    let aside = aside(place);
+    absent_is_fine(fs::remove_dir_all(&aside))?;
+    let was_there = absent_is_fine(fs::rename(place, &aside))?;
+    if was_there {
+        sync_folder(place.parent().unwrap_or(Path::new(".")))?;
+    }
+    Ok(was_there)
+}
+
+/// Puts back what was [set aside](set_aside).
+pub(super) fn put_back(place: &Path) -> io::Result<()> {
+    fs::rename(aside(place), place)
+}
+
+/// Removes what was [set aside](set_aside).
+pub(super) fn remove_aside(place: &Path) -> Result<(), RegistryError> {
+    let aside = aside(place);
+    at(&aside, absent_is_fine(fs::remove_dir_all(&aside)).map(drop))
+}
+
+/// `false` for what is not there.
+fn absent_is_fine(done: io::Result<()>) -> io::Result<bool> {
+    match done {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        done => done.map(|()| true),
+    }
+}
+
 /// Copies a folder to a new one, whole or not at all.
 pub(super) fn export(source: &Path, to: &Path) -> Result<(), RegistryError> {
     if to.exists() {

@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use tidemill_engine::{Adapter, ModelConfig, ModelFiles};
 use tidemill_store::{
-    Actor, AdapterFilter, AdapterState, Adapters, Alias, DataDir, RegisteredAdapter, ServedAdapter, Snapshots, Store, StoreError,
+    Actor, AdapterFilter, AdapterRefusal, AdapterState, Adapters, Alias, DataDir, RegisteredAdapter, ServedAdapter, Snapshots,
+    Store, StoreError,
 };
 use uuid::Uuid;
 
@@ -122,9 +123,7 @@ impl Registry {
         if let Some(snapshot) = snapshot.filter(|_| raters.is_empty()) {
             raters = Snapshots::new(self.store.database()).sources(snapshot, "rater").await?;
         }
-        let (source, root, config) = (folder.to_owned(), self.data.adapters(), lineage.base.config);
-        let kept = move || folder::keep(&source, &root, config.as_ref());
-        let kept = tokio::task::spawn_blocking(kept).await.map_err(|_| RegistryError::Interrupted)??;
+        let kept = self.keep(folder, lineage.base.config.clone()).await?;
         let (adapter, id, now) = (kept.adapter, self.store.issue_id(), now());
         let lora = json!({
             "r": adapter.config.r,
@@ -158,8 +157,20 @@ impl Registry {
             }),
             metrics: lineage.metrics,
             tainted: None,
+            files_removed: None,
         };
-        Ok(self.adapters.insert(&new, &self.actor).await?)
+        let made = self.adapters.insert(&new, &self.actor).await?;
+        if !self.folder(&made.location).exists() {
+            // Somebody removed the same files before the row was written.
+            self.keep(folder, lineage.base.config).await?;
+        }
+        Ok(made)
+    }
+
+    async fn keep(&self, folder: &Path, config: Option<ModelConfig>) -> Result<folder::Kept, RegistryError> {
+        let (source, root) = (folder.to_owned(), self.data.adapters());
+        let kept = move || folder::keep(&source, &root, config.as_ref());
+        tokio::task::spawn_blocking(kept).await.map_err(|_| RegistryError::Interrupted)?
     }
 
     /// Keeps what a training made in `folder`, with the lineage that it wrote down; refused for a base with other weights than those that it
@@ -285,6 +296,24 @@ impl Registry {
         Ok(self.adapters.revoke(self.get(reference).await?.id, &self.actor).await?)
     }
 
+    /// Removes the files of an adapter that was retired or revoked, not after `unchanged_since` where that is given (in microseconds since
+    /// 1970); its row stays. Whether something other than an alias needs them is for the caller to know. Files that another adapter has,
+    /// too, stay in their place. Done again, it finishes what was begun.
+    pub async fn remove_files(&self, id: Uuid, unchanged_since: Option<i64>) -> Result<RegisteredAdapter, RegistryError> {
+        let known = self.adapters.find(id).await?.ok_or_else(|| RegistryError::NotFound(id.to_string()))?;
+        let place = self.folder(&known.location);
+        let taken = std::sync::atomic::AtomicBool::new(false);
+        let take = || folder::set_aside(&place).map(|was_there| taken.store(was_there, std::sync::atomic::Ordering::Relaxed));
+        let removed = self.adapters.remove_files(id, unchanged_since, &self.actor, take).await;
+        if removed.is_err() && taken.into_inner() {
+            // The row says that they are there.
+            folder::put_back(&place).map_err(|source| RegistryError::Folder { path: place.clone(), source })?;
+        }
+        let removed = removed?;
+        tokio::task::spawn_blocking(move || folder::remove_aside(&place)).await.map_err(|_| RegistryError::Interrupted)??;
+        Ok(removed)
+    }
+
     /// Leads an alias to an adapter that is served; returns the adapter and the one before.
     pub async fn alias(&self, alias: &str, reference: &str) -> Result<(RegisteredAdapter, Option<Uuid>), RegistryError> {
         let fits = (1..=200).contains(&alias.chars().count());
@@ -294,11 +323,16 @@ impl Registry {
         Ok(self.adapters.set_alias(alias, self.get(reference).await?.id, &self.actor).await?)
     }
 
+    /// Leads an alias back to the adapter that it led to from `since` on, in microseconds since 1970.
+    pub async fn alias_back(&self, alias: &str, adapter: Uuid, since: i64) -> Result<RegisteredAdapter, RegistryError> {
+        Ok(self.adapters.lead_alias_back(alias, adapter, since, &self.actor).await?.0)
+    }
+
     /// Removes an alias; `base` is needed where several base models have one of this name. Returns what it was.
     pub async fn unalias(&self, alias: &str, base: Option<&str>) -> Result<Alias, RegistryError> {
         let aliases = self.adapters.aliases().await?;
         let mut named = aliases.into_iter().filter(|known| known.name == alias && base.is_none_or(|base| known.base == base));
-        let known = named.next().ok_or_else(|| tidemill_store::AdapterRefusal::NoAlias(alias.to_owned()))?;
+        let known = named.next().ok_or_else(|| AdapterRefusal::NoAlias(alias.to_owned()))?;
         if let Some(other) = named.next() {
             return Err(RegistryError::Ambiguous { reference: alias.to_owned(), meanings: vec![known.base, other.base] });
         }
@@ -318,6 +352,9 @@ impl Registry {
 
     /// Reads an adapter's files, which must be what was registered.
     pub async fn open(&self, adapter: &RegisteredAdapter) -> Result<Adapter, RegistryError> {
+        if adapter.files_removed.is_some() {
+            return Err(AdapterRefusal::FilesRemoved(adapter.reference()).into());
+        }
         let (folder, wanted, reference) = (self.folder(&adapter.location), adapter.content_hash.clone(), adapter.reference());
         let read = move || {
             let adapter = Adapter::read(&folder)?;

@@ -12,6 +12,7 @@ pub mod program;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::{Map, Value};
@@ -40,6 +41,11 @@ pub struct Answer<'a> {
 pub trait Score: Send + Sync {
     /// One reward per answer, in order.
     fn score(&self, answers: &[Answer<'_>]) -> Result<Vec<Option<f64>>, RewardError>;
+
+    /// Names by its content what it judges with beside its configuration: a reward model's numbers.
+    fn digest(&self) -> Option<String> {
+        None
+    }
 }
 
 struct Weighed {
@@ -104,6 +110,11 @@ impl Rewards {
     /// Functions of one's own: their names, weights, and what they do.
     pub fn of(functions: impl IntoIterator<Item = (String, f64, Box<dyn Score>)>) -> Self {
         Self(functions.into_iter().map(|(name, weight, score)| Weighed { name, weight, score }).collect())
+    }
+
+    /// The contents that functions judge with beside their configuration, by the functions' names.
+    pub fn digests(&self) -> BTreeMap<String, String> {
+        self.0.iter().filter_map(|weighed| Some((weighed.name.clone(), weighed.score.digest()?))).collect()
     }
 
     /// Judges answers. A reward that is no number is an error: it would spoil the model.

@@ -1,4 +1,5 @@
-//! Rewards from a reward model: the base with an adapter and a head, as the trainer of reward models leaves them.
+//! Rewards from a reward model: the base with an adapter and a head, or a model of its own with one, as the trainer of reward models
+//! leaves them.
 
 use std::sync::Arc;
 
@@ -17,23 +18,25 @@ const LAYOUT: Layout = Layout { share_prompt: true, last_row: true };
 
 /// A model that judges.
 pub struct RewardModel {
-    /// Base and adapter.
+    /// Base and adapter, or the model that was trained whole.
     pub model: Box<dyn Policy + Send>,
     /// Reads the reward off a hidden state.
     pub head: Head,
-    /// The base's tokenizer and template.
+    /// The model's tokenizer and template.
     pub files: Arc<ModelFiles>,
     /// How conversations became tokens when it was trained.
     pub encoding: EncodeOptions,
     /// Tokens that are computed at once.
     pub budget: usize,
+    /// Names base, adapter and head by their contents.
+    pub digest: String,
 }
 
 impl RewardModel {
     /// The conversations with their answers as it was taught to read them; none for one that the template refuses.
     fn encode(&self, answers: &[Answer<'_>]) -> Result<Vec<Option<Sample>>, RewardError> {
         let Some(template) = self.files.chat_template() else {
-            let detail = "its base has no chat template, so it cannot read conversations".to_owned();
+            let detail = "it has no chat template, so it cannot read conversations".to_owned();
             return Err(RewardError::Model { path: self.files.path().to_owned(), detail });
         };
         let encoder = Encoder::new(template, self.files.tokenizer(), self.encoding.clone());
@@ -63,5 +66,9 @@ impl Score for RewardModel {
             })?;
         }
         Ok(found)
+    }
+
+    fn digest(&self) -> Option<String> {
+        Some(self.digest.clone())
     }
 }

@@ -1,22 +1,26 @@
 //! Rewards from a program: one process per answer, which reads it on its standard input and prints a number.
 //!
 //! A process for each, so that one answer that hangs the program or breaks it costs itself and no other. The program gets `PATH`, `HOME`,
-//! `LANG` and nothing else of the environment; what it starts is ended with it.
+//! `LANG` and nothing else of the environment; what it starts is ended with it. What leaves the program's process group lives on, and
+//! nobody waits for it.
 
 use std::{
-    io::{Read, Write},
-    os::unix::process::CommandExt,
-    process::{Child, Command, Stdio},
+    io::{self, ErrorKind, Read, Write},
+    os::{fd::AsFd, unix::process::CommandExt},
+    process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, Stdio},
     time::{Duration, Instant},
 };
 
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::{Map, Value, json};
 
 use super::{Answer, RewardError, Score, in_parallel};
 
 /// Most bytes that are read of what a program prints.
-const MAX_OUTPUT: u64 = 64 << 10;
+const MAX_OUTPUT: usize = 64 << 10;
+/// Bytes that are read at once.
+const PORTION: usize = 4096;
 /// How often to look whether it has ended.
 const POLL: Duration = Duration::from_millis(2);
 /// What it gets of the environment.
@@ -56,34 +60,110 @@ impl Program {
 
     /// What it says about one answer, or how it failed.
     fn ask(&self, question: &[u8]) -> Result<Option<f64>, String> {
-        let mut child = self.start().map_err(|error| format!("it could not be started: {error}"))?;
+        let not_started = |error: io::Error| format!("it could not be started: {error}");
+        let mut child = self.start().map_err(not_started)?;
         let began = Instant::now();
-        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-        // All three at once: a pipe that nobody empties stops who fills it.
-        std::thread::scope(|scope| {
-            let said = scope.spawn(move || text(stdout));
-            let complained = scope.spawn(move || text(stderr));
-            scope.spawn(move || {
-                // A program that does not read to the end has its reasons.
-                stdin.map(|mut stdin| stdin.write_all(question).ok())
-            });
-            let status = loop {
-                match child.try_wait() {
-                    Ok(Some(status)) => break Some(status),
-                    Ok(None) if began.elapsed() < self.limit => std::thread::sleep(POLL),
-                    Ok(None) | Err(_) => break None,
-                }
-            };
-            // What it started may still hold the pipes.
-            end(&mut child);
-            let (said, complained) = (said.join().unwrap_or_default(), complained.join().unwrap_or_default());
-            match status {
-                None => Err(format!("it took longer than {} s", self.limit.as_secs_f64())),
-                Some(status) if !status.success() => Err(format!("{status}: {}", last_line(&complained))),
-                Some(_) => number(&said),
+        let mut pipes = match Pipes::of(&mut child, question) {
+            Ok(pipes) => pipes,
+            Err(error) => {
+                end(&mut child);
+                return Err(not_started(error));
             }
-        })
+        };
+        let status = loop {
+            let moved = pipes.pass_on();
+            match child.try_wait() {
+                Ok(Some(status)) => break Some(status),
+                Ok(None) if began.elapsed() >= self.limit => break None,
+                Err(_) => break None,
+                Ok(None) if moved => {}
+                Ok(None) => std::thread::sleep(POLL),
+            }
+        };
+        end(&mut child);
+        let Some(status) = status else { return Err(format!("it took longer than {} s", self.limit.as_secs_f64())) };
+        // What it said is in the pipes by now. Their ends are not waited for: who left its group may hold them open for ever.
+        while pipes.pass_on() && began.elapsed() < self.limit {}
+        if status.success() {
+            number(&pipes.said.text())
+        } else {
+            Err(format!("{status}: {}", last_line(&pipes.complained.text())))
+        }
     }
+}
+
+/// A running program's pipes, served by one thread that waits for none of them: a pipe that nobody empties stops who fills it.
+struct Pipes<'a> {
+    stdin: Option<ChildStdin>,
+    unsent: &'a [u8],
+    said: Ear<ChildStdout>,
+    complained: Ear<ChildStderr>,
+}
+
+/// The reading end of a pipe, until the other end is closed.
+struct Ear<R> {
+    pipe: Option<R>,
+    heard: Vec<u8>,
+}
+
+impl<'a> Pipes<'a> {
+    fn of(child: &mut Child, unsent: &'a [u8]) -> io::Result<Self> {
+        let stdin = child.stdin.take();
+        stdin.as_ref().map_or(Ok(()), never_wait)?;
+        Ok(Self { stdin, unsent, said: Ear::of(child.stdout.take())?, complained: Ear::of(child.stderr.take())? })
+    }
+
+    /// Writes and reads what can be at this moment; `false` when that was nothing.
+    fn pass_on(&mut self) -> bool {
+        self.write() | self.said.hear() | self.complained.hear()
+    }
+
+    fn write(&mut self) -> bool {
+        let Some(pipe) = &mut self.stdin else { return false };
+        match pipe.write(self.unsent) {
+            Ok(written) if written < self.unsent.len() => self.unsent = &self.unsent[written..],
+            Err(error) if is_passing(&error) => return false,
+            // All is sent; or the program does not read to the end, and has its reasons.
+            Ok(_) | Err(_) => self.stdin = None,
+        }
+        true
+    }
+}
+
+impl<R: Read + AsFd> Ear<R> {
+    fn of(pipe: Option<R>) -> io::Result<Self> {
+        pipe.as_ref().map_or(Ok(()), never_wait)?;
+        Ok(Self { pipe, heard: Vec::new() })
+    }
+
+    fn hear(&mut self) -> bool {
+        let Some(pipe) = &mut self.pipe else { return false };
+        let mut portion = [0; PORTION];
+        match pipe.read(&mut portion) {
+            Err(error) if is_passing(&error) => return false,
+            Ok(0) | Err(_) => self.pipe = None,
+            Ok(read) => {
+                // What is beyond is thrown away, so that the program does not wait for a reader.
+                let room = MAX_OUTPUT - self.heard.len();
+                self.heard.extend_from_slice(&portion[..read.min(room)]);
+            }
+        }
+        true
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.heard).into_owned()
+    }
+}
+
+/// Reads and writes of this end do what they can at once.
+fn never_wait(pipe: &impl AsFd) -> io::Result<()> {
+    Ok(fcntl_setfl(pipe, fcntl_getfl(pipe)? | OFlags::NONBLOCK)?)
+}
+
+/// There is nothing to read, or no room, at this moment.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }
 
 /// Ends the program's whole group and waits for the program.
@@ -93,16 +173,6 @@ fn end(child: &mut Child) {
         kill_process_group(group, Signal::KILL).ok();
     }
     child.wait().ok();
-}
-
-fn text(from: Option<impl Read>) -> String {
-    let mut bytes = Vec::new();
-    if let Some(mut from) = from {
-        from.by_ref().take(MAX_OUTPUT).read_to_end(&mut bytes).ok();
-        // What is beyond is thrown away, so that the program does not wait for a reader.
-        std::io::copy(&mut from, &mut std::io::sink()).ok();
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 fn last_line(text: &str) -> &str {

@@ -171,6 +171,20 @@ fn a_program_that_takes_too_long_is_ended_with_all_that_it_started() {
 }
 
 #[test]
+fn a_child_that_leaves_the_group_and_holds_the_output_open_is_not_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let escapes = format!("setsid sh -c 'echo $$ >> {}; exec sleep 300' &", folder.path().join("escaped").display());
+    let script = format!(
+        "read line; {escapes} case $line in *slow*) sleep 600;; *loud*) yes | head -c 200000 >&2; echo 0.5;; *) echo 1;; esac"
+    );
+    let began = std::time::Instant::now();
+    assert_eq!(score(shell(&script, 15.0), &["slow", "quick", "loud"], json!({})), [NO, YES, Some(0.5)]);
+    assert!(began.elapsed() < std::time::Duration::from_secs(120));
+    let escaped = std::fs::read_to_string(folder.path().join("escaped")).unwrap();
+    assert!(std::process::Command::new("kill").args(escaped.split_whitespace()).status().unwrap().success(), "they live on");
+}
+
+#[test]
 fn graders_of_the_api_are_rewards_too() {
     let grader = json!({"type": "grader", "grader": {"type": "string_check", "name": "exact", "input": "{{sample.output_text}}",
         "reference": "{{item.answer}}", "operation": "eq"}});

@@ -33,6 +33,9 @@ pub(super) struct Identity {
     pub(super) configuration: String,
     pub(super) data: String,
     pub(super) model: String,
+    /// Contents that judge answers, by the names of their functions.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) judges: BTreeMap<String, String>,
 }
 
 /// Where a training is.
@@ -107,6 +110,7 @@ impl Folder {
                         (found.configuration != identity.configuration, "configuration"),
                         (found.data != identity.data, "dataset"),
                         (found.model != identity.model, "model, adapter or precision"),
+                        (found.judges != identity.judges, "reward model"),
                     ];
                     return match differs.into_iter().find(|(differs, _)| *differs) {
                         Some((_, what)) => Err(TrainError::OtherTraining { path: self.path.clone(), what }),

@@ -18,6 +18,7 @@ use crate::{
     optimizer::{Group, Optimizer, Schedule},
     parameters::{Parameter, Parameters},
     random::mix,
+    reward::Judge,
     tensors::{self, Lists},
 };
 
@@ -34,6 +35,11 @@ pub trait Trainer: Send {
 
     /// Names the data by its content.
     fn identity(&self) -> String;
+
+    /// Contents that judge its answers, by the names of the functions that need them.
+    fn judges(&self) -> BTreeMap<String, String> {
+        BTreeMap::new()
+    }
 
     /// What is trained beside the model's own parameters.
     fn parameters(&self) -> Vec<Parameter>;
@@ -155,11 +161,12 @@ fn run<T: Trainer>(
             if !batches.is_empty() || measured != Metrics::default() {
                 let found = evaluate(trainer, model, &batches, measured)?;
                 let better = run.judge(config, &found)?;
-                if better {
-                    run.save(config, trainer)?;
-                }
+                // Before it is kept: what a kill in between takes away is made and told again, and what is kept was told.
                 if listener.tell(&run, Stage::Evaluating, found) == Control::Stop {
                     wanted = Control::Stop;
+                }
+                if better {
+                    run.save(config, trainer)?;
                 }
             }
         }
@@ -396,8 +403,15 @@ fn identity<T: Trainer>(
     parameters: &Parameters,
 ) -> Result<Identity, TrainError> {
     // How often and how much is kept may change.
-    let config = TrainConfig { save_steps: 1, save_total_limit: None, ..config.clone() };
+    let mut config = TrainConfig { save_steps: 1, save_total_limit: None, ..config.clone() };
+    // A reward model is what it holds, wherever it lies.
+    for function in &mut config.reward_funcs {
+        if let Judge::RewardModel { path } = &mut function.judge {
+            path.clear();
+        }
+    }
     let configuration = serde_json::to_string(&config).map_err(|error| TrainError::Config(error.to_string()))?;
     let model = [model.frozen()?.as_bytes(), hash(&content(parameters)?).as_bytes()].concat();
-    Ok(Identity { configuration: hash(configuration.as_bytes()), data: trainer.identity(), model: hash(&model) })
+    let (data, judges) = (trainer.identity(), trainer.judges());
+    Ok(Identity { configuration: hash(configuration.as_bytes()), data, model: hash(&model), judges })
 }

@@ -234,6 +234,25 @@ fn a_stopped_training_goes_on_as_if_it_had_not_been() {
     assert_eq!((outcome.ending, again.values()), (Ending::Finished, expected.values()));
 }
 
+/// A kill between the two then takes the evaluation back with the steps behind the last checkpoint, and it is made and told again.
+#[test]
+fn an_evaluation_is_told_before_it_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let own = TrainConfig { save_steps: 100, eval_steps: Some(4), ..config(Method::Dpo) };
+    let model = Tiny::new();
+    let (mut told, mut kept) = (Vec::new(), 0);
+    let outcome = train(&model, &mut offline(&model, &own), &own, folder.path(), &mut |progress| {
+        if progress.stage == Stage::Evaluating {
+            told.push(progress.step);
+            kept += usize::from(folder.path().join(format!("checkpoint-{}", progress.step)).exists());
+        }
+        Control::Continue
+    });
+    assert_eq!((told, kept), (vec![4, 8, 12], 0));
+    let best = outcome.unwrap().best.unwrap().0;
+    assert!(folder.path().join(format!("checkpoint-{best}")).is_dir());
+}
+
 #[test]
 fn a_folder_belongs_to_one_training() {
     let folder = tempfile::tempdir().unwrap();

@@ -74,6 +74,8 @@ pub struct RegisteredAdapter {
     pub metrics: Value,
     /// Why it should not be served, such as an erasure.
     pub tainted: Option<Value>,
+    /// When its files were removed, in microseconds since 1970.
+    pub files_removed: Option<i64>,
 }
 
 impl RegisteredAdapter {
@@ -150,6 +152,28 @@ pub enum AdapterRefusal {
         /// What it is.
         state: AdapterState,
     },
+    /// Only what was taken out of service loses its files.
+    #[error("{adapter} is {}; its files stay until it is retired or revoked", state.as_str())]
+    InUse {
+        /// The adapter.
+        adapter: String,
+        /// What it is.
+        state: AdapterState,
+    },
+    /// Its state changed not long ago.
+    #[error("{0} was changed meanwhile; its files stay")]
+    Changed(String),
+    /// There is nothing to serve.
+    #[error("the files of {0} were removed; import the same adapter again, or train it again")]
+    FilesRemoved(String),
+    /// The folder could not be taken away.
+    #[error("the files of {adapter} cannot be removed: {source}")]
+    Folder {
+        /// The adapter.
+        adapter: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// The name means something else already.
     #[error("'{name}' is {taken_by}; choose another name")]
     NameTaken {
@@ -223,6 +247,8 @@ impl Adapters {
         let database = self.store.database();
         patiently(async {
             let mut transaction = database.write().begin().await?;
+            // Whoever takes away files that lie there waits until this row is seen, or this row until they are gone.
+            row::hold_located(&mut transaction, &new.location).await?;
             let made = row::insert(&mut transaction, new).await?;
             let taken = "SELECT 1 FROM adapter_aliases WHERE base = $1 AND name = $2";
             if exists(&mut transaction, taken, &new.base, &new.name).await? {
@@ -234,7 +260,12 @@ impl Adapters {
                 self.audit(&mut transaction, actor, "adapter.register", new, detail).await?;
                 lineage::forget_erased(&mut transaction, database.dialect(), new.id, &new.lineage).await?;
             }
-            let there = row::same(&mut transaction, new).await?.ok_or(AdapterRefusal::Unknown(new.id))?;
+            let mut there = row::same(&mut transaction, new).await?.ok_or(AdapterRefusal::Unknown(new.id))?;
+            if there.files_removed.is_some() && there.state != AdapterState::Revoked {
+                // Whoever registers has put them into their place again.
+                there = row::set_files_removed(&mut transaction, there.id, None).await?;
+                self.audit(&mut transaction, actor, "adapter.restore", &there, json!({"base": there.base})).await?;
+            }
             transaction.commit().await?;
             if there.state == AdapterState::Revoked { Err(AdapterRefusal::Revoked(there.reference())) } else { Ok(there) }
         })
@@ -313,6 +344,9 @@ impl Adapters {
             if adapter.tainted.is_some() && !though_tainted {
                 return Err(AdapterRefusal::Tainted(adapter.reference()));
             }
+            if adapter.files_removed.is_some() {
+                return Err(AdapterRefusal::FilesRemoved(adapter.reference()));
+            }
             let now = now_us();
             let mut retired = Vec::new();
             others.retain(|other| other.state == AdapterState::Serving);
@@ -373,6 +407,51 @@ impl Adapters {
         .await
     }
 
+    /// Writes down that the files of an adapter go that was retired or revoked, not after `unchanged_since` where that is given (in
+    /// microseconds since 1970). The row stays. `take` takes the folder out of its place while nobody else can register or serve what lies
+    /// there; it is not asked while another adapter has the same files.
+    pub async fn remove_files(
+        &self,
+        id: Uuid,
+        unchanged_since: Option<i64>,
+        actor: impl Into<Actor>,
+        take: impl FnOnce() -> std::io::Result<()> + Send,
+    ) -> Result<RegisteredAdapter, AdapterRefusal> {
+        let actor: &Actor = &actor.into();
+        patiently(async {
+            let mut transaction = self.store.database().write().begin().await?;
+            let adapter = row::hold(&mut transaction, id).await?.ok_or(AdapterRefusal::Unknown(id))?;
+            // A statement of its own, which sees what was registered until this one was held.
+            let mut others = row::hold_located(&mut transaction, &adapter.location).await?;
+            others.retain(|other| other.id != id);
+            if !matches!(adapter.state, AdapterState::Retired | AdapterState::Revoked) {
+                return Err(AdapterRefusal::InUse { adapter: adapter.reference(), state: adapter.state });
+            }
+            let aliases = row::aliases_of(&mut transaction, id).await?;
+            if !aliases.is_empty() {
+                return Err(AdapterRefusal::Aliased { adapter: adapter.reference(), aliases });
+            }
+            if unchanged_since.is_some_and(|since| adapter.updated > since) {
+                return Err(AdapterRefusal::Changed(adapter.reference()));
+            }
+            let (gone, alone) = (adapter.files_removed, others.iter().all(|other| other.files_removed.is_some()));
+            let removed = match gone {
+                Some(_) => adapter,
+                None => row::set_files_removed(&mut transaction, id, Some(now_us())).await?,
+            };
+            if gone.is_none() {
+                let detail = json!({"base": removed.base, "location": removed.location, "shared": !alone});
+                self.audit(&mut transaction, actor, "adapter.remove_files", &removed, detail).await?;
+            }
+            if alone {
+                take().map_err(|source| AdapterRefusal::Folder { adapter: removed.reference(), source })?;
+            }
+            transaction.commit().await?;
+            Ok(removed)
+        })
+        .await
+    }
+
     /// Keeps what an evaluation found, as `evaluation` of the metrics, in the place of the one before; that stays in the audit.
     pub async fn evaluated(&self, id: Uuid, found: &Value, actor: impl Into<Actor>) -> Result<RegisteredAdapter, AdapterRefusal> {
         let actor: &Actor = &actor.into();
@@ -397,7 +476,27 @@ impl Adapters {
         id: Uuid,
         actor: impl Into<Actor>,
     ) -> Result<(RegisteredAdapter, Option<Uuid>), AdapterRefusal> {
-        let actor: &Actor = &actor.into();
+        self.lead_alias(name, id, now_us(), &actor.into()).await
+    }
+
+    /// Leads an alias back to where it led from `since` on, in microseconds since 1970, as if it had not been moved.
+    pub async fn lead_alias_back(
+        &self,
+        name: &str,
+        id: Uuid,
+        since: i64,
+        actor: impl Into<Actor>,
+    ) -> Result<(RegisteredAdapter, Option<Uuid>), AdapterRefusal> {
+        self.lead_alias(name, id, since, &actor.into()).await
+    }
+
+    async fn lead_alias(
+        &self,
+        name: &str,
+        id: Uuid,
+        since: i64,
+        actor: &Actor,
+    ) -> Result<(RegisteredAdapter, Option<Uuid>), AdapterRefusal> {
         patiently(async {
             let mut transaction = self.store.database().write().begin().await?;
             let adapter = row::hold(&mut transaction, id).await?.ok_or(AdapterRefusal::Unknown(id))?;
@@ -414,7 +513,7 @@ impl Adapters {
             if let Some(taken_by) = taken_by {
                 return Err(AdapterRefusal::NameTaken { name: name.to_owned(), taken_by });
             }
-            let before = row::lead(&mut transaction, &adapter, name, now_us()).await?;
+            let before = row::lead(&mut transaction, &adapter, name, since).await?;
             let detail = json!({"base": adapter.base, "adapter": adapter.reference(), "before": before});
             self.audit_subject(&mut transaction, actor, "adapter.alias", name, detail).await?;
             transaction.commit().await?;
@@ -497,6 +596,7 @@ impl Default for RegisteredAdapter {
             lineage: json!({}),
             metrics: json!({}),
             tainted: None,
+            files_removed: None,
         }
     }
 }

@@ -9,12 +9,12 @@ use super::{AdapterState, Alias, RegisteredAdapter, ServedAdapter, clean, clean_
 use crate::error::StoreError;
 
 pub(super) const COLUMNS: &str = "id, created, updated, name, generation, base, base_hash, content_hash, location, state, served, \
-                                  snapshot_id, job_id, parent, lineage, metrics, tainted";
+                                  snapshot_id, job_id, parent, lineage, metrics, tainted, files_removed";
 
 /// Whether the row is new.
 pub(super) async fn insert(sql: &mut AnyConnection, new: &RegisteredAdapter) -> Result<bool, sqlx::Error> {
     let text = format!(
-        "INSERT INTO adapters ({COLUMNS}) VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13,$14,$15,$16,$17) ON CONFLICT DO NOTHING"
+        "INSERT INTO adapters ({COLUMNS}) VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13,$14,$15,$16,$17,$18) ON CONFLICT DO NOTHING"
     );
     let made = sqlx::query(AssertSqlSafe(text))
         .bind(new.id.to_string())
@@ -34,6 +34,7 @@ pub(super) async fn insert(sql: &mut AnyConnection, new: &RegisteredAdapter) -> 
         .bind(clean(&new.lineage.to_string()).into_owned())
         .bind(clean(&new.metrics.to_string()).into_owned())
         .bind(new.tainted.as_ref().map(Value::to_string))
+        .bind(new.files_removed)
         .execute(sql)
         .await?;
     Ok(made.rows_affected() > 0)
@@ -59,6 +60,23 @@ pub(super) async fn hold_named(sql: &mut AnyConnection, base: &str, name: &str) 
     let text = format!("UPDATE adapters SET updated = updated WHERE base = $1 AND name = $2 RETURNING {COLUMNS}");
     let query = sqlx::query(AssertSqlSafe(text)).bind(clean(base).into_owned()).bind(clean(name).into_owned());
     query.fetch_all(sql).await?.iter().map(read).collect()
+}
+
+/// All rows whose files lie there, held in the same way.
+pub(super) async fn hold_located(sql: &mut AnyConnection, location: &str) -> Result<Vec<RegisteredAdapter>, StoreError> {
+    let text = format!("UPDATE adapters SET updated = updated WHERE location = $1 RETURNING {COLUMNS}");
+    let query = sqlx::query(AssertSqlSafe(text)).bind(clean(location).into_owned());
+    query.fetch_all(sql).await?.iter().map(read).collect()
+}
+
+/// Says when the files went, or with `None` that they are there.
+pub(super) async fn set_files_removed(
+    sql: &mut AnyConnection,
+    id: Uuid,
+    at: Option<i64>,
+) -> Result<RegisteredAdapter, StoreError> {
+    let text = format!("UPDATE adapters SET files_removed = $2 WHERE id = $1 RETURNING {COLUMNS}");
+    read(&sqlx::query(AssertSqlSafe(text)).bind(id.to_string()).bind(at).fetch_one(sql).await?)
 }
 
 pub(super) async fn set_state(
@@ -174,6 +192,7 @@ pub(super) fn read(row: &AnyRow) -> Result<RegisteredAdapter, StoreError> {
         metrics: json("metrics")?,
         // An older note that is no JSON still taints.
         tainted: tainted.map(|text| serde_json::from_str(&text).unwrap_or(Value::String(text))),
+        files_removed: row.try_get("files_removed")?,
         id,
     })
 }

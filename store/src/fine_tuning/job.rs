@@ -10,7 +10,7 @@ use crate::inferences::parse;
 
 /// Columns of a job, in no order that matters.
 pub(super) const COLUMNS: &str = "id, created, key_id, model, base, method, suffix, seed, training_file, validation_file, metadata, result_file, \
-     place, state, error, fine_tuned_model, served, has_result, finished, estimated_finish, trained_tokens, step, steps, read_bytes, attempts";
+     place, state, error, fine_tuned_model, served, has_result, finished, estimated_finish, trained_tokens, step, steps, read_bytes, attempts, evaluated";
 
 /// Where a job is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,6 +116,8 @@ pub struct FineTuningJob {
     pub read_bytes: u64,
     /// Processes that ended one after the other without a new step.
     pub attempts: u64,
+    /// The step of the last evaluation that was taken over.
+    pub evaluated: u64,
 }
 
 /// Something that happened to a job.
@@ -216,7 +218,15 @@ pub(super) fn read(row: &AnyRow) -> Result<FineTuningJob, StoreError> {
         steps: count("steps")?,
         read_bytes: count("read_bytes")?,
         attempts: count("attempts")?,
+        evaluated: count("evaluated")?,
     })
+}
+
+/// The job's id that is a row's first column.
+pub(super) fn id_of(row: &AnyRow) -> Result<Uuid, StoreError> {
+    let id: String = row.try_get(0)?;
+    let bad = |_| StoreError::Row { table: "fine-tuning job", id: id.clone(), reason: "its id is no UUID".to_owned() };
+    Uuid::try_parse(&id).map_err(bad)
 }
 
 pub(super) fn read_event(row: &AnyRow) -> Result<FineTuningEvent, StoreError> {

@@ -33,6 +33,8 @@ pub struct Heard {
     pub step: u64,
     /// All steps.
     pub steps: u64,
+    /// The step of the last evaluation.
+    pub evaluated: u64,
     /// Tokens computed.
     pub tokens: Option<u64>,
     /// When it will end, in microseconds since 1970.
@@ -193,6 +195,20 @@ impl FineTunings {
         self.all(&format!("place = $1 AND state = 'succeeded' AND served = 1 ORDER BY id DESC LIMIT {limit}"), place).await
     }
 
+    /// The jobs, of any data directory, whose models are learnt further by one in which something is still to be done.
+    pub async fn learnt_from(&self) -> Result<Vec<Uuid>, StoreError> {
+        patiently(async {
+            let text = format!(
+                "SELECT DISTINCT c.job_id FROM fine_tuning_checkpoints c JOIN fine_tuning_jobs j ON j.model = c.model \
+                 WHERE j.model <> j.base AND j.state IN {}",
+                words(&FineTuningState::OPEN)
+            );
+            let rows = sqlx::query(AssertSqlSafe(text)).fetch_all(self.database.read()).await?;
+            rows.iter().map(job::id_of).collect()
+        })
+        .await
+    }
+
     async fn all(&self, condition: &str, place: &str) -> Result<Vec<FineTuningJob>, StoreError> {
         patiently(async {
             let text = format!("SELECT {COLUMNS} FROM fine_tuning_jobs WHERE {condition}");
@@ -242,13 +258,14 @@ impl FineTunings {
     /// Takes over what a training said. Later states take nothing any more: `false`.
     pub async fn hear(&self, id: Uuid, heard: &Heard, now: i64) -> Result<bool, StoreError> {
         let set = "read_bytes = $3, attempts = CASE WHEN step < $4 THEN 0 ELSE attempts END, step = $4, steps = $5, \
-                   trained_tokens = COALESCE($6, trained_tokens), estimated_finish = $7";
+                   trained_tokens = COALESCE($6, trained_tokens), estimated_finish = $7, evaluated = $8";
         let values = vec![
             Bind::count(heard.read_bytes),
             Bind::count(heard.step),
             Bind::count(heard.steps),
             Bind::Integer(heard.tokens.map(u64::cast_signed)),
             Bind::Integer(heard.estimated_finish),
+            Bind::count(heard.evaluated),
         ];
         let from = [FineTuningState::Running, FineTuningState::Paused];
         let change = Change { from: &from, set, values, news: &heard.news, act: None };

@@ -1,6 +1,7 @@
 //! A queue: what enters it, how it is worked.
 
 use super::{LabelError, Labels};
+use crate::audit::Act;
 use crate::patience::patiently;
 use crate::statement::{clean, clean_option};
 use serde::Serialize;
@@ -72,8 +73,9 @@ fn queue(row: Row) -> Result<Queue, LabelError> {
 
 impl Labels {
     /// Makes a queue.
-    pub async fn create_queue(&self, new: NewQueue, now: i64) -> Result<Queue, LabelError> {
+    pub async fn create_queue(&self, new: NewQueue, now: i64, act: Act) -> Result<Queue, LabelError> {
         patiently(async {
+            let mut transaction = self.database.write().begin().await?;
             let id = Uuid::now_v7();
             let made = sqlx::query(
                 "INSERT INTO label_queues (id, name, created, closed, rule, guidelines, overlap, gold_share, lease_seconds, filled_until)
@@ -88,11 +90,13 @@ impl Labels {
             .bind(new.gold_share)
             .bind(i64::from(new.lease_seconds))
             .bind(&new.filled_until)
-            .execute(self.database.write())
+            .execute(&mut *transaction)
             .await?;
             if made.rows_affected() == 0 {
                 return Err(LabelError::NameTaken(new.name));
             }
+            act.write(&mut transaction).await?;
+            transaction.commit().await?;
             let NewQueue { name, rule, guidelines, overlap, gold_share, lease_seconds, filled_until } = new;
             Ok(Queue { id, name, created: now, closed: None, rule, guidelines, overlap, gold_share, lease_seconds, filled_until })
         })
@@ -123,15 +127,23 @@ impl Labels {
     }
 
     /// Opens or closes a queue, and replaces the guidelines where some are given.
-    pub async fn change_queue(&self, id: Uuid, closed: Option<i64>, guidelines: Option<&str>) -> Result<(), LabelError> {
+    pub async fn change_queue(
+        &self,
+        id: Uuid,
+        closed: Option<i64>,
+        guidelines: Option<&str>,
+        act: Act,
+    ) -> Result<(), LabelError> {
         patiently(async {
+            let mut transaction = self.database.write().begin().await?;
             sqlx::query("UPDATE label_queues SET closed = $2, guidelines = COALESCE($3, guidelines) WHERE id = $1")
                 .bind(id.to_string())
                 .bind(closed)
                 .bind(clean_option(guidelines))
-                .execute(self.database.write())
+                .execute(&mut *transaction)
                 .await?;
-            Ok(())
+            act.write(&mut transaction).await?;
+            Ok(transaction.commit().await?)
         })
         .await
     }

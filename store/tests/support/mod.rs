@@ -12,7 +12,7 @@ use sqlx::any::AnyPoolOptions;
 use sqlx::{AnyPool, AssertSqlSafe};
 use tempfile::TempDir;
 use tidemill_store::records::{Choice, Exposure, Feedback, Inference, Kind, Status, TargetKind};
-use tidemill_store::{DataDir, Dialect, Store, StoreOptions};
+use tidemill_store::{DataDir, Dialect, RegisteredAdapter, Snapshot, Store, StoreOptions};
 use uuid::Uuid;
 
 /// A database of one's own and a data directory.
@@ -158,5 +158,38 @@ pub fn thumb(store: &Store, target: Uuid, author: &str) -> Feedback {
         key_id: None,
         idempotency_key: None,
         task_id: None,
+    }
+}
+
+/// A snapshot of two rows.
+pub fn snapshot(store: &Store, name: &str) -> Snapshot {
+    Snapshot {
+        id: store.issue_id(),
+        name: name.into(),
+        version: 1,
+        created: 5,
+        query: json!({}),
+        content_hash: "abc".into(),
+        location: "/data/x".into(),
+        table_version: 1,
+        row_counts: json!({"rows": 2}),
+        verdict: "pass".into(),
+        report: json!({}),
+        tainted: None,
+    }
+}
+
+/// A candidate of the base model `base`.
+pub fn adapter(store: &Store, name: &str, generation: u64) -> RegisteredAdapter {
+    RegisteredAdapter {
+        id: store.issue_id(),
+        created: 5,
+        updated: 5,
+        name: name.into(),
+        generation,
+        base: "base".into(),
+        content_hash: format!("{generation:016x}"),
+        location: format!("adapters/{generation:016x}"),
+        ..RegisteredAdapter::default()
     }
 }

@@ -31,7 +31,7 @@ enum RolloutCommand {
     Approve(server::OneArgs),
     /// Give a treatment all the traffic, whatever the numbers say.
     Promote(server::PromoteArgs),
-    /// Give the control all the traffic, now.
+    /// Give the control all the traffic, now; of a promotion, what was served before it.
     Rollback(server::OneArgs),
     /// Print the bucket from 0 to 1 that a value falls into: GrowthBook's hash, so that anyone can check an assignment.
     Bucket {

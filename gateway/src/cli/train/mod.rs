@@ -84,8 +84,7 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode, TrainCommandError> {
         return Ok(ExitCode::SUCCESS);
     }
     let folder = args.folder(&config, &spec);
-    keep(&folder, &spec)?;
-    let ended = train(&job, &folder, &mut bar, Arc::default())?;
+    let ended = train(&job, &folder, Some(&spec), &mut bar, Arc::default())?;
     register::register(args, &config, &spec, &folder);
     Ok(ended)
 }
@@ -98,7 +97,7 @@ fn by_specification(args: &TrainArgs, folder: &Path, audience: &mut dyn Audience
     let stop = Arc::new(AtomicBool::new(false));
     let job = open(config.as_ref(), &spec)?.asking(Arc::new(DeskOracle::new(folder, Arc::clone(&stop), leave)));
     audience.prepared(&job);
-    train(&job, folder, audience, stop)
+    train(&job, folder, None, audience, stop)
 }
 
 /// Goes while a grade is waited for: the turn that wanted it is begun again by the next process.
@@ -132,7 +131,14 @@ fn keep(folder: &Path, spec: &Spec) -> Result<(), TrainCommandError> {
     Ok(std::fs::rename(&beside, &path).map_err(StoreCommandError::file(&path))?)
 }
 
-fn train(job: &Job, folder: &Path, audience: &mut dyn Audience, stop: Arc<AtomicBool>) -> Result<ExitCode, TrainCommandError> {
+/// Trains. `spec` is written down as soon as the folder has taken the training: one that it refuses changes nothing there.
+fn train(
+    job: &Job,
+    folder: &Path,
+    spec: Option<&Spec>,
+    audience: &mut dyn Audience,
+    stop: Arc<AtomicBool>,
+) -> Result<ExitCode, TrainCommandError> {
     stop_by_signal(Arc::clone(&stop))?;
     let audience = std::sync::Mutex::new(audience);
     let told = || audience.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -143,11 +149,18 @@ fn train(job: &Job, folder: &Path, audience: &mut dyn Audience, stop: Arc<Atomic
             std::process::exit(i32::from(STOPPED));
         }
     };
+    let (mut unwritten, mut written) = (spec, Ok(()));
     let mut watch = |progress: &Progress<'_>| {
         told().progress(progress);
-        if stop.load(Ordering::Relaxed) { Control::Stop } else { Control::Continue }
+        if let Some(spec) = unwritten.take() {
+            written = keep(folder, spec);
+        }
+        if written.is_err() || stop.load(Ordering::Relaxed) { Control::Stop } else { Control::Continue }
     };
     let (outcome, finished) = job.train(folder, &mut prepare, &mut watch)?;
+    written?;
+    // One that had taken its last step has nothing more to tell of.
+    unwritten.map_or(Ok(()), |spec| keep(folder, spec))?;
     told().ended(folder, &outcome, finished.as_ref());
     Ok(if outcome.ending == Ending::Stopped { ExitCode::from(STOPPED) } else { ExitCode::SUCCESS })
 }
@@ -180,5 +193,44 @@ fn stop_by_signal(seen: Arc<AtomicBool>) -> Result<(), TrainCommandError> {
 impl From<TrainError> for TrainCommandError {
     fn from(error: TrainError) -> Self {
         Self::Job(error.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+    use std::fs;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        train: TrainArgs,
+    }
+
+    #[test]
+    fn a_training_that_does_not_fit_the_folder_changes_nothing_there() {
+        let place = tempfile::tempdir().unwrap();
+        let (rows, out) = (place.path().join("rows.jsonl"), place.path().join("out"));
+        let row = r#"{"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}"#;
+        fs::write(&rows, format!("{row}\n{row}\n")).unwrap();
+        let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/qwen2");
+        let train = |steps: &str| {
+            let paths = [("--file", &rows), ("--base", &base), ("--out", &out), ("--data", &place.path().join("data"))]
+                .map(|(flag, path)| format!("{flag}={}", path.display()));
+            let set = [format!("--set=max_steps={steps}"), "--no-register".to_owned(), "--threads=1".to_owned()];
+            let line = ["train".to_owned(), "sft".to_owned()].into_iter().chain(paths).chain(set);
+            run(&Line::parse_from(line).train)
+        };
+        train("2").unwrap();
+        let spec = fs::read_to_string(out.join(SPEC)).unwrap();
+        assert!(spec.contains("\"max_steps\": 2"), "{spec}");
+        let error = train("3").unwrap_err().to_string();
+        assert!(error.contains("a training with another configuration"), "{error}");
+        assert_eq!(fs::read_to_string(out.join(SPEC)).unwrap(), spec);
+        // The same again: nothing to train, and what was asked is written down.
+        fs::remove_file(out.join(SPEC)).unwrap();
+        train("2").unwrap();
+        assert_eq!(fs::read_to_string(out.join(SPEC)).unwrap(), spec);
     }
 }

@@ -63,7 +63,11 @@ fn shown(queue: &Queue, progress: &Progress) -> Value {
 }
 
 /// `POST /v1/labeling/queues`
-pub async fn create(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
+pub async fn create(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Result<Response, ApiError> {
     let body = app.body.json(request).await?;
     let mut fields = Fields::root(&body)?;
     let name = fields.require("name")?;
@@ -88,7 +92,9 @@ pub async fn create(State(app): State<App>, request: Request) -> Result<Response
     };
     fields.finish()?;
     let labels = Labels::new(app.store.database());
-    let queue = labels.create_queue(new, now()).await?;
+    let detail = json!({"rule": new.rule, "overlap": new.overlap, "gold_share": new.gold_share});
+    let act = app.store.act(caller.actor(), "labeling.create").to(&new.name).with(detail);
+    let queue = labels.create_queue(new, now(), act).await?;
     Ok(answer(StatusCode::CREATED, &for_operators(&labels, &queue).await?))
 }
 
@@ -106,7 +112,12 @@ pub async fn show(State(app): State<App>, Path(queue): Path<String>) -> Result<R
 }
 
 /// `PATCH /v1/labeling/queues/{queue}`: `closed`, `guidelines`.
-pub async fn change(State(app): State<App>, Path(queue): Path<String>, request: Request) -> Result<Response, ApiError> {
+pub async fn change(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    Path(queue): Path<String>,
+    request: Request,
+) -> Result<Response, ApiError> {
     let body = app.body.json(request).await?;
     let mut fields = Fields::root(&body)?;
     let labels = Labels::new(app.store.database());
@@ -114,7 +125,9 @@ pub async fn change(State(app): State<App>, Path(queue): Path<String>, request: 
     let closed = if fields.bool_or("closed", queue.closed.is_some())? { queue.closed.or(Some(now())) } else { None };
     let guidelines = optional_text(&mut fields, "guidelines", 50_000)?;
     fields.finish()?;
-    labels.change_queue(queue.id, closed, guidelines).await?;
+    let detail = json!({"closed": closed.is_some(), "was_closed": queue.closed.is_some(), "guidelines": guidelines.is_some()});
+    let act = app.store.act(caller.actor(), "labeling.change").to(&queue.name).with(detail);
+    labels.change_queue(queue.id, closed, guidelines, act).await?;
     let queue = labels.queue(&queue.id.to_string()).await?;
     Ok(answer(StatusCode::OK, &for_operators(&labels, &queue).await?))
 }

@@ -132,29 +132,19 @@ where
         plan.prepare(body, look)
     };
     let first = app.body.parsed(request, first).await?;
-    assigned::answer(app, first, in_flight, look, move |prepared, in_flight| answer(prepared, in_flight, prepare, run)).await
-}
-
-async fn answer<T, F>(
-    prepared: Prepared<T>,
-    in_flight: InFlight,
-    prepare: fn(Asked, &Value) -> Result<T, ApiError>,
-    run: fn(T, InFlight) -> F,
-) -> Result<Response, ApiError>
-where
-    T: Send + 'static,
-    F: Future<Output = Result<Response, ApiError>> + Send + 'static,
-{
-    match prepared {
-        Prepared::Local(prepared) => run(prepared, in_flight).await,
-        Prepared::Remote(call) => match Box::pin(call.answer(in_flight)).await? {
-            Answerer::Remote(response) => Ok(response),
-            Answerer::Local { body, long, asked, in_flight } => {
-                let prepared = off_path(long, move || prepare(*asked, &body)).await??;
-                run(prepared, in_flight).await
-            }
-        },
-    }
+    let answered = move |prepared: Prepared<T>, in_flight: InFlight| async move {
+        match prepared {
+            Prepared::Local(prepared) => run(prepared, in_flight).await,
+            Prepared::Remote(call) => match Box::pin(call.answer(in_flight)).await? {
+                Answerer::Remote(response) => Ok(response),
+                Answerer::Local { body, long, asked, in_flight } => {
+                    let prepared = off_path(long, move || prepare(*asked, &body)).await??;
+                    run(prepared, in_flight).await
+                }
+            },
+        }
+    };
+    assigned::answer(app, first, in_flight, look, answered).await
 }
 
 impl RemoteCall {

@@ -42,16 +42,19 @@ pub fn start(spec: &Spec, by: impl Into<Actor>, now: i64) -> (State, Decision) {
         inconclusive: BTreeMap::new(),
         awaiting: false,
         approved: false,
+        alias: None,
     };
     let decision = row(&state, &Facts::default(), Action::Start, "it begins".to_owned(), Some(by.name.as_str()), now);
     (state, decision)
 }
 
-/// What a person wants. A rollback and a promotion are final at once.
+/// What a person wants. A rollback and a promotion end it at once; a promotion can be taken back once more.
 pub fn act(spec: &Spec, state: &State, act: Act, by: impl Into<Actor>, now: i64) -> Result<(State, Decision), ActError> {
     let by = by.into();
-    if state.status.is_over() {
-        return Err(ActError::Over);
+    match (state.status, act) {
+        (Status::Promoted { .. }, Act::RollBack) => return take_back(spec, state, &by, now),
+        (status, _) if status.is_over() => return Err(ActError::Over),
+        _ => {}
     }
     if spec.four_eyes && matches!(act, Act::Approve | Act::Promote { .. }) {
         second_key(state, &by)?;
@@ -90,7 +93,20 @@ pub fn act(spec: &Spec, state: &State, act: Act, by: impl Into<Actor>, now: i64)
     Ok((next, decision))
 }
 
-/// Fails unless this is a key, and not the one that started it. To take back what one began needs nobody else.
+/// The public name serves again what it served before the promotion. Everybody is moved by it, as by the promotion, so it takes as many
+/// people; whether something newer stands on the promotion is the rows' to know.
+fn take_back(spec: &Spec, state: &State, by: &Actor, now: i64) -> Result<(State, Decision), ActError> {
+    if spec.four_eyes {
+        second_key(state, by)?;
+    }
+    let mut next = state.clone();
+    end(&mut next, Status::RolledBack, 0, now);
+    let reason = "a person took the promotion back".to_owned();
+    let decision = row(&next, &Facts::default(), Action::RollBack, reason, Some(by.name.as_str()), now);
+    Ok((next, decision))
+}
+
+/// Fails unless this is a key, and not the one that started it. To stop what one began needs nobody else.
 fn second_key(state: &State, by: &Actor) -> Result<(), ActError> {
     let first = Actor { name: state.started_by.clone(), key: state.started_key.clone() };
     match &by.key {

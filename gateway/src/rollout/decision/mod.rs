@@ -11,7 +11,7 @@
 //! 5. Data that stay missing or unclear pause.
 //! 6. Only then may weights rise, and a goal that is surely met promote.
 //!
-//! A state that is over never changes.
+//! A state that is over never changes, unless a person takes its promotion back.
 
 mod judge;
 mod machine;
@@ -21,4 +21,4 @@ mod tests;
 
 pub use judge::{Judgement, Measure, Verdict};
 pub use machine::{act, measure, start};
-pub use state::{Act, ActError, Action, Decision, Measured, PauseReason, State, Status};
+pub use state::{Act, ActError, Action, AliasMove, Decision, Measured, PauseReason, State, Status};

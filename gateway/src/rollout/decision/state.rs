@@ -4,6 +4,7 @@ use crate::rollout::decision::judge::{Judgement, Measure};
 use crate::rollout::statistics::SampleRatio;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use uuid::Uuid;
 
 /// Where a rollout stands. Times are microseconds since 1970.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -40,6 +41,20 @@ pub struct State {
     pub awaiting: bool,
     /// The person has approved what was waited for.
     pub approved: bool,
+    /// Where the promotion led the alias that the public name is.
+    #[serde(default)]
+    pub alias: Option<AliasMove>,
+}
+
+/// How a promotion moves an alias, so that it can be led back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AliasMove {
+    /// The adapter that it led to.
+    pub from: Uuid,
+    /// Since when it did.
+    pub since: i64,
+    /// The adapter that it leads to from the promotion on.
+    pub to: Uuid,
 }
 
 /// Whether a rollout runs.
@@ -113,7 +128,7 @@ pub enum Act {
         /// Which arm.
         arm: usize,
     },
-    /// Give the control the traffic, now.
+    /// Give the control the traffic, now; of a promotion, give it back to what was served before.
     RollBack,
 }
 
@@ -139,11 +154,13 @@ pub enum ActError {
     #[error("a shadow cannot be promoted; start a canary")]
     Shadow,
     /// It needs a key.
-    #[error("this rollout is under four eyes: approval and promotion need an API key, and another one than started it")]
+    #[error(
+        "this rollout is under four eyes: to approve, to promote and to take a promotion back need an API key, and another one than started it"
+    )]
     NoKey,
     /// It needs another key.
     #[error(
-        "this rollout is under four eyes: the key that started it may neither approve nor promote it; ask the holder of another one"
+        "this rollout is under four eyes: the key that started it may neither approve nor promote it, nor take its promotion back; ask the holder of another one"
     )]
     SameKey,
 }

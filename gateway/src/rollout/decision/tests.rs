@@ -243,11 +243,16 @@ fn people_pause_resume_approve_promote_and_roll_back() {
     assert_eq!(state.status, Status::Running, "what was approved is still measured once more");
     assert_eq!(run(&spec, &mut state, 300 * SECOND, &[good])[0].action, Action::Promote { arm: 1 });
     for over in [&state, &rolled_back] {
-        for wish in [Act::Pause, Act::Resume, Act::Approve, Act::RollBack, Act::Promote { arm: 1 }] {
+        for wish in [Act::Pause, Act::Resume, Act::Approve, Act::Promote { arm: 1 }] {
             assert_eq!(try_act(over, wish), Err(ActError::Over));
         }
     }
-    assert_eq!(share_of_treatment(&rolled_back), 0.0);
+    assert_eq!(try_act(&rolled_back, Act::RollBack), Err(ActError::Over));
+    assert_eq!((share_of_treatment(&rolled_back), share_of_treatment(&state)), (0.0, 1.0));
+    // A promotion can be taken back, once.
+    let back = try_act(&state, Act::RollBack).unwrap();
+    assert_eq!((back.status, share_of_treatment(&back)), (Status::RolledBack, 0.0));
+    assert_eq!(try_act(&back, Act::RollBack), Err(ActError::Over));
 }
 
 #[test]
@@ -271,6 +276,11 @@ fn under_four_eyes_another_key_approves_and_promotes() {
     for wanted in [Act::Pause, Act::RollBack] {
         assert!(act(&spec, &waiting, wanted, &ann, 5).is_ok());
     }
+    // To take back what two people promoted takes another key as well.
+    let promoted = act(&spec, &waiting, Act::Promote { arm: 1 }, &bob, 5).unwrap().0;
+    assert_eq!(act(&spec, &promoted, Act::RollBack, &ann, 6), Err(ActError::SameKey));
+    assert_eq!(act(&spec, &promoted, Act::RollBack, "command line", 6), Err(ActError::NoKey));
+    assert_eq!(act(&spec, &promoted, Act::RollBack, &bob, 6).unwrap().0.status, Status::RolledBack);
     // What the server began by itself, any key may approve.
     let waiting = at_approval(start(&spec, "loop nightly", 0).0);
     assert!(act(&spec, &waiting, Act::Approve, &ann, 5).is_ok());

@@ -11,7 +11,10 @@ const MAX_NAME: usize = 100;
 const MIN_SAMPLES: u64 = 50;
 /// Most measurements in a row that may be inconclusive, unless said.
 const INCONCLUSIVE_LIMIT: u32 = 3;
-const QUANTITIES: [&str; 6] = ["error_rate", "refusal_rate", "truncation_rate", "output_tokens", "kl_to_base", "comparison"];
+/// Share of an arm's answers that the base scores, unless said.
+const SCORED: f64 = 0.25;
+const QUANTITIES: [&str; 7] =
+    ["error_rate", "refusal_rate", "truncation_rate", "output_tokens", "kl_to_base", "logprob_to_base", "comparison"];
 const QUANTILES: [(&str, f64); 3] =
     [("time_to_first_token_p50", 0.5), ("time_to_first_token_p95", 0.95), ("time_to_first_token_p99", 0.99)];
 
@@ -32,6 +35,9 @@ pub struct Metric {
     pub failure_limit: u32,
     /// Measurements in a row that may be inconclusive before the rollout pauses.
     pub inconclusive_limit: u32,
+    /// Share of the answers that are scored, where the base does.
+    #[serde(default)]
+    pub share: Option<f64>,
 }
 
 /// What is measured of an arm.
@@ -50,6 +56,8 @@ pub enum Quantity {
     OutputTokens,
     /// Kullback-Leibler divergence from the base model, nats per token.
     KlToBase,
+    /// The base model's mean log-probability of an answer's tokens.
+    LogprobToBase,
     /// Share of thumbs that are up.
     Thumb,
     /// Ratings from 0 to 1.
@@ -75,6 +83,7 @@ impl std::fmt::Display for Quantity {
             Self::TruncationRate => f.write_str("truncation_rate"),
             Self::OutputTokens => f.write_str("output_tokens"),
             Self::KlToBase => f.write_str("kl_to_base"),
+            Self::LogprobToBase => f.write_str("logprob_to_base"),
             Self::Thumb => f.write_str("feedback.thumb"),
             Self::Rating => f.write_str("feedback.rating"),
             Self::Feedback(name) => write!(f, "feedback.metric.{name}"),
@@ -113,6 +122,7 @@ impl Quantity {
             "truncation_rate" => Self::TruncationRate,
             "output_tokens" => Self::OutputTokens,
             "kl_to_base" => Self::KlToBase,
+            "logprob_to_base" => Self::LogprobToBase,
             "feedback.thumb" => Self::Thumb,
             "feedback.rating" => Self::Rating,
             "comparison" => Self::Comparison,
@@ -136,6 +146,11 @@ impl Quantity {
     /// Whether it is a share, from 0 to 1.
     pub fn is_share(&self) -> bool {
         matches!(self, Self::ErrorRate | Self::RefusalRate | Self::TruncationRate | Self::Thumb | Self::Rating | Self::Comparison)
+    }
+
+    /// Whether the base model must have scored the answers.
+    pub fn needs_base(&self) -> bool {
+        matches!(self, Self::KlToBase | Self::LogprobToBase)
     }
 
     /// Whether people must have seen the answers.
@@ -193,6 +208,13 @@ impl Metric {
         }
     }
 
+    /// Share of an arm's answers that the base scores for it; 0 for a metric or an arm that it is not needed for. The control is scored
+    /// where it is compared with.
+    pub fn scored(&self, arm: usize) -> f64 {
+        let needed = self.quantity.needs_base() && (arm > 0 || self.condition.of != Of::Value);
+        if needed { self.share.unwrap_or(SCORED) } else { 0.0 }
+    }
+
     /// An entry of `metrics`.
     pub(super) fn parse(field: &Field<'_>, kind: Kind) -> Result<Self, ApiError> {
         let mut fields = field.object()?;
@@ -211,6 +233,14 @@ impl Metric {
         let min_samples = fields.integer("min_samples", 1..=1_000_000_000)?.map_or(MIN_SAMPLES, i64::unsigned_abs);
         let failure_limit = limit(&mut fields, "failure_limit", 0)?;
         let inconclusive_limit = limit(&mut fields, "inconclusive_limit", INCONCLUSIVE_LIMIT)?;
+        let share = match fields.get("share") {
+            Some(field) if !quantity.needs_base() => {
+                let why = "only what the base model scores has a share: 'kl_to_base' and 'logprob_to_base'. Leave it out.";
+                return Err(field.invalid("invalid_value", why));
+            }
+            Some(field) => Some(field.double(0.001..=1.0)?),
+            None => None,
+        };
         fields.finish()?;
         if kind == Kind::Shadow && quantity.needs_people() {
             return Err(named.invalid("invalid_value", "nobody sees the answers of a shadow, so there is no feedback on them."));
@@ -219,7 +249,7 @@ impl Metric {
             let why = "only an interleaved rollout shows two answers to one user. Set kind to 'interleaved'.";
             return Err(named.invalid("invalid_value", why));
         }
-        Ok(Self { quantity, role, condition, dry_run, min_samples, failure_limit, inconclusive_limit })
+        Ok(Self { quantity, role, condition, dry_run, min_samples, failure_limit, inconclusive_limit, share })
     }
 }
 

@@ -14,6 +14,8 @@ mod sampler;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
+
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -293,6 +295,10 @@ impl Trainer for Online<'_> {
             }
         }
         hash(&bytes)
+    }
+
+    fn judges(&self) -> BTreeMap<String, String> {
+        self.rewards.digests()
     }
 
     fn parameters(&self) -> Vec<Parameter> {

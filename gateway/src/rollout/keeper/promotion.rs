@@ -1,0 +1,88 @@
+//! What a promotion does to the alias that the public name may be, and the way back from it.
+
+use crate::rollout::decision::{AliasMove, State, Status};
+use crate::rollout::keeper::{Keeper, KeeperError};
+use crate::rollout::spec::Spec;
+use crate::rollout::table::{Tables, Variant};
+use tidemill_store::{Actor, Rollout, StoreError};
+
+impl Keeper {
+    /// Where the public name is an alias and the promoted variant a registered adapter as it is, the alias is to lead there: then
+    /// everything that knows the name by the registry agrees.
+    pub(super) async fn alias_move(&self, spec: &Spec, status: Status) -> Result<Option<AliasMove>, StoreError> {
+        let Status::Promoted { arm } = status else { return Ok(None) };
+        let Some(variant) = spec.arms.get(arm).map(Variant::of) else { return Ok(None) };
+        let registry = self.0.adapters.registry();
+        let plain = variant.prompt_prefix.is_none() && variant.defaults.is_empty();
+        let aliases = registry.aliases().await?;
+        let Some(alias) = aliases.iter().find(|alias| alias.name == spec.model).filter(|_| plain) else { return Ok(None) };
+        let prefix = format!("{}:", alias.base);
+        let reference = variant.model.strip_prefix(&prefix).unwrap_or(&variant.model);
+        match registry.get(reference).await {
+            Ok(adapter) if adapter.base == alias.base => {
+                Ok(Some(AliasMove { from: alias.adapter, since: alias.updated, to: adapter.id }))
+            }
+            // The variant is no adapter, or of another base: the rollout's row says what the name serves.
+            _ => Ok(None),
+        }
+    }
+
+    /// Leads the public name's alias to what was promoted.
+    pub(super) async fn lead_alias(&self, model: &str, moved: AliasMove) {
+        let named = self.0.adapters.registry().acting_as("rollouts").alias(model, &moved.to.to_string()).await;
+        match named {
+            Ok(_) => {
+                if let Err(error) = self.0.adapters.follow().await {
+                    tracing::warn!(%error, "a change of adapters is not in force yet");
+                }
+            }
+            // The rollout's row says what the name serves.
+            Err(error) => tracing::info!(alias = model, %error, "the alias stays where it is"),
+        }
+    }
+
+    /// Leads the public name's alias back to where it led before a promotion. Refused where something newer stands on the promotion, or
+    /// where what was served before cannot answer any more. When this was done and the row is not written yet, doing it again does no harm.
+    pub(super) async fn clear_way_back(&self, promoted: &Rollout, state: &State, by: &Actor) -> Result<(), KeeperError> {
+        let model = &promoted.model;
+        let built = |why: String| KeeperError::Built { rollout: promoted.name.clone(), why };
+        if let Some(newer) = self.0.rollouts.standing_on(promoted.id).await? {
+            let name = newer.name;
+            return Err(built(match newer.ended {
+                None => format!("`{name}` runs on `{model}` with what was promoted as its control; roll that back first"),
+                Some(_) => format!("`{name}` was promoted on `{model}` since; roll that back first"),
+            }));
+        }
+        let registry = self.0.adapters.registry();
+        let mut aliases = registry.aliases().await?;
+        let mut back = None;
+        // An alias that was last led somewhere before the promotion has no say in what the name serves.
+        let moved = |updated: i64| promoted.ended.is_none_or(|end| updated >= end);
+        if let Some(alias) = aliases.iter_mut().find(|alias| alias.name == *model && moved(alias.updated)) {
+            match state.alias {
+                Some(moved) if alias.adapter == moved.to => {
+                    (alias.adapter, alias.updated) = (moved.from, moved.since);
+                    back = Some(moved);
+                }
+                Some(moved) if alias.adapter == moved.from => {}
+                _ => {
+                    let why =
+                        format!("somebody has led the alias `{model}` elsewhere since; `tidemill adapter alias` leads it on");
+                    return Err(built(why));
+                }
+            }
+        }
+        let before = self.0.rollouts.promotions_but(promoted.id).await?;
+        let variant = Tables::new(&[], &before, &aliases, &[]).0.stable(model);
+        if let Err(error) = self.0.models.find(Some(&variant.model)) {
+            return Err(built(format!("`{}`, which was served before, cannot answer: {}", variant.name, error.message)));
+        }
+        if let Some(moved) = back {
+            // What is not served any more is refused here.
+            let led = registry.acting_as(by.clone()).alias_back(model, moved.from, moved.since).await;
+            led.map_err(|error| built(format!("the alias `{model}` cannot be led back: {error}")))?;
+            self.0.adapters.follow().await?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,115 @@
+//! What a promotion does to an alias, and the way back from it.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test stops at the first surprise")]
+
+mod support;
+#[path = "support/tiny.rs"]
+mod tiny;
+
+use axum::Router;
+use serde_json::{Value, json};
+use support::{Reply, Setup, ask, post};
+use tempfile::TempDir;
+use tidemill::http::{App, router};
+use tidemill::rollout::decision::Act;
+
+/// The adapters `a`, `b` and `c`, which are served, and the alias `champion`, which leads to `a`.
+async fn server() -> (TempDir, App, Router) {
+    let folder = tempfile::tempdir().unwrap();
+    let app = tiny::app(folder.path(), Setup::default());
+    let router = router(app.clone());
+    for (name, adapter) in [("a", "all"), ("b", "some"), ("c", "patterns")] {
+        let body = json!({"name": name, "path": tiny::golden("adapters").join(adapter)});
+        assert_eq!(post(&router, "/v1/adapters", body).await.status, 201);
+        assert_eq!(ask(&router, "POST", &format!("/v1/adapters/{name}/serve"), None, json!({})).await.status, 200);
+    }
+    alias(&router, "a").await;
+    (folder, app, router)
+}
+
+async fn alias(router: &Router, adapter: &str) {
+    let body = json!({"alias": "champion", "adapter": adapter});
+    assert!(post(router, "/v1/adapter_aliases", body).await.status.is_success());
+}
+
+async fn promoted(app: &App, router: &Router, name: &str, to: Value) {
+    let spec = json!({
+        "name": name, "model": "champion", "kind": "ab", "arms": [{"variant": "champion"}, to],
+        "metrics": [{"metric": "feedback.thumb", "goal": {"min": 0}}],
+    });
+    let reply = post(router, "/v1/rollouts", spec).await;
+    assert_eq!(reply.status, 201, "{}", reply.json());
+    app.rollouts.act(name, Act::Promote { arm: 1 }, "ann").await.unwrap();
+}
+
+async fn undo(router: &Router, name: &str) -> Reply {
+    post(router, &format!("/v1/rollouts/{name}/rollback"), json!({})).await
+}
+
+/// Whom the registry knows under the alias, and the tokens that a request for it gets.
+async fn served(router: &Router, model: &str) -> Value {
+    let body = json!({"model": model, "prompt": [5, 6, 7, 8], "max_tokens": 12, "temperature": 0, "ignore_eos": true, "return_token_ids": true});
+    let reply = post(router, "/v1/completions", body).await;
+    assert_eq!(reply.status, 200, "{}", reply.json());
+    reply.json()["choices"][0]["token_ids"].clone()
+}
+
+#[tokio::test]
+async fn a_promotion_that_moved_the_alias_is_taken_back_with_it() {
+    let (_folder, app, router) = server().await;
+    let aliases = || app.adapters.registry().aliases();
+    let before = aliases().await.unwrap();
+    let [a, b] = [served(&router, "a").await, served(&router, "b").await];
+    assert_ne!(a, b);
+    promoted(&app, &router, "r", json!({"variant": "b"})).await;
+    assert_ne!(aliases().await.unwrap(), before);
+    assert_eq!(served(&router, "champion").await, b);
+    let reply = undo(&router, "r").await;
+    assert_eq!((reply.status.as_u16(), &reply.json()["status"]), (200, &json!("rolled_back")), "{}", reply.json());
+    assert_eq!(served(&router, "champion").await, a, "the next request is on what was there before");
+    // With its time, by which it is told whether it or an older promotion has the last word.
+    assert_eq!(aliases().await.unwrap(), before);
+    let led: Vec<Value> = support::get(&router, "/v1/audit?what=adapter.alias&on=champion&order=asc").await.json()["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|act| act["actor"].clone())
+        .collect();
+    assert_eq!(led, [json!("open server"), json!("rollouts"), json!("open server")], "who took it back led it back");
+}
+
+#[tokio::test]
+async fn an_older_promotion_of_another_kind_is_served_again() {
+    let (_folder, app, router) = server().await;
+    let loud = json!({"variant": "loud", "model": "a", "defaults": {"max_tokens": 3}});
+    promoted(&app, &router, "first", loud).await;
+    assert_eq!(app.rollouts.stable("champion").name, "loud");
+    promoted(&app, &router, "second", json!({"variant": "b"})).await;
+    assert_eq!(app.rollouts.stable("champion").name, "champion");
+    assert_eq!(undo(&router, "first").await.error().2.as_deref(), Some("rollout_superseded"));
+    assert_eq!(undo(&router, "second").await.status, 200);
+    assert_eq!(app.rollouts.stable("champion").name, "loud");
+    assert_eq!(undo(&router, "first").await.status, 200);
+    assert_eq!(served(&router, "champion").await, served(&router, "a").await);
+}
+
+#[tokio::test]
+async fn what_was_moved_since_or_is_gone_is_not_overwritten() {
+    let (_folder, app, router) = server().await;
+    promoted(&app, &router, "r", json!({"variant": "b"})).await;
+    alias(&router, "c").await;
+    let refused = undo(&router, "r").await;
+    assert_eq!(refused.error().2.as_deref(), Some("rollout_superseded"));
+    assert!(refused.json().to_string().contains("somebody has led the alias"), "{}", refused.json());
+    assert_eq!(served(&router, "champion").await, served(&router, "c").await);
+    // Back at what was promoted, nothing newer stands there; but what was there before is not served any more.
+    alias(&router, "b").await;
+    assert_eq!(ask(&router, "POST", "/v1/adapters/a/retire", None, json!({})).await.status, 200);
+    let refused = undo(&router, "r").await;
+    assert_eq!(refused.error().2.as_deref(), Some("rollout_superseded"));
+    assert!(refused.json().to_string().contains("cannot be led back"), "{}", refused.json());
+    assert_eq!(served(&router, "champion").await, served(&router, "b").await);
+    assert_eq!(ask(&router, "POST", "/v1/adapters/a/serve", None, json!({})).await.status, 200);
+    assert_eq!(undo(&router, "r").await.status, 200);
+    assert_eq!(served(&router, "champion").await, served(&router, "a").await);
+}
