@@ -2,7 +2,7 @@
 //! reading the weights and multiplying would take. `make gpu-check` runs it on a card with the sizes of an 8B model (docs/gpu.md); without
 //! arguments, as in `make test`, a tiny model runs on the CPU, which shows that the program works.
 
-#![allow(clippy::unwrap_used, reason = "a measurement stops at the first error")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a measurement stops at the first error")]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a measurement prints its table")]
 
 mod model;
