@@ -357,7 +357,7 @@ mod tests {
                         KvDtype::F32 => {
                             (*storage.keys::<f32>(1, 2, 1).add(d * 32 + 5), *storage.values::<f32>(1, 2, 1).add(5 * 6 + d))
                         }
-                        KvDtype::Bf16 => {
+                        KvDtype::Bf16 | KvDtype::Fp8 => {
                             let key = *storage.keys::<u16>(1, 2, 1).add((d / 2) * 64 + 5 * 2 + d % 2);
                             let value = *storage.values::<u16>(1, 2, 1).add(2 * 12 + d * 2 + 1);
                             (half::bf16::from_bits(key).to_f32(), half::bf16::from_bits(value).to_f32())
