@@ -24,10 +24,12 @@ LABEL_STUDIO := $(CACHE)/label-studio-venv
 ARGILLA      := $(CACHE)/argilla-venv
 # The compiler of the CUDA kernels, which needs no card.
 NVRTC      := $(CACHE)/nvrtc
+# What a machine with a card needs of this one: programs and compiled kernels.
+GPU        := $(CACHE)/gpu
 TEST_DATA  := $(CACHE)/test-data
 TEST_MODEL := $(TEST_DATA)/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: tour chromium c++ help serve build test lint test-build test-rust test-e2e demo demo-short demo-word demo-json demo-loop bench bench-store bench-train bench-beside oracle clean
+.PHONY: gpu-build gpu-check tour chromium c++ help serve build test lint test-build test-rust test-e2e demo demo-short demo-word demo-json demo-loop bench bench-store bench-train bench-beside oracle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -127,6 +129,18 @@ bench-train: $(TEST_MODEL) ## DPO beside TRL + PEFT, and each trick undone; rewr
 bench-beside: build $(TEST_MODEL) ## what a fine-tuning job costs those who are served beside it; rewrites its part of docs/benchmarks.md
 	$(CARGO) build --release --locked -p tidemill-loadtest
 	$(PYTHON) tests/bench_beside.py $(BIN) $(dir $(BIN))tidemill-loadtest $(TEST_MODEL) $(ARGS)
+
+gpu-build: $(NVRTC)/ready ## what `make gpu-check` needs, into .cache/gpu: build here, carry it to a machine with a card
+	rm -rf $(GPU) && mkdir -p $(GPU)
+	$(CARGO) test --release --locked --no-run -p tidemill-kernels --test card -p tidemill-engine --test throughput --message-format=json \
+		| sed -n 's/.*"name":"\(card\|throughput\)".*"executable":"\([^"]*\)".*/\1 \2/p' \
+		| while read -r name program; do strip -o $(GPU)/$$name $$program; done
+	LD_LIBRARY_PATH=$(NVRTC)/nvidia/cu13/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} $(GPU)/card images $(GPU)/images
+	@du -sh $(GPU)
+
+gpu-check: ## the card of this machine: the same numbers, how fast, beside what it could do (8 minutes; builds nothing, see docs/gpu.md)
+	@test -x $(GPU)/card || { echo "nothing to run in $(GPU): make gpu-build on a machine with compilers, and carry that folder here"; exit 1; }
+	tests/gpu/check.sh $(GPU) $(GPU)/report.md
 
 oracle: ## regenerate the expected values with transformers and torch
 	tests/oracle/run.sh

@@ -9,7 +9,7 @@
 //   attention_plain a warp for each row and head, for every head width and for caches in f32.
 //
 // Keys and values of a block of 32 tokens and one head lie together: [block, kv_head, 32, head_dim]. Fragments are read from there
-// into registers, 16 bytes a lane: columns of k are given to the operands' places as it suits the reading (see `multiply`), and
+// into registers, 16 bytes a lane (8 of 8-bit floats): columns of k are given to the operands' places as it suits the reading (see `multiply`), and
 // output columns, too: column g of output tile i of a piece of 64 is the actual column 8 g + i.
 //
 // Softmax is online (Milakov and Gimelshein 2018) in powers of 2. Parts have fixed borders, so a row's result does not depend on
@@ -48,8 +48,8 @@ struct Attention {
     u32 kv_heads;
     u32 head_dim;
     u32 block_size;
-    // Used by attention_plain; the others need it.
-    u32 cache_is_bf16;
+    // Used by attention_plain; the others are made for one.
+    u32 cache_form;
     // 0: none.
     u32 window;
     // Of the scores, times log2 e (before a soft cap: without).
@@ -92,22 +92,34 @@ DEVICE void load_queries(const Attention& p, const Tile& tile, u32 packed, u32 k
     warp_barrier();
 }
 
+struct alignas(8) Words {
+    u32 x[2];
+};
+
+// 8 elements of a cache as bf16, from `at` on, which is a multiple of 8.
+template <u32 CACHE>
+DEVICE Quad eight(const void* cache, u64 at) {
+    if (CACHE == CACHE_BF16) return *(const Quad*)((const u16*)cache + at);
+    const Words words = *(const Words*)((const u8*)cache + at);
+    Quad q;
+    for (u32 i = 0; i < 4; i++) q.x[i] = from_e4m3(words.x[i / 2] >> i % 2 * 16);
+    return q;
+}
+
 // 16 keys, from `key` on, which is a multiple of 16.
-template <u32 HEAD>
+template <u32 HEAD, u32 CACHE>
 DEVICE void attend(const Attention& p, const Tile& tile, u32 kv_head, const u16* queries, const u32 (&positions)[2], u32 key,
                    Running<HEAD>& running) {
     const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const u64 block = p.blocks[tile.first_block + key / p.block_size];
     const u64 start = ((block * p.kv_heads + kv_head) * p.block_size + key % p.block_size) * HEAD;
-    const u16* const keys = (const u16*)p.keys + start;
-    const u16* const values = (const u16*)p.values + start;
 
     // Values of keys that nobody has written may be anything, and 0 times NaN is NaN.
     const auto load_values = [&](u32 piece, Quad(&to)[4]) {
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
             const u32 offset = i / 2 * 8 + 2 * t + i % 2;
-            to[i] = key + offset < tile.context ? *(const Quad*)(values + offset * HEAD + piece * 64 + g * 8) : Quad{};
+            to[i] = key + offset < tile.context ? eight<CACHE>(p.values, start + offset * HEAD + piece * 64 + g * 8) : Quad{};
         }
     };
     // Read ahead of the scores where registers allow it.
@@ -125,7 +137,7 @@ DEVICE void attend(const Attention& p, const Tile& tile, u32 kv_head, const u16*
         const u32 even[4] = {above.x[0], below.x[0], above.x[1], below.x[1]}, odd[4] = {above.x[2], below.x[2], above.x[3], below.x[3]};
 #pragma unroll
         for (u32 half = 0; half < 2; half++) {
-            const Quad k = *(const Quad*)(keys + (half * 8 + g) * HEAD + c + t * 8);
+            const Quad k = eight<CACHE>(p.keys, start + (half * 8 + g) * HEAD + c + t * 8);
             multiply(s[half], even, k.x[0], k.x[1]);
             multiply(s[half], odd, k.x[2], k.x[3]);
         }
@@ -207,7 +219,7 @@ DEVICE void write(const Attention& p, const Tile& tile, u32 packed, u32 kv_head,
 }
 
 // Grid [tiles, kv_heads]. Shared memory: 16 HEAD bf16 and 4 · 16 (HEAD + 2) floats.
-template <u32 HEAD>
+template <u32 HEAD, u32 CACHE>
 DEVICE void attention_few(const Attention& p) {
     SHARED(shared);
     const Tile tile = p.tiles[blockIdx.x];
@@ -221,7 +233,7 @@ DEVICE void attention_few(const Attention& p) {
     positions_of(p, tile, tile.packed, positions);
     Running<HEAD> running;
     for (u32 key = first_key(p, tile, tile.packed) + warp * 16; key < tile.to; key += 64) {
-        attend<HEAD>(p, tile, kv_head, queries, positions, key, running);
+        attend<HEAD, CACHE>(p, tile, kv_head, queries, positions, key, running);
     }
 
     // [warp][row][HEAD outputs, maximum, sum]
@@ -268,7 +280,7 @@ DEVICE void attention_few(const Attention& p) {
 }
 
 // Grid [tiles, kv_heads]. Shared memory: 64 HEAD bf16.
-template <u32 HEAD>
+template <u32 HEAD, u32 CACHE>
 DEVICE void attention_many(const Attention& p) {
     SHARED(shared);
     const Tile tile = p.tiles[blockIdx.x];
@@ -283,7 +295,7 @@ DEVICE void attention_many(const Attention& p) {
     Running<HEAD> running;
     const u32 last = smaller((packed + 15) / group, tile.rows - 1), to = smaller(tile.to, tile.context - tile.rows + last + 1);
     for (u32 key = first_key(p, tile, packed); key < to; key += 16) {
-        attend<HEAD>(p, tile, kv_head, queries, positions, key, running);
+        attend<HEAD, CACHE>(p, tile, kv_head, queries, positions, key, running);
     }
 #pragma unroll
     for (u32 r = 0; r < 2; r++) {
@@ -299,9 +311,11 @@ DEVICE void attention_many(const Attention& p) {
     }
 }
 
-#define ATTENTION(HEAD)                                                            \
-    KERNEL(attention_few_##HEAD, 128, Attention) { attention_few<HEAD>(p); }       \
-    KERNEL(attention_many_##HEAD, 128, Attention) { attention_many<HEAD>(p); }
+#define ATTENTION(HEAD)                                                                           \
+    KERNEL(attention_few_##HEAD, 128, Attention) { attention_few<HEAD, CACHE_BF16>(p); }          \
+    KERNEL(attention_many_##HEAD, 128, Attention) { attention_many<HEAD, CACHE_BF16>(p); }        \
+    KERNEL(attention_few_##HEAD##_fp8, 128, Attention) { attention_few<HEAD, CACHE_FP8>(p); }     \
+    KERNEL(attention_many_##HEAD##_fp8, 128, Attention) { attention_many<HEAD, CACHE_FP8>(p); }
 ATTENTION(64)
 ATTENTION(128)
 ATTENTION(256)
@@ -327,7 +341,14 @@ KERNEL(attention_join, 128, Attention) {
 }
 
 DEVICE float cached(const Attention& p, const void* cache, u64 at) {
-    return p.cache_is_bf16 ? from_bf16(((const u16*)cache)[at]) : ((const float*)cache)[at];
+    switch (p.cache_form) {
+        case CACHE_BF16:
+            return from_bf16(((const u16*)cache)[at]);
+        case CACHE_FP8:
+            return low_bf16(from_e4m3(((const u8*)cache)[at]));
+        default:
+            return ((const float*)cache)[at];
+    }
 }
 
 // A warp for each query head of each row: grid [tiles, heads]; a tile is one row.

@@ -44,6 +44,13 @@ DEVICE float from_f16(u16 half) {
     return value;
 }
 
+// The products of two pairs of bf16, each rounded once; what is less than normal is kept.
+DEVICE u32 multiply_pairs(u32 a, u32 b) {
+    u32 product;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+    return product;
+}
+
 // 2 to a power, to about 2 units in the last place; 0 for -infinity.
 DEVICE float power_of_2(float x) {
     float y;
@@ -85,6 +92,22 @@ DEVICE float from_bf16(u16 half) { return as_float((u32)half << 16); }
 DEVICE float low_bf16(u32 packed) { return as_float(packed << 16); }
 DEVICE float high_bf16(u32 packed) { return as_float(packed & 0xffff0000u); }
 DEVICE u16 to_bf16(float value) { return (u16)pack_bf16(value, 0.0f); }
+
+// Two floats of 8 bits, 4 of them exponent and 3 mantissa (kernels/src/e4m3.rs), to bf16, exactly. Moved to where bf16 has its
+// exponent they are too small by 2^120, those that are less than normal, too. Every card can do this. There is no NaN among weights; one
+// in a cache becomes 480.
+DEVICE u32 from_e4m3(u32 pair) {
+    const u32 high = (pair & 0xffu) << 8 | (pair & 0xff00u) << 16;
+    return multiply_pairs((high & 0x80008000u) | (high & 0x7f007f00u) >> 4, 0x7b807b80u);
+}
+
+// To nearest even; what is too large becomes the largest.
+DEVICE u8 to_e4m3(float value) {
+    const u32 bits = as_bits(value), sign = bits >> 24 & 0x80u;
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (u8)(sign | 0x7fu);
+    const u32 scaled = as_bits(fminf(as_float(bits & 0x7fffffffu), 448.0f) * as_float(7u << 23));
+    return (u8)(sign | (scaled + 0x7ffffu + (scaled >> 20 & 1u)) >> 20);
+}
 
 DEVICE u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
 DEVICE u32 larger(u32 a, u32 b) { return a > b ? a : b; }
@@ -138,11 +161,21 @@ enum Form : u32 {
     FORM_INT8 = 2,
     // Groups of 32 nibbles, the first in the lowest bits, and for each group two f16 in one word: w = scale * nibble + minimum.
     FORM_INT4 = 3,
+    // Floats of 8 bits, one f32 scale for each row.
+    FORM_FP8 = 4,
+};
+
+// What a cache holds.
+enum Cache : u32 {
+    CACHE_F32 = 0,
+    CACHE_BF16 = 1,
+    // Floats of 8 bits.
+    CACHE_FP8 = 2,
 };
 
 struct Weights {
     const u8* data;
-    // FORM_INT8: float [n]; FORM_INT4: u32 [n, stride / 32].
+    // FORM_INT8, FORM_FP8: float [n]; FORM_INT4: u32 [n, stride / 32].
     const void* scales;
     u32 form;
     u32 n;
@@ -160,6 +193,8 @@ DEVICE float element(const Weights& w, u64 row, u32 column) {
             return from_bf16(((const u16*)w.data)[at]);
         case FORM_INT8:
             return ((const float*)w.scales)[row] * (float)((const i8*)w.data)[at];
+        case FORM_FP8:
+            return ((const float*)w.scales)[row] * low_bf16(from_e4m3(w.data[at]));
         default: {
             const u32 scale = ((const u32*)w.scales)[at / 32];
             const u32 nibble = ((const u32*)w.data)[at / 8] >> (at % 8 * 4) & 15;

@@ -50,6 +50,18 @@ struct Stretch<FORM_INT8> {
 };
 
 template <>
+struct Stretch<FORM_FP8> {
+    static constexpr u32 EACH = 16;
+    Quad raw = {};
+
+    DEVICE_MEMBER void load(const Weights& w, u64 row, u32 at) { raw = load_once(w.data + row * w.stride + at); }
+    // Exact in bf16; the row's scale is applied to the sum.
+    DEVICE_MEMBER void words(u32 part, u32 (&to)[4]) const {
+        for (u32 i = 0; i < 4; i++) to[i] = from_e4m3(raw.x[part * 2 + i / 2] >> i % 2 * 16);
+    }
+};
+
+template <>
 struct Stretch<FORM_INT4> {
     static constexpr u32 EACH = 32;
     Quad raw = {};
@@ -130,7 +142,7 @@ DEVICE void linear(const Linear& p) {
         if (row >= p.rows || feature >= p.w.n) continue;
         float sum = 0;
         for (u32 from = 0; from < LINEAR_WARPS; from++) sum += all[from * ROWS * 16 + i];
-        if (FORM == FORM_INT8) sum *= ((const float*)p.w.scales)[feature];
+        if (FORM == FORM_INT8 || FORM == FORM_FP8) sum *= ((const float*)p.w.scales)[feature];
         if (p.bias) sum += p.bias[feature];
         float* const out = p.out + (u64)row * p.w.n + feature;
         *out = p.add ? *out + sum : sum;
@@ -145,6 +157,10 @@ LINEAR(int8, FORM_INT8, 8, 1)
 LINEAR(int8, FORM_INT8, 16, 2)
 LINEAR(int8, FORM_INT8, 32, 4)
 LINEAR(int8, FORM_INT8, 64, 8)
+LINEAR(fp8, FORM_FP8, 8, 1)
+LINEAR(fp8, FORM_FP8, 16, 2)
+LINEAR(fp8, FORM_FP8, 32, 4)
+LINEAR(fp8, FORM_FP8, 64, 8)
 LINEAR(int4, FORM_INT4, 8, 1)
 LINEAR(int4, FORM_INT4, 16, 2)
 LINEAR(int4, FORM_INT4, 32, 4)

@@ -164,7 +164,7 @@ struct RopeCache {
     u32 head_dim;
     u32 half;
     u32 block_size;
-    u32 cache_is_bf16;
+    u32 cache_form;
     float eps;
 };
 
@@ -203,10 +203,15 @@ KERNEL(rope_cache, 128, RopeCache) {
     const u64 at = ((block * p.kv_heads + kv_head) * p.block_size + offset) * p.head_dim;
     void* const cache = is_value ? p.values : p.keys;
     for (u32 i = lane; i < p.head_dim; i += 32) {
-        if (p.cache_is_bf16) {
-            ((u16*)cache)[at + i] = to_bf16(x[i]);
-        } else {
-            ((float*)cache)[at + i] = x[i];
+        switch (p.cache_form) {
+            case CACHE_BF16:
+                ((u16*)cache)[at + i] = to_bf16(x[i]);
+                break;
+            case CACHE_FP8:
+                ((u8*)cache)[at + i] = to_e4m3(x[i]);
+                break;
+            default:
+                ((float*)cache)[at + i] = x[i];
         }
     }
 }

@@ -301,6 +301,11 @@ DEVICE float from_f16(u16 half) {
     return as_float(sign | (exponent + 112) << 23 | mantissa << 13);
 }
 
+DEVICE u32 multiply_pairs(u32 a, u32 b) {
+    const float low = as_float(a << 16) * as_float(b << 16), high = as_float(a & 0xffff0000u) * as_float(b & 0xffff0000u);
+    return pack_bf16(low, high);
+}
+
 DEVICE float power_of_2(float x) { return exp2f(x); }
 DEVICE Quad load_once(const void* at) { return *(const Quad*)at; }
 

@@ -12,6 +12,7 @@ pub mod aligned;
 pub mod blocks;
 pub mod cpu;
 pub mod cuda;
+pub mod e4m3;
 pub mod error;
 pub mod isa;
 pub mod linear;

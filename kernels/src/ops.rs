@@ -100,6 +100,8 @@ pub enum WeightFormat {
     Bf16,
     /// Quantise to 8 bits with a scale per output feature.
     Int8,
+    /// Round to 8-bit floats ([`crate::e4m3`]) with a scale per output feature. On cards only.
+    Fp8,
 }
 
 /// A weight as it lies in a file: `n` rows of `k` weights.
@@ -145,6 +147,19 @@ pub enum KvDtype {
     /// Half the bytes; 8 bits of mantissa.
     #[default]
     Bf16,
+    /// A quarter of the bytes; 4 bits of mantissa ([`crate::e4m3`]), magnitudes up to 448. On cards only.
+    Fp8,
+}
+
+impl KvDtype {
+    /// Bytes of a number.
+    pub const fn bytes(self) -> usize {
+        match self {
+            KvDtype::F32 => 4,
+            KvDtype::Bf16 => 2,
+            KvDtype::Fp8 => 1,
+        }
+    }
 }
 
 /// Shape of the paged key-value cache. Logical layout `[layer][block][kv_head][slot][head_dim]` for keys and values each;
@@ -168,11 +183,7 @@ pub struct KvSpec {
 impl KvSpec {
     /// Bytes of one block over all layers, keys and values.
     pub const fn block_bytes(&self) -> usize {
-        let element = match self.dtype {
-            KvDtype::F32 => 4,
-            KvDtype::Bf16 => 2,
-        };
-        2 * self.layers * self.kv_heads * self.block_size * self.head_dim * element
+        2 * self.layers * self.kv_heads * self.block_size * self.head_dim * self.dtype.bytes()
     }
 }
 

@@ -67,7 +67,7 @@ pub struct ServeArgs {
     /// Tokens that one step computes [default: 512]
     #[arg(long, value_name = "N")]
     max_batch_tokens: Option<String>,
-    /// Form of the weights in memory: auto, f32, bf16, int8 [default: auto]
+    /// Form of the weights in memory: auto, f32, bf16, int8, fp8 (on cards) [default: auto]
     #[arg(long, value_name = "FORMAT")]
     weights: Option<String>,
     /// Form of keys and values: bf16, f32 [default: bf16]

@@ -298,12 +298,13 @@ impl Config {
                             ("f32", WeightFormat::F32),
                             ("bf16", WeightFormat::Bf16),
                             ("int8", WeightFormat::Int8),
+                            ("fp8", WeightFormat::Fp8),
                         ],
                     )
                 })
             })?,
             kv_dtype: get("kv_dtype").map_or(Ok(KvDtype::Bf16), |s| {
-                s.parse(|text| value::choice(text, &[("bf16", KvDtype::Bf16), ("f32", KvDtype::F32)]))
+                s.parse(|text| value::choice(text, &[("bf16", KvDtype::Bf16), ("f32", KvDtype::F32), ("fp8", KvDtype::Fp8)]))
             })?,
             prefix_caching: get("prefix_caching").map_or(Ok(true), |s| s.parse(value::switch))?,
             max_loras: count("max_loras", 0)?.unwrap_or(base.max_adapters),

@@ -42,7 +42,7 @@ fn a_bad_value_names_flag_variable_or_line() {
     let from_env = Config::load(Layer::default(), None, env(&[("TIDEMILL_KV_MEMORY", "lots")])).unwrap_err().to_string();
     assert!(from_env.starts_with("TIDEMILL_KV_MEMORY: expected a size"), "{from_env}");
     let from_flag = Config::load(flags(&[("kv_dtype", "f8")]), None, env(&[])).unwrap_err().to_string();
-    assert_eq!(from_flag, "--kv-dtype: expected one of bf16, f32, not `f8`");
+    assert_eq!(from_flag, "--kv-dtype: expected one of bf16, f32, fp8, not `f8`");
 }
 
 #[test]

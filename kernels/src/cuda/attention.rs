@@ -6,16 +6,32 @@ use super::params::{Tile, all_bytes};
 use super::plan::Plan;
 use super::room::Room;
 use crate::error::KernelError;
-use crate::ops::{HeadShape, StepBatch};
+use crate::ops::{HeadShape, KvDtype, StepBatch};
 
-/// The kernels with matrix units for a head width: of few rows, of many.
-pub(super) fn fast_attention(head_dim: usize) -> Option<(Kernel, Kernel)> {
+/// The kernels with matrix units: of few rows, of many.
+pub(super) type FewAndMany = (Kernel, Kernel);
+
+/// Those for a head width and a cache.
+pub(super) fn fast_attention(head_dim: usize, dtype: KvDtype) -> Option<FewAndMany> {
     let kernel = |name| Kernel::new(Source::Attention, name, 128);
-    match head_dim {
-        64 => Some((kernel("attention_few_64"), kernel("attention_many_64"))),
-        128 => Some((kernel("attention_few_128"), kernel("attention_many_128"))),
-        256 => Some((kernel("attention_few_256"), kernel("attention_many_256"))),
-        _ => None,
+    let (few, many) = match (head_dim, dtype) {
+        (64, KvDtype::Bf16) => ("attention_few_64", "attention_many_64"),
+        (128, KvDtype::Bf16) => ("attention_few_128", "attention_many_128"),
+        (256, KvDtype::Bf16) => ("attention_few_256", "attention_many_256"),
+        (64, KvDtype::Fp8) => ("attention_few_64_fp8", "attention_many_64_fp8"),
+        (128, KvDtype::Fp8) => ("attention_few_128_fp8", "attention_many_128_fp8"),
+        (256, KvDtype::Fp8) => ("attention_few_256_fp8", "attention_many_256_fp8"),
+        _ => return None,
+    };
+    Some((kernel(few), kernel(many)))
+}
+
+/// The number that kernels know a cache's type by.
+pub(super) const fn cache_form(dtype: KvDtype) -> u32 {
+    match dtype {
+        KvDtype::F32 => 0,
+        KvDtype::Bf16 => 1,
+        KvDtype::Fp8 => 2,
     }
 }
 

@@ -163,6 +163,15 @@ fn card_alloc(bytes: usize, what: &'static str) -> Result<Address, KernelError> 
     })
 }
 
+/// Compiles all kernel files for an architecture (`sm_90a`) into `cache`, for a machine that has a driver and no NVRTC.
+pub fn prepare(architecture: &str, cache: &Path) -> Result<(), KernelError> {
+    images(architecture, Some(cache), None)?;
+    match Source::ALL.into_iter().map(|source| kept_at(cache, source, architecture)).find(|path| !path.is_file()) {
+        Some(path) => Err(KernelError::Device(format!("{} could not be written; choose a folder that can be", path.display()))),
+        None => Ok(()),
+    }
+}
+
 /// The machine code of a file, from the cache or the compiler.
 fn image_of(source: Source, architecture: &str, cache: Option<&Path>, driver: Option<i32>) -> Result<Vec<u8>, KernelError> {
     let kept = cache.map(|folder| kept_at(folder, source, architecture));

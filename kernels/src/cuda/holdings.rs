@@ -3,7 +3,7 @@
 use super::device::{Address, Kernel, Source};
 use super::params::Weights;
 use super::weights::Form;
-use crate::ops::{KvDtype, KvSpec, Rows};
+use crate::ops::{KvSpec, Rows};
 
 /// A kernel for products of up to so many rows.
 const fn linear(name: &'static str) -> Kernel {
@@ -19,6 +19,12 @@ pub(super) fn few_rows(form: Form) -> &'static [(usize, Kernel)] {
         (32, linear("linear_int8_32")),
         (64, linear("linear_int8_64")),
     ];
+    const FP8: [(usize, Kernel); 4] = [
+        (8, linear("linear_fp8_8")),
+        (16, linear("linear_fp8_16")),
+        (32, linear("linear_fp8_32")),
+        (64, linear("linear_fp8_64")),
+    ];
     const INT4: [(usize, Kernel); 4] = [
         (8, linear("linear_int4_8")),
         (16, linear("linear_int4_16")),
@@ -30,6 +36,7 @@ pub(super) fn few_rows(form: Form) -> &'static [(usize, Kernel)] {
         // Beyond, the library's products read the weights as fast and compute faster.
         Form::Bf16 => &BF16,
         Form::Int8 => &INT8,
+        Form::Fp8 => &FP8,
         Form::Int4 => &INT4,
     }
 }
@@ -70,16 +77,9 @@ pub(super) struct HeldCache {
 }
 
 impl HeldCache {
-    pub(super) fn element(&self) -> usize {
-        match self.spec.dtype {
-            KvDtype::F32 => 4,
-            KvDtype::Bf16 => 2,
-        }
-    }
-
     /// Bytes of a block in one layer, keys or values.
     pub(super) fn block_bytes(&self) -> usize {
-        self.spec.kv_heads * self.spec.block_size * self.spec.head_dim * self.element()
+        self.spec.kv_heads * self.spec.block_size * self.spec.head_dim * self.spec.dtype.bytes()
     }
 
     /// Where a layer's keys and values start.

@@ -23,10 +23,11 @@ mod replay;
 mod room;
 mod sampling;
 mod staging;
+pub mod stopwatch;
 pub mod weights;
 
 use self::adapters::Adapters;
-use self::attention::{Planned, Plans, Tiles, fast_attention};
+use self::attention::{FewAndMany, Planned, Plans, Tiles, cache_form, fast_attention};
 use self::device::{Address, Device, Kernel, Launch, Params, Product, Source};
 use self::graphs::Op;
 use self::holdings::{Buffer, Half, HeldCache, HeldMatrix, HeldRope, few_rows};
@@ -253,9 +254,9 @@ impl<D: Device> CudaBackend<D> {
     }
 
     /// The kernels with matrix units for a shape, the step's tiles, and memory for its partial results; once per step.
-    fn plan(&mut self, shape: HeadShape, kv: KvCache) -> Result<(Option<(Kernel, Kernel)>, Planned, Address), KernelError> {
+    fn plan(&mut self, shape: HeadShape, kv: KvCache) -> Result<(Option<FewAndMany>, Planned, Address), KernelError> {
         let dtype = self.caches[kv.0 as usize].spec.dtype;
-        let kernels = fast_attention(shape.head_dim).filter(|_| dtype == KvDtype::Bf16);
+        let kernels = fast_attention(shape.head_dim, dtype);
         let planned = self.plans.get(&mut self.device, &self.batch, self.captures.size, shape, kernels.is_some())?;
         let bytes = planned.partials * shape.kv_heads * 16 * (shape.head_dim + 2) * 4;
         Ok((kernels, planned, self.partials.reserve(&mut self.device, "attention", bytes)?))
@@ -290,7 +291,7 @@ impl<D: Device> CudaBackend<D> {
             kv_heads: kv_heads as u32,
             head_dim: head_dim as u32,
             block_size: block_size as u32,
-            cache_is_bf16: u32::from(dtype == KvDtype::Bf16),
+            cache_form: cache_form(dtype),
             window: spec.sliding_window.map_or(0, |window| window.min(u32::MAX as usize) as u32),
             scale: spec.scale,
             soft_cap: spec.soft_cap.unwrap_or(0.0),
@@ -460,8 +461,7 @@ impl<D: Device> Ops for CudaBackend<D> {
     }
 
     fn alloc_kv(&mut self, spec: KvSpec) -> Result<KvCache, KernelError> {
-        let element = if spec.dtype == KvDtype::F32 { 4 } else { 2 };
-        let sizes = [spec.layers, spec.blocks, spec.kv_heads, spec.block_size, spec.head_dim, element];
+        let sizes = [spec.layers, spec.blocks, spec.kv_heads, spec.block_size, spec.head_dim, spec.dtype.bytes()];
         let bytes = sizes.into_iter().try_fold(1usize, usize::checked_mul);
         let (keys, values) = (self.hold("keys", bytes)?, self.hold("values", bytes)?);
         let handle = self.shapes.add_cache(spec)?;
@@ -571,7 +571,7 @@ impl<D: Device> Ops for CudaBackend<D> {
                 head_dim: shape.head_dim as u32,
                 half: rope.half as u32,
                 block_size: cache.spec.block_size as u32,
-                cache_is_bf16: u32::from(cache.spec.dtype == KvDtype::Bf16),
+                cache_form: cache_form(cache.spec.dtype),
                 eps: norm.map_or(0.0, |n| n.eps),
                 unused: 0,
             };

@@ -33,7 +33,7 @@ params! {
     CopyBlock { cache: Address, from: u64, to: u64, layer_bytes: u64, block_bytes: u32, unused: u32 }
     RopeCache {
         qkv: Address, q_norm: Address, k_norm: Address, cosines: Address, sines: Address, positions: Address, slots: Address,
-        keys: Address, values: Address, heads: u32, kv_heads: u32, head_dim: u32, half: u32, block_size: u32, cache_is_bf16: u32,
+        keys: Address, values: Address, heads: u32, kv_heads: u32, head_dim: u32, half: u32, block_size: u32, cache_form: u32,
         eps: f32, unused: u32,
     }
     LoraPart { a: Address, b: Address, column: u32, n: u32, k: u32, rank: u32, scale: f32, unused: u32 }
@@ -46,7 +46,7 @@ params! {
     Tile { first_row: u32, rows: u32, context: u32, first_block: u32, packed: u32, from: u32, to: u32, partial: u32 }
     Attention {
         qkv: Address, keys: Address, values: Address, blocks: Address, tiles: Address, out: Address, half: Address, partials: Address,
-        half_stride: u32, heads: u32, kv_heads: u32, head_dim: u32, block_size: u32, cache_is_bf16: u32, window: u32, scale: f32,
+        half_stride: u32, heads: u32, kv_heads: u32, head_dim: u32, block_size: u32, cache_form: u32, window: u32, scale: f32,
         soft_cap: f32, unused: u32,
     }
     SampleRow {

@@ -4,6 +4,7 @@
 use half::{bf16, f16};
 
 use crate::blocks::{dequantize_row, four_bit_row, is_four_bit};
+use crate::e4m3;
 use crate::error::KernelError;
 use crate::ops::{Format, MatrixSource, WeightFormat};
 use crate::shapes::Shapes;
@@ -12,6 +13,8 @@ use crate::shapes::Shapes;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum Form {
+    /// 8-bit floats, a scale for each row.
+    Fp8 = 4,
     /// Nibbles in groups of 32 with a scale and a minimum.
     Int4 = 3,
     /// Signed bytes, a scale for each row.
@@ -38,7 +41,7 @@ pub struct Packed {
     pub stride: usize,
     /// Elements.
     pub data: Vec<u8>,
-    /// Scales: `f32 [n]` for int8, pairs of f16 `[n, stride / 32]` for int4, else empty.
+    /// Scales: `f32 [n]` for the 8-bit forms, pairs of f16 `[n, stride / 32]` for int4, else empty.
     pub scales: Vec<u8>,
 }
 
@@ -56,6 +59,7 @@ fn form(sources: &[MatrixSource<'_>], wanted: WeightFormat) -> Form {
         WeightFormat::F32 => Form::F32,
         WeightFormat::Bf16 => Form::Bf16,
         WeightFormat::Int8 => Form::Int8,
+        WeightFormat::Fp8 => Form::Fp8,
     }
 }
 
@@ -69,11 +73,11 @@ pub fn pack(sources: &[MatrixSource<'_>], wanted: WeightFormat) -> Result<Packed
     let row_bytes = match form {
         Form::F32 => stride * 4,
         Form::Bf16 => stride * 2,
-        Form::Int8 => stride,
+        Form::Int8 | Form::Fp8 => stride,
         Form::Int4 => stride / 2,
     };
     let scale_bytes = match form {
-        Form::Int8 => 4,
+        Form::Int8 | Form::Fp8 => 4,
         Form::Int4 => stride / 32 * 4,
         Form::F32 | Form::Bf16 => 0,
     };
@@ -128,10 +132,15 @@ impl Scratch {
             Form::Bf16 => {
                 to.as_chunks_mut().0.iter_mut().zip(&self.row).for_each(|(to, v)| *to = bf16::from_f32(*v).to_le_bytes())
             }
-            Form::Int8 | Form::Int4 => {
-                let scale = self.row.iter().fold(0.0f32, |most, v| most.max(v.abs())) / 127.0;
+            Form::Int8 | Form::Fp8 | Form::Int4 => {
+                let largest = if form == Form::Fp8 { e4m3::LARGEST } else { 127.0 };
+                let scale = self.row.iter().fold(0.0f32, |most, v| most.max(v.abs())) / largest;
                 let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-                to.iter_mut().zip(&self.row).for_each(|(to, v)| *to = (v * inverse).round() as i8 as u8);
+                let row = to.iter_mut().zip(&self.row);
+                match form {
+                    Form::Fp8 => row.for_each(|(to, v)| *to = e4m3::encode(v * inverse)),
+                    _ => row.for_each(|(to, v)| *to = (v * inverse).round() as i8 as u8),
+                }
                 scales.copy_from_slice(&scale.to_le_bytes());
             }
         }
@@ -165,7 +174,22 @@ mod tests {
 
     #[test]
     fn a_row_of_zeros_has_no_scale() {
-        let packed = pack(&[source(Format::F32, &[0; 256], 1, 64)], WeightFormat::Int8).unwrap();
-        assert!(packed.data.iter().chain(&packed.scales).all(|b| *b == 0));
+        for format in [WeightFormat::Int8, WeightFormat::Fp8] {
+            let packed = pack(&[source(Format::F32, &[0; 256], 1, 64)], format).unwrap();
+            assert!(packed.data.iter().chain(&packed.scales).all(|b| *b == 0));
+        }
+    }
+
+    #[test]
+    fn a_row_of_8_bit_floats_uses_their_whole_range() {
+        let values: Vec<f32> = (0..64).map(|i| (i as f32 - 20.0) * 0.01).collect();
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let packed = pack(&[source(Format::F32, &bytes, 1, 64)], WeightFormat::Fp8).unwrap();
+        let scale = f32::from_le_bytes(packed.scales.as_slice().try_into().unwrap());
+        assert_eq!((packed.form, packed.data[63], packed.data.len()), (Form::Fp8, 0x7e, 128));
+        for (byte, value) in packed.data.iter().zip(&values) {
+            // Half a unit of 3 bits.
+            assert!((e4m3::decode(*byte) * scale - value).abs() <= value.abs() / 16.0 + scale / 1024.0, "{value}");
+        }
     }
 }

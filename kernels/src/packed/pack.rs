@@ -103,6 +103,9 @@ fn panel_forms(rows: &Stack<'_>, format: WeightFormat) -> Result<Vec<Form>, Kern
             "8-bit weights take up to {MAX_INT_K} input features, this matrix has {}; choose bf16",
             rows.k
         ))),
+        WeightFormat::Fp8 => Err(KernelError::Unsupported(
+            "8-bit floats are for weights on a card; choose int8, which a processor computes with".into(),
+        )),
         WeightFormat::Auto => {
             let natural = |format: Format| match format {
                 Format::F32 => Form::F32,

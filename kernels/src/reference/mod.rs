@@ -1,7 +1,7 @@
 //! The oracle: every operation as its definition says, one number after the other.
 //!
 //! Values are stored as f32, sums are made in f64. Nothing is packed: weights are dequantised when loaded, whatever
-//! [`WeightFormat`] asks for, and the cache is dense `[layer][block][kv_head][slot][head_dim]` (rounded to bf16 where the cache
+//! [`WeightFormat`] asks for, and the cache is dense `[layer][block][kv_head][slot][head_dim]` (rounded to bf16 or 8 bits where the cache
 //! is declared so, because that is what the cache holds). Operations run when they are enqueued.
 
 mod attention;
@@ -10,6 +10,7 @@ mod sampling;
 use half::bf16;
 
 use crate::blocks::dequantize_row;
+use crate::e4m3;
 use crate::error::KernelError;
 use crate::ops::*;
 use crate::shapes::Shapes;
@@ -59,6 +60,7 @@ impl Cache {
         match self.spec.dtype {
             KvDtype::F32 => value,
             KvDtype::Bf16 => bf16::from_f32(value).to_f32(),
+            KvDtype::Fp8 => e4m3::decode(e4m3::encode(value)),
         }
     }
 }

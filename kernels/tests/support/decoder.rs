@@ -1,8 +1,10 @@
 //! A llama-shaped decoder with random weights, written against [`Ops`] as a model file would be.
 
+use tidemill_kernels::reference::Reference;
 use tidemill_kernels::*;
 
-use super::{Noise, Weight};
+use super::steps::{ragged, sequences};
+use super::{Noise, Weight, error};
 
 #[derive(Clone, Copy, Debug)]
 pub struct DecoderShape {
@@ -170,5 +172,93 @@ impl<O: Ops> Decoder<O> {
         ops.linear(self.sampled_normed, self.table, None, self.logits, Store::Replace);
         ops.sample(self.logits, self.shape.vocabulary);
         ops.finish(out)
+    }
+}
+
+pub const LIMITS: Limits = Limits { max_tokens: 96, max_samples: 8, max_positions: 256 };
+/// Blocks of the cache of a [`Trial`].
+const BLOCKS: usize = 48;
+
+fn small_shapes() -> [DecoderShape; 2] {
+    let spec = |head_dim: usize| AttentionSpec { scale: 1.0 / (head_dim as f32).sqrt(), sliding_window: None, soft_cap: None };
+    [
+        DecoderShape {
+            layers: 2,
+            hidden: 96,
+            heads: HeadShape { heads: 6, kv_heads: 2, head_dim: 64 },
+            ffn: 160,
+            vocabulary: 301,
+            qk_norm: false,
+            qkv_bias: false,
+            spec: spec(64),
+        },
+        DecoderShape {
+            layers: 2,
+            hidden: 128,
+            heads: HeadShape { heads: 4, kv_heads: 4, head_dim: 80 },
+            ffn: 96,
+            vocabulary: 257,
+            qk_norm: true,
+            qkv_bias: true,
+            spec: AttentionSpec { sliding_window: Some(40), soft_cap: Some(30.0), ..spec(80) },
+        },
+    ]
+}
+
+/// A decoder, steps for it, and the logits that the reference gives them.
+pub struct Trial {
+    pub name: String,
+    pub tolerance: f64,
+    weights: DecoderWeights,
+    packed: WeightFormat,
+    dtype: KvDtype,
+    steps: Vec<StepBatch>,
+    wanted: Vec<Vec<f32>>,
+}
+
+impl Trial {
+    /// f32 weights and cache must agree to rounding; 8- and 4-bit grids and bf16 products to theirs.
+    pub fn all() -> impl Iterator<Item = Trial> {
+        let cases = [
+            (Format::F32, WeightFormat::F32, KvDtype::F32, 2e-4),
+            (Format::Bf16, WeightFormat::Auto, KvDtype::Bf16, 4e-2),
+            (Format::Q8_0, WeightFormat::Auto, KvDtype::Bf16, 6e-2),
+            (Format::Q4_0, WeightFormat::Auto, KvDtype::F32, 6e-2),
+        ];
+        let shapes = small_shapes().into_iter().enumerate();
+        shapes.flat_map(move |(seed, shape)| {
+            cases.map(|(format, packed, dtype, tolerance)| Trial::new(seed as u64, shape, format, packed, dtype, tolerance))
+        })
+    }
+
+    pub fn new(seed: u64, shape: DecoderShape, format: Format, packed: WeightFormat, dtype: KvDtype, tolerance: f64) -> Trial {
+        let weights = DecoderWeights::random(7, shape, format, format);
+        let noise = &mut Noise::new(seed);
+        let mut list = sequences(noise, 5, 150, shape.vocabulary, BLOCKS);
+        let steps = ragged(noise, &mut list, LIMITS.max_tokens);
+        let mut oracle = Decoder::new(Reference::new(LIMITS), &weights, packed, BLOCKS, dtype);
+        let wanted = oracle.logits_of(&steps);
+        let name = format!("{format:?} as {packed:?}, cache {dtype:?}, heads of {}", shape.heads.head_dim);
+        Trial { name, tolerance, weights, packed, dtype, steps, wanted }
+    }
+
+    /// The largest error of a backend's logits in the first steps.
+    pub fn error<O: Ops>(&self, ops: O, steps: usize) -> f64 {
+        let mut decoder = Decoder::new(ops, &self.weights, self.packed, BLOCKS, self.dtype);
+        let got = decoder.logits_of(&self.steps[..steps.min(self.steps.len())]);
+        got.iter().zip(&self.wanted).map(|(got, want)| error(got, want)).fold(0.0, f64::max)
+    }
+}
+
+impl<O: Ops> Decoder<O> {
+    /// The logits of each step.
+    pub fn logits_of(&mut self, steps: &[StepBatch]) -> Vec<Vec<f32>> {
+        let mut out = StepOutput::default();
+        let mut logits = |step: &StepBatch| {
+            self.forward(step, &mut out).unwrap();
+            assert_eq!(out.samples.len(), step.samples.len());
+            self.ops.read(self.logits).unwrap()
+        };
+        steps.iter().map(&mut logits).collect()
     }
 }

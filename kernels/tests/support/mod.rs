@@ -3,13 +3,19 @@
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
+    clippy::panic,
     reason = "a test stops at the first error; the lint knows test functions only"
 )]
 
+pub mod backend;
 pub mod decoder;
 pub mod emulation;
 pub mod faulty;
+pub mod low_rank;
+pub mod mistakes;
 pub mod recorder;
+pub mod sampling;
+pub mod scenarios;
 pub mod steps;
 
 use tidemill_kernels::blocks::quantize_row;

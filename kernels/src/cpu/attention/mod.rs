@@ -48,7 +48,8 @@ impl AttentionPath {
             (KvDtype::F32, Isa::Portable) => Self::F32Portable,
             (KvDtype::F32, Isa::Avx2) => Self::F32Avx2,
             (KvDtype::F32, _) => Self::F32Avx512,
-            (KvDtype::Bf16, Isa::Portable) => Self::Bf16Portable,
+            // 8-bit floats are refused where the storage is made.
+            (KvDtype::Bf16, Isa::Portable) | (KvDtype::Fp8, _) => Self::Bf16Portable,
             (KvDtype::Bf16, Isa::Avx2) => Self::Bf16Avx2,
             (KvDtype::Bf16, isa) => Self::choose_bf16(isa == Isa::Amx, head_dim),
         }

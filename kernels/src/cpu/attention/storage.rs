@@ -50,11 +50,10 @@ impl KvStorage {
         if spec.layers == 0 || spec.kv_heads == 0 || spec.blocks == 0 {
             return shape(format!("{} layers, {} blocks, {} key-value heads", spec.layers, spec.blocks, spec.kv_heads));
         }
-        let element = match spec.dtype {
-            KvDtype::F32 => 4usize,
-            KvDtype::Bf16 => 2,
-        };
-        let bytes = [spec.layers, spec.blocks, spec.kv_heads, spec.head_dim, BLOCK, element]
+        if spec.dtype == KvDtype::Fp8 {
+            return Err(KernelError::Unsupported("a cache of 8-bit floats is for cards; choose bf16".into()));
+        }
+        let bytes = [spec.layers, spec.blocks, spec.kv_heads, spec.head_dim, BLOCK, spec.dtype.bytes()]
             .into_iter()
             .try_fold(2usize, usize::checked_mul)
             .filter(|&bytes| isize::try_from(bytes).is_ok());
@@ -162,7 +161,7 @@ impl KvStorage {
                 }
             },
             // SAFETY: as above. Neighbouring slots share words but not elements.
-            KvDtype::Bf16 => unsafe {
+            KvDtype::Bf16 | KvDtype::Fp8 => unsafe {
                 let keys = self.keys::<u16>(layer, block, kv_head).cast::<u32>();
                 let values = self.values::<u16>(layer, block, kv_head);
                 if count == 1 {
@@ -358,7 +357,7 @@ mod tests {
                         KvDtype::F32 => {
                             (*storage.keys::<f32>(1, 2, 1).add(d * 32 + 5), *storage.values::<f32>(1, 2, 1).add(5 * 6 + d))
                         }
-                        KvDtype::Bf16 => {
+                        KvDtype::Bf16 | KvDtype::Fp8 => {
                             let key = *storage.keys::<u16>(1, 2, 1).add((d / 2) * 64 + 5 * 2 + d % 2);
                             let value = *storage.values::<u16>(1, 2, 1).add(2 * 12 + d * 2 + 1);
                             (half::bf16::from_bits(key).to_f32(), half::bf16::from_bits(value).to_f32())

@@ -1,0 +1,254 @@
+//! What a card computes, and how fast; `make gpu-check` runs it there (docs/gpu.md). It prints a table: each operation against the scalar reference and
+//! whole decoders against the CPU backend, then bandwidth and rate of each kernel at the sizes of an 8B Llama, against ceilings measured in
+//! the same run. Each part is a process of its own with a limit: one that hangs or loses the card costs its own rows only.
+//!
+//! Without arguments, as in `make test`, everything runs on the emulated device in tiny sizes, which shows that the program works.
+
+#![allow(clippy::unwrap_used, reason = "a check stops at the first error")]
+
+mod clock;
+mod parity;
+mod rates;
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use clock::Clock;
+use rates::{Ceilings, Sizes};
+use support::emulation::Emulated;
+use tidemill_kernels::Limits;
+use tidemill_kernels::cuda::CudaBackend;
+use tidemill_kernels::cuda::device::Device;
+use tidemill_kernels::cuda::driver::{Card, prepare};
+
+/// Cards that kernels are compiled for ahead.
+const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_89", "sm_90a"];
+
+/// Exit status where there is no card to check.
+const NO_CARD: u8 = 2;
+
+const USAGE: &str = "card: without arguments, a check of this program on the emulated device
+card images FOLDER                       compile the kernels for every card that is named, into FOLDER
+card check FOLDER REPORT [SECONDS]       check the first card; the table goes to REPORT, too
+card part FOLDER NAME [COPY PRODUCT]     one part of it
+card part FOLDER NAME brief              with a sample of its cases";
+
+/// A part of the check: its name, the section of the table it belongs to, and how long it may take.
+const PARTS: [(&str, Section, u64); 20] = [
+    ("parity rows", Section::Parity, 20),
+    ("parity linears", Section::Parity, 20),
+    ("parity attention", Section::Parity, 40),
+    ("parity fp8", Section::Parity, 40),
+    ("parity low-rank", Section::Parity, 20),
+    ("parity sampling", Section::Parity, 20),
+    ("parity company", Section::Parity, 20),
+    ("parity decoders", Section::Parity, 40),
+    ("parity large", Section::Parity, 60),
+    ("ceilings", Section::Ceilings, 40),
+    ("rates rows", Section::Rates, 30),
+    ("rates bf16", Section::Rates, 60),
+    ("rates int8", Section::Rates, 60),
+    ("rates int4", Section::Rates, 60),
+    ("rates fp8", Section::Rates, 60),
+    ("rates low-rank", Section::Rates, 30),
+    ("rates decode", Section::Rates, 60),
+    ("rates decode fp8", Section::Rates, 60),
+    ("rates prefill", Section::Rates, 30),
+    ("rates sampling", Section::Rates, 30),
+];
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Section {
+    Parity,
+    Ceilings,
+    Rates,
+}
+
+impl Section {
+    fn heading(self) -> &'static str {
+        match self {
+            Section::Parity => {
+                "\n### The same numbers\n\n| operation | against | cases | largest error | allowed | |\n|---|---|--:|--:|--:|---|"
+            }
+            Section::Ceilings => "\n### Ceilings, in this run\n\n| what | |\n|---|--:|",
+            Section::Rates => {
+                "\n### Kernels at the sizes of an 8B Llama\n\n| kernel | sizes | µs | GB/s | of the copy | TFLOP/s | of the product |\n\
+                 |---|---|--:|--:|--:|--:|--:|"
+            }
+        }
+    }
+}
+
+/// Where the parts run.
+enum Place<'a> {
+    /// On a card, with compiled kernels from a folder.
+    Card(&'a Path),
+    Emulated,
+}
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["images", folder] => images(Path::new(folder)),
+        ["check", folder, report, rest @ ..] => {
+            let seconds = rest.first().and_then(|s| s.parse().ok()).unwrap_or(300);
+            check(&Place::Card(Path::new(folder)), Some(Path::new(report)), Duration::from_secs(seconds))
+        }
+        ["part", folder, name, rest @ ..] => {
+            let place = if *folder == "-" { Place::Emulated } else { Place::Card(Path::new(folder)) };
+            part(&place, name, rest)
+        }
+        // As the test harness is called: a filter of names, or flags.
+        [] => check(&Place::Emulated, None, Duration::from_secs(600)),
+        [filter, ..] if filter.starts_with('-') && *filter != "--help" => match words.contains(&"--list") {
+            true => ExitCode::SUCCESS,
+            false => check(&Place::Emulated, None, Duration::from_secs(600)),
+        },
+        [filter, ..] if !["--help", "images", "check", "part"].contains(filter) => ExitCode::SUCCESS,
+        _ => {
+            println!("{USAGE}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn images(folder: &Path) -> ExitCode {
+    match ARCHITECTURES.iter().try_for_each(|architecture| prepare(architecture, folder)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn check(place: &Place<'_>, report: Option<&Path>, limit: Duration) -> ExitCode {
+    let start = Instant::now();
+    let mut table = Table { lines: Vec::new(), report: report.map(Path::to_owned), failed: false };
+    match place {
+        // Opened here first, so that a machine without one gets one plain line.
+        Place::Card(images) => match Card::open(Some(images)) {
+            Ok(card) => table.line(&card.describe()),
+            Err(error) => {
+                eprintln!("{error}");
+                return ExitCode::from(NO_CARD);
+            }
+        },
+        Place::Emulated => table.line("Emulated, in tiny sizes: the numbers say nothing."),
+    }
+    let (mut section, mut ceilings) = (None, Ceilings::default());
+    for (name, own, seconds) in PARTS {
+        if section.replace(own) != Some(own) {
+            table.line(own.heading());
+        }
+        let left = limit.saturating_sub(start.elapsed());
+        if left.is_zero() {
+            table.line(&format!("| {name} | not run: the limit of {} s was reached |", limit.as_secs()));
+            continue;
+        }
+        // An emulated thread is slow, and tests share their processors: only the whole is limited.
+        let most = if matches!(place, Place::Emulated) { left } else { left.min(Duration::from_secs(seconds)) };
+        run_part(place, name, &mut ceilings, most, &mut table);
+    }
+    table.line(&format!("\n{:.0} s in all.", start.elapsed().as_secs_f64()));
+    if table.failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+/// What was printed so far, also kept in a file: a run that is killed leaves what it had.
+struct Table {
+    lines: Vec<String>,
+    report: Option<PathBuf>,
+    failed: bool,
+}
+
+impl Table {
+    fn line(&mut self, line: &str) {
+        println!("{line}");
+        self.lines.push(line.to_owned());
+        if let Some(report) = &self.report {
+            std::fs::write(report, self.lines.join("\n") + "\n").unwrap();
+        }
+    }
+}
+
+/// Runs a part in a process of its own, and takes over its rows as they come.
+fn run_part(place: &Place<'_>, name: &str, ceilings: &mut Ceilings, limit: Duration, table: &mut Table) {
+    let folder = match place {
+        Place::Card(folder) => folder.as_os_str(),
+        Place::Emulated => "-".as_ref(),
+    };
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.arg("part").arg(folder).arg(name).args([ceilings.copy, ceilings.product].map(|v| v.to_string()));
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let (rows, started) = (child.stdout.take().unwrap(), Instant::now());
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let reader = std::thread::spawn(move || {
+        for line in BufReader::new(rows).lines().map_while(Result::ok) {
+            if sender.send(line).is_err() {
+                break;
+            }
+        }
+    });
+    // The sender is dropped at the end of the output.
+    while let Ok(line) = receiver.recv_timeout(limit.saturating_sub(started.elapsed())) {
+        ceilings.hear(&line);
+        table.failed |= line.ends_with("| **wrong** |");
+        table.line(&line);
+    }
+    if started.elapsed() >= limit {
+        table.line(&format!("| {name} | stopped after {} s |", limit.as_secs()));
+        table.failed = true;
+        // It may have ended meanwhile.
+        child.kill().ok();
+    }
+    let status = child.wait().unwrap();
+    reader.join().unwrap();
+    if !status.success() && started.elapsed() < limit {
+        table.line(&format!("| {name} | failed: {status} |"));
+        table.failed = true;
+    }
+}
+
+fn part(place: &Place<'_>, name: &str, rest: &[&str]) -> ExitCode {
+    let numbers: Vec<f64> = rest.iter().filter_map(|s| s.parse().ok()).collect();
+    let ceilings = match numbers.as_slice() {
+        [copy, product, ..] => Ceilings { copy: *copy, product: *product },
+        _ => Ceilings::default(),
+    };
+    match place {
+        Place::Card(images) => {
+            let open = |limits: Limits| CudaBackend::new(Card::open(Some(images)).unwrap(), limits);
+            on(open, name, &Sizes::serving(), ceilings, rest.contains(&"brief"))
+        }
+        Place::Emulated => on(|limits| CudaBackend::new(Emulated::default(), limits), name, &Sizes::tiny(), ceilings, true),
+    }
+}
+
+/// A part on a device. `briefly`: a sample of the cases.
+fn on<D: Clock>(
+    open: impl Fn(Limits) -> CudaBackend<D>,
+    name: &str,
+    sizes: &Sizes,
+    ceilings: Ceilings,
+    briefly: bool,
+) -> ExitCode {
+    let mut row = |line: String| {
+        println!("{line}");
+        std::io::stdout().flush().unwrap();
+    };
+    if !PARTS.iter().any(|(part, ..)| *part == name) {
+        eprintln!("there is no part {name:?}; there are: {}", PARTS.map(|(part, ..)| part).join(", "));
+        return ExitCode::FAILURE;
+    }
+    match name.split_once(' ') {
+        Some(("parity", what)) => parity::part(open, what, sizes, briefly, &mut row),
+        Some(("rates", what)) => rates::part(open, what, sizes, ceilings, &mut row),
+        _ => rates::ceilings(open, sizes, &mut row),
+    }
+    ExitCode::SUCCESS
+}

@@ -1,0 +1,329 @@
+//! What every backend must compute as the scalar reference does: operations on random ragged steps. Buffers hold NaN before a step: an
+//! element that was not written, or one read from a row beyond the step's, shows.
+
+use tidemill_kernels::reference::Reference;
+use tidemill_kernels::*;
+
+use super::backend::Backend;
+use super::low_rank;
+use super::steps::{Sequence, append, greedy, ragged, sequences};
+use super::{Noise, Weight, error};
+
+pub const LIMITS: Limits = Limits { max_tokens: 70, max_samples: 9, max_positions: 400 };
+
+type Run = Box<dyn Fn(&mut dyn Backend) -> Vec<Buf>>;
+
+/// Operations whose buffers are compared.
+pub struct Scenario {
+    /// Which operation, for a table.
+    pub operation: String,
+    /// Which sizes, for a message.
+    pub sizes: String,
+    /// Largest difference relative to the largest magnitude.
+    pub tolerance: f64,
+    pub limits: Limits,
+    run: Run,
+}
+
+impl Scenario {
+    pub fn new(
+        operation: impl Into<String>,
+        sizes: String,
+        tolerance: f64,
+        run: impl Fn(&mut dyn Backend) -> Vec<Buf> + 'static,
+    ) -> Self {
+        Scenario { operation: operation.into(), sizes, tolerance, limits: LIMITS, run: Box::new(run) }
+    }
+
+    /// What the reference computes.
+    pub fn wanted(&self) -> Vec<Vec<f32>> {
+        let mut oracle = Reference::new(self.limits);
+        (self.run)(&mut oracle).into_iter().map(|buf| oracle.read(buf).unwrap()).collect()
+    }
+
+    /// The largest error of a backend; infinite where an element was not written, or one beyond the step's rows was.
+    pub fn error(&self, ops: &mut dyn Backend, wanted: &[Vec<f32>]) -> f64 {
+        let buffers = (self.run)(ops);
+        let each = buffers.into_iter().zip(wanted).map(|(buf, want)| {
+            let all = ops.whole(buf);
+            let (rows, beyond) = all.split_at(want.len());
+            if beyond.iter().all(|v| v.is_nan()) { error(rows, want) } else { f64::INFINITY }
+        });
+        each.fold(0.0, f64::max)
+    }
+}
+
+/// All of them.
+pub fn all() -> Vec<Scenario> {
+    [rows(), linears(), attention(), copies(), long_contexts(), low_rank::scenarios()].into_iter().flatten().collect()
+}
+
+/// A step of `rows` tokens of one sequence that touches no cache, sampling some rows (some twice).
+pub fn plain_step(noise: &mut Noise, rows: usize, vocabulary: usize) -> StepBatch {
+    let mut batch = StepBatch::default();
+    let tokens = (0..rows).map(|_| noise.below(vocabulary) as u32).collect();
+    append(&mut batch, &mut Sequence { tokens, table: (0..rows.div_ceil(32) as u32).collect(), computed: 0 }, rows);
+    batch.slots.fill(-1);
+    batch.samples = (0..noise.between(1, 9)).map(|_| greedy(noise.below(rows) as u32)).collect();
+    batch
+}
+
+pub fn rows() -> Vec<Scenario> {
+    let mut all = Vec::new();
+    for (case, (rows, width)) in [(1, 576), (7, 64), (70, 40), (33, 130), (2, 1)].into_iter().enumerate() {
+        let sizes = format!("{rows} × {width}");
+        all.push(Scenario::new("embedding, rms_norm, gather", sizes.clone(), 2e-6, move |ops| {
+            let noise = &mut Noise::new(case as u64);
+            let table = ops.load_table(noise, 50, width);
+            let weight = ops.load_vector(&noise.values(width, 1.0)).unwrap();
+            let [x, normed] = [0; 2].map(|_| ops.alloc_poisoned(Rows::Tokens, width));
+            let sampled = ops.alloc_poisoned(Rows::Samples, width);
+            ops.begin(&plain_step(noise, rows, 50)).unwrap();
+            ops.embedding(table, x);
+            ops.rms_norm(x, weight, 1e-5, normed);
+            ops.gather(normed, sampled);
+            ops.run();
+            vec![x, normed, sampled]
+        }));
+        all.push(Scenario::new("silu_and_mul", sizes, 2e-6, move |ops| {
+            let noise = &mut Noise::new(case as u64);
+            let table = ops.load_table(noise, 50, 2 * width);
+            let gate_up = ops.alloc_poisoned(Rows::Tokens, 2 * width);
+            let out = ops.alloc_poisoned(Rows::Tokens, width);
+            ops.begin(&plain_step(noise, rows, 50)).unwrap();
+            ops.embedding(table, gate_up);
+            ops.silu_and_mul(gate_up, out);
+            ops.run();
+            vec![out]
+        }));
+    }
+    all
+}
+
+/// Linears of every form: replacing, adding, with a bias.
+pub fn linears() -> Vec<Scenario> {
+    let forms = [
+        (Format::F32, WeightFormat::F32, 3e-6),
+        (Format::F32, WeightFormat::Bf16, 1.5e-2),
+        (Format::F16, WeightFormat::Auto, 1.5e-2),
+        (Format::Bf16, WeightFormat::Int8, 3e-2),
+        (Format::Q8_0, WeightFormat::Auto, 3e-2),
+        (Format::Q4_0, WeightFormat::Auto, 3e-2),
+        (Format::Q4_1, WeightFormat::Auto, 3e-2),
+    ];
+    let mut all = Vec::new();
+    for (case, (format, packed, tolerance)) in forms.into_iter().enumerate() {
+        all.extend(linear(case as u64, format, packed, tolerance));
+    }
+    all
+}
+
+/// A form of weights, in several sizes.
+pub fn linear(seed: u64, format: Format, packed: WeightFormat, tolerance: f64) -> Vec<Scenario> {
+    let sizes = [(1, 64, 48), (5, 96, 17), (16, 160, 100), (70, 576, 33)];
+    let one = |(rows, k, n): (usize, usize, usize)| {
+        Scenario::new(format!("linear, {format:?} as {packed:?}"), format!("{rows} × {k} × {n}"), tolerance, move |ops| {
+            let noise = &mut Noise::new(seed);
+            let table = ops.load_table(noise, 50, k);
+            let [a, b] = [n, n / 2 + 1].map(|n| Weight::random(noise, n, k, format, 0.5));
+            // Stacked, the second twice and reversed.
+            let order: Vec<u32> = (0..b.n as u32).rev().collect();
+            let sources = [a.source(), b.source(), MatrixSource { row_order: Some(&order), ..b.source() }];
+            let w = ops.load_matrix(&sources, packed).unwrap();
+            let total = a.n + 2 * b.n;
+            let bias = ops.load_vector(&noise.values(total, 1.0)).unwrap();
+            let x = ops.alloc_poisoned(Rows::Tokens, k);
+            let [plain, sum] = [0; 2].map(|_| ops.alloc_poisoned(Rows::Tokens, total));
+            ops.begin(&plain_step(noise, rows, 50)).unwrap();
+            ops.embedding(table, x);
+            ops.linear(x, w, None, plain, Store::Replace);
+            ops.linear(x, w, Some(bias), sum, Store::Replace);
+            ops.linear(x, w, None, sum, Store::Add);
+            ops.run();
+            vec![plain, sum]
+        })
+    };
+    sizes.into_iter().map(one).collect()
+}
+
+/// What only cards have: weights and caches of 8-bit floats.
+pub fn only_on_cards() -> Vec<Scenario> {
+    let linears = [Format::F32, Format::Bf16].map(|format| linear(9, format, WeightFormat::Fp8, 6e-2));
+    let attention = attention_in(KvDtype::Fp8, 4e-2);
+    let spec = AttentionSpec { scale: 0.3, sliding_window: None, soft_cap: None };
+    let rest = [copies_in(KvDtype::Fp8), long_context(spec, KvDtype::Fp8)];
+    linears.into_iter().flatten().chain(attention).chain(rest).collect()
+}
+
+const SHAPES: [HeadShape; 6] = [
+    HeadShape { heads: 9, kv_heads: 3, head_dim: 64 },
+    HeadShape { heads: 4, kv_heads: 4, head_dim: 80 },
+    HeadShape { heads: 8, kv_heads: 1, head_dim: 96 },
+    HeadShape { heads: 4, kv_heads: 2, head_dim: 128 },
+    HeadShape { heads: 2, kv_heads: 1, head_dim: 6 },
+    HeadShape { heads: 3, kv_heads: 1, head_dim: 256 },
+];
+
+pub fn attention() -> Vec<Scenario> {
+    [(KvDtype::F32, 1e-5), (KvDtype::Bf16, 2e-2)]
+        .into_iter()
+        .flat_map(|(dtype, tolerance)| attention_in(dtype, tolerance))
+        .collect()
+}
+
+/// Attention over a cache of one type.
+pub fn attention_in(dtype: KvDtype, tolerance: f64) -> Vec<Scenario> {
+    let mut all = Vec::new();
+    for (case, heads) in SHAPES.into_iter().enumerate() {
+        // Of the widths that no matrix unit takes, one shows what 8-bit floats do.
+        if dtype == KvDtype::Fp8 && [80, 6].contains(&heads.head_dim) {
+            continue;
+        }
+        // Emulated threads are slow.
+        let longest = if heads.head_dim == 256 { 80 } else { 300 };
+        let plain = AttentionSpec { scale: 1.0 / (heads.head_dim as f32).sqrt(), sliding_window: None, soft_cap: None };
+        for spec in [plain, AttentionSpec { sliding_window: Some(37), soft_cap: Some(2.0), ..plain }] {
+            let operation = format!("rope_cache, paged_attention, {dtype:?}");
+            all.push(Scenario::new(operation, format!("{heads:?} {spec:?}"), tolerance, move |ops| {
+                let noise = &mut Noise::new(case as u64);
+                let (width, half) = ((heads.heads + 2 * heads.kv_heads) * heads.head_dim, heads.head_dim / 2 - case % 2);
+                let table = ops.load_table(noise, 64, width);
+                let rope = ops.load_rope(&(0..half).map(|i| 0.7f32.powi(i as i32)).collect::<Vec<_>>(), 1.1).unwrap();
+                let [q, k] = [0; 2].map(|_| ops.load_vector(&noise.values(heads.head_dim, 1.0)).unwrap());
+                let norm = (case % 2 == 1).then_some(QkNorm { q, k, eps: 1e-6 });
+                let qkv = ops.alloc_poisoned(Rows::Tokens, width);
+                let out = ops.alloc_poisoned(Rows::Tokens, heads.heads * heads.head_dim);
+                let (kv_heads, head_dim) = (heads.kv_heads, heads.head_dim);
+                let kv = ops.alloc_kv(KvSpec { layers: 2, blocks: 60, block_size: 32, kv_heads, head_dim, dtype }).unwrap();
+                let mut list = sequences(noise, 6, longest, 64, 60);
+                for step in ragged(noise, &mut list, LIMITS.max_tokens) {
+                    ops.poison(qkv);
+                    ops.poison(out);
+                    ops.begin(&step).unwrap();
+                    ops.embedding(table, qkv);
+                    ops.rope_cache(qkv, heads, norm, rope, kv, 1);
+                    ops.paged_attention(qkv, heads, spec, kv, 1, out);
+                    ops.run();
+                }
+                vec![qkv, out]
+            }));
+        }
+    }
+    all
+}
+
+/// A fork copies its last block and then goes its own way.
+pub fn copies() -> Vec<Scenario> {
+    vec![copies_in(KvDtype::Bf16)]
+}
+
+pub fn copies_in(dtype: KvDtype) -> Scenario {
+    let heads = HeadShape { heads: 2, kv_heads: 1, head_dim: 64 };
+    let spec = AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None };
+    Scenario::new("copied blocks", format!("two forks, {dtype:?}"), 2e-2, move |ops| {
+        let noise = &mut Noise::new(5);
+        let table = ops.load_table(noise, 64, 256);
+        let rope = ops.load_rope(&[1.0, 0.1], 1.0).unwrap();
+        let qkv = ops.alloc_poisoned(Rows::Tokens, 256);
+        let outs = [0; 2].map(|_| ops.alloc_poisoned(Rows::Tokens, 128));
+        let kv = ops.alloc_kv(KvSpec { layers: 2, blocks: 6, block_size: 32, kv_heads: 1, head_dim: 64, dtype }).unwrap();
+        let mut parent = Sequence { tokens: (0..60).map(|t| t % 64).collect(), table: vec![4, 1], computed: 0 };
+        let mut step = StepBatch::default();
+        append(&mut step, &mut parent, 50);
+        let forward = |ops: &mut dyn Backend, step: &StepBatch| {
+            outs.into_iter().for_each(|out| ops.poison(out));
+            ops.begin(step).unwrap();
+            for (layer, out) in outs.into_iter().enumerate() {
+                ops.embedding(table, qkv);
+                ops.rope_cache(qkv, heads, None, rope, kv, layer);
+                ops.paged_attention(qkv, heads, spec, kv, layer, out);
+            }
+            ops.run();
+        };
+        forward(ops, &step);
+        let mut child = Sequence { table: vec![4, 2], ..parent.clone() };
+        child.tokens[50..].reverse();
+        step.clear();
+        // Block 1 goes to 2 and on to 5: copies run in order.
+        step.copies = vec![(1, 2), (2, 5)];
+        append(&mut step, &mut parent, 10);
+        append(&mut step, &mut child, 10);
+        forward(ops, &step);
+        let mut grandchild = Sequence { table: vec![4, 5], computed: 50, ..child.clone() };
+        step.clear();
+        append(&mut step, &mut grandchild, 1);
+        forward(ops, &step);
+        outs.to_vec()
+    })
+}
+
+/// Few rows after a long context: where it is cut into parts, two parts and a bit, and a window that leaves the first part out.
+pub fn long_contexts() -> Vec<Scenario> {
+    let plain = AttentionSpec { scale: 0.3, sliding_window: None, soft_cap: None };
+    [plain, AttentionSpec { sliding_window: Some(300), ..plain }].map(|spec| long_context(spec, KvDtype::Bf16)).into()
+}
+
+pub fn long_context(spec: AttentionSpec, dtype: KvDtype) -> Scenario {
+    let heads = HeadShape { heads: 4, kv_heads: 2, head_dim: 64 };
+    let scenario = Scenario::new(format!("paged_attention in parts, {dtype:?}"), format!("{spec:?}"), 2e-2, move |ops| {
+        let noise = &mut Noise::new(3);
+        let table = ops.load_table(noise, 64, 512);
+        let rope = ops.load_rope(&[1.0, 0.1], 1.0).unwrap();
+        let kv = ops.alloc_kv(KvSpec { layers: 1, blocks: 40, block_size: 32, kv_heads: 2, head_dim: 64, dtype }).unwrap();
+        let qkv = ops.alloc_poisoned(Rows::Tokens, 512);
+        let out = ops.alloc_poisoned(Rows::Tokens, 256);
+        let tokens = (0..1060).map(|_| noise.below(64) as u32).collect();
+        let mut sequence = Sequence { tokens, table: (0..40).rev().collect(), computed: 0 };
+        for rows in [1056, 3] {
+            let mut step = StepBatch::default();
+            append(&mut step, &mut sequence, rows);
+            ops.begin(&step).unwrap();
+            ops.embedding(table, qkv);
+            ops.rope_cache(qkv, heads, None, rope, kv, 0);
+            if rows == 3 {
+                ops.paged_attention(qkv, heads, spec, kv, 0, out);
+            }
+            ops.run();
+        }
+        vec![out]
+    });
+    Scenario { limits: Limits { max_tokens: 1100, max_samples: 1, max_positions: 1200 }, ..scenario }
+}
+
+/// Rows of one sequence of 64 tokens, taken in steps of these sizes, with `neighbours` and one more in each step (none: with nobody).
+pub fn rows_in_company(ops: &mut dyn Backend, weight: &Weight, takes: &[usize], neighbours: usize) -> Vec<f32> {
+    let heads = HeadShape { heads: 6, kv_heads: 2, head_dim: 64 };
+    let spec = AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None };
+    let table = ops.load_table(&mut Noise::new(12), 64, 128);
+    let w = ops.load_matrix(&[weight.source()], WeightFormat::Auto).unwrap();
+    let rope = ops.load_rope(&[1.0, 0.1], 1.0).unwrap();
+    let cache = KvSpec { layers: 1, blocks: 60, block_size: 32, kv_heads: 2, head_dim: 64, dtype: KvDtype::Bf16 };
+    let kv = ops.alloc_kv(cache).unwrap();
+    let x = ops.alloc_poisoned(Rows::Tokens, 128);
+    let qkv = ops.alloc_poisoned(Rows::Tokens, 640);
+    let out = ops.alloc_poisoned(Rows::Tokens, 384);
+    let mut mine = Sequence { tokens: (0..64).collect(), table: vec![58, 59], computed: 0 };
+    let mut rows = Vec::new();
+    for &take in takes {
+        let mut step = StepBatch::default();
+        // Neighbours recompute their first tokens again and again; only their rows matter here.
+        let beside = |step: &mut StepBatch, i: usize, rows: usize| {
+            append(step, &mut Sequence { computed: 0, table: vec![i as u32], tokens: vec![7; 4] }, rows);
+        };
+        (0..neighbours).for_each(|i| beside(&mut step, i, 1 + i % 2));
+        let first = step.tokens.len();
+        append(&mut step, &mut mine, take);
+        if neighbours > 0 {
+            beside(&mut step, neighbours, 1);
+        }
+        ops.begin(&step).unwrap();
+        ops.embedding(table, x);
+        ops.linear(x, w, None, qkv, Store::Replace);
+        ops.rope_cache(qkv, heads, None, rope, kv, 0);
+        ops.paged_attention(qkv, heads, spec, kv, 0, out);
+        ops.run();
+        rows.extend_from_slice(&ops.read(out).unwrap()[first * 384..(first + take) * 384]);
+    }
+    assert!(rows.iter().all(|v| v.is_finite()));
+    rows
+}
