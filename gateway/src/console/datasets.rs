@@ -149,7 +149,8 @@ mod tests {
     fn a_snapshot_shows_the_checks_and_plots_of_its_report_and_one_after_an_erasure_none() {
         let mut report = serde_json::to_value(assess(&[], &QualityOptions::default())).unwrap();
         let fields = report.as_object_mut().unwrap();
-        (fields.remove("rows"), fields.remove("plots"));
+        fields.remove("rows");
+        fields.remove("plots");
         let agreement = fields["checks"].as_array_mut().unwrap().iter_mut().find(|check| check["name"] == "agreement").unwrap();
         (agreement["value"], agreement["interval"]) = (json!(0.5), json!({"low": 0.25, "high": 0.75}));
         let bin = |low: f64, count: usize| Bin { low, high: low + 10.0, count };
