@@ -129,8 +129,8 @@ fn ticks(low: f64, high: f64) -> Vec<f64> {
     let rough = (high - low) / 3.0;
     let unit = 10f64.powf(rough.log10().floor());
     let step = [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().map(|part| part * unit).find(|step| *step >= rough).unwrap_or(rough);
-    // Of a tick on the edge rounding leaves a little more or less.
-    let (first, last) = ((low / step - 1e-9).ceil(), (high / step + 1e-9).floor());
+    // Of a tick on the edge rounding leaves a little more or less; to add zero takes the sign from one that is none.
+    let (first, last) = ((low / step - 1e-9).ceil() + 0.0, (high / step + 1e-9).floor());
     std::iter::successors(Some(first), |at| Some(at + 1.0)).take_while(|at| *at <= last).take(8).map(|at| at * step).collect()
 }
 
@@ -372,6 +372,7 @@ mod tests {
             assert_eq!(found.len(), expected.len(), "{low} to {high}: {found:?}");
             assert!(found.iter().zip(&expected).all(|(one, other)| (one - other).abs() < 1e-9), "{found:?}");
         }
+        assert!(ticks(0.0, 19.0)[0].is_sign_positive(), "nobody reads −0");
         assert!(ticks(f64::MAX / -2.0, f64::MAX / 2.0).len() <= 8);
     }
 
