@@ -66,12 +66,15 @@ async function show(first) {
   else restore(before);
 }
 
+/** Whether a button's act is under way. */
+let acting = false;
+
 /** Whether somebody is at something that a new page would take from them. */
 function occupied() {
   const at = document.activeElement;
   const marked = getSelection();
   const reads = marked && !marked.isCollapsed && $("place").contains(marked.anchorNode);
-  return document.hidden || document.querySelector("dialog[open]") || /^(INPUT|TEXTAREA|SELECT)$/.test(at?.tagName ?? "") || reads;
+  return document.hidden || acting || $("place").matches(":active") || document.querySelector("dialog[open]") || /^(INPUT|TEXTAREA|SELECT)$/.test(at?.tagName ?? "") || reads;
 }
 
 async function again() {
@@ -100,7 +103,10 @@ function sure(title, text) {
   });
 }
 
-let acting = false;
+/** Buttons that act; while one of them is at it, all wait, so that no press goes to a page that is about to be replaced. */
+function enable(yes) {
+  for (const button of $("place").querySelectorAll("button[data-post]")) button.disabled = !yes;
+}
 
 /** What the button says, once; then the page as it is afterwards. */
 async function act(button) {
@@ -108,16 +114,18 @@ async function act(button) {
   const words = button.textContent.trim();
   if (acting || (button.dataset.sure && !(await sure(words, button.dataset.sure)))) return;
   acting = true;
-  button.disabled = true;
+  enable(false);
+  let said;
   try {
     await call("POST", post, body ? JSON.parse(body) : undefined);
-    notice(`Done: ${words}.`, true);
+    said = [`Done: ${words}.`, true];
   } catch (error) {
-    notice(passing(error) ? `${error.message} Nothing is known of its effect; look before you repeat it.` : error.message);
+    said = [passing(error) ? `${error.message} Nothing is known of its effect; look before you repeat it.` : error.message];
   }
+  await show(false).catch((error) => (said = [`${said[0]} ${error.message}`]));
   acting = false;
-  button.disabled = false;
-  await show(false).catch((error) => notice(error.message));
+  enable(true);
+  notice(...said);
   // What was pressed may be gone; whoever works by keyboard stays near it.
   ($(button.id) ?? $("part-title"))?.focus({ preventScroll: true });
 }
