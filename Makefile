@@ -15,7 +15,7 @@ BIN    := $(TARGET)/release/tidemill
 TEST_BIN := $(TARGET)/debug/tidemill
 ARGS   ?=
 # Processes that share the files of end-to-end tests, much of whose time is waiting; 0 is none but pytest's own.
-E2E_WORKERS ?= 0
+E2E_WORKERS ?= 2
 
 VENV       := $(CACHE)/test-venv
 NODE       := $(CACHE)/node

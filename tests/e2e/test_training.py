@@ -296,9 +296,10 @@ def test_all_weights_are_trained_and_the_folder_is_served(rows, tmp_path):
             chat = client.chat.completions.create(model="whole", messages=question(UNSEEN[0]), temperature=0, max_tokens=60)
         print(f"\n{chat.choices[0].message.content}")
         assert chat.choices[0].finish_reason == "stop" and len(chat.choices[0].message.content.split()) < 20
-        # What needs another kind of training says so before anything is opened.
-        wrong = subprocess.run([str(binary()), "train", "reward", *common], capture_output=True, text=True, timeout=60)
-        assert wrong.returncode == 1 and "full with reward is not built" in wrong.stderr, wrong
+        # What cannot be done says so before anything is opened, and so does a folder that holds another training.
+        for method, reason in [("grpo", "all weights between turns"), ("reward", "holds a training with another configuration")]:
+            wrong = subprocess.run([str(binary()), "train", method, *common], capture_output=True, text=True, timeout=60)
+            assert wrong.returncode == 1 and reason in wrong.stderr, wrong
     finally:
         # Checkpoints of all weights are large.
         shutil.rmtree(out, ignore_errors=True)
