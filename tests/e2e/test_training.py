@@ -297,8 +297,9 @@ def test_all_weights_are_trained_and_the_folder_is_served(rows, tmp_path):
         print(f"\n{chat.choices[0].message.content}")
         assert chat.choices[0].finish_reason == "stop" and len(chat.choices[0].message.content.split()) < 20
         # What cannot be done says so before anything is opened, and so does a folder that holds another training.
-        for method, reason in [("grpo", "all weights between turns"), ("reward", "holds a training with another configuration")]:
-            wrong = subprocess.run([str(binary()), "train", method, *common], capture_output=True, text=True, timeout=60)
+        rewarded = ["--set", 'reward_funcs=[{"type": "json"}]']
+        for method, more, reason in [("grpo", rewarded, "all weights between turns"), ("reward", [], "holds a training with another configuration")]:
+            wrong = subprocess.run([str(binary()), "train", method, *common, *more], capture_output=True, text=True, timeout=60)
             assert wrong.returncode == 1 and reason in wrong.stderr, wrong
     finally:
         # Checkpoints of all weights are large.
