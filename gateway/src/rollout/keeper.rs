@@ -41,6 +41,8 @@ const EVERY: Duration = Duration::from_secs(1);
 const PULSE: Duration = Duration::from_secs(4);
 /// How long an act waits for the other servers before it is acknowledged all the same.
 const WAIT: Duration = Duration::from_secs(2);
+/// Answers that take longer than this hold up no rollout. Microseconds.
+const LONG_ANSWER: i64 = 600_000_000;
 /// How often an act is tried again when a measurement was faster.
 const TRIES: u32 = 5;
 
@@ -390,7 +392,7 @@ impl Keeper {
 
     async fn measure(&self, row: &Rollout, spec: &Spec, state: &State, now: i64) -> Result<(), StoreError> {
         let sources = Sources { exposures: &self.0.exposures, comparisons: &self.0.comparisons };
-        let under_way = self.0.reader.under_way(self.0.under_way.since(now)).await?;
+        let under_way = self.0.reader.under_way(self.0.under_way.since(now)).await?.max(now.saturating_sub(LONG_ANSWER));
         let measured = measured(sources, row.id, spec, state, &self.0.declared, under_way).await?;
         // The same draws for whoever measures this state.
         let mut random = Random::new(row.id.as_u64_pair().1 ^ row.version.unsigned_abs());

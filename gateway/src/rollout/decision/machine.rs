@@ -121,6 +121,8 @@ fn second_key(state: &State, by: &Actor) -> Result<(), ActError> {
 struct Facts {
     exposures: Vec<u64>,
     sample_ratio: Option<SampleRatio>,
+    /// There would be a sample ratio if the answers under way had ended.
+    unended: bool,
     judgements: Vec<Judgement>,
 }
 
@@ -172,9 +174,11 @@ fn facts(spec: &Spec, state: &State, measured: &Measured) -> Facts {
     };
     let observed = &measured.ended;
     let least = shares.iter().copied().filter(|share| *share > 0.0).fold(f64::INFINITY, f64::min) / shares.iter().sum::<f64>();
-    let enough = observed.iter().sum::<u64>() as f64 * least >= SAMPLE_RATIO_LEAST;
-    let sample_ratio = if enough { sample_ratio(observed, &shares) } else { None };
-    Facts { exposures: measured.exposures.clone(), sample_ratio, judgements }
+    let enough = |units: &[u64]| units.iter().sum::<u64>() as f64 * least >= SAMPLE_RATIO_LEAST;
+    let sample_ratio = if enough(observed) { sample_ratio(observed, &shares) } else { None };
+    // After each change of a bandit's shares there are few for a while.
+    let unended = spec.kind != Kind::Bandit && !enough(observed) && enough(&measured.exposures);
+    Facts { exposures: measured.exposures.clone(), sample_ratio, unended, judgements }
 }
 
 /// Failures add up; inconclusive measurements count while they follow each other. A metric with several arms counts once.
@@ -318,6 +322,9 @@ fn advance(
         Some(0) => {
             end(next, Status::RolledBack, 0, now);
             (Action::RollBack, "the control is surely the best".to_owned())
+        }
+        Some(_) if facts.unended => {
+            (Action::Hold, "whether the arms got their shares is known once the answers under way have ended".to_owned())
         }
         Some(_) if spec.approval && !next.approved => {
             next.awaiting = true;
