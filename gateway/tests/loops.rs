@@ -19,7 +19,8 @@ use tidemill::datasets::DatasetJobs;
 use tidemill::fine_tuning::FineTuningOptions;
 use tidemill::flywheel::{FlywheelOptions, Flywheels, read_policy};
 use tidemill::http::{App, router};
-use tidemill_store::{AdapterFilter, AdapterState, FineTunings, Viewer};
+use tidemill_rlhf::registry::{Base, Lineage};
+use tidemill_store::{AdapterFilter, AdapterState, Audit, AuditFilter, FineTuningState, FineTunings, Viewer};
 use tokio::task::JoinHandle;
 
 const NAME: &str = "better";
@@ -60,7 +61,8 @@ fn evaluation(passed: bool) -> Value {
     })
 }
 
-/// Trains and evaluates; each leaves a line in `acts`. An evaluation waits for `go` in the same folder where `waits` says so.
+/// Trains and evaluates; each leaves a line in `acts`. A training waits while `hold` is in the same folder, an evaluation for `go` where `waits`
+/// says so.
 fn script(folder: &Path, passed: bool, waits: bool) -> String {
     let adapter = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/llama/adapters/all");
     let (acts, go, found) = (folder.join("acts"), folder.join("go"), folder.join("found.json"));
@@ -77,12 +79,14 @@ if [ "$1" = eval ]; then
   cp {found} "$out/part"; mv "$out/part" "$out/evaluation.json"
   exit 4
 fi
+while [ -e {hold} ]; do sleep 0.05; done
 mkdir -p "$3/adapter"; cp {adapter}/adapter_* "$3/adapter"
 echo '{{"data":{{"train":6,"raters":["ann","bob"],"largest_rater_share":0.5}}}}' > "$3/lineage.json"
 echo '{{"event":"progress","step":1,"steps":2,"tokens":10,"metrics":{{"loss":2.0}}}}'
 cat "$3/train.jsonl" > {acts}.rows
 echo '{{"event":"finished","steps":2,"tokens":20}}'"#,
         acts = acts.display(),
+        hold = folder.join("hold").display(),
         found = found.display(),
         adapter = adapter.display(),
     )
@@ -242,6 +246,7 @@ async fn feedback_becomes_an_adapter_that_a_shut_gate_refuses_with_the_reason() 
         "--dataset better@1".into(),
         format!("--base {MODEL}=/"),
         "--priority low".into(),
+        format!("--by loop:{NAME}"),
     ] {
         assert!(asked.contains(&part), "{part}: {asked}");
     }
@@ -295,6 +300,53 @@ async fn an_adapter_that_cannot_be_served_is_given_up_and_leaves_no_name() {
     assert!(registry.aliases().await.unwrap().is_empty());
     let adapters = registry.list(&AdapterFilter::default()).await.unwrap().items;
     assert_eq!(adapters[0].state, AdapterState::Retired);
+    // Whatever was tried again, what was done is told once.
+    let told = async |what: &str| {
+        let filter = AuditFilter { what: Some(what.into()), ..AuditFilter::default() };
+        Audit::new(bench.app.store.database()).list(&filter).await.unwrap().items.len()
+    };
+    assert_eq!((told("adapter.serve").await, told("adapter.alias").await, told("adapter.retire").await), (1, 1, 1));
+    bench.end().await;
+}
+
+#[tokio::test]
+async fn a_name_that_is_taken_bars_the_way_and_the_adapter_is_out_of_service_again() {
+    let bench = Bench::new(true, false, plain());
+    let registry = bench.app.adapters.registry();
+    let files = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/llama/adapters/all");
+    registry.register(&files, Lineage::new("mine", Base::named(MODEL))).await.unwrap();
+    registry.serve("mine", false).await.unwrap();
+    registry.alias(&format!("loop-{NAME}-1"), "mine").await.unwrap();
+    bench.judge().await;
+    let found = bench.until(ended).await;
+    let cycle = &found["cycles"][0];
+    assert_eq!((&cycle["outcome"], &cycle["findings"][0]["of"]), (&json!("refused"), &json!("canary")), "{cycle:#}");
+    assert!(cycle["why"].as_str().unwrap().contains("leads to another adapter"), "{cycle:#}");
+    let adapters = registry.list(&AdapterFilter::default()).await.unwrap().items;
+    let made = adapters.iter().find(|adapter| adapter.name.starts_with("ft-")).unwrap();
+    assert_eq!(made.state, AdapterState::Retired);
+    bench.end().await;
+}
+
+#[tokio::test]
+async fn an_erasure_in_the_middle_of_a_training_ends_it() {
+    let bench = Bench::new(true, false, plain());
+    std::fs::write(bench.folder.path().join("hold"), "").unwrap();
+    bench.judge().await;
+    let begin = Instant::now();
+    while bench.acts().is_empty() {
+        assert!(begin.elapsed() < Duration::from_secs(60));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    bench.app.store.erase_user("ann", "key boss").await.unwrap();
+    let found = bench.until(ended).await;
+    let cycle = &found["cycles"][0];
+    assert_eq!(actions(cycle), ["snapshot", "quality", "training", "refused", "waiting"], "{cycle:#}");
+    assert_eq!(cycle["why"], "training: a person behind better@1 was erased");
+    assert_eq!(bench.acts(), ["train"]);
+    let jobs = FineTunings::new(bench.app.store.database()).list(&Viewer::Anyone, &[], None, 9).await.unwrap().items;
+    assert_eq!((jobs.len(), jobs[0].state), (1, FineTuningState::Cancelled));
+    assert!(!bench.app.files.path(jobs[0].draft.training_file).exists(), "no copy of their rows is left");
     bench.end().await;
 }
 

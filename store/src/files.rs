@@ -26,6 +26,8 @@ use crate::{DataDir, Database, Store};
 const COLUMNS: &str = "id, created, key_id, filename, purpose, bytes, expires, place";
 /// Ending of a content that is still being sent.
 const PART: &str = "part";
+/// The file beside the contents with the data directory's own name.
+const PLACE: &str = "place";
 /// Rows that one look for expired files takes.
 const SWEEP: i64 = 200;
 /// A file that a batch or a fine-tuning job still reads must stay.
@@ -113,13 +115,12 @@ pub struct Incoming {
 impl Files {
     /// Those in `data` that belong to `store`'s database; the caller holds the lock. What a killed process left half-done is removed.
     pub async fn open(store: &Store, data: &DataDir) -> Result<Self, StoreError> {
-        let all = data.root().join("files");
-        let folder = all.join(store.ids().pseudonym("files"));
+        let (all, folder) = (data.root().join("files"), folder_in(data, store));
         std::fs::create_dir_all(&folder).map_err(|error| StoreError::io("cannot create", &folder, error))?;
         for named_in in [&all, data.root()] {
             sync_folder(named_in).await.map_err(|error| StoreError::io("cannot flush", named_in, error))?;
         }
-        let name = folder.join("place");
+        let name = folder.join(PLACE);
         let place = match std::fs::read_to_string(&name) {
             Ok(text) => text.trim().to_owned(),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -137,6 +138,12 @@ impl Files {
     /// The data directory's own name.
     pub fn place(&self) -> &str {
         &self.place
+    }
+
+    /// The name of a data directory that a server on this database has owned, for commands beside it.
+    pub fn place_of(store: &Store, data: &DataDir) -> Option<String> {
+        let text = std::fs::read_to_string(folder_in(data, store).join(PLACE)).ok()?;
+        Some(text.trim().to_owned())
     }
 
     /// Where the content of a file lies, in this data directory.
@@ -321,6 +328,11 @@ impl Drop for Incoming {
             std::fs::remove_file(&self.part).ok();
         }
     }
+}
+
+/// Where the contents of this database's files lie.
+fn folder_in(data: &DataDir, store: &Store) -> PathBuf {
+    data.root().join("files").join(store.ids().pseudonym("files"))
 }
 
 /// Makes a rename in `folder` outlive a loss of power.

@@ -16,6 +16,9 @@ use crate::statement::clean;
 
 const COLUMNS: &str = "name, created, updated, cycle, state, version, body";
 
+/// Most steps of one answer: people may pause and resume a cycle as often as they like.
+const STEPS: i64 = 5_000;
+
 /// A loop.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct LoopRow {
@@ -179,17 +182,19 @@ impl Loops {
         .await
     }
 
-    /// What happened to a loop in its last `cycles` cycles, the oldest first.
+    /// What happened to a loop in its last `cycles` cycles, the oldest first; at most the last 5,000 steps.
     pub async fn steps(&self, name: &str, cycles: u64) -> Result<Vec<LoopStep>, StoreError> {
         at_length(async {
-            let text = "SELECT version, at, cycle, state, actor, body FROM loop_steps WHERE name = $1 AND cycle > \
-                        (SELECT COALESCE(MAX(cycle), 0) FROM loop_steps WHERE name = $1) - $2 ORDER BY version";
-            let rows = sqlx::query(text)
+            let text = format!(
+                "SELECT version, at, cycle, state, actor, body FROM loop_steps WHERE name = $1 AND cycle > \
+                 (SELECT COALESCE(MAX(cycle), 0) FROM loop_steps WHERE name = $1) - $2 ORDER BY version DESC LIMIT {STEPS}"
+            );
+            let rows = sqlx::query(AssertSqlSafe(text))
                 .bind(clean(name).into_owned())
                 .bind(cycles.cast_signed())
                 .fetch_all(self.store.database().read())
                 .await?;
-            rows.iter().map(read_step).collect()
+            rows.iter().rev().map(read_step).collect()
         })
         .await
     }

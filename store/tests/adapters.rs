@@ -117,6 +117,29 @@ fn serving_replaces_what_no_alias_needs_and_revoking_is_for_good() {
 }
 
 #[test]
+fn a_withdrawn_name_takes_its_adapter_along_unless_another_leads_there() {
+    each(async |place| {
+        let store = place.open().await;
+        let adapters = Adapters::new(&store);
+        let one = adapters.insert(&adapter(&store, "a", 1), "ann").await.unwrap();
+        adapters.serve(one.id, false, "ann").await.unwrap();
+        for name in ["first", "second", "third"] {
+            adapters.set_alias(name, one.id, "ann").await.unwrap();
+        }
+        assert_eq!(adapters.withdraw_alias(&one.base, "first", "ann").await.unwrap(), one.id);
+        assert_eq!(served(&adapters).await, [row("a@1", &["second", "third"])]);
+        adapters.remove_alias(&one.base, "third", "ann").await.unwrap();
+        adapters.withdraw_alias(&one.base, "second", "ann").await.unwrap();
+        assert_eq!(adapters.find(one.id).await.unwrap().unwrap().state, AdapterState::Retired);
+        assert!(matches!(adapters.withdraw_alias(&one.base, "second", "ann").await, Err(AdapterRefusal::NoAlias(_))));
+        let changes = audit(&store).await;
+        assert_eq!(changes.iter().filter(|(action, _)| action == "adapter.retire").count(), 1, "{changes:?}");
+        assert_eq!(changes.iter().filter(|(action, _)| action == "adapter.unalias").count(), 3, "{changes:?}");
+        store.close().await;
+    });
+}
+
+#[test]
 fn what_was_measured_is_kept_beside_the_metrics_of_the_training() {
     each(async |place| {
         let store = place.open().await;

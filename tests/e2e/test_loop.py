@@ -104,6 +104,7 @@ def test_feedback_becomes_a_promoted_adapter_and_a_kill_changes_nothing(story):
     assert counted("files WHERE key_id = 'loop:short' AND purpose = 'fine-tune'") == 0, "copies of rows are gone"
     audit = [row["action"] for row in rows(data, "SELECT action FROM audit WHERE actor = 'loop:short' AND action LIKE 'loop.%' ORDER BY at, id")]
     assert audit == [f"loop.{action}" for action in actions]
+    assert {row["actor"] for row in rows(data, "SELECT actor FROM audit WHERE action = 'adapter.evaluate'")} == {f"loop:{name}" for name in LOOPS}
     # The adapter is served and knows where it comes from.
     adapter = next(adapter for adapter in story["adapters"] if adapter["name"].startswith("ft-short-"))
     assert adapter["state"] == "serving" and adapter["aliases"] == ["loop-short-1"] and "loop-short-1" in story["models"]

@@ -2,12 +2,13 @@
 can without the other's files."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 from conftest import GOLDENS
 from postgres import Postgres
-from server import Server, eventually
+from server import Server, binary, eventually
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demos"))
 
@@ -48,6 +49,13 @@ class Gateway:
         self.server = Server(self.folder, {"tiny": GOLDENS / "qwen2"}, *arguments).wait_ready()
         return self.server
 
+    def status(self) -> str:
+        """What the command line says where this machine's data are."""
+        arguments = ["loop", "status", NAME, "--data", self.folder / "data", *self.arguments[:2]]
+        done = subprocess.run([str(part) for part in (binary(), *arguments)], capture_output=True, text=True, timeout=60, cwd=self.folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
     def runs_the_loop(self) -> bool:
         return "tidemill:loop_cycle" in self.server.metrics()
 
@@ -82,6 +90,8 @@ def test_of_two_gateways_one_runs_the_loop_and_the_other_goes_on_when_that_is_ki
         here, there = look(leader, NAME)["waits_for"], look(other, NAME)["waits_for"]
         assert (here["elsewhere"], there["elsewhere"], here["job"]) == (False, True, there["job"])
 
+        assert "another server" not in first.status() and "another server" in second.status()
+
         leader.kill()
         eventually("the other one leads", second.runs_the_loop)
         # Its files are on the disk of the one that was killed: it waits, and says what for.
@@ -89,6 +99,8 @@ def test_of_two_gateways_one_runs_the_loop_and_the_other_goes_on_when_that_is_ki
         assert found["state"] == "training" and "its files are in the data directory of another server" in found["waits_for"]["text"], found
         assert f"cancel {there['job']} and run the loop again" in found["waits_for"]["text"]
 
+        # Somebody is in the middle of editing: a cycle under way keeps its policy, and the evaluation needs no file.
+        (second.folder / "tidemill.toml").write_text(f"[loop.{NAME}]\nmodel =\n")
         back = first.start(jobs=1)
         eventually("the cycle has ended", lambda: ended(other, NAME), 300)
         assert second.runs_the_loop() and not first.runs_the_loop()

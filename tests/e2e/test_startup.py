@@ -243,6 +243,30 @@ def test_a_bad_value_names_where_it_stood(tmp_path):
     assert_fails(tidemill("serve", "--no-such-flag", cwd=tmp_path), "no-such-flag")
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, ["`loop.a.base`", "`none` is no model that is served here; name one of m"]),
+        ({"base": '"m"', "text": '"nowhere.txt"'}, ["`loop.a.evaluate.text`", "nowhere.txt", "name a file of ordinary text"]),
+        ({"base": '"m"', "metric": "judge.helpful"}, ["`loop.a.rollout.metrics`", "nothing records", '[metrics."judge.helpful"]']),
+    ],
+)
+def test_what_a_loop_names_must_be_there_before_anybody_waits_for_it(start, tmp_path, change, says):
+    fields = {"base": '"none"', "text": json.dumps(__file__), "metric": "feedback.thumb"} | change
+    config = tmp_path / "loops.toml"
+    config.write_text(
+        f"""[loop.a]
+model = "m"
+base = {fields["base"]}
+when = {{ preferences = 1 }}
+evaluate = {{ text = {fields["text"]} }}
+rollout = {{ kind = "ab", metrics = [{{ metric = "{fields["metric"]}", goal = {{ min = 0 }} }}] }}
+"""
+    )
+    log = refused(start, GOLDENS / "llama", "--config", str(config))
+    assert all(part in log for part in says), log
+
+
 def test_a_device_that_is_no_device(tmp_path):
     assert_fails(tidemill("serve", "--device", "gpu", cwd=tmp_path), "--device", "cuda:N")
 

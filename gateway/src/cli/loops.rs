@@ -6,11 +6,12 @@ use std::io::Write;
 use clap::Subcommand;
 use serde_json::{Value, json};
 use tidemill_rlhf::flywheel::Wish;
-use tidemill_store::Loops;
+use tidemill_store::{DataDir, Files, Loops, Store};
 
 use crate::cli::store_args::{StoreArgs, StoreCommandError};
 use crate::cli::{COMMAND_LINE, when};
 use crate::clock::now;
+use crate::config::Config;
 use crate::flywheel::{WishRefusal, follow, standing};
 
 /// Loops from feedback to adapters. A running server follows what is changed here within a second or two.
@@ -87,13 +88,19 @@ fn look(store: &StoreArgs, name: Option<&str>, cycles: u64) -> Result<Vec<Value>
             names.extend(config.loops.keys().cloned());
             names.extend(Loops::new(&store).all().await?.into_iter().map(|row| row.name));
         }
+        let here = place(&store, &config);
         let mut loops = Vec::with_capacity(names.len());
         for name in names {
-            let found = standing(&store, &name, config.loops.get(&name), cycles, None, now()).await?;
+            let found = standing(&store, &name, config.loops.get(&name), cycles, here.as_deref(), now()).await?;
             loops.push(found.ok_or_else(|| refused(WishRefusal::Unknown(name)))?);
         }
         Ok(loops)
     })
+}
+
+/// Of the data directory that is looked at, where a server has owned it.
+fn place(store: &Store, config: &Config) -> Option<String> {
+    Files::place_of(store, &DataDir::new(&config.data))
 }
 
 fn want(named: &NamedArgs, wish: Wish) -> Result<(), StoreCommandError> {
@@ -101,7 +108,8 @@ fn want(named: &NamedArgs, wish: Wish) -> Result<(), StoreCommandError> {
     let found = named.store.with_config(async |store, config| {
         let configured = config.loops.contains_key(name);
         follow(&Loops::new(&store), name, configured, wish, &COMMAND_LINE.into(), now()).await.map_err(refused)?;
-        Ok(standing(&store, name, config.loops.get(name), 1, None, now()).await?.unwrap_or_default())
+        let here = place(&store, &config);
+        Ok(standing(&store, name, config.loops.get(name), 1, here.as_deref(), now()).await?.unwrap_or_default())
     })?;
     say(&if named.json { pretty(&found) } else { headline(&found) });
     Ok(())

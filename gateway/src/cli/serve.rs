@@ -8,7 +8,7 @@ use crate::clock;
 use crate::config::{Config, ConfigError, Layer, ModelSpec, Origin};
 use crate::datasets::DatasetJobs;
 use crate::fine_tuning::{FineTuning, FineTuningOptions};
-use crate::flywheel::{FlywheelOptions, Flywheels};
+use crate::flywheel::{FlywheelOptions, Flywheels, planned_rollout};
 use crate::http::drain::Drain;
 use crate::http::limits::BodyLimits;
 use crate::http::responses::background::Background;
@@ -17,7 +17,7 @@ use crate::http::tls::{Tls, TlsError};
 use crate::http::{App, Auth};
 use crate::limits::Limiter;
 use crate::rollout::assignment::Holdout;
-use crate::rollout::keeper::{Keeper, KeeperRules};
+use crate::rollout::keeper::{Keeper, KeeperRules, declared};
 use crate::rollout::scorer::Scorer;
 use crate::telemetry::{self, Observer, TelemetryError};
 use crate::upstream::remote::RemoteError;
@@ -464,6 +464,10 @@ fn flywheel_options(config: &Config, models: &[ModelSpec]) -> Result<FlywheelOpt
             && let Err(error) = std::fs::metadata(text)
         {
             return Err(wrong("evaluate.text", format!("cannot read `{text}`: {error}; name a file of ordinary text")));
+        }
+        let rollout = planned_rollout(policy, name).map_err(|error| wrong("rollout", error.message))?;
+        if let Err(error) = declared(&rollout, &config.metrics) {
+            return Err(wrong("rollout.metrics", error.to_string()));
         }
     }
     let FineTuningOptions { program, threads, priority, models, .. } = fine_tuning_options(config, models)?;

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use tidemill_engine::AdapterError;
 use tidemill_rlhf::job::{ADAPTER, EpochAdapter, JobError, epoch_adapters};
 use tidemill_rlhf::registry::{Base, Lineage, RegistryError};
-use tidemill_store::{Actor, AdapterRefusal, AdapterState, FineTuningDraft, FineTuningJob, StoreError};
+use tidemill_store::{Actor, AdapterRefusal, FineTuningDraft, FineTuningJob, StoreError};
 
 /// Why a model did not come about.
 #[derive(Debug, thiserror::Error)]
@@ -141,11 +141,7 @@ pub async fn withdraw(app: &App, models: &[String], actor: &Actor) -> Result<(),
         }
     }
     for own in led {
-        registry.unalias(&own.name, Some(&own.base)).await?;
-        let adapter = registry.get(&own.adapter.to_string()).await?;
-        if adapter.state == AdapterState::Serving {
-            registry.retire(&own.adapter.to_string()).await?;
-        }
+        registry.withdraw(&own.name, Some(&own.base)).await?;
     }
     follow(app).await;
     Ok(())

@@ -4,7 +4,7 @@
 //! same command gives the same numbers.
 
 use crate::fine_tuning::process::{LOG, Process};
-use crate::flywheel::{FlywheelOptions, lock};
+use crate::flywheel::{FlywheelOptions, actor, lock};
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -18,6 +18,8 @@ use tidemill_store::write_atomically;
 /// What `tidemill eval` writes.
 const FOUND: &str = "evaluation.json";
 const GATES: &str = "gates.json";
+/// The adapter that the folder is about: cycles are numbered from 1 again where a database was made anew beside an old data directory.
+const ADAPTER: &str = "adapter.txt";
 /// How long an evaluation that was told to stop may take before it is killed.
 const LEAVING: Duration = Duration::from_secs(5);
 
@@ -37,15 +39,20 @@ impl Evaluations {
         self.options.root.join(name).join(cycle.to_string())
     }
 
-    /// How far a cycle's evaluation is.
-    pub(super) fn see(&self, name: &str, cycle: u64) -> io::Result<Seen> {
+    /// How far the evaluation of a cycle's adapter is.
+    pub(super) fn see(&self, name: &str, cycle: u64, adapter: &str) -> io::Result<Seen> {
         let folder = self.folder(name, cycle);
         let mut running = lock(&self.running);
         if running.get(name).is_none_or(|(of, _)| *of != cycle) {
+            let of_this = std::fs::read_to_string(folder.join(ADAPTER)).is_ok_and(|known| known == adapter);
             // An earlier server's, if it is still at work.
             match Process::left(&folder)? {
-                Some(left) => drop(running.insert(name.to_owned(), (cycle, left))),
-                None => return Ok(found(&folder).map_or(Seen::Nothing, Seen::Gates)),
+                Some(left) if of_this => drop(running.insert(name.to_owned(), (cycle, left))),
+                Some(other) => {
+                    other.kill();
+                    return Ok(Seen::Underway);
+                }
+                None => return Ok(found(&folder).filter(|_| of_this).map_or(Seen::Nothing, Seen::Gates)),
             }
         }
         let Some((_, process)) = running.get_mut(name) else { return Ok(Seen::Nothing) };
@@ -78,9 +85,10 @@ impl Evaluations {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
+        write_atomically(&folder.join(ADAPTER), adapter.as_bytes()).map_err(io::Error::other)?;
         let gates = serde_json::to_vec_pretty(&cycle.policy.gates).map_err(io::Error::other)?;
         write_atomically(&folder.join(GATES), &gates).map_err(io::Error::other)?;
-        let command = self.command(&folder, base, cycle, dataset, adapter)?;
+        let command = self.command(name, &folder, base, cycle, dataset, adapter)?;
         // Somebody who is at work there is found at the next look.
         if let Some(process) = Process::run(command, &folder)? {
             lock(&self.running).insert(name.to_owned(), (number, process));
@@ -88,14 +96,24 @@ impl Evaluations {
         Ok(None)
     }
 
-    fn command(&self, folder: &Path, base: &Path, cycle: &Cycle, dataset: &str, adapter: &str) -> io::Result<Command> {
+    fn command(
+        &self,
+        name: &str,
+        folder: &Path,
+        base: &Path,
+        cycle: &Cycle,
+        dataset: &str,
+        adapter: &str,
+    ) -> io::Result<Command> {
         let (options, measuring) = (&self.options, &cycle.policy.measuring);
         let mut named = std::ffi::OsString::from(format!("{}=", cycle.policy.base));
         named.push(std::path::absolute(base)?);
         let mut command = Process::command(&options.program);
         command.args(["eval", "--adapter", adapter, "--dataset", dataset, "--base"]).arg(named);
         command.arg("--gates").arg(folder.join(GATES)).arg("--out").arg(folder).arg("--data").arg(&options.data);
-        command.args(["--datasets", &options.datasets]);
+        command.args(["--datasets", &options.datasets, "--by", &actor(name)]);
+        // Everything is said here. A file that somebody is editing has no say in a cycle that is under way.
+        command.args(["--config", "/dev/null"]);
         for (flag, value) in [
             ("--prompts", measuring.prompts.to_string()),
             ("--max-tokens", measuring.max_tokens.to_string()),
@@ -169,23 +187,54 @@ fn last_line(log: &Path) -> Option<String> {
 mod tests {
     use super::*;
     use crate::fine_tuning::TrainingPriority;
+    use serde_json::json;
     use std::collections::BTreeMap;
+
+    fn evaluations(root: &Path) -> Evaluations {
+        Evaluations::new(&FlywheelOptions {
+            policies: BTreeMap::new(),
+            root: root.to_owned(),
+            program: "false".into(),
+            threads: 1,
+            priority: TrainingPriority::Low,
+            models: BTreeMap::from([("smollm2".to_owned(), root.to_owned())]),
+            data: root.to_owned(),
+            database: None,
+            datasets: String::new(),
+        })
+    }
+
+    #[test]
+    fn what_was_found_of_another_adapter_opens_no_gate() {
+        let root = tempfile::tempdir().unwrap();
+        let policy = crate::flywheel::read_policy("a", &crate::flywheel::tests::table()).unwrap();
+        let cycle = Cycle { started: 1, policy, attempts: 0 };
+        let open = json!({
+            "base": "m", "base_digest": "d", "rows": "d@1", "sampling": {"temperature": 1.0, "max_tokens": 8, "seed": 0},
+            "contenders": [], "examples": [],
+            "gates": {"passed": true, "checks": [{"gate": "accuracy", "passed": true, "value": 0.9, "threshold": 0.5, "finding": "won"}]},
+        });
+        let place = root.path().join("a/1");
+        std::fs::create_dir_all(&place).unwrap();
+        let is_found = |evaluations: &Evaluations, adapter| matches!(evaluations.see("a", 1, adapter), Ok(Seen::Gates(_)));
+        // Of the cycle of this number in a database that is gone.
+        std::fs::write(place.join(FOUND), open.to_string()).unwrap();
+        assert_eq!(evaluations(root.path()).see("a", 1, "ft-a-1@01").unwrap(), Seen::Nothing);
+        assert_eq!(evaluations(root.path()).begin("a", 1, &cycle, "d@1", "ft-a-1@01").unwrap(), None);
+        assert!(!place.join(FOUND).exists());
+        std::fs::write(place.join(FOUND), open.to_string()).unwrap();
+        let begin = Instant::now();
+        while !is_found(&evaluations(root.path()), "ft-a-1@01") {
+            assert!(begin.elapsed() < Duration::from_secs(60));
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert!(!is_found(&evaluations(root.path()), "ft-a-2@02"));
+    }
 
     #[test]
     fn the_last_cycles_stay_and_nothing_else_is_touched() {
         let root = tempfile::tempdir().unwrap();
-        let options = FlywheelOptions {
-            policies: BTreeMap::new(),
-            root: root.path().to_owned(),
-            program: "false".into(),
-            threads: 1,
-            priority: TrainingPriority::Low,
-            models: BTreeMap::new(),
-            data: root.path().to_owned(),
-            database: None,
-            datasets: String::new(),
-        };
-        let evaluations = Evaluations::new(&options);
+        let evaluations = evaluations(root.path());
         for place in ["a/1", "a/2", "a/7", "a/8", "a/9", "a/notes", "b/1"] {
             std::fs::create_dir_all(root.path().join(place)).unwrap();
             std::fs::write(root.path().join(place).join(FOUND), "{}").unwrap();

@@ -15,8 +15,8 @@ use tidemill_rlhf::flywheel::{Act, Cycle, Flywheel, Key, Seen, Word, Work};
 use tidemill_rlhf::quality::{QualityOptions, Split};
 use tidemill_rlhf::registry::RegistryError;
 use tidemill_store::{
-    Actor, AdapterRefusal, AdapterState, FileDraft, Files, FineTuningDraft, Incoming, News, Rollout, RolloutRefusal, Rollouts,
-    Store, StoreError, Viewer,
+    Actor, AdapterOrigin, AdapterRefusal, AdapterState, Adapters, FileDraft, Files, FineTuningDraft, Incoming, News,
+    RegisteredAdapter, Rollout, RolloutRefusal, Rollouts, Store, StoreError, Viewer,
 };
 use uuid::Uuid;
 
@@ -65,13 +65,16 @@ impl Flywheels {
         let policy = &cycle.policy;
         let id = |part: &str| key.id(part, cycle.started);
         let export = |split: Split, file: Uuid| {
-            let (datasets, files) = (app.datasets.datasets().clone(), app.files.clone());
+            let (datasets, files, store) = (app.datasets.datasets().clone(), app.files.clone(), self.shared.store.clone());
             let selection = Selection { kind: policy.feedback.rows.first().copied(), split: Some(split), dropped: false };
             let (dataset, owner, name) = (dataset.to_owned(), actor(&key.name), format!("{}-{}.jsonl", key.name, file));
             let runtime = tokio::runtime::Handle::current();
             // Decompressing rows would hold up the threads that move bytes.
             tokio::task::spawn_blocking(move || {
                 runtime.block_on(async move {
+                    if !is_to_be_written(&store, &files, file, &owner).await? {
+                        return Ok(true);
+                    }
                     let draft = FileDraft {
                         key_id: Some(owner),
                         filename: name,
@@ -122,17 +125,21 @@ impl Flywheels {
         let by = Actor::from(actor(&key.name));
         let registry = app.adapters.registry().acting_as(&by);
         let name = candidate(&key.name, key.cycle);
-        let row = match registry.serve(adapter, false).await {
-            Ok((row, _)) => row,
+        let known = registry.get(adapter).await?;
+        let served = known.state == AdapterState::Serving && known.tainted.is_none();
+        let row = match if served { Ok(known) } else { registry.serve(adapter, false).await.map(|(row, _)| row) } {
+            Ok(row) => row,
             Err(RegistryError::Store(error) | RegistryError::Refused(AdapterRefusal::Store(error))) => return Err(error.into()),
             Err(error) => return Ok(Some(failed(error, "run the loop again: its next snapshot makes another adapter", true))),
         };
-        let aliases = registry.aliases().await?;
-        if let Some(other) = aliases.iter().find(|alias| alias.name == name && alias.adapter != row.id) {
-            let why = format!("the alias '{name}' leads to another adapter of {}", other.base);
-            return Ok(Some(failed(why, "remove it with `tidemill adapter unalias`, and run the loop again", true)));
+        match registry.aliases().await?.into_iter().find(|alias| alias.name == name) {
+            Some(alias) if alias.adapter == row.id => {}
+            Some(other) => {
+                let why = format!("the alias '{name}' leads to another adapter of {}", other.base);
+                return Ok(Some(failed(why, "remove it with `tidemill adapter unalias`, and run the loop again", true)));
+            }
+            None => drop(registry.alias(&name, &row.id.to_string()).await?),
         }
-        registry.alias(&name, &row.id.to_string()).await?;
         app.adapters.try_again(row.id);
         app.adapters.follow().await?;
         if let Some(problem) = app.adapters.problem(row.id) {
@@ -171,14 +178,14 @@ impl Flywheels {
         let prefix = own.trim_end_matches('0');
         let is_own = |alias: &str| alias.strip_prefix(prefix).is_some_and(|rest| rest.parse::<u64>().is_ok());
         for alias in aliases.iter().filter(|alias| is_own(&alias.name) && !named.contains(&alias.name)) {
-            registry.unalias(&alias.name, Some(&alias.base)).await?;
-            let id = alias.adapter.to_string();
-            if registry.get(&id).await?.state == AdapterState::Serving {
-                match registry.retire(&id).await {
-                    // Somebody gave it a name of their own.
-                    Ok(_) | Err(RegistryError::Refused(AdapterRefusal::Aliased { .. })) => {}
-                    Err(error) => return Err(error.into()),
-                }
+            registry.withdraw(&alias.name, Some(&alias.base)).await?;
+        }
+        // One that was put into service and got no name: the way to its rollout was barred half-way.
+        let job = job_name(training.id(JOB, cycle.started));
+        for adapter in Adapters::new(&self.shared.store).made_from(AdapterOrigin::Job(&job)).await? {
+            let led_to = aliases.iter().any(|alias| alias.adapter == adapter.id);
+            if adapter.state == AdapterState::Serving && !led_to && !named.iter().any(|name| means(name, &adapter)) {
+                registry.retire(&adapter.id.to_string()).await?;
             }
         }
         app.adapters.follow().await?;
@@ -186,7 +193,19 @@ impl Flywheels {
     }
 }
 
-/// The rows of a snapshot that are selected as a file, unless it is there already; `false` where there are none.
+/// Whether a file of a training is not in this data directory yet. One that another server wrote before it was killed is given up: the
+/// job is not made yet, and it will run where its files are.
+async fn is_to_be_written(store: &Store, files: &Files, id: Uuid, owner: &str) -> Result<bool, Trouble> {
+    let Some(file) = files.find(id, &Viewer::Anyone, now()).await? else { return Ok(true) };
+    if file.place == files.place() {
+        return Ok(false);
+    }
+    let detail = json!({ "purpose": file.purpose, "bytes": file.bytes, "place": file.place });
+    let act = store.act(owner, "file.delete").to(file_name(id)).with(detail);
+    Ok(files.delete(&file, act).await?)
+}
+
+/// The rows of a snapshot that are selected as a file; `false` where there are none.
 async fn keep_rows(
     datasets: &Datasets,
     files: &Files,
@@ -195,9 +214,6 @@ async fn keep_rows(
     id: Uuid,
     draft: FileDraft,
 ) -> Result<bool, Trouble> {
-    if files.find(id, &Viewer::Anyone, now()).await?.is_some() {
-        return Ok(true);
-    }
     let snapshot = datasets.find(dataset).await?;
     let mut rows = datasets.rows(&snapshot).await?;
     let mut content: Incoming = files.receive(id).await?;
@@ -214,6 +230,12 @@ async fn keep_rows(
     Ok(true)
 }
 
+/// Whether a request's name means the adapter, without an alias.
+fn means(name: &str, adapter: &RegisteredAdapter) -> bool {
+    let name = name.strip_prefix(&adapter.base).and_then(|rest| rest.strip_prefix(':')).unwrap_or(name);
+    name == adapter.name || name == adapter.reference()
+}
+
 /// Names that a rollout's arms lead requests to; of one that was promoted, its arm's.
 fn names(rollout: &Rollout) -> Vec<String> {
     let Ok(spec) = serde_json::from_value::<Spec>(rollout.spec.clone()) else { return Vec::new() };
@@ -222,9 +244,84 @@ fn names(rollout: &Rollout) -> Vec<String> {
     arms.flat_map(|(_, arm)| [Some(arm.variant), arm.model]).flatten().collect()
 }
 
-/// Names that a rollout under way or a promotion that holds leads requests to.
+/// Names that a rollout under way or a promotion that holds leads requests to, or the promotion before it: whoever takes the newest back
+/// has the model on that one again with the next request.
 pub(crate) async fn named_by_rollouts(store: &Store) -> Result<HashSet<String>, StoreError> {
     let rollouts = Rollouts::new(store);
-    let (promoted, running) = (rollouts.promotions().await?, rollouts.running().await?);
-    Ok(promoted.iter().chain(&running).flat_map(names).collect())
+    let (promoted, mut leading) = (rollouts.promotions().await?, rollouts.running().await?);
+    for newest in &promoted {
+        leading.extend(rollouts.promotions_but(newest.id).await?);
+    }
+    Ok(promoted.iter().chain(&leading).flat_map(names).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tidemill_store::{DataDir, RolloutChange, RolloutDecision, StoreOptions};
+
+    #[tokio::test]
+    async fn a_file_that_a_server_left_behind_is_written_again_where_the_job_will_run() {
+        let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let [first, second] = folders.each_ref().map(|folder| DataDir::new(folder.path()));
+        let store = Store::open(StoreOptions::new(first.clone())).await.unwrap();
+        let (left, own) = (Files::open(&store, &first).await.unwrap(), Files::open(&store, &second).await.unwrap());
+        let id = store.issue_id();
+        let keep = async |files: &Files| {
+            let draft = FileDraft { key_id: None, filename: "f".into(), purpose: "fine-tune".into(), expires: None };
+            files.receive(id).await.unwrap().finish(draft, now()).await.unwrap()
+        };
+        assert!(is_to_be_written(&store, &own, id, "loop:a").await.unwrap());
+        keep(&left).await;
+        assert!(!is_to_be_written(&store, &left, id, "loop:a").await.unwrap());
+        assert!(is_to_be_written(&store, &own, id, "loop:a").await.unwrap());
+        assert_eq!(keep(&own).await.place, own.place());
+        assert!(!is_to_be_written(&store, &own, id, "loop:a").await.unwrap());
+        store.close().await;
+    }
+
+    /// A rollout of these variants on the model, which was promoted.
+    async fn promoted(store: &Store, model: &str, control: &str, treatment: &str) {
+        let spec = json!({
+            "name": treatment, "model": model, "kind": "ab", "arms": [{"variant": control}, {"variant": treatment}],
+            "metrics": [{"metric": "feedback.thumb", "goal": {"min": 0}}],
+        });
+        let (rollouts, decision) = (Rollouts::new(store), |action: &str| RolloutDecision {
+            version: 0,
+            at: now(),
+            action: action.to_owned(),
+            actor: None,
+            body: json!({}),
+        });
+        let row = Rollout {
+            id: store.issue_id(),
+            created: now(),
+            updated: now(),
+            ended: None,
+            name: treatment.to_owned(),
+            model: model.to_owned(),
+            spec: json!(Spec::parse(&spec).unwrap()),
+            state: json!({}),
+            version: 0,
+            latest: json!({}),
+        };
+        rollouts.insert(&row, &decision("start"), "ann").await.unwrap();
+        let state = json!({ "status": { "kind": "promoted", "arm": 1 } });
+        let change = RolloutChange { state, over: true, promoted: true, decision: decision("promote"), keep: true };
+        rollouts.advance(&row, &change, None).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_an_undo_would_lead_back_to_is_needed_and_what_lies_before_it_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(StoreOptions::new(DataDir::new(folder.path()))).await.unwrap();
+        for (control, treatment) in [("m", "loop-a-1"), ("loop-a-1", "loop-a-2"), ("loop-a-2", "loop-a-3")] {
+            promoted(&store, "m", control, treatment).await;
+        }
+        promoted(&store, "other", "other", "loop-b-1").await;
+        let mut named: Vec<String> = named_by_rollouts(&store).await.unwrap().into_iter().collect();
+        named.sort();
+        assert_eq!(named, ["loop-a-2", "loop-a-3", "loop-b-1"]);
+        store.close().await;
+    }
 }

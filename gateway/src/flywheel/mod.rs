@@ -14,9 +14,9 @@ mod view;
 mod wish;
 
 pub(crate) use hands::named_by_rollouts;
-pub use policy::read as read_policy;
 #[cfg(test)]
 pub(crate) use policy::tests;
+pub use policy::{planned as planned_rollout, read as read_policy};
 pub use view::standing;
 pub use wish::{WishRefusal, follow};
 
@@ -197,7 +197,11 @@ impl Flywheels {
         loop {
             match leadership.is_mine().await {
                 Ok(true) => self.look(app).await,
-                Ok(false) => self.shared.gauges.clear(),
+                // What stands in a loop's way is for the one that runs it to say.
+                Ok(false) => {
+                    self.shared.gauges.clear();
+                    lock(&self.shared.problems).clear();
+                }
                 Err(error) => tracing::warn!(%error, "cannot tell which server runs the loops; trying again in a moment"),
             }
             tokio::select! {

@@ -57,12 +57,17 @@ pub fn read(name: &str, value: &Value) -> Result<Policy, ApiError> {
     fields.finish()?;
     let policy =
         Policy { model, base, dataset, when, feedback, window, quality, recipe: method.to_json(), measuring, gates, rollout };
-    if spec(&policy, name, CONTROL, TREATMENT)?.kind == RolloutKind::Shadow {
+    if planned(&policy, name)?.kind == RolloutKind::Shadow {
         let why =
             "Invalid 'rollout.kind': nobody sees a shadow's answers, so none is ever promoted. Use 'canary', 'ab' or 'bandit'.";
         return Err(ApiError::invalid("rollout.kind", "invalid_value", why));
     }
     Ok(policy)
+}
+
+/// The rollout of any cycle, while nobody knows its arms.
+pub fn planned(policy: &Policy, name: &str) -> Result<Spec, ApiError> {
+    spec(policy, name, CONTROL, TREATMENT)
 }
 
 /// The rollout of a cycle: the policy's, between these variants.

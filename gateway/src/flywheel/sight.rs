@@ -1,8 +1,9 @@
 //! What can be seen of the work of a loop's state, from the rows and folders that the work leaves.
 
 use crate::clock::now;
-use crate::flywheel::{Flywheels, Trouble, candidate, lock};
-use crate::http::App;
+use crate::fine_tuning::Wish;
+use crate::flywheel::{Flywheels, Trouble, actor, candidate, lock};
+use crate::http::{App, job_name};
 use crate::rollout::decision::{State as RolloutState, Status};
 use serde_json::{Value, json};
 use tidemill_rlhf::dataset::DatasetError;
@@ -36,8 +37,8 @@ pub(super) async fn counts(store: &Store, policy: &Policy, from: i64, now: i64) 
 /// The rollout of a cycle, where it was started.
 pub(super) async fn rollout(store: &Store, name: &str, cycle: u64, started: i64) -> Result<Option<Rollout>, StoreError> {
     match Rollouts::new(store).find(&candidate(name, cycle)).await {
-        // Of another life of this database, whose loops were forgotten.
-        Ok(found) if found.created < started => Ok(None),
+        // Of another life of this database, whose loops were forgotten, or somebody's own of this name.
+        Ok(found) if found.created < started || found.state["started_by"] != actor(name) => Ok(None),
         Ok(found) => Ok(Some(found)),
         Err(RolloutRefusal::Unknown(_)) => Ok(None),
         Err(RolloutRefusal::Store(error)) => Err(error),
@@ -60,8 +61,8 @@ impl Flywheels {
             }
             State::Snapshot { cycle } => self.see_snapshot(app, name, wheel.cycle, cycle).await,
             State::Quality { dataset, .. } => see_report(app, dataset).await,
-            State::Training { .. } => see_training(app, &wheel.key(name), wheel).await,
-            State::Evaluation { .. } => Ok(self.shared.evaluations.see(name, wheel.cycle)?),
+            State::Training { cycle, dataset } => see_training(app, &wheel.key(name), cycle, dataset).await,
+            State::Evaluation { adapter, .. } => Ok(self.shared.evaluations.see(name, wheel.cycle, adapter)?),
             State::Canary { cycle, .. } => {
                 let found = rollout(&self.shared.store, name, wheel.cycle, cycle.started).await?;
                 Ok(found.map_or(Seen::Nothing, |found| see_rollout(&found)))
@@ -71,18 +72,22 @@ impl Flywheels {
     }
 
     async fn see_snapshot(&self, app: &App, name: &str, number: u64, cycle: &Cycle) -> Result<Seen, Trouble> {
+        // Before the snapshots are looked through: the row of one that was built is written before its job's.
+        let build = lock(&self.shared.builds).get(name).copied().filter(|(of, _)| *of == number);
+        let job = match build {
+            Some((_, build)) => app.datasets.find(build).await?,
+            None => None,
+        };
         let until = json!(cycle.policy.query(cycle.started).until);
         let known = app.datasets.datasets().list(Some(&cycle.policy.dataset), None, SNAPSHOTS).await?;
         if let Some(snapshot) = known.iter().find(|snapshot| snapshot.query["feedback"]["until"] == until) {
             lock(&self.shared.builds).remove(name);
             return Ok(Seen::Snapshot { dataset: reference(snapshot), numbers: snapshot.row_counts.clone() });
         }
-        let build = lock(&self.shared.builds).get(name).copied().filter(|(of, _)| *of == number);
-        let Some((_, build)) = build else { return Ok(Seen::Nothing) };
-        let Some(job) = app.datasets.find(build).await? else { return Ok(Seen::Nothing) };
+        let Some(job) = job else { return Ok(Seen::Nothing) };
         match job.state {
             JobState::Queued | JobState::Running => Ok(Seen::Underway),
-            // Its row is written before the job's.
+            // So many newer ones of its name hide it.
             JobState::Succeeded => Ok(Seen::Nothing),
             JobState::Failed | JobState::Cancelled => {
                 lock(&self.shared.builds).remove(name);
@@ -99,32 +104,50 @@ fn reference(snapshot: &Snapshot) -> String {
     format!("{}@{}", snapshot.name, snapshot.version)
 }
 
-async fn see_report(app: &App, dataset: &str) -> Result<Seen, Trouble> {
+/// The snapshot, or what is seen where it is gone.
+async fn snapshot(app: &App, dataset: &str) -> Result<Result<Snapshot, Seen>, Trouble> {
     match app.datasets.datasets().find(dataset).await {
-        Ok(snapshot) => {
-            // After an erasure there is no report, and the snapshot is tainted.
-            let checks: Vec<Check> = serde_json::from_value(snapshot.report["checks"].clone()).unwrap_or_default();
-            let tainted = snapshot.tainted.is_some();
-            if checks.is_empty() && !tainted {
-                return Ok(failed(format!("the report of {dataset} cannot be read"), "run the loop again", true));
-            }
-            Ok(Seen::Report { checks, tainted })
-        }
-        Err(DatasetError::NotFound(_)) => Ok(failed(format!("{dataset} is gone"), "run the loop again", true)),
+        Ok(snapshot) => Ok(Ok(snapshot)),
+        Err(DatasetError::NotFound(_)) => Ok(Err(failed(format!("{dataset} is gone"), "run the loop again", true))),
         Err(error) => Err(error.into()),
     }
 }
 
-async fn see_training(app: &App, key: &Key, wheel: &Flywheel) -> Result<Seen, Trouble> {
-    let Some(cycle) = wheel.state.cycle() else { return Ok(Seen::Nothing) };
-    let Some(job) = app.fine_tuning.rows().find(key.id("job", cycle.started), &Viewer::Anyone).await? else {
-        return Ok(Seen::Nothing);
+async fn see_report(app: &App, dataset: &str) -> Result<Seen, Trouble> {
+    let snapshot = match snapshot(app, dataset).await? {
+        Ok(snapshot) => snapshot,
+        Err(gone) => return Ok(gone),
     };
+    // After an erasure there is no report, and the snapshot is tainted.
+    let checks: Vec<Check> = serde_json::from_value(snapshot.report["checks"].clone()).unwrap_or_default();
+    let tainted = snapshot.tainted.is_some();
+    if checks.is_empty() && !tainted {
+        return Ok(failed(format!("the report of {dataset} cannot be read"), "run the loop again", true));
+    }
+    Ok(Seen::Report { checks, tainted })
+}
+
+async fn see_training(app: &App, key: &Key, cycle: &Cycle, dataset: &str) -> Result<Seen, Trouble> {
+    let job = app.fine_tuning.rows().find(key.id("job", cycle.started), &Viewer::Anyone).await?;
+    let snapshot = match snapshot(app, dataset).await? {
+        Ok(snapshot) => snapshot,
+        Err(gone) => return Ok(gone),
+    };
+    if snapshot.tainted.is_some() {
+        // An erasure since its report was looked at: nobody learns from these rows any more.
+        if let Some(job) = &job {
+            Wish::Cancel.write(&app.store, job.draft.id, actor(&key.name)).await?;
+            app.fine_tuning.wake();
+        }
+        let why = format!("a person behind {dataset} was erased");
+        return Ok(failed(why, "the next cycle builds another snapshot, without them", true));
+    }
+    let Some(job) = job else { return Ok(Seen::Nothing) };
     match (job.state, &job.fine_tuned_model) {
         (FineTuningState::Succeeded, Some(model)) => {
             let adapter = app.adapters.registry().get(model).await?;
             let numbers = json!({
-                "job": crate::http::job_name(job.draft.id),
+                "job": job_name(job.draft.id),
                 "steps": job.step,
                 "tokens": job.trained_tokens,
                 "metrics": adapter.metrics,
@@ -133,7 +156,8 @@ async fn see_training(app: &App, key: &Key, wheel: &Flywheel) -> Result<Seen, Tr
         }
         (FineTuningState::Succeeded | FineTuningState::Failed, _) => {
             let why = job.error.as_ref().and_then(|error| error["message"].as_str()).unwrap_or("the training made no model");
-            Ok(failed(why, "see the job's events, and mend what they say", true))
+            let change = format!("mend what `tidemill jobs show {}` says, and run the loop again", job_name(job.draft.id));
+            Ok(failed(why, change, true))
         }
         (FineTuningState::Cancelled, _) => Ok(failed("somebody cancelled the training", "run the loop again", true)),
         _ => Ok(Seen::Underway),

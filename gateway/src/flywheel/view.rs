@@ -13,7 +13,7 @@ fn seconds(micros: i64) -> i64 {
 }
 
 /// The loop of this name, with its last cycles, the newest first. None where there is neither a policy nor a row. `here` is the place of the
-/// server that is asked, where one is.
+/// data directory that is asked about, where a server has owned it.
 pub async fn standing(
     store: &Store,
     name: &str,

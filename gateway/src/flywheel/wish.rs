@@ -18,8 +18,10 @@ pub enum WishRefusal {
         "there is no loop '{0}'; `[loop.NAME]` in tidemill.toml makes one, `tidemill loop status` shows those that there are"
     )]
     Unknown(String),
-    /// It is not configured any more.
-    #[error("the loop '{0}' is not in the configuration any more; put `[loop.{0}]` back into tidemill.toml")]
+    /// It is not configured.
+    #[error(
+        "the loop '{0}' is not in the configuration; put `[loop.{0}]` back into tidemill.toml, or say with --config where it is"
+    )]
     Gone(String),
     /// Not where it stands.
     #[error(transparent)]

@@ -211,12 +211,9 @@ impl Keeper {
             }
             self.0.models.find(Some(&variant.model)).map_err(|error| refused(error.message))?;
         }
+        declared(&spec, &self.0.declared)?;
         for (index, metric) in spec.metrics.iter().enumerate() {
             let refused = |fix: String| KeeperError::Metric { index, metric: metric.quantity.to_string(), fix };
-            if let Some(name) = recorded_as(&metric.quantity).filter(|name| !self.0.declared.contains_key(name)) {
-                let quoted = if name.contains('.') { format!("\"{name}\"") } else { name };
-                return Err(refused(format!("declare it as [metrics.{quoted}] in tidemill.toml, and send it as feedback")));
-            }
             for (arm, variant) in spec.arms.iter().map(Variant::of).enumerate().filter(|(arm, _)| metric.scored(*arm) > 0.0) {
                 let why = match self.0.models.find(Some(&variant.model)) {
                     Ok(Upstream::Remote(_)) => "come from another server, and no base model here scores them",
@@ -473,6 +470,18 @@ impl Keeper {
             gauge!("tidemill:rollout_sample_ratio_p", "rollout" => rollout()).set(test.p_value);
         }
     }
+}
+
+/// Refuses a metric that is recorded as feedback under a name that nobody declared.
+pub fn declared(spec: &Spec, metrics: &Metrics) -> Result<(), KeeperError> {
+    for (index, metric) in spec.metrics.iter().enumerate() {
+        if let Some(name) = recorded_as(&metric.quantity).filter(|name| !metrics.contains_key(name)) {
+            let quoted = if name.contains('.') { format!("\"{name}\"") } else { name };
+            let fix = format!("declare it as [metrics.{quoted}] in tidemill.toml, and send it as feedback");
+            return Err(KeeperError::Metric { index, metric: metric.quantity.to_string(), fix });
+        }
+    }
+    Ok(())
 }
 
 /// The word for an action, as rows and metrics have it.

@@ -330,13 +330,25 @@ impl Registry {
 
     /// Removes an alias; `base` is needed where several base models have one of this name. Returns what it was.
     pub async fn unalias(&self, alias: &str, base: Option<&str>) -> Result<Alias, RegistryError> {
+        let known = self.known_alias(alias, base).await?;
+        self.adapters.remove_alias(&known.base, alias, &self.actor).await?;
+        Ok(known)
+    }
+
+    /// The same, in one step with taking the adapter that it led to out of service, where no other alias leads there.
+    pub async fn withdraw(&self, alias: &str, base: Option<&str>) -> Result<Alias, RegistryError> {
+        let known = self.known_alias(alias, base).await?;
+        self.adapters.withdraw_alias(&known.base, alias, &self.actor).await?;
+        Ok(known)
+    }
+
+    async fn known_alias(&self, alias: &str, base: Option<&str>) -> Result<Alias, RegistryError> {
         let aliases = self.adapters.aliases().await?;
         let mut named = aliases.into_iter().filter(|known| known.name == alias && base.is_none_or(|base| known.base == base));
         let known = named.next().ok_or_else(|| AdapterRefusal::NoAlias(alias.to_owned()))?;
         if let Some(other) = named.next() {
             return Err(RegistryError::Ambiguous { reference: alias.to_owned(), meanings: vec![known.base, other.base] });
         }
-        self.adapters.remove_alias(&known.base, alias, &self.actor).await?;
         Ok(known)
     }
 

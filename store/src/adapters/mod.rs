@@ -4,6 +4,7 @@
 //! all. Whoever decides by an adapter's state holds its row while doing so: an adapter cannot be retired in the moment in which an alias
 //! is led to it.
 
+mod alias;
 mod lineage;
 mod row;
 
@@ -465,80 +466,6 @@ impl Adapters {
                 .await?;
             transaction.commit().await?;
             Ok(adapter)
-        })
-        .await
-    }
-
-    /// Leads an alias of the adapter's base to an adapter that is served. Returns the adapter, and the one that it led to before.
-    pub async fn set_alias(
-        &self,
-        name: &str,
-        id: Uuid,
-        actor: impl Into<Actor>,
-    ) -> Result<(RegisteredAdapter, Option<Uuid>), AdapterRefusal> {
-        self.lead_alias(name, id, now_us(), &actor.into()).await
-    }
-
-    /// Leads an alias back to where it led from `since` on, in microseconds since 1970, as if it had not been moved.
-    pub async fn lead_alias_back(
-        &self,
-        name: &str,
-        id: Uuid,
-        since: i64,
-        actor: impl Into<Actor>,
-    ) -> Result<(RegisteredAdapter, Option<Uuid>), AdapterRefusal> {
-        self.lead_alias(name, id, since, &actor.into()).await
-    }
-
-    async fn lead_alias(
-        &self,
-        name: &str,
-        id: Uuid,
-        since: i64,
-        actor: &Actor,
-    ) -> Result<(RegisteredAdapter, Option<Uuid>), AdapterRefusal> {
-        patiently(async {
-            let mut transaction = self.store.database().write().begin().await?;
-            let adapter = row::hold(&mut transaction, id).await?.ok_or(AdapterRefusal::Unknown(id))?;
-            match adapter.state {
-                AdapterState::Serving => {}
-                AdapterState::Revoked => return Err(AdapterRefusal::Revoked(adapter.reference())),
-                state => return Err(AdapterRefusal::NotServed { adapter: adapter.reference(), state }),
-            }
-            let taken = "SELECT 1 FROM adapters WHERE base = $1 AND name = $2 LIMIT 1";
-            let taken_by = match name == adapter.base {
-                true => Some("the base model itself"),
-                false => exists(&mut transaction, taken, &adapter.base, name).await?.then_some("an adapter's name"),
-            };
-            if let Some(taken_by) = taken_by {
-                return Err(AdapterRefusal::NameTaken { name: name.to_owned(), taken_by });
-            }
-            let before = row::lead(&mut transaction, &adapter, name, since).await?;
-            let detail = json!({"base": adapter.base, "adapter": adapter.reference(), "before": before});
-            self.audit_subject(&mut transaction, actor, "adapter.alias", name, detail).await?;
-            transaction.commit().await?;
-            Ok((adapter, before))
-        })
-        .await
-    }
-
-    /// Removes an alias. Returns the adapter that it led to.
-    pub async fn remove_alias(&self, base: &str, name: &str, actor: impl Into<Actor>) -> Result<Uuid, AdapterRefusal> {
-        let actor: &Actor = &actor.into();
-        patiently(async {
-            let mut transaction = self.store.database().write().begin().await?;
-            let gone = sqlx::query(
-                "DELETE FROM adapter_aliases WHERE base = $1 AND name = $2 RETURNING base, name, adapter_id, updated",
-            )
-            .bind(clean(base).into_owned())
-            .bind(clean(name).into_owned())
-            .fetch_optional(&mut *transaction)
-            .await?;
-            let gone = gone.as_ref().map(row::alias).transpose()?.ok_or_else(|| AdapterRefusal::NoAlias(name.to_owned()))?;
-            let detail = json!({"base": base, "adapter_id": gone.adapter});
-            self.audit_subject(&mut transaction, actor, "adapter.unalias", name, detail).await?;
-            transaction.commit().await?;
-            Ok(gone.adapter)
         })
         .await
     }

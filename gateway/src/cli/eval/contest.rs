@@ -11,7 +11,6 @@ use tidemill_rlhf::registry::Registry;
 use tidemill_store::{DataDir, RegisteredAdapter, Store};
 
 use super::{EvalArgs, EvalCommandError};
-use crate::cli::COMMAND_LINE;
 use crate::cli::store_args::{StoreCommandError, read_json};
 use crate::config::Config;
 
@@ -125,12 +124,14 @@ pub(super) fn place(config: &Config, first: &Named) -> PathBuf {
     }
 }
 
-/// Keeps what was found beside each registered adapter. `page` is where all of it can be read.
+/// Keeps what was found beside each registered adapter. `page` is where all of it can be read, `by` whom the
+/// audit names.
 pub(super) async fn attach(
     config: &Config,
     adapters: &[Named],
     found: &Evaluation,
     page: &Path,
+    by: &str,
     now: i64,
 ) -> Result<(), EvalCommandError> {
     let rows: Vec<(usize, &RegisteredAdapter)> =
@@ -140,7 +141,7 @@ pub(super) async fn attach(
     }
     let data = DataDir::new(&config.data);
     let store = Store::open_for_command(&data, config.database.as_deref()).await?;
-    let registry = Registry::new(&store, &data).acting_as(COMMAND_LINE);
+    let registry = Registry::new(&store, &data).acting_as(by);
     let mut kept = Ok(());
     for (place, row) in rows {
         kept = kept.and(registry.evaluated(row.id, &summary(found, place, page, now)).await.map(drop));

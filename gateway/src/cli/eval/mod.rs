@@ -20,6 +20,7 @@ use tidemill_rlhf::reward::{RewardError, RewardFunction};
 use tidemill_rlhf::train::{questions, read_questions};
 use tidemill_store::StoreError;
 
+use super::COMMAND_LINE;
 use super::adapter::base_of;
 use super::store_args::{DatasetStoreArgs, StoreCommandError, read_json};
 use crate::clock::now;
@@ -99,6 +100,9 @@ pub struct EvalArgs {
     /// evaluations/NAME@GENERATION in the data directory]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Whom the audit names; a loop says its own name
+    #[arg(long, hide = true, default_value = COMMAND_LINE)]
+    by: String,
     #[command(flatten)]
     place: DatasetStoreArgs,
 }
@@ -188,7 +192,7 @@ pub fn run(args: &EvalArgs) -> Result<ExitCode, EvalCommandError> {
     if args.shuffled_labels {
         say("a control, which is not kept beside the adapter");
     } else {
-        runtime.block_on(contest::attach(&config, &adapters, &found, &page, now()))?;
+        runtime.block_on(contest::attach(&config, &adapters, &found, &page, &args.by, now()))?;
     }
     say(&format!("page  {}", page.display()));
     let Some(report) = &found.gates else { return Ok(ExitCode::SUCCESS) };
