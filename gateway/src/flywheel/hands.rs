@@ -13,7 +13,7 @@ use tidemill_rlhf::dataset::Datasets;
 use tidemill_rlhf::dataset::format::{Format, Selection, lines};
 use tidemill_rlhf::flywheel::{Act, Cycle, Flywheel, Key, Seen, Word, Work};
 use tidemill_rlhf::quality::{QualityOptions, Split};
-use tidemill_rlhf::registry::RegistryError;
+use tidemill_rlhf::registry::{Registry, RegistryError};
 use tidemill_store::{
     Actor, AdapterOrigin, AdapterRefusal, AdapterState, Adapters, FileDraft, Files, FineTuningDraft, Incoming, News,
     RegisteredAdapter, Rollout, RolloutRefusal, Rollouts, Store, StoreError, Viewer,
@@ -22,6 +22,8 @@ use uuid::Uuid;
 
 /// How long a file that nobody removed stays, in microseconds.
 const FILE_LIFE: i64 = 30 * 86_400_000_000;
+/// How long other servers on the database may take to serve what a new name leads to, in microseconds.
+const FOLLOWED: i64 = 5_000_000;
 /// Parts of the training's files and job in the key of its act.
 const TRAIN: &str = "train";
 const HELD_OUT: &str = "held_out";
@@ -125,15 +127,14 @@ impl Flywheels {
         let by = Actor::from(actor(&key.name));
         let registry = app.adapters.registry().acting_as(&by);
         let name = candidate(&key.name, key.cycle);
-        let known = registry.get(adapter).await?;
-        let served = known.state == AdapterState::Serving && known.tainted.is_none();
-        let row = match if served { Ok(known) } else { registry.serve(adapter, false).await.map(|(row, _)| row) } {
+        let row = match put_into_service(&registry, adapter).await {
             Ok(row) => row,
             Err(RegistryError::Store(error) | RegistryError::Refused(AdapterRefusal::Store(error))) => return Err(error.into()),
             Err(error) => return Ok(Some(failed(error, "run the loop again: its next snapshot makes another adapter", true))),
         };
+        let mut since = now();
         match registry.aliases().await?.into_iter().find(|alias| alias.name == name) {
-            Some(alias) if alias.adapter == row.id => {}
+            Some(alias) if alias.adapter == row.id => since = alias.updated,
             Some(other) => {
                 let why = format!("the alias '{name}' leads to another adapter of {}", other.base);
                 return Ok(Some(failed(why, "remove it with `tidemill adapter unalias`, and run the loop again", true)));
@@ -144,6 +145,10 @@ impl Flywheels {
         app.adapters.follow().await?;
         if let Some(problem) = app.adapters.problem(row.id) {
             return Ok(Some(failed(problem, "make the server able to serve it; GET /v1/adapters says what is served", false)));
+        }
+        if self.shared.options.database.is_some() && now() - since < FOLLOWED {
+            // A server that knew the rollout and not the adapter yet would count its own delay against it.
+            return Ok(None);
         }
         // The control that is called as the model is whatever that serves now.
         let spec = match policy::spec(&cycle.policy, &name, &cycle.policy.model, &name) {
@@ -191,6 +196,15 @@ impl Flywheels {
         app.adapters.follow().await?;
         Ok(Seen::Cleared)
     }
+}
+
+/// The adapter in service. One that is there already is left as it is, so that the audit is told once, however often it is tried.
+async fn put_into_service(registry: &Registry, adapter: &str) -> Result<RegisteredAdapter, RegistryError> {
+    let known = registry.get(adapter).await?;
+    if known.state == AdapterState::Serving && known.tainted.is_none() {
+        return Ok(known);
+    }
+    Ok(registry.serve(adapter, false).await?.0)
 }
 
 /// Whether a file of a training is not in this data directory yet. One that another server wrote before it was killed is given up: the
