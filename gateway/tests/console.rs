@@ -68,8 +68,8 @@ async fn what_is_not_there_is_said_in_the_error_shape() {
     assert_eq!(me, json!({"annotator": null, "keyed": false, "operator": true}));
 }
 
-/// A rollout after one measurement, as its keeper writes it.
-async fn roll_out(app: &App) -> Uuid {
+/// A rollout after one measurement, as its keeper writes it; `ended` is when it did.
+async fn roll_out(app: &App, ended: Option<i64>) -> Uuid {
     let spec = json!({
         "name": "brief", "model": EVIL, "kind": "ab", "arms": [{"variant": MODEL}, {"variant": EVIL}],
         "metrics": [{"metric": "feedback.thumb", "goal": {"min": 0}}],
@@ -84,7 +84,7 @@ async fn roll_out(app: &App) -> Uuid {
         id: app.store.issue_id(),
         created: 1,
         updated: 2,
-        ended: None,
+        ended,
         name: EVIL.into(),
         model: EVIL.into(),
         spec: json!(spec),
@@ -100,7 +100,7 @@ async fn roll_out(app: &App) -> Uuid {
 #[tokio::test]
 async fn who_only_looks_sees_the_pages_without_their_buttons() {
     let mut app = Setup::default().app();
-    let rollout = roll_out(&app).await;
+    let rollout = roll_out(&app, None).await;
     let (_, look) = app.store.create_key("eyes", &[Scope::Look]).await.unwrap();
     app.auth = Auth::new(app.store.clone(), true);
     let router = router(app);
@@ -115,6 +115,31 @@ async fn who_only_looks_sees_the_pages_without_their_buttons() {
 }
 
 #[tokio::test]
+async fn who_trains_is_led_to_the_queues_as_on_their_own_page() {
+    let mut app = Setup::default().app();
+    let (_, both) = app.store.create_key("trainer", &[Scope::Look, Scope::Train]).await.unwrap();
+    app.auth = Auth::new(app.store.clone(), true);
+    let router = router(app);
+    for me in ["/v1/console/me", "/v1/labeling/me"] {
+        assert_eq!(ask(&router, "GET", me, Some(&both), Value::Null).await.json()["operator"], true, "{me}");
+    }
+    let page = get(&router, "/console/queues").await;
+    assert!(String::from_utf8(page.body).unwrap().contains("/console/console.js"));
+}
+
+#[tokio::test]
+async fn a_rollout_that_runs_comes_before_whatever_has_ended_since() {
+    let app = Setup::default().app();
+    let running = roll_out(&app, None).await;
+    for _ in 0..101 {
+        roll_out(&app, Some(3)).await;
+    }
+    let text = shown(&router(app), "rollouts").await;
+    let first = text.split("/console/rollouts/").nth(1).unwrap();
+    assert!(first.starts_with(&running.to_string()) && text.contains("Older ones"), "{first}");
+}
+
+#[tokio::test]
 async fn hostile_names_stay_text_on_every_page() {
     let app = Setup::default().app();
     let record = Inference {
@@ -126,7 +151,7 @@ async fn hostile_names_stay_text_on_every_page() {
     };
     app.store.record(record).unwrap();
     app.store.flush().await;
-    let rollout = roll_out(&app).await;
+    let rollout = roll_out(&app, None).await;
     let adapter = RegisteredAdapter {
         id: app.store.issue_id(),
         name: "brief".into(),

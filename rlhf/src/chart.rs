@@ -15,9 +15,8 @@ const RIGHT: f64 = WIDTH - 12.0;
 /// The plot's height.
 const PLOT: f64 = 174.0;
 const LEGEND_ROW: f64 = 16.0;
-const LEGEND_COLUMNS: usize = 3;
-/// Letters of a name in the legend.
-const LETTERS: usize = 20;
+/// Columns of a legend and the letters that a name has room for in them: as many columns as the longest name allows.
+const LEGENDS: [(usize, usize); 3] = [(3, 20), (2, 31), (1, 66)];
 /// Intervals before this part of the points do not widen the scale: the first are so wide that nothing else would be seen.
 const SETTLED: f64 = 1.0 / 3.0;
 
@@ -176,8 +175,8 @@ impl Chart {
         let values = points().map(|point| point.value).chain(wide.flat_map(|interval| [interval.low, interval.high]));
         let (low, high) = range(values.chain(self.rules.iter().map(|rule| rule.value).filter(|value| value.is_finite())))?;
         let (low, high) = self.reach.map_or((low, high), |least| (0.0, high.max(least)));
-        let legend = if self.lines.len() > 1 { LEGEND_ROW * self.lines.len().div_ceil(LEGEND_COLUMNS) as f64 } else { 0.0 };
-        let scale = Scale { first, last, low, high, top: 20.0 + legend };
+        let legend = Legend::of(&self.lines);
+        let scale = Scale { first, last, low, high, top: 20.0 + legend.height() };
         let mut body = String::new();
         self.draw_scale(&scale, &mut body);
         for (place, line) in self.lines.iter().enumerate() {
@@ -185,10 +184,22 @@ impl Chart {
         }
         self.draw_rules(&scale, &mut body);
         self.draw_marks(&scale, &mut body);
-        if self.lines.len() > 1 {
-            self.draw_legend(&mut body);
-        }
-        Some(Fragment::new(svg(scale.base() + 34.0, &self.title, &body)))
+        legend.draw(&self.lines, &mut body);
+        Some(Fragment::new(svg(scale.base() + 34.0, &self.told(), &body)))
+    }
+
+    /// What the picture shows, for those who do not see it: where each line begins and ends.
+    fn told(&self) -> String {
+        let at = |point: &Point| format!("{} at {}", (self.value)(point.value), (self.place)(point.at));
+        let line = |line: &Line| {
+            let (first, last) = (line.finite().next()?, line.finite().last()?);
+            let range = last.interval.map_or_else(String::new, |range| {
+                format!(", between {} and {}", (self.value)(range.low), (self.value)(range.high))
+            });
+            let way = if first.at < last.at { format!("from {} to {}", at(first), at(last)) } else { at(last) };
+            Some(format!("{}: {way}{range}.", line.name))
+        };
+        std::iter::once(format!("{}.", self.title)).chain(self.lines.iter().filter_map(line)).collect::<Vec<_>>().join(" ")
     }
 
     // Writing to a string cannot fail, so results of `write!` are dropped here and below.
@@ -258,18 +269,45 @@ impl Chart {
             body.push_str("</g>");
         }
     }
+}
 
-    fn draw_legend(&self, body: &mut String) {
-        let column = (RIGHT - LEFT) / LEGEND_COLUMNS as f64;
-        for (place, line) in self.lines.iter().enumerate() {
-            let x = LEFT + column * (place % LEGEND_COLUMNS) as f64;
-            let y = 10.0 + LEGEND_ROW * (place / LEGEND_COLUMNS) as f64;
+/// What the lines are called on the picture.
+struct Legend {
+    columns: usize,
+    names: Vec<String>,
+}
+
+impl Legend {
+    /// Nothing for a single line, which the title names.
+    fn of(lines: &[Line]) -> Self {
+        let lines = if lines.len() > 1 { lines } else { &[] };
+        let longest = lines.iter().map(|line| line.name.chars().count()).max().unwrap_or_default();
+        let (columns, letters) = LEGENDS.into_iter().find(|(_, letters)| longest <= *letters).unwrap_or(LEGENDS[2]);
+        let mut names: Vec<String> = lines.iter().map(|line| cut(&line.name, letters)).collect();
+        let alike = |place: usize| names.iter().filter(|name| **name == names[place]).count() > 1;
+        // Where even that reads alike, the places of the lines tell them apart.
+        let numbered: Vec<usize> = (0..lines.len()).filter(|place| alike(*place)).collect();
+        for place in numbered {
+            names[place] = format!("{}. {}", place + 1, cut(&lines[place].name, letters - 4));
+        }
+        Self { columns, names }
+    }
+
+    fn height(&self) -> f64 {
+        LEGEND_ROW * self.names.len().div_ceil(self.columns) as f64
+    }
+
+    fn draw(&self, lines: &[Line], body: &mut String) {
+        let column = (RIGHT - LEFT) / self.columns as f64;
+        for (place, (name, line)) in self.names.iter().zip(lines).enumerate() {
+            let x = LEFT + column * (place % self.columns) as f64;
+            let y = 10.0 + LEGEND_ROW * (place / self.columns) as f64;
             let _ = write!(
                 body,
                 "<path class=\"curve c{place}\" d=\"M{x:.1} {y}h18\"/><text class=note x=\"{:.1}\" y=\"{}\">{}<title>{}</title></text>",
                 x + 24.0,
                 y + 4.0,
-                escape(&cut(&line.name)),
+                escape(name),
                 escape(&line.name),
             );
         }
@@ -303,9 +341,14 @@ pub(crate) fn svg(height: f64, label: &str, body: &str) -> String {
     format!("<svg viewBox=\"0 0 {WIDTH} {height:.0}\" role=\"img\" aria-label=\"{}\">{body}</svg>", escape(label))
 }
 
-/// As much of a name as there is room for.
-fn cut(name: &str) -> String {
-    if name.chars().count() > LETTERS { name.chars().take(LETTERS - 1).chain(['…']).collect() } else { name.to_owned() }
+/// A name in at most so many letters: its begin and its end, since names of one family differ in either.
+pub(crate) fn cut(name: &str, letters: usize) -> String {
+    let count = name.chars().count();
+    if count <= letters {
+        return name.to_owned();
+    }
+    let end = (letters - 1) / 2;
+    name.chars().take(letters - 1 - end).chain(['…']).chain(name.chars().skip(count - end)).collect()
 }
 
 /// Three digits, however large or small.
@@ -356,7 +399,8 @@ mod tests {
         assert_eq!(&numbers(picture, "band c0")[..2], [LEFT, top]);
         assert_eq!(way[1], base);
         assert!((way[5] - (base - 2.0 / 2.5 * PLOT)).abs() < 0.06, "{way:?}");
-        assert!(picture.contains("aria-label=\"A chart\"") && !picture.contains("class=\"note\""));
+        assert!(picture.contains("aria-label=\"A chart. only: from 0 at 1 to 1 at 4, between 0.75 and 1.25.\""), "{picture}");
+        assert!(!picture.contains("class=note"), "one line needs no legend");
     }
 
     #[test]
@@ -423,6 +467,31 @@ mod tests {
         let picture = all.draw().unwrap();
         assert!(!picture.as_str().contains("<script") && !picture.as_str().contains("\"><s"));
         assert!(picture.as_str().contains("&lt;script&gt;") && picture.as_str().contains("&quot;"));
+    }
+
+    #[test]
+    fn a_legend_tells_names_of_one_family_apart() {
+        let points = || vec![Point::new(1.0, 1.0), Point::new(2.0, 2.0)];
+        let names = |names: &[String]| Legend::of(&names.iter().map(|name| line(name, points())).collect::<Vec<_>>());
+        let short = names(&["training".into(), "held-out".into(), "a".into(), "b".into()]);
+        assert_eq!((short.columns, short.height(), short.names[1].as_str()), (3, 2.0 * LEGEND_ROW, "held-out"));
+        // Whole, in fewer columns.
+        let family = ["smollm2-135m-instruct:brief@01", "smollm2-135m-instruct:brief@02"].map(str::to_owned);
+        let found = names(&family);
+        assert_eq!((found.columns, found.names.as_slice()), (2, family.as_slice()));
+        // Begin and end, in one.
+        let long = ["a", "b"].map(|end| format!("{}{end}", "x".repeat(80)));
+        let found = names(&long);
+        assert_eq!((found.columns, found.names[0].chars().count()), (1, 66));
+        assert!(found.names[0].ends_with("xa") && found.names[1].ends_with("xb"), "{:?}", found.names);
+        // What differs only in the middle has a number.
+        let middle = ["a", "b"].map(|middle| format!("{0}{middle}{0}", "x".repeat(60)));
+        let found = names(&middle);
+        assert!(found.names[0].starts_with("1. x") && found.names[1].starts_with("2. x"), "{:?}", found.names);
+        assert_eq!(names(&["alone".into()]).height(), 0.0);
+        assert_eq!((cut("abcdef", 5), cut("abcde", 5)), ("ab…ef".to_owned(), "abcde".to_owned()));
+        let picture = chart(long.iter().map(|name| line(name, points())).collect()).draw().unwrap();
+        assert!(long.iter().all(|name| picture.as_str().contains(&format!("<title>{name}</title>"))));
     }
 
     #[test]

@@ -1,300 +1,26 @@
-"""The operators' console in a real browser, over a server with traffic, a rollout, a dataset, a training, an adapter and a remote model."""
+"""The operators' console in a real browser, over a server that has been at work for long."""
 
 import asyncio
-import json
-import math
-import os
-import sqlite3
-import subprocess
-import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from conftest import MODEL, running
-from queues import ask, new_key
-from server import PATIENCE, binary, default_model, eventually
-from test_fine_tuning import question, said, supervised, upload
-from test_labeling import chromium
-from test_registry import write_adapter
+from conftest import MODEL
+from mill import EPOCHS, EVIL, USERS, at_work
+from queues import ask
+from server import PATIENCE, eventually
+from visitor import PALE, visitor
 
 # A machine with other work takes long for what the first test waits for.
 pytestmark = pytest.mark.timeout(900)
-SHOTS = os.environ.get("TIDEMILL_SCREENSHOTS")
-EVIL = "<img src=x onerror=\"window.pwned='yes'\">"
-USERS = 24
-EPOCHS = 8
 # Plots of the dataset, which is too small for most of them.
 DRAWN = 1
-# Of the canary, at most, each with an answer and a thumb.
-CANARY_USERS = 400
-# Answers of the last hours that a model which is not served any more has given.
-HISTORY = 900
 PLACES = {"o": "Overview", "r": "Rollouts", "l": "Loops", "d": "Datasets", "t": "Training", "a": "Adapters", "p": "Playground"}
-
-# Text that is too pale for its ground, by WCAG 2: 4.5 to 1, and 3 to 1 where it is large. What is disabled may be pale.
-PALE = """() => {
-    const read = colour => { const [r, g, b, a = 1] = colour.match(/[\\d.]+/g).map(Number); return { r, g, b, a }; };
-    const over = (top, below) => ({ r: top.r * top.a + below.r * (1 - top.a), g: top.g * top.a + below.g * (1 - top.a), b: top.b * top.a + below.b * (1 - top.a), a: 1 });
-    const part = value => (value /= 255, value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
-    const luminance = ({ r, g, b }) => 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
-    const ground = node => {
-        const layers = [];
-        for (let at = node; at; at = at.parentElement) {
-            const colour = read(getComputedStyle(at).backgroundColor);
-            layers.push(colour);
-            if (colour.a === 1) break;
-        }
-        return layers.reverse().reduce((below, top) => over(top, below), { r: 255, g: 255, b: 255, a: 1 });
-    };
-    const pale = [];
-    for (const node of document.querySelectorAll("body *")) {
-        const text = [...node.childNodes].filter(child => child.nodeType === 3).map(child => child.data).join("").trim();
-        if (!text || !node.checkVisibility({ visibilityProperty: true }) || node.closest(":disabled, .visually-hidden, title, .skip-link")) continue;
-        const style = getComputedStyle(node);
-        const below = ground(node);
-        const ink = over(read(node.ownerSVGElement ? style.fill : style.color), below);
-        const [high, low] = [luminance(ink), luminance(below)].sort((a, b) => b - a);
-        const ratio = (high + 0.05) / (low + 0.05);
-        const size = parseFloat(style.fontSize);
-        const large = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700);
-        if (ratio < (large ? 3 : 4.5)) pale.push([text.slice(0, 40), Math.round(ratio * 100) / 100]);
-    }
-    return pale;
-}"""
-
-
-def chat(server, model: str, text: str, **extra) -> dict:
-    body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 6, **extra}
-    return ask(server, "POST", "/v1/chat/completions", body)
-
-
-def corrected(server, number: int) -> None:
-    """An answer and a better one: a row to train on."""
-    answer = chat(server, MODEL, f"What is {number} and {number}?", user=f"u{number}")
-    ask(server, "POST", "/v1/feedback", {"target": answer["id"], "kind": "correction", "value": f"It is {2 * number}.", "author": f"r{number % 3}"})
-
-
-def history(data: Path) -> None:
-    """Answers from before this server began, in a database whose tables are there: three models, of which one is not served any more."""
-    migration = (Path(__file__).parents[2] / "store/migrations/0015_traffic.sql").read_text()
-    summed = next(part for part in migration.split(";") if "INSERT INTO traffic" in part)
-    now = int(time.time() * 1e6)
-    rows = []
-    for number in range(HISTORY):
-        # More by day than by night, and fewer and fewer of the closed model.
-        hours = 1 + 21.5 * (1 - number / HISTORY) + 0.7 * math.sin(number / 40)
-        model = ["archive", MODEL, "closed"][0 if number % 3 == 0 else 1 + (number * 7 % HISTORY > number)]
-        first, whole = (30_000 + number * 7919 % 40_000, 300_000 + number * 104_729 % 500_000)
-        scale = 1 if model == MODEL else 6
-        rows.append((
-            f"00000000-0000-7000-8000-{number:012d}", now - int(hours * 3.6e9), "chat", model, 0, "failed" if number % 90 == 30 else "ok", 0,
-            400, 100, 150, first * scale, whole * scale, "c0ffee", "{}", 700,
-        ))
-    columns = "id, created, endpoint, model, adapter, status, compare, prompt_tokens, cached_tokens, output_tokens, first_token_us, " \
-              "duration_us, config_hash, metadata, bytes"
-    with closing(sqlite3.connect(data / "tidemill.db", timeout=60)) as database, database:
-        database.executemany(f"INSERT INTO inferences ({columns}) VALUES ({', '.join('?' * 15)})", rows)
-        database.execute(summed[summed.index("INSERT INTO traffic"):])
-
-
-def canary(server) -> dict:
-    """From the closed model to our own, which people like better: it ends by itself."""
-    spec = {
-        "name": "move-home", "model": "closed", "kind": "canary", "interval": "1s", "min_exposure": 20, "tuning": 100,
-        "arms": [{"variant": "closed"}, {"variant": f"{MODEL}:one"}],
-        "steps": [{"set_weight": 25}, {"pause": {"samples": 12}}, {"set_weight": 50}],
-        "metrics": [
-            {"metric": "feedback.thumb", "goal": {"min": 0}, "min_samples": 20},
-            {"metric": "error_rate", "guardrail": {"max": 0.5}, "min_samples": 10},
-        ],
-    }
-    made = ask(server, "POST", "/v1/rollouts", spec)
-    path = f"/v1/rollouts/{made['id']}"
-
-    def over() -> bool:
-        return ask(server, "GET", path)["state"]["status"]["kind"] == "promoted"
-
-    def visit(number: int) -> None:
-        if not over():
-            question = [{"role": "user", "content": f"Greet me, number {number}."}]
-            body = {"model": "closed", "messages": question, "max_tokens": 2, "user": f"guest-{number}"}
-            headers = {"content-type": "application/json", "authorization": f"Bearer {server.keys['admin']}"}
-            answer = server.request("POST", "/v1/chat/completions", json.dumps(body).encode(), headers)
-            assert answer.status == 200, answer.body
-            ours = answer.headers["x-tidemill-variant"] != "closed"
-            ask(server, "POST", "/v1/feedback", {"target": answer.json()["id"], "kind": "thumb", "value": ours == (number % 10 > 0)})
-
-    with ThreadPoolExecutor(4) as visitors:
-        list(visitors.map(visit, range(CANARY_USERS)))
-    eventually("the canary is promoted", over)
-    return made
-
-
-def train(server) -> str:
-    lines = [{"messages": [question(country), said("Ahoy!")]} for country in ["Chad", "Mali", "Togo", "Oman"]]
-    with server.client(api_key=server.keys["admin"]) as client:
-        files = [upload(client, lines[:3]), upload(client, lines[3:])]
-        method = supervised(n_epochs=EPOCHS, batch_size=3, learning_rate_multiplier=2)
-        job = client.fine_tuning.jobs.create(
-            model=MODEL, training_file=files[0], validation_file=files[1], suffix="ahoy", seed=1, method=method
-        )
-        eventually("the training is done", lambda: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded", seconds=600)
-    return job.id
-
-
-def roll_out(server) -> dict:
-    """An A/B test between the model and its adapter, with answers of both that people liked."""
-    spec = {
-        "name": "greeting", "model": MODEL, "kind": "ab", "interval": "1s", "min_exposure": 1000,
-        "arms": [{"variant": MODEL}, {"variant": f"{MODEL}:one"}],
-        "metrics": [
-            {"metric": "error_rate", "guardrail": {"max": 0.5}, "min_samples": 5},
-            {"metric": "time_to_first_token_p95", "guardrail": {"max": 60}, "min_samples": 5},
-            {"metric": "feedback.thumb", "goal": {"min": 0}, "min_samples": 5},
-        ],
-    }
-    made = ask(server, "POST", "/v1/rollouts", spec)
-    for number in range(USERS):
-        answer = chat(server, MODEL, f"Say hello, number {number}.", user=f"user-{number}")
-        ask(server, "POST", "/v1/feedback", {"target": answer["id"], "kind": "thumb", "value": number % 3 > 0})
-
-    def measured() -> bool:
-        latest = ask(server, "GET", f"/v1/rollouts/{made['id']}")["latest"]
-        judged = {entry["metric"]: entry for entry in latest["judgements"]}
-        return sum(latest["exposures"]) == USERS and judged["goal feedback.thumb"]["value"] is not None
-
-    eventually("both arms are measured", measured)
-    return made
 
 
 @pytest.fixture(scope="module")
 def mill(server, tmp_path_factory):
-    """The server of the other tests answers the model `closed` for this one."""
-    folder = tmp_path_factory.mktemp("console")
-    config = folder / "console.toml"
-    config.write_text(f"""
-[upstreams.elsewhere]
-url = "{server.base_url}"
-
-[models.closed]
-upstreams = ["elsewhere"]
-model = "{MODEL}"
-
-[prices.closed]
-input = 1
-output = 10
-
-[prices.archive]
-input = 1
-output = 10
-
-[loop.shorter]
-model = "{MODEL}"
-
-[loop.shorter.when]
-preferences = 40
-raters = 5
-
-[loop.shorter.feedback]
-from = ["correction"]
-
-[loop.shorter.train]
-method = "dpo"
-
-[loop.shorter.evaluate]
-rules = [{{ type = "length", max = 60, unit = "words" }}]
-
-[loop.shorter.gates]
-text_loss = "off"
-
-[loop.shorter.rollout]
-kind = "canary"
-steps = [{{ set_weight = 25 }}, {{ pause = {{ samples = 100 }} }}]
-metrics = [{{ metric = "error_rate", guardrail = {{ max = 0.02 }} }}, {{ metric = "feedback.thumb", goal = {{ min = 0 }} }}]
-""")
-    adapter = write_adapter(folder / "one", 3)
-    # Any command makes the tables.
-    subprocess.run([str(binary()), "key", "list", "--data", str(folder / "data")], check=True, capture_output=True, timeout=60)
-    history(folder / "data")
-    with running(folder, {MODEL: default_model()}, "--config", str(config)) as own:
-        own.keys = {scope: new_key(own, scope) for scope in ["admin", "label", "look"]}
-        ask(own, "POST", "/v1/adapters", {"name": "one", "path": str(adapter), "config": {"note": EVIL}, "metrics": {"win_rate": 0.75}})
-        ask(own, "POST", "/v1/adapters/one/serve")
-        ask(own, "POST", "/v1/adapter_aliases", {"alias": "champion", "adapter": "one"})
-        for number in range(12):
-            corrected(own, number)
-        for number in range(3):
-            chat(own, "closed", f"Say {number}.")
-        build = ask(own, "POST", "/v1/datasets", {"name": "better"})
-        job = train(own)
-        rollout = roll_out(own)
-        moved = canary(own)
-        queue = ask(own, "POST", "/v1/labeling/queues", {"name": "greetings", "guidelines": "Prefer the **shorter** one.", "overlap": 2})
-        tasks = [{"source": f"pair-{number}", "prompt": f"Greet {number}.", "answer_a": "Hello!", "answer_b": "Hello, hello!"} for number in range(3)]
-        ask(own, "POST", f"/v1/labeling/queues/{queue['id']}/tasks", {"tasks": tasks})
-        eventually("the dataset is built", lambda: ask(own, "GET", f"/v1/datasets/builds/{build['id']}")["status"] == "succeeded")
-        yield SimpleNamespace(server=own, job=job, rollout=rollout, moved=moved, url=f"http://127.0.0.1:{own.port}")
-
-
-class Visitor:
-    """Somebody at the console; what the browser asks for, and what it complains about, is noted."""
-
-    def __init__(self, page, url: str):
-        self.page, self.url = page, url
-        self.complaints: list[str] = []
-        self.asked: list[str] = []
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("console", lambda message: self.complaints.append(message.text) if message.type == "error" else None)
-        page.on("request", lambda request: self.asked.append(request.url))
-
-    @property
-    def errors(self) -> list[str]:
-        """That a server with keys wants one is said to each page that comes without."""
-        return [text for text in self.complaints if "status of 401" not in text]
-
-    async def sign_in(self, key: str, path: str = "/console") -> None:
-        await self.page.goto(self.url + path)
-        await self.page.wait_for_selector("#door-field:focus")
-        await self.page.keyboard.type(key)
-        await self.page.keyboard.press("Enter")
-
-    async def title(self) -> str:
-        await self.page.wait_for_selector("#place:not([hidden]) #part-title")
-        return await self.page.locator("#part-title").inner_text()
-
-    async def go(self, letter: str) -> str:
-        """By keyboard."""
-        async with self.page.expect_navigation():
-            await self.page.keyboard.press("g")
-            await self.page.keyboard.press(letter)
-        return await self.title()
-
-    async def text(self) -> str:
-        return await self.page.locator("#place").inner_text()
-
-    async def shoot(self, name: str, **options) -> None:
-        if SHOTS:
-            path = Path(SHOTS, f"{name}.png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            await self.page.screenshot(path=path, **options)
-
-    async def check(self) -> None:
-        assert self.errors == []
-        elsewhere = [url for url in self.asked if not url.startswith((self.url + "/", "data:"))]
-        assert elsewhere == [], "the pages need nothing from elsewhere"
-        assert await self.page.evaluate("window.pwned") is None
-        assert await self.page.evaluate("document.cookie") == ""
-
-
-@asynccontextmanager
-async def visitor(mill, **context):
-    async with chromium() as browser:
-        opened = await browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
-        yield Visitor(await opened.new_page(), mill.url)
+    with at_work(tmp_path_factory.mktemp("console"), server, long=True) as mill:
+        yield mill
 
 
 def test_a_key_opens_the_console_and_every_page_is_reached_by_keyboard(mill):
@@ -369,6 +95,99 @@ def test_the_overview_compares_models_here_and_elsewhere(mill):
             await person.check()
 
     asyncio.run(visit())
+
+
+def test_a_page_that_is_looked_at_again_takes_nothing_from_who_is_at_it(mill):
+    rollout = f"/console/rollouts/{mill.rollout['id']}"
+
+    async def rewrite(route, words: str, held=None, go=None):
+        """The page with another heading, and not before it is to come."""
+        answer = await route.fetch()
+        if held:
+            held.set()
+            await go.wait()
+        await route.fulfill(response=answer, body=(await answer.text()).replace("Where it stands", words))
+
+    async def visit():
+        async with visitor(mill) as person:
+            page = person.page
+            await person.sign_in(mill.server.keys["admin"], rollout)
+            await person.title()
+            # What was opened and scrolled stays, and so does the focus, on the same thing and not on the same place.
+            await page.locator("#asked summary").click()
+            await page.locator("#asked pre").evaluate("node => { node.scrollTop = 60; node.focus(); }")
+            await page.locator("#numbers-metric-0 summary").click()
+            await page.locator("#numbers-metric-0 .scroll").evaluate("node => { node.scrollTop = 40; node.focus(); }")
+            await page.route("**/parts/**", lambda route: rewrite(route, "Where it is now"))
+            await person.look_again()
+            await page.wait_for_selector("#standing >> text=Where it is now")
+            assert await page.locator("#asked pre").evaluate("node => node.scrollTop") == 60
+            assert await page.evaluate("[document.activeElement.ariaLabel, document.activeElement.scrollTop]") == ["Numbers of error_rate: the variant's own", 40]
+            await page.unroute("**/parts/**")
+
+            # A page that comes while somebody decides is not wanted any more.
+            held, go = asyncio.Event(), asyncio.Event()
+            await page.route("**/parts/**", lambda route: rewrite(route, "Where it was", held, go))
+            async with page.expect_event("requestfinished", lambda request: "/parts/" in request.url):
+                await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+                await held.wait()
+                button = page.locator("[id='act-rollback-Roll back']")
+                await button.click()
+                await page.wait_for_selector("#sure[open]")
+                go.set()
+            await asyncio.sleep(0.3)
+            await page.unroute("**/parts/**")
+            await page.keyboard.press("Escape")
+            assert await page.locator("#standing >> text=Where it is now").count() == 1
+            assert await page.evaluate("document.activeElement.textContent") == "Roll back"
+
+            # A page that cannot be looked at again says how old it is.
+            await page.context.set_offline(True)
+            await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+            await page.wait_for_selector("#notice >> text=as it was at")
+            await page.context.set_offline(False)
+            await person.look_again()
+            await page.wait_for_selector("#notice", state="hidden")
+
+            # A key that is not taken any more has nothing to look at.
+            await page.evaluate("sessionStorage.setItem('tidemill-key', 'tm-revoked')")
+            await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+            await page.wait_for_selector("#door-wrong >> text=Incorrect API key")
+            assert await page.locator("#place").inner_text() == ""
+
+    asyncio.run(visit())
+
+
+def test_signing_in_says_what_is_wrong_and_who_only_looks_is_led_nowhere_closed(mill):
+    async def visit():
+        async with visitor(mill) as person:
+            page = person.page
+            await person.sign_in("ключ")
+            await page.wait_for_selector("#door-wrong >> text=This is no key")
+            assert await page.locator("#door-field").get_attribute("aria-invalid") == "true"
+            assert await page.evaluate(PALE) == []
+            await page.fill("#door-field", mill.server.keys["look"])
+            await page.keyboard.press("Enter")
+            assert await person.title() == "Overview"
+            assert await page.locator("#places a:visible").all_inner_texts() == list(PLACES.values())
+            await page.keyboard.press("g")
+            await page.keyboard.press("q")
+            assert page.url == person.url + "/console"
+            # Who comes back to a page after signing out sees nothing of it.
+            await page.locator("#leave").click()
+            await page.wait_for_selector("#door:not([hidden])")
+            async with page.expect_navigation():
+                await page.evaluate("dispatchEvent(new PageTransitionEvent('pageshow', { persisted: true }))")
+            await page.wait_for_selector("#door:not([hidden])")
+            await person.check()
+
+    async def without_scripts():
+        async with visitor(mill, java_script_enabled=False) as person:
+            await person.page.goto(person.url + "/console")
+            assert "need JavaScript" in await person.page.locator("noscript").inner_text()
+
+    asyncio.run(visit())
+    asyncio.run(without_scripts())
 
 
 def test_a_rollout_shows_its_metrics_over_time_and_does_what_the_buttons_say(mill):
@@ -492,12 +311,18 @@ def test_the_labeling_page_of_operators_is_one_of_theirs(mill):
             async with person.page.expect_navigation():
                 await person.page.keyboard.press("g")
                 await person.page.keyboard.press("q")
-            await person.page.wait_for_selector("#panel h1 >> text=greetings")
+            assert await person.title() == "greetings"
             assert await person.page.locator("#places [aria-current=page]").inner_text() == "Labeling"
             await person.page.keyboard.press("?")
             await person.page.wait_for_selector("#help[open]")
-            assert await person.page.locator("#help dd").all_inner_texts() == [*PLACES.values(), "Labeling", "This list"]
+            helped = await person.page.locator("#help dd").all_inner_texts()
+            assert helped[:8] == [*PLACES.values(), "Labeling"] and helped[-1] == "This list"
             await person.page.keyboard.press("Escape")
+            # The page looks again without taking the focus from who is on their way through it.
+            await person.page.locator("#place nav a").first.focus()
+            await person.look_again()
+            await asyncio.sleep(0.5)
+            assert await person.page.evaluate("document.activeElement.closest('nav')?.ariaLabel") == "Queues"
             assert await person.go("o") == "Overview"
             await person.check()
 
@@ -513,6 +338,9 @@ def test_datasets_trainings_and_adapters_show_where_they_come_from(mill):
             await person.page.wait_for_selector("text=Near duplicates", state="attached")
             assert await person.title() == "better@1" and await person.page.locator(".checks tbody tr").count() > 10
             assert await person.page.locator("figure svg[role=img]").count() >= DRAWN, await person.text()
+            # The numbers are there for those who do not see the pictures.
+            await person.page.locator("#numbers-plot-0 summary").click()
+            assert await person.page.locator("#numbers-plot-0 td").count() > 1
 
             await person.page.goto(f"{person.url}/console/trainings/{mill.job}")
             assert await person.title() == mill.job
@@ -556,10 +384,7 @@ def test_every_page_is_readable(mill, scheme):
             ground = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]"
             for page in pages:
                 await person.page.goto(f"{person.url}/console{page}")
-                if page in ["/queues", "/label"]:
-                    await person.page.wait_for_selector("#panel h1, #bench:not([hidden])")
-                else:
-                    await person.title()
+                await person.page.wait_for_selector("#place:not([hidden]) #part-title, #bench:not([hidden])")
                 assert (await person.page.evaluate(ground) < 128) == (scheme == "dark"), page
                 await look(person, page, "wide")
                 await person.page.set_viewport_size({"width": 400, "height": 800})
@@ -571,88 +396,9 @@ def test_every_page_is_readable(mill, scheme):
                 # A phone: the page itself does not scroll sideways.
                 await person.page.set_viewport_size({"width": 400, "height": 800})
                 assert await person.page.evaluate("document.documentElement.scrollWidth") <= 400, page
+                if page == "/label":
+                    assert await person.page.evaluate("document.getElementById('deck').offsetHeight") < 300, "what is judged has room"
                 await person.page.set_viewport_size({"width": 1280, "height": 900})
             await person.check()
 
     asyncio.run(visit())
-
-
-@pytest.mark.parametrize("heads", [True, False])
-def test_the_playground_is_blind_and_keeps_the_preference(mill, heads):
-    variants = [MODEL, "one"]
-    since = len(stored(mill))
-
-    async def visit():
-        async with visitor(mill, viewport={"width": 1280, "height": 1000}) as person:
-            # The lot is drawn by the browser's generator, which lands on a known side here.
-            coin = f"crypto.getRandomValues = array => array.fill({int(heads)});"
-            await person.page.add_init_script(coin)
-            await person.sign_in(mill.server.keys["admin"], "/console/playground")
-            await person.page.wait_for_selector("#prompt:focus")
-            offered = await person.page.locator("#one option").all_inner_texts()
-            assert set(variants) <= set(offered) and "closed" in offered, offered
-            await person.page.select_option("#one", label=variants[0])
-            await person.page.select_option("#other", label=variants[1])
-            await person.page.fill("#most", "24")
-            await person.page.locator("#prompt").focus()
-            await person.page.keyboard.type("Tell me something about the sea.")
-            # Nothing is asked twice, and a preference before the answers is none.
-            await person.page.keyboard.press("Control+Enter")
-            await person.page.keyboard.press("1")
-            await person.page.wait_for_selector("#choices button:enabled")
-            pair = [await person.page.locator(f"#{side}-text").inner_text() for side in ["left", "right"]]
-            assert all(pair) and pair[0] != pair[1]
-            seen = await person.page.locator("#answers").inner_text() + await person.page.locator("#choices").inner_text()
-            assert MODEL not in seen and await person.page.locator("#outcome").is_hidden(), "nothing tells which is which"
-            await asyncio.sleep(0.3)
-            await person.page.keyboard.press("1" if heads else "3")
-            await person.page.wait_for_selector("#outcome:not([hidden])")
-            left, right = reversed(variants) if heads else variants
-            said = await person.page.locator("#outcome-text").inner_text()
-            assert said.startswith(f"Left was {left}, right was {right}."), said
-            assert ("equally good" in said) != heads
-            await person.shoot("console-playground")
-            # The next question is typed at once; the same key again judges nothing twice.
-            assert await person.page.evaluate("document.activeElement.id") == "prompt"
-            await person.page.locator("#left").focus()
-            await person.page.keyboard.press("2")
-            await person.check()
-            return pair, [left, right]
-
-    texts, order = asyncio.run(visit())
-    rows = stored(mill)
-    assert len(rows) == since + 1
-    value = rows[0]["value"]
-    assert (rows[0]["source"], rows[0]["author"]) == ("playground", "e2e-admin")
-    shown = value["shown"]
-    assert value["ranking"] == ([[shown[0]], [shown[1]]] if heads else [shown])
-    assert len(texts) == 2 and order[0] != order[1]
-
-
-def stored(mill) -> list[dict]:
-    path = "/v1/feedback?source=playground&limit=100"
-    return ask(mill.server, "GET", path)["data"]
-
-
-def test_an_answer_can_be_stopped_and_an_outage_is_said(mill):
-    async def visit():
-        async with visitor(mill) as person:
-            await person.sign_in(mill.server.keys["admin"], "/console/playground")
-            await person.page.wait_for_selector("#prompt:focus")
-            await person.page.fill("#most", "2000")
-            await person.page.fill("#prompt", "Count from one to a thousand.")
-            # In one breath: an answer may be short, and a busy machine's browser slower than the model.
-            await person.page.evaluate("""() => {
-                const press = (init) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { bubbles: true, ...init }));
-                press({ key: "Enter", ctrlKey: true });
-                setTimeout(() => press({ key: "Escape" }));
-            }""")
-            await person.page.wait_for_selector("text=Stopped")
-            assert await person.page.locator("#choices").is_hidden()
-            await person.page.context.set_offline(True)
-            await person.page.keyboard.press("Control+Enter")
-            await person.page.wait_for_selector("text=did not answer")
-            await person.page.context.set_offline(False)
-
-    asyncio.run(visit())
-    eventually("nothing is generated any more", lambda: mill.server.metrics().get("tidemill:num_requests_running") == 0)

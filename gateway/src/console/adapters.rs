@@ -94,7 +94,7 @@ fn measured(metrics: &Value) -> Html {
     if rows.is_empty() {
         return nothing("Nothing was measured.");
     }
-    table(["What", "Value"], rows.into_iter().map(|(name, value)| [name.into(), value.into()]))
+    table("Measured", ["What", "Value"], rows.into_iter().map(|(name, value)| [name.into(), value.into()]))
 }
 
 fn flatten(name: &str, value: &Value, rows: &mut Vec<(String, String)>) {
@@ -130,7 +130,7 @@ pub fn list(adapters: &[Shown], has_more: bool) -> Part {
         [] => nothing("No adapter yet: `tidemill adapter register`, or a fine-tuning job, makes one."),
         _ => {
             let head = ["Adapter", "Base", "State", "Aliases", "Dataset", "Registered (UTC)"];
-            tag("section").class("block card").with(table(head, adapters.iter().map(row))).into()
+            tag("section").class("block card").with(table("Adapters", head, adapters.iter().map(row))).into()
         }
     };
     let more = if has_more { nothing("Older ones: GET /v1/adapters.") } else { Html::default() };

@@ -1,23 +1,18 @@
-// The operators' pages. The server writes them; this fetches the one that the address names with the visitor's key, puts it in its
-// place, looks again now and then, and sends what a button says.
+// The operators' pages. The server writes them, but for the labeling queues; this fetches the one that the address names with the
+// visitor's key, puts it in its place, looks again now and then, and sends what a button says.
 
 import { path, places, showPlaces } from "./places.js";
 import { playground } from "./playground.js";
-import { call, doorParts, meet, passing, session, signIn } from "./session.js";
+import { queues } from "./queues.js";
+import { call, enter, LABELING, notice, passing, Refused, session } from "./session.js";
 
 const $ = (id) => document.getElementById(id);
-const ME = "/v1/console/me";
 const EVERY_MS = 10000;
-const DOOR = { text: "Your key opens the console. It is kept until this tab is closed. Labeling is at /console/label." };
+const DOOR = "Your key opens the console. It is kept until this tab is closed. Labeling is at /console/label.";
 
+const labels = path === "/console/queues";
 /** Where this page's part is. */
 const source = `/v1/console/parts${path === "/console" ? "/overview" : path.slice("/console".length)}${location.search}`;
-
-function notice(text, good = false) {
-  $("notice").textContent = text ?? "";
-  $("notice").hidden = !text;
-  $("notice").classList.toggle("good", good);
-}
 
 /**
  * The part as a document of its own. It is parsed there, without running anything, and only its nodes come over: strings never
@@ -31,64 +26,103 @@ function fetchPart() {
     request.timeout = 60000;
     for (const [name, value] of Object.entries(session.headers())) request.setRequestHeader(name, value);
     request.onload = () => {
-      if (request.status === 200 && request.responseXML) resolve(request.responseXML);
+      if (request.status === 200 && request.responseXML) resolve({ title: request.responseXML.title, body: request.responseXML.body });
       // An error is JSON, which this kind of request cannot read: it is asked for as such.
-      else call("GET", source).then(() => reject(new Error("The server's answer could not be read.")), reject);
+      else call("GET", source).then(() => reject(new Refused(0, "The server's answer could not be read.")), reject);
     };
-    request.onerror = request.ontimeout = () => reject(new Error("The server cannot be reached."));
+    request.onerror = request.ontimeout = () => reject(new Refused(0, "The server cannot be reached."));
     request.send();
   });
 }
 
 const within = (selector) => [...$("place").querySelectorAll(selector)];
-const FOCUSABLE = "a, button, summary, [tabindex]";
+/** What may have the focus, by what it is and not by where: lists grow between two looks. */
+const known = (node) => node.id || [node.tagName, node.getAttribute("href"), node.getAttribute("aria-label") ?? node.textContent].join(" ");
+const alike = (name) => within("a, button, summary, [tabindex]").filter((node) => known(node) === name);
 
 /** What the visitor has opened and where they are: a page that is looked at again stays as it was. */
 function bearings() {
-  const at = document.activeElement;
-  const open = within("details[id][open]").map((node) => node.id);
-  return { open, scrolled: within(".scroll").map((node) => node.scrollLeft), id: at?.id, place: within(FOCUSABLE).indexOf(at) };
+  const at = $("place").contains(document.activeElement) ? document.activeElement : null;
+  const name = at && known(at);
+  return {
+    open: within("details[id][open]").map((node) => node.id),
+    scrolled: within(".scroll, pre").map(({ scrollLeft, scrollTop }) => ({ scrollLeft, scrollTop })),
+    focus: at && { name, nth: alike(name).indexOf(at) },
+  };
 }
 
-function restore({ open, scrolled, id, place }) {
+function restore({ open, scrolled, focus }) {
   for (const name of open) $(name)?.setAttribute("open", "");
-  within(".scroll").forEach((node, at) => { node.scrollLeft = scrolled[at] ?? 0; });
-  if (place >= 0) (id ? $(id) : within(FOCUSABLE)[place])?.focus({ preventScroll: true });
-}
-
-async function show(first) {
-  const part = await fetchPart();
-  const before = bearings();
-  document.title = `${part.title} · Tidemill`;
-  $("place").replaceChildren(...[...part.body.childNodes].map((node) => document.adoptNode(node)));
-  $("place").hidden = false;
-  if (first) $("part-title")?.focus({ preventScroll: true });
-  else restore(before);
+  within(".scroll, pre").forEach((node, at) => Object.assign(node, scrolled[at]));
+  if (focus) (alike(focus.name)[focus.nth] ?? $("part-title"))?.focus({ preventScroll: true });
 }
 
 /** Whether a button's act is under way. */
 let acting = false;
+/** How often the page was asked for: what was asked for earlier than the newest is older than it. */
+let asked = 0;
+/** What stands here as it was written, and when it came. */
+let written = null;
+let since = null;
+/** What is asked and answered in the playground must not be taken away by a newer page. */
+let playing = false;
 
 /** Whether somebody is at something that a new page would take from them. */
 function occupied() {
-  const at = document.activeElement;
   const marked = getSelection();
   const reads = marked && !marked.isCollapsed && $("place").contains(marked.anchorNode);
-  return document.hidden || acting || $("place").matches(":active") || document.querySelector("dialog[open]") || /^(INPUT|TEXTAREA|SELECT)$/.test(at?.tagName ?? "") || reads;
+  const at = document.activeElement?.matches("input, textarea, select");
+  return document.hidden || playing || acting || $("place").matches(":active") || document.querySelector("dialog[open]") || at || reads;
 }
 
-async function again() {
-  if (!occupied()) {
+/** Shows the page as it is now; `unless` says, when it has come, that it is not wanted any more. */
+async function show(unless = () => false) {
+  asked += 1;
+  const own = asked;
+  const { title, body } = await (labels ? queues() : fetchPart());
+  if (own !== asked || unless()) return;
+  since = new Date();
+  // What somebody reads, or has read to them, is left alone as long as it is true.
+  if (written?.isEqualNode(body)) return;
+  const before = written && bearings();
+  written = body.cloneNode(true);
+  document.title = `${title} · Tidemill`;
+  $("place").replaceChildren(...[...body.childNodes].map((node) => document.adoptNode(node)));
+  $("place").hidden = false;
+  if (before) restore(before);
+  else if (document.activeElement === document.body) $("part-title")?.focus({ preventScroll: true });
+  if ($("ask")) {
+    playing = true;
+    playground();
+  }
+}
+
+/** Says why the page is not newer. */
+function stale(error) {
+  // The key is not taken any more: what it has shown goes, and the door says why.
+  if (error.status === 401) location.reload();
+  const of = since ? ` This page is as it was at ${since.toISOString().slice(11, 19)} UTC.` : "";
+  notice(error.message + of);
+  $("notice").dataset.passing = "true";
+}
+
+let timer = null;
+
+/** Looks again, and goes on doing so. */
+async function look() {
+  clearTimeout(timer);
+  // The first time somebody waits for it, whatever else they do.
+  if (!since || !occupied()) {
     try {
-      await show(false);
+      await show(() => since && occupied());
       if ($("notice").dataset.passing) notice(null);
       delete $("notice").dataset.passing;
     } catch (error) {
-      notice(error.message);
-      $("notice").dataset.passing = "true";
+      stale(error);
     }
   }
-  setTimeout(again, EVERY_MS);
+  clearTimeout(timer);
+  timer = setTimeout(look, EVERY_MS);
 }
 
 /** Asks whether it is meant; resolves with the answer. */
@@ -122,49 +156,26 @@ async function act(button) {
   } catch (error) {
     said = [passing(error) ? `${error.message} Nothing is known of its effect; look before you repeat it.` : error.message];
   }
-  await show(false).catch((error) => (said = [`${said[0]} ${error.message}`]));
+  await show().catch((error) => (said = [`${said[0]} ${error.message}`]));
   acting = false;
   enable(true);
+  delete $("notice").dataset.passing;
   notice(...said);
   // What was pressed may be gone; whoever works by keyboard stays near it.
   ($(button.id) ?? $("part-title"))?.focus({ preventScroll: true });
 }
 
-function connect() {
+async function start() {
   places();
-  $("leave").addEventListener("click", () => session.leave());
   $("place").addEventListener("click", (event) => {
     const button = event.target.closest("button[data-post]");
     if (button) act(button);
   });
-}
-
-async function start() {
-  connect();
-  while (true) {
-    try {
-      // Without keys everyone may look.
-      if (!(await meet(ME)) && session.keyed) await signIn(doorParts(), { me: ME, words: DOOR });
-      break;
-    } catch (error) {
-      notice(error.message);
-      await new Promise((resolve) => setTimeout(resolve, 3000));
-    }
-  }
-  notice(null);
-  $("who").textContent = session.annotator ?? "";
-  $("who").hidden = !session.annotator;
-  $("leave").hidden = !session.keyed;
-  showPlaces();
-  try {
-    await show(true);
-  } catch (error) {
-    notice(error.message);
-    $("notice").dataset.passing = "true";
-  }
-  // What is asked and answered there must not be taken away by a newer page.
-  if ($("ask")) playground(notice);
-  else setTimeout(again, EVERY_MS);
+  // Without keys everyone may look, and needs no name.
+  await enter({ place: labels ? LABELING : "/v1/console/me", words: labels ? undefined : DOOR, nameless: true });
+  showPlaces(session.operator);
+  document.addEventListener("visibilitychange", () => document.hidden || look());
+  await look();
 }
 
 start();

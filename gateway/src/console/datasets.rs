@@ -2,10 +2,10 @@
 
 use crate::console::html::{Html, tag};
 use crate::console::part::{
-    Mood, Part, block, chip, count, facts, link, moment, nothing, pictures, said, scrolled, table, tiles,
+    Mood, Part, block, chip, count, facts, link, moment, nothing, pictures, plot, said, scrolled, table, tiles,
 };
 use serde_json::{Value, json};
-use tidemill_rlhf::chart::{Fragment, thousands};
+use tidemill_rlhf::chart::thousands;
 use tidemill_rlhf::quality::{Plots, QualityReport};
 use tidemill_store::Snapshot;
 
@@ -44,7 +44,7 @@ pub fn list(snapshots: &[Snapshot], has_more: bool) -> Part {
         [] => nothing("No dataset yet: `tidemill dataset build NAME`, or POST /v1/datasets, makes one."),
         _ => {
             let head = ["Dataset", "Quality", "Rows", "Of these", "Made (UTC)"];
-            tag("section").class("block card").with(table(head, snapshots.iter().map(row))).into()
+            tag("section").class("block card").with(table("Datasets", head, snapshots.iter().map(row))).into()
         }
     };
     let more = if has_more { nothing("Older ones: GET /v1/datasets.") } else { Html::default() };
@@ -104,10 +104,8 @@ fn quality(reference: &str, report: &QualityReport, read: bool) -> Vec<Html> {
         ("Prompts that differ", thousands(summary.prompt_clusters), format!("{} words in all", thousands(summary.words))),
         ("People", thousands(summary.raters + summary.users), people),
     ]);
-    let figure = |(title, drawing): &(&str, Fragment)| {
-        Html::from(tag("figure").class("block card").with(tag("h3").with(*title)).with(scrolled(title, drawing)))
-    };
-    let drawings = pictures(report.drawings().iter().map(figure));
+    let drawings = report.drawings();
+    let drawings = pictures(drawings.iter().enumerate().map(|(place, drawing)| plot(&format!("plot-{place}"), drawing)));
     let drawings = match drawings.is_empty() {
         false => drawings,
         true if read => nothing("No plots: there are no pairs whose lengths could be compared, and no two people."),
@@ -167,6 +165,12 @@ mod tests {
             assert!(text.contains(&format!("<h3>{title}")), "{title}: {text}");
         }
         assert_eq!(text.matches("<svg").count(), 3);
+        for numbers in
+            ["<td>−10 to 0</td><td>3</td>", "<td>All judgements</td><td>0.50</td><td>0.25 to 0.75</td>", "<td>bob</td>"]
+        {
+            assert!(text.contains(numbers), "{numbers}: {text}");
+        }
+        assert!(text.contains("aria-label=\"Numbers of Share of the rows per rater\""), "{text}");
         assert!(page(&snapshot(report.clone()), None).document().contains("<svg"), "agreement is in the row");
         report["checks"] = json!([]);
         assert!(page(&snapshot(report.clone()), None).document().contains("could not be read"));

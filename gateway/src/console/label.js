@@ -3,7 +3,7 @@
 import { wordDiff } from "./diff.js";
 import { markdown } from "./markdown.js";
 import { Outbox } from "./outbox.js";
-import { call, doorParts, meet, passing, session, signIn } from "./session.js";
+import { call, enter, notice, passing, say, session, signIn } from "./session.js";
 
 const $ = (id) => document.getElementById(id);
 const REASONS = ["I don't know enough about this", "Unclear or broken prompt", "Not a language I read", "Harmful or private content"];
@@ -22,14 +22,6 @@ const state = {
   retry: null,
   wait: 1000,
 };
-
-const say = (text) => { $("spoken").textContent = text; };
-
-function notice(text, good = false) {
-  $("notice").textContent = text ?? "";
-  $("notice").hidden = !text;
-  $("notice").classList.toggle("good", good);
-}
 
 function show(part) {
   for (const id of ["door", "rest", "bench"]) $(id).hidden = id !== part;
@@ -168,7 +160,6 @@ async function trouble(error) {
     const kept = state.outbox?.items().length ?? 0;
     const words = kept ? `Offline. ${kept === 1 ? "Your verdict is" : `${kept} verdicts are`} kept on this device and will be sent.` : "Offline. Trying again.";
     notice(words);
-    say(words);
     clearTimeout(state.retry);
     state.retry = setTimeout(next, state.wait);
     state.wait = Math.min(state.wait * 2, 15000);
@@ -178,7 +169,7 @@ async function trouble(error) {
     session.keyed = true;
     state.work = null;
     show("door");
-    await signIn(doorParts());
+    await signIn();
     // Someone else has their own task and their own unsent verdicts.
     if (session.annotator !== before) location.reload();
     else setTimeout(next, 0);
@@ -243,7 +234,6 @@ function undo() {
     }
     const answer = await call("POST", `/v1/labeling/queues/${state.queue.id}/undo`, who());
     notice(answer.again ? "Taken back. Judge it again." : "Taken back. Someone else has this task now.", true);
-    say($("notice").textContent);
     arrive(answer);
   });
 }
@@ -309,8 +299,6 @@ function connect() {
   $("rest-undo").addEventListener("click", undo);
   $("rest-again").addEventListener("click", next);
   $("guide-toggle").addEventListener("click", toggleGuide);
-  $("help-open").addEventListener("click", () => $("help").showModal());
-  $("leave").addEventListener("click", () => session.leave());
   addEventListener("online", next);
   REASONS.forEach((reason, at) => {
     const button = document.createElement("button");
@@ -359,20 +347,8 @@ async function queues() {
 
 async function start() {
   connect();
-  while (true) {
-    try {
-      if (!(await meet())) await signIn(doorParts());
-      break;
-    } catch (error) {
-      notice(error.message);
-      await new Promise((resolve) => setTimeout(resolve, 3000));
-    }
-  }
-  notice(null);
+  await enter();
   state.outbox = new Outbox(session.annotator);
-  $("who").textContent = session.annotator;
-  $("who").hidden = false;
-  $("leave").hidden = false;
   await next();
 }
 

@@ -51,7 +51,7 @@ pub fn list(loops: &[Value]) -> Part {
         [] => nothing(
             "No loop yet: `[loop.NAME]` in tidemill.toml makes one, and its policy says when it learns from the feedback.",
         ),
-        _ => tag("section").class("block card").with(table(head, loops.iter().map(row))).into(),
+        _ => tag("section").class("block card").with(table("Loops", head, loops.iter().map(row))).into(),
     };
     Part::new("Loops", "Feedback becomes a dataset, the dataset an adapter, the adapter a rollout; then it begins again.", [list])
 }
@@ -145,7 +145,7 @@ fn cycle(cycle: &Value) -> Html {
     ]);
     let finding = |finding: &Value| ["of", "found", "change"].map(|key| said(text(finding, key)));
     let findings: Vec<_> = cycle["findings"].as_array().into_iter().flatten().map(finding).collect();
-    let shut = (!findings.is_empty()).then(|| table(["Gate", "Found", "What would change it"], findings));
+    let shut = (!findings.is_empty()).then(|| table("Gates that were shut", ["Gate", "Found", "What would change it"], findings));
     let row = |(place, step): (usize, &Value)| {
         let numbers = (!step["numbers"].is_null()).then(|| {
             let text = serde_json::to_string_pretty(&step["numbers"]).unwrap_or_default();
@@ -156,7 +156,7 @@ fn cycle(cycle: &Value) -> Html {
         [time(step, "at"), what.into(), text(step, "why").into(), text(step, "by").into(), numbers.into()]
     };
     let steps = cycle["steps"].as_array().into_iter().flatten().enumerate().map(row);
-    let steps = table(["When (UTC)", "What", "Why", "By", "Stood on"], steps);
+    let steps = table("Steps of the cycle", ["When (UTC)", "What", "Why", "By", "Stood on"], steps);
     block(&format!("Cycle {number}")).with(about).with(shut).with(steps).into()
 }
 

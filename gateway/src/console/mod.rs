@@ -1,7 +1,7 @@
 //! Pages in the binary. They are static and open; what they show they fetch with the visitor's key.
 //!
-//! Annotators' pages draw what they get from the API. Operators' pages are one shell, whose part in the middle is written here: a function
-//! of values ([`overview`], [`rollouts`], …), which the shell fetches as a document. Nothing is loaded from elsewhere, and the policy says
+//! The annotators' page and the labeling queues draw what they get from the API. Operators' pages are one shell, whose part in the middle
+//! is written here: a function of values ([`overview`], [`rollouts`], …), which the shell fetches as a document. Nothing is loaded from elsewhere, and the policy says
 //! so to the browser: no inline script or style, no foreign host, no framing, and no HTML from strings (`require-trusted-types-for`), so that
 //! text of a model cannot become markup. In parts the same is seen to by [`html`], which takes text as text.
 
@@ -50,7 +50,7 @@ const PAGES: [(&str, &str); 14] = [
     ("/console/adapters/{id}", SHELL),
     ("/console/playground", SHELL),
     ("/console/label", include_str!("label.html")),
-    ("/console/queues", include_str!("queues.html")),
+    ("/console/queues", SHELL),
 ];
 
 /// The operators' pages: where, the letter that goes there after G, and the name.

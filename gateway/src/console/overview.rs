@@ -14,6 +14,8 @@ use tidemill_store::{Job, JobState, Latency, Money, Rollout, TrafficSum};
 pub const WINDOWS: [(&str, (i64, i64)); 4] = [("1", (1, 5)), ("24", (24, 30)), ("168", (168, 180)), ("720", (720, 720))];
 /// Lines of a picture.
 const LINES: usize = 6;
+/// Rows of the table; a server may have had thousands of adapters.
+const ROWS: usize = 100;
 
 /// All that the page shows.
 pub struct Overview {
@@ -182,7 +184,8 @@ impl Overview {
             let here = if hours == self.hours { "true" } else { "false" };
             tag("a").attr("href", format!("/console?hours={word}")).attr("aria-current", here).with(name)
         };
-        let windows = tag("span").class("windows").with_all(WINDOWS.map(window));
+        let windows = tag("span").class("windows").attr("role", "group").attr("aria-label", "Time to look back on");
+        let windows = windows.with_all(WINDOWS.map(window));
         all([Html::from("Answers that this server's database has recorded, of the last "), windows.into()])
     }
 
@@ -220,7 +223,9 @@ impl Overview {
             ..Chart::over_steps(title, self.variants.iter().take(LINES).map(line).collect())
         };
         let minutes = self.window.2 / 60_000_000;
-        let each = |what: &str| format!("{what} in stretches of {minutes} min (UTC)");
+        let found = self.variants.len();
+        let busiest = if found > LINES { format!("; the {LINES} busiest of {found}") } else { String::new() };
+        let each = |what: &str| format!("{what} in stretches of {minutes} min (UTC){busiest}");
         let answers =
             chart("Answers", significant, 4.0, &|variant| variant.line(self.window, Some(0.0), |sum| Some(sum.answers as f64)));
         let costs = chart("Cost", written, 0.0, &|variant| {
@@ -281,8 +286,11 @@ impl Overview {
             "per 1,000 answers",
         ];
         let words = "Times are the median and, smaller, what one in twenty exceeds, over the newest 1,000 complete answers.";
-        let table = tag("div").class("compare").with(table(head, self.variants.iter().map(row)));
-        block.with(table).with(tag("p").with(words)).into()
+        let table =
+            tag("div").class("compare").with(table("By model and variant", head, self.variants.iter().take(ROWS).map(row)));
+        let left_out = self.variants.len().saturating_sub(ROWS);
+        let more = (left_out > 0).then(|| tag("p").with(format!("{left_out} more answered less often.")));
+        block.with(table).with(more).with(tag("p").with(words)).into()
     }
 
     fn at_work(&self) -> Html {
@@ -306,7 +314,7 @@ impl Overview {
         if rows.is_empty() {
             return block.with(nothing("No rollout, training or build.")).into();
         }
-        block.with(table(["Name", "What", "State", "Where it is", "Since (UTC)"], rows)).into()
+        block.with(table("At work now", ["Name", "What", "State", "Where it is", "Since (UTC)"], rows)).into()
     }
 
     fn health(&self) -> Html {
@@ -314,7 +322,7 @@ impl Overview {
         let database: [Html; 2] = ["Database".into(), chip(mood, word).into()];
         let model = |(name, state): &(String, &'static str)| [name.into(), chip(Mood::of_state(state), state).into()];
         let rows = std::iter::once(database).chain(self.models.iter().map(model));
-        block("Health").with(table(["Part", "State"], rows)).into()
+        block("Health").with(table("Health", ["Part", "State"], rows)).into()
     }
 }
 
@@ -400,6 +408,14 @@ mod tests {
         let text = overview(Variant::all(vec![sum("a", None, 100, 4), sum("a", Some("a"), 100, 4)])).part().document();
         assert!(text.contains("no model has a price: [prices.NAME]") && !text.contains("<h3>Cost</h3>"), "{text}");
         assert!(text.contains(">a · a<"), "the base in a rollout is told from the base: {text}");
+    }
+
+    #[test]
+    fn of_thousands_the_busiest_are_shown_and_the_rest_is_counted() {
+        let sums: Vec<TrafficSum> = (0..2000).map(|place| sum(&format!("m{place}"), None, 100, 5000 - place)).collect();
+        let text = overview(Variant::all(sums)).part().document();
+        assert!(text.contains("<td>m99</td>") && !text.contains("<td>m100</td>") && text.contains("1900 more answered"));
+        assert!(text.contains("; the 6 busiest of 2000<") && text.contains("8\u{202f}001\u{202f}000"), "all are counted");
     }
 
     #[test]

@@ -3,7 +3,8 @@
 use crate::clock::when;
 use crate::console::html::{Element, Html, all, tag};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-use tidemill_rlhf::chart::{Chart, Line, Point, significant, thousands};
+use tidemill_rlhf::chart::{Chart, Fragment, Line, Point, significant, thousands};
+use tidemill_rlhf::quality::Drawing;
 use tidemill_rlhf::statistics::Interval;
 
 /// All but what RFC 3986 calls unreserved.
@@ -55,13 +56,18 @@ pub fn tiles(tiles: impl IntoIterator<Item = (&'static str, String, String)>) ->
     tag("div").class("figures").with_all(tiles.into_iter().map(tile)).into()
 }
 
-/// A table; the first column names the row.
-pub fn table<const N: usize>(head: [&str; N], rows: impl IntoIterator<Item = [Html; N]>) -> Html {
-    let head = tag("tr").with_all(head.map(|name| tag("th").attr("scope", "col").with(name)));
-    let row = |cells: [Html; N]| tag("tr").with_all(cells.map(|cell| tag("td").with(cell)));
-    let body = tag("tbody").with_all(rows.into_iter().map(row));
+/// A table of this name; the first column names the row.
+pub fn table<const N: usize>(name: &str, head: [&str; N], rows: impl IntoIterator<Item = [Html; N]>) -> Html {
+    columns(name, &head, rows)
+}
+
+/// The same where the columns are known only now.
+fn columns(name: &str, head: &[&str], rows: impl IntoIterator<Item = impl IntoIterator<Item = Html>>) -> Html {
+    let head = tag("tr").with_all(head.iter().map(|name| tag("th").attr("scope", "col").with(*name)));
+    let body =
+        tag("tbody").with_all(rows.into_iter().map(|row| tag("tr").with_all(row.into_iter().map(|cell| tag("td").with(cell)))));
     let table = tag("table").class("sheet told").with(tag("thead").with(head)).with(body);
-    scrolled("Table", table)
+    scrolled(name, table)
 }
 
 /// What may be wider than the page is scrolled by itself, by keyboard, too.
@@ -152,19 +158,27 @@ pub fn interval(value: fn(f64) -> String, interval: Interval) -> String {
 
 /// A picture with the numbers beneath; nothing where there are none. `id` is unique on the page.
 pub fn figure(id: &str, chart: &Chart, note: impl Into<Html>) -> Option<Html> {
-    let picture = chart.draw()?;
-    let title = tag("h3").with(&chart.title);
     let caption = tag("figcaption").with(note);
-    let figure = tag("figure")
-        .class("block card")
-        .with(title)
-        .with(scrolled(&chart.title, &picture))
-        .with(caption)
-        .with(numbers(id, chart));
-    Some(figure.into())
+    Some(drawn(id, &chart.title, &chart.draw()?, Some(caption), points(chart)))
 }
 
-fn numbers(id: &str, chart: &Chart) -> Element {
+/// The same of a plot of a dataset's quality.
+pub fn plot(id: &str, drawing: &Drawing) -> Html {
+    let rows = drawing.rows.iter().map(|row| row.iter().map(Html::from));
+    drawn(id, drawing.title, &drawing.picture, None, columns(&numbers_of(drawing.title), drawing.head, rows))
+}
+
+fn drawn(id: &str, title: &str, picture: &Fragment, caption: Option<Element>, numbers: Html) -> Html {
+    let figure = tag("figure").class("block card").with(tag("h3").with(title)).with(scrolled(title, picture)).with(caption);
+    let summary = tag("summary").with("Numbers").with(tag("span").class("visually-hidden").with(format!(" of {title}")));
+    figure.with(tag("details").attr("id", format!("numbers-{id}")).with(summary).with(numbers)).into()
+}
+
+fn numbers_of(title: &str) -> String {
+    format!("Numbers of {title}")
+}
+
+fn points(chart: &Chart) -> Html {
     let mut all_points: Vec<(&Line, &Point)> =
         chart.lines.iter().flat_map(|line| line.finite().map(move |point| (line, point))).collect();
     all_points.sort_by(|(_, one), (_, other)| other.at.total_cmp(&one.at));
@@ -173,10 +187,10 @@ fn numbers(id: &str, chart: &Chart) -> Element {
         let range = point.interval.map(|range| interval(chart.value, range));
         [(chart.place)(point.at).into(), (&line.name).into(), (chart.value)(point.value).into(), range.into()]
     };
-    let rows = table(["At", "Line", "Value", "Interval"], all_points.iter().take(NUMBERS).map(row));
+    let head = ["At", "Line", "Value", "Interval"];
+    let rows = table(&numbers_of(&chart.title), head, all_points.iter().take(NUMBERS).map(row));
     let more = (found > NUMBERS).then(|| tag("p").with(format!("The newest {NUMBERS} of {found}.")));
-    let summary = tag("summary").with("Numbers");
-    tag("details").attr("id", format!("numbers-{id}")).with(summary).with(rows).with(more)
+    all([rows, more.into()])
 }
 
 /// As many of the points as a picture shows, the last among them.
@@ -229,7 +243,7 @@ mod tests {
         let pieces = [
             block(EVIL).into(),
             tiles([("name", EVIL.into(), EVIL.into())]),
-            table([EVIL], [[EVIL.into()]]),
+            table(EVIL, [EVIL], [[EVIL.into()]]),
             facts([("name", EVIL.into())]),
             chip(Mood::Bad, EVIL).into(),
             link(&["rollouts", EVIL], EVIL).into(),

@@ -21,7 +21,7 @@ function keys(event) {
   }
   const soon = event.timeStamp - going < GO_MS;
   going = key === "g" ? event.timeStamp : -Infinity;
-  const place = soon && !$("places").hidden && [...$("places").children].find((link) => link.dataset.key === key);
+  const place = soon && !$("places").hidden && [...$("places").children].find((link) => link.dataset.key === key && !link.hidden);
   if (place) {
     event.preventDefault();
     place.click();
@@ -31,7 +31,6 @@ function keys(event) {
 /** Makes links and keys work; the links are seen when someone has signed in. */
 export function places() {
   document.addEventListener("keydown", keys);
-  $("help-open").addEventListener("click", () => $("help").showModal());
   for (const link of $("places").querySelectorAll("a")) {
     const to = new URL(link.href).pathname;
     const here = to === "/console" ? path === to : path === to || path.startsWith(`${to}/`);
@@ -39,8 +38,12 @@ export function places() {
   }
 }
 
-/** Shows the links. On a narrow screen they are in a row that scrolls: the one of this page is brought into sight. */
-export function showPlaces() {
+/**
+ * Shows the links; that of the labeling queues only to those who may see them. On a narrow screen they are in a row that scrolls: the
+ * one of this page is brought into sight.
+ */
+export function showPlaces(operator) {
+  $("places").querySelector("[data-key=q]").hidden = !operator;
   $("places").hidden = false;
   const here = $("places").querySelector("[aria-current]");
   if (here) $("places").scrollLeft = here.offsetLeft - ($("places").clientWidth - here.offsetWidth) / 2;

@@ -1,7 +1,7 @@
 // The playground: both variants are asked at once, in an order that is drawn and not shown; the preference goes to the feedback API.
 
 import { markdown } from "./markdown.js";
-import { call, Refused, session } from "./session.js";
+import { call, notice, Refused, say, session } from "./session.js";
 
 const $ = (id) => document.getElementById(id);
 const SIDES = ["left", "right"];
@@ -31,6 +31,11 @@ async function* payloads(response) {
 function chosen(select) {
   const [option] = select.selectedOptions;
   return { name: option.textContent, model: option.value, variant: option.dataset.variant };
+}
+
+/** What the network says, in words; what the server or the visitor said stays as it is. */
+function understood(error) {
+  return error instanceof TypeError ? new Refused(0, "The server cannot be reached.") : error;
 }
 
 /** One answer, whose text grows in `node`; resolves with its id. */
@@ -67,8 +72,8 @@ async function ask({ model, variant }, question, node, signal) {
   return { id, text };
 }
 
-/** Makes the form work; `notice` tells the visitor what went wrong. */
-export function playground(notice) {
+/** Makes the form work. */
+export function playground() {
   /** The question that is being answered or judged. */
   let round = null;
   const tally = new Map();
@@ -85,7 +90,13 @@ export function playground(notice) {
 
   async function send() {
     const prompt = $("prompt").value.trim();
-    if (!prompt || round?.asking) return;
+    // What is still on its way to the server would be told of the next question.
+    if (round?.asking || round?.judging) return;
+    if (!prompt) {
+      notice("There is nothing to ask yet: write a prompt.");
+      $("prompt").focus();
+      return;
+    }
     const stop = new AbortController();
     const asked = [chosen($("one")), chosen($("other"))];
     if (coin()) asked.reverse();
@@ -105,23 +116,37 @@ export function playground(notice) {
       $(side).setAttribute("aria-busy", "true");
     }
     $("left").focus();
-    const results = await Promise.allSettled(asked.map((one, at) => ask(one, question, $(`${SIDES[at]}-text`), stop.signal)));
-    results.forEach((result, at) => {
-      $(SIDES[at]).removeAttribute("aria-busy");
-      if (result.status === "fulfilled") finish(SIDES[at], result.value.text);
-    });
+    let failed = null;
+    const answers = await Promise.all(asked.map(async (one, at) => {
+      try {
+        const answer = await ask(one, question, $(`${SIDES[at]}-text`), stop.signal);
+        finish(SIDES[at], answer.text);
+        return answer;
+      } catch (error) {
+        // The first of them counts: it ends the other, with which there is nothing to compare any more.
+        failed ??= understood(error);
+        stop.abort();
+        return null;
+      } finally {
+        $(SIDES[at]).removeAttribute("aria-busy");
+      }
+    }));
     own.asking = false;
     $("send").disabled = false;
+    // A key that was on its way to a button that goes would be lost with it.
+    const stopped = document.activeElement === $("stop");
     $("stop").hidden = true;
-    const failed = results.find((result) => result.status === "rejected");
     if (failed) {
       $("choices").hidden = true;
-      notice(stop.signal.aborted ? "Stopped: there is nothing to compare." : `One of the two did not answer, so there is nothing to compare. ${failed.reason.message}`);
+      if (stopped || $("left") === document.activeElement) $("prompt").focus({ preventScroll: true });
+      notice(failed.name === "AbortError" ? "Stopped: there is nothing to compare." : `One of the two did not answer, so there is nothing to compare. ${failed.message}`);
       return;
     }
-    own.answers = results.map((result) => result.value);
+    if (stopped) $("left").focus({ preventScroll: true });
+    own.answers = answers;
     own.since = performance.now();
     choices(true);
+    say("Both have answered. Which is better?");
   }
 
   async function judge(choice) {
@@ -140,10 +165,12 @@ export function playground(notice) {
     } catch (error) {
       own.judging = false;
       choices(true);
+      $("choices").querySelector(`[data-choice=${choice}]`).focus({ preventScroll: true });
       notice(`Your preference is not stored yet. ${error.message}`);
       return;
     }
     notice(null);
+    own.judging = false;
     own.answers = null;
     $("choices").hidden = true;
     if (choice !== "tie") $(choice).classList.add("chosen");
@@ -182,6 +209,7 @@ export function playground(notice) {
     if (choice) judge(choice);
   });
   document.addEventListener("keydown", (event) => {
+    if (document.querySelector("dialog[open]")) return;
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
       $("ask").requestSubmit();

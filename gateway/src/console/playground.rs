@@ -28,11 +28,14 @@ impl Candidate {
         for rollout in rollouts {
             let arms = rollout.spec["arms"].as_array().into_iter().flatten();
             for variant in arms.filter_map(|arm| arm["variant"].as_str()) {
-                let candidate =
-                    Self { name: variant.to_owned(), model: rollout.model.clone(), variant: Some(variant.to_owned()) };
-                if found.iter().all(|known| known.name != candidate.name) {
-                    found.push(candidate);
+                let model = &rollout.model;
+                let same = |known: &Self| known.variant.as_deref() == Some(variant);
+                if found.iter().any(|known| same(known) && known.model == *model) {
+                    continue;
                 }
+                // Of two models the same word may mean two things.
+                let name = if found.iter().any(same) { format!("{variant} of {model}") } else { variant.to_owned() };
+                found.push(Self { name, model: model.clone(), variant: Some(variant.to_owned()) });
             }
         }
         for name in names {
@@ -157,6 +160,9 @@ mod tests {
         let found = Candidate::all(&[rollout(), rollout()], &names);
         let shown: Vec<_> = found.iter().map(|one| (one.name.as_str(), one.model.as_str(), one.variant.is_some())).collect();
         assert_eq!(shown, [("base", "assistant", true), (EVIL, "assistant", true), ("closed", "closed", false)]);
+        let other = Rollout { model: "other".into(), spec: json!({"arms": [{"variant": "base"}]}), ..rollout() };
+        let found = Candidate::all(&[rollout(), other], &[]);
+        assert_eq!((found[2].name.as_str(), found[2].model.as_str()), ("base of other", "other"));
     }
 
     #[test]

@@ -1,10 +1,7 @@
 // Statistics of the queues, for those who run them.
 
-import { places, showPlaces } from "./places.js";
-import { call, doorParts, meet, session, signIn } from "./session.js";
+import { call, Refused, session } from "./session.js";
 
-const $ = (id) => document.getElementById(id);
-const EVERY_MS = 10000;
 const SVG = "http://www.w3.org/2000/svg";
 
 const percent = (share) => `${(share * 100).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
@@ -67,7 +64,7 @@ function raters(list) {
     make("tr", {}, make("td", {}, rater.annotator), make("td", {}, number(rater.judged)), make("td", {}, number(rater.skipped)),
       make("td", {}, ...(rater.gold ? [`${rater.gold.successes} of ${rater.gold.trials} `, make("small", {}, `${percent(rater.gold.interval.low)} – ${percent(rater.gold.interval.high)}`)] : ["–"])),
       make("td", {}, ...share(rater.left)), make("td", {}, rater.seconds ? duration(rater.seconds.median) : "–")));
-  return make("div", { class: "scroll" }, make("table", { class: "sheet" }, make("thead", {}, head), make("tbody", {}, ...rows)));
+  return make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "People" }, make("table", { class: "sheet" }, make("thead", {}, head), make("tbody", {}, ...rows)));
 }
 
 /** Landis and Koch's words (1977) are about κ and known to everyone who reads such a number. */
@@ -77,7 +74,17 @@ function strength(alpha) {
   return `${words.find(([most]) => alpha <= most)?.[1] ?? "almost perfect"} agreement`;
 }
 
+const title = (words) => make("h1", { id: "part-title", tabindex: "-1" }, words);
 const block = (title, ...children) => make("section", { class: "block card" }, make("h2", {}, title), ...children);
+
+/** Whether people choose by the side, with an interval that says how sure that is. */
+function side({ left, biased }) {
+  if (!left) return [make("p", {}, "No verdicts for one side yet.")];
+  const { low, high } = left.interval;
+  const drawn = scale(low, high, left.share, { from: 0, to: 1, middle: 0.5, ends: ["0 % left", "50 %", "100 % left"], label: `Left chosen in ${percent(left.share)}, between ${percent(low)} and ${percent(high)}` });
+  const meaning = biased ? "That is a bias: one half is outside. Sides are random, so comparisons stay fair on average, but people may be choosing without reading." : "One half is inside: no sign of a bias.";
+  return [drawn, make("p", {}, `Left was chosen in ${percent(left.share)} of ${number(left.trials)} verdicts for one side (95 %: ${percent(low)} to ${percent(high)}). ${meaning}`)];
+}
 
 function panel(queue, all) {
   const { progress, agreement, position, seconds } = all;
@@ -88,18 +95,13 @@ function panel(queue, all) {
   if (queue.closed) about.push("closed");
   const interval = agreement.alpha_interval;
   const parts = [
-    make("header", {}, make("h1", {}, queue.name), make("p", { class: "lead" }, `${about.join(" · ")}.`)),
+    make("header", {}, title(queue.name), make("p", { class: "lead" }, `${about.join(" · ")}.`)),
     make("div", { class: "figures" },
       figure("Progress", percent(share), `${number(progress.verdicts)} of ${number(progress.wanted)} verdicts; ${number(open)} pairs open, ${number(progress.leased)} on someone's screen.`),
       figure("Agreement", agreement.alpha === null ? "–" : `α ${signed(agreement.alpha)}`, agreement.alpha === null ? "Needs pairs that two people judged, and more than one verdict." : `${strength(agreement.alpha)} over ${number(agreement.tasks)} pairs${interval ? `; 95 % ${signed(interval.low)} to ${signed(interval.high)}` : ""}${agreement.kappa === null ? "" : `; Cohen's κ ${signed(agreement.kappa)}`}.`),
       figure("Time per pair", seconds ? duration(seconds.median) : "–", seconds ? `median; nine in ten within ${duration(seconds.p90)}.` : "No verdicts yet."),
     ),
-    block("Does the side decide?", position.left
-      ? scale(position.left.interval.low, position.left.interval.high, position.left.share, { from: 0, to: 1, middle: 0.5, ends: ["0 % left", "50 %", "100 % left"], label: `Left chosen in ${percent(position.left.share)}` })
-      : make("p", {}, "No verdicts for one side yet."),
-      make("p", {}, position.left
-        ? `Left was chosen in ${percent(position.left.share)} of ${number(position.left.trials)} verdicts for one side (95 %: ${percent(position.left.interval.low)} to ${percent(position.left.interval.high)}). ${position.biased ? "That is a bias: one half is outside. Sides are random, so comparisons stay fair on average, but people may be choosing without reading." : "One half is inside: no sign of a bias."}`
-        : "")),
+    block("Does the side decide?", ...side(position)),
     block("Verdicts", split(all.verdicts)),
     block("People", raters(all.raters)),
   ];
@@ -108,52 +110,27 @@ function panel(queue, all) {
   return parts;
 }
 
-async function refresh() {
-  try {
-    const { data } = await call("GET", "/v1/labeling/queues");
-    const wanted = new URLSearchParams(location.search).get("queue");
-    const current = data.find((queue) => queue.name === wanted) ?? data[0];
-    $("shelf").replaceChildren(...data.map((queue) => {
-      const { progress } = queue;
-      const done = progress.wanted ? progress.verdicts / progress.wanted : 0;
-      const words = `${percent(done)} of ${number(progress.tasks)} pairs${queue.closed ? " · closed" : ""}`;
-      return make("a", { href: `?${new URLSearchParams({ queue: queue.name })}`, "aria-current": String(queue === current) }, make("strong", {}, queue.name), make("progress", { max: 1, value: done, "aria-label": words }), make("small", {}, words));
-    }));
-    if (current) {
-      const [queue, all] = await Promise.all([call("GET", `/v1/labeling/queues/${current.id}`), call("GET", `/v1/labeling/queues/${current.id}/statistics`)]);
-      $("panel").replaceChildren(...panel(queue, all));
-    } else {
-      $("shelf").replaceChildren(make("p", { class: "caption" }, "No queues"));
-      $("panel").replaceChildren(make("header", {}, make("h1", {}, "No queues yet"), make("p", { class: "lead" }, "POST /v1/labeling/queues makes one.")));
-    }
-    $("notice").hidden = true;
-  } catch (error) {
-    $("notice").textContent = error.status === 403 ? "This key may label, but not see statistics: that takes one of scope train or admin." : error.message;
-    $("notice").hidden = false;
-  }
-  setTimeout(refresh, EVERY_MS);
+function shelf(list, current) {
+  if (!list.length) return [make("p", { class: "caption" }, "No queues")];
+  return list.map((queue) => {
+    const { progress } = queue;
+    const done = progress.wanted ? progress.verdicts / progress.wanted : 0;
+    const words = `${percent(done)} of ${number(progress.tasks)} pairs${queue.closed ? " · closed" : ""}`;
+    return make("a", { href: `?${new URLSearchParams({ queue: queue.name })}`, "aria-current": String(queue === current) }, make("strong", {}, queue.name), make("progress", { max: 1, value: done, "aria-label": words }), make("small", {}, words));
+  });
 }
 
-async function start() {
-  places();
-  $("leave").addEventListener("click", () => session.leave());
-  while (true) {
-    try {
-      // Without keys everyone may look, and needs no name.
-      if (!(await meet()) && session.keyed) await signIn(doorParts());
-      break;
-    } catch (error) {
-      $("notice").textContent = error.message;
-      $("notice").hidden = false;
-      await new Promise((resolve) => setTimeout(resolve, 3000));
-    }
+/** The queues and, of the one that the address names or else the first, what there is to know. */
+export async function queues() {
+  if (!session.operator) throw new Refused(403, "This key may label, but not see statistics: that takes one of scope train or admin.");
+  const { data } = await call("GET", "/v1/labeling/queues");
+  const wanted = new URLSearchParams(location.search).get("queue");
+  const current = data.find((queue) => queue.name === wanted) ?? data[0];
+  let parts = [make("header", {}, title("No queues yet"), make("p", { class: "lead" }, "POST /v1/labeling/queues makes one."))];
+  if (current) {
+    const path = `/v1/labeling/queues/${current.id}`;
+    parts = panel(...(await Promise.all([call("GET", path), call("GET", `${path}/statistics`)])));
   }
-  $("who").textContent = session.annotator ?? "";
-  $("who").hidden = !session.annotator;
-  $("leave").hidden = !session.keyed;
-  showPlaces();
-  $("board").hidden = false;
-  await refresh();
+  const board = make("div", { class: "board" }, make("nav", { class: "shelf card", "aria-label": "Queues" }, ...shelf(data, current)), make("div", { class: "panel" }, ...parts));
+  return { title: "Labeling", body: make("div", {}, board) };
 }
-
-start();

@@ -93,7 +93,7 @@ pub fn list(rollouts: &[Rollout], has_more: bool) -> Part {
     let lead = "Variants of a model on a part of its traffic, measured and decided.";
     let list = match rollouts {
         [] => nothing("No rollout yet: `tidemill rollout start FILE` begins one."),
-        _ => tag("section").class("block card").with(table(head, rollouts.iter().map(row))).into(),
+        _ => tag("section").class("block card").with(table("Rollouts", head, rollouts.iter().map(row))).into(),
     };
     let more = if has_more { nothing("Older ones: GET /v1/rollouts.") } else { Html::default() };
     Part::new("Rollouts", lead, [list, more])
@@ -229,7 +229,7 @@ impl Shown {
         ];
         let words = "A user is whoever keeps an arm: a person, a conversation or a single request. Counted now: since the arms' \
                      proportion last changed.";
-        block("Arms").with(table(head, spec.arms.iter().enumerate().map(row))).with(tag("p").with(words)).into()
+        block("Arms").with(table("Arms", head, spec.arms.iter().enumerate().map(row))).with(tag("p").with(words)).into()
     }
 }
 
@@ -300,7 +300,7 @@ fn judged(spec: &Spec, judgements: &[Judgement]) -> Html {
         ]
     };
     let head = ["Metric", "Variant", "Control", "Variant's", "Judged", "Interval", "Observations", "Verdict", "Note"];
-    table(head, judgements.iter().map(row))
+    table("Metrics", head, judgements.iter().map(row))
 }
 
 fn judgements(Read { spec, decisions, .. }: &Read) -> Html {
@@ -314,11 +314,11 @@ fn judgements(Read { spec, decisions, .. }: &Read) -> Html {
 fn decisions(Read { spec, decisions, .. }: &Read) -> Html {
     let told = decisions.iter().filter(|decision| decision.action != Action::Hold);
     let told: Vec<&Decision> = told.collect();
-    let row = |(place, decision): (usize, &&Decision)| {
+    let row = |decision: &&Decision| {
         let shares: Vec<String> = decision.weights.iter().map(|weight| percent(decision.coverage * weight)).collect();
         let exposures: Vec<String> = decision.exposures.iter().map(|exposed| count(*exposed)).collect();
         let numbers = (!decision.judgements.is_empty()).then(|| {
-            let details = tag("details").attr("id", format!("stood-on-{place}")).with(tag("summary").with("Numbers"));
+            let details = tag("details").attr("id", format!("stood-on-{}", decision.at)).with(tag("summary").with("Numbers"));
             details.with(judged(spec, &decision.judgements))
         });
         let by = decision.by.as_deref().unwrap_or("the rollout");
@@ -334,8 +334,10 @@ fn decisions(Read { spec, decisions, .. }: &Read) -> Html {
         ]
     };
     let head = ["When (UTC)", "Decision", "Why", "By", "Traffic of the arms", "Units", "Sample ratio p", "Stood on"];
-    let rows: Vec<_> = told.iter().enumerate().rev().take(DECISIONS).map(row).collect();
-    block("Decisions").with(table(head, rows)).into()
+    let rows: Vec<_> = told.iter().rev().take(DECISIONS).map(row).collect();
+    let older = told.len().saturating_sub(DECISIONS);
+    let more = (older > 0).then(|| tag("p").with(format!("{older} older ones: GET /v1/rollouts/ID.")));
+    block("Decisions").with(table("Decisions", head, rows)).with(more).into()
 }
 
 fn action_words(spec: &Spec, action: Action) -> String {

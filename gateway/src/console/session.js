@@ -1,7 +1,10 @@
-// Who is at the desk, and how the page speaks to the server.
+// Who is at the desk, how the page speaks to the server, and how it tells what went wrong.
 
+const $ = (id) => document.getElementById(id);
 const KEY = "tidemill-key";
 const NAME = "tidemill-name";
+/** Before the server is asked again who this is. */
+const AGAIN_MS = 3000;
 
 /** An answer of the server that is an error. `status` 0: no answer at all. */
 export class Refused extends Error {
@@ -18,7 +21,7 @@ export const session = {
   annotator: null,
   /** The server asks for a key. */
   keyed: false,
-  /** May see statistics. */
+  /** Runs the labeling queues, and does not only work in them. */
   operator: false,
 
   /** What a request must send. */
@@ -35,6 +38,19 @@ export const session = {
     location.reload();
   },
 };
+
+/** For those who hear the page: what appears in a place that was hidden is not always read to them. */
+export function say(text) {
+  $("spoken").textContent = text;
+}
+
+/** Tells the visitor something above the page; nothing takes it away. */
+export function notice(text, good = false) {
+  say(text ?? "");
+  $("notice").textContent = text ?? "";
+  $("notice").hidden = !text;
+  $("notice").classList.toggle("good", good);
+}
 
 /** One request with a JSON answer; throws `Refused`. */
 export async function call(method, path, body) {
@@ -69,10 +85,11 @@ export function passing(error) {
   return error instanceof Refused && (error.status === 0 || error.status === 408 || error.status === 429 || error.status >= 500);
 }
 
-const LABELING = "/v1/labeling/me";
+/** What tells annotators and those who run their queues who they are. */
+export const LABELING = "/v1/labeling/me";
 
 /** Asks the server who this is: true when signed in. `place` answers those who may see the page. */
-export async function meet(place = LABELING) {
+async function meet(place) {
   const name = place === LABELING ? session.name() : null;
   try {
     const me = await call("GET", `${place}${name ? `?annotator=${encodeURIComponent(name)}` : ""}`);
@@ -88,46 +105,76 @@ export async function meet(place = LABELING) {
   return session.annotator !== null;
 }
 
+/** A header has no other characters, and no key has spaces in it. */
+const looksLikeKey = (value) => /^[!-~]+$/.test(value);
+
 /** Shows the form and resolves when someone has signed in; `words` stand above it where a key is asked for. */
-export function signIn({ door, title, text, label, field, wrong }, { me = LABELING, words = null } = {}) {
+export function signIn(place = LABELING, words = "Your key opens the queues that you work on. It is kept until this tab is closed.") {
+  const field = $("door-field");
   return new Promise((resolve) => {
     const show = () => {
-      title.textContent = session.keyed ? "Sign in" : "Who is labeling?";
-      const keyed = words?.text ?? "Your key opens the queues that you work on. It is kept until this tab is closed.";
-      text.textContent = session.keyed ? keyed : "This server has no keys. Your name stands beside your verdicts.";
-      label.textContent = session.keyed ? "Key" : "Name";
+      $("door-title").textContent = session.keyed ? "Sign in" : "Who is labeling?";
+      $("door-text").textContent = session.keyed ? words : "This server has no keys. Your name stands beside your verdicts.";
+      $("door-label").textContent = session.keyed ? "Key" : "Name";
       field.type = session.keyed ? "password" : "text";
       field.placeholder = session.keyed ? "tm-…" : "";
-      wrong.textContent = session.wrong ?? "";
-      door.hidden = false;
+      field.setAttribute("aria-invalid", String(Boolean(session.wrong)));
+      $("door-wrong").textContent = session.wrong ?? "";
+      $("door").hidden = false;
       field.focus();
     };
+    let asking = false;
     const submit = async (event) => {
       event.preventDefault();
       const value = field.value.trim();
-      if (!value) return;
-      if (session.keyed) session.setKey(value);
-      else session.setName(value);
+      if (!value || asking) return;
+      asking = true;
       try {
-        if (await meet(me)) {
-          door.removeEventListener("submit", submit);
-          door.hidden = true;
+        if (session.keyed && !looksLikeKey(value)) throw new Error("This is no key: one has letters, digits and signs of ASCII only, such as tm-….");
+        if (session.keyed) session.setKey(value);
+        else session.setName(value);
+        if (await meet(place)) {
+          $("door").removeEventListener("submit", submit);
+          $("door").hidden = true;
           field.value = "";
           resolve();
           return;
         }
       } catch (error) {
         session.wrong = error.message;
+      } finally {
+        asking = false;
       }
       show();
     };
-    door.addEventListener("submit", submit);
+    $("door").addEventListener("submit", submit);
     show();
   });
 }
 
-/** The form's parts, by id. */
-export function doorParts() {
-  const part = (id) => document.getElementById(id);
-  return { door: part("door"), title: part("door-title"), text: part("door-text"), label: part("door-label"), field: part("door-field"), wrong: part("door-wrong") };
+/**
+ * Resolves when it is known who is there, and says so at the top. `place` and `words` as `signIn` takes them; `nameless`: on a server
+ * without keys nobody needs a name.
+ */
+export async function enter({ place = LABELING, words, nameless = false } = {}) {
+  $("leave").addEventListener("click", () => session.leave());
+  $("help-open").addEventListener("click", () => $("help").showModal());
+  while (true) {
+    try {
+      if (!(await meet(place)) && (session.keyed || !nameless)) await signIn(place, words);
+      break;
+    } catch (error) {
+      notice(error.message);
+      await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
+    }
+  }
+  notice(null);
+  $("who").textContent = session.annotator ?? "";
+  $("who").hidden = !session.annotator;
+  $("leave").hidden = !session.keyed && !session.annotator;
 }
+
+// What comes back out of the browser's memory is of another time, and may be of somebody who has signed out.
+addEventListener("pageshow", (event) => {
+  if (event.persisted) location.reload();
+});

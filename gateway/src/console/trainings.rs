@@ -1,7 +1,9 @@
 //! Fine-tuning jobs: the list, and one with its curves.
 
 use crate::console::html::{Html, all, tag};
-use crate::console::part::{Mood, Part, block, chip, count, facts, figure, href, link, moment, nothing, pictures, said, table};
+use crate::console::part::{
+    Mood, Part, block, chip, count, facts, figure, href, link, moment, nothing, pictures, said, table, thinned,
+};
 use crate::fine_tuning::own_names;
 use crate::http::job_name;
 use serde_json::Value;
@@ -18,6 +20,8 @@ pub struct Shown {
     pub job: FineTuningJob,
     /// Its events, the newest first.
     pub events: Vec<FineTuningEvent>,
+    /// There are older ones.
+    pub older: bool,
     /// Models of earlier epochs, the latest first.
     pub checkpoints: Vec<FineTuningCheckpoint>,
     /// The visitor may act.
@@ -62,7 +66,7 @@ pub fn list(jobs: &[FineTuningJob], has_more: bool) -> Part {
         [] => nothing("No fine-tuning job yet: POST /v1/fine_tuning/jobs makes one."),
         _ => {
             let head = ["Job", "Method", "Model", "State", "Progress", "Became", "Made (UTC)"];
-            tag("section").class("block card").with(table(head, jobs.iter().map(row))).into()
+            tag("section").class("block card").with(table("Fine-tuning jobs", head, jobs.iter().map(row))).into()
         }
     };
     let more = if has_more { nothing("Older ones: GET /v1/fine_tuning/jobs.") } else { Html::default() };
@@ -124,8 +128,12 @@ impl Shown {
 
     fn curves(&self) -> Html {
         let lines: Vec<Value> = self.events.iter().rev().filter_map(|event| event.news.metrics.as_ref()).map(own_names).collect();
-        let figures = charts(&lines);
-        let figures = figures.iter().enumerate().filter_map(|(place, chart)| figure(&format!("curve-{place}"), chart, "By step"));
+        let note = if self.older { "By step; the beginning is in the job's result file only" } else { "By step" };
+        let mut charts = charts(&lines);
+        for line in charts.iter_mut().flat_map(|chart| &mut chart.lines) {
+            line.points = thinned(std::mem::take(&mut line.points));
+        }
+        let figures = charts.iter().enumerate().filter_map(|(place, chart)| figure(&format!("curve-{place}"), chart, note));
         let figures = pictures(figures);
         if figures.is_empty() { block("Curves").with(nothing("Nothing was measured yet.")).into() } else { figures }
     }
@@ -144,7 +152,7 @@ impl Shown {
             [] => Html::default(),
             found => {
                 let head = ["Model", "After step", "Measured", "Made (UTC)"];
-                block("Models of its epochs").with(table(head, found.iter().map(row))).into()
+                block("Models of its epochs").with(table("Models of its epochs", head, found.iter().map(row))).into()
             }
         }
     }
@@ -159,7 +167,7 @@ impl Shown {
             };
             [moment(event.created), chip(mood, event.news.level).into(), said(&event.news.message)]
         };
-        block("What happened").with(table(["When (UTC)", "Level", "What"], told.map(row))).into()
+        block("What happened").with(table("What happened", ["When (UTC)", "Level", "What"], told.map(row))).into()
     }
 }
 
@@ -219,7 +227,7 @@ mod tests {
         let checkpoint =
             FineTuningCheckpoint { step: 2, created: 0, model: EVIL.into(), metrics: json!({"step": 2, "full_valid_loss": 0.5}) };
         let events = news.into_iter().enumerate().map(event).collect();
-        Shown { job: job(state), events, checkpoints: vec![checkpoint], acts, now: 0 }
+        Shown { job: job(state), events, older: false, checkpoints: vec![checkpoint], acts, now: 0 }
     }
 
     #[test]
@@ -231,6 +239,22 @@ mod tests {
         assert!(text.contains("<td>2</td><td>held-out</td><td>0.5</td>") && text.contains("<td>training</td><td>0.75</td>"));
         assert!(text.contains("2 of 8 steps") && text.contains("12\u{202f}345") && !text.contains("<script"));
         assert!(text.contains("/v1/fine_tuning/jobs/ftjob-00000000-0000-0000-0000-000000000009/pause"));
+    }
+
+    #[test]
+    fn a_long_training_has_curves_of_as_many_points_as_a_picture_shows() {
+        let mut page = shown(FineTuningState::Running, true);
+        let event = |step: u64| FineTuningEvent {
+            number: step,
+            created: 0,
+            news: News::metrics("", json!({"step": step, "train_loss": 0.5})),
+        };
+        page.events = (1..=3000).rev().map(event).collect();
+        page.older = true;
+        let text = page.part().document();
+        let curve = text.split("class=\"curve c0\" d=\"").nth(1).unwrap().split('"').next().unwrap();
+        assert_eq!(curve.split('L').count(), 375, "every eighth, the last among them");
+        assert!(text.contains("<td>3000</td>") && text.contains("the beginning is in the job&#39;s result file"));
     }
 
     #[test]

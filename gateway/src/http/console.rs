@@ -62,7 +62,9 @@ fn acts(caller: &Caller) -> bool {
 
 /// Who the server takes the caller for.
 async fn me(Extension(caller): Extension<Caller>) -> Response {
-    let body = json!({"annotator": caller.name(), "keyed": caller.key.is_some(), "operator": acts(&caller)});
+    // As the labeling page means it.
+    let operator = caller.allows(Scope::Train);
+    let body = json!({"annotator": caller.name(), "keyed": caller.key.is_some(), "operator": operator});
     answer(StatusCode::OK, &body)
 }
 
@@ -115,10 +117,14 @@ async fn work(app: &App, now: i64) -> Result<Vec<Work>, ApiError> {
 }
 
 async fn rollout_list(State(app): State<App>) -> Result<Response, ApiError> {
-    let filter = RolloutFilter { limit: Some(LISTED), ..RolloutFilter::default() };
-    let mut page = Rollouts::new(&app.store).list(&filter).await.map_err(unavailable)?;
-    page.items.sort_by_key(|rollout| rollout.ended.is_some());
-    Ok(sent(&rollouts::list(&page.items, page.has_more)))
+    let rows = Rollouts::new(&app.store);
+    // Those that run come first, however many have ended since they began.
+    let mut found = rows.running().await.map_err(unavailable)?;
+    found.reverse();
+    let filter = RolloutFilter { limit: Some(LISTED), over: Some(true), ..RolloutFilter::default() };
+    let over = rows.list(&filter).await.map_err(unavailable)?;
+    found.extend(over.items);
+    Ok(sent(&rollouts::list(&found, over.has_more)))
 }
 
 async fn rollout(
@@ -181,9 +187,10 @@ async fn training(
 ) -> Result<Response, ApiError> {
     let job = find_job(&app, &Viewer::Anyone, &id).await?;
     let rows = app.fine_tuning.rows();
-    let events = rows.events(job.draft.id, None, EVENTS).await.map_err(unavailable)?.items;
+    let events = rows.events(job.draft.id, None, EVENTS).await.map_err(unavailable)?;
     let checkpoints = rows.checkpoints(job.draft.id, None, LISTED).await.map_err(unavailable)?.items;
-    Ok(sent(&trainings::Shown { job, events, checkpoints, acts: acts(&caller), now: now() }.part()))
+    let (events, older) = (events.items, events.has_more);
+    Ok(sent(&trainings::Shown { job, events, older, checkpoints, acts: acts(&caller), now: now() }.part()))
 }
 
 async fn adapter_list(State(app): State<App>) -> Result<Response, ApiError> {

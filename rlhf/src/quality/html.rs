@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{Check, Keep, QualityReport, Status, Verdict, pii, plot, words::spoken};
+use super::{Check, Drawing, Keep, QualityReport, Status, Verdict, pii, plot, words::spoken};
 use crate::chart::Fragment;
 use crate::dataset::{Example, Row, row::text};
 
@@ -79,8 +79,9 @@ impl QualityReport {
 
     /// The checks, the worst first.
     pub fn checks_table(&self) -> Fragment {
-        let mut page =
-            String::from("<table><thead><tr><th>Status<th>Check<th>Value<th>Warns, fails<th>What it means</tr></thead><tbody>");
+        let mut page = String::from(
+            "<table><thead><tr><th scope=col>Status<th scope=col>Check<th scope=col>Value<th scope=col>Warns, fails<th scope=col>What it means</tr></thead><tbody>",
+        );
         let mut checks: Vec<&Check> = self.checks.iter().collect();
         checks.sort_by_key(|check| match check.status {
             Status::Fail => 0,
@@ -119,15 +120,18 @@ impl QualityReport {
         let drawings = self.drawings();
         if !drawings.is_empty() {
             page.push_str("<h2>Plots</h2><div class=plots>");
-            for (title, svg) in drawings {
-                let _ = write!(page, "<figure class=card style=\"margin:0\"><h3>{title}</h3>{}</figure>", svg.as_str());
+            for drawing in drawings {
+                let (title, picture) = (drawing.title, drawing.picture.as_str());
+                let _ = write!(page, "<figure class=card style=\"margin:0\"><h3>{title}</h3>{picture}");
+                numbers(&drawing, page);
+                page.push_str("</figure>");
             }
             page.push_str("</div>");
         }
     }
 
-    /// The plots for which there are numbers, with their titles.
-    pub fn drawings(&self) -> Vec<(&'static str, Fragment)> {
+    /// The plots for which there are numbers.
+    pub fn drawings(&self) -> Vec<Drawing> {
         let check = |name: &str| self.checks.iter().find(|check| check.name == name);
         let limit = |name: &str| check(name).and_then(|check| check.threshold);
         let plots = &self.plots;
@@ -140,18 +144,14 @@ impl QualityReport {
             })
         });
         let raters: Vec<plot::Dot<'_>> = plots.reliability.iter().take(RATERS).map(plot::Dot::of_rater).collect();
-        let figures = [
-            ("Length: chosen less rejected, in characters", plot::lengths(&plots.length_differences)),
-            (
-                "Agreement: Krippendorff's α",
-                plot::dots(agreement.as_slice(), limit("agreement"), "Krippendorff's α with its 95 % interval"),
-            ),
-            ("Skill of raters", plot::dots(&raters, limit("reliability"), "Skill of each rater with its 95 % interval")),
-            ("Share of the rows per user", plot::shares(&plots.users, limit("user_share"), "Share of the rows per user")),
-            ("Share of the rows per rater", plot::shares(&plots.raters, limit("rater_share"), "Share of the rows per rater")),
+        let drawings = [
+            plot::lengths("Length: chosen less rejected, in characters", &plots.length_differences),
+            plot::dots("Agreement: Krippendorff's α", agreement.as_slice(), limit("agreement")),
+            plot::dots("Skill of raters", &raters, limit("reliability")),
+            plot::shares("Share of the rows per user", &plots.users, limit("user_share")),
+            plot::shares("Share of the rows per rater", &plots.raters, limit("rater_share")),
         ];
-        let drawn = figures.into_iter().filter(|(_, svg)| !svg.is_empty());
-        drawn.map(|(title, svg)| (title, Fragment::new(svg))).collect()
+        drawings.into_iter().flatten().collect()
     }
 
     fn findings(&self, rows: &[Row], page: &mut String) {
@@ -203,6 +203,19 @@ impl QualityReport {
         }
         page.push_str("</div>");
     }
+}
+
+/// What a plot shows, beneath it.
+fn numbers(drawing: &Drawing, page: &mut String) {
+    page.push_str("<details><summary>Numbers</summary><table><thead><tr>");
+    drawing.head.iter().for_each(|name| page.extend(["<th scope=col>", name]));
+    page.push_str("</tr></thead><tbody>");
+    for row in &drawing.rows {
+        page.push_str("<tr>");
+        row.iter().for_each(|cell| page.extend(["<td>", &escape(cell)]));
+        page.push_str("</tr>");
+    }
+    page.push_str("</tbody></table></details>");
 }
 
 /// A page that needs nothing else: no scripts, no fonts, no network. `title` is text, `body` is HTML.
@@ -338,7 +351,7 @@ fn is_share(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quality::{QualityOptions, assess, generate};
+    use crate::quality::{Bin, QualityOptions, Share, assess, generate};
 
     #[test]
     fn texts_are_escaped_cut_and_free_of_personal_data() {
@@ -372,6 +385,26 @@ mod tests {
         assert!(report.to_html(&rows).contains("<pre"));
         assert!(!report.to_html(&generate::clean(60, 4)).contains("<pre"));
         assert!(report.to_html(&[]).contains("Injection"));
+    }
+
+    #[test]
+    fn every_plot_has_its_numbers_beneath_it() {
+        let mut report = assess(&generate::clean(60, 5), &QualityOptions::default());
+        let long = |end: char| format!("user-{}{end}", "0".repeat(30));
+        let share = |end: char| Share { person: long(end), share: 0.5, rows: 30.0 };
+        report.plots.users = vec![share('a'), share('b')];
+        report.plots.raters = vec![Share { person: "<em>".to_owned(), share: 1.0, rows: 60.0 }];
+        report.plots.length_differences = vec![Bin { low: -10.4, high: 0.0, count: 1234 }];
+        let drawings = report.drawings();
+        assert!(drawings.len() >= 3 && drawings.iter().all(|drawing| !drawing.rows.is_empty()));
+        for drawing in &drawings {
+            assert!(drawing.rows.iter().all(|row| row.len() == drawing.head.len()), "{drawing:?}");
+        }
+        let page = report.to_html(&[]);
+        assert_eq!(page.matches("<svg").count(), page.matches("<summary>Numbers</summary>").count());
+        assert!(page.contains(&format!("<td>{}<td>50.0 %<td>30", long('b'))), "whole, where the picture has no room");
+        assert!(page.contains(">user-0000…0000000a<title>") && page.contains(">user-0000…0000000b<title>"), "{page}");
+        assert!(page.contains("<td>−10 to 0<td>1\u{202f}234") && page.contains("<td>&lt;em&gt;") && !page.contains("<em>"));
     }
 
     #[test]

@@ -38,6 +38,7 @@ use std::collections::BTreeSet;
 
 pub use agreement::{Judgement, Level};
 pub use options::{Limit, QualityOptions, Sizes, Thresholds};
+pub use plot::Drawing;
 pub use report::{Bin, Check, Keep, Plots, QualityReport, Reason, RowVerdict, Status, Summary, Verdict};
 pub use share::Share;
 pub use split::{Split, by_prompt_cluster};

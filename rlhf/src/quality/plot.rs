@@ -1,13 +1,13 @@
-//! The plots of the page, as SVG that takes its colours from the page.
+//! The plots of the page, as SVG that takes its colours from the page, and the numbers that they show.
 
 use std::fmt::Write;
 
 use super::{
     Bin, Limit, Share,
-    html::{escape, number},
+    html::{escape, number, thousands},
     reliability::Rater,
 };
-use crate::chart::{WIDTH, svg};
+use crate::chart::{Fragment, WIDTH, cut, svg};
 use crate::statistics::Interval;
 
 /// Left edge of bars that have names beside them.
@@ -16,12 +16,25 @@ const RIGHT: f64 = 56.0;
 const ROW: f64 = 22.0;
 const TOP: f64 = 22.0;
 
+/// A plot, and what it shows in numbers, for those who do not see it or want them exactly.
+#[derive(Clone, Debug)]
+pub struct Drawing {
+    /// What it shows.
+    pub title: &'static str,
+    /// The picture.
+    pub picture: Fragment,
+    /// The names of the columns of `rows`.
+    pub head: &'static [&'static str],
+    /// The numbers as text, as many in each row as there are columns.
+    pub rows: Vec<Vec<String>>,
+}
+
 // Writing to a string cannot fail, so results of `write!` are dropped here and below.
 /// Bars over the difference of lengths; to the right of zero the chosen answer is the longer one.
-pub(super) fn lengths(bins: &[Bin]) -> String {
+pub(super) fn lengths(title: &'static str, bins: &[Bin]) -> Option<Drawing> {
     const HEIGHT: f64 = 240.0;
     const BASE: f64 = 190.0;
-    let (Some(first), Some(last)) = (bins.first(), bins.last()) else { return String::new() };
+    let (first, last) = (bins.first()?, bins.last()?);
     let most = bins.iter().map(|bin| bin.count).max().unwrap_or(1).max(1) as f64;
     let (left, right) = (44.0, WIDTH - 12.0);
     let x = |value: f64| left + (value - first.low) / (last.high - first.low) * (right - left);
@@ -75,12 +88,16 @@ pub(super) fn lengths(bins: &[Bin]) -> String {
          text-anchor=end>chosen is longer →</text>",
         BASE + 38.0
     );
-    svg(HEIGHT, "Characters of the chosen answer less those of the rejected", &body)
+    let whole = |value: f64| number(value.round());
+    let row = |bin: &Bin| vec![format!("{} to {}", whole(bin.low), whole(bin.high)), thousands(bin.count)];
+    let picture = svg(HEIGHT, "Characters of the chosen answer less those of the rejected", &body);
+    let rows = bins.iter().map(row).collect();
+    Some(Drawing { title, picture: Fragment::new(picture), head: &["Characters", "Pairs"], rows })
 }
 
 /// A bar per person, and the thresholds.
-pub(super) fn shares(shares: &[Share], limit: Option<Limit>, label: &str) -> String {
-    let Some(largest) = shares.iter().map(|share| share.share).reduce(f64::max) else { return String::new() };
+pub(super) fn shares(title: &'static str, shares: &[Share], limit: Option<Limit>) -> Option<Drawing> {
+    let largest = shares.iter().map(|share| share.share).reduce(f64::max)?;
     let reach = (1.15 * largest).max(limit.map_or(0.0, |limit| 1.1 * limit.warn)).min(1.0);
     let x = |value: f64| NAMES + value / reach * (WIDTH - NAMES - RIGHT);
     let bottom = TOP + ROW * shares.len() as f64;
@@ -108,7 +125,9 @@ pub(super) fn shares(shares: &[Share], limit: Option<Limit>, label: &str) -> Str
             let _ = write!(body, "{}", threshold(word, x(value), bottom));
         }
     }
-    svg(bottom + 6.0, label, &body)
+    let row = |share: &Share| vec![share.person.clone(), format!("{:.1} %", 100.0 * share.share), number(share.rows)];
+    let (picture, rows) = (svg(bottom + 6.0, title, &body), shares.iter().map(row).collect());
+    Some(Drawing { title, picture: Fragment::new(picture), head: &["Person", "Share", "Rows"], rows })
 }
 
 /// A number between −1 and 1, and what it may as well be.
@@ -131,9 +150,9 @@ impl<'a> Dot<'a> {
 }
 
 /// A dot and an interval per number.
-pub(super) fn dots(dots: &[Dot<'_>], limit: Option<Limit>, label: &str) -> String {
+pub(super) fn dots(title: &'static str, dots: &[Dot<'_>], limit: Option<Limit>) -> Option<Drawing> {
     if dots.is_empty() {
-        return String::new();
+        return None;
     }
     let lowest = dots.iter().map(|dot| dot.interval.low).fold(0.0, f64::min).max(-1.0);
     let x = |value: f64| NAMES + (value.clamp(lowest, 1.0) - lowest) / (1.0 - lowest) * (WIDTH - NAMES - RIGHT);
@@ -166,22 +185,24 @@ pub(super) fn dots(dots: &[Dot<'_>], limit: Option<Limit>, label: &str) -> Strin
     for (word, value) in limit.map(|limit| [("warn", limit.warn), ("fail", limit.fail)]).into_iter().flatten() {
         let _ = write!(body, "{}", threshold(word, x(value), bottom));
     }
-    svg(bottom + 22.0, label, &body)
+    let two = |value: f64| format!("{value:.2}").replace('-', "−");
+    let row = |dot: &Dot<'_>| {
+        let interval = format!("{} to {}", two(dot.interval.low), two(dot.interval.high));
+        vec![dot.name.to_owned(), two(dot.value), interval, dot.about.clone()]
+    };
+    let picture = svg(bottom + 22.0, &format!("{title}, with 95 % intervals"), &body);
+    let head = &["Of", "Value", "95 % interval", "About it"];
+    Some(Drawing { title, picture: Fragment::new(picture), head, rows: dots.iter().map(row).collect() })
 }
 
 /// A person's name at the left of a row, cut to fit.
 fn name(person: &str, y: f64) -> String {
     const LETTERS: usize = 18;
-    let cut: String = if person.chars().count() > LETTERS {
-        person.chars().take(LETTERS - 1).chain(['…']).collect()
-    } else {
-        person.to_owned()
-    };
     format!(
         "<text class=name x=\"{:.0}\" y=\"{:.1}\" text-anchor=end>{}<title>{}</title></text>",
         NAMES - 8.0,
         y + 15.5,
-        escape(&cut),
+        escape(&cut(person, LETTERS)),
         escape(person)
     )
 }
