@@ -58,8 +58,8 @@ pub use load_error::LoadError;
 pub use merge::{Container, MergeError, MergeOptions, Merged, merge, write_model};
 pub use model::Decoder;
 pub use model::weight_names::{Part, Weight};
-pub use model_config::{Family, ModelConfig, RopeScaling};
-pub use model_files::{FileMatrix, Frontend, ModelFiles};
+pub use model_config::{ExpertConfig, Family, ModelConfig, RopeScaling};
+pub use model_files::{ExpertPart, FileMatrix, Frontend, Mixture, ModelFiles};
 pub use options::{EngineOptions, StartError};
 pub use pooling::{Cut, Pooling, PoolingMode};
 pub use request::{

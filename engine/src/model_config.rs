@@ -5,9 +5,11 @@ mod json;
 
 use std::path::Path;
 
+use tidemill_kernels::MAX_EXPERTS;
+
 use crate::load_error::LoadError;
 
-const SUPPORTED_FAMILIES: &str = "supported are Llama, Mistral, Qwen2 and Qwen3 models";
+const SUPPORTED_FAMILIES: &str = "supported are Llama, Mistral, Mixtral, Qwen2, Qwen2-MoE, Qwen3 and Qwen3-MoE models";
 
 /// Families of decoders that share one description (`model/decoder.rs`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -20,6 +22,12 @@ pub enum Family {
     Qwen2,
     /// Qwen3: norms on the heads of q and k.
     Qwen3,
+    /// Mixtral: experts.
+    Mixtral,
+    /// Qwen1.5-MoE and Qwen2-MoE: Qwen2 with experts, one of them every token's.
+    Qwen2Moe,
+    /// Qwen3-MoE: Qwen3 with experts.
+    Qwen3Moe,
 }
 
 /// Sizes and switches of a decoder.
@@ -29,8 +37,10 @@ pub struct ModelConfig {
     pub family: Family,
     /// Width of the residual stream.
     pub hidden: usize,
-    /// Width of the feed-forward part.
+    /// Width of the feed-forward part, or of one expert's.
     pub intermediate: usize,
+    /// Experts in the place of one feed-forward part.
+    pub experts: Option<ExpertConfig>,
     /// Decoder layers.
     pub layers: usize,
     /// Query heads.
@@ -61,6 +71,19 @@ pub struct ModelConfig {
     pub mlp_bias: bool,
     /// RMS norms on the heads of q and k.
     pub qk_norm: bool,
+}
+
+/// A mixture of experts: each token goes through some of many feed-forward parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertConfig {
+    /// Experts of a layer.
+    pub count: usize,
+    /// Experts that a token goes to.
+    pub each: usize,
+    /// The weights of a token's experts add up to 1; else they are their shares among all.
+    pub normalised: bool,
+    /// Width of one more part that every token goes through, behind a gate.
+    pub shared: Option<usize>,
 }
 
 /// Rotary frequencies for contexts longer than in pre-training.
@@ -106,6 +129,17 @@ impl ModelConfig {
             // No model comes near. Products are bounded by the files: every tensor's shape is compared with its bytes.
             if size == 0 || size > 1 << 24 {
                 return invalid(name, format!("is {size}, but must lie between 1 and {}", 1 << 24));
+            }
+        }
+        if let Some(ExpertConfig { count, each, shared, .. }) = self.experts {
+            if count == 0 || count > MAX_EXPERTS {
+                return invalid("num_experts", format!("is {count}, but must lie between 1 and {MAX_EXPERTS}"));
+            }
+            if each == 0 || each > count {
+                return invalid("num_experts_per_tok", format!("is {each}, but there are {count} experts"));
+            }
+            if let Some(width) = shared.filter(|&width| width == 0 || width > 1 << 24) {
+                return invalid("shared_expert_intermediate_size", format!("is {width}, but must lie between 1 and {}", 1 << 24));
             }
         }
         if !self.heads.is_multiple_of(self.kv_heads) {

@@ -1,6 +1,7 @@
 //! From a path on disk to everything a model consists of.
 
 mod end_of_turn;
+mod experts;
 mod gguf;
 mod hugging_face;
 mod weights;
@@ -17,6 +18,7 @@ use crate::pooling::Pooling;
 use crate::tensor_file::{Tensor, TensorFile};
 use crate::tokenizer::Tokenizer;
 
+pub use experts::{ExpertPart, Mixture};
 pub use weights::FileMatrix;
 
 /// A model on disk: configuration, tokenizer, chat template and defaults are read, weights are mapped and checked when asked for.
@@ -150,8 +152,12 @@ impl ModelFiles {
     pub fn describe(&self) -> String {
         let (millions, megabytes) = (self.parameters() as f64 / 1e6, self.file_bytes() as f64 / 1e6);
         let storage = self.weights.storage();
+        let experts = self.config.experts.map_or_else(String::new, |experts| {
+            let active = self.active_parameters() as f64 / 1e6;
+            format!(", {active:.0} M of them for a token ({} of {} experts)", experts.each, experts.count)
+        });
         format!(
-            "{} · {:?} · {millions:.0} M parameters in {storage} · {megabytes:.0} MB · context {}",
+            "{} · {:?} · {millions:.0} M parameters in {storage}{experts} · {megabytes:.0} MB · context {}",
             self.name, self.config.family, self.config.max_positions
         )
     }

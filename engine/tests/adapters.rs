@@ -60,7 +60,11 @@ fn load(stepper: &mut Stepper, slot: u32, folder: &Path) {
 
 #[test]
 fn adapters_compute_what_peft_computes_on_models_of_both_containers() {
-    for (family, names, containers) in [("llama", &LLAMAS[..], ["", "llama.gguf"]), ("qwen3", &["all"], ["", "qwen3.gguf"])] {
+    for (family, names, containers) in [
+        ("llama", &LLAMAS[..], ["", "llama.gguf"]),
+        ("qwen3", &["all"], ["", "qwen3.gguf"]),
+        ("mixtral", &["attention"], ["", "mixtral.gguf"]),
+    ] {
         for container in containers {
             for (backend, ops) in [("reference", Box::new(Reference::new(LIMITS)) as Box<dyn Ops>), ("cpu", cpu())] {
                 let mut stepper = stepper(&goldens(family).join(container), ops);

@@ -14,7 +14,7 @@ use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
 use tidemill_kernels::reference::Reference;
 use tidemill_kernels::{Limits, Ops, WeightFormat};
 
-const FAMILIES: [&str; 5] = ["llama", "llama3", "mistral", "qwen2", "qwen3"];
+const FAMILIES: [&str; 8] = ["llama", "llama3", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"];
 const TOLERANCE: f32 = 1e-3;
 const LIMITS: Limits = Limits { max_tokens: 256, max_samples: 32, max_positions: 512 };
 
@@ -100,6 +100,21 @@ fn qwen2_computes_what_transformers_computes() {
 #[test]
 fn qwen3_computes_what_transformers_computes() {
     logits_and_greedy_tokens_equal("qwen3");
+}
+
+#[test]
+fn mixtral_computes_what_transformers_computes() {
+    logits_and_greedy_tokens_equal("mixtral");
+}
+
+#[test]
+fn qwen2_moe_computes_what_transformers_computes() {
+    logits_and_greedy_tokens_equal("qwen2_moe");
+}
+
+#[test]
+fn qwen3_moe_computes_what_transformers_computes() {
+    logits_and_greedy_tokens_equal("qwen3_moe");
 }
 
 /// Texts to ids and back.

@@ -28,6 +28,7 @@ fn shape() -> DecoderShape {
         hidden: 576,
         heads: HeadShape { heads: 9, kv_heads: 3, head_dim: 64 },
         ffn: 1536,
+        experts: None,
         vocabulary: 49152,
         qk_norm: false,
         qkv_bias: false,

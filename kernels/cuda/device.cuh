@@ -71,6 +71,7 @@ DEVICE float shuffle_xor(float value, u32 mask) { return __shfl_xor_sync(0xfffff
 DEVICE u64 shuffle_xor(u64 value, u32 mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE u64 shuffle_up(u64 value, u32 lanes) { return __shfl_up_sync(0xffffffffu, value, lanes); }
 DEVICE u32 ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
+DEVICE u32 count_bits(u32 bits) { return (u32)__popc(bits); }
 DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE void block_barrier() { __syncthreads(); }
 DEVICE void add_atomically(u32* to, u32 value) { atomicAdd(to, value); }

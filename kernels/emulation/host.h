@@ -325,6 +325,7 @@ DEVICE u32 ballot(bool vote) {
     return votes;
 }
 
+DEVICE u32 count_bits(u32 bits) { return (u32)__builtin_popcount(bits); }
 DEVICE void warp_barrier() { emulation::leave(emulation::AT_WARP_BARRIER); }
 DEVICE void block_barrier() { emulation::leave(emulation::AT_BLOCK_BARRIER); }
 DEVICE void add_atomically(u32* to, u32 value) { *to += value; }

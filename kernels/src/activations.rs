@@ -42,6 +42,9 @@ pub(crate) const BF16_TILE_ROWS: usize = 16;
 /// Largest magnitude of a 16-bit activation: 127 * 256 + 127, so that both halves are signed bytes.
 const WIDE_MAX: f32 = 32639.0;
 
+/// In every layout, rows from a multiple of this on lie as if they were the first ones.
+pub(crate) const ROW_BLOCK: usize = BF16_TILE_ROWS;
+
 /// How a row is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Layout {
@@ -332,27 +335,58 @@ impl Activations {
 
     /// The numbers of a row that was set in an integer layout.
     #[inline(always)]
-    pub(crate) fn row(&self, row: usize) -> RowScale {
+    fn row(&self, row: usize) -> RowScale {
         let [scale, high_offset, low_offset] = self.rows.as_chunks::<3>().0[row];
         RowScale { scale: f32::from_bits(scale.cast_unsigned()), high_offset, low_offset }
     }
 
-    /// Start of the values of all rows.
+    /// The rows from `first` on, a multiple of [`ROW_BLOCK`], which were set with this `isa`, `kind` and length `k`.
+    #[inline]
+    pub(crate) fn rows_from(&self, isa: Isa, kind: ActivationKind, first: usize, k: usize) -> ActivationRows<'_> {
+        debug_assert!(first.is_multiple_of(ROW_BLOCK) && first <= self.max_rows);
+        let row_bytes = match Layout::of(isa, kind) {
+            Layout::Single => stride(k) * 4,
+            Layout::Wide => stride(k) * 2,
+            Layout::Groups => stride(k),
+            Layout::Bf16Tiles => padded(k) * 2,
+            // Both halves.
+            Layout::SplitTiles => padded(k) * 2,
+        };
+        ActivationRows { acts: self, first, values: self.values.as_ptr().wrapping_add(first * row_bytes) }
+    }
+}
+
+/// Rows of [`Activations`] from one on, which kernels count from 0.
+#[derive(Clone, Copy)]
+pub(crate) struct ActivationRows<'a> {
+    acts: &'a Activations,
+    first: usize,
+    values: *const u8,
+}
+
+impl<'a> ActivationRows<'a> {
+    /// The numbers of a row that was set in an integer layout.
     #[inline(always)]
-    pub(crate) fn values(&self) -> *const u8 {
-        self.values.as_ptr()
+    pub fn row(self, row: usize) -> RowScale {
+        self.acts.row(self.first + row)
+    }
+
+    /// Start of the values of the first row.
+    #[inline(always)]
+    pub fn values(self) -> *const u8 {
+        self.values
     }
 
     /// Scales of a row's groups, for rows of `k` values.
     #[inline(always)]
-    pub(crate) fn group_scales(&self, row: usize, k: usize) -> &[f32] {
-        &self.group_scales[row * (stride(k) / GROUP)..][..padded(k) / GROUP]
+    pub fn group_scales(self, row: usize, k: usize) -> &'a [f32] {
+        &self.acts.group_scales[(self.first + row) * (stride(k) / GROUP)..][..padded(k) / GROUP]
     }
 
     /// −128 × sum of each group of a row.
     #[inline(always)]
-    pub(crate) fn group_offsets(&self, row: usize, k: usize) -> &[i32] {
-        &self.group_offsets[row * (stride(k) / GROUP)..][..padded(k) / GROUP]
+    pub fn group_offsets(self, row: usize, k: usize) -> &'a [i32] {
+        &self.acts.group_offsets[(self.first + row) * (stride(k) / GROUP)..][..padded(k) / GROUP]
     }
 }
 

@@ -24,6 +24,12 @@ pub struct Rope(pub u32);
 /// The paged key-value cache of all layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KvCache(pub u32);
+/// One matrix `[n, k]` of each expert of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Experts(pub u32);
+/// Which experts each token of the step goes to, with what weight, and in what order the experts' rows lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Routing(pub u32);
 
 /// How a weight is stored in a file. Block formats are GGUF's, quantised along the input dimension.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -126,7 +132,24 @@ pub enum Rows {
     Tokens,
     /// One row per entry of [`StepBatch::samples`].
     Samples,
+    /// One row per expert that a token goes to: those of the first expert, in the order of their tokens, then those of the next.
+    Routed {
+        /// Experts of a token.
+        each: usize,
+    },
 }
+
+/// How tokens are shared out among experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RoutingShape {
+    /// Experts of a layer, up to [`MAX_EXPERTS`].
+    pub experts: usize,
+    /// Experts that each token goes to.
+    pub each: usize,
+}
+
+/// Experts of a layer at most.
+pub const MAX_EXPERTS: usize = 1024;
 
 /// The largest step that buffers are planned for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -446,6 +469,10 @@ pub trait Ops: Send {
 
     /// Packs the sources, stacked along `n` (all with one `k`), into one matrix. The source bytes are not kept.
     fn load_matrix(&mut self, sources: &[MatrixSource<'_>], format: WeightFormat) -> Result<Matrix, KernelError>;
+    /// Packs a matrix for each expert, all `[n, k]`; an expert's sources are stacked along `n`. The source bytes are not kept.
+    fn load_experts(&mut self, experts: &[Vec<MatrixSource<'_>>], format: WeightFormat) -> Result<Experts, KernelError>;
+    /// Reserves what routing a step takes.
+    fn alloc_routing(&mut self, shape: RoutingShape) -> Result<Routing, KernelError>;
     /// Copies a vector.
     fn load_vector(&mut self, values: &[f32]) -> Result<Vector, KernelError>;
     /// Builds `cos/sin(position * inv_freq[i]) * magnitude` for every position. Rotation is GPT-NeoX style: element `i` pairs with
@@ -479,6 +506,15 @@ pub trait Ops: Send {
     fn paged_attention(&mut self, qkv: Buf, shape: HeadShape, spec: AttentionSpec, kv: KvCache, layer: usize, out: Buf);
     /// `out = silu(x[.., ..w]) * x[.., w..]` with `w` the width of `out`.
     fn silu_and_mul(&mut self, gate_up: Buf, out: Buf);
+    /// Sends each token to the experts with its largest `logits [tokens, experts]`, the smaller number first among equals. Their weights
+    /// are the softmax over all experts, or over the chosen ones when `normalised`.
+    fn route(&mut self, logits: Buf, normalised: bool, routing: Routing);
+    /// `out[i] = x[i] wᵀ` with the matrix of routed row `i`'s expert. Where `x` has a row per token, its row for `i` is that of the token.
+    fn expert_linear(&mut self, x: Buf, experts: Experts, routing: Routing, out: Buf);
+    /// A token's routed rows of `x`, each times the weight of its expert, summed up; or added to `out`.
+    fn combine(&mut self, x: Buf, routing: Routing, out: Buf, store: Store);
+    /// `x *= 1 / (1 + e^-gate)` with `gate` one number for each row.
+    fn gate_rows(&mut self, gate: Buf, x: Buf);
     /// Token rows to sample rows: `out[i] = x[samples[i].row]`.
     fn gather(&mut self, x: Buf, out: Buf);
     /// Samples or scores each row of `logits [samples, vocabulary]`; only the first `vocabulary` columns count.

@@ -3,6 +3,8 @@
 //! All checks happen when an operation is enqueued. What passes them cannot index out of bounds later, which is what lets the
 //! backends' inner loops go without checks.
 
+mod experts;
+
 use crate::error::KernelError;
 use crate::ops::*;
 
@@ -15,6 +17,10 @@ pub struct Shapes {
     vectors: Vec<usize>,
     ropes: Vec<usize>,
     caches: Vec<KvSpec>,
+    /// `(n, k, experts)`
+    experts: Vec<(usize, usize, usize)>,
+    /// And whether the step's tokens have been routed.
+    routings: Vec<(RoutingShape, bool)>,
     /// For each slot, for each site that is updated: input width, and the columns that the output must have.
     adapters: Vec<Vec<Option<(usize, usize)>>>,
     /// Slots that the step uses.
@@ -63,6 +69,8 @@ impl Shapes {
             vectors: Vec::new(),
             ropes: Vec::new(),
             caches: Vec::new(),
+            experts: Vec::new(),
+            routings: Vec::new(),
             adapters: Vec::new(),
             used: Vec::new(),
             step: None,
@@ -182,6 +190,7 @@ impl Shapes {
         match rows {
             Rows::Tokens => self.limits.max_tokens,
             Rows::Samples => self.limits.max_samples,
+            Rows::Routed { each } => self.limits.max_tokens.saturating_mul(each),
         }
     }
 
@@ -190,6 +199,7 @@ impl Shapes {
         match (&self.step, rows) {
             (Some(step), Rows::Tokens) => step.tokens,
             (Some(step), Rows::Samples) => step.samples,
+            (Some(step), Rows::Routed { each }) => step.tokens * each,
             (None, _) => 0,
         }
     }
@@ -202,6 +212,7 @@ impl Shapes {
     /// Takes a step's metadata in.
     pub fn begin(&mut self, batch: &StepBatch) -> Result<(), KernelError> {
         self.step = None;
+        self.routings.iter_mut().for_each(|(_, routed)| *routed = false);
         let extent = self.extent(batch)?;
         // Two rows that write one slot would race.
         self.slots.clear();

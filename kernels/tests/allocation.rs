@@ -48,6 +48,7 @@ fn steps_allocate_nothing_after_the_first_round() {
         hidden: 96,
         heads: HeadShape { heads: 6, kv_heads: 2, head_dim: 64 },
         ffn: 160,
+        experts: None,
         vocabulary: 301,
         qk_norm: false,
         qkv_bias: true,

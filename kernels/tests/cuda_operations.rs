@@ -57,6 +57,12 @@ fn a_fork_copies_its_last_block_and_then_goes_its_own_way() {
 }
 
 #[test]
+fn experts_of_every_form_from_one_row_to_many() {
+    agree(support::experts::scenarios());
+    agree(support::experts::gates());
+}
+
+#[test]
 fn low_rank_updates_of_many_adapters_in_one_step() {
     agree(support::low_rank::scenarios());
 }

@@ -8,7 +8,7 @@ use support::backend::Backend;
 use support::low_rank::{Factors, mixed_step};
 use support::scenarios::{self, LIMITS, Scenario, rows_in_company};
 use support::steps::{Sequence, append};
-use support::{Noise, Weight, mistakes, sampling};
+use support::{Noise, Weight, experts, mistakes, sampling};
 use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
 use tidemill_kernels::isa::Isa;
 use tidemill_kernels::reference::Reference;
@@ -53,6 +53,12 @@ fn a_fork_copies_its_last_block_and_then_goes_its_own_way() {
 }
 
 #[test]
+fn experts_of_every_form_from_one_row_to_many() {
+    agree(support::experts::scenarios());
+    agree(support::experts::gates());
+}
+
+#[test]
 fn low_rank_updates_of_many_adapters_in_one_step() {
     agree(support::low_rank::scenarios());
 }
@@ -68,6 +74,19 @@ fn a_row_does_not_depend_on_its_company() {
             {
                 let rows = rows_in_company(&mut cpu(isa, threads, LIMITS), &weight, takes, neighbours);
                 assert!(rows == alone, "{isa:?} {format:?} {threads} {takes:?} {neighbours}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_experts_make_of_a_row_does_not_depend_on_its_company() {
+    for isa in Isa::available() {
+        for format in [Format::F32, Format::Bf16, Format::Q8_0, Format::Q4_0] {
+            let alone = experts::rows_in_company(&mut cpu(isa, 1, LIMITS), format, 0);
+            for (threads, neighbours) in [(2, 0), (1, 3), (3, 31)] {
+                let rows = experts::rows_in_company(&mut cpu(isa, threads, LIMITS), format, neighbours);
+                assert!(rows == alone, "{isa:?} {format:?} {threads} {neighbours}");
             }
         }
     }

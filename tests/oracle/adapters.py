@@ -34,6 +34,10 @@ ADAPTERS = {
             alpha_pattern={"down_proj": 9.5},
         ),
     },
+    "mixtral": {
+        # What can be adapted of a model with experts.
+        "attention": dict(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+    },
     "qwen3": {
         "all": dict(r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=["k_proj"]),
     },

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
 
@@ -20,9 +20,12 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 import chat_templates
@@ -30,6 +33,8 @@ import tiny_tokenizers
 from recorded import greedy_with_gaps, logits_of, rounded, versions, write_json
 
 NEW_TOKENS = 64
+# Plain operations, which float64 has, too.
+EAGER = dict(attn_implementation="eager", experts_implementation="eager")
 # Below this a different order of summation could choose another token.
 SMALLEST_GAP = 1e-2
 # A model that repeats a handful of tokens would hide errors in positions and masks.
@@ -56,6 +61,8 @@ class Family:
     shards: int = 1
     # Published by transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) or by 5 (`rope_parameters`, `dtype`).
     config_style: int = 4
+    # Experts one by one, as publishers have them (and `save_pretrained` writes them), or in one tensor as transformers 5 holds them.
+    experts_together: bool = False
     chats: list[dict] = field(default_factory=list)
 
 
@@ -159,6 +166,35 @@ FAMILIES = {
     ),
 }
 
+# Experts: the parts that make these families; text is read as by the dense models beside them.
+EXPERT_SIZES = {**SIZES, "intermediate_size": 96, "num_hidden_layers": 2, "num_experts_per_tok": 2}
+FAMILIES["mixtral"] = replace(
+    FAMILIES["llama"],
+    config=lambda vocab: MixtralConfig(
+        vocab_size=vocab, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=False, sliding_window=None,
+        num_local_experts=4, rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}, **EXPERT_SIZES,
+    ),
+    shards=1,
+)
+FAMILIES["qwen2_moe"] = replace(
+    FAMILIES["qwen2"],
+    config=lambda vocab: Qwen2MoeConfig(
+        vocab_size=vocab, max_position_embeddings=512, rms_norm_eps=1e-6, tie_word_embeddings=False, use_sliding_window=False,
+        num_experts=6, moe_intermediate_size=48, shared_expert_intermediate_size=96, norm_topk_prob=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}, **{**EXPERT_SIZES, "num_experts_per_tok": 3},
+    ),
+    experts_together=True,
+)
+FAMILIES["qwen3_moe"] = replace(
+    FAMILIES["qwen3"],
+    config=lambda vocab: Qwen3MoeConfig(
+        vocab_size=vocab, max_position_embeddings=512, rms_norm_eps=1e-6, tie_word_embeddings=False, head_dim=32,
+        num_experts=8, moe_intermediate_size=32, norm_topk_prob=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}, **EXPERT_SIZES,
+    ),
+    shards=2,
+)
+
 ENCODE_TEXTS = [
     "Hello, world!",
     "  leading,   inner   and trailing spaces   ",
@@ -190,10 +226,13 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 parameter.copy_(noise * 3.0 / math.sqrt(hidden))
             elif "lm_head" in name:
                 parameter.copy_(noise * 3.0 / math.sqrt(hidden))
+            elif name.endswith(".gate.weight"):
+                # A router whose choices do not hang on rounding.
+                parameter.copy_(noise * 3.0 / math.sqrt(hidden))
             elif "q_proj" in name or "k_proj" in name:
                 parameter.copy_(noise * 1.5 / math.sqrt(parameter.shape[1]))
             else:
-                parameter.copy_(noise * 1.2 / math.sqrt(parameter.shape[1]))
+                parameter.copy_(noise * 1.2 / math.sqrt(parameter.shape[-1]))
 
 
 def published_config(path: Path, style: int) -> None:
@@ -241,13 +280,13 @@ def save(family: Family, folder: Path, seed: int) -> None:
     total = sum(p.numel() for p in model.parameters()) * 4
     model.generation_config.eos_token_id = config.eos_token_id
     model.generation_config.bos_token_id = config.bos_token_id
-    if family is FAMILIES["qwen3"]:
+    if family in (FAMILIES["qwen3"], FAMILIES["qwen3_moe"]):
         model.generation_config.do_sample = True
         model.generation_config.temperature = 0.6
         model.generation_config.top_p = 0.95
         model.generation_config.top_k = 20
     shard = total + 1 if family.shards == 1 else math.ceil(total / family.shards * 1.15)
-    model.save_pretrained(folder, max_shard_size=shard)
+    model.save_pretrained(folder, max_shard_size=shard, save_original_format=not family.experts_together)
     published_config(folder / "config.json", family.config_style)
     generation = json.loads((folder / "generation_config.json").read_text())
     generation.pop("transformers_version", None)
@@ -258,7 +297,7 @@ def save(family: Family, folder: Path, seed: int) -> None:
 
 def load(folder: Path):
     """Reads the published files back, float32 and eager."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **EAGER).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     return model, tokenizer
 
@@ -289,7 +328,7 @@ def expected(family: Family, folder: Path, seed: int) -> dict | None:
     if min(gaps) < SMALLEST_GAP or len(set(tokens)) < FEWEST_DISTINCT or stops & set(tokens) or max(tokens) >= len(tokenizer):
         return None
     logits = logits_of(model, prompt_ids + tokens)
-    exact = logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval(), prompt_ids + tokens)
+    exact = logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **EAGER).eval(), prompt_ids + tokens)
     last = len(prompt_ids) - 1
     positions = sorted({0, 1, 17, last // 2, last, last + 1, last + 32, last + NEW_TOKENS - 1})
     return {

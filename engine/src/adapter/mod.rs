@@ -132,6 +132,11 @@ impl Adapter {
             if *rank == 0 {
                 return Err(AdapterError::tensor(name, "the rank is 0"));
             }
+            if !model.has(projection.part()) {
+                let detail =
+                    "the model has experts in its place, which no adapter changes here; adapt q_proj, k_proj, v_proj and o_proj";
+                return Err(AdapterError::tensor(name, detail));
+            }
             let (out, input) = projection.shape(model);
             for (factor, values, rows, columns) in [(Factor::A, a, *rank, input), (Factor::B, b, out, *rank)] {
                 let name = tensor_name(*layer, *projection, factor);
@@ -161,7 +166,7 @@ impl Adapter {
         }
         let Some(modules) = &self.extra.modules else { return Ok(()) };
         for (layer, projection) in (0..model.layers).flat_map(|layer| Projection::ALL.map(|projection| (layer, projection))) {
-            if modules.include(layer, projection) && !seen.contains(&(layer, projection)) {
+            if model.has(projection.part()) && modules.include(layer, projection) && !seen.contains(&(layer, projection)) {
                 let detail = format!(
                     "is missing although {CONFIG} names it among the adapted; the file is incomplete or was made for another base model"
                 );

@@ -57,6 +57,9 @@ fn configuration(model: &ModelFiles, storage: Format) -> Value {
         Family::Mistral => ("MistralForCausalLM", "mistral"),
         Family::Qwen2 => ("Qwen2ForCausalLM", "qwen2"),
         Family::Qwen3 => ("Qwen3ForCausalLM", "qwen3"),
+        Family::Mixtral => ("MixtralForCausalLM", "mixtral"),
+        Family::Qwen2Moe => ("Qwen2MoeForCausalLM", "qwen2_moe"),
+        Family::Qwen3Moe => ("Qwen3MoeForCausalLM", "qwen3_moe"),
     };
     let scaling = match &config.rope_scaling {
         RopeScaling::None | RopeScaling::Factors(_) => Value::Null,
@@ -92,9 +95,9 @@ fn configuration(model: &ModelFiles, storage: Format) -> Value {
             value["attention_bias"] = json!(config.output_bias);
             value["mlp_bias"] = json!(config.mlp_bias);
         }
-        Family::Mistral => value["sliding_window"] = json!(config.sliding_window),
-        Family::Qwen2 => value["use_sliding_window"] = json!(false),
-        Family::Qwen3 => {
+        Family::Mistral | Family::Mixtral => value["sliding_window"] = json!(config.sliding_window),
+        Family::Qwen2 | Family::Qwen2Moe => value["use_sliding_window"] = json!(false),
+        Family::Qwen3 | Family::Qwen3Moe => {
             value["attention_bias"] = json!(config.output_bias);
             value["use_sliding_window"] = json!(false);
         }

@@ -60,6 +60,13 @@ pub struct Merged {
 /// Writes the base with the adapter in it to `to`, a folder or a file that does not exist yet.
 pub fn merge(base: &ModelFiles, adapter: &Adapter, to: &Path, options: &MergeOptions) -> Result<Merged, MergeError> {
     adapter.check(base.config())?;
+    let same_container = (options.container == Container::Gguf) == (base.naming() == Naming::Gguf);
+    if base.config().experts.is_some() && !same_container {
+        return Err(MergeError::Unsupported(
+            "a mixture of experts is merged into the container that its base has: safetensors into safetensors, GGUF into GGUF"
+                .into(),
+        ));
+    }
     whole_or_absent(to, |beside| {
         let merged = write(base, adapter, beside, options)?;
         same_model(base.config(), beside, options)?;
@@ -114,7 +121,7 @@ fn write(base: &ModelFiles, adapter: &Adapter, beside: &Path, options: &MergeOpt
 fn same_model(config: &ModelConfig, written: &Path, options: &MergeOptions) -> Result<(), MergeError> {
     let merged = ModelFiles::open(written)?;
     let sizes = |c: &ModelConfig| {
-        (c.gguf_architecture(), c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.intermediate, c.vocabulary)
+        (c.gguf_architecture(), c.experts, c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.intermediate, c.vocabulary)
     };
     if sizes(merged.config()) == sizes(config) && merged.config().tied_embeddings == config.tied_embeddings {
         return Ok(());

@@ -27,6 +27,11 @@ pub fn write_model(
     if ![Format::F32, Format::F16, Format::Bf16].contains(&storage) {
         return Err(MergeError::Unsupported("safetensors hold f32, f16 or bf16; choose one of these".into()));
     }
+    if base.config().experts.is_some() {
+        return Err(MergeError::Unsupported(
+            "a mixture of experts is not written anew; only a dense model is trained whole".into(),
+        ));
+    }
     whole_or_absent(to, |folder| {
         at("create", folder, fs::create_dir(folder))?;
         let own = if base.path().is_dir() { Some(base.path()) } else { base.path().parent() };

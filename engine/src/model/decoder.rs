@@ -1,12 +1,13 @@
-//! The decoder that Llama, Mistral, Qwen2 and Qwen3 share: pre-norm attention with rotary positions and grouped queries, then a
-//! gated feed-forward part. The families differ in biases, head norms, window and frequencies, all of which are data here.
+//! The decoder that Llama, Mistral, Mixtral, Qwen2 and Qwen3 share: pre-norm attention with rotary positions and grouped queries, then a
+//! gated feed-forward part, or experts. The families differ in biases, head norms, window and frequencies, all of which are data here.
 
 use tidemill_kernels::{
-    AttentionSpec, Buf, HeadShape, KernelError, KvCache, KvDtype, KvSpec, LowRank, Matrix, MemoryUse, Ops, QkNorm, Rope, Rows,
-    StepBatch, StepOutput, Store, Vector, WeightFormat,
+    AttentionSpec, Buf, Experts, HeadShape, KernelError, KvCache, KvDtype, KvSpec, LowRank, Matrix, MemoryUse, Ops, QkNorm, Rope,
+    Rows, StepBatch, StepOutput, Store, Vector, WeightFormat,
 };
 
 use super::Model;
+use super::experts::{ExpertBuffers, ExpertLayer};
 use super::weight_names::{Part, Weight};
 use crate::adapter::{Adapter, Pair, Projection};
 use crate::load_error::LoadError;
@@ -38,8 +39,12 @@ struct Layer {
     qk_norm: Option<QkNorm>,
     attention_output: Linear,
     feed_forward_norm: Vector,
-    gate_up: Linear,
-    down: Linear,
+    feed_forward: FeedForward,
+}
+
+enum FeedForward {
+    Dense { gate_up: Linear, down: Linear },
+    Experts(ExpertLayer, ExpertBuffers),
 }
 
 #[derive(Clone, Copy)]
@@ -58,7 +63,7 @@ struct Buffers {
     qkv: Buf,
     /// `[tokens, heads * head_dim]`
     attended: Buf,
-    /// `[tokens, 2 * intermediate]`
+    /// `[tokens, 2 * intermediate]`; as narrow as can be where experts have their own.
     gate_up: Buf,
     /// `[tokens, intermediate]`
     gated: Buf,
@@ -153,11 +158,16 @@ impl Decoder {
             ops.lora(b.attended, Site::AttentionOutput.number(index), b.hidden);
 
             ops.rms_norm(b.hidden, layer.feed_forward_norm, eps, b.normed);
-            ops.linear(b.normed, layer.gate_up.weight, layer.gate_up.bias, b.gate_up, Store::Replace);
-            ops.lora(b.normed, Site::GateUp.number(index), b.gate_up);
-            ops.silu_and_mul(b.gate_up, b.gated);
-            ops.linear(b.gated, layer.down.weight, layer.down.bias, b.hidden, Store::Add);
-            ops.lora(b.gated, Site::Down.number(index), b.hidden);
+            match &layer.feed_forward {
+                FeedForward::Dense { gate_up, down } => {
+                    ops.linear(b.normed, gate_up.weight, gate_up.bias, b.gate_up, Store::Replace);
+                    ops.lora(b.normed, Site::GateUp.number(index), b.gate_up);
+                    ops.silu_and_mul(b.gate_up, b.gated);
+                    ops.linear(b.gated, down.weight, down.bias, b.hidden, Store::Add);
+                    ops.lora(b.gated, Site::Down.number(index), b.hidden);
+                }
+                FeedForward::Experts(experts, buffers) => experts.forward(ops.as_mut(), buffers, b.normed, b.hidden),
+            }
         }
         if all {
             ops.rms_norm(b.hidden, weights.final_norm, eps, b.normed);
@@ -241,6 +251,7 @@ impl Model for Decoder {
 impl Buffers {
     fn reserve(ops: &mut dyn Ops, config: &ModelConfig) -> Result<Self, KernelError> {
         let &ModelConfig { hidden, intermediate, heads, kv_heads, head_dim, vocabulary, .. } = config;
+        let intermediate = if config.experts.is_some() { 1 } else { intermediate };
         Ok(Self {
             hidden: ops.alloc(Rows::Tokens, hidden)?,
             normed: ops.alloc(Rows::Tokens, hidden)?,
@@ -256,7 +267,7 @@ impl Buffers {
 }
 
 /// Moves weights from mapped files into the backend.
-struct Loader<'a> {
+pub(super) struct Loader<'a> {
     files: &'a ModelFiles,
     config: &'a ModelConfig,
     ops: Box<dyn Ops>,
@@ -270,13 +281,15 @@ impl<'a> Loader<'a> {
         let &ModelConfig { layers, tied_embeddings, .. } = self.config;
         let embedding = self.matrix(&[Weight::Embedding])?;
         let output = if tied_embeddings { embedding } else { self.matrix(&[Weight::Output])? };
-        let layers = (0..layers).map(|index| self.layer(index)).collect::<Result<_, _>>()?;
+        let buffers = self.config.experts.map(|experts| ExpertBuffers::reserve(self.ops.as_mut(), self.config, experts));
+        let buffers = buffers.transpose().map_err(|source| self.refused("activations", source))?;
+        let layers = (0..layers).map(|index| self.layer(index, buffers)).collect::<Result<_, _>>()?;
         let final_norm = self.vector(&[Weight::FinalNorm])?;
         let rope = self.ops.load_rope(&self.config.inverse_frequencies(), 1.0).map_err(|source| self.refused("rope", source))?;
         Ok(Weights { embedding, layers, final_norm, output, rope })
     }
 
-    fn layer(&mut self, index: usize) -> Result<Layer, LoadError> {
+    fn layer(&mut self, index: usize, buffers: Option<ExpertBuffers>) -> Result<Layer, LoadError> {
         let &ModelConfig { qkv_bias, output_bias, mlp_bias, .. } = self.config;
         let at = |part: Part| Weight::Layer(index, part);
         let layer = Layer {
@@ -297,11 +310,16 @@ impl<'a> Loader<'a> {
                 bias: self.bias(output_bias, &[at(Part::AttentionOutputBias)])?,
             },
             feed_forward_norm: self.vector(&[at(Part::FeedForwardNorm)])?,
-            gate_up: Linear {
-                weight: self.matrix(&[at(Part::Gate), at(Part::Up)])?,
-                bias: self.bias(mlp_bias, &[at(Part::GateBias), at(Part::UpBias)])?,
+            feed_forward: match (self.config.experts, buffers) {
+                (Some(experts), Some(buffers)) => FeedForward::Experts(ExpertLayer::load(self, index, experts)?, buffers),
+                _ => FeedForward::Dense {
+                    gate_up: Linear {
+                        weight: self.matrix(&[at(Part::Gate), at(Part::Up)])?,
+                        bias: self.bias(mlp_bias, &[at(Part::GateBias), at(Part::UpBias)])?,
+                    },
+                    down: Linear { weight: self.matrix(&[at(Part::Down)])?, bias: self.bias(mlp_bias, &[at(Part::DownBias)])? },
+                },
             },
-            down: Linear { weight: self.matrix(&[at(Part::Down)])?, bias: self.bias(mlp_bias, &[at(Part::DownBias)])? },
         };
         self.files.weights_are_packed();
         Ok(layer)
@@ -310,12 +328,40 @@ impl<'a> Loader<'a> {
     /// Matrices stacked along their output features.
     fn matrix(&mut self, parts: &[Weight]) -> Result<Matrix, LoadError> {
         let matrices = parts.iter().map(|part| self.files.matrix(*part)).collect::<Result<Vec<_>, _>>()?;
+        self.pack(&matrices, self.format, &self.names(parts))
+    }
+
+    /// Where the weights come from.
+    pub(super) fn files(&self) -> &'a ModelFiles {
+        self.files
+    }
+
+    /// What weights are packed as.
+    pub(super) fn format(&self) -> WeightFormat {
+        self.format
+    }
+
+    /// Packs matrices stacked along their output features; `what` is for an error.
+    pub(super) fn pack(&mut self, matrices: &[FileMatrix<'_>], format: WeightFormat, what: &str) -> Result<Matrix, LoadError> {
         let stacked: Vec<_> = matrices.iter().map(FileMatrix::source).collect();
-        let packed = self.ops.load_matrix(&stacked, self.format);
-        let matrix = packed.map_err(|error| self.refused(&self.names(parts), error))?;
+        let packed = self.ops.load_matrix(&stacked, format);
+        let matrix = packed.map_err(|error| self.refused(what, error))?;
+        self.count(matrices);
+        Ok(matrix)
+    }
+
+    /// Packs a matrix for each expert.
+    pub(super) fn pack_experts(&mut self, experts: &[Vec<FileMatrix<'_>>]) -> Result<Experts, LoadError> {
+        let stacked: Vec<Vec<_>> = experts.iter().map(|parts| parts.iter().map(FileMatrix::source).collect()).collect();
+        let packed = self.ops.load_experts(&stacked, self.format).map_err(|error| self.refused("experts", error))?;
+        experts.iter().for_each(|matrices| self.count(matrices));
+        Ok(packed)
+    }
+
+    /// Tells how far packing is.
+    fn count(&mut self, matrices: &[FileMatrix<'_>]) {
         self.packed += matrices.iter().map(|matrix| matrix.data.len() as u64).sum::<u64>();
         (self.progress)(self.packed, self.files.file_bytes());
-        Ok(matrix)
     }
 
     /// Vectors one after the other.

@@ -1,6 +1,7 @@
 //! Decoder models, written once against [`tidemill_kernels::Ops`].
 
 pub mod decoder;
+mod experts;
 pub(crate) mod weight_names;
 
 use tidemill_kernels::{KernelError, KvDtype, MemoryUse, StepBatch, StepOutput};

@@ -1,6 +1,6 @@
 //! Configurations from GGUF metadata.
 
-use super::{Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES};
+use super::{ExpertConfig, Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES};
 use crate::gguf::{Gguf, Pairs};
 use crate::load_error::LoadError;
 
@@ -15,22 +15,39 @@ impl ModelConfig {
         rope_factors: Option<Vec<f32>>,
     ) -> Result<Self, LoadError> {
         let architecture = gguf.text(ARCHITECTURE)?.ok_or_else(|| gguf.missing(ARCHITECTURE))?;
+        let key = |name: &str| format!("{architecture}.{name}");
+        let need = |name: &str| gguf.integer(&key(name))?.ok_or_else(|| gguf.missing(&key(name)));
+        let count = gguf.integer(&key("expert_count"))?.filter(|&count| count > 0);
         let family = match architecture {
+            // llama.cpp has no architecture of its own for it.
+            "llama" if count.is_some() => Family::Mixtral,
             "llama" => Family::Llama,
             "mistral" => Family::Mistral,
             "qwen2" => Family::Qwen2,
             "qwen3" => Family::Qwen3,
+            "qwen2moe" => Family::Qwen2Moe,
+            "qwen3moe" => Family::Qwen3Moe,
             _ => {
                 let found = format!("\"{architecture}\"");
                 return Err(LoadError::unsupported(gguf.path(), ARCHITECTURE, found, SUPPORTED_FAMILIES));
             }
         };
-        let key = |name: &str| format!("{architecture}.{name}");
-        let need = |name: &str| gguf.integer(&key(name))?.ok_or_else(|| gguf.missing(&key(name)));
-        if gguf.integer(&key("expert_count"))?.is_some_and(|experts| experts > 0) {
-            return Err(LoadError::unsupported(gguf.path(), key("expert_count"), "a mixture of experts", SUPPORTED_FAMILIES));
-        }
-
+        let experts = match (family, count) {
+            (Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3, None) => None,
+            (Family::Mistral | Family::Qwen2 | Family::Qwen3, Some(_)) => {
+                return Err(LoadError::unsupported(gguf.path(), key("expert_count"), "a mixture of experts", SUPPORTED_FAMILIES));
+            }
+            (_, count) => Some(ExpertConfig {
+                count: count.ok_or_else(|| gguf.missing(&key("expert_count")))?,
+                each: need("expert_used_count")?,
+                // As llama.cpp does, whose files say nothing of it.
+                normalised: family != Family::Qwen2Moe,
+                shared: match family {
+                    Family::Qwen2Moe => Some(need("expert_shared_feed_forward_length")?),
+                    _ => None,
+                },
+            }),
+        };
         let hidden = need("embedding_length")?;
         let heads = need("attention.head_count")?;
         if heads == 0 {
@@ -53,7 +70,11 @@ impl ModelConfig {
         let config = ModelConfig {
             family,
             hidden,
-            intermediate: need("feed_forward_length")?,
+            intermediate: match family {
+                Family::Qwen2Moe | Family::Qwen3Moe => need("expert_feed_forward_length")?,
+                _ => need("feed_forward_length")?,
+            },
+            experts,
             layers: need("block_count")?,
             heads,
             kv_heads: gguf.integer(&key("attention.head_count_kv"))?.unwrap_or(heads),
@@ -82,9 +103,11 @@ impl ModelConfig {
     /// What llama.cpp calls the architecture. A Mistral model is a llama with a window.
     pub(crate) fn gguf_architecture(&self) -> &'static str {
         match self.family {
-            Family::Llama | Family::Mistral => "llama",
+            Family::Llama | Family::Mistral | Family::Mixtral => "llama",
             Family::Qwen2 => "qwen2",
             Family::Qwen3 => "qwen3",
+            Family::Qwen2Moe => "qwen2moe",
+            Family::Qwen3Moe => "qwen3moe",
         }
     }
 

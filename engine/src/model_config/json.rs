@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use super::{Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES};
+use super::{ExpertConfig, Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES};
 use crate::generation_defaults::one_or_many;
 use crate::load_error::LoadError;
 
@@ -34,6 +34,17 @@ struct Fields {
     tie_word_embeddings: Option<bool>,
     attention_bias: Option<bool>,
     mlp_bias: Option<bool>,
+    /// Whether q, k and v have biases in Qwen2-MoE.
+    qkv_bias: Option<bool>,
+    num_experts: Option<usize>,
+    /// Mixtral's name for it.
+    num_local_experts: Option<usize>,
+    num_experts_per_tok: Option<usize>,
+    norm_topk_prob: Option<bool>,
+    moe_intermediate_size: Option<usize>,
+    shared_expert_intermediate_size: Option<usize>,
+    decoder_sparse_step: Option<usize>,
+    mlp_only_layers: Option<Vec<usize>>,
     hidden_act: Option<String>,
     quantization_config: Option<Value>,
     #[serde(default, deserialize_with = "one_or_many")]
@@ -90,6 +101,9 @@ fn family(path: &Path, text: &[u8]) -> Result<Family, LoadError> {
         "MistralForCausalLM" | "MistralModel" | "mistral" => Family::Mistral,
         "Qwen2ForCausalLM" | "Qwen2Model" | "qwen2" => Family::Qwen2,
         "Qwen3ForCausalLM" | "Qwen3Model" | "qwen3" => Family::Qwen3,
+        "MixtralForCausalLM" | "MixtralModel" | "mixtral" => Family::Mixtral,
+        "Qwen2MoeForCausalLM" | "Qwen2MoeModel" | "qwen2_moe" => Family::Qwen2Moe,
+        "Qwen3MoeForCausalLM" | "Qwen3MoeModel" | "qwen3_moe" => Family::Qwen3Moe,
         _ => return Err(LoadError::unsupported(path, field, format!("\"{name}\""), SUPPORTED_FAMILIES)),
     })
 }
@@ -110,13 +124,19 @@ impl Fields {
         let (theta, positions, eps) = match family {
             Family::Llama => (10_000.0, 2048, 1e-6),
             Family::Mistral => (10_000.0, 4096 * 32, 1e-6),
-            Family::Qwen2 | Family::Qwen3 => (10_000.0, 32_768, 1e-6),
+            Family::Mixtral => (1_000_000.0, 4096 * 32, 1e-5),
+            Family::Qwen2 | Family::Qwen3 | Family::Qwen2Moe | Family::Qwen3Moe => (10_000.0, 32_768, 1e-6),
         };
+        let shared_out = self.hidden_size / self.num_attention_heads;
         let (default_head_dim, default_kv_heads) = match family {
             Family::Qwen3 => (128, 32),
-            Family::Mistral => (self.hidden_size / self.num_attention_heads, 8),
-            Family::Llama | Family::Qwen2 => (self.hidden_size / self.num_attention_heads, self.num_attention_heads),
+            Family::Mistral | Family::Mixtral => (shared_out, 8),
+            Family::Qwen2Moe => (shared_out, 16),
+            Family::Qwen3Moe => (shared_out, 4),
+            Family::Llama | Family::Qwen2 => (shared_out, self.num_attention_heads),
         };
+        let is_qwen2 = matches!(family, Family::Qwen2 | Family::Qwen2Moe);
+        let experts = self.experts(path, family)?;
         let rope = self.rope_parameters.clone().or_else(|| self.rope_scaling.clone()).unwrap_or_default();
         let rotated = rope.partial_rotary_factor.or(self.partial_rotary_factor).unwrap_or(1.0);
         if rotated != 1.0 {
@@ -126,7 +146,12 @@ impl Fields {
         Ok(ModelConfig {
             family,
             hidden: self.hidden_size,
-            intermediate: self.intermediate_size,
+            intermediate: match family {
+                Family::Qwen2Moe => self.moe_intermediate_size.unwrap_or(1408),
+                Family::Qwen3Moe => self.moe_intermediate_size.unwrap_or(768),
+                _ => self.intermediate_size,
+            },
+            experts,
             layers: self.num_hidden_layers,
             heads: self.num_attention_heads,
             kv_heads: self.num_key_value_heads.unwrap_or(default_kv_heads),
@@ -138,22 +163,45 @@ impl Fields {
             rope_scaling: rope.scaling(path, max_positions)?,
             sliding_window: self.window(path, family)?,
             tied_embeddings: self.tie_word_embeddings.unwrap_or(false),
-            qkv_bias: family == Family::Qwen2 || self.attention_bias.unwrap_or(false),
-            output_bias: family != Family::Qwen2 && self.attention_bias.unwrap_or(false),
+            qkv_bias: if is_qwen2 { self.qkv_bias.unwrap_or(true) } else { self.attention_bias.unwrap_or(false) },
+            output_bias: !is_qwen2 && self.attention_bias.unwrap_or(false),
             mlp_bias: self.mlp_bias.unwrap_or(false),
-            qk_norm: family == Family::Qwen3,
+            qk_norm: matches!(family, Family::Qwen3 | Family::Qwen3Moe),
         })
+    }
+
+    fn experts(&self, path: &Path, family: Family) -> Result<Option<ExpertConfig>, LoadError> {
+        let (count, each) = match family {
+            Family::Mixtral => (8, 2),
+            Family::Qwen2Moe => (60, 4),
+            Family::Qwen3Moe => (128, 8),
+            Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 => return Ok(None),
+        };
+        let instead = "only models whose layers all have experts are";
+        if let Some(step) = self.decoder_sparse_step.filter(|&step| step != 1) {
+            return Err(LoadError::unsupported(path, "decoder_sparse_step", step.to_string(), instead));
+        }
+        if let Some(layers) = self.mlp_only_layers.as_ref().filter(|layers| !layers.is_empty()) {
+            return Err(LoadError::unsupported(path, "mlp_only_layers", format!("{layers:?}"), instead));
+        }
+        Ok(Some(ExpertConfig {
+            count: self.num_local_experts.or(self.num_experts).unwrap_or(count),
+            each: self.num_experts_per_tok.unwrap_or(each),
+            normalised: family == Family::Mixtral || self.norm_topk_prob.unwrap_or(false),
+            shared: (family == Family::Qwen2Moe).then(|| self.shared_expert_intermediate_size.unwrap_or(5632)),
+        }))
     }
 
     fn window(&self, path: &Path, family: Family) -> Result<Option<usize>, LoadError> {
         let wanted = match family {
             Family::Llama => false,
-            Family::Mistral => true,
-            Family::Qwen2 | Family::Qwen3 => self.use_sliding_window.unwrap_or(false),
+            Family::Mistral | Family::Mixtral => true,
+            Family::Qwen2 | Family::Qwen3 | Family::Qwen2Moe | Family::Qwen3Moe => self.use_sliding_window.unwrap_or(false),
         };
+        let on_all_layers = matches!(family, Family::Mistral | Family::Mixtral);
         let types = self.layer_types.as_deref().unwrap_or_default();
         let sliding = types.iter().filter(|name| *name == "sliding_attention").count();
-        if (family != Family::Mistral && wanted) || (sliding > 0 && sliding < types.len()) {
+        if (!on_all_layers && wanted) || (sliding > 0 && sliding < types.len()) {
             let instead = "set use_sliding_window to false if the context stays below the window";
             return Err(LoadError::unsupported(path, "use_sliding_window", "a window on some of the layers", instead));
         }

@@ -62,19 +62,12 @@ impl ModelConfig {
             Part::QueryBias | Part::KeyBias | Part::ValueBias => self.qkv_bias,
             Part::AttentionOutputBias => self.output_bias,
             Part::GateBias | Part::UpBias | Part::DownBias => self.mlp_bias,
-            Part::AttentionNorm
-            | Part::FeedForwardNorm
-            | Part::Query
-            | Part::Key
-            | Part::Value
-            | Part::AttentionOutput
-            | Part::Gate
-            | Part::Up
-            | Part::Down => true,
+            Part::AttentionNorm | Part::FeedForwardNorm | Part::Query | Part::Key | Part::Value | Part::AttentionOutput => true,
+            Part::Gate | Part::Up | Part::Down => self.experts.is_none(),
         }
     }
 
-    /// Every tensor of the model, in the order of its layers; a tied output matrix is none of its own.
+    /// Every tensor of the model, in the order of its layers, but for experts; a tied output matrix is none of its own.
     pub fn weights(&self) -> Vec<Weight> {
         let parts: Vec<Part> = Part::ALL.into_iter().filter(|part| self.has(*part)).collect();
         let layers = (0..self.layers).flat_map(|layer| parts.iter().map(move |part| Weight::Layer(layer, *part)));
@@ -125,7 +118,7 @@ impl ModelConfig {
     /// (`LlamaModel.permute`); ours rotates halves, as the publishers' models do.
     pub(crate) fn gguf_row_order(&self, weight: Weight, rows: usize) -> Option<Vec<u32>> {
         let rotated = matches!(weight, Weight::Layer(_, Part::Query | Part::Key | Part::QueryBias | Part::KeyBias));
-        if !(rotated && matches!(self.family, Family::Llama | Family::Mistral)) {
+        if !(rotated && matches!(self.family, Family::Llama | Family::Mistral | Family::Mixtral)) {
             return None;
         }
         let (head_dim, half) = (self.head_dim, self.head_dim / 2);

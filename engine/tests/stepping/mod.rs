@@ -53,6 +53,7 @@ impl Stepper {
     }
 
     /// At most `length` tokens for each prompt, up to and including one of `ends`: prompts one by one, then all answers together.
+    #[allow(dead_code, reason = "each test binary uses a part")]
     pub fn greedy(&mut self, prompts: &[&[u32]], length: usize, ends: &[u32]) -> Vec<Vec<u32>> {
         let mut out = StepOutput::default();
         let mut answers: Vec<Vec<u32>> = Vec::new();

@@ -63,6 +63,13 @@ fn silu_and_mul_body(gate: &[f32], up: &[f32], out: &mut [f32]) {
     }
 }
 
+#[inline(always)]
+fn add_scaled_body<const FMA: bool>(x: &[f32], scale: f32, out: &mut [f32]) {
+    for (o, &v) in out.iter_mut().zip(x) {
+        *o = mul_add::<FMA>(v, scale, *o);
+    }
+}
+
 /// The per-head norm: weight `[head_dim]` and epsilon.
 pub type HeadNorm<'a> = Option<(&'a [f32], f32)>;
 
@@ -107,6 +114,11 @@ macro_rules! instantiate {
             }
             #[doc = $safety]
             $(#[target_feature(enable = $feature)])?
+            pub unsafe fn add_scaled(x: &[f32], scale: f32, out: &mut [f32]) {
+                super::add_scaled_body::<$fma>(x, scale, out);
+            }
+            #[doc = $safety]
+            $(#[target_feature(enable = $feature)])?
             pub unsafe fn round_bf16(x: &[f32], out: &mut [u16]) {
                 super::round_bf16_body(x, out);
             }
@@ -143,6 +155,7 @@ pub struct Elementwise {
     silu_and_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
     rope: unsafe fn(&mut [f32], usize, HeadNorm<'_>, &[f32], &[f32]),
     round_bf16: unsafe fn(&[f32], &mut [u16]),
+    add_scaled: unsafe fn(&[f32], f32, &mut [f32]),
 }
 
 macro_rules! operations {
@@ -152,6 +165,7 @@ macro_rules! operations {
             silu_and_mul: $level::silu_and_mul,
             rope: $level::rope,
             round_bf16: $level::round_bf16,
+            add_scaled: $level::add_scaled,
         }
     };
 }
@@ -189,6 +203,13 @@ impl Elementwise {
     pub fn silu_and_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
         // SAFETY: as above.
         unsafe { (self.silu_and_mul)(gate, up, out) }
+    }
+
+    /// `out += scale * x`; both of one length.
+    #[inline]
+    pub fn add_scaled(&self, x: &[f32], scale: f32, out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { (self.add_scaled)(x, scale, out) }
     }
 
     /// The nearest bfloat16, ties to even, of each; all of one length.

@@ -4,8 +4,10 @@ use std::ops::Range;
 
 use super::attention::{AttentionCall, AttentionPath, AttentionPlan, AttentionScratch, BLOCK, KvStorage};
 use super::elementwise::{Elementwise, Level};
+use super::experts::{ExpertSet, RoutingTables};
 use super::holdings::{Buffer, FORMS, RopeTable, Slots};
 use super::lora::{LoraCall, LoraPlan, PackedAdapter};
+use super::math::sigmoid;
 use super::program::{Entry, Planned};
 use super::sampling::{SamplingScratch, sample_row};
 use crate::aligned::AlignedBuf;
@@ -26,6 +28,8 @@ pub(super) struct Holdings {
     pub buffers: Vec<Buffer>,
     /// With the instruction path of their attention.
     pub caches: Vec<(KvStorage, AttentionPath)>,
+    pub experts: Vec<ExpertSet>,
+    pub routings: Vec<RoutingTables>,
     /// One for each head shape that was used; `bool` tells whether it is built for this step.
     pub plans: Vec<(HeadShape, AttentionPlan, bool)>,
     /// By slot.
@@ -48,6 +52,7 @@ impl Holdings {
         match rows {
             Rows::Tokens => self.batch.tokens.len(),
             Rows::Samples => self.batch.samples.len(),
+            Rows::Routed { each } => self.batch.tokens.len() * each,
         }
     }
 
@@ -80,6 +85,36 @@ impl Holdings {
                     for r in tasks {
                         let (gate, up) = x.row(r).split_at(out.width);
                         self.rows.silu_and_mul(gate, up, out.row_mut(r));
+                        self.convert(planned.forms, out, r);
+                    }
+                }
+                Entry::GateRows { gate, x } => {
+                    let (gate, x) = (&self.buffers[gate as usize], &self.buffers[x as usize]);
+                    for r in tasks {
+                        let factor = sigmoid(gate.row(r)[0]);
+                        x.row_mut(r).iter_mut().for_each(|v| *v *= factor);
+                        self.convert(planned.forms, x, r);
+                    }
+                }
+                Entry::Route { logits, normalised, routing } => {
+                    let logits = &self.buffers[logits as usize];
+                    tasks.for_each(|r| self.routings[routing as usize].choose(r, logits.row(r), normalised));
+                }
+                Entry::Align { routing } => self.routings[routing as usize].align(self.batch.tokens.len()),
+                Entry::ConvertRouted { x, routing, experts } => self.convert_routed(tasks, x, routing, experts),
+                Entry::ExpertLinear { x, routing, experts, out } => {
+                    self.expert_linear(tasks, x, routing, experts, out, thread);
+                }
+                Entry::Combine { x, routing, out, store } => {
+                    let (x, out) = (&self.buffers[x as usize], &self.buffers[out as usize]);
+                    for r in tasks {
+                        let sums = out.row_mut(r);
+                        if store == Store::Replace {
+                            sums.fill(0.0);
+                        }
+                        for (row, weight) in self.routings[routing as usize].rows_of(r) {
+                            self.rows.add_scaled(x.row(row), weight, sums);
+                        }
                         self.convert(planned.forms, out, r);
                     }
                 }

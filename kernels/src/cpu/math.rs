@@ -41,6 +41,12 @@ pub fn tanh(x: f32) -> f32 {
     1.0 - 2.0 / (exp(2.0 * x) + 1.0)
 }
 
+/// `1 / (1 + e^−x)`; 1 for NaN.
+#[inline(always)]
+pub fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
 /// `x / (1 + e^−x)`; NaN stays NaN.
 #[inline(always)]
 pub fn silu(x: f32) -> f32 {

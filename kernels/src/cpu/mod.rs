@@ -7,6 +7,7 @@
 pub mod attention;
 pub mod elementwise;
 mod execute;
+mod experts;
 mod holdings;
 mod lora;
 pub mod math;
@@ -21,6 +22,7 @@ use std::time::{Duration, Instant};
 use self::attention::{AttentionPath, AttentionPlan, AttentionScratch, KvStorage};
 use self::elementwise::{Elementwise, Level};
 use self::execute::Holdings;
+use self::experts::{ExpertSet, RoutingTables};
 use self::holdings::{Buffer, FORMS, RopeTable, Slots, form_index};
 use self::lora::{LoraPlan, PackedAdapter};
 use self::pool::{Pool, Stage, available_threads};
@@ -117,6 +119,8 @@ impl CpuBackend {
                 ropes: Vec::new(),
                 buffers: Vec::new(),
                 caches: Vec::new(),
+                experts: Vec::new(),
+                routings: Vec::new(),
                 plans: Vec::new(),
                 adapters: Vec::new(),
                 lora: LoraPlan::default(),
@@ -195,6 +199,16 @@ impl CpuBackend {
         let rows = self.rows(out);
         let grain = self.grain(rows, width);
         self.program.push(entry, Some(out.0), rows, grain);
+    }
+
+    /// A matrix in the form that is served, in the arena, with scratch for its products.
+    fn pack(&mut self, sources: &[MatrixSource<'_>], format: WeightFormat) -> Result<PackedMatrix, KernelError> {
+        let packed = PackedMatrix::pack(sources, format, self.held.isa, self.pool.threads())?.moved_to(&mut self.arena)?;
+        if packed.k() > self.max_k {
+            self.held.tile_scratch = tile_scratch(self.pool.threads(), packed.k())?;
+            self.max_k = packed.k();
+        }
+        Ok(packed)
     }
 
     /// Sees to it that `x` is converted to the form that `w` multiplies with. Returns the form's number.
@@ -277,7 +291,8 @@ impl Ops for CpuBackend {
             Isa::Amx => "AMX int8/bf16",
         };
         let threads = self.pool.threads();
-        let forms: BTreeSet<&str> = self.held.matrices.iter().flat_map(PackedMatrix::forms).collect();
+        let experts = self.held.experts.iter().flat_map(ExpertSet::matrices);
+        let forms: BTreeSet<&str> = self.held.matrices.iter().chain(experts).flat_map(PackedMatrix::forms).collect();
         let weights = forms.iter().enumerate().map(|(i, form)| format!("{}{form}", if i == 0 { ", weights " } else { "+" }));
         format!("cpu, {isa}, {threads} thread{}{}", if threads == 1 { "" } else { "s" }, weights.collect::<String>())
     }
@@ -289,24 +304,40 @@ impl Ops for CpuBackend {
     fn memory(&self) -> MemoryUse {
         let h = &self.held;
         MemoryUse {
-            weights: h.matrices.iter().map(PackedMatrix::bytes).sum::<usize>()
+            weights: h
+                .matrices
+                .iter()
+                .chain(h.experts.iter().flat_map(ExpertSet::matrices))
+                .map(PackedMatrix::bytes)
+                .sum::<usize>()
                 + h.vectors.iter().map(AlignedBuf::bytes).sum::<usize>()
                 + h.ropes.iter().map(RopeTable::bytes).sum::<usize>(),
             kv: h.caches.iter().map(|(storage, _)| storage.bytes()).sum(),
-            activations: h.buffers.iter().map(Buffer::bytes).sum(),
+            activations: h.buffers.iter().map(Buffer::bytes).sum::<usize>()
+                + h.routings.iter().map(RoutingTables::bytes).sum::<usize>(),
             adapters: h.adapters.iter().flatten().map(PackedAdapter::bytes).sum(),
         }
     }
 
     fn load_matrix(&mut self, sources: &[MatrixSource<'_>], format: WeightFormat) -> Result<Matrix, KernelError> {
-        let packed = PackedMatrix::pack(sources, format, self.held.isa, self.pool.threads())?.moved_to(&mut self.arena)?;
+        let packed = self.pack(sources, format)?;
         let (n, k) = (packed.n(), packed.k());
-        if k > self.max_k {
-            self.held.tile_scratch = tile_scratch(self.pool.threads(), k)?;
-            self.max_k = k;
-        }
         self.held.matrices.push(packed);
         Ok(self.shapes.add_matrix(n, k))
+    }
+
+    fn load_experts(&mut self, experts: &[Vec<MatrixSource<'_>>], format: WeightFormat) -> Result<Experts, KernelError> {
+        let (n, k) = Shapes::stacked_experts(experts)?;
+        let packed = experts.iter().map(|sources| self.pack(sources, format)).collect::<Result<Vec<_>, _>>()?;
+        self.held.experts.push(ExpertSet::new(packed));
+        Ok(self.shapes.add_experts(n, k, experts.len()))
+    }
+
+    fn alloc_routing(&mut self, shape: RoutingShape) -> Result<Routing, KernelError> {
+        let tables = RoutingTables::new(shape, self.shapes.limits().max_tokens)?;
+        let routing = self.shapes.add_routing(shape)?;
+        self.held.routings.push(tables);
+        Ok(routing)
     }
 
     fn load_vector(&mut self, values: &[f32]) -> Result<Vector, KernelError> {
@@ -464,6 +495,49 @@ impl Ops for CpuBackend {
         if self.admit(self.shapes.silu_and_mul(gate_up, out)) {
             let width = self.held.buffers[gate_up.0 as usize].width;
             self.push_rows(Entry::SiluAndMul { gate_up: gate_up.0, out: out.0 }, out, width);
+        }
+    }
+
+    fn route(&mut self, logits: Buf, normalised: bool, routing: Routing) {
+        let check = self.shapes.route(logits, routing);
+        if self.admit(check) {
+            let (rows, width) = (self.rows(logits), self.held.buffers[logits.0 as usize].width);
+            let each = self.held.routings[routing.0 as usize].shape().each;
+            let grain = self.grain(rows, width * each);
+            self.program.push(Entry::Route { logits: logits.0, normalised, routing: routing.0 }, None, rows, grain);
+            self.program.push(Entry::Align { routing: routing.0 }, None, 1, 1);
+        }
+    }
+
+    fn expert_linear(&mut self, x: Buf, experts: Experts, routing: Routing, out: Buf) {
+        if !self.admit(self.shapes.expert_linear(x, experts, routing, out)) {
+            return;
+        }
+        let (rows, width) = (self.rows(out), self.held.buffers[x.0 as usize].width);
+        let set = &self.held.experts[experts.0 as usize];
+        let tables = &mut self.held.routings[routing.0 as usize];
+        let tasks = tables.most_active(rows) * set.parts();
+        if let Err(error) = tables.prepare(x.0, width, set.kinds()) {
+            self.error = Some(error);
+            return;
+        }
+        let (x, routing, experts) = (x.0, routing.0, experts.0);
+        self.program.push(Entry::ConvertRouted { x, routing, experts }, None, rows, self.grain(rows, width));
+        self.program.push(Entry::ExpertLinear { x, routing, experts, out: out.0 }, Some(out.0), tasks, 1);
+    }
+
+    fn combine(&mut self, x: Buf, routing: Routing, out: Buf, store: Store) {
+        if self.admit(self.shapes.combine(x, routing, out)) {
+            let width = self.held.buffers[out.0 as usize].width;
+            let each = self.held.routings[routing.0 as usize].shape().each;
+            self.push_rows(Entry::Combine { x: x.0, routing: routing.0, out: out.0, store }, out, width * each);
+        }
+    }
+
+    fn gate_rows(&mut self, gate: Buf, x: Buf) {
+        if self.admit(self.shapes.gate_rows(gate, x)) {
+            let width = self.held.buffers[x.0 as usize].width;
+            self.push_rows(Entry::GateRows { gate: gate.0, x: x.0 }, x, width);
         }
     }
 

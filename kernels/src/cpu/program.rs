@@ -12,6 +12,12 @@ pub(super) enum Entry {
     Embedding { table: u32, out: u32 },
     RmsNorm { x: u32, weight: u32, eps: f32, out: u32 },
     SiluAndMul { gate_up: u32, out: u32 },
+    GateRows { gate: u32, x: u32 },
+    Route { logits: u32, normalised: bool, routing: u32 },
+    Align { routing: u32 },
+    ConvertRouted { x: u32, routing: u32, experts: u32 },
+    ExpertLinear { x: u32, routing: u32, experts: u32, out: u32 },
+    Combine { x: u32, routing: u32, out: u32, store: Store },
     Gather { x: u32, out: u32 },
     Convert { x: u32 },
     Linear { x: u32, form: u32, w: u32, bias: Option<u32>, out: u32, store: Store },
@@ -23,7 +29,7 @@ pub(super) enum Entry {
 }
 
 /// Kinds of entries, for the profile.
-pub(super) const KINDS: [&str; 11] = [
+pub(super) const KINDS: [&str; 17] = [
     "embedding",
     "rms_norm",
     "silu_and_mul",
@@ -35,6 +41,12 @@ pub(super) const KINDS: [&str; 11] = [
     "attention_merge",
     "sample",
     "lora",
+    "gate_rows",
+    "route",
+    "align",
+    "convert_routed",
+    "expert_linear",
+    "combine",
 ];
 
 impl Entry {
@@ -52,6 +64,12 @@ impl Entry {
             Entry::AttentionMerge { .. } => 8,
             Entry::Sample { .. } => 9,
             Entry::Lora { .. } => 10,
+            Entry::GateRows { .. } => 11,
+            Entry::Route { .. } => 12,
+            Entry::Align { .. } => 13,
+            Entry::ConvertRouted { .. } => 14,
+            Entry::ExpertLinear { .. } => 15,
+            Entry::Combine { .. } => 16,
         }
     }
 
@@ -62,6 +80,8 @@ impl Entry {
             Entry::Embedding { .. }
                 | Entry::RmsNorm { .. }
                 | Entry::SiluAndMul { .. }
+                | Entry::GateRows { .. }
+                | Entry::Combine { .. }
                 | Entry::Gather { .. }
                 | Entry::Convert { .. }
         )

@@ -29,14 +29,30 @@ pub enum Source {
     Attention,
     /// Logits to tokens.
     Sampling,
+    /// A mixture of experts.
+    Moe,
 }
 
 /// What all kernel files are compiled after.
 pub const HEADER: &str = include_str!("../../cuda/device.cuh");
 
+/// A kernel file after the products of few rows, with line numbers of their own.
+macro_rules! with_few_rows {
+    ($name:literal) => {
+        concat!(
+            "#line 1 \"few_rows.cuh\"\n",
+            include_str!("../../cuda/few_rows.cuh"),
+            "\n#line 1 \"",
+            $name,
+            "\"\n",
+            include_str!(concat!("../../cuda/", $name))
+        )
+    };
+}
+
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 4] = [Source::Rows, Source::Linear, Source::Attention, Source::Sampling];
+    pub const ALL: [Source; 5] = [Source::Rows, Source::Linear, Source::Attention, Source::Sampling, Source::Moe];
 
     /// File name, for messages of the compiler.
     pub const fn name(self) -> &'static str {
@@ -45,6 +61,7 @@ impl Source {
             Source::Linear => "linear.cu",
             Source::Attention => "attention.cu",
             Source::Sampling => "sampling.cu",
+            Source::Moe => "moe.cu",
         }
     }
 
@@ -52,9 +69,10 @@ impl Source {
     pub const fn text(self) -> &'static str {
         match self {
             Source::Rows => include_str!("../../cuda/rows.cu"),
-            Source::Linear => include_str!("../../cuda/linear.cu"),
+            Source::Linear => with_few_rows!("linear.cu"),
             Source::Attention => include_str!("../../cuda/attention.cu"),
             Source::Sampling => include_str!("../../cuda/sampling.cu"),
+            Source::Moe => with_few_rows!("moe.cu"),
         }
     }
 }

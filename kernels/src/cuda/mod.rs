@@ -13,6 +13,7 @@ mod budget;
 pub mod compile;
 pub mod device;
 pub mod driver;
+mod experts;
 mod graphs;
 mod holdings;
 pub mod libraries;
@@ -29,6 +30,7 @@ pub mod weights;
 use self::adapters::Adapters;
 use self::attention::{FewAndMany, Planned, Plans, Tiles, cache_form, fast_attention};
 use self::device::{Address, Device, Kernel, Launch, Params, Product, Source};
+use self::experts::{HeldExperts, HeldRouting};
 use self::graphs::Op;
 use self::holdings::{Buffer, Half, HeldCache, HeldMatrix, HeldRope, few_rows};
 use self::params as p;
@@ -68,6 +70,8 @@ struct StepLists {
     slots: Address,
     adapters: Address,
     gathered: Address,
+    /// How many tokens there are, without those that pad.
+    count: Address,
     blocks: Address,
 }
 
@@ -80,6 +84,8 @@ pub struct CudaBackend<D: Device> {
     ropes: Vec<HeldRope>,
     buffers: Vec<Buffer>,
     caches: Vec<HeldCache>,
+    experts: Vec<HeldExperts>,
+    routings: Vec<HeldRouting>,
     adapters: Adapters,
     lists: StepLists,
     plans: Plans,
@@ -106,6 +112,8 @@ impl<D: Device> CudaBackend<D> {
             ropes: Vec::new(),
             buffers: Vec::new(),
             caches: Vec::new(),
+            experts: Vec::new(),
+            routings: Vec::new(),
             adapters: Adapters::default(),
             lists: StepLists::default(),
             plans: Plans::default(),
@@ -169,6 +177,7 @@ impl<D: Device> CudaBackend<D> {
         match (self.captures.size, rows) {
             (Some(size), Rows::Tokens) => size.rows,
             (Some(size), Rows::Samples) => size.samples,
+            (Some(size), Rows::Routed { each }) => size.rows * each,
             (None, rows) => self.shapes.count(rows),
         }
     }
@@ -321,12 +330,13 @@ impl<D: Device> CudaBackend<D> {
         staging.clear();
         // The widest first, so that all lie on multiples of their size.
         staging.extend(slots.iter().copied().chain(repeat(-1)).take(rows).flat_map(|v| v.to_le_bytes()));
-        let mut starts = [0; 5];
-        let lists: [&mut dyn Iterator<Item = u32>; 5] = [
+        let mut starts = [0; 6];
+        let lists: [&mut dyn Iterator<Item = u32>; 6] = [
             &mut tokens.iter().copied().chain(repeat(0)).take(rows),
             &mut positions.iter().copied().chain(repeat(0)).take(rows),
             &mut adapters.iter().copied().chain(repeat(NO_ADAPTER)).take(adapted),
             &mut samples.iter().map(|s| s.row).chain(repeat(0)).take(sampled),
+            &mut std::iter::once(tokens.len() as u32),
             &mut blocks.iter().copied(),
         ];
         for (start, list) in starts.iter_mut().zip(lists) {
@@ -334,8 +344,9 @@ impl<D: Device> CudaBackend<D> {
             staging.extend(list.flat_map(u32::to_le_bytes));
         }
         let at = self.lists.room.write(&mut self.device, "step", &self.lists.staging)?;
-        let [tokens, positions, adapters, gathered, blocks] = starts.map(|start| at.plus(start));
-        self.lists = StepLists { tokens, positions, slots: at, adapters, gathered, blocks, ..std::mem::take(&mut self.lists) };
+        let [tokens, positions, adapters, gathered, count, blocks] = starts.map(|start| at.plus(start));
+        let lists = std::mem::take(&mut self.lists);
+        self.lists = StepLists { tokens, positions, slots: at, adapters, gathered, count, blocks, ..lists };
         Ok(())
     }
 
@@ -424,6 +435,20 @@ impl<D: Device> Ops for CudaBackend<D> {
         let weights = p::Weights { data, scales, form: packed.form as u32, n, k, stride };
         self.matrices.push(HeldMatrix { form: packed.form, weights });
         Ok(self.shapes.add_matrix(packed.n, packed.k))
+    }
+
+    fn load_experts(&mut self, experts: &[Vec<MatrixSource<'_>>], format: WeightFormat) -> Result<Experts, KernelError> {
+        let (n, k) = Shapes::stacked_experts(experts)?;
+        let held = self.hold_experts(experts, format)?;
+        self.experts.push(held);
+        Ok(self.shapes.add_experts(n, k, experts.len()))
+    }
+
+    fn alloc_routing(&mut self, shape: RoutingShape) -> Result<Routing, KernelError> {
+        let routing = self.shapes.add_routing(shape)?;
+        let held = self.hold_routing(shape)?;
+        self.routings.push(held);
+        Ok(routing)
     }
 
     fn load_vector(&mut self, values: &[f32]) -> Result<Vector, KernelError> {
@@ -594,6 +619,25 @@ impl<D: Device> Ops for CudaBackend<D> {
             let params = p::SiluAndMul { gate_up: b.at(gate_up), out: b.at(out), half, width: width as u32, half_stride };
             b.launch(SILU_AND_MUL, Launch::grid(width.div_ceil(256), b.rows(out)), params)
         });
+    }
+
+    fn route(&mut self, logits: Buf, normalised: bool, routing: Routing) {
+        let check = self.shapes.route(logits, routing);
+        self.enqueue(check, Op::Route { logits, normalised, routing }, |b| b.send(logits, normalised, routing));
+    }
+
+    fn expert_linear(&mut self, x: Buf, experts: Experts, routing: Routing, out: Buf) {
+        let check = self.shapes.expert_linear(x, experts, routing, out);
+        self.enqueue(check, Op::ExpertLinear { x, experts, routing, out }, |b| b.multiply_experts(x, experts, routing, out));
+    }
+
+    fn combine(&mut self, x: Buf, routing: Routing, out: Buf, store: Store) {
+        let check = self.shapes.combine(x, routing, out);
+        self.enqueue(check, Op::Combine { x, routing, out, store }, |b| b.add_up(x, routing, out, store));
+    }
+
+    fn gate_rows(&mut self, gate: Buf, x: Buf) {
+        self.enqueue(self.shapes.gate_rows(gate, x), Op::GateRows { gate, x }, |b| b.scale_rows(gate, x));
     }
 
     fn gather(&mut self, x: Buf, out: Buf) {

@@ -42,6 +42,19 @@ params! {
         x: Address, out: Address, adapters: Address, sites: Address, parts: Address, sites_per_slot: u32, site: u32, x_width: u32,
         out_width: u32,
     }
+    TopK { logits: Address, tokens: Address, chosen: Address, weights: Address, rows: u32, experts: u32, each: u32, normalised: u32 }
+    Align {
+        chosen: Address, rows: Address, places: Address, tiles: Address, tile_count: Address, entries: u32, experts: u32, height: u32,
+        unused: u32,
+    }
+    ExpertTile { expert: u32, first: u32, rows: u32, unused: u32 }
+    ExpertLinear {
+        x: Address, experts: Address, entries: Address, tiles: Address, tile_count: Address, out: Address, n: u32, each: u32,
+    }
+    Combine {
+        x: Address, weights: Address, places: Address, tokens: Address, out: Address, width: u32, each: u32, add: u32, unused: u32,
+    }
+    GateRows { gate: Address, x: Address, half: Address, width: u32, half_stride: u32 }
     Linear { x: Address, w: Weights, bias: Address, out: Address, rows: u32, add: u32 }
     Tile { first_row: u32, rows: u32, context: u32, first_block: u32, packed: u32, from: u32, to: u32, partial: u32 }
     Attention {

@@ -129,6 +129,10 @@ impl<D: Device> CudaBackend<D> {
                     self.paged_attention(qkv, shape, spec, kv, layer, out);
                 }
                 Op::SiluAndMul { gate_up, out } => self.silu_and_mul(gate_up, out),
+                Op::Route { logits, normalised, routing } => self.route(logits, normalised, routing),
+                Op::ExpertLinear { x, experts, routing, out } => self.expert_linear(x, experts, routing, out),
+                Op::Combine { x, routing, out, store } => self.combine(x, routing, out, store),
+                Op::GateRows { gate, x } => self.gate_rows(gate, x),
                 Op::Gather { x, out } => self.gather(x, out),
             }
         }

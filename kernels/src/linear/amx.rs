@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::avx512::PanelOutput;
-use super::{ActivationKind, Activations, Form, Output, PANEL, PackedMatrix, TileScratch, avx512, skinny, streamed};
+use super::{ActivationKind, ActivationRows, Form, Output, PANEL, PackedMatrix, TileScratch, avx512, skinny, streamed};
 use crate::activations::{BF16_TILE_ROWS, INT_TILE_ROWS, RowScale};
 
 /// Bytes of a tile.
@@ -155,7 +155,7 @@ pub(crate) unsafe fn bf16_block(a: [*const u8; 2], tall: usize, b: [*const u8; 2
 pub(super) unsafe fn run(
     matrix: &PackedMatrix,
     panels: Range<usize>,
-    acts: &Activations,
+    acts: ActivationRows<'_>,
     rows: Range<usize>,
     next: &[u8],
     out: Output<'_>,
@@ -287,7 +287,7 @@ pub(super) fn join(high: __m512i, low: __m512i, row: RowScale, scales: __m512, b
 unsafe fn put_int<const ADD: bool>(
     sums: *const i32,
     scales: &[f32; PANEL],
-    acts: &Activations,
+    acts: ActivationRows<'_>,
     first_row: usize,
     valid: usize,
     out: &PanelOutput,

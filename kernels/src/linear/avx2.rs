@@ -8,7 +8,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{ActivationKind, Activations, Form, Output, PANEL, PackedMatrix, TileScratch};
+use super::{ActivationKind, ActivationRows, Form, Output, PANEL, PackedMatrix, TileScratch};
 use crate::activations::{GROUP, stride};
 use crate::packed::INT4_BLOCK;
 
@@ -21,7 +21,7 @@ const ROWS: usize = 4;
 pub(super) unsafe fn run(
     matrix: &PackedMatrix,
     panels: Range<usize>,
-    acts: &Activations,
+    acts: ActivationRows<'_>,
     rows: Range<usize>,
     out: Output<'_>,
     scratch: &mut TileScratch,
@@ -70,7 +70,7 @@ pub(super) unsafe fn run(
 
 struct Job<'a> {
     matrix: &'a PackedMatrix,
-    acts: &'a Activations,
+    acts: ActivationRows<'a>,
     weights: *const u8,
     panel: usize,
     out: Output<'a>,

@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{ActivationKind, Activations, Form, Output, PANEL, PackedMatrix, TileScratch};
+use super::{ActivationKind, ActivationRows, Form, Output, PANEL, PackedMatrix, TileScratch};
 use crate::activations::{GROUP, stride};
 use crate::packed::INT4_BLOCK;
 
@@ -39,7 +39,7 @@ macro_rules! by_shape {
 pub(super) unsafe fn run(
     matrix: &PackedMatrix,
     panels: Range<usize>,
-    acts: &Activations,
+    acts: ActivationRows<'_>,
     rows: Range<usize>,
     out: Output<'_>,
     scratch: &mut TileScratch,
@@ -78,7 +78,7 @@ pub(super) unsafe fn run(
 
 struct Job<'a> {
     matrix: &'a PackedMatrix,
-    acts: &'a Activations,
+    acts: ActivationRows<'a>,
     weights: [*const u8; 2],
     /// First panel.
     first: usize,

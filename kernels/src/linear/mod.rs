@@ -15,7 +15,7 @@ mod skinny;
 #[cfg(target_arch = "x86_64")]
 mod streamed;
 
-use crate::activations::{ActivationKind, Activations};
+use crate::activations::{ActivationKind, ActivationRows, Activations};
 use crate::aligned::AlignedBuf;
 use crate::error::KernelError;
 use crate::isa::Isa;
@@ -120,6 +120,11 @@ impl PackedMatrix {
         self.tiling(rows).items
     }
 
+    /// Parts that the output features are divided into: item `i` is about part `i % parts`, whatever the number of rows.
+    pub fn parts(&self) -> usize {
+        self.tiling(0).columns
+    }
+
     /// Runs one item: its part of `out[r][..n] = x[r] wᵀ + bias`, or added to `out` when `add` is set.
     ///
     /// Row `r` of the output starts at `out + r * out_stride`. `bias` has `n` values.
@@ -141,9 +146,32 @@ impl PackedMatrix {
         add: bool,
         scratch: &mut TileScratch,
     ) {
+        debug_assert!(acts.capacity().0 >= rows && acts.capacity().1 >= self.k());
+        // SAFETY: the caller's promise.
+        unsafe {
+            let acts = acts.rows_from(isa, self.activation_kind(), 0, self.k());
+            self.run_item_of(isa, item, acts, rows, out, out_stride, bias, add, scratch);
+        }
+    }
+
+    /// [`PackedMatrix::run_item`] on rows that begin anywhere.
+    ///
+    /// # Safety
+    /// As there.
+    pub(crate) unsafe fn run_item_of(
+        &self,
+        isa: Isa,
+        item: usize,
+        acts: ActivationRows<'_>,
+        rows: usize,
+        out: *mut f32,
+        out_stride: usize,
+        bias: Option<&[f32]>,
+        add: bool,
+        scratch: &mut TileScratch,
+    ) {
         let tiling = self.tiling(rows);
-        debug_assert!(item < tiling.items && scratch.max_k >= self.k() && acts.capacity().0 >= rows);
-        debug_assert!(acts.capacity().1 >= self.k() && bias.is_none_or(|b| b.len() >= self.n()));
+        debug_assert!(item < tiling.items && scratch.max_k >= self.k() && bias.is_none_or(|b| b.len() >= self.n()));
         let first_row = item / tiling.columns * tiling.rows;
         let row_range = first_row..(first_row + tiling.rows).min(rows);
         let panels_of = |item: usize| {

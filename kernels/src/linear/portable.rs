@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{ActivationKind, Activations, Form, Output, PANEL, PackedMatrix, TileScratch};
+use super::{ActivationKind, ActivationRows, Form, Output, PANEL, PackedMatrix, TileScratch};
 use crate::activations::{GROUP, stride};
 use crate::packed::{INT4_BLOCK, expand_lane};
 
@@ -11,7 +11,7 @@ use crate::packed::{INT4_BLOCK, expand_lane};
 pub(super) unsafe fn run(
     matrix: &PackedMatrix,
     panels: Range<usize>,
-    acts: &Activations,
+    acts: ActivationRows<'_>,
     rows: Range<usize>,
     out: Output<'_>,
     scratch: &mut TileScratch,
@@ -53,7 +53,7 @@ pub(super) unsafe fn run(
 
 /// # Safety
 /// The row was set in a row-major layout of `T`.
-unsafe fn row_of<T>(acts: &Activations, row: usize, k: usize, len: usize) -> &[T] {
+unsafe fn row_of<T>(acts: ActivationRows<'_>, row: usize, k: usize, len: usize) -> &[T] {
     // SAFETY: rows lie `stride(k)` elements apart, each at least `len` long.
     unsafe { std::slice::from_raw_parts(acts.values().cast::<T>().add(row * stride(k)), len) }
 }

@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{Activations, Form, Output, PackedMatrix, amx};
+use super::{ActivationRows, Form, Output, PackedMatrix, amx};
 use crate::packed::INT4_BLOCK;
 
 /// Up to this many rows.
@@ -19,7 +19,7 @@ pub(super) const ROWS: usize = 4;
 pub(super) unsafe fn run(
     matrix: &PackedMatrix,
     panels: Range<usize>,
-    acts: &Activations,
+    acts: ActivationRows<'_>,
     rows: usize,
     next: &[u8],
     out: &Output<'_>,
@@ -68,7 +68,7 @@ unsafe fn int8<const R: usize>(
     matrix: &PackedMatrix,
     panel: usize,
     data: &[u8],
-    acts: &Activations,
+    acts: ActivationRows<'_>,
     next: &[u8],
     out: &Output<'_>,
 ) {
@@ -93,7 +93,7 @@ unsafe fn int4<const R: usize>(
     matrix: &PackedMatrix,
     panel: usize,
     data: &[u8],
-    acts: &Activations,
+    acts: ActivationRows<'_>,
     next: &[u8],
     out: &Output<'_>,
 ) {
@@ -123,7 +123,7 @@ unsafe fn int4<const R: usize>(
 /// This item's elements.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn put<const R: usize>(sums: &[Sums; R], matrix: &PackedMatrix, panel: usize, acts: &Activations, out: &Output<'_>) {
+unsafe fn put<const R: usize>(sums: &[Sums; R], matrix: &PackedMatrix, panel: usize, acts: ActivationRows<'_>, out: &Output<'_>) {
     let to = out.panel(panel);
     // SAFETY: 16 scales per panel; this item's elements.
     unsafe {

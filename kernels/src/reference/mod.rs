@@ -5,10 +5,12 @@
 //! is declared so, because that is what the cache holds). Operations run when they are enqueued.
 
 mod attention;
+mod experts;
 mod sampling;
 
 use half::bf16;
 
+use self::experts::Choices;
 use crate::blocks::dequantize_row;
 use crate::e4m3;
 use crate::error::KernelError;
@@ -19,6 +21,26 @@ use crate::shapes::Shapes;
 struct Dense {
     k: usize,
     weights: Vec<f32>,
+}
+
+impl Dense {
+    fn of(sources: &[MatrixSource<'_>], n: usize, k: usize) -> Result<Self, KernelError> {
+        let mut weights = zeros(n.checked_mul(k), "weights")?;
+        let mut rows = weights.chunks_exact_mut(k);
+        for s in sources {
+            let bytes = s.data.len() / s.n;
+            for (i, out) in (0..s.n).zip(&mut rows) {
+                let row = s.row_order.map_or(i, |order| order[i] as usize);
+                dequantize_row(s.format, &s.data[row * bytes..(row + 1) * bytes], out)?;
+            }
+        }
+        Ok(Dense { k, weights })
+    }
+
+    /// `x wᵀ`
+    fn product(&self, x: &[f32]) -> impl Iterator<Item = f64> {
+        self.weights.chunks_exact(self.k).map(move |w| dot(x, w))
+    }
 }
 
 struct RopeTable {
@@ -73,6 +95,8 @@ pub struct Reference {
     ropes: Vec<RopeTable>,
     buffers: Vec<Buffer>,
     caches: Vec<Cache>,
+    experts: Vec<Vec<Dense>>,
+    routings: Vec<Choices>,
     /// For each slot, for each site.
     adapters: Vec<Vec<Vec<Update>>>,
     batch: StepBatch,
@@ -90,6 +114,8 @@ impl Reference {
             ropes: Vec::new(),
             buffers: Vec::new(),
             caches: Vec::new(),
+            experts: Vec::new(),
+            routings: Vec::new(),
             adapters: Vec::new(),
             batch: StepBatch::default(),
             sampled: Vec::new(),
@@ -151,7 +177,7 @@ impl Ops for Reference {
 
     fn memory(&self) -> MemoryUse {
         MemoryUse {
-            weights: 4 * self.matrices.iter().map(|m| m.weights.len()).sum::<usize>(),
+            weights: 4 * self.matrices.iter().chain(self.experts.iter().flatten()).map(|m| m.weights.len()).sum::<usize>(),
             kv: 4 * self.caches.iter().map(|c| c.keys.len() + c.values.len()).sum::<usize>(),
             activations: 4 * self.buffers.iter().map(|b| b.data.len()).sum::<usize>(),
             adapters: 4 * self.adapters.iter().flatten().flatten().map(|u| u.a.len() + u.b.len()).sum::<usize>(),
@@ -160,17 +186,20 @@ impl Ops for Reference {
 
     fn load_matrix(&mut self, sources: &[MatrixSource<'_>], _: WeightFormat) -> Result<Matrix, KernelError> {
         let (n, k) = Shapes::stacked(sources)?;
-        let mut weights = zeros(n.checked_mul(k), "weights")?;
-        let mut rows = weights.chunks_exact_mut(k);
-        for s in sources {
-            let bytes = s.data.len() / s.n;
-            for (i, out) in (0..s.n).zip(&mut rows) {
-                let row = s.row_order.map_or(i, |order| order[i] as usize);
-                dequantize_row(s.format, &s.data[row * bytes..(row + 1) * bytes], out)?;
-            }
-        }
-        self.matrices.push(Dense { k, weights });
+        self.matrices.push(Dense::of(sources, n, k)?);
         Ok(self.shapes.add_matrix(n, k))
+    }
+
+    fn load_experts(&mut self, experts: &[Vec<MatrixSource<'_>>], _: WeightFormat) -> Result<Experts, KernelError> {
+        let (n, k) = Shapes::stacked_experts(experts)?;
+        self.experts.push(experts.iter().map(|sources| Dense::of(sources, n, k)).collect::<Result<_, _>>()?);
+        Ok(self.shapes.add_experts(n, k, experts.len()))
+    }
+
+    fn alloc_routing(&mut self, shape: RoutingShape) -> Result<Routing, KernelError> {
+        let routing = self.shapes.add_routing(shape)?;
+        self.routings.push(Choices::new(shape));
+        Ok(routing)
     }
 
     fn load_vector(&mut self, values: &[f32]) -> Result<Vector, KernelError> {
@@ -265,7 +294,7 @@ impl Ops for Reference {
         for r in 0..self.rows(x) {
             let m = &self.matrices[w.0 as usize];
             let x = self.row(x, r);
-            let mut product: Vec<f64> = m.weights.chunks_exact(m.k).map(|w| dot(x, w)).collect();
+            let mut product: Vec<f64> = m.product(x).collect();
             if let Some(bias) = bias {
                 product.iter_mut().zip(&self.vectors[bias.0 as usize]).for_each(|(p, &b)| *p += f64::from(b));
             }
@@ -354,6 +383,56 @@ impl Ops for Reference {
             let silu = |g: f64| g / (1.0 + (-g).exp());
             let row: Vec<f32> = gate.iter().zip(up).map(|(&g, &u)| (silu(f64::from(g)) * f64::from(u)) as f32).collect();
             self.row_mut(out, r).copy_from_slice(&row);
+        }
+    }
+
+    fn route(&mut self, logits: Buf, normalised: bool, routing: Routing) {
+        let check = self.shapes.route(logits, routing);
+        if !self.admit(check) {
+            return;
+        }
+        let (rows, buffer) = (self.rows(logits), &self.buffers[logits.0 as usize]);
+        self.routings[routing.0 as usize].fill(buffer.data.chunks_exact(buffer.width).take(rows), normalised);
+    }
+
+    fn expert_linear(&mut self, x: Buf, experts: Experts, routing: Routing, out: Buf) {
+        if !self.admit(self.shapes.expert_linear(x, experts, routing, out)) {
+            return;
+        }
+        let per_token = matches!(self.shapes.buffer("expert_linear", x), Ok((Rows::Tokens, _)));
+        for r in 0..self.rows(out) {
+            let (expert, token) = self.routings[routing.0 as usize].of(r);
+            let x = self.row(x, if per_token { token } else { r });
+            let row: Vec<f32> = self.experts[experts.0 as usize][expert].product(x).map(|sum| sum as f32).collect();
+            self.row_mut(out, r).copy_from_slice(&row);
+        }
+    }
+
+    fn combine(&mut self, x: Buf, routing: Routing, out: Buf, store: Store) {
+        if !self.admit(self.shapes.combine(x, routing, out)) {
+            return;
+        }
+        for r in 0..self.rows(out) {
+            let mut row: Vec<f64> = match store {
+                Store::Replace => vec![0.0; self.buffers[out.0 as usize].width],
+                Store::Add => self.row(out, r).iter().map(|&v| f64::from(v)).collect(),
+            };
+            let choices = &self.routings[routing.0 as usize];
+            for (place, &entry) in choices.rows.iter().enumerate().filter(|(_, entry)| **entry / choices.shape.each == r) {
+                let weight = f64::from(choices.chosen[entry].1);
+                row.iter_mut().zip(self.row(x, place)).for_each(|(sum, &v)| *sum += weight * f64::from(v));
+            }
+            self.row_mut(out, r).iter_mut().zip(row).for_each(|(o, v)| *o = v as f32);
+        }
+    }
+
+    fn gate_rows(&mut self, gate: Buf, x: Buf) {
+        if !self.admit(self.shapes.gate_rows(gate, x)) {
+            return;
+        }
+        for r in 0..self.rows(x) {
+            let factor = 1.0 / (1.0 + (-f64::from(self.row(gate, r)[0])).exp());
+            self.row_mut(x, r).iter_mut().for_each(|v| *v = (f64::from(*v) * factor) as f32);
         }
     }
 

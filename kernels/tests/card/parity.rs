@@ -112,6 +112,7 @@ fn large<D: Clock>(open: &dyn Fn(Limits) -> CudaBackend<D>, sizes: &Sizes, rows:
         hidden: sizes.hidden,
         heads: sizes.heads,
         ffn: sizes.ffn,
+        experts: None,
         vocabulary: sizes.vocabulary.min(8192),
         qk_norm: false,
         qkv_bias: false,

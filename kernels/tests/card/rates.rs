@@ -368,7 +368,7 @@ fn linears<D: Clock>(mut bench: Bench<'_, D>, format: Format, packed: WeightForm
                     bench.ops.embedding(table, source);
                     bench.ops.gather(source, x);
                 }
-                Rows::Tokens => bench.ops.embedding(table, x),
+                _ => bench.ops.embedding(table, x),
             }
             bench.ops.finish(&mut done).unwrap();
             let cost = Work { bytes: bytes + (count * (2 * k + 4 * n)) as f64, operations: 2.0 * (count * n * k) as f64 };

@@ -3,6 +3,7 @@
 use tidemill_kernels::reference::Reference;
 use tidemill_kernels::*;
 
+use super::experts::{Mixture, MixtureWeights};
 use super::steps::{ragged, sequences};
 use super::{Noise, Weight, error};
 
@@ -12,6 +13,8 @@ pub struct DecoderShape {
     pub hidden: usize,
     pub heads: HeadShape,
     pub ffn: usize,
+    /// Experts in the place of one feed-forward part; `ffn` is the width of one.
+    pub experts: Option<RoutingShape>,
     pub vocabulary: usize,
     pub qk_norm: bool,
     pub qkv_bias: bool,
@@ -23,6 +26,7 @@ struct LayerWeights {
     out: Weight,
     gate_up: [Weight; 2],
     down: Weight,
+    experts: Option<(Weight, MixtureWeights)>,
     norms: [Vec<f32>; 2],
     head_norms: [Vec<f32>; 2],
     bias: Vec<f32>,
@@ -39,7 +43,7 @@ pub struct DecoderWeights {
 impl DecoderWeights {
     pub fn random(seed: u64, shape: DecoderShape, format: Format, table: Format) -> Self {
         let noise = &mut Noise::new(seed);
-        let DecoderShape { hidden, heads: HeadShape { heads, kv_heads, head_dim }, ffn, .. } = shape;
+        let DecoderShape { hidden, heads: HeadShape { heads, kv_heads, head_dim }, ffn, experts, .. } = shape;
         let weight = |noise: &mut Noise, n: usize, k: usize| Weight::random(noise, n, k, format, 1.0 / (k as f64).sqrt());
         let near_one = |noise: &mut Noise, n: usize| noise.values(n, 0.1).iter().map(|v| 1.0 + v).collect::<Vec<f32>>();
         let layers = (0..shape.layers)
@@ -48,6 +52,11 @@ impl DecoderWeights {
                 out: weight(noise, hidden, heads * head_dim),
                 gate_up: [0, 1].map(|_| weight(noise, ffn, hidden)),
                 down: weight(noise, hidden, ffn),
+                experts: experts.map(|routing| {
+                    // Logits far from each other: what rounding makes of the rows must not send a token elsewhere.
+                    let router = Weight::random(noise, routing.experts, hidden, Format::F32, 1.0);
+                    (router, MixtureWeights::random(noise, Mixture { hidden, ffn, routing }, format))
+                }),
                 norms: [0, 1].map(|_| near_one(noise, hidden)),
                 head_norms: [0, 1].map(|_| near_one(noise, head_dim)),
                 bias: noise.values((heads + 2 * kv_heads) * head_dim, 0.1),
@@ -63,9 +72,34 @@ struct Layer {
     out: Matrix,
     gate_up: Matrix,
     down: Matrix,
+    /// Router, and the experts' matrices.
+    experts: Option<(Matrix, [Experts; 2])>,
     norms: [Vector; 2],
     head_norm: Option<QkNorm>,
     bias: Option<Vector>,
+}
+
+/// What experts compute in.
+#[derive(Clone, Copy)]
+struct Routed {
+    routing: Routing,
+    logits: Buf,
+    gate_up: Buf,
+    activated: Buf,
+    down: Buf,
+}
+
+impl Routed {
+    fn new(ops: &mut impl Ops, shape: DecoderShape, routing: RoutingShape) -> Self {
+        let rows = Rows::Routed { each: routing.each };
+        Routed {
+            routing: ops.alloc_routing(routing).unwrap(),
+            logits: ops.alloc(Rows::Tokens, routing.experts).unwrap(),
+            gate_up: ops.alloc(rows, 2 * shape.ffn).unwrap(),
+            activated: ops.alloc(rows, shape.ffn).unwrap(),
+            down: ops.alloc(rows, shape.hidden).unwrap(),
+        }
+    }
 }
 
 /// The decoder on a backend.
@@ -83,6 +117,7 @@ pub struct Decoder<O: Ops> {
     attended: Buf,
     gate_up: Buf,
     activated: Buf,
+    routed: Option<Routed>,
     sampled: Buf,
     sampled_normed: Buf,
     pub logits: Buf,
@@ -103,7 +138,11 @@ impl<O: Ops> Decoder<O> {
             let [q, k] = w.head_norms.each_ref().map(|n| ops.load_vector(n).unwrap());
             let head_norm = shape.qk_norm.then_some(QkNorm { q, k, eps: 1e-6 });
             let bias = shape.qkv_bias.then(|| ops.load_vector(&w.bias).unwrap());
-            layers.push(Layer { qkv, out, gate_up, down, norms, head_norm, bias });
+            let experts = w.experts.as_ref().map(|(router, experts)| {
+                let router = ops.load_matrix(&[router.source()], WeightFormat::Auto).unwrap();
+                (router, experts.load(&mut ops, format))
+            });
+            layers.push(Layer { qkv, out, gate_up, down, experts, norms, head_norm, bias });
         }
         let inv_freq: Vec<f32> = (0..head_dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / head_dim as f32)).collect();
         let spec = KvSpec { layers: shape.layers, blocks, block_size: super::steps::BLOCK, kv_heads, head_dim, dtype };
@@ -119,6 +158,7 @@ impl<O: Ops> Decoder<O> {
             attended: token_rows(&mut ops, heads * head_dim),
             gate_up: token_rows(&mut ops, 2 * shape.ffn),
             activated: token_rows(&mut ops, shape.ffn),
+            routed: shape.experts.map(|routing| Routed::new(&mut ops, shape, routing)),
             sampled: ops.alloc(Rows::Samples, shape.hidden).unwrap(),
             sampled_normed: ops.alloc(Rows::Samples, shape.hidden).unwrap(),
             logits: ops.alloc(Rows::Samples, shape.vocabulary).unwrap(),
@@ -161,6 +201,15 @@ impl<O: Ops> Decoder<O> {
             ops.linear(self.attended, layer.out, None, self.residual, Store::Add);
             ops.lora(self.attended, index * 4 + 1, self.residual);
             ops.rms_norm(self.residual, layer.norms[1], 1e-5, self.normed);
+            if let (Some((router, [gate_up, down])), Some(b)) = (layer.experts, self.routed) {
+                ops.linear(self.normed, router, None, b.logits, Store::Replace);
+                ops.route(b.logits, true, b.routing);
+                ops.expert_linear(self.normed, gate_up, b.routing, b.gate_up);
+                ops.silu_and_mul(b.gate_up, b.activated);
+                ops.expert_linear(b.activated, down, b.routing, b.down);
+                ops.combine(b.down, b.routing, self.residual, Store::Add);
+                continue;
+            }
             ops.linear(self.normed, layer.gate_up, None, self.gate_up, Store::Replace);
             ops.lora(self.normed, index * 4 + 2, self.gate_up);
             ops.silu_and_mul(self.gate_up, self.activated);
@@ -179,7 +228,7 @@ pub const LIMITS: Limits = Limits { max_tokens: 96, max_samples: 8, max_position
 /// Blocks of the cache of a [`Trial`].
 const BLOCKS: usize = 48;
 
-fn small_shapes() -> [DecoderShape; 2] {
+fn small_shapes() -> [DecoderShape; 3] {
     let spec = |head_dim: usize| AttentionSpec { scale: 1.0 / (head_dim as f32).sqrt(), sliding_window: None, soft_cap: None };
     [
         DecoderShape {
@@ -187,6 +236,7 @@ fn small_shapes() -> [DecoderShape; 2] {
             hidden: 96,
             heads: HeadShape { heads: 6, kv_heads: 2, head_dim: 64 },
             ffn: 160,
+            experts: None,
             vocabulary: 301,
             qk_norm: false,
             qkv_bias: false,
@@ -197,10 +247,22 @@ fn small_shapes() -> [DecoderShape; 2] {
             hidden: 128,
             heads: HeadShape { heads: 4, kv_heads: 4, head_dim: 80 },
             ffn: 96,
+            experts: None,
             vocabulary: 257,
             qk_norm: true,
             qkv_bias: true,
             spec: AttentionSpec { sliding_window: Some(40), soft_cap: Some(30.0), ..spec(80) },
+        },
+        DecoderShape {
+            layers: 2,
+            hidden: 96,
+            heads: HeadShape { heads: 2, kv_heads: 1, head_dim: 64 },
+            ffn: 64,
+            experts: Some(RoutingShape { experts: 5, each: 2 }),
+            vocabulary: 203,
+            qk_norm: false,
+            qkv_bias: false,
+            spec: spec(64),
         },
     ]
 }
@@ -238,7 +300,8 @@ impl Trial {
         let steps = ragged(noise, &mut list, LIMITS.max_tokens);
         let mut oracle = Decoder::new(Reference::new(LIMITS), &weights, packed, BLOCKS, dtype);
         let wanted = oracle.logits_of(&steps);
-        let name = format!("{format:?} as {packed:?}, cache {dtype:?}, heads of {}", shape.heads.head_dim);
+        let experts = if shape.experts.is_some() { ", experts" } else { "" };
+        let name = format!("{format:?} as {packed:?}, cache {dtype:?}, heads of {}{experts}", shape.heads.head_dim);
         Trial { name, tolerance, weights, packed, dtype, steps, wanted }
     }
 

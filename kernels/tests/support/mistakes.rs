@@ -2,10 +2,10 @@
 
 use tidemill_kernels::*;
 
-use super::Noise;
 use super::backend::Backend;
 use super::scenarios::plain_step;
 use super::steps::greedy;
+use super::{Noise, Weight};
 
 /// Each mistake comes back from `finish` or `begin`, and leaves the backend usable.
 pub fn come_back(ops: &mut dyn Backend) {
@@ -15,6 +15,15 @@ pub fn come_back(ops: &mut dyn Backend) {
     let [a, b] = [0; 2].map(|_| ops.alloc_poisoned(Rows::Tokens, 32));
     let narrow = ops.alloc(Rows::Tokens, 16).unwrap();
     let sampled = ops.alloc(Rows::Samples, 32).unwrap();
+    let weights: Vec<Weight> = (0..32).map(|_| Weight::random(noise, 8, 32, Format::F32, 1.0)).collect();
+    let experts: Vec<_> = weights.iter().map(|w| vec![w.source()]).collect();
+    let uneven = vec![experts[0].clone(), vec![weights[1].source(), weights[2].source()]];
+    assert!(matches!(ops.load_experts(&uneven, WeightFormat::F32), Err(KernelError::Shape { op: "load_experts", .. })));
+    let experts = ops.load_experts(&experts, WeightFormat::F32).unwrap();
+    let logits = ops.alloc(Rows::Tokens, 32).unwrap();
+    let routed = ops.alloc(Rows::Routed { each: 2 }, 8).unwrap();
+    assert!(ops.alloc_routing(RoutingShape { experts: 2, each: 3 }).is_err());
+    let routing = ops.alloc_routing(RoutingShape { experts: 32, each: 2 }).unwrap();
     let step = plain_step(noise, 5, 50);
     let mut attempt = |op: &'static str, run: &dyn Fn(&mut dyn Backend)| {
         ops.begin(&step).unwrap();
@@ -38,6 +47,20 @@ pub fn come_back(ops: &mut dyn Backend) {
     attempt("linear", &|ops| ops.linear(a, table, None, b, Store::Replace));
     attempt("linear", &|ops| ops.linear(a, table, None, sampled, Store::Replace));
     attempt("silu_and_mul", &|ops| ops.silu_and_mul(narrow, a));
+    attempt("expert_linear", &|ops| ops.expert_linear(a, experts, routing, routed));
+    attempt("combine", &|ops| ops.combine(routed, routing, a, Store::Add));
+    attempt("route", &|ops| ops.route(narrow, true, routing));
+    attempt("expert_linear", &|ops| {
+        ops.embedding(table, logits);
+        ops.route(logits, true, routing);
+        ops.expert_linear(routed, experts, routing, b);
+    });
+    attempt("combine", &|ops| {
+        ops.embedding(table, logits);
+        ops.route(logits, true, routing);
+        ops.combine(routed, routing, narrow, Store::Add);
+    });
+    attempt("gate_rows", &|ops| ops.gate_rows(narrow, a));
     attempt("gather", &|ops| ops.gather(sampled, a));
     attempt("sample", &|ops| ops.sample(sampled, 33));
     attempt("sample", &|ops| ops.sample(Buf(99), 33));

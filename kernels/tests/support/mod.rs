@@ -10,6 +10,7 @@
 pub mod backend;
 pub mod decoder;
 pub mod emulation;
+pub mod experts;
 pub mod faulty;
 pub mod low_rank;
 pub mod mistakes;
@@ -81,6 +82,12 @@ impl Weight {
             data.copy_within(row % distinct * row_bytes..(row % distinct + 1) * row_bytes, row * row_bytes);
         }
         Weight { n, k, format, data }
+    }
+
+    /// Rows of `k` given weights.
+    pub fn from_f32(k: usize, values: &[f32]) -> Self {
+        let data = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Weight { n: values.len() / k, k, format: Format::F32, data }
     }
 
     pub fn source(&self) -> MatrixSource<'_> {

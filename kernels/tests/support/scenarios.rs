@@ -5,9 +5,9 @@ use tidemill_kernels::reference::Reference;
 use tidemill_kernels::*;
 
 use super::backend::Backend;
-use super::low_rank;
 use super::steps::{Sequence, append, greedy, ragged, sequences};
 use super::{Noise, Weight, error};
+use super::{experts, low_rank};
 
 pub const LIMITS: Limits = Limits { max_tokens: 70, max_samples: 9, max_positions: 400 };
 
@@ -55,7 +55,10 @@ impl Scenario {
 
 /// All of them.
 pub fn all() -> Vec<Scenario> {
-    [rows(), linears(), attention(), copies(), long_contexts(), low_rank::scenarios()].into_iter().flatten().collect()
+    [rows(), linears(), attention(), copies(), long_contexts(), low_rank::scenarios(), experts::scenarios(), experts::gates()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 /// A step of `rows` tokens of one sequence that touches no cache, sampling some rows (some twice).
@@ -152,7 +155,8 @@ pub fn only_on_cards() -> Vec<Scenario> {
     let attention = attention_in(KvDtype::Fp8, 4e-2);
     let spec = AttentionSpec { scale: 0.3, sliding_window: None, soft_cap: None };
     let rest = [copies_in(KvDtype::Fp8), long_context(spec, KvDtype::Fp8)];
-    linears.into_iter().flatten().chain(attention).chain(rest).collect()
+    let experts = experts::in_form(Format::Bf16, WeightFormat::Fp8, 8e-2);
+    linears.into_iter().flatten().chain(attention).chain(rest).chain(experts).collect()
 }
 
 const SHAPES: [HeadShape; 6] = [

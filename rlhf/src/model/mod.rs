@@ -198,6 +198,16 @@ impl Layer {
 /// What of a layer is trained, and the parameters that hold its numbers.
 type Held = Option<(Arc<Trained>, Vec<Var>)>;
 
+/// Refuses what layers here do not compute.
+fn dense(files: &ModelFiles) -> Result<(), ModelError> {
+    match files.config().experts {
+        None => Ok(()),
+        Some(_) => Err(ModelError::Kind(
+            "the model is a mixture of experts, which is served but neither trained nor evaluated here; choose a dense model",
+        )),
+    }
+}
+
 fn var(values: Vec<f32>) -> candle_core::Result<Var> {
     let len = values.len();
     Var::from_vec(values, len, &Device::Cpu)
@@ -206,24 +216,28 @@ fn var(values: Vec<f32>) -> candle_core::Result<Var> {
 impl Model {
     /// The model of `files` with a new adapter; `seed` fixes its first numbers.
     pub fn new(files: Arc<ModelFiles>, lora: &LoraConfig, seed: u64, options: ModelOptions) -> Result<Self, ModelError> {
+        dense(&files)?;
         let adapted = layout::fresh(files.config(), lora, seed)?;
         Self::with(files, lora.clone(), adapted, options)
     }
 
     /// The model of `files` with an adapter that exists, to go on training it or to evaluate it.
     pub fn with_adapter(files: Arc<ModelFiles>, adapter: &Adapter, options: ModelOptions) -> Result<Self, ModelError> {
+        dense(&files)?;
         let adapted = layout::existing(files.config(), adapter)?;
         Self::with(files, adapter.config.clone(), adapted, options)
     }
 
     /// The model of `files` alone, to evaluate it.
     pub fn untrained(files: Arc<ModelFiles>, options: ModelOptions) -> Result<Self, ModelError> {
+        dense(&files)?;
         let layers = files.config().layers;
         Self::with(files, LoraConfig::default(), (0..layers).map(|_| None).collect(), options)
     }
 
     /// The model of `files` with every number of it to train: the files' numbers in f32, which products round as they round others.
     pub fn whole(files: Arc<ModelFiles>, options: ModelOptions) -> Result<Self, ModelError> {
+        dense(&files)?;
         let layout = Whole::new(files.config());
         let mut parameters = Parameters::default();
         let mut add = |name: String, values: Vec<f32>| -> Result<Var, ModelError> {

@@ -1,0 +1,160 @@
+//! The matrices of experts, under the names and in the groups that files have them.
+
+use super::{FileMatrix, ModelFiles};
+use crate::load_error::LoadError;
+use crate::model::weight_names::Naming;
+use crate::model_config::{ExpertConfig, Family};
+use crate::tensor_file::Tensor;
+
+/// A matrix of an expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ExpertPart {
+    /// `[intermediate, hidden]`
+    Gate,
+    /// `[intermediate, hidden]`
+    Up,
+    /// `[hidden, intermediate]`
+    Down,
+}
+
+/// A matrix of a layer with experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mixture {
+    /// `[experts, hidden]`, which chooses the experts of a token.
+    Router,
+    /// An expert's.
+    Expert(usize, ExpertPart),
+    /// That of the expert that every token goes to.
+    Shared(ExpertPart),
+    /// `[1, hidden]`, how much of that expert a token gets.
+    SharedGate,
+}
+
+/// Rows of a tensor: its name, its dimensions before the last one, and which of its rows are meant.
+struct Place {
+    name: String,
+    outer: Vec<usize>,
+    first: usize,
+}
+
+impl ExpertPart {
+    /// In Mixtral's files, in others, and in GGUF.
+    const fn names(self) -> (&'static str, &'static str, &'static str) {
+        match self {
+            ExpertPart::Gate => ("w1", "gate_proj", "ffn_gate"),
+            ExpertPart::Up => ("w3", "up_proj", "ffn_up"),
+            ExpertPart::Down => ("w2", "down_proj", "ffn_down"),
+        }
+    }
+}
+
+impl ModelFiles {
+    /// A matrix of a layer with experts, checked against the configuration. Publishers keep experts one by one or all in one tensor, and
+    /// gate and up apart or one behind the other; each is read as it lies.
+    pub fn mixture(&self, layer: usize, which: Mixture) -> Result<FileMatrix<'_>, LoadError> {
+        let Some(experts) = self.config.experts else {
+            return Err(LoadError::invalid(&self.path, "num_experts", "the model has no experts"));
+        };
+        let (n, k) = self.mixture_shape(experts, which);
+        let places = self.places(layer, which, experts, n);
+        for Place { name, outer, first } in &places {
+            if let Some(tensor) = self.weights.tensor(name)? {
+                return rows_of(tensor, outer, *first, n, k);
+            }
+        }
+        let name = places.into_iter().next().map_or_else(String::new, |place| place.name);
+        Err(LoadError::invalid(&self.path, name, "the tensor is missing; fetch the model again, all of its files"))
+    }
+
+    /// `[n, k]`
+    fn mixture_shape(&self, experts: ExpertConfig, which: Mixture) -> (usize, usize) {
+        let hidden = self.config.hidden;
+        let part = |part, width| if part == ExpertPart::Down { (hidden, width) } else { (width, hidden) };
+        match which {
+            Mixture::Router => (experts.count, hidden),
+            Mixture::Expert(_, expert) => part(expert, self.config.intermediate),
+            Mixture::Shared(expert) => part(expert, experts.shared.unwrap_or(0)),
+            Mixture::SharedGate => (1, hidden),
+        }
+    }
+
+    /// Where the `n` rows of a matrix may be, the usual place first.
+    fn places(&self, layer: usize, which: Mixture, experts: ExpertConfig, n: usize) -> Vec<Place> {
+        let naming = self.naming();
+        let prefix = match naming {
+            Naming::HuggingFace => format!("model.layers.{layer}."),
+            Naming::HuggingFaceBare => format!("layers.{layer}."),
+            Naming::Gguf => format!("blk.{layer}."),
+        };
+        let at = |name: String, outer: &[usize], first| Place { name: format!("{prefix}{name}"), outer: outer.to_vec(), first };
+        let alone = |name: String| at(name, &[n], 0);
+        // Mixtral's own names, and everybody's.
+        let by_family = |names: [String; 2]| {
+            let mut places = names.map(alone);
+            if self.config.family != Family::Mixtral {
+                places.reverse();
+            }
+            Vec::from(places)
+        };
+        let count = experts.count;
+        match (naming, which) {
+            (Naming::Gguf, Mixture::Router) => vec![alone("ffn_gate_inp.weight".to_owned())],
+            (Naming::Gguf, Mixture::SharedGate) => vec![alone("ffn_gate_inp_shexp.weight".to_owned())],
+            (Naming::Gguf, Mixture::Shared(part)) => vec![alone(format!("{}_shexp.weight", part.names().2))],
+            (Naming::Gguf, Mixture::Expert(expert, part)) => {
+                let name = part.names().2;
+                let mut places = vec![
+                    at(format!("{name}_exps.weight"), &[count, n], expert * n),
+                    // Of files from before llama.cpp put them together.
+                    alone(format!("{name}.{expert}.weight")),
+                ];
+                let second = usize::from(part == ExpertPart::Up);
+                if part != ExpertPart::Down {
+                    places.push(at("ffn_gate_up_exps.weight".to_owned(), &[count, 2 * n], (2 * expert + second) * n));
+                }
+                places
+            }
+            (_, Mixture::Router) => by_family(["block_sparse_moe.gate.weight".to_owned(), "mlp.gate.weight".to_owned()]),
+            (_, Mixture::SharedGate) => vec![alone("mlp.shared_expert_gate.weight".to_owned())],
+            (_, Mixture::Shared(part)) => vec![alone(format!("mlp.shared_expert.{}.weight", part.names().1))],
+            (_, Mixture::Expert(expert, part)) => {
+                let (mixtral, name, _) = part.names();
+                // The last is what transformers 5 has in memory, and saves where it is not asked for the published form.
+                let together = match part {
+                    ExpertPart::Down => at("mlp.experts.down_proj".to_owned(), &[count, n], expert * n),
+                    _ => {
+                        let second = usize::from(part == ExpertPart::Up);
+                        at("mlp.experts.gate_up_proj".to_owned(), &[count, 2 * n], (2 * expert + second) * n)
+                    }
+                };
+                let mixtral = format!("block_sparse_moe.experts.{expert}.{mixtral}.weight");
+                let mut places = by_family([mixtral, format!("mlp.experts.{expert}.{name}.weight")]);
+                places.push(together);
+                places
+            }
+        }
+    }
+
+    /// Weights that a token meets: all but those of the experts that it does not go to.
+    pub fn active_parameters(&self) -> u64 {
+        let Some(experts) = self.config.experts else { return self.parameters() };
+        let one = 3 * self.config.hidden as u64 * self.config.intermediate as u64;
+        let idle = (experts.count - experts.each) as u64 * self.config.layers as u64;
+        self.parameters().saturating_sub(one.saturating_mul(idle))
+    }
+}
+
+/// `n` rows of `k`, from row `first` of a tensor with these outer dimensions on.
+fn rows_of<'a>(tensor: Tensor<'a>, outer: &[usize], first: usize, n: usize, k: usize) -> Result<FileMatrix<'a>, LoadError> {
+    // One row is a vector to some.
+    if !(outer == [1] && tensor.shape == [k]) {
+        tensor.expect_shape(&outer.iter().copied().chain([k]).collect::<Vec<_>>())?;
+    }
+    let rows = outer.iter().product::<usize>();
+    let row = tensor.format.row_bytes(k).filter(|row| row.checked_mul(rows) == Some(tensor.data.len()));
+    let data = row.and_then(|row| tensor.data.get(first * row..(first + n) * row)).ok_or_else(|| {
+        let detail = format!("{} bytes are not {rows} rows of {k} in {:?}", tensor.data.len(), tensor.format);
+        LoadError::corrupt(tensor.path, tensor.name, detail)
+    })?;
+    Ok(FileMatrix { n, k, format: tensor.format, data, row_order: None })
+}

@@ -1,0 +1,205 @@
+//! Models with experts: quantised, under every name that publishers give the tensors, and what is refused of them.
+
+#![cfg(test)]
+
+mod stepping;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use stepping::Stepper;
+use tidemill_engine::model::Model;
+use tidemill_engine::{Adapter, Container, Decoder, LoraConfig, MergeError, MergeOptions, ModelFiles, Pair, Projection, merge};
+use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
+use tidemill_kernels::{Limits, WeightFormat};
+
+const FAMILIES: [&str; 3] = ["mixtral", "qwen2_moe", "qwen3_moe"];
+const LIMITS: Limits = Limits { max_tokens: 256, max_samples: 32, max_positions: 512 };
+
+fn golden(family: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens").join(family)
+}
+
+fn stepper(path: &Path, format: WeightFormat) -> Stepper {
+    let ops = Box::new(CpuBackend::new(CpuOptions { threads: 2, isa: None, limits: LIMITS }).unwrap());
+    Stepper::new(Decoder::load(&ModelFiles::open(path).unwrap(), ops, format, &mut |_, _| {}).unwrap())
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+/// Logits of the golden positions, and what they should be.
+fn logits(path: &Path, family: &str, format: WeightFormat) -> Vec<(Vec<f32>, Vec<f32>)> {
+    let expected: Value = serde_json::from_slice(&fs::read(golden(family).join("expected.json")).unwrap()).unwrap();
+    let tokens: Vec<u32> = ids(&expected["prompt_ids"]).into_iter().chain(ids(&expected["greedy"])).collect();
+    let got = stepper(path, format).logits(&tokens, &ids(&expected["positions"]));
+    let row = |row: &Value| row.as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect();
+    got.into_iter().zip(expected["logits"].as_array().unwrap().iter().map(row)).collect()
+}
+
+/// Half of the positions are within a tenth of the logits' size: a router that rounding sends elsewhere changes the others.
+#[test]
+fn rounded_weights_compute_almost_the_same() {
+    for family in FAMILIES {
+        for format in [WeightFormat::Bf16, WeightFormat::Int8] {
+            let mut off: Vec<f32> = logits(&golden(family), family, format)
+                .iter()
+                .map(|(got, want)| {
+                    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
+                    norm(&mut got.iter().zip(want).map(|(g, w)| g - w)) / norm(&mut want.iter().copied())
+                })
+                .collect();
+            off.sort_by(f32::total_cmp);
+            println!("{family} {format:?}: {off:?}");
+            assert!(off[off.len() / 2] < 0.1, "{family} {format:?}: {off:?}");
+        }
+    }
+}
+
+/// A safetensors file as names to (shape, bytes), all f32.
+fn read(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<u8>)> {
+    let bytes = fs::read(path).unwrap();
+    let (len, rest) = bytes.split_at(8);
+    let (header, data) = rest.split_at(u64::from_le_bytes(len.try_into().unwrap()) as usize);
+    let header: BTreeMap<String, Value> = serde_json::from_slice(header).unwrap();
+    let tensors = header.into_iter().filter(|(name, _)| name != "__metadata__");
+    tensors
+        .map(|(name, about)| {
+            let [from, to] = [0, 1].map(|i| about["data_offsets"][i].as_u64().unwrap() as usize);
+            let shape = about["shape"].as_array().unwrap().iter().map(|d| d.as_u64().unwrap() as usize).collect();
+            (name, (shape, data[from..to].to_vec()))
+        })
+        .collect()
+}
+
+fn write(path: &Path, tensors: &BTreeMap<String, (Vec<usize>, Vec<u8>)>) {
+    let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+    for (name, (shape, bytes)) in tensors {
+        let offsets = [data.len(), data.len() + bytes.len()];
+        header.insert(name.clone(), json!({ "dtype": "F32", "shape": shape, "data_offsets": offsets }));
+        data.extend_from_slice(bytes);
+    }
+    let header = Value::Object(header).to_string();
+    fs::write(path, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat()).unwrap();
+}
+
+fn copy_of(family: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(golden(family)).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_file() && path.extension().is_some_and(|e| e != "gguf") {
+            fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    folder
+}
+
+#[test]
+fn experts_one_by_one_and_all_in_one_tensor_are_the_same_model() {
+    let folder = copy_of("qwen2_moe");
+    let file = folder.path().join("model.safetensors");
+    let mut tensors = read(&file);
+    let together: Vec<String> = tensors.keys().filter(|name| name.contains(".experts.")).cloned().collect();
+    assert_eq!(together.len(), 2 * 2, "gate_up_proj and down_proj of two layers: {together:?}");
+    for name in together {
+        let (shape, data) = tensors.remove(&name).unwrap();
+        let base = name.rsplit_once('.').unwrap().0.to_owned();
+        let parts: &[&str] = if name.ends_with("gate_up_proj") { &["gate_proj", "up_proj"] } else { &["down_proj"] };
+        let rows = shape[1] / parts.len();
+        for (index, bytes) in data.chunks(rows * shape[2] * 4).enumerate() {
+            let (expert, part) = (index / parts.len(), parts[index % parts.len()]);
+            tensors.insert(format!("{base}.{expert}.{part}.weight"), (vec![rows, shape[2]], bytes.to_vec()));
+        }
+    }
+    write(&file, &tensors);
+    for (got, want) in logits(folder.path(), "qwen2_moe", WeightFormat::F32) {
+        assert!(got.iter().zip(&want).all(|(g, w)| (g - w).abs() < 1e-3));
+    }
+    // One expert less is missed by its name.
+    tensors.remove("model.layers.1.mlp.experts.5.up_proj.weight");
+    write(&file, &tensors);
+    let ops = Box::new(CpuBackend::new(CpuOptions { threads: 1, isa: None, limits: LIMITS }).unwrap());
+    let files = ModelFiles::open(folder.path()).unwrap();
+    let missing = Decoder::load(&files, ops, WeightFormat::F32, &mut |_, _| {}).map(|_| ()).unwrap_err().to_string();
+    assert!(missing.contains("model.layers.1.mlp.experts.5.up_proj.weight"), "{missing}");
+}
+
+#[test]
+fn configurations_that_are_not_computed_are_refused_by_field() {
+    for (family, field, value) in [
+        ("qwen3_moe", "mlp_only_layers", json!([0])),
+        ("qwen3_moe", "decoder_sparse_step", json!(2)),
+        ("qwen3_moe", "num_experts_per_tok", json!(9)),
+        ("qwen2_moe", "shared_expert_intermediate_size", json!(0)),
+        ("mixtral", "num_experts", json!(0)),
+    ] {
+        let folder = copy_of(family);
+        let path = folder.path().join("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        let own = if family == "mixtral" { "num_local_experts" } else { field };
+        config[own] = value;
+        fs::write(&path, config.to_string()).unwrap();
+        let refused = ModelFiles::open(folder.path()).map(|_| ()).unwrap_err().to_string();
+        assert!(refused.contains(field), "{refused}");
+    }
+}
+
+fn adapter_of(files: &ModelFiles, projection: Projection) -> Adapter {
+    let (out, input) = projection.shape(files.config());
+    let pair = Pair { layer: 1, projection, rank: 1, scale: 0.5, a: vec![0.1; input], b: vec![0.1; out] };
+    Adapter::new(LoraConfig { r: 1, targets: vec![projection], layers: Some(vec![1]), ..LoraConfig::default() }, "", vec![pair])
+}
+
+#[test]
+fn adapters_change_attention_and_are_refused_elsewhere() {
+    for family in FAMILIES {
+        let files = ModelFiles::open(&golden(family)).unwrap();
+        for projection in Projection::ALL {
+            let adapter = adapter_of(&files, projection);
+            match projection {
+                Projection::Gate | Projection::Up | Projection::Down => {
+                    let refused = adapter.check(files.config()).unwrap_err().to_string();
+                    assert!(refused.contains(projection.name()) && refused.contains("experts"), "{refused}");
+                }
+                _ => adapter.check(files.config()).unwrap(),
+            }
+        }
+    }
+}
+
+#[test]
+fn adapters_are_merged_into_the_container_of_the_base() {
+    let out = tempfile::tempdir().unwrap();
+    for family in FAMILIES {
+        for (base, container) in
+            [(golden(family), Container::Safetensors), (golden(family).join(format!("{family}.gguf")), Container::Gguf)]
+        {
+            let files = ModelFiles::open(&base).unwrap();
+            let adapter = adapter_of(&files, Projection::Value);
+            let to = out.path().join(format!("{family}-{container:?}"));
+            let options = MergeOptions { container, storage: None, files_from: None };
+            merge(&files, &adapter, &to, &options).unwrap();
+            let mut with = stepper(&base, WeightFormat::F32);
+            with.decoder().load_adapter(0, &adapter).unwrap();
+            with.use_adapters(&[0]);
+            let tokens: Vec<u32> = (20..60).collect();
+            let want = with.logits(&tokens, &[0, 20, 39]);
+            let got = stepper(&to, WeightFormat::F32).logits(&tokens, &[0, 20, 39]);
+            assert!(got.iter().flatten().zip(want.iter().flatten()).all(|(g, w)| (g - w).abs() < 1e-3), "{family}");
+            let other = if container == Container::Gguf { Container::Safetensors } else { Container::Gguf };
+            let refused = merge(&files, &adapter, &out.path().join("other"), &MergeOptions { container: other, ..options });
+            assert!(matches!(refused, Err(MergeError::Unsupported(why)) if why.contains("mixture of experts")));
+        }
+    }
+}
+
+#[test]
+fn the_start_up_line_tells_all_parameters_from_those_of_a_token() {
+    let files = ModelFiles::open(&golden("mixtral")).unwrap();
+    // Two of four experts are idle in two layers of 64 by 96.
+    assert_eq!(files.parameters() - files.active_parameters(), 2 * 2 * 3 * 64 * 96);
+    assert!(files.describe().contains("2 of 4 experts"), "{}", files.describe());
+}
