@@ -66,6 +66,9 @@ pub(super) enum Op {
     PagedAttention { qkv: Buf, shape: HeadShape, spec: AttentionSpec, kv: KvCache, layer: usize, out: Buf },
     SiluAndMul { gate_up: Buf, out: Buf },
     Gather { x: Buf, out: Buf },
+    EmbeddingShard { table: Matrix, first: u32, out: Buf },
+    AllReduce { x: Buf },
+    AllGather { x: Buf, out: Buf },
 }
 
 /// How a step is done.
