@@ -9,14 +9,16 @@ struct Embedding {
     float* out;
     u16* half;
     u32 half_stride;
+    u32 first;
 };
 
-// out[row] = table[tokens[row]]
+// out[row] = table[tokens[row] - first]; zeros for a token that a part of a table does not have.
 KERNEL(embedding, 256, Embedding) {
     const u64 row = blockIdx.x;
-    const u32 token = p.tokens[row];
+    // What lies before the part wraps around to beyond it.
+    const u32 token = p.tokens[row] - p.first;
     for (u32 i = threadIdx.x; i < p.table.k; i += blockDim.x) {
-        const float value = element(p.table, token, i);
+        const float value = token < p.table.n ? element(p.table, token, i) : 0.0f;
         p.out[row * p.table.k + i] = value;
         if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
     }

@@ -10,6 +10,7 @@
 pub mod activations;
 pub mod aligned;
 pub mod blocks;
+pub mod collective;
 pub mod cpu;
 pub mod cuda;
 pub mod e4m3;
@@ -25,6 +26,7 @@ mod shapes;
 pub mod token_mask;
 pub mod train;
 
+pub use collective::{Abort, Place};
 pub use error::KernelError;
 pub use ops::*;
 pub use token_mask::{MaskPromise, TokenMask};

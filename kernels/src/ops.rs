@@ -6,6 +6,7 @@
 //! All activations are f32 `[rows, width]`, row-major. Shapes are checked when an operation is enqueued; a mismatch is a bug in
 //! the model file and comes back as [`KernelError::Shape`] from [`Ops::finish`].
 
+use crate::collective::Place;
 use crate::error::KernelError;
 use crate::token_mask::TokenMask;
 
@@ -466,6 +467,10 @@ pub trait Ops: Send {
     fn spare_memory(&self) -> Result<Option<usize>, KernelError> {
         Ok(None)
     }
+    /// Which of the devices it is that compute the model together.
+    fn place(&self) -> Place {
+        Place::ALONE
+    }
 
     /// Packs the sources, stacked along `n` (all with one `k`), into one matrix. The source bytes are not kept.
     fn load_matrix(&mut self, sources: &[MatrixSource<'_>], format: WeightFormat) -> Result<Matrix, KernelError>;
@@ -493,6 +498,12 @@ pub trait Ops: Send {
     fn begin(&mut self, batch: &StepBatch) -> Result<(), KernelError>;
     /// `out[r] = table[tokens[r]]`
     fn embedding(&mut self, table: Matrix, out: Buf);
+    /// The same with a table that begins at token `first`: `out[r] = table[tokens[r] - first]`, and zeros for tokens that it does not have.
+    fn embedding_shard(&mut self, table: Matrix, first: u32, out: Buf);
+    /// Each row of `x` becomes the sum of the rows that the ranks have there. Every rank asks for it, at the same point of the step.
+    fn all_reduce(&mut self, x: Buf);
+    /// `out[r]` becomes the rows `x[r]` of all ranks, one after the other. Every rank asks for it, at the same point of the step.
+    fn all_gather(&mut self, x: Buf, out: Buf);
     /// `out = x / sqrt(mean(x²) + eps) * weight` (Zhang & Sennrich 2019).
     fn rms_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf);
     /// `out = x wᵀ + bias`, or added to `out`.

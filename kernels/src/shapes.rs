@@ -315,6 +315,34 @@ impl Shapes {
         Ok(())
     }
 
+    /// See [`Ops::embedding_shard`].
+    pub fn embedding_shard(&self, table: Matrix, out: Buf) -> Result<(), KernelError> {
+        const OP: &str = "embedding_shard";
+        self.step(OP)?;
+        let (_, k) = find(OP, "matrix", &self.matrices, table.0)?;
+        let (rows, width) = self.buffer(OP, out)?;
+        equal(OP, "output width", width, k)?;
+        if rows != Rows::Tokens {
+            return shape(OP, "output has a row per sample".into());
+        }
+        Ok(())
+    }
+
+    /// See [`Ops::all_reduce`].
+    pub fn all_reduce(&self, x: Buf) -> Result<(), KernelError> {
+        const OP: &str = "all_reduce";
+        self.step(OP)?;
+        self.buffer(OP, x).map(|_| ())
+    }
+
+    /// See [`Ops::all_gather`].
+    pub fn all_gather(&self, x: Buf, out: Buf, ranks: usize) -> Result<(), KernelError> {
+        const OP: &str = "all_gather";
+        self.step(OP)?;
+        let (x_width, out_width) = self.pair(OP, x, out)?;
+        equal(OP, "output width", out_width, ranks * x_width)
+    }
+
     /// See [`Ops::rms_norm`].
     pub fn rms_norm(&self, x: Buf, weight: Vector, out: Buf) -> Result<(), KernelError> {
         const OP: &str = "rms_norm";

@@ -48,7 +48,7 @@ pub fn dequantize_row(format: Format, bytes: &[u8], out: &mut [f32]) -> Result<(
 }
 
 /// Whether a format is 4-bit quants with a scale and an offset per 32 weights, which [`four_bit_row`] takes apart.
-pub(crate) const fn is_four_bit(format: Format) -> bool {
+pub const fn is_four_bit(format: Format) -> bool {
     matches!(format, Format::Q4_0 | Format::Q4_1 | Format::Q4K)
 }
 

@@ -277,6 +277,11 @@ impl CpuBackend {
     }
 }
 
+/// One processor computes a whole model: its cores share the memory that the parts would be cut to fit.
+fn alone(op: &str) -> KernelError {
+    KernelError::Unsupported(format!("{op}: the processor's backend computes alone"))
+}
+
 fn tile_scratch(threads: usize, max_k: usize) -> Result<Slots<TileScratch>, KernelError> {
     let each: Result<Vec<_>, _> = (0..threads).map(|_| TileScratch::new(max_k)).collect();
     Ok(Slots::new(each?))
@@ -429,6 +434,18 @@ impl Ops for CpuBackend {
             // A row of a packed table is spread over as many cache lines as it has groups of features.
             self.push_rows(Entry::Embedding { table: table.0, out: out.0 }, out, width * 8);
         }
+    }
+
+    fn embedding_shard(&mut self, _: Matrix, _: u32, _: Buf) {
+        self.admit(Err(alone("embedding_shard")));
+    }
+
+    fn all_reduce(&mut self, _: Buf) {
+        self.admit(Err(alone("all_reduce")));
+    }
+
+    fn all_gather(&mut self, _: Buf, _: Buf) {
+        self.admit(Err(alone("all_gather")));
     }
 
     fn rms_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf) {

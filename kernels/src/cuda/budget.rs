@@ -25,12 +25,13 @@ impl<D: Device> CudaBackend<D> {
     fn still_to_reserve(&self) -> usize {
         let copies = self.buffers.iter().filter(|buffer| buffer.half.is_none());
         let copies = copies.map(|b| self.shapes.capacity(b.rows) * b.width.next_multiple_of(PADDING) * 2).sum::<usize>();
-        let quantised = self.matrices.iter().filter(|m| matches!(m.form, Form::Int8 | Form::Int4));
+        let quantised = self.matrices.iter().filter(|m| matches!(m.form, Form::Int8 | Form::Int4 | Form::Fp8));
         let widened = quantised.map(|m| m.weights.n as usize * m.weights.stride as usize * 2).max().unwrap_or(0);
         let sampled = self.buffers.iter().filter(|buffer| buffer.rows == Rows::Samples);
         let values = sampled.map(|b| self.shapes.capacity(b.rows) * b.width * 4).max().unwrap_or(0);
         // Rooms grow to powers of 2.
-        copies + widened.next_power_of_two() + values.next_power_of_two()
+        let collected = if self.device.place().is_alone() { 0 } else { values };
+        copies + [widened, values, collected].map(usize::next_power_of_two).iter().sum::<usize>()
     }
 }
 

@@ -1,6 +1,7 @@
 //! What a backend needs of a device: memory, copies, launches, and a library's matrix product. The driver of a card is one; tests
 //! have one that runs the kernels on the host, and one that only writes down what it was asked for.
 
+use crate::collective::Place;
 use crate::error::KernelError;
 
 /// An address in a device's memory; 0 is none.
@@ -152,7 +153,7 @@ pub struct Graph(pub u64);
 
 /// A device. Work is done in the order in which it is asked for; [`Device::read`] and [`Device::wait`] wait for all of it.
 ///
-/// Between [`Device::capture`] and [`Device::captured`], launches and products are written down and not done, and nothing else may be
+/// Between [`Device::capture`] and [`Device::captured`], launches, products and exchanges are written down and not done, and nothing else may be
 /// asked for.
 pub trait Device: Send {
     /// For the start-up lines.
@@ -171,6 +172,18 @@ pub trait Device: Send {
     fn launch(&mut self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), KernelError>;
     /// A matrix product of many rows.
     fn product(&mut self, product: Product) -> Result<(), KernelError>;
+    /// Which of the devices it is that compute a model together.
+    fn place(&self) -> Place {
+        Place::ALONE
+    }
+    /// `count` floats at `at` become their sums over all ranks, the same bits on each. Whether it is captured must be the same on all.
+    fn all_reduce(&mut self, _at: Address, _count: usize) -> Result<(), KernelError> {
+        Err(KernelError::Unsupported("this device computes alone".into()))
+    }
+    /// `to [ranks, count]` becomes the `count` floats that each rank has at `from`. Whether it is captured must be the same on all.
+    fn all_gather(&mut self, _from: Address, _to: Address, _count: usize) -> Result<(), KernelError> {
+        Err(KernelError::Unsupported("this device computes alone".into()))
+    }
     /// Waits for all work.
     fn wait(&mut self) -> Result<(), KernelError>;
     /// Begins to write work down.

@@ -1,5 +1,6 @@
 //! A card, through its driver.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::path::{Path, PathBuf};
@@ -10,8 +11,10 @@ use cudarc::driver::sys;
 use super::compile::{architecture, compile, text};
 use super::device::{Address, Device, Graph, Kernel, Launch, Product, Source};
 use super::libraries::{Library, check_compiler, check_driver, compiler_version, dotted, driver_version};
+use super::nccl::Communicator;
 use super::product::Products;
 use super::staging::StagedMemory;
+use crate::collective::Place;
 use crate::error::KernelError;
 
 /// Shared memory that a kernel gets without being asked for more.
@@ -46,6 +49,10 @@ pub struct Card {
     graphs: HashMap<Graph, sys::CUgraphExec>,
     made_graphs: u64,
     staged: StagedMemory,
+    /// With the other cards that compute the model.
+    peers: Option<Communicator>,
+    /// Memory to be freed when the step is over: the driver may wait for all cards then, and one of them may wait in an exchange for us.
+    unwanted: RefCell<Vec<Address>>,
     name: String,
     architecture: String,
     /// Of the driver: 1000 · major + 10 · minor of CUDA.
@@ -110,6 +117,8 @@ impl Card {
             graphs: HashMap::new(),
             made_graphs: 0,
             staged: StagedMemory::default(),
+            peers: None,
+            unwanted: RefCell::default(),
             name,
             architecture,
             version,
@@ -129,6 +138,32 @@ impl Card {
         card.staged = StagedMemory::new()?;
         card.products = Products::open(&mut |bytes| card_alloc(bytes, "workspace"))?;
         Ok(card)
+    }
+
+    /// How many cards the driver shows.
+    pub fn visible(&self) -> Result<usize, KernelError> {
+        let count = cuda::device::get_count().map_err(|e| failed("the driver counts no cards", e))?;
+        Ok(usize::try_from(count).unwrap_or(0))
+    }
+
+    /// From now on it is one of several.
+    pub(super) fn join(&mut self, peers: Communicator) {
+        self.peers = Some(peers);
+    }
+
+    fn free_unwanted(&self) {
+        // The driver frees when all work before is done. A card that is lost has nothing to free.
+        if self.current().is_ok() {
+            for at in self.unwanted.take() {
+                // SAFETY: it was reserved by `alloc` and is freed once.
+                let _ = unsafe { cuda::free_sync(at.0) };
+            }
+        }
+    }
+
+    fn peers(&self) -> Result<&Communicator, KernelError> {
+        self.current()?;
+        self.peers.as_ref().ok_or_else(|| KernelError::Unsupported("this card computes alone".into()))
     }
 
     fn load(&self, image: &[u8]) -> Result<sys::CUmodule, KernelError> {
@@ -241,10 +276,9 @@ impl Device for Card {
     }
 
     fn free(&mut self, at: Address) {
-        // The driver frees when all work before is done. A card that is lost has nothing to free.
-        if self.current().is_ok() {
-            // SAFETY: it was reserved by `alloc` and is freed once.
-            let _ = unsafe { cuda::free_sync(at.0) };
+        self.unwanted.borrow_mut().push(at);
+        if self.peers.is_none() {
+            self.free_unwanted();
         }
     }
 
@@ -271,6 +305,7 @@ impl Device for Card {
             None => copied(bytes)?,
         }
         self.staged.all_done();
+        self.free_unwanted();
         Ok(())
     }
 
@@ -295,11 +330,24 @@ impl Device for Card {
         self.products.run(product, self.stream)
     }
 
+    fn place(&self) -> Place {
+        self.peers.as_ref().map_or(Place::ALONE, Communicator::place)
+    }
+
+    fn all_reduce(&mut self, at: Address, count: usize) -> Result<(), KernelError> {
+        self.peers()?.all_reduce(at, count, self.stream)
+    }
+
+    fn all_gather(&mut self, from: Address, to: Address, count: usize) -> Result<(), KernelError> {
+        self.peers()?.all_gather(from, to, count, self.stream)
+    }
+
     fn wait(&mut self) -> Result<(), KernelError> {
         self.current()?;
         // SAFETY: a stream of our own.
         unsafe { cuda::stream::synchronize(self.stream) }.map_err(|e| failed("the card stopped", e))?;
         self.staged.all_done();
+        self.free_unwanted();
         Ok(())
     }
 
@@ -354,8 +402,13 @@ impl Drop for Card {
                 for (_, graph) in self.graphs.drain() {
                     let _ = cuda::graph::exec_destroy(graph);
                 }
+                // Before the stream is waited for: it may hold an exchange that the other cards never join.
+                if let Some(peers) = self.peers.take() {
+                    peers.close();
+                }
                 // Copies that are still under way read what is staged.
                 let _ = cuda::stream::synchronize(self.stream);
+                self.free_unwanted();
                 self.staged.close();
                 for module in &self.modules {
                     let _ = cuda::module::unload(*module);

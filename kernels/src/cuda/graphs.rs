@@ -70,6 +70,9 @@ pub(super) enum Op {
     Combine { x: Buf, routing: Routing, out: Buf, store: Store },
     GateRows { gate: Buf, x: Buf },
     Gather { x: Buf, out: Buf },
+    EmbeddingShard { table: Matrix, first: u32, out: Buf },
+    AllReduce { x: Buf },
+    AllGather { x: Buf, out: Buf },
 }
 
 /// How a step is done.

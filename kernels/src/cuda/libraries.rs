@@ -3,6 +3,7 @@
 
 use cudarc::{driver, nvrtc};
 
+use super::nccl;
 use crate::error::KernelError;
 
 /// A library that serving on a card needs.
@@ -14,6 +15,8 @@ pub enum Library {
     Nvrtc,
     /// Matrix products.
     CublasLt,
+    /// Exchanges between cards.
+    Nccl,
 }
 
 /// Every version of the driver's interface that this binary was written for knows the same calls.
@@ -113,6 +116,7 @@ impl Library {
             Library::Driver => look!(driver, DRIVER),
             Library::Nvrtc => look!(nvrtc, NVRTC),
             Library::CublasLt => look!(cublaslt, CUBLAS_LT),
+            Library::Nccl => return nccl::absent(),
         })
     }
 
@@ -130,22 +134,34 @@ impl Library {
                 "libcublasLt.so, libcublasLt.so.13 and libcublasLt.so.12",
                 "the CUDA toolkit, or the Python package nvidia-cublas with its folder lib in LD_LIBRARY_PATH",
             ),
+            Library::Nccl => (
+                "NCCL, by which several cards compute one model,",
+                "libnccl.so.2 and libnccl.so",
+                "the package libnccl2 of NVIDIA's repository, or the Python package nvidia-nccl-cu13 or nvidia-nccl-cu12 with its folder \
+                 lib in LD_LIBRARY_PATH",
+            ),
+        }
+    }
+
+    /// What works without it.
+    const fn instead(self) -> &'static str {
+        match self {
+            Library::Driver | Library::Nvrtc | Library::CublasLt => "serve with --device cpu",
+            Library::Nccl => "serve on one card with --tensor-parallel 1",
         }
     }
 
     fn not_found(self) -> KernelError {
-        let (what, files, install) = self.words();
+        let ((what, files, install), instead) = (self.words(), self.instead());
         KernelError::Unsupported(format!(
             "no {what} found: looked for {files} on the loader's path (LD_LIBRARY_PATH and the system's folders); install {install}, \
-             or serve with --device cpu"
+             or {instead}"
         ))
     }
 
-    fn too_old(self, how: &str) -> KernelError {
-        let (what, _, install) = self.words();
-        KernelError::Unsupported(format!(
-            "the {what} that was found is too old: {how}; install {install}, or serve with --device cpu"
-        ))
+    pub(super) fn too_old(self, how: &str) -> KernelError {
+        let ((what, _, install), instead) = (self.words(), self.instead());
+        KernelError::Unsupported(format!("the {what} that was found is too old: {how}; install {install}, or {instead}"))
     }
 }
 
@@ -208,6 +224,7 @@ mod tests {
             (Library::Driver, ["libcuda.so.1", "NVIDIA's driver", "--device cpu"]),
             (Library::Nvrtc, ["libnvrtc.so.12", "nvidia-cuda-nvrtc", "LD_LIBRARY_PATH"]),
             (Library::CublasLt, ["libcublasLt.so.13", "nvidia-cublas", "LD_LIBRARY_PATH"]),
+            (Library::Nccl, ["libnccl.so.2", "nvidia-nccl-cu13", "--tensor-parallel 1"]),
         ] {
             let text = library.not_found().to_string();
             assert!(words.iter().all(|word| text.contains(word)), "{text}");
@@ -231,7 +248,7 @@ mod tests {
     #[test]
     fn a_library_that_is_there_has_what_we_call() {
         // Where it is not there, nothing of it may be called; that must be an error, and no panic.
-        for library in [Library::Driver, Library::Nvrtc, Library::CublasLt] {
+        for library in [Library::Driver, Library::Nvrtc, Library::CublasLt, Library::Nccl] {
             match library.absent() {
                 Some(absent) => assert_eq!(absent, Vec::<&str>::new(), "{library:?}"),
                 None => assert!(library.require().is_err()),

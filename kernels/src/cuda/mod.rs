@@ -10,6 +10,7 @@
 mod adapters;
 mod attention;
 mod budget;
+mod collectives;
 pub mod compile;
 pub mod device;
 pub mod driver;
@@ -17,6 +18,7 @@ mod experts;
 mod graphs;
 mod holdings;
 pub mod libraries;
+pub mod nccl;
 mod params;
 mod plan;
 mod product;
@@ -29,6 +31,7 @@ pub mod weights;
 
 use self::adapters::Adapters;
 use self::attention::{FewAndMany, Planned, Plans, Tiles, cache_form, fast_attention};
+use self::collectives::Collected;
 use self::device::{Address, Device, Kernel, Launch, Params, Product, Source};
 use self::experts::{HeldExperts, HeldRouting};
 use self::graphs::Op;
@@ -38,6 +41,7 @@ use self::replay::Captures;
 use self::room::Room;
 use self::sampling::SamplingRoom;
 use self::weights::Form;
+use crate::collective::Place;
 use crate::error::KernelError;
 use crate::ops::*;
 use crate::shapes::Shapes;
@@ -93,6 +97,7 @@ pub struct CudaBackend<D: Device> {
     /// A quantised matrix as bf16, for products of many rows.
     widened: Room,
     sampling: SamplingRoom,
+    collected: Collected,
     captures: Captures,
     batch: StepBatch,
     sampled: bool,
@@ -120,6 +125,7 @@ impl<D: Device> CudaBackend<D> {
             partials: Room::default(),
             widened: Room::default(),
             sampling: SamplingRoom::default(),
+            collected: Collected::default(),
             captures: Captures::default(),
             batch: StepBatch::default(),
             sampled: false,
@@ -388,6 +394,7 @@ impl<D: Device> Drop for CudaBackend<D> {
         self.hand_back();
         let rooms =
             [self.lists.room, self.partials, self.widened].into_iter().chain(self.plans.rooms()).chain(self.sampling.rooms());
+        let rooms = rooms.chain(self.collected.rooms());
         let halves = self.buffers.iter().filter_map(|b| b.half.map(|half| half.at));
         let all = rooms.filter(|room| room.bytes > 0).map(|room| room.at).chain(halves).chain(self.adapters.addresses());
         let all: Vec<Address> = all.chain(self.owned.iter().copied()).collect();
@@ -410,12 +417,17 @@ impl<D: Device> Ops for CudaBackend<D> {
 
     fn memory(&self) -> MemoryUse {
         let rooms = [self.lists.room, self.partials, self.widened].into_iter().chain(self.sampling.rooms());
+        let rooms = rooms.chain(self.collected.rooms());
         let activations = self.memory.activations + rooms.map(|room| room.bytes).sum::<usize>();
         MemoryUse { activations, adapters: self.adapters.bytes(), ..self.memory }
     }
 
     fn spare_memory(&self) -> Result<Option<usize>, KernelError> {
         CudaBackend::spare_memory(self).map(Some)
+    }
+
+    fn place(&self) -> Place {
+        self.device.place()
     }
 
     fn load_matrix(&mut self, sources: &[MatrixSource<'_>], format: WeightFormat) -> Result<Matrix, KernelError> {
@@ -528,12 +540,21 @@ impl<D: Device> Ops for CudaBackend<D> {
     }
 
     fn embedding(&mut self, table: Matrix, out: Buf) {
-        self.enqueue(self.shapes.embedding(table, out), Op::Embedding { table, out }, |b| {
-            let (half, half_stride) = b.produce(out);
-            let (table, tokens) = (b.matrices[table.0 as usize].weights, b.lists.tokens);
-            let params = p::Embedding { table, tokens, out: b.at(out), half, half_stride, unused: 0 };
-            b.launch(EMBEDDING, Launch::blocks(b.rows(out)), params)
-        });
+        self.enqueue(self.shapes.embedding(table, out), Op::Embedding { table, out }, |b| b.embed(table, 0, out));
+    }
+
+    fn embedding_shard(&mut self, table: Matrix, first: u32, out: Buf) {
+        let check = self.shapes.embedding_shard(table, out);
+        self.enqueue(check, Op::EmbeddingShard { table, first, out }, |b| b.embed(table, first, out));
+    }
+
+    fn all_reduce(&mut self, x: Buf) {
+        self.enqueue(self.shapes.all_reduce(x), Op::AllReduce { x }, |b| b.sum_over_ranks(x));
+    }
+
+    fn all_gather(&mut self, x: Buf, out: Buf) {
+        let check = self.shapes.all_gather(x, out, self.place().ranks);
+        self.enqueue(check, Op::AllGather { x, out }, |b| b.collect(x, out));
     }
 
     fn rms_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf) {

@@ -71,6 +71,7 @@ impl<D: Device> CudaBackend<D> {
                 Op::Lora { .. } => {
                     self.adapters.tables(&mut self.device)?;
                 }
+                Op::AllGather { x, .. } => self.plan_gather(x)?,
                 _ => {}
             }
         }
@@ -91,6 +92,7 @@ impl<D: Device> CudaBackend<D> {
             }
             Way::Capture(index) => {
                 let captured = self.capture(program);
+                let captured = self.captured_by_all(captured)?;
                 self.captures.graphs.keep(index, captured);
                 if let Some(graph) = captured {
                     return self.device.replay(graph);
@@ -134,6 +136,9 @@ impl<D: Device> CudaBackend<D> {
                 Op::Combine { x, routing, out, store } => self.combine(x, routing, out, store),
                 Op::GateRows { gate, x } => self.gate_rows(gate, x),
                 Op::Gather { x, out } => self.gather(x, out),
+                Op::EmbeddingShard { table, first, out } => self.embedding_shard(table, first, out),
+                Op::AllReduce { x } => self.all_reduce(x),
+                Op::AllGather { x, out } => self.all_gather(x, out),
             }
         }
     }
@@ -141,7 +146,7 @@ impl<D: Device> CudaBackend<D> {
     /// How often memory that captured steps read has moved.
     fn moves(&self) -> usize {
         let rooms = [self.lists.room, self.partials, self.widened].into_iter().chain(self.plans.rooms());
-        rooms.map(|room| room.moves).sum::<usize>() + self.adapters.moves()
+        rooms.map(|room| room.moves).sum::<usize>() + self.adapters.moves() + self.collected.moves()
     }
 
     /// Gives captured steps that are not used any more back to the device.

@@ -12,6 +12,7 @@ use half::bf16;
 
 use self::experts::Choices;
 use crate::blocks::dequantize_row;
+use crate::collective::{Member, Place};
 use crate::e4m3;
 use crate::error::KernelError;
 use crate::ops::*;
@@ -102,6 +103,8 @@ pub struct Reference {
     batch: StepBatch,
     sampled: Vec<Sampled>,
     error: Option<KernelError>,
+    /// Of the ranks that compute a model together.
+    member: Option<Member>,
 }
 
 impl Reference {
@@ -120,7 +123,13 @@ impl Reference {
             batch: StepBatch::default(),
             sampled: Vec::new(),
             error: None,
+            member: None,
         }
+    }
+
+    /// One of several that compute a model together.
+    pub fn of_group(limits: Limits, member: Member) -> Self {
+        Reference { member: Some(member), ..Reference::new(limits) }
     }
 
     /// Fills a buffer, valid rows and the rest, with one value; for tests that look for unwritten elements.
@@ -182,6 +191,10 @@ impl Ops for Reference {
             activations: 4 * self.buffers.iter().map(|b| b.data.len()).sum::<usize>(),
             adapters: 4 * self.adapters.iter().flatten().flatten().map(|u| u.a.len() + u.b.len()).sum::<usize>(),
         }
+    }
+
+    fn place(&self) -> Place {
+        self.member.as_ref().map_or(Place::ALONE, Member::place)
     }
 
     fn load_matrix(&mut self, sources: &[MatrixSource<'_>], _: WeightFormat) -> Result<Matrix, KernelError> {
@@ -274,6 +287,50 @@ impl Ops for Reference {
             let token = self.batch.tokens[r] as usize;
             let row = table.weights[token * table.k..(token + 1) * table.k].to_vec();
             self.row_mut(out, r).copy_from_slice(&row);
+        }
+    }
+
+    fn embedding_shard(&mut self, table: Matrix, first: u32, out: Buf) {
+        if !self.admit(self.shapes.embedding_shard(table, out)) {
+            return;
+        }
+        for r in 0..self.rows(out) {
+            let table = &self.matrices[table.0 as usize];
+            let row =
+                self.batch.tokens[r].checked_sub(first).and_then(|row| table.weights.chunks_exact(table.k).nth(row as usize));
+            let row = row.map_or_else(|| vec![0.0; table.k], <[f32]>::to_vec);
+            self.row_mut(out, r).copy_from_slice(&row);
+        }
+    }
+
+    fn all_reduce(&mut self, x: Buf) {
+        if !self.admit(self.shapes.all_reduce(x)) {
+            return;
+        }
+        let rows = self.rows(x);
+        let (Some(member), buffer) = (&self.member, &mut self.buffers[x.0 as usize]) else { return };
+        self.error = member.all_reduce(&mut buffer.data[..rows * buffer.width]).err();
+    }
+
+    fn all_gather(&mut self, x: Buf, out: Buf) {
+        let ranks = self.place().ranks;
+        if !self.admit(self.shapes.all_gather(x, out, ranks)) {
+            return;
+        }
+        let (rows, width) = (self.rows(x), self.buffers[x.0 as usize].width);
+        let mine = &self.buffers[x.0 as usize].data[..rows * width];
+        let all = match &self.member {
+            Some(member) => member.all_gather(mine),
+            None => Ok(mine.to_vec()),
+        };
+        match all {
+            Ok(all) => {
+                for (r, rank) in (0..rows).flat_map(|r| (0..ranks).map(move |rank| (r, rank))) {
+                    let part = all[(rank * rows + r) * width..][..width].to_vec();
+                    self.row_mut(out, r)[rank * width..][..width].copy_from_slice(&part);
+                }
+            }
+            Err(error) => self.error = Some(error),
         }
     }
 

@@ -10,8 +10,9 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use half::bf16;
-use tidemill_kernels::KernelError;
+use tidemill_kernels::collective::Member;
 use tidemill_kernels::cuda::device::{Address, Device, Graph, HEADER, Kernel, Launch, Product, Source};
+use tidemill_kernels::{KernelError, Place};
 
 const HOST: &str = include_str!("../../emulation/host.h");
 /// What a card lets a block have.
@@ -72,6 +73,8 @@ struct Mapping {
 enum Work {
     Launch(Kernel, Launch, Vec<u8>),
     Product(Product),
+    AllReduce(Address, usize),
+    AllGather(Address, Address, usize),
 }
 
 /// The device.
@@ -86,12 +89,33 @@ pub struct Emulated {
     made_graphs: u64,
     /// Captured steps that were done.
     pub replays: usize,
+    /// Of the devices that compute a model together.
+    member: Option<Member>,
 }
 
 impl Emulated {
     pub fn new(reversed: bool) -> Self {
         let (mappings, capture, graphs) = (HashMap::new(), None, HashMap::new());
-        Emulated { reversed, mappings, capture, graphs, made_graphs: 0, replays: 0 }
+        Emulated { reversed, mappings, capture, graphs, made_graphs: 0, replays: 0, member: None }
+    }
+
+    /// One of several, each on a thread of its own.
+    #[allow(dead_code, reason = "each test binary uses a part")]
+    pub fn of_group(member: Member) -> Self {
+        let mut device = Emulated::new(false);
+        device.member = Some(member);
+        device
+    }
+
+    fn load(&self, at: Address, count: usize) -> Result<Vec<f32>, KernelError> {
+        let mut bytes = vec![0; count * 4];
+        self.read(at, &mut bytes)?;
+        Ok(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+    }
+
+    fn store(&mut self, at: Address, values: &[f32]) -> Result<(), KernelError> {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        self.write(at, &bytes)
     }
 
     fn outside_captures(&self) {
@@ -107,6 +131,10 @@ impl Emulated {
         let fits = |(start, m): (&u64, &Mapping)| *start <= at.0 && at.0 as usize + bytes <= *start as usize + m.bytes;
         assert!(self.mappings.iter().any(fits), "{bytes} bytes at {at:?} are not in one allocation");
     }
+}
+
+fn alone() -> KernelError {
+    KernelError::Unsupported("this device computes alone".into())
 }
 
 impl Drop for Emulated {
@@ -217,6 +245,30 @@ impl Device for Emulated {
         self.write(out, &bytes)
     }
 
+    fn place(&self) -> Place {
+        self.member.as_ref().map_or(Place::ALONE, Member::place)
+    }
+
+    fn all_reduce(&mut self, at: Address, count: usize) -> Result<(), KernelError> {
+        if let Some(work) = &mut self.capture {
+            work.push(Work::AllReduce(at, count));
+            return Ok(());
+        }
+        let mut values = self.load(at, count)?;
+        self.member.as_ref().ok_or_else(alone)?.all_reduce(&mut values)?;
+        self.store(at, &values)
+    }
+
+    fn all_gather(&mut self, from: Address, to: Address, count: usize) -> Result<(), KernelError> {
+        if let Some(work) = &mut self.capture {
+            work.push(Work::AllGather(from, to, count));
+            return Ok(());
+        }
+        let values = self.load(from, count)?;
+        let all = self.member.as_ref().ok_or_else(alone)?.all_gather(&values)?;
+        self.store(to, &all)
+    }
+
     fn wait(&mut self) -> Result<(), KernelError> {
         self.outside_captures();
         Ok(())
@@ -239,14 +291,14 @@ impl Device for Emulated {
         self.outside_captures();
         self.replays += 1;
         let work = self.graphs.remove(&graph).expect("a graph that was not given back");
-        for piece in &work {
-            match piece {
-                Work::Launch(kernel, launch, params) => self.launch(*kernel, *launch, params)?,
-                Work::Product(product) => self.product(*product)?,
-            }
-        }
+        let done = work.iter().try_for_each(|piece| match piece {
+            Work::Launch(kernel, launch, params) => self.launch(*kernel, *launch, params),
+            Work::Product(product) => self.product(*product),
+            Work::AllReduce(at, count) => self.all_reduce(*at, *count),
+            Work::AllGather(from, to, count) => self.all_gather(*from, *to, *count),
+        });
         self.graphs.insert(graph, work);
-        Ok(())
+        done
     }
 
     fn forget(&mut self, graph: Graph) {

@@ -1,44 +1,52 @@
 //! A device that fails once.
 
-use std::cell::Cell;
+use std::sync::{Arc, Mutex};
 
-use tidemill_kernels::KernelError;
 use tidemill_kernels::cuda::device::{Address, Device, Graph, Kernel, Launch, Product};
+use tidemill_kernels::{KernelError, Place};
+
+/// Calls that go well before the one that fails; `None` when none is to fail. Shared with whoever lights it.
+pub type Fuse = Arc<Mutex<Option<usize>>>;
 
 /// Passes everything on to another device, but for one call that can fail: that one fails and is not done.
 pub struct Faulty<D: Device> {
     inner: D,
-    /// Calls that go well before the one that fails; `None` when none is to fail.
-    left: Cell<Option<usize>>,
+    left: Fuse,
+    /// Every capture is refused.
+    pub refuses: bool,
 }
 
 impl<D: Device> Faulty<D> {
     /// Nothing fails before [`Faulty::fail_after`].
     pub fn new(inner: D) -> Self {
-        Faulty { inner, left: Cell::new(None) }
+        Faulty { inner, left: Fuse::default(), refuses: false }
     }
 
     /// The call after so many fails.
     pub fn fail_after(&self, calls: usize) {
-        self.left.set(Some(calls));
+        *self.left.lock().unwrap() = Some(calls);
+    }
+
+    /// To make it fail when somebody else has it.
+    pub fn fuse(&self) -> Fuse {
+        self.left.clone()
+    }
+
+    /// The device behind it.
+    pub fn inner(&self) -> &D {
+        &self.inner
     }
 
     /// Whether the failure is behind.
     pub fn has_failed(&self) -> bool {
-        self.left.get().is_none()
+        self.left.lock().unwrap().is_none()
     }
 
     fn turn(&self, error: impl FnOnce() -> KernelError) -> Result<(), KernelError> {
-        match self.left.get() {
-            Some(0) => {
-                self.left.set(None);
-                Err(error())
-            }
-            left => {
-                self.left.set(left.map(|left| left - 1));
-                Ok(())
-            }
-        }
+        let mut left = self.left.lock().unwrap();
+        let fails = *left == Some(0);
+        *left = left.and_then(|left| left.checked_sub(1));
+        if fails { Err(error()) } else { Ok(()) }
     }
 }
 
@@ -84,6 +92,20 @@ impl<D: Device> Device for Faulty<D> {
         self.inner.product(product)
     }
 
+    fn place(&self) -> Place {
+        self.inner.place()
+    }
+
+    fn all_reduce(&mut self, at: Address, count: usize) -> Result<(), KernelError> {
+        self.turn(failure)?;
+        self.inner.all_reduce(at, count)
+    }
+
+    fn all_gather(&mut self, from: Address, to: Address, count: usize) -> Result<(), KernelError> {
+        self.turn(failure)?;
+        self.inner.all_gather(from, to, count)
+    }
+
     fn wait(&mut self) -> Result<(), KernelError> {
         self.turn(failure)?;
         self.inner.wait()
@@ -91,6 +113,9 @@ impl<D: Device> Device for Faulty<D> {
 
     fn capture(&mut self) -> Result<(), KernelError> {
         self.turn(failure)?;
+        if self.refuses {
+            return Err(failure());
+        }
         self.inner.capture()
     }
 
