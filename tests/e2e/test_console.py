@@ -402,3 +402,36 @@ def test_every_page_is_readable(mill, scheme):
             await person.check()
 
     asyncio.run(visit())
+
+
+def test_names_as_long_as_they_may_be_break_no_page(mill):
+    """The last of the file: what it makes is on every page."""
+    name, variant = "n" * 100, "v" * 100
+    spec = {
+        "name": name, "model": MODEL, "kind": "ab", "arms": [{"variant": MODEL}, {"variant": variant, "model": f"{MODEL}:one"}],
+        "metrics": [{"metric": "feedback.thumb", "goal": {"min": 0}}],
+    }
+    rollout = ask(mill.server, "POST", "/v1/rollouts", spec)
+    ask(mill.server, "POST", "/v1/labeling/queues", {"name": name, "guidelines": name})
+
+    async def visit():
+        async with visitor(mill) as person:
+            await person.sign_in(mill.server.keys["admin"])
+            await person.title()
+            for width in [1280, 400]:
+                await person.page.set_viewport_size({"width": width, "height": 800})
+                for page in ["", "/rollouts", f"/rollouts/{rollout['id']}", "/playground", f"/queues?queue={name}", f"/label?queue={name}"]:
+                    await person.page.goto(f"{person.url}/console{page}")
+                    await person.page.wait_for_selector("#place:not([hidden]) #part-title, #rest:not([hidden])")
+                    await person.shoot(f"long/{page.split('?')[0].strip('/').split('/')[0] or 'overview'}-{width}-{len(page)}", full_page=True)
+                    assert await person.page.evaluate("document.documentElement.scrollWidth") <= width, (page, width)
+                await person.page.goto(f"{person.url}/console/rollouts/{rollout['id']}")
+                await person.title()
+                await person.page.locator(f"[id='act-promote-Promote {variant}']").click()
+                await person.page.wait_for_selector("#sure[open]")
+                await person.shoot(f"long/sure-{width}")
+                assert await person.page.evaluate("document.getElementById('sure').scrollWidth <= document.getElementById('sure').clientWidth"), width
+                await person.page.keyboard.press("Escape")
+            await person.check()
+
+    asyncio.run(visit())
