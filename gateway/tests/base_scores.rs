@@ -23,7 +23,7 @@ use tidemill::rollout::decision::Act;
 use tidemill::rollout::scorer::Scorer;
 use tidemill::upstream::remote::{RemoteSpec, Remotes, ServerSpec};
 use tidemill_store::records::Inference;
-use tidemill_store::{Exposures, InferenceFilter, Rollout, UnitSums, UnitValue};
+use tidemill_store::{BaseScores, Exposures, InferenceFilter, Rollout, UnitSums, UnitValue};
 
 /// The tiny model, an adapter that has moved far from it, and the model `far` of another server.
 async fn server(change: impl FnOnce(&mut Setup)) -> (TempDir, App, Router) {
@@ -218,23 +218,37 @@ async fn what_the_base_cannot_score_is_refused_with_the_field() {
     assert_eq!(post(&router, "/v1/rollouts", spec(metrics, json!({}))).await.error().1.as_deref(), Some("metrics.0.share"));
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn scoring_waits_for_an_idle_engine() {
-    let app = Setup::slow(500, 20).app();
+/// This parrot with a rollout whose arms are both scored, and one answer that counts in it.
+async fn slow(setup: Setup) -> (App, Router) {
+    let app = setup.app();
     let router = router(app.clone());
     let arms = json!([{"variant": MODEL}, {"variant": "loud", "model": MODEL, "defaults": {"temperature": 0.5}}]);
     let metrics = json!([{"metric": "kl_to_base", "guardrail": {"of": "difference", "max": 1}, "share": 1}]);
     started(&router, spec(metrics, json!({"model": MODEL, "arms": arms}))).await;
-    let question = |tokens: usize| json!({"model": MODEL, "prompt": "hello", "max_tokens": tokens, "user": "ann"});
-    assert_eq!(post(&router, "/v1/completions", question(2)).await.status, 200);
+    assert_eq!(post(&router, "/v1/completions", hello(2)).await.status, 200);
     app.store.flush().await;
-    // Somebody's answer takes at least six seconds from here on.
-    let (asking, long) = (router.clone(), question(300));
-    let asking = tokio::spawn(async move { post(&asking, "/v1/completions", long).await.status });
+    (app, router)
+}
+
+fn hello(tokens: usize) -> Value {
+    json!({"model": MODEL, "prompt": "hello ".repeat(10), "max_tokens": tokens, "user": "ann"})
+}
+
+/// Waits until the engine has something to do.
+async fn busy(app: &App) {
     let engine = app.registry.find_local(Some(MODEL)).unwrap().engine().clone();
     while engine.stats().running == 0 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn scoring_waits_for_an_idle_engine() {
+    let (app, router) = slow(Setup::slow(500, 20)).await;
+    // Somebody's answer takes at least six seconds from here on.
+    let (asking, long) = (router.clone(), hello(300));
+    let asking = tokio::spawn(async move { post(&asking, "/v1/completions", long).await.status });
+    busy(&app).await;
     let scorer = scorer(&app);
     let scoring = tokio::spawn(async move { scorer.score_waiting().await.unwrap() });
     tokio::time::sleep(Duration::from_millis(500)).await;
@@ -243,4 +257,22 @@ async fn scoring_waits_for_an_idle_engine() {
     assert_eq!(asking.await.unwrap(), 200);
     assert_eq!(scoring.await.unwrap(), 1);
     assert_eq!(sums(&app, UnitValue::KlToBase).await.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_score_that_is_called_off_midway_is_given_back_and_made_later() {
+    let (app, router) = slow(Setup { max_seqs: 8, max_batch_tokens: 8, ..Setup::slow(20, 200) }).await;
+    let (first, counted) = (rollout(&app).await.id, BaseScores::new(app.store.database()));
+    let scoring = scorer(&app);
+    let scoring = tokio::spawn(async move { scoring.score_waiting().await.unwrap() });
+    // The base is at it, for more than a second: eight tokens a step.
+    busy(&app).await;
+    assert_eq!(counted.waiting(first, 0, now()).await.unwrap(), [], "taken by one, it waits for nobody else");
+    assert_eq!(post(&router, "/v1/completions", hello(1)).await.status, 200);
+    assert_eq!(scoring.await.unwrap(), 0, "it was let go for somebody's question");
+    assert!(sums(&app, UnitValue::KlToBase).await.is_empty());
+    app.store.flush().await;
+    assert_eq!(counted.waiting(first, 0, now()).await.unwrap().len(), 2, "at once, and not when its promise has run out");
+    assert_eq!((score_all(&app).await, counted.waiting(first, 0, now()).await.unwrap().len()), (2, 0));
+    assert_eq!(sums(&app, UnitValue::KlToBase).await[0].units, 1);
 }

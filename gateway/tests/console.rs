@@ -78,7 +78,7 @@ async fn roll_out(app: &App, ended: Option<i64>) -> Uuid {
     let (state, began) = start(&spec, EVIL, 1);
     let share = |successes: u64| Some(Measure::Share { successes, trials: 400 });
     let metrics = BTreeMap::from([("goal feedback.thumb".to_owned(), vec![share(200), share(210)])]);
-    let measured = Measured { exposures: vec![400, 401], ended: vec![400, 401], metrics };
+    let measured = Measured { exposures: vec![400, 401], ended: vec![400, 401], metrics, displaced: false };
     let (state, latest) = measure(&spec, &state, &measured, 2, &mut || 0.5);
     let rollout = Rollout {
         id: app.store.issue_id(),

@@ -235,6 +235,91 @@ async fn a_rollout_that_cannot_run_is_refused_with_the_field() {
 }
 
 #[tokio::test]
+async fn a_guardrail_does_not_wait_for_a_clock_that_was_ahead() {
+    let app = app(ServerSpec::new("u", "http://127.0.0.1:1"));
+    let router = router(app.clone());
+    started(&router, json!({})).await;
+    let row = app.rollouts.rollouts().find("r").await.unwrap();
+    serve_many(&app, &row, 0, 100, 0, 0).await;
+    serve_many(&app, &row, 1, 100, 0, 2).await;
+    // The server that wrote last was an hour ahead of the one that leads now.
+    let rollout = measured(&app, "r", -3600).await;
+    assert_eq!(rollout.latest["action"]["kind"], "roll_back", "{}", rollout.latest);
+}
+
+#[tokio::test]
+async fn one_user_who_asks_more_than_all_others_decides_nothing_between_the_arms() {
+    let app = app(ServerSpec::new("u", "http://127.0.0.1:1"));
+    let router = router(app.clone());
+    let metrics = json!([{"metric": "truncation_rate", "guardrail": {"of": "difference", "max": 0.1}, "min_samples": 30}]);
+    started(&router, json!({"kind": "canary", "steps": [{"set_weight": 50}, {"pause": "1h"}], "metrics": metrics})).await;
+    let row = app.rollouts.rollouts().find("r").await.unwrap();
+    let answered = async |arm: u32, unit: i64, finish: &str| {
+        let mut answer = support::answered(&app.store, "u", "p", &["text"], -1.0);
+        answer.created = row.created + 1;
+        answer.choices[0].finish_reason = Some(finish.into());
+        answer.exposure = Some(Exposure { rollout: row.id, arm, unit, refused: Some(false), place: None });
+        app.store.record(answer).unwrap();
+    };
+    for unit in 0..60 {
+        answered(0, 2 * unit, "stop").await;
+        answered(1, 2 * unit + 1, "stop").await;
+    }
+    app.store.flush().await;
+    // Somebody's program asks for one token each time, and fell into the treatment.
+    for _ in 0..300 {
+        answered(1, 1, "length").await;
+    }
+    let rollout = measured(&app, "r", 5).await;
+    let judged = &rollout.latest["judgements"][0];
+    assert_eq!((&judged["verdict"], &judged["samples"]), (&json!("pass"), &json!(60)), "{}", rollout.latest);
+    // The same of everybody is another matter.
+    for unit in 0..60 {
+        for _ in 0..9 {
+            answered(1, 2 * unit + 1, "length").await;
+        }
+        app.store.flush().await;
+    }
+    let rollout = measured(&app, "r", 10).await;
+    assert_eq!(rollout.latest["reason"], "the guardrail truncation_rate is broken", "{}", rollout.latest);
+}
+
+#[tokio::test]
+async fn a_quantile_beside_the_controls_does_not_fail_by_the_slowest_of_a_few() {
+    let app = app(ServerSpec::new("u", "http://127.0.0.1:1"));
+    let router = router(app.clone());
+    let metrics = json!([{"metric": "time_to_first_token_p99", "guardrail": {"of": "relative", "max": 0.5}}]);
+    started(&router, json!({"kind": "canary", "steps": [{"set_weight": 50}, {"pause": "1h"}], "metrics": metrics})).await;
+    let row = app.rollouts.rollouts().find("r").await.unwrap();
+    let served = async |from: i64, to: i64, slow: i64| {
+        for unit in from..to {
+            for arm in 0..2u32 {
+                let mut answer = support::answered(&app.store, "u", "p", &["text"], -1.0);
+                answer.created = row.created + 1;
+                // From 0.1 s to 0.2 s; the treatment's largest is three times the control's.
+                let us = 100_000 + unit % 100 * 1000;
+                answer.first_token_us = Some(if arm == 1 && unit % slow == 0 { 3 * us + 300_000 } else { us });
+                answer.exposure =
+                    Some(Exposure { rollout: row.id, arm, unit: 2 * unit + i64::from(arm), refused: Some(false), place: None });
+                app.store.record(answer).unwrap();
+            }
+            if unit % 200 == 0 {
+                app.store.flush().await;
+            }
+        }
+    };
+    served(0, 60, 59).await;
+    let rollout = measured(&app, "r", 5).await;
+    let judged = &rollout.latest["judgements"][0];
+    assert!(judged["value"].as_f64().unwrap() > 0.5, "{judged}");
+    assert_eq!(judged["verdict"], "inconclusive", "{judged}");
+    // A tenth of the answers is slow, and of so many that is no chance.
+    served(60, 1500, 10).await;
+    let rollout = measured(&app, "r", 10).await;
+    assert_eq!(rollout.latest["reason"], "the guardrail time_to_first_token_p99 is broken", "{}", rollout.latest);
+}
+
+#[tokio::test]
 async fn two_who_lead_at_once_decide_once() {
     let app = app(ServerSpec::new("u", "http://127.0.0.1:1"));
     let router = router(app.clone());

@@ -10,6 +10,7 @@ use axum::Router;
 use serde_json::{Value, json};
 use support::{Reply, Setup, ask, post};
 use tempfile::TempDir;
+use tidemill::clock::now;
 use tidemill::http::{App, router};
 use tidemill::rollout::decision::Act;
 
@@ -100,6 +101,27 @@ async fn an_older_promotion_of_another_kind_is_served_again() {
     assert_eq!(app.rollouts.stable("champion").name, "loud");
     assert_eq!(undo(&router, "first").await.status, 200);
     assert_eq!(served(&router, "champion").await, served(&router, "a").await);
+}
+
+/// What a running rollout says when it is measured so many minutes from now.
+async fn said(app: &App, name: &str, minutes: i64) -> String {
+    app.rollouts.measure_due(now() + minutes * 60_000_000).await.unwrap();
+    let row = app.rollouts.rollouts().find(name).await.unwrap();
+    row.latest["reason"].as_str().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn beside_another_promotion_or_a_moved_alias_a_rollout_waits_until_its_control_is_served_again() {
+    let (_folder, app, router) = server().await;
+    started(&router, "beside", json!({"variant": "c"})).await;
+    let waits = "is not the control any more";
+    assert!(!said(&app, "beside", 1).await.contains(waits));
+    promoted(&app, &router, "r", json!({"variant": "loud", "model": "b", "defaults": {"max_tokens": 3}})).await;
+    assert!(said(&app, "beside", 2).await.contains(waits));
+    assert_eq!(undo(&router, "r").await.status, 200);
+    assert!(!said(&app, "beside", 3).await.contains(waits));
+    alias(&router, "b").await;
+    assert!(said(&app, "beside", 4).await.contains(waits));
 }
 
 #[tokio::test]

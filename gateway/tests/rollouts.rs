@@ -167,10 +167,37 @@ async fn a_request_that_nobody_can_answer_counts_against_nobody() {
         let bad = merged(question(&format!("user-{id}")), json!({"tidemill": {"compare": true}}));
         assert_eq!(post(&router, CHAT, bad).await.error().0, 400);
     }
+    // What a request refers to and is not there is no fault of who was to answer it.
+    for id in 0..30 {
+        let input = json!([{"type": "item_reference", "id": "msg_none"}, {"role": "user", "content": "hello"}]);
+        let gone = json!({"model": MODEL, "input": input, "user": format!("user-{id}")});
+        assert_eq!(post(&router, "/v1/responses", gone).await.error().0, 404);
+    }
     store.flush().await;
     let row = app.rollouts.rollouts().find("r").await.unwrap();
     let counts = tidemill_store::Exposures::new(store.database()).counts(row.id, 0).await.unwrap();
     assert!(counts.is_empty(), "{counts:?}");
+}
+
+#[tokio::test]
+async fn who_gives_up_on_a_slow_variant_was_exposed_to_it() {
+    let far = Far::new(|_, conn: Conn| conn.closed()).await;
+    let slow = setup(far.spec("u"), |setup| setup.remotes.models[0].timeout = Duration::from_secs(60));
+    let app = slow.app();
+    let router = router(app.clone());
+    started(&router, json!({})).await;
+    let mut given_up = 0;
+    for id in 0..8 {
+        let request = Request::post(CHAT).header("x-request-timeout-ms", "200");
+        let body = question(&format!("user-{id}")).to_string();
+        given_up += u64::from(send(&router, request.body(body.into()).unwrap()).await.status == 504);
+    }
+    app.store.flush().await;
+    let row = app.rollouts.rollouts().find("r").await.unwrap();
+    let counts = tidemill_store::Exposures::new(app.store.database()).counts(row.id, 0).await.unwrap();
+    // Of the variant they say nothing, but how long they waited.
+    assert!(given_up > 0 && counts[1].units == given_up && counts[1].answers == 0, "{given_up} {counts:?}");
+    assert_eq!(counts[0].units, 8 - given_up);
 }
 
 #[tokio::test]

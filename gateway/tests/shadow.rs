@@ -12,7 +12,7 @@ mod far;
 mod support;
 
 use axum::Router;
-use far::Far;
+use far::{Conn, Far};
 use serde_json::{Value, json};
 use std::time::Duration;
 use support::{MODEL, Setup, merged, post};
@@ -130,6 +130,55 @@ async fn a_shadow_that_fails_or_stalls_is_not_felt_and_there_are_only_a_few_copi
     app.drain.start();
     let rows = records(&app, id, 8).await;
     assert!(of_arm(&rows, 1).iter().all(|row| row.status == Status::Cancelled), "{rows:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shadow_takes_no_place_and_no_trust_from_those_who_ask_the_same_server() {
+    let far = Far::new(|number, conn: Conn| async move {
+        match number {
+            // The copies.
+            0..2 => conn.reply(if number == 0 { 500 } else { 429 }, "retry-after: 60\r\n", json!({})).await,
+            _ => conn.say("theirs").await,
+        }
+    })
+    .await;
+    let model = RemoteSpec { retries: 0, ..RemoteSpec::new("far", vec!["a".into()]) };
+    let rule = BreakerRule { failures: 1, ..BreakerRule::default() };
+    let setup = |most: usize| {
+        let server = ServerSpec { breaker: rule, max_concurrent: Some(most), ..far.spec("a") };
+        let remotes = Remotes { servers: vec![server], models: vec![model.clone()] };
+        Setup { remotes, ..Setup::default() }.app()
+    };
+    let app = setup(2);
+    let router_of = router(app.clone());
+    let id = started(&router_of, shadow()).await;
+    for turn in 1..=2 {
+        assert_eq!(post(&router_of, CHAT, question("ann", json!({}))).await.status, 200);
+        let rows = records(&app, id, 2 * turn).await;
+        assert!(of_arm(&rows, 1).iter().all(|row| row.status == Status::Failed), "{rows:?}");
+    }
+    let reply = post(&router_of, CHAT, question("bob", json!({"model": "far"}))).await;
+    assert_eq!((reply.status.as_u16(), far.count()), (200, 3), "{}", reply.json());
+
+    // Where there is one place, it is for people.
+    let app = setup(1);
+    let router_of = router(app.clone());
+    let id = started(&router_of, shadow()).await;
+    assert_eq!(post(&router_of, CHAT, question("ann", json!({}))).await.status, 200);
+    let rows = records(&app, id, 2).await;
+    assert_eq!((of_arm(&rows, 1)[0].status, far.count()), (Status::Cancelled, 3));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_the_control_gives_no_answer_both_sides_are_exposed() {
+    let far = Far::failing(500, "", json!({"message": "broken"})).await;
+    let app = app(far.spec("a"));
+    let router = router(app.clone());
+    let arms = json!([{"variant": "far"}, {"variant": MODEL}]);
+    let id = started(&router, merged(shadow(), json!({"model": "far", "arms": arms}))).await;
+    assert_eq!(post(&router, CHAT, question("ann", json!({"model": "far"}))).await.status, 502);
+    let rows = records(&app, id, 2).await;
+    assert_eq!((of_arm(&rows, 0)[0].status, of_arm(&rows, 1)[0].status), (Status::Failed, Status::Cancelled));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

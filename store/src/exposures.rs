@@ -14,7 +14,7 @@ use crate::records::Kind;
 use crate::statement::clean;
 
 /// What an arm's answers were like.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ArmCounts {
     /// Which arm.
     pub arm: u32,
@@ -33,9 +33,7 @@ pub struct ArmCounts {
     /// Of these, those that do.
     pub refused: u64,
     /// Σ tokens of the answers that ended well.
-    pub tokens: f64,
-    /// Σ tokens² of the same.
-    pub tokens_squared: f64,
+    pub tokens: u64,
 }
 
 /// Judgements of an arm's answers: one number for each unit, the mean of what was said of its answers.
@@ -80,6 +78,12 @@ pub struct FirstTokens {
     pub above: u64,
 }
 
+/// How long an arm's answers were waited for. A stall has no first token: without those who gave up on it, it would look like nothing at
+/// all.
+const WAITED: &str = "FROM (SELECT CASE WHEN first_token_us IS NULL AND status <> 'ok' AND duration_us > $4 THEN duration_us \
+     ELSE first_token_us END AS waited FROM inferences WHERE rollout_id = $1 AND arm = $2 AND created >= $3) AS answers \
+     WHERE waited IS NOT NULL";
+
 /// The exposures of a database. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub struct Exposures {
@@ -96,13 +100,9 @@ impl Exposures {
     pub async fn counts(&self, rollout: Uuid, since: i64) -> Result<Vec<ArmCounts>, StoreError> {
         at_length(async {
             let sum = |condition: &str| format!("CAST(COALESCE(SUM(CASE WHEN {condition} THEN 1 ELSE 0 END), 0) AS BIGINT)");
-            let tokens = |power: &str| {
-                let each =
-                    format!("CASE WHEN i.status = 'ok' THEN CAST(i.output_tokens AS DOUBLE PRECISION){power} ELSE 0.0 END");
-                format!("CAST(COALESCE(SUM({each}), 0.0) AS DOUBLE PRECISION)")
-            };
             let text = format!(
-                "SELECT i.arm, COUNT(DISTINCT i.unit), {}, {}, {}, {}, {}, {}, {}, {} FROM inferences i \
+                "SELECT i.arm, COUNT(DISTINCT i.unit), {}, {}, {}, {}, {}, {}, \
+                 CAST(COALESCE(SUM(CASE WHEN i.status = 'ok' THEN i.output_tokens ELSE 0 END), 0) AS BIGINT) FROM inferences i \
                  LEFT JOIN choices c ON c.id = i.id WHERE i.rollout_id = $1 AND i.created >= $2 GROUP BY i.arm ORDER BY i.arm",
                 sum("i.status <> 'cancelled'"),
                 sum("i.status = 'failed'"),
@@ -110,8 +110,6 @@ impl Exposures {
                 sum("i.status = 'ok' AND c.finish_reason = 'length'"),
                 sum("i.refused IS NOT NULL"),
                 sum("i.refused = 1"),
-                tokens(""),
-                tokens(" * i.output_tokens"),
             );
             let query = sqlx::query(AssertSqlSafe(text)).bind(rollout.to_string()).bind(since);
             let rows = query.fetch_all(self.database.read()).await?;
@@ -126,8 +124,7 @@ impl Exposures {
                     truncated: count(5)?,
                     read: count(6)?,
                     refused: count(7)?,
-                    tokens: row.try_get(8)?,
-                    tokens_squared: row.try_get(9)?,
+                    tokens: count(8)?,
                 })
             };
             rows.iter().map(arm).collect()
@@ -160,24 +157,35 @@ impl Exposures {
         quantile: f64,
         bound: i64,
     ) -> Result<FirstTokens, StoreError> {
-        // A stall has no first token: without those who gave up on it, it would look like nothing at all.
-        const OF_ARM: &str = "FROM (SELECT CASE WHEN first_token_us IS NULL AND status <> 'ok' AND duration_us > $4 THEN duration_us \
-             ELSE first_token_us END AS waited FROM inferences WHERE rollout_id = $1 AND arm = $2 AND created >= $3) AS answers \
-             WHERE waited IS NOT NULL";
         at_length(async {
             let text =
-                format!("SELECT COUNT(*), CAST(COALESCE(SUM(CASE WHEN waited > $4 THEN 1 ELSE 0 END), 0) AS BIGINT) {OF_ARM}");
+                format!("SELECT COUNT(*), CAST(COALESCE(SUM(CASE WHEN waited > $4 THEN 1 ELSE 0 END), 0) AS BIGINT) {WAITED}");
             let query = sqlx::query(AssertSqlSafe(text)).bind(rollout.to_string()).bind(i64::from(arm)).bind(since).bind(bound);
             let counted = query.fetch_one(self.database.read()).await?;
-            let count: i64 = counted.try_get(0)?;
+            let (count, above) = (counted.try_get::<i64, _>(0)?.unsigned_abs(), counted.try_get::<i64, _>(1)?.unsigned_abs());
             // The smallest value that so large a share does not exceed.
-            let rank = (quantile.clamp(0.0, 1.0) * count as f64).ceil() as i64 - 1;
-            let text = format!("SELECT waited {OF_ARM} ORDER BY waited LIMIT 1 OFFSET $5");
+            let rank = (quantile.clamp(0.0, 1.0) * count as f64).ceil().max(1.0) as u64;
+            Ok(FirstTokens { count, value_us: self.first_token_at(rollout, arm, since, rank, bound).await?, above })
+        })
+        .await
+    }
+
+    /// The time to the first token of the answer of an arm that has this place among those of [`Exposures::first_tokens`] when they are in
+    /// order, counted from 1; `None` where there are not so many.
+    pub async fn first_token_at(
+        &self,
+        rollout: Uuid,
+        arm: u32,
+        since: i64,
+        rank: u64,
+        bound: i64,
+    ) -> Result<Option<i64>, StoreError> {
+        at_length(async {
+            let text = format!("SELECT waited {WAITED} ORDER BY waited LIMIT 1 OFFSET $5");
             let query = sqlx::query(AssertSqlSafe(text)).bind(rollout.to_string()).bind(i64::from(arm)).bind(since).bind(bound);
-            let query = query.bind(rank.max(0));
+            let query = query.bind(i64::try_from(rank.saturating_sub(1)).unwrap_or(i64::MAX));
             let found = query.fetch_optional(self.database.read()).await?;
-            let value_us = found.map(|row| row.try_get(0)).transpose()?;
-            Ok(FirstTokens { count: count.unsigned_abs(), value_us, above: counted.try_get::<i64, _>(1)?.unsigned_abs() })
+            Ok(found.map(|row| row.try_get(0)).transpose()?)
         })
         .await
     }

@@ -126,11 +126,19 @@ impl Rollouts {
         Self { store: store.clone() }
     }
 
-    /// Writes a new rollout with its first decision, which somebody wanted.
-    pub async fn insert(&self, new: &Rollout, first: &RolloutDecision, actor: impl Into<Actor>) -> Result<(), RolloutRefusal> {
+    /// Writes a new rollout with its first decision, which somebody wanted. Returns it as it was written: it is made after all that has
+    /// happened to its model ([`moment`]).
+    pub async fn insert(
+        &self,
+        new: &Rollout,
+        first: &RolloutDecision,
+        actor: impl Into<Actor>,
+    ) -> Result<Rollout, RolloutRefusal> {
         let actor = actor.into();
         patiently(async {
             let mut transaction = self.store.database().write().begin().await?;
+            let created = moment(&mut transaction, &new.model, new.created).await?;
+            let new = &Rollout { created, ..new.clone() };
             let text = format!(
                 "INSERT INTO rollouts ({COLUMNS}) VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9,$10) ON CONFLICT (name) WHERE ended IS NULL DO NOTHING"
             );
@@ -154,7 +162,7 @@ impl Rollouts {
             let detail = json!({"model": new.model, "spec": new.spec});
             self.audit(&mut transaction, &actor, first, new, detail).await?;
             transaction.commit().await?;
-            Ok(())
+            Ok(new.clone())
         })
         .await
     }
@@ -201,6 +209,10 @@ impl Rollouts {
         let RolloutChange { state, over, promoted, decision, keep } = change;
         patiently(async {
             let mut transaction = self.store.database().write().begin().await?;
+            let ended = match *promoted {
+                true => moment(&mut transaction, &read.model, decision.at).await?,
+                false => decision.at,
+            };
             let text = format!(
                 "UPDATE rollouts SET updated = $3, ended = $4, state = $5, version = $6, latest = $7, \
                  promoted = CASE WHEN $8 = 1 THEN (SELECT COALESCE(MAX(promoted), 0) + 1 FROM rollouts) ELSE NULL END \
@@ -210,7 +222,7 @@ impl Rollouts {
                 .bind(read.id.to_string())
                 .bind(read.version)
                 .bind(decision.at)
-                .bind(over.then_some(decision.at))
+                .bind(over.then_some(ended))
                 .bind(text_of(state))
                 .bind(read.version + 1)
                 .bind(text_of(&decision.body))
@@ -274,6 +286,20 @@ impl Rollouts {
         .await
     }
 
+    /// Whether what a running rollout's model serves has changed since it began: something else was promoted, or an alias of that name was
+    /// led elsewhere. Its control is then another one than it began with, or not what is served.
+    pub async fn is_displaced(&self, running: &Rollout) -> Result<bool, StoreError> {
+        patiently(async {
+            let text = "SELECT CAST(COUNT(*) AS BIGINT) FROM (\
+                     SELECT id FROM rollouts WHERE model = $1 AND promoted IS NOT NULL AND ended > $2 \
+                     UNION ALL SELECT name FROM adapter_aliases WHERE name = $1 AND updated > $2\
+                 ) AS moves";
+            let query = sqlx::query(text).bind(clean(&running.model).into_owned()).bind(running.created);
+            Ok(query.fetch_one(self.store.database().read()).await?.try_get::<i64, _>(0)? > 0)
+        })
+        .await
+    }
+
     /// A number that grows with every change of any rollout. Rollouts that are read after it are at least as new.
     pub async fn clock(&self) -> Result<i64, StoreError> {
         patiently(async {
@@ -324,6 +350,19 @@ impl Rollouts {
         let act = self.store.act(actor, format!("rollout.{}", decision.action));
         act.at(decision.at).to(&rollout.name).with(detail).write(sql).await
     }
+}
+
+/// When something happens to a public model name that happens `now` by this server's clock: after all that is known to have happened to it
+/// before, since the clocks of servers differ and what came later has the last word. A rollout of it begins, one is promoted, an alias of
+/// the name is led somewhere.
+pub(crate) async fn moment(sql: &mut AnyConnection, model: &str, now: i64) -> Result<i64, sqlx::Error> {
+    let text = "SELECT CAST(COALESCE(MAX(at), 0) AS BIGINT) FROM (\
+             SELECT created AS at FROM rollouts WHERE model = $1 AND ended IS NULL \
+             UNION ALL SELECT ended FROM rollouts WHERE model = $1 AND promoted IS NOT NULL \
+             UNION ALL SELECT updated FROM adapter_aliases WHERE name = $1\
+         ) AS moves";
+    let last: i64 = sqlx::query(text).bind(clean(model).into_owned()).fetch_one(sql).await?.try_get(0)?;
+    Ok(now.max(last.saturating_add(1)))
 }
 
 async fn write_decision(sql: &mut AnyConnection, rollout: Uuid, decision: &RolloutDecision) -> Result<(), sqlx::Error> {

@@ -4,10 +4,10 @@
 mod support;
 
 use serde_json::{Value, json};
-use support::{answer, each, thumb};
+use support::{adapter, answer, each, thumb};
 use tidemill_store::records::{Exposure, Feedback, Inference, Kind, Status, TargetKind};
 use tidemill_store::{
-    Actor, ArmCounts, Dialect, Exposures, FirstTokens, Leadership, Readers, Rollout, RolloutChange, RolloutDecision,
+    Actor, Adapters, ArmCounts, Dialect, Exposures, FirstTokens, Leadership, Readers, Rollout, RolloutChange, RolloutDecision,
     RolloutFilter, RolloutReader, RolloutRefusal, Rollouts, Store, UnitSums, UnitValue,
 };
 use uuid::Uuid;
@@ -99,10 +99,10 @@ fn a_name_is_free_again_when_its_rollout_is_over() {
         rollouts.insert(&first, &start, "ann").await.unwrap();
         let refused = rollouts.insert(&again, &start, "ann").await.unwrap_err();
         assert!(matches!(&refused, RolloutRefusal::NameTaken(name) if name == "a"), "{refused}");
-        rollouts.insert(&other, &start, "ann").await.unwrap();
+        let other = rollouts.insert(&other, &start, "ann").await.unwrap();
         assert_eq!(rollouts.running().await.unwrap(), [first.clone(), other.clone()]);
         let over = rollouts.advance(&first, &change(20, "promote", None, true), None).await.unwrap();
-        rollouts.insert(&again, &start, "ann").await.unwrap();
+        let again = rollouts.insert(&again, &start, "ann").await.unwrap();
         assert_eq!(rollouts.find("a").await.unwrap(), again, "the one that runs goes before the one that is over");
         let listed = async |filter: RolloutFilter| rollouts.list(&filter).await.unwrap().items;
         assert_eq!(listed(RolloutFilter::default()).await.len(), 3);
@@ -138,6 +138,46 @@ fn the_newest_promotion_of_each_model_is_what_it_serves() {
     });
 }
 
+/// As it was written.
+async fn begun(rollouts: &Rollouts, new: Rollout) -> Rollout {
+    rollouts.insert(&new, &decision(0, new.created, "start", Some("ann")), "ann").await.unwrap()
+}
+
+/// Each act on a name is by a server whose clock is far behind that of the one before.
+#[test]
+fn what_happens_to_a_name_later_is_later_whatever_the_clocks_of_servers_say() {
+    each(async |place| {
+        let store = place.open().await;
+        let (rollouts, adapters) = (Rollouts::new(&store), Adapters::new(&store));
+        // Towards the end of the century.
+        let (ann, ahead) = (Actor::from("ann"), 4_000_000_000_000_000);
+        let made = adapters.insert(&adapter(&store, "bot", 1), "ann").await.unwrap();
+        adapters.serve(made.id, false, "ann").await.unwrap();
+        let alias = async || adapters.aliases().await.unwrap().remove(0);
+        adapters.lead_alias_back("assistant", made.id, ahead, "ann").await.unwrap();
+
+        let one = begun(&rollouts, rollout(&store, "one")).await;
+        assert!(one.created > alias().await.updated);
+        let beside = begun(&rollouts, rollout(&store, "beside")).await;
+        assert!(!rollouts.is_displaced(&beside).await.unwrap());
+        let one = rollouts.advance(&one, &change(20, "promote", Some("ann"), true), Some(&ann)).await.unwrap();
+        let ended = one.ended.unwrap();
+        assert!(ended > alias().await.updated && ended > beside.created, "the alias was led before");
+        assert!(rollouts.is_displaced(&beside).await.unwrap(), "its control is not what is served any more");
+        assert_eq!(rollouts.standing_on(one.id).await.unwrap(), None);
+
+        let above = begun(&rollouts, rollout(&store, "above")).await;
+        assert_eq!(rollouts.standing_on(one.id).await.unwrap().map(|row| row.name).as_deref(), Some("above"));
+        assert!(!rollouts.is_displaced(&above).await.unwrap());
+        adapters.set_alias("assistant", made.id, "ann").await.unwrap();
+        assert!(alias().await.updated > ended, "the alias was led afterwards");
+        assert!(rollouts.is_displaced(&above).await.unwrap());
+        // What happens to other names is nobody's affair.
+        let other = begun(&rollouts, Rollout { model: "else".into(), ..rollout(&store, "other") }).await;
+        assert_eq!(other.created, 10);
+    });
+}
+
 #[test]
 fn a_promotion_is_taken_back_unless_something_newer_stands_on_it() {
     each(async |place| {
@@ -145,19 +185,16 @@ fn a_promotion_is_taken_back_unless_something_newer_stands_on_it() {
         let rollouts = Rollouts::new(&store);
         let ann = Actor::from("ann");
         let promoted = async |name: &str, created: i64, at: i64| {
-            let new = Rollout { created, ..rollout(&store, name) };
-            rollouts.insert(&new, &decision(0, created, "start", Some("ann")), "ann").await.unwrap();
+            let new = begun(&rollouts, Rollout { created, ..rollout(&store, name) }).await;
             rollouts.advance(&new, &change(at, "promote", Some("ann"), true), Some(&ann)).await.unwrap()
         };
         let back = |at: i64| RolloutChange { over: true, promoted: false, ..change(at, "roll_back", Some("ann"), true) };
-        let (first, second) = (promoted("first", 10, 20).await, promoted("second", 30, 40).await);
+        let first = promoted("first", 10, 20).await;
         // One that began before what is taken back has another control, and stays.
-        let beside = Rollout { created: 35, ..rollout(&store, "beside") };
-        rollouts.insert(&beside, &decision(0, 35, "start", Some("ann")), "ann").await.unwrap();
-        let above = Rollout { created: 40, ..rollout(&store, "above") };
-        rollouts.insert(&above, &decision(0, 40, "start", Some("ann")), "ann").await.unwrap();
-        let elsewhere = Rollout { created: 90, model: "else".into(), ..rollout(&store, "elsewhere") };
-        rollouts.insert(&elsewhere, &decision(0, 90, "start", Some("ann")), "ann").await.unwrap();
+        let beside = begun(&rollouts, Rollout { created: 35, ..rollout(&store, "beside") }).await;
+        let second = promoted("second", 30, 40).await;
+        let above = begun(&rollouts, Rollout { created: 40, ..rollout(&store, "above") }).await;
+        begun(&rollouts, Rollout { created: 90, model: "else".into(), ..rollout(&store, "elsewhere") }).await;
 
         let standing = async |on: &Rollout| rollouts.standing_on(on.id).await.unwrap().map(|row| row.name);
         assert_eq!((standing(&first).await.as_deref(), standing(&second).await.as_deref()), (Some("above"), Some("above")));
@@ -291,34 +328,20 @@ fn exposures_are_summed_up_by_arm() {
         assert_eq!(
             exposures.counts(ROLLOUT, 10).await.unwrap(),
             [
-                ArmCounts {
-                    arm: 0,
-                    units: 3,
-                    answers: 3,
-                    failed: 1,
-                    complete: 2,
-                    truncated: 1,
-                    read: 2,
-                    refused: 1,
-                    tokens: 40.0,
-                    tokens_squared: 1000.0
-                },
-                ArmCounts {
-                    arm: 1,
-                    units: 1,
-                    answers: 1,
-                    complete: 1,
-                    read: 1,
-                    tokens: 2.0,
-                    tokens_squared: 4.0,
-                    ..ArmCounts::default()
-                },
+                ArmCounts { arm: 0, units: 3, answers: 3, failed: 1, complete: 2, truncated: 1, read: 2, refused: 1, tokens: 40 },
+                ArmCounts { arm: 1, units: 1, answers: 1, complete: 1, read: 1, tokens: 2, ..ArmCounts::default() },
             ]
         );
         let at = async |quantile: f64| exposures.first_tokens(ROLLOUT, 0, 10, quantile, 150).await.unwrap();
         // The one that failed had none in 5,000 µs.
         assert_eq!(at(0.5).await, FirstTokens { count: 4, value_us: Some(200), above: 3 });
         assert_eq!((at(0.99).await.value_us, at(0.0).await.value_us), (Some(5000), Some(100)));
+        let places = [0, 1, 2, 4, 5].map(|rank| exposures.first_token_at(ROLLOUT, 0, 10, rank, 150));
+        let mut waited = Vec::new();
+        for place in places {
+            waited.push(place.await.unwrap());
+        }
+        assert_eq!(waited, [Some(100), Some(100), Some(200), Some(5000), None]);
         let patient = exposures.first_tokens(ROLLOUT, 0, 10, 0.99, 5000).await.unwrap();
         assert_eq!(patient, FirstTokens { count: 3, value_us: Some(300), above: 0 });
         // A unit that answered twice counts once, by its mean; what the client broke off says nothing.

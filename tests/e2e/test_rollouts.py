@@ -13,7 +13,7 @@ import pytest
 from conftest import GOLDENS, MODEL, running
 from postgres import Postgres
 from server import PATIENCE, Server, binary, default_model, eventually
-from test_registry import change, write_adapter
+from test_registry import change, models, write_adapter
 
 # The model answers `1 + 1 = 2` and stops, after eight tokens.
 QUESTION = [{"role": "user", "content": "What is 1+1? Answer with a number."}]
@@ -240,7 +240,7 @@ def test_a_bandit_gives_the_better_arm_more(server):
     with Crowd(server, MODEL, opinion=lambda variant, turn: variant == "two" or turn % 4 == 0) as crowd:
         eventually("the better arm has most of the traffic", lambda: crowd.faults or favours("two"))
     assert not crowd.faults
-    assert look(server, "bandit")["latest"]["action"]["kind"] == "reallocate"
+    assert "reallocate" in {row["action"]["kind"] for row in look(server, "bandit")["decisions"]}
     assert "rolled back" in rollout(server, "rollback", "bandit")
 
 
@@ -269,13 +269,15 @@ def test_the_kill_switch_under_load(server):
 
 @contextmanager
 def two_gateways(tmp_path):
-    """Two servers with the tiny model and its adapter on one Postgres."""
+    """Two servers with the tiny model and its adapter on one Postgres; registered adapters are in a folder that they share."""
     postgres = Postgres()
     servers = []
+    (tmp_path / "adapters").mkdir()
     try:
         for number in range(2):
             folder = tmp_path / f"gateway{number}"
-            folder.mkdir()
+            (folder / "data").mkdir(parents=True)
+            (folder / "data" / "adapters").symlink_to(tmp_path / "adapters")
             arguments = ["--database", postgres.url, "--lora-modules", f"all={GOLDENS / 'llama' / 'adapters' / 'all'}"]
             servers.append(Server(folder, {"tiny": GOLDENS / "llama"}, *arguments).wait_ready())
         yield postgres, servers
@@ -329,3 +331,48 @@ def test_two_gateways_on_one_postgres_decide_once_and_go_on_when_the_leader_is_k
         decisions = postgres.query("SELECT rollout_id || ' ' || version FROM rollout_decisions")
         assert len(decisions) == len(set(decisions))
         assert {complete(other, f"last-{number}") for number in range(10)} == {"all"}
+
+
+def test_a_promotion_is_taken_back_at_every_gateway_with_its_alias(tmp_path):
+    with two_gateways(tmp_path) as (_, servers):
+        for name, files in [("a", "all"), ("b", "some")]:
+            change(servers[0], "/v1/adapters", {"name": name, "path": str(GOLDENS / "llama" / "adapters" / files)})
+            change(servers[0], f"/v1/adapters/{name}/serve")
+        change(servers[0], "/v1/adapter_aliases", {"alias": "champion", "adapter": "a"})
+        eventually("both know the alias", lambda: all("champion" in models(server) for server in servers))
+
+        def said(server: Server, model: str) -> list[int]:
+            body = {"model": model, "prompt": [5, 6, 7, 8], "max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+            answer = server.post("/v1/completions", body)
+            assert answer.status == 200, answer.body
+            return answer.json()["choices"][0]["token_ids"]
+
+        def champions() -> list[list[int]]:
+            return [said(server, "champion") for server in servers]
+
+        def act(server: Server, name: str, wanted: str) -> None:
+            answer = change(server, f"/v1/rollouts/{name}/{wanted}").json()
+            assert answer["servers"] == {"all": 2, "serving": 2}, answer
+
+        def compare(server: Server, name: str) -> None:
+            begin(server, name=name, model="champion", kind="ab", arms=[{"variant": "champion"}, {"variant": "b"}],
+                  metrics=[{"metric": "feedback.thumb", "goal": {"min": 0}}])
+
+        before, after = said(servers[0], "a"), said(servers[0], "b")
+        assert before != after
+        for turn, name in enumerate(["there", "and-back"]):
+            # Begun, promoted and taken back by one and the other in turn; each holds for both from the next request on.
+            compare(servers[turn], name)
+            act(servers[1 - turn], name, "promote")
+            assert champions() == [after, after]
+            act(servers[turn], name, "rollback")
+            assert champions() == [before, before]
+        compare(servers[0], "below")
+        act(servers[0], "below", "promote")
+        begin(servers[1], name="above", model="champion", kind="ab", arms=[{"variant": "champion"}, {"variant": "a"}],
+              metrics=[{"metric": "feedback.thumb", "goal": {"min": 0}}])
+        refused = servers[0].post("/v1/rollouts/below/rollback", b"")
+        assert refused.status == 409 and "`above` runs on `champion`" in refused.json()["error"]["message"], refused.body
+        act(servers[0], "above", "rollback")
+        act(servers[1], "below", "rollback")
+        assert champions() == [before, before]

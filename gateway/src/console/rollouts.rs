@@ -203,7 +203,7 @@ impl Shown {
             let weight = state.weights.get(index).copied().unwrap_or_default();
             let role = if index == 0 { "control" } else { "treatment" };
             let counted = exposures.and_then(|exposures| exposures.get(index)).copied().map(count);
-            let mean = (found.complete > 0).then(|| significant(found.tokens / found.complete as f64));
+            let mean = (found.complete > 0).then(|| significant(found.tokens as f64 / found.complete as f64));
             [
                 all([Html::from(&arm.variant), tag("small").with(format!(" {role}")).into()]),
                 percent(state.coverage * weight).into(),
@@ -388,7 +388,7 @@ mod tests {
             ("error_rate".to_owned(), vec![share(10), share(errors)]),
             ("goal feedback.thumb".to_owned(), vec![share(500), share(520)]),
         ]);
-        let measured = Measured { exposures: vec![1000, 1010], ended: vec![1000, 1010], metrics };
+        let measured = Measured { exposures: vec![1000, 1010], ended: vec![1000, 1010], metrics, displaced: false };
         let (state, second) = measure(&spec, &state, &measured, 9_000_000, &mut || 0.5);
         let rollout = Rollout {
             id: Uuid::from_u128(7),

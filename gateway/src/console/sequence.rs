@@ -130,13 +130,13 @@ mod tests {
 
     fn measured(trials: u64) -> Measured {
         let share = |part: u64| Some(Measure::Share { successes: trials / part, trials });
-        let wait = Some(Measure::Quantile { value: 1.25, count: trials, above: Some(0) });
+        let wait = Some(Measure::Quantile { value: 1.25, count: trials, above: Some(0), between: None });
         let metrics = BTreeMap::from([
             ("error_rate".to_owned(), vec![share(50), share(40), share(30)]),
             ("time_to_first_token_p99".to_owned(), vec![wait, wait, None]),
             ("goal feedback.thumb".to_owned(), vec![share(2), share(2), share(3)]),
         ]);
-        Measured { exposures: vec![trials; 3], ended: vec![trials; 3], metrics }
+        Measured { exposures: vec![trials; 3], ended: vec![trials; 3], metrics, displaced: false }
     }
 
     fn run(spec: &Spec, looks: u64) -> Vec<Decision> {

@@ -185,6 +185,11 @@ impl Assigned {
         self.recorded.store(true, Ordering::Release);
     }
 
+    /// Whether there is one.
+    fn has_record(&self) -> bool {
+        self.recorded.load(Ordering::Acquire)
+    }
+
     /// The variant gave no answer. That counts against its arm, also where the client got another one's.
     pub fn failed(&self, asked: &Asked) {
         if self.exposure.is_none() {
@@ -263,7 +268,8 @@ impl Fault {
             (_, Some(code)) if code.starts_with("upstream_") => Self::Variant,
             (_, Some(code)) if BUSY.contains(&code) || code.starts_with("store_") => Self::Elsewhere,
             (401 | 403 | 429, _) => Self::Elsewhere,
-            (404 | 500.., _) => Self::Variant,
+            // Of what else is not there, the request speaks.
+            (404, Some("model_not_found")) | (500.., _) => Self::Variant,
             _ => Self::Request,
         }
     }
@@ -504,7 +510,15 @@ where
         }
         Err(error) => error,
     };
-    let Some((asked, body)) = plan.instead(&error) else { return Err(error) };
+    let Some((asked, body)) = plan.instead(&error) else {
+        if let Some(copy) = copy
+            && plan.asked.assigned.as_ref().is_some_and(|assigned| assigned.has_record())
+        {
+            // Else the control alone would have been exposed.
+            copy.is_not_made();
+        }
+        return Err(error);
+    };
     let in_flight = enter(app)?;
     let again = asked.clone();
     // Rare enough that its length need not be known.

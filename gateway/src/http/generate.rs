@@ -150,6 +150,11 @@ impl Asked {
         Self { assigned, standing, background: true, deadline: None, trail: None, rate: RateSlot::default(), ..self.clone() }
     }
 
+    /// Nobody waits for the answer or sees it.
+    pub fn is_copy(&self) -> bool {
+        self.standing == Standing::Shadow
+    }
+
     /// Follows the answers to `requests` for the log and the trace; give it to the events with [`Events::followed`]. `operation` is
     /// `chat` or `text_completion`.
     pub fn follow(&self, operation: &'static str, model: &LocalModel, requests: &[tidemill_engine::Request]) -> Option<Follower> {
@@ -235,7 +240,7 @@ impl Asked {
 
     /// The request with its place in line: whose it is, how urgent, until when.
     pub fn placed(&self, mut request: tidemill_engine::Request, generation: &Generation) -> tidemill_engine::Request {
-        request.tenant = if self.standing == Standing::Shadow { SHADOW_TENANT } else { self.caller.tenant() };
+        request.tenant = if self.is_copy() { SHADOW_TENANT } else { self.caller.tenant() };
         request.priority = self.priority(self.tier(generation), generation.priority);
         request.deadline = self.deadline;
         request

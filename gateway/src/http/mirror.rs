@@ -51,6 +51,13 @@ enum Off {
 }
 
 impl ShadowCopy {
+    /// There is no answer that it could follow.
+    pub fn is_not_made(&self) {
+        if let Some(assigned) = &self.asked.assigned {
+            assigned.called_off(&self.asked);
+        }
+    }
+
     /// Asks the treatment once the response has been sent.
     pub fn after<T, F>(
         self,
@@ -120,7 +127,9 @@ where
         }
         sleep(LOOK).await;
     }
-    let why = |error: ApiError| if is_the_variants(&error) { Off::Failed } else { Off::Called };
+    // A server that has no place for a copy, or is left alone, was not asked.
+    let was_asked = |error: &ApiError| error.code.as_deref() != Some("upstream_unavailable");
+    let why = |error: ApiError| if is_the_variants(&error) && was_asked(&error) { Off::Failed } else { Off::Called };
     let in_flight = enter(app).map_err(why)?;
     let prepared = off_path(true, move || prepare(asked, body)).await.map_err(why)?.map_err(why)?;
     let _running = is_ours.then(|| mirrors.begin());

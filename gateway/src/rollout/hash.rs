@@ -1,7 +1,6 @@
 //! The hash that GrowthBook's SDKs use, so that theirs and ours put a unit into the same bucket.
 //!
-//! The specification is GrowthBook's "Build your own SDK", functions `hash`, `inNamespace`, `getBucketRanges` and
-//! `chooseVariation`. Strings are hashed by UTF-16 code units, as JavaScript's `charCodeAt` gives them.
+//! The specification is GrowthBook's "Build your own SDK", functions `hash` and `inNamespace`. Strings are hashed by UTF-16 code units, as JavaScript's `charCodeAt` gives them.
 
 use serde::{Deserialize, Serialize};
 
@@ -105,30 +104,6 @@ pub fn in_namespace(value: &str, namespace: &str, part: Range) -> bool {
     part.holds(bucket(&format!("__{namespace}"), value, HashVersion::V1))
 }
 
-/// Where the arms of an experiment lie on the line. Each arm's range begins where the weights before it end and is as long as its
-/// weight times the coverage, so more coverage never moves a unit to another arm. Weights that are not one for each arm or do not
-/// sum to 1 become equal ones, as in GrowthBook.
-pub fn bucket_ranges(arms: usize, coverage: f64, weights: Option<&[f64]>) -> Vec<Range> {
-    let coverage = coverage.clamp(0.0, 1.0);
-    let equal = vec![1.0 / arms as f64; arms];
-    let fits = |weights: &&[f64]| weights.len() == arms && (0.99..=1.01).contains(&weights.iter().sum::<f64>());
-    let weights = weights.filter(fits).unwrap_or(&equal);
-    let mut start = 0.0;
-    weights
-        .iter()
-        .map(|weight| {
-            let from = start;
-            start += weight;
-            Range { from, to: from + coverage * weight }
-        })
-        .collect()
-}
-
-/// The arm in whose range a bucket lies.
-pub fn choose(bucket: f64, ranges: &[Range]) -> Option<usize> {
-    ranges.iter().position(|range| range.holds(bucket))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -197,37 +172,9 @@ mod tests {
         }
     }
 
-    /// `cases.json`, "getBucketRange".
+    /// `cases.json`, "inNamespace".
     #[test]
-    fn ranges_are_those_of_the_other_sdks() {
-        type Case = (usize, f64, Option<&'static [f64]>, &'static [(f64, f64)]);
-        let cases: [Case; 13] = [
-            (2, 1.0, None, &[(0.0, 0.5), (0.5, 1.0)]),
-            (2, 0.5, None, &[(0.0, 0.25), (0.5, 0.75)]),
-            (2, 0.0, None, &[(0.0, 0.0), (0.5, 0.5)]),
-            (4, 1.0, None, &[(0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0)]),
-            (2, 1.0, Some(&[0.4, 0.6]), &[(0.0, 0.4), (0.4, 1.0)]),
-            (3, 1.0, Some(&[0.2, 0.3, 0.5]), &[(0.0, 0.2), (0.2, 0.5), (0.5, 1.0)]),
-            (3, 0.2, Some(&[0.2, 0.3, 0.5]), &[(0.0, 0.04), (0.2, 0.26), (0.5, 0.6)]),
-            (2, -0.2, None, &[(0.0, 0.0), (0.5, 0.5)]),
-            (2, 1.5, None, &[(0.0, 0.5), (0.5, 1.0)]),
-            (2, 1.0, Some(&[0.4, 0.1]), &[(0.0, 0.5), (0.5, 1.0)]),
-            (2, 1.0, Some(&[0.7, 0.6]), &[(0.0, 0.5), (0.5, 1.0)]),
-            (4, 1.0, Some(&[0.4, 0.4, 0.2]), &[(0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0)]),
-            (2, 1.0, Some(&[0.4, 0.5999]), &[(0.0, 0.4), (0.4, 0.9999)]),
-        ];
-        for (arms, coverage, weights, expected) in cases {
-            let ranges = bucket_ranges(arms, coverage, weights);
-            assert_eq!(ranges.len(), expected.len());
-            for (range, (from, to)) in ranges.iter().zip(expected) {
-                assert!((range.from - from).abs() < 1e-12 && (range.to - to).abs() < 1e-12, "{range:?} {expected:?}");
-            }
-        }
-    }
-
-    /// `cases.json`, "inNamespace" and "chooseVariation".
-    #[test]
-    fn namespaces_and_choices_are_those_of_the_other_sdks() {
+    fn namespaces_are_those_of_the_other_sdks() {
         let (low, high) = (Range { from: 0.0, to: 0.4 }, Range { from: 0.4, to: 1.0 });
         for (user, namespace, first) in [
             ("1", "namespace1", false),
@@ -242,8 +189,5 @@ mod tests {
             assert_eq!(in_namespace(user, namespace, low), first, "{user} {namespace}");
             assert_eq!(in_namespace(user, namespace, high), !first, "{user} {namespace}");
         }
-        let reduced = bucket_ranges(2, 0.5, None);
-        assert_eq!([0.2, 0.4, 0.6, 0.8].map(|bucket| choose(bucket, &reduced)), [Some(0), None, Some(1), None]);
-        assert_eq!([0.25, 0.5].map(|bucket| choose(bucket, &reduced)), [None, Some(1)]);
     }
 }

@@ -14,7 +14,7 @@ use crate::clock::now;
 use crate::feedback::Metrics;
 use crate::recording::Recording;
 use crate::rollout::assignment::{Experiment, Holdout, Table};
-use crate::rollout::decision::{self, Act, Action, Decision, State, Status};
+use crate::rollout::decision::{self, Act, Action, Decision, Measured, State, Status};
 use crate::rollout::measure::{Sources, measured, recorded_as};
 use crate::rollout::mirrors::Mirrors;
 use crate::rollout::spec::Spec;
@@ -182,7 +182,7 @@ impl Keeper {
             version: 0,
             latest: json(&decision),
         };
-        self.0.rollouts.insert(&row, &kept_decision(0, &decision), &by).await?;
+        let row = self.0.rollouts.insert(&row, &kept_decision(0, &decision), &by).await?;
         tracing::info!(rollout = row.name, model = row.model, by = by.name, "a rollout begins");
         self.count(&spec, &decision);
         if let Err(error) = self.follow().await {
@@ -377,7 +377,8 @@ impl Keeper {
                 Err(_) => continue,
             };
             let interval = i64::try_from(spec.interval).unwrap_or(i64::MAX).saturating_mul(1_000_000);
-            if now.saturating_sub(row.updated) >= interval
+            // One that changes only later was changed by a server whose clock is ahead: guardrails do not wait for that.
+            if !(0..interval).contains(&now.saturating_sub(row.updated))
                 && let Err(error) = self.measure(&row, &spec, &state, now).await
             {
                 // One that takes too long to be read must not stop the others.
@@ -391,6 +392,7 @@ impl Keeper {
         let sources = Sources { exposures: &self.0.exposures, comparisons: &self.0.comparisons };
         let under_way = self.0.reader.under_way(self.0.under_way.since(now)).await?.max(now.saturating_sub(LONG_ANSWER));
         let measured = measured(sources, row.id, spec, state, &self.0.declared, under_way).await?;
+        let measured = Measured { displaced: self.0.rollouts.is_displaced(row).await?, ..measured };
         // The same draws for whoever measures this state.
         let mut random = Random::new(row.id.as_u64_pair().1 ^ row.version.unsigned_abs());
         let (mut next, decision) = decision::measure(spec, state, &measured, now, &mut || random.unit());

@@ -4,8 +4,10 @@
 use crate::feedback::Metrics;
 use crate::rollout::contest::verdicts;
 use crate::rollout::decision::{Measure, Measured, State};
-use crate::rollout::spec::{Kind as RolloutKind, Metric, Of, Quantity, Role, Spec};
+use crate::rollout::spec::{Condition, Kind as RolloutKind, Metric, Of, Quantity, Role, Spec};
+use crate::rollout::statistics::quantile_ranks;
 use std::collections::BTreeMap;
+use tidemill_rlhf::statistics::Interval;
 use tidemill_store::records::Kind;
 use tidemill_store::{ArmCounts, Comparisons, Exposures, StoreError, UnitSums, UnitValue};
 use uuid::Uuid;
@@ -54,7 +56,7 @@ pub async fn measured(
     }
     let exposures = by_arm(spec, &counts, |count| count.arm).map(|count| count.map_or(0, |count| count.units)).collect();
     let ended = by_arm(spec, &ended, |(arm, _)| *arm).map(|units| units.map_or(0, |(_, units)| *units)).collect();
-    Ok(Measured { exposures, ended, metrics })
+    Ok(Measured { exposures, ended, metrics, displaced: false })
 }
 
 /// From when on all servers assign by the shares that a state has since then. Before a rollout began nobody was assigned by it.
@@ -96,11 +98,12 @@ async fn source(
             })
             .collect()
     };
-    // A guardrail counts answers, and is exact from the first one on. A goal compares people, of whom each counts once.
+    // A guardrail of the variant's own value counts answers, and is exact from the first one on. What compares arms compares people, of
+    // whom each counts once: the answers of one are not independent, and somebody who asks more than all others is in one arm only.
     let share = async |value: UnitValue, of: fn(&ArmCounts) -> (u64, u64)| -> Result<Vec<Option<Measure>>, StoreError> {
-        match metric.role {
-            Role::Guardrail => Ok(shares(of)),
-            Role::Goal => Ok(of_units(&exposures.unit_means(id, since, value).await?)),
+        match (metric.role, metric.condition.of) {
+            (Role::Guardrail, Of::Value) => Ok(shares(of)),
+            _ => Ok(of_units(&exposures.unit_means(id, since, value).await?)),
         }
     };
     let said = async |kind: Kind, name: Option<&str>| -> Result<Vec<Option<Measure>>, StoreError> {
@@ -121,14 +124,28 @@ async fn source(
         }
         Quantity::OutputTokens => Ok(of_units(&exposures.unit_means(id, since, UnitValue::Tokens).await?)),
         Quantity::TimeToFirstToken(quantile) => {
-            let bound = metric.condition.max.filter(|_| metric.condition.of == Of::Value);
+            let Condition { of, min, max } = metric.condition;
+            // How many took longer says all that such a bound asks for.
+            let bound = max.filter(|_| of == Of::Value && min.is_none());
             let bound_us = bound.map_or(STALL, |seconds| (seconds * 1e6) as i64);
+            let seconds = |us: i64| us as f64 / 1e6;
             let mut arms = Vec::with_capacity(spec.arms.len());
             for arm in 0..spec.arms.len() {
                 let arm = u32::try_from(arm).unwrap_or(u32::MAX);
                 let times = exposures.first_tokens(id, arm, since, *quantile, bound_us).await?;
-                let value = times.value_us.map_or(0.0, |us| us as f64 / 1e6);
-                arms.push(Some(Measure::Quantile { value, count: times.count, above: bound.map(|_| times.above) }));
+                let mut between = None;
+                if bound.is_none() {
+                    // Two arms share the chance of a wrong alarm.
+                    let (low, high) = quantile_ranks(*quantile, times.count, 0.5 * spec.alpha);
+                    let at = async |rank: Option<u64>| match rank {
+                        Some(rank) => exposures.first_token_at(id, arm, since, rank, bound_us).await,
+                        None => Ok(None),
+                    };
+                    let (low, high) = (at(low).await?.map_or(0.0, seconds), at(high).await?.map_or(f64::INFINITY, seconds));
+                    between = Some(Interval { low, high });
+                }
+                let (value, above) = (times.value_us.map_or(0.0, seconds), bound.map(|_| times.above));
+                arms.push(Some(Measure::Quantile { value, count: times.count, above, between }));
             }
             Ok(arms)
         }

@@ -187,7 +187,8 @@ impl Scorer {
             records = timeout(LONGEST, prompt_records(&events)) => records,
             () = self.disturbed() => return Outcome::CalledOff,
         };
-        let Ok(records) = records else { return Outcome::CalledOff };
+        // With the engine to itself: it would take as long again, and those that wait behind it would wait for ever.
+        let Ok(records) = records else { return Outcome::Unfit };
         let base: Option<Vec<f32>> =
             records.unwrap_or_default().iter().skip(prompt).map(|record| Some(record.as_ref()?.logprob)).collect();
         let score = base.and_then(|base| base_score(answer.raw_logprobs.get(..fits - prompt)?, &base));

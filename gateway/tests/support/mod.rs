@@ -143,6 +143,7 @@ pub struct Setup {
     pub pace: Duration,
     pub max_waiting: usize,
     pub max_seqs: usize,
+    pub max_batch_tokens: usize,
     pub template: Option<&'static str>,
     pub recording: Recording,
     pub metrics: Metrics,
@@ -189,6 +190,7 @@ impl Default for Setup {
             pace: Duration::ZERO,
             max_waiting: 64,
             max_seqs: 16,
+            max_batch_tokens: 512,
             template: Some(TEMPLATE),
             recording: Recording::default(),
             metrics: Metrics::new(),
@@ -265,6 +267,7 @@ impl Setup {
             served_name: MODEL.into(),
             kv_memory: Some(1 << 20),
             max_seqs: self.max_seqs,
+            max_batch_tokens: self.max_batch_tokens,
             max_waiting: self.max_waiting,
             max_model_len: Some(512),
             ..EngineOptions::new("parrot")

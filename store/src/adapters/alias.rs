@@ -6,18 +6,20 @@ use uuid::Uuid;
 use super::{AdapterRefusal, AdapterState, Adapters, RegisteredAdapter, exists, row};
 use crate::audit::Actor;
 use crate::patience::patiently;
+use crate::rollouts::moment;
 use crate::statement::clean;
 use crate::store::now_us;
 
 impl Adapters {
-    /// Leads an alias of the adapter's base to an adapter that is served. Returns the adapter, and the one that it led to before.
+    /// Leads an alias of the adapter's base to an adapter that is served: after all that has happened to the name, whatever the clocks of
+    /// servers say. Returns the adapter, and the one that it led to before.
     pub async fn set_alias(
         &self,
         name: &str,
         id: Uuid,
         actor: impl Into<Actor>,
     ) -> Result<(RegisteredAdapter, Option<Uuid>), AdapterRefusal> {
-        self.lead_alias(name, id, now_us(), &actor.into()).await
+        self.lead_alias(name, id, None, &actor.into()).await
     }
 
     /// Leads an alias back to where it led from `since` on, in microseconds since 1970, as if it had not been moved.
@@ -28,14 +30,14 @@ impl Adapters {
         since: i64,
         actor: impl Into<Actor>,
     ) -> Result<(RegisteredAdapter, Option<Uuid>), AdapterRefusal> {
-        self.lead_alias(name, id, since, &actor.into()).await
+        self.lead_alias(name, id, Some(since), &actor.into()).await
     }
 
     async fn lead_alias(
         &self,
         name: &str,
         id: Uuid,
-        since: i64,
+        since: Option<i64>,
         actor: &Actor,
     ) -> Result<(RegisteredAdapter, Option<Uuid>), AdapterRefusal> {
         patiently(async {
@@ -54,6 +56,10 @@ impl Adapters {
             if let Some(taken_by) = taken_by {
                 return Err(AdapterRefusal::NameTaken { name: name.to_owned(), taken_by });
             }
+            let since = match since {
+                Some(since) => since,
+                None => moment(&mut transaction, name, now_us()).await?,
+            };
             let before = row::lead(&mut transaction, &adapter, name, since).await?;
             let detail = json!({"base": adapter.base, "adapter": adapter.reference(), "before": before});
             self.audit_subject(&mut transaction, actor, "adapter.alias", name, detail).await?;

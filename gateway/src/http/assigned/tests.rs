@@ -45,6 +45,7 @@ fn what_is_the_variants_fault_and_what_is_not() {
         (coded(504, "deadline_exceeded"), Fault::Elsewhere),
         (coded(429, "rate_limit_exceeded"), Fault::Elsewhere),
         (coded(403, "model_not_allowed"), Fault::Elsewhere),
+        (coded(404, "item_not_found"), Fault::Request),
         (ApiError::context_length(1, 2, None, "messages"), Fault::Request),
     ] {
         assert_eq!(Fault::of(&error), fault, "{error:?}");

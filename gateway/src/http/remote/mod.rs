@@ -264,7 +264,7 @@ impl RemoteCall {
         let mut attempt = 0;
         loop {
             let draw = self.draw(model, attempt);
-            let Some((mut turn, elsewhere)) = model.choose(self.prefix, draw, &asked) else {
+            let Some((mut turn, elsewhere)) = model.choose(self.prefix, draw, &asked, self.asked.is_copy()) else {
                 account.discard();
                 return Err(Stop::Next(last.map_or_else(|| nobody(model), |failure| failure.tell(model.name()))));
             };
@@ -289,7 +289,13 @@ impl RemoteCall {
                     return Err(Stop::Next(failure.tell(model.name())));
                 }
                 Next::Tell => {
-                    account.discard();
+                    if failure == Failure::Deadline {
+                        // As if the client had left: it was exposed to whoever was so slow.
+                        self.asked.assigned.iter().for_each(|assigned| assigned.is_recorded());
+                        account.settle(Status::Cancelled);
+                    } else {
+                        account.discard();
+                    }
                     return Err(Stop::Tell(failure.tell(model.name())));
                 }
             }

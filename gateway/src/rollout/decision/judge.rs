@@ -2,14 +2,13 @@
 
 use crate::rollout::spec::{Condition, Metric, Of, Quantity, Role};
 use crate::rollout::statistics::{
-    Effect, Level, Sample, Verdicts, confidence_sequence, contrast, exact_sequence, pairwise, relative_sequence,
+    Effect, Level, Sample, Verdicts, bounded_sequence, confidence_sequence, contrast, exact_sequence, pairwise, relative_sequence,
 };
 use serde::{Deserialize, Serialize};
 use tidemill_rlhf::statistics::Interval;
 
 /// What was measured of an arm.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "kind")]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Measure {
     /// A share of trials.
     Share {
@@ -27,11 +26,6 @@ pub enum Measure {
         /// Observations.
         count: u64,
     },
-    /// A mean from which what was known before is taken out.
-    Adjusted(
-        /// By CUPED.
-        Sample,
-    ),
     /// A quantile.
     Quantile {
         /// Its value.
@@ -40,6 +34,8 @@ pub enum Measure {
         count: u64,
         /// Observations above the condition's `max`, which turn a quantile's bound into a share's.
         above: Option<u64>,
+        /// Where it lies at all times, for conditions that this does not turn into a share's; open ends are 0 and infinite.
+        between: Option<Interval>,
     },
     /// Comparisons with the control, by the place where this arm was shown.
     Comparison {
@@ -56,7 +52,6 @@ impl Measure {
         match self {
             Self::Share { trials, .. } => *trials,
             Self::Mean { count, .. } | Self::Quantile { count, .. } => *count,
-            Self::Adjusted(sample) => sample.count,
             Self::Comparison { first, second } => first.total() + second.total(),
         }
     }
@@ -76,7 +71,6 @@ impl Measure {
         match self {
             Self::Share { successes, trials } => Sample::proportion(*successes, *trials),
             Self::Mean { sum, sum_squares, count } => Sample::mean(*sum, *sum_squares, *count),
-            Self::Adjusted(sample) => (sample.mean.is_finite() && sample.variance.is_finite()).then_some(*sample),
             Self::Quantile { .. } | Self::Comparison { .. } => None,
         }
     }
@@ -237,11 +231,27 @@ fn read(metric: &Metric, control: Option<&Measure>, treatment: Option<&Measure>,
     }
     let control = control.ok_or(NOTHING)?;
     let samples = own.min(readable(control)?);
-    if let (Measure::Quantile { value: base, .. }, Measure::Quantile { value, .. }) = (control, treatment) {
-        let change = if condition.of == Of::Relative { (value - base) / base.abs() } else { value - base };
-        return point(condition, change, samples);
-    }
     let relative = condition.of == Of::Relative;
+    if let (Measure::Quantile { value: base, between: theirs, .. }, Measure::Quantile { value, between: own, .. }) =
+        (control, treatment)
+    {
+        let change = if relative { (value - base) / base } else { value - base };
+        let between = theirs.zip(*own).map(|(theirs, own)| match relative {
+            true => Interval { low: own.low / theirs.high - 1.0, high: own.high / theirs.low - 1.0 },
+            false => Interval { low: own.low - theirs.high, high: own.high - theirs.low },
+        });
+        return quantile(condition, change, between, samples);
+    }
+    let mut level = level;
+    if metric.role == Role::Guardrail && metric.quantity.is_share() && !relative {
+        level.alpha *= 0.5;
+        if let (Some(interval), Some(own), Some(base)) =
+            (apart(control, treatment, level.alpha), treatment.centre(), control.centre())
+            && relation(condition, interval) == Relation::Outside
+        {
+            return finite(condition, own - base, interval, samples, true);
+        }
+    }
     let (Some(base), Some(sample)) = (control.sample(), treatment.sample()) else {
         // One observation has no variance yet; anything else is wrong.
         return Err(if samples < 2 { Unread::Early(samples) } else { Unread::Missing("the arms' measures cannot be compared") });
@@ -263,13 +273,34 @@ fn read(metric: &Metric, control: Option<&Measure>, treatment: Option<&Measure>,
     }
 }
 
+/// The difference of two means of numbers between 0 and 1, by a sequence of each that holds from the first observation on: a variant that is
+/// broken for its first few users is gone before there are many.
+fn apart(control: &Measure, treatment: &Measure, alpha: f64) -> Option<Interval> {
+    let of = |measure: &Measure| match measure {
+        Measure::Share { successes, trials } => exact_sequence(*successes, *trials, 0.5 * alpha),
+        Measure::Mean { sum, count, .. } => bounded_sequence(*sum, *count, 0.5 * alpha),
+        Measure::Quantile { .. } | Measure::Comparison { .. } => None,
+    };
+    let (control, treatment) = (of(control)?, of(treatment)?);
+    Some(Interval { low: treatment.low - control.high, high: treatment.high - control.low })
+}
+
+/// A condition on a quantile, or on how it differs from the control's.
+fn quantile(condition: &Condition, value: f64, between: Option<Interval>, samples: u64) -> Result<Reading, Unread> {
+    if !value.is_finite() {
+        return Err(Unread::Missing("the control's value is 0, so nothing is relative to it; compare the difference"));
+    }
+    let relation = between.map_or(Relation::Across, |interval| relation(condition, interval));
+    let interval = between.filter(|interval| interval.low.is_finite() && interval.high.is_finite());
+    Ok(Reading { value, interval, relation, samples, exact: true })
+}
+
 /// The number of observations of a measure that makes sense.
 fn readable(measure: &Measure) -> Result<u64, Unread> {
     let sound = match measure {
         Measure::Share { successes, trials } => successes <= trials,
         Measure::Mean { sum, sum_squares, .. } => sum.is_finite() && sum_squares.is_finite(),
-        Measure::Adjusted(sample) => sample.mean.is_finite() && sample.variance.is_finite() && sample.variance >= 0.0,
-        Measure::Quantile { value, count, above } => {
+        Measure::Quantile { value, count, above, .. } => {
             (*count == 0 || value.is_finite()) && above.is_none_or(|above| above <= *count)
         }
         Measure::Comparison { .. } => true,
@@ -290,12 +321,12 @@ fn value(metric: &Metric, measure: &Measure, level: Level) -> Result<Reading, Un
             let interval = exact_sequence(*successes, *trials, level.alpha).ok_or(Unread::Early(samples))?;
             finite(condition, *successes as f64 / *trials as f64, interval, samples, true)
         }
-        Measure::Quantile { value, count, above } => {
+        Measure::Quantile { value, count, above, between } => {
             // "The 99th percentile is at most 2 s" says that at most one in a hundred takes longer.
             let (Quantity::TimeToFirstToken(at), Some(above), Some(_), None) =
                 (&metric.quantity, above, condition.max, condition.min)
             else {
-                return point(condition, *value, samples);
+                return quantile(condition, *value, *between, samples);
             };
             let share = exact_sequence(*above, *count, level.alpha).ok_or(Unread::Early(samples))?;
             let slow = Condition { of: Of::Value, min: None, max: Some(1.0 - at) };
@@ -309,7 +340,7 @@ fn value(metric: &Metric, measure: &Measure, level: Level) -> Result<Reading, Un
             let interval = Interval { low: about.low + 0.5, high: about.high + 0.5 };
             finite(condition, result.win_rate, interval, samples, false)
         }
-        Measure::Mean { .. } | Measure::Adjusted(_) => {
+        Measure::Mean { .. } => {
             let sample = measure.sample().ok_or(Unread::Early(samples))?;
             let Some(estimate) = sample.estimate() else { return alike(metric, sample.mean, samples) };
             let sequence = confidence_sequence(&estimate, level);
@@ -318,21 +349,16 @@ fn value(metric: &Metric, measure: &Measure, level: Level) -> Result<Reading, Un
     }
 }
 
-/// A number that comes without an interval is taken at its word.
-fn point(condition: &Condition, value: f64, samples: u64) -> Result<Reading, Unread> {
-    if !value.is_finite() {
-        return Err(Unread::Missing("the control's value is 0, so nothing is relative to it; compare the difference"));
-    }
-    let relation = if condition.holds(value) { Relation::Within } else { Relation::Outside };
-    Ok(Reading { value, interval: None, relation, samples, exact: false })
-}
-
 /// Observations that are all the same, as the divergence of a model from itself: enough to hold a guardrail, not to prove a goal.
 fn alike(metric: &Metric, value: f64, samples: u64) -> Result<Reading, Unread> {
-    match metric.role {
-        Role::Guardrail => point(&metric.condition, value, samples),
-        Role::Goal => Err(Unread::Missing("its observations are all alike, so nothing is known of their spread")),
+    if metric.role == Role::Goal {
+        return Err(Unread::Missing("its observations are all alike, so nothing is known of their spread"));
     }
+    if !value.is_finite() {
+        return Err(Unread::Missing("its numbers are too large to compare"));
+    }
+    let relation = if metric.condition.holds(value) { Relation::Within } else { Relation::Outside };
+    Ok(Reading { value, interval: None, relation, samples, exact: false })
 }
 
 fn finite(condition: &Condition, value: f64, interval: Interval, samples: u64, exact: bool) -> Result<Reading, Unread> {

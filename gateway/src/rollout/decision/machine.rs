@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use tidemill_rlhf::statistics::Interval;
 use tidemill_store::Actor;
 
-/// Below this, however often it is looked at, the arms did not get their shares by chance.
+/// Below this, however often it is looked at, the arms did not get their shares by chance; see [`sample_ratio_limit`].
 const SAMPLE_RATIO_ANYTIME: f64 = 0.01;
 /// Below this, at one look, nothing that compares the arms is believed; whether they got their shares is told by further units.
 const SAMPLE_RATIO_ALPHA: f64 = 0.001;
@@ -18,6 +18,9 @@ const SAMPLE_RATIO_ALPHA: f64 = 0.001;
 const SAMPLE_RATIO_LEAST: f64 = 5.0;
 /// Joint draws of a bandit's shares.
 const ROUNDS: usize = 2000;
+/// A bandit's shares stay while none of them would move as far: draws alone move them by about half of it, each move sends units to other
+/// arms, and whether the arms got their shares is told of what came since the last.
+const LEAST_MOVE: f64 = 0.02;
 
 /// A rollout that begins now, in microseconds since 1970.
 pub fn start(spec: &Spec, by: impl Into<Actor>, now: i64) -> (State, Decision) {
@@ -35,6 +38,7 @@ pub fn start(spec: &Spec, by: impl Into<Actor>, now: i64) -> (State, Decision) {
         weights,
         since: now,
         changed: now,
+        recounts: 0,
         step: usize::from(!spec.steps.is_empty()),
         step_since: now,
         step_exposures: 0,
@@ -69,6 +73,10 @@ pub fn act(spec: &Spec, state: &State, act: Act, by: impl Into<Actor>, now: i64)
         }
         Act::Resume if !paused => return Err(ActError::NotPaused),
         Act::Resume => {
+            if state.status == (Status::Paused { reason: PauseReason::SampleRatio }) {
+                // Units that were lost stay lost, and what was measured without them is not believed.
+                recount(&mut next, now);
+            }
             next.status = Status::Running;
             next.inconclusive.clear();
             (Action::Resume, "a person resumed it")
@@ -216,7 +224,7 @@ fn follow(
     if status == (Status::Paused { reason: PauseReason::SampleRatio }) {
         return (Action::Hold, "the arms did not get their shares; find the cause, then `resume`".to_owned());
     }
-    if let Some(test) = facts.sample_ratio.filter(|test| test.anytime_p < SAMPLE_RATIO_ANYTIME) {
+    if let Some(test) = facts.sample_ratio.filter(|test| test.anytime_p < sample_ratio_limit(next.recounts)) {
         let why = format!("the arms did not get their shares: chance would ever do this with probability {:.2e}", test.anytime_p);
         return pause(next, PauseReason::SampleRatio, why);
     }
@@ -239,6 +247,10 @@ fn follow(
         }
         return pause(next, PauseReason::Deadline, "nothing was decided before the deadline".to_owned());
     }
+    if measured.displaced {
+        let why = "what the name serves is not the control any more; roll it back, and start it anew beside what is served";
+        return (Action::Hold, why.to_owned());
+    }
     let unclear = next.inconclusive.keys().next().cloned();
     if status == (Status::Paused { reason: PauseReason::Inconclusive }) {
         return match unclear {
@@ -256,6 +268,19 @@ fn follow(
         return (Action::Hold, format!("{} of arm {}: {}", judgement.metric, judgement.arm, judgement.note));
     }
     advance(spec, next, facts, measured, now, uniform)
+}
+
+/// Below which the anytime test says that the arms did not get their shares. Counting that begins anew is another test: all but the first
+/// have 1/2 + 1/6 + 1/12 + … = 1 of the first one's limit together, however often shares change.
+fn sample_ratio_limit(recounts: u32) -> f64 {
+    let tests = f64::from(recounts);
+    SAMPLE_RATIO_ANYTIME / (tests * (tests + 1.0)).max(1.0)
+}
+
+/// What was measured before is not added to what comes.
+fn recount(next: &mut State, now: i64) {
+    (next.since, next.changed, next.step_exposures) = (now, now, 0);
+    next.recounts = next.recounts.saturating_add(1);
 }
 
 /// The first metric whose count is above its limit.
@@ -366,9 +391,8 @@ fn climb(spec: &Spec, next: &mut State, facts: &Facts, step: Step, now: i64) -> 
         let (coverage, weights) = spec.at_weight(weight);
         // A database may have lost a weight's last digit, which is no other proportion.
         if next.weights.iter().zip(&weights).any(|(old, new)| (old - new).abs() > 1e-9) {
-            // The arms' proportion is another one: what was measured before is not added to what comes.
-            next.since = now;
-            next.step_exposures = 0;
+            // The arms' proportion is another one.
+            recount(next, now);
         }
         (next.coverage, next.weights, next.changed) = (coverage, weights, now);
         return (Action::Step, format!("step {done}: {:.4} % of the traffic", 100.0 * weight));
@@ -426,7 +450,7 @@ fn separated(spec: &Spec, measured: &Measured) -> Option<usize> {
     })
 }
 
-/// A bandit's shares by what was learnt. None for the others, and where an arm's rewards cannot be read.
+/// A bandit's shares by what was learnt. None for the others, where an arm's rewards cannot be read, and where they stay as they are.
 fn reallocate(
     spec: &Spec,
     next: &mut State,
@@ -451,8 +475,14 @@ fn reallocate(
             }),
         })
         .collect();
-    next.weights = floored(&thompson(&beliefs?, ROUNDS, uniform), spec.floor);
+    let shares = floored(&thompson(&beliefs?, ROUNDS, uniform), spec.floor);
+    let moves = shares.iter().zip(&next.weights).any(|(new, old)| (new - old).abs() >= LEAST_MOVE);
+    if !moves {
+        return None;
+    }
+    next.weights = shares;
     next.changed = now;
+    next.recounts = next.recounts.saturating_add(1);
     Some((Action::Reallocate, "shares follow the chance of being the best".to_owned()))
 }
 

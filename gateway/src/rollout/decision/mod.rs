@@ -8,8 +8,9 @@
 //! 2. Arms that did not get their share of the units (SRM) pause, and nothing that compares them is believed.
 //! 3. A goal that no treatment can reach any more rolls back.
 //! 4. After the deadline nothing goes on by itself.
-//! 5. Data that stay missing or unclear pause.
-//! 6. Only then may weights rise, and a goal that is surely met promote.
+//! 5. Nothing goes on beside a control that is not what the name serves any more.
+//! 6. Data that stay missing or unclear pause.
+//! 7. Only then may weights rise, and a goal that is surely met promote.
 //!
 //! A state that is over never changes, unless a person takes its promotion back.
 

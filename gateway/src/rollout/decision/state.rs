@@ -27,6 +27,9 @@ pub struct State {
     pub since: i64,
     /// Since when recent exposures are to be counted: no weight has changed since.
     pub changed: i64,
+    /// How often it was begun anew to compare the units with the arms' shares.
+    #[serde(default)]
+    pub recounts: u32,
     /// A canary's step that is waited for; past the last when all are done.
     pub step: usize,
     /// When that step began.
@@ -111,6 +114,8 @@ pub struct Measured {
     pub ended: Vec<u64>,
     /// By a metric's name, each arm's measure since [`State::since`]; None where its source gave nothing.
     pub metrics: BTreeMap<String, Vec<Option<Measure>>>,
+    /// What the name serves has changed since the rollout began, so that it is not what the treatment is compared with.
+    pub displaced: bool,
 }
 
 /// What a person wants.

@@ -11,15 +11,21 @@ const HALVINGS: usize = 60;
 /// α, whenever one looks and however rare the events (Robbins 1970, "Statistical methods related to the law of the iterated
 /// logarithm"; Ville's inequality). None without trials, and with more successes than trials.
 pub fn exact_sequence(successes: u64, trials: u64, alpha: f64) -> Option<Interval> {
-    if trials == 0 || successes > trials {
+    (successes <= trials).then(|| bounded_sequence(successes as f64, trials, alpha))?
+}
+
+/// The same for the mean of numbers between 0 and 1, of which the sum is given: (q/p)ˣ((1 − q)/(1 − p))¹⁻ˣ is convex in x, so that its mean
+/// is at most that of a trial with the same mean, and the ratio a supermartingale. None for a sum that no such numbers have.
+pub fn bounded_sequence(sum: f64, count: u64, alpha: f64) -> Option<Interval> {
+    let n = count as f64;
+    // Means of units are added up with rounding.
+    if count == 0 || !(0.0..=n * (1.0 + 1e-9)).contains(&sum) {
         return None;
     }
-    let (s, f) = (successes as f64, (trials - successes) as f64);
-    let mixture = ln_beta(1.0 + s, 1.0 + f);
-    // x ln p with 0·ln 0 = 0.
-    let power = |x: f64, ln: f64| if x > 0.0 { x * ln } else { 0.0 };
-    let excluded = |p: f64| mixture - power(s, p.ln()) - power(f, (-p).ln_1p()) >= -alpha.ln();
-    let best = s / (s + f);
+    let s = sum.min(n);
+    let mixture = mixture(s, n);
+    let excluded = |p: f64| mixture - likelihood(s, n, p) >= -alpha.ln();
+    let best = s / n;
     // The likelihood falls away from the observed share on both sides.
     let edge = |outside: f64| {
         let (mut out, mut within) = (outside, best);
@@ -29,7 +35,40 @@ pub fn exact_sequence(successes: u64, trials: u64, alpha: f64) -> Option<Interva
         }
         out
     };
-    Some(Interval { low: if successes == 0 { 0.0 } else { edge(0.0) }, high: if successes == trials { 1.0 } else { edge(1.0) } })
+    Some(Interval { low: if s == 0.0 { 0.0 } else { edge(0.0) }, high: if s == n { 1.0 } else { edge(1.0) } })
+}
+
+/// ln of the mixture's likelihood: of all shares alike.
+fn mixture(s: f64, n: f64) -> f64 {
+    ln_beta(1.0 + s, 1.0 + n - s)
+}
+
+/// ln pˢ(1 − p)ⁿ⁻ˢ
+fn likelihood(s: f64, n: f64, p: f64) -> f64 {
+    // x ln p with 0·ln 0 = 0.
+    let power = |x: f64, ln: f64| if x > 0.0 { x * ln } else { 0.0 };
+    power(s, p.ln()) + power(n - s, (-p).ln_1p())
+}
+
+/// Between which of n observations, in order and counted from 1, a quantile lies at all times: how many of them do not exceed it is a number
+/// of successes, and those that [`exact_sequence`] excludes are too few or too many (Howard and Ramdas 2022, "Sequential estimation of
+/// quantiles with applications to A/B testing and best-arm identification", have it for other sequences). None at an end where even the
+/// first, or the last, may lie beyond it.
+pub fn quantile_ranks(at: f64, count: u64, alpha: f64) -> (Option<u64>, Option<u64>) {
+    let n = count as f64;
+    let excluded = |s: u64| mixture(s as f64, n) - likelihood(s as f64, n, at) >= -alpha.ln();
+    let middle = ((at * n) as u64).min(count);
+    // The fewest and the most that are not excluded; between them none is.
+    let (mut few, mut most) = ((0, middle), (middle, count));
+    while few.0 < few.1 {
+        let half = few.0.midpoint(few.1);
+        if excluded(half) { few.0 = half + 1 } else { few.1 = half }
+    }
+    while most.0 < most.1 {
+        let half = most.0 + (most.1 - most.0).div_ceil(2);
+        if excluded(half) { most.1 = half - 1 } else { most.0 = half }
+    }
+    ((few.0 > 0).then_some(few.0), (most.0 < count).then_some(most.0 + 1))
 }
 
 #[cfg(test)]
@@ -57,6 +96,54 @@ mod tests {
             let (all, one) = (exact_sequence(successes, trials, 0.05).unwrap(), wilson(successes, trials, Z95).unwrap());
             assert!(all.low < one.low && all.high > one.high, "{successes}/{trials}");
         }
+    }
+
+    #[test]
+    fn numbers_between_0_and_1_have_the_sequence_of_trials_and_those_outside_have_none() {
+        assert_eq!(bounded_sequence(3.0, 9, 0.05), exact_sequence(3, 9, 0.05));
+        let (less, half, more) =
+            (exact_sequence(2, 9, 0.05).unwrap(), bounded_sequence(2.5, 9, 0.05).unwrap(), exact_sequence(3, 9, 0.05).unwrap());
+        assert!(less.low < half.low && half.low < more.low && less.high < half.high && half.high < more.high);
+        for (sum, count) in [(-0.1, 3), (3.1, 3), (f64::NAN, 3), (0.0, 0)] {
+            assert_eq!(bounded_sequence(sum, count, 0.05), None, "{sum} {count}");
+        }
+        assert_eq!(bounded_sequence(3.0 + 1e-12, 3, 0.05).unwrap().high, 1.0);
+    }
+
+    #[test]
+    fn a_quantile_lies_between_the_observations_that_its_sequence_does_not_exclude() {
+        for (at, count) in [(0.5, 40u64), (0.99, 3000), (0.95, 500)] {
+            let (few, most) = quantile_ranks(at, count, 0.05);
+            let holds = |s: u64| {
+                let share = exact_sequence(s, count, 0.05).unwrap();
+                share.low <= at && at <= share.high
+            };
+            let (few, most) = (few.unwrap(), most.unwrap() - 1);
+            assert!(holds(few) && !holds(few - 1) && holds(most) && !holds(most + 1), "{at} {count}: {few} {most}");
+        }
+        // Of a hundred the largest may lie below the 99th percentile, and of three nothing is known.
+        assert_eq!(
+            (quantile_ranks(0.99, 100, 0.05).1, quantile_ranks(0.5, 3, 0.05), quantile_ranks(0.5, 0, 0.05)),
+            (None, (None, None), (None, None))
+        );
+    }
+
+    /// 1,000 streams, looked at after every tenth observation.
+    #[test]
+    fn a_quantile_is_ever_missed_in_at_most_five_of_a_hundred_streams() {
+        let mut random = Random::new(9);
+        let missed = (0..1000)
+            .filter(|_| {
+                // Of numbers that are even between 0 and 1 the 90th percentile is 0.9.
+                let mut below = 0;
+                (1..=600u64).any(|n| {
+                    below += u64::from(random.unit() < 0.9);
+                    let (few, most) = quantile_ranks(0.9, n, 0.05);
+                    n % 10 == 0 && (few.is_some_and(|few| below < few) || most.is_some_and(|most| below >= most))
+                })
+            })
+            .count();
+        assert!(missed <= 50, "{missed}");
     }
 
     /// 1,000 streams of rare events, looked at after every trial.

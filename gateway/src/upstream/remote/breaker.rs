@@ -36,19 +36,28 @@ pub enum BreakerState {
 pub struct Breaker {
     rule: BreakerRule,
     state: State,
+    /// Requests that went through; each is known by its number.
+    entered: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    Closed { failures: u32 },
-    Open { until: Duration },
-    HalfOpen,
+    Closed {
+        failures: u32,
+    },
+    Open {
+        until: Duration,
+    },
+    HalfOpen {
+        /// The request that tries. News of others is news of before.
+        probe: u64,
+    },
 }
 
 impl Breaker {
     /// Closed.
     pub fn new(rule: BreakerRule) -> Self {
-        Self { rule, state: State::Closed { failures: 0 } }
+        Self { rule, state: State::Closed { failures: 0 }, entered: 0 }
     }
 
     /// Whether a request may go through at `now`. Takes nothing.
@@ -56,32 +65,40 @@ impl Breaker {
         match self.state {
             State::Closed { .. } => true,
             State::Open { until } => now >= until,
-            State::HalfOpen => false,
+            State::HalfOpen { .. } => false,
         }
     }
 
-    /// A request goes through; `false` when it may not. The first after the rest is the one that tries.
-    pub fn enter(&mut self, now: Duration) -> bool {
-        let admitted = self.admits(now);
-        if admitted && matches!(self.state, State::Open { .. }) {
-            self.state = State::HalfOpen;
+    /// A request goes through, and gets a number; `None` when it may not. The first after the rest is the one that tries.
+    pub fn enter(&mut self, now: Duration) -> Option<u64> {
+        if !self.admits(now) {
+            return None;
         }
-        admitted
+        self.entered += 1;
+        if matches!(self.state, State::Open { .. }) {
+            self.state = State::HalfOpen { probe: self.entered };
+        }
+        Some(self.entered)
     }
 
-    /// An answer has begun. While the breaker is open this is news of before.
-    pub fn succeeded(&mut self) {
-        if !matches!(self.state, State::Open { .. }) {
+    fn is_probe(&self, request: u64) -> bool {
+        self.state == State::HalfOpen { probe: request }
+    }
+
+    /// The answer to a request has begun.
+    pub fn succeeded(&mut self, request: u64) {
+        if matches!(self.state, State::Closed { .. }) || self.is_probe(request) {
             self.state = State::Closed { failures: 0 };
         }
     }
 
-    /// There was no answer, or it broke off.
-    pub fn failed(&mut self, now: Duration) {
+    /// There was no answer to a request, or it broke off.
+    pub fn failed(&mut self, request: u64, now: Duration) {
         self.state = match self.state {
             State::Closed { failures } if failures + 1 < self.rule.failures => State::Closed { failures: failures + 1 },
-            State::Closed { .. } | State::HalfOpen => State::Open { until: now + self.rule.rest },
-            open @ State::Open { .. } => open,
+            State::Closed { .. } => State::Open { until: now + self.rule.rest },
+            State::HalfOpen { probe } if probe == request => State::Open { until: now + self.rule.rest },
+            other => other,
         };
     }
 
@@ -96,8 +113,8 @@ impl Breaker {
     }
 
     /// A request ended without telling anything, because its client left. If it was the one that tried, the next one does.
-    pub fn abandoned(&mut self, now: Duration) {
-        if self.state == State::HalfOpen {
+    pub fn abandoned(&mut self, request: u64, now: Duration) {
+        if self.is_probe(request) {
             self.state = State::Open { until: now };
         }
     }
@@ -107,7 +124,7 @@ impl Breaker {
         match self.state {
             State::Closed { .. } => BreakerState::Closed,
             State::Open { .. } => BreakerState::Open,
-            State::HalfOpen => BreakerState::HalfOpen,
+            State::HalfOpen { .. } => BreakerState::HalfOpen,
         }
     }
 
@@ -116,7 +133,7 @@ impl Breaker {
         match self.state {
             State::Closed { .. } => Duration::ZERO,
             State::Open { until } => until.saturating_sub(now),
-            State::HalfOpen => Duration::from_secs(1),
+            State::HalfOpen { .. } => Duration::from_secs(1),
         }
     }
 }
@@ -132,8 +149,8 @@ mod tests {
     fn open() -> Breaker {
         let mut breaker = Breaker::new(BreakerRule { failures: 3, rest: at(10) });
         for _ in 0..3 {
-            assert!(breaker.enter(at(0)));
-            breaker.failed(at(0));
+            let request = breaker.enter(at(0)).unwrap();
+            breaker.failed(request, at(0));
         }
         breaker
     }
@@ -142,10 +159,11 @@ mod tests {
     fn so_many_failures_in_a_row_open_it_and_a_success_between_forgives() {
         let mut breaker = Breaker::new(BreakerRule { failures: 3, rest: at(10) });
         for _ in 0..5 {
-            breaker.failed(at(0));
-            breaker.failed(at(0));
+            let [one, two, three] = [(); 3].map(|()| breaker.enter(at(0)).unwrap());
+            breaker.failed(one, at(0));
+            breaker.failed(two, at(0));
             assert_eq!(breaker.state(), BreakerState::Closed);
-            breaker.succeeded();
+            breaker.succeeded(three);
         }
         let breaker = open();
         assert_eq!((breaker.state(), breaker.wait(at(4))), (BreakerState::Open, at(6)));
@@ -155,33 +173,47 @@ mod tests {
     #[test]
     fn after_the_rest_one_request_tries_and_decides() {
         let mut breaker = open();
-        assert!(breaker.enter(at(10)), "the probe");
-        assert!(!breaker.enter(at(10)), "the others wait for it");
-        breaker.failed(at(11));
-        assert!(!breaker.admits(at(20)) && breaker.enter(at(21)));
-        breaker.succeeded();
+        let probe = breaker.enter(at(10)).unwrap();
+        assert_eq!(breaker.enter(at(10)), None, "the others wait for it");
+        breaker.failed(probe, at(11));
+        assert!(!breaker.admits(at(20)));
+        let probe = breaker.enter(at(21)).unwrap();
+        breaker.succeeded(probe);
         assert_eq!(breaker.state(), BreakerState::Closed);
-        assert!(breaker.enter(at(21)) && breaker.enter(at(21)));
+        assert!(breaker.enter(at(21)).is_some() && breaker.enter(at(21)).is_some());
     }
 
     #[test]
     fn a_probe_whose_client_leaves_hands_its_turn_on() {
         let mut breaker = open();
-        assert!(breaker.enter(at(10)));
-        breaker.abandoned(at(12));
-        assert!(breaker.enter(at(12)) && !breaker.enter(at(12)));
+        let probe = breaker.enter(at(10)).unwrap();
+        breaker.abandoned(probe, at(12));
+        assert!(breaker.enter(at(12)).is_some() && breaker.enter(at(12)).is_none());
         let mut closed = Breaker::new(BreakerRule::default());
-        closed.abandoned(at(0));
+        closed.abandoned(1, at(0));
         assert_eq!(closed.state(), BreakerState::Closed);
     }
 
     #[test]
     fn late_news_of_before_neither_closes_it_nor_keeps_it_open() {
         let mut breaker = open();
-        breaker.succeeded();
+        breaker.succeeded(1);
         assert_eq!(breaker.state(), BreakerState::Open);
-        breaker.failed(at(9));
+        breaker.failed(1, at(9));
         assert!(breaker.admits(at(10)));
+    }
+
+    /// Answers that began before it opened may take minutes.
+    #[test]
+    fn while_one_tries_only_its_own_news_decides() {
+        let mut breaker = open();
+        let probe = breaker.enter(at(10)).unwrap();
+        breaker.succeeded(1);
+        breaker.failed(2, at(10));
+        breaker.abandoned(3, at(10));
+        assert_eq!((breaker.state(), breaker.enter(at(10))), (BreakerState::HalfOpen, None));
+        breaker.succeeded(probe);
+        assert_eq!(breaker.state(), BreakerState::Closed);
     }
 
     #[test]

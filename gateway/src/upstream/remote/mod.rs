@@ -103,13 +103,13 @@ impl RemoteModel {
     }
 
     /// A place at the server that is to be asked next, one that is not among `asked` where there is one. The second says whether yet
-    /// another one is left; `None` when all are full or left alone.
-    pub fn choose(&self, prefix: u64, draw: u64, asked: &[String]) -> Option<(Turn, bool)> {
+    /// another one is left; `None` when all are full or left alone. For a copy that nobody waits for, see [`Server::enter`].
+    pub fn choose(&self, prefix: u64, draw: u64, asked: &[String], is_copy: bool) -> Option<(Turn, bool)> {
         let replicas: Vec<_> = self.servers.iter().map(|server| server.replica()).collect();
         let order = balance::order(self.spec.balance, &replicas, prefix, draw);
         let known = |server: &&Arc<Server>| asked.contains(&server.spec().name);
         let (again, fresh): (Vec<_>, Vec<_>) = order.iter().filter_map(|at| self.servers.get(*at)).partition(known);
-        let turn = fresh.iter().chain(&again).find_map(|server| server.enter())?;
+        let turn = fresh.iter().chain(&again).find_map(|server| server.enter(is_copy))?;
         let left = fresh.iter().any(|server| server.spec().name != turn.server().spec().name && server.has_room());
         Some((turn, left))
     }
@@ -133,12 +133,12 @@ mod tests {
     fn a_server_that_was_asked_comes_last() {
         let model = &RemoteModel::all(&remotes(), 0).unwrap()[0];
         for draw in 0..20 {
-            let (first, left) = model.choose(0, draw, &[]).unwrap();
+            let (first, left) = model.choose(0, draw, &[], false).unwrap();
             let name = first.server().spec().name.clone();
             assert!(left);
-            let (second, left) = model.choose(0, draw, std::slice::from_ref(&name)).unwrap();
+            let (second, left) = model.choose(0, draw, std::slice::from_ref(&name), false).unwrap();
             assert!(!left && second.server().spec().name != name);
-            assert!(model.choose(0, draw, &["a".into(), "b".into()]).is_some(), "better twice than not at all");
+            assert!(model.choose(0, draw, &["a".into(), "b".into()], false).is_some(), "better twice than not at all");
         }
     }
 

@@ -2,6 +2,7 @@
 
 use crate::http::deadline;
 use crate::http::error::ApiError;
+use crate::upstream::remote::secret::without;
 use hyper::StatusCode;
 use std::borrow::Cow;
 use std::time::Duration;
@@ -55,12 +56,19 @@ impl Refused {
     /// Of a body or a chunk with an `error`. vLLM's older form has the message at the top.
     pub fn of(json: &serde_json::Value) -> Self {
         let error = json.get("error").filter(|error| error.is_object()).unwrap_or(json);
-        let text = |key: &str| {
-            let text = error.get(key)?.as_str()?;
-            Some(text.chars().take(MOST_TEXT).collect::<String>()).filter(|text| !text.is_empty())
-        };
-        let plain = || Some(json.get("error")?.as_str()?.chars().take(MOST_TEXT).collect());
+        let text = |key: &str| error.get(key)?.as_str().filter(|text| !text.is_empty()).map(str::to_owned);
+        let plain = || json.get("error")?.as_str().map(str::to_owned);
         Self { status: 0, message: text("message").or_else(plain), param: text("param"), code: text("code"), retry_after: None }
+    }
+
+    /// What may be passed on of it: without the key, whatever the server says, and not without end. In this order, so that no part of a key
+    /// is left at the end.
+    pub fn passable(mut self, key: Option<&str>) -> Self {
+        for text in [&mut self.message, &mut self.param, &mut self.code].into_iter().flatten() {
+            let discreet = key.map(|key| without(text, key));
+            *text = discreet.as_ref().unwrap_or(text).chars().take(MOST_TEXT).collect();
+        }
+        self
     }
 }
 
@@ -293,7 +301,18 @@ mod tests {
         assert_eq!(Refused::read(400, None, br#"{"error":"plain"}"#).message.as_deref(), Some("plain"));
         assert_eq!(Refused::read(502, None, b"<html>").message, None);
         let long = format!(r#"{{"error":{{"message":"{}"}}}}"#, "é".repeat(9000));
-        assert_eq!(Refused::read(400, None, long.as_bytes()).message.unwrap().chars().count(), MOST_TEXT);
+        assert_eq!(Refused::read(400, None, long.as_bytes()).passable(None).message.unwrap().chars().count(), MOST_TEXT);
+    }
+
+    #[test]
+    fn no_part_of_a_key_is_passed_on_not_even_where_a_long_message_is_cut() {
+        let message = format!("{}sk-123456789 is wrong, and so is sk-123456789", "x".repeat(MOST_TEXT - 5));
+        let body = serde_json::json!({"error": {"message": message, "param": "sk-123456789"}});
+        let told = Refused::of(&body).passable(Some("sk-123456789"));
+        assert_eq!(
+            (told.message.unwrap().chars().skip(MOST_TEXT - 6).collect::<String>(), told.param.as_deref()),
+            ("x… is ".into(), Some("…"))
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@ use crate::upstream::remote::breaker::{Breaker, BreakerState};
 use crate::upstream::remote::client::{Client, cause, client};
 use crate::upstream::remote::request::{Endpoint, first_bits, headers, url};
 use crate::upstream::remote::retry::{Failure, Refused};
-use crate::upstream::remote::secret::{Secret, SecretError, without};
+use crate::upstream::remote::secret::{Secret, SecretError};
 use crate::upstream::remote::spec::ServerSpec;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
@@ -107,16 +107,18 @@ impl Server {
         self.breaker().wait(self.now())
     }
 
-    /// Takes a request in; `None` when it is full or to be left alone.
-    pub fn enter(self: &Arc<Self>) -> Option<Turn> {
-        let most = self.spec.max_concurrent.unwrap_or(usize::MAX);
+    /// Takes a request in; `None` when it is full or to be left alone. A copy that nobody waits for leaves a place to those who wait, is
+    /// not the one that tries whether the server is there again, and how it ends is not held against the server.
+    pub fn enter(self: &Arc<Self>, is_copy: bool) -> Option<Turn> {
+        let most = self.spec.max_concurrent.unwrap_or(usize::MAX).saturating_sub(usize::from(is_copy));
         let room = |running: usize| (running < most).then_some(running + 1);
         self.running.fetch_update(Ordering::AcqRel, Ordering::Acquire, room).ok()?;
         self.metrics.running.increment(1);
+        let number = if is_copy { None } else { self.change(|breaker, now| breaker.enter(now)) };
+        let refused = if is_copy { self.breaker_state() != BreakerState::Closed } else { number.is_none() };
         // From here on dropping it gives the place back.
-        let mut turn = Turn { server: Arc::clone(self), begun: Instant::now(), told: true };
-        turn.told = !self.change(|breaker, now| breaker.enter(now));
-        if turn.told {
+        let turn = Turn { server: Arc::clone(self), begun: Instant::now(), number, told: number.is_none() };
+        if refused {
             return None;
         }
         self.metrics.requests.increment(1);
@@ -161,7 +163,9 @@ impl Server {
 pub struct Turn {
     server: Arc<Server>,
     begun: Instant,
-    /// The breaker knows how it went.
+    /// By which the breaker knows it; it knows nothing of copies.
+    number: Option<u64>,
+    /// The breaker knows how it went, as far as it is to.
     told: bool,
 }
 
@@ -203,29 +207,21 @@ impl Turn {
         let read = tokio::time::timeout(ERROR_TIME, Limited::new(body, MOST_ERROR).collect()).await;
         let bytes = read.ok().and_then(Result::ok).map(http_body_util::Collected::to_bytes).unwrap_or_default();
         let wait = parts.headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok());
-        Failure::Status(self.discreet(Refused::read(status, wait, &bytes), key))
-    }
-
-    /// An error without the key, whatever the server says.
-    fn discreet(&self, mut refused: Refused, key: Option<&str>) -> Refused {
-        if let Some(key) = key {
-            for text in [&mut refused.message, &mut refused.param, &mut refused.code].into_iter().flatten() {
-                *text = without(text, key);
-            }
-        }
-        refused
+        Failure::Status(Refused::read(status, wait, &bytes).passable(key))
     }
 
     /// The same for an error in the middle of a stream.
     pub fn reported(&self, error: &serde_json::Value) -> Failure {
         let key = self.server.secret.as_ref().map(Secret::current);
-        Failure::Status(self.discreet(Refused::of(error), key.as_deref()))
+        Failure::Status(Refused::of(error).passable(key.as_deref()))
     }
 
     /// The answer has begun.
     pub fn succeeded(&mut self) {
         self.told = true;
-        self.server.change(|breaker, _| breaker.succeeded());
+        if let Some(number) = self.number {
+            self.server.change(|breaker, _| breaker.succeeded(number));
+        }
     }
 
     /// There is no answer, or no more of it.
@@ -233,16 +229,17 @@ impl Turn {
         self.told = true;
         let kind = failure.kind();
         counter!("tidemill:upstream_errors_total", "upstream" => self.server.spec.name.clone(), "kind" => kind).increment(1);
+        let Some(number) = self.number else { return };
         let wait = match failure {
             Failure::Status(refused) if refused.status == 429 || refused.status == 503 => refused.retry_after,
             _ => None,
         };
         self.server.change(|breaker, now| match wait {
             Some(wait) => breaker.told_to_wait(wait, now),
-            None if failure.blames_server() => breaker.failed(now),
+            None if failure.blames_server() => breaker.failed(number, now),
             // It took the request and said what it thinks of it: it is there.
-            None if matches!(failure, Failure::Status(_)) => breaker.succeeded(),
-            None => breaker.abandoned(now),
+            None if matches!(failure, Failure::Status(_)) => breaker.succeeded(number),
+            None => breaker.abandoned(number, now),
         });
     }
 
@@ -266,8 +263,8 @@ impl Drop for Turn {
     fn drop(&mut self) {
         self.server.running.fetch_sub(1, Ordering::AcqRel);
         self.server.metrics.running.decrement(1);
-        if !self.told {
-            self.server.change(Breaker::abandoned);
+        if let (Some(number), false) = (self.number, self.told) {
+            self.server.change(|breaker, now| breaker.abandoned(number, now));
         }
     }
 }
@@ -287,10 +284,10 @@ mod tests {
     #[test]
     fn a_full_server_takes_no_more_until_a_place_is_given_back() {
         let server = server(|spec| spec.max_concurrent = Some(2));
-        let (first, second) = (server.enter().unwrap(), server.enter().unwrap());
-        assert!(server.enter().is_none() && !server.has_room());
+        let (first, second) = (server.enter(false).unwrap(), server.enter(false).unwrap());
+        assert!(server.enter(false).is_none() && !server.has_room());
         drop(first);
-        assert!(server.enter().is_some());
+        assert!(server.enter(false).is_some());
         drop(second);
         assert_eq!(server.replica().running, 0);
     }
@@ -299,27 +296,41 @@ mod tests {
     fn a_server_that_fails_is_left_alone_and_holds_no_places_meanwhile() {
         let server = server(|spec| spec.breaker = BreakerRule { failures: 2, rest: Duration::from_secs(3600) });
         for _ in 0..2 {
-            server.enter().unwrap().failed(&Failure::Broken("x".into()));
+            server.enter(false).unwrap().failed(&Failure::Broken("x".into()));
         }
-        assert!(server.enter().is_none() && !server.has_room() && server.replica().running == 0);
+        assert!(server.enter(false).is_none() && !server.has_room() && server.replica().running == 0);
         assert_eq!(server.breaker_state(), BreakerState::Open);
         assert!(server.wait() > Duration::from_secs(3000));
     }
 
     #[test]
+    fn a_copy_takes_no_last_place_tries_nothing_and_breaks_nothing() {
+        let rule = BreakerRule { failures: 1, rest: Duration::ZERO };
+        let server = server(|spec| (spec.max_concurrent, spec.breaker) = (Some(2), rule));
+        let mut copy = server.enter(true).unwrap();
+        assert!(server.enter(true).is_none() && server.replica().running == 1);
+        copy.failed(&Failure::Broken("x".into()));
+        drop(copy);
+        assert_eq!(server.breaker_state(), BreakerState::Closed);
+        server.enter(false).unwrap().failed(&Failure::Broken("x".into()));
+        assert!(server.enter(true).is_none(), "one that somebody waits for tries");
+        assert!(server.enter(false).is_some() && server.replica().running == 0);
+    }
+
+    #[test]
     fn a_client_that_leaves_is_no_failure_of_the_server() {
         let server = server(|spec| spec.breaker = BreakerRule { failures: 1, rest: Duration::ZERO });
-        drop(server.enter().unwrap());
+        drop(server.enter(false).unwrap());
         assert_eq!(server.breaker_state(), BreakerState::Closed);
-        server.enter().unwrap().failed(&Failure::Broken("x".into()));
-        drop(server.enter().unwrap());
+        server.enter(false).unwrap().failed(&Failure::Broken("x".into()));
+        drop(server.enter(false).unwrap());
         assert!(server.has_room(), "the one that tried has left: the next one tries");
     }
 
     #[tokio::test]
     async fn nobody_there_is_a_failure_to_connect() {
         // Nothing listens on port 1.
-        let turn = server(|_| {}).enter().unwrap();
+        let turn = server(|_| {}).enter(false).unwrap();
         let failure = turn.ask(Endpoint::Chat, "m", Bytes::new(), None).await.unwrap_err();
         assert!(matches!(failure, Failure::Connect(_)), "{failure:?}");
     }
