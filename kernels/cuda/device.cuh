@@ -19,6 +19,8 @@ typedef long long i64;
 #define KERNEL(name, threads, Params) extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
 // One that gains nothing from a second block on its processor: it may have all registers.
 #define KERNEL_ALONE(name, threads, Params) extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Params p)
+// One of which two blocks are to fit on a processor.
+#define KERNEL_PAIR(name, threads, Params) extern "C" __global__ void __launch_bounds__(threads, 2) name(const __grid_constant__ Params p)
 // A block's shared memory, as much as was asked for at its launch.
 extern __shared__ __align__(128) u8 tidemill_shared[];
 #define SHARED(name) u8* const name = tidemill_shared

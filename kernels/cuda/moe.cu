@@ -277,7 +277,7 @@ DEVICE void expert_block(const ExpertLinear& p) {
 #define EXPERT_LINEAR(form, FORM) \
     KERNEL(expert_linear_##form##_8, 256, ExpertLinear) { expert_linear<FORM, 1>(p); } \
     KERNEL(expert_linear_##form##_16, 256, ExpertLinear) { expert_linear<FORM, 2>(p); } \
-    KERNEL(expert_linear_##form##_64, 256, ExpertLinear) { expert_block<FORM>(p); }
+    KERNEL_PAIR(expert_linear_##form##_64, 256, ExpertLinear) { expert_block<FORM>(p); }
 EXPERT_LINEAR(bf16, FORM_BF16)
 EXPERT_LINEAR(int8, FORM_INT8)
 EXPERT_LINEAR(fp8, FORM_FP8)

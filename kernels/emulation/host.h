@@ -262,6 +262,7 @@ inline u32 lane() { return runner().current % 32; }
     }                                                                                                                            \
     static void name##_body(const Params& p)
 #define KERNEL_ALONE(name, bound, Params) KERNEL(name, bound, Params)
+#define KERNEL_PAIR(name, bound, Params) KERNEL(name, bound, Params)
 #define SHARED(name) u8* const name = emulation::runner().shared.start()
 #define threadIdx (emulation::runner().fibers[emulation::runner().current].thread)
 #define blockIdx (emulation::runner().block)
