@@ -29,6 +29,10 @@ pub enum Source {
     Attention,
     /// Logits to tokens.
     Sampling,
+    /// Products and attention of training.
+    Train,
+    /// Training, row by row.
+    TrainRows,
 }
 
 /// What all kernel files are compiled after.
@@ -36,7 +40,13 @@ pub const HEADER: &str = include_str!("../../cuda/device.cuh");
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 4] = [Source::Rows, Source::Linear, Source::Attention, Source::Sampling];
+    pub const ALL: [Source; 6] =
+        [Source::Rows, Source::Linear, Source::Attention, Source::Sampling, Source::Train, Source::TrainRows];
+
+    /// Whether only trainings need it.
+    pub const fn trains(self) -> bool {
+        matches!(self, Source::Train | Source::TrainRows)
+    }
 
     /// File name, for messages of the compiler.
     pub const fn name(self) -> &'static str {
@@ -45,6 +55,8 @@ impl Source {
             Source::Linear => "linear.cu",
             Source::Attention => "attention.cu",
             Source::Sampling => "sampling.cu",
+            Source::Train => "train.cu",
+            Source::TrainRows => "train_rows.cu",
         }
     }
 
@@ -55,6 +67,8 @@ impl Source {
             Source::Linear => include_str!("../../cuda/linear.cu"),
             Source::Attention => include_str!("../../cuda/attention.cu"),
             Source::Sampling => include_str!("../../cuda/sampling.cu"),
+            Source::Train => include_str!("../../cuda/train.cu"),
+            Source::TrainRows => include_str!("../../cuda/train_rows.cu"),
         }
     }
 }

@@ -137,15 +137,13 @@ impl Library {
         let (what, files, install) = self.words();
         KernelError::Unsupported(format!(
             "no {what} found: looked for {files} on the loader's path (LD_LIBRARY_PATH and the system's folders); install {install}, \
-             or serve with --device cpu"
+             or use --device cpu"
         ))
     }
 
     fn too_old(self, how: &str) -> KernelError {
         let (what, _, install) = self.words();
-        KernelError::Unsupported(format!(
-            "the {what} that was found is too old: {how}; install {install}, or serve with --device cpu"
-        ))
+        KernelError::Unsupported(format!("the {what} that was found is too old: {how}; install {install}, or use --device cpu"))
     }
 }
 
@@ -167,7 +165,7 @@ pub(super) fn check_compiler((major, minor): (i32, i32), driver: Option<i32>) ->
     match driver {
         Some(driver) if driver / 1000 < major => Err(KernelError::Unsupported(format!(
             "NVRTC {major}.{minor} makes code that the driver, which is for CUDA {}, does not take; install a newer driver or NVRTC {}, \
-             or serve with --device cpu",
+             or use --device cpu",
             dotted(driver),
             driver / 1000
         ))),
