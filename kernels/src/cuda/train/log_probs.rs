@@ -96,7 +96,7 @@ impl DeviceCompute {
                 compute.launch(LOG_SUM, Launch::blocks(rows).with_shared(WARPS), params)?;
                 if let Some(slopes) = slopes {
                     let store = if first == 0 { Store::Replace } else { Store::Add };
-                    let (left, right) = (walk.logits.all().rows(walk.each), walk.call.head.from_line(first));
+                    let (left, right) = (walk.logits.all().rows(walk.each), walk.call.head.without_lines(first));
                     compute.matmul(&Product { m: rows, n: width, k: n, left, right, scale: 1.0, store }, slopes, width)?;
                 }
             }
@@ -173,7 +173,7 @@ impl DeviceCompute {
 
     /// Logits of tokens `first..first + n`.
     fn logits(&mut self, walk: &Walk<'_>, first: usize, n: usize) -> Result<(), KernelError> {
-        let head = walk.call.head.from_line(first);
+        let head = walk.call.head.without_lines(first);
         let product = Product {
             m: walk.rows,
             n,

@@ -46,8 +46,8 @@ pub struct Product<'a> {
 }
 
 impl<'a> Operand<'a> {
-    /// The same from row `first` on; of a transposed matrix, from that column on.
-    pub(super) fn from_line(self, first: usize) -> Operand<'a> {
+    /// The same without its first rows; of a transposed matrix, without its first columns.
+    pub(super) fn without_lines(self, first: usize) -> Operand<'a> {
         let skipped = (first * self.stride).min(self.len);
         let each = if self.half { 2 } else { 4 };
         Operand { at: self.at.plus(skipped * each), len: self.len - skipped, ..self }
