@@ -60,7 +60,7 @@ fn kernels_compile_for_every_card_without_warnings_or_spills() {
                 assert!(report.registers > 0, "{kernel}: {report:?}");
                 assert!(report.spilled == 0, "{architecture} {kernel}: {report:?}");
                 // A stack frame is local memory, which is as slow as any.
-                assert!(!kernel.starts_with("attention") || report.stack == 0, "{architecture} {kernel}: {report:?}");
+                assert!(!kernel.contains("attention") || report.stack == 0, "{architecture} {kernel}: {report:?}");
             }
         }
     }

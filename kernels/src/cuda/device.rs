@@ -32,6 +32,10 @@ pub enum Source {
     Sampling,
     /// A mixture of experts.
     Moe,
+    /// Products and attention of training.
+    Train,
+    /// Training, row by row.
+    TrainRows,
 }
 
 /// What all kernel files are compiled after.
@@ -53,7 +57,13 @@ macro_rules! with_few_rows {
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 5] = [Source::Rows, Source::Linear, Source::Attention, Source::Sampling, Source::Moe];
+    pub const ALL: [Source; 7] =
+        [Source::Rows, Source::Linear, Source::Attention, Source::Sampling, Source::Moe, Source::Train, Source::TrainRows];
+
+    /// Whether only trainings need it.
+    pub const fn trains(self) -> bool {
+        matches!(self, Source::Train | Source::TrainRows)
+    }
 
     /// File name, for messages of the compiler.
     pub const fn name(self) -> &'static str {
@@ -63,6 +73,8 @@ impl Source {
             Source::Attention => "attention.cu",
             Source::Sampling => "sampling.cu",
             Source::Moe => "moe.cu",
+            Source::Train => "train.cu",
+            Source::TrainRows => "train_rows.cu",
         }
     }
 
@@ -74,6 +86,8 @@ impl Source {
             Source::Attention => include_str!("../../cuda/attention.cu"),
             Source::Sampling => include_str!("../../cuda/sampling.cu"),
             Source::Moe => with_few_rows!("moe.cu"),
+            Source::Train => include_str!("../../cuda/train.cu"),
+            Source::TrainRows => include_str!("../../cuda/train_rows.cu"),
         }
     }
 }

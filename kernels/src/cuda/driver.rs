@@ -34,7 +34,7 @@ fn no_card(number: usize, count: i32) -> KernelError {
     };
     KernelError::Unsupported(format!(
         "no card {number}: the NVIDIA driver shows {seen} (CUDA_VISIBLE_DEVICES hides the others); choose another with --device \
-         cuda:N, or serve with --device cpu"
+         cuda:N, or use --device cpu"
     ))
 }
 
@@ -44,7 +44,7 @@ pub struct Card {
     context: sys::CUcontext,
     pub(super) stream: sys::CUstream,
     functions: HashMap<&'static str, sys::CUfunction>,
-    modules: Vec<sys::CUmodule>,
+    modules: HashMap<Source, sys::CUmodule>,
     products: Products,
     graphs: HashMap<Graph, sys::CUgraphExec>,
     made_graphs: u64,
@@ -74,6 +74,16 @@ impl Card {
     ///
     /// Errors say what is missing and what to install: the driver, a card, NVRTC, cuBLASLt.
     pub fn open_number(number: usize, cache: Option<&Path>) -> Result<Self, KernelError> {
+        Self::open_with(number, cache, Source::ALL.into_iter().filter(|source| !source.trains()).collect())
+    }
+
+    /// [`Card::open_number`] for a training, whose kernels are others.
+    pub fn open_for_training(number: usize, cache: Option<&Path>) -> Result<Self, KernelError> {
+        let needed = |source: &Source| source.trains() || *source == Source::Rows;
+        Self::open_with(number, cache, Source::ALL.into_iter().filter(needed).collect())
+    }
+
+    fn open_with(number: usize, cache: Option<&Path>, sources: Vec<Source>) -> Result<Self, KernelError> {
         Library::Driver.require()?;
         let version = driver_version()?;
         check_driver(version)?;
@@ -81,7 +91,7 @@ impl Card {
             sys::CUresult::CUDA_ERROR_NO_DEVICE => no_card(number, 0),
             sys::CUresult::CUDA_ERROR_STUB_LIBRARY => KernelError::Unsupported(
                 "the libcuda.so that was found is the toolkit's stand-in for linking, and no driver; see to it that the driver's comes \
-                 first on the loader's path, or serve with --device cpu"
+                 first on the loader's path, or use --device cpu"
                     .into(),
             ),
             _ => failed("the driver does not start", e),
@@ -99,11 +109,11 @@ impl Card {
         let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         if major < 8 {
             return Err(KernelError::Unsupported(format!(
-                "{name} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or later. Serve with --device cpu"
+                "{name} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or later. Use --device cpu"
             )));
         }
         let architecture = architecture((major as u32, minor as u32));
-        let images = images(&architecture, cache, Some(version))?;
+        let images = images(&sources, &architecture, cache, Some(version))?;
 
         // SAFETY: a device that the driver has just given; released when this is dropped.
         let context = unsafe { cuda::primary_ctx::retain(device) }.map_err(|e| failed("no context", e))?;
@@ -112,7 +122,7 @@ impl Card {
             context,
             stream: std::ptr::null_mut(),
             functions: HashMap::new(),
-            modules: Vec::new(),
+            modules: HashMap::new(),
             products: Products::none(),
             graphs: HashMap::new(),
             made_graphs: 0,
@@ -126,14 +136,14 @@ impl Card {
         };
         card.current()?;
         card.stream = cuda::stream::create(cuda::stream::StreamKind::NonBlocking).map_err(|e| failed("no stream", e))?;
-        for (source, image) in Source::ALL.into_iter().zip(images) {
+        for (source, image) in sources.into_iter().zip(images) {
             let module = card.load(&image).or_else(|refused| {
                 // What was kept may be from another compiler than the driver wants.
                 let Some(folder) = cache else { return Err(refused) };
                 let _ = std::fs::remove_file(kept_at(folder, source, &card.architecture));
                 card.load(&image_of(source, &card.architecture, Some(folder), Some(version))?)
             })?;
-            card.modules.push(module);
+            card.modules.insert(source, module);
         }
         card.staged = StagedMemory::new()?;
         card.products = Products::open(&mut |bytes| card_alloc(bytes, "workspace"))?;
@@ -181,8 +191,8 @@ impl Card {
             return Ok(*function);
         }
         let name = CString::new(kernel.name).map_err(|_| KernelError::Device("a kernel's name holds a zero byte".into()))?;
-        // Modules are in the order of the files.
-        let module = self.modules[kernel.source as usize];
+        let absent = || KernelError::Device(format!("{} was opened without {}", self.name, kernel.source.name()));
+        let module = self.modules.get(&kernel.source).copied().ok_or_else(absent)?;
         // SAFETY: a module that stays loaded.
         let function = unsafe { cuda::module::get_function(module, name) }.map_err(|e| failed(kernel.name, e))?;
         self.functions.insert(kernel.name, function);
@@ -200,7 +210,7 @@ fn card_alloc(bytes: usize, what: &'static str) -> Result<Address, KernelError> 
 
 /// Compiles all kernel files for an architecture (`sm_90a`) into `cache`, for a machine that has a driver and no NVRTC.
 pub fn prepare(architecture: &str, cache: &Path) -> Result<(), KernelError> {
-    images(architecture, Some(cache), None)?;
+    images(&Source::ALL, architecture, Some(cache), None)?;
     match Source::ALL.into_iter().map(|source| kept_at(cache, source, architecture)).find(|path| !path.is_file()) {
         Some(path) => Err(KernelError::Device(format!("{} could not be written; choose a folder that can be", path.display()))),
         None => Ok(()),
@@ -222,11 +232,19 @@ fn image_of(source: Source, architecture: &str, cache: Option<&Path>, driver: Op
     Ok(compiled.cubin)
 }
 
-/// That of all files, each compiled by a thread of its own. `driver`: the version that must take it, where there is one.
-fn images(architecture: &str, cache: Option<&Path>, driver: Option<i32>) -> Result<Vec<Vec<u8>>, KernelError> {
+/// That of several files, each compiled by a thread of its own. `driver`: the version that must take it, where there is one.
+fn images(
+    sources: &[Source],
+    architecture: &str,
+    cache: Option<&Path>,
+    driver: Option<i32>,
+) -> Result<Vec<Vec<u8>>, KernelError> {
     std::thread::scope(|scope| {
-        let workers: Vec<_> =
-            Source::ALL.map(|source| scope.spawn(move || image_of(source, architecture, cache, driver))).into_iter().collect();
+        let compile = |source: &Source| {
+            let source = *source;
+            scope.spawn(move || image_of(source, architecture, cache, driver))
+        };
+        let workers: Vec<_> = sources.iter().map(compile).collect();
         let failed = |_| Err(KernelError::Device("a compiling thread failed".into()));
         workers.into_iter().map(|worker| worker.join().unwrap_or_else(failed)).collect()
     })
@@ -410,7 +428,7 @@ impl Drop for Card {
                 let _ = cuda::stream::synchronize(self.stream);
                 self.free_unwanted();
                 self.staged.close();
-                for module in &self.modules {
+                for module in self.modules.values() {
                     let _ = cuda::module::unload(*module);
                 }
                 if !self.stream.is_null() {

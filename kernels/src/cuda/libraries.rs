@@ -146,8 +146,8 @@ impl Library {
     /// What works without it.
     const fn instead(self) -> &'static str {
         match self {
-            Library::Driver | Library::Nvrtc | Library::CublasLt => "serve with --device cpu",
-            Library::Nccl => "serve on one card with --tensor-parallel 1",
+            Library::Driver | Library::Nvrtc | Library::CublasLt => "use --device cpu",
+            Library::Nccl => "use one card: --tensor-parallel 1",
         }
     }
 
@@ -183,7 +183,7 @@ pub(super) fn check_compiler((major, minor): (i32, i32), driver: Option<i32>) ->
     match driver {
         Some(driver) if driver / 1000 < major => Err(KernelError::Unsupported(format!(
             "NVRTC {major}.{minor} makes code that the driver, which is for CUDA {}, does not take; install a newer driver or NVRTC {}, \
-             or serve with --device cpu",
+             or use --device cpu",
             dotted(driver),
             driver / 1000
         ))),

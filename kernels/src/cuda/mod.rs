@@ -27,6 +27,7 @@ mod room;
 mod sampling;
 mod staging;
 pub mod stopwatch;
+pub mod train;
 pub mod weights;
 
 use self::adapters::Adapters;

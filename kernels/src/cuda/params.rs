@@ -21,6 +21,8 @@ macro_rules! params {
     )*};
 }
 
+pub(super) use params;
+
 params! {
     Weights { data: Address, scales: Address, form: u32, n: u32, k: u32, stride: u32 }
     Embedding { table: Weights, tokens: Address, out: Address, half: Address, half_stride: u32, first: u32 }

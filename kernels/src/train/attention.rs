@@ -71,7 +71,7 @@ impl Attention<'_> {
         (self.shape.heads + 2 * self.shape.kv_heads) * self.shape.head_dim
     }
 
-    fn check(&self, qkv: usize, out: usize, lse: usize) -> Result<(), KernelError> {
+    pub(crate) fn check(&self, qkv: usize, out: usize, lse: usize) -> Result<(), KernelError> {
         let refuse = |detail: String| Err(KernelError::Shape { op: "attention", detail });
         let HeadShape { heads, kv_heads, head_dim } = self.shape;
         if self.spec.soft_cap.is_some() {

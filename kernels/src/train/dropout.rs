@@ -26,6 +26,11 @@ impl Dropout {
         (dropped > 0).then(|| Self { key, dropped, scale: 1.0 / (1.0 - f32::from(dropped) / 65_536.0) })
     }
 
+    /// Key, how many of 65,536 go, and the factor of the others.
+    pub(crate) fn parts(&self) -> (u64, u16, f32) {
+        (self.key, self.dropped, self.scale)
+    }
+
     /// Factors of elements `BLOCK * block..`.
     fn factors(&self, block: usize) -> [f32; BLOCK] {
         let key = [self.key as u32, (self.key >> 32) as u32];

@@ -72,7 +72,7 @@ impl Pieces {
         start..start + self.width
     }
 
-    fn fits(&self, rows: usize, len: usize) -> bool {
+    pub(crate) fn fits(&self, rows: usize, len: usize) -> bool {
         self.offset + self.count * self.width <= self.stride && rows.checked_mul(self.stride).is_some_and(|needed| len >= needed)
     }
 }
@@ -93,6 +93,11 @@ impl Rotation {
         let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(|(s, c)| (s as f32 * magnitude, c as f32 * magnitude)).unzip();
         let back = sin.iter().map(|v| -v).collect();
         Self { half: inv_freq.len(), cos, sin, back }
+    }
+
+    /// Half of what is rotated, and the cosines and sines of all positions, `[positions, half]`.
+    pub(crate) fn tables(&self) -> (usize, &[f32], &[f32]) {
+        (self.half, &self.cos, &self.sin)
     }
 
     fn at(&self, position: usize, back: bool) -> (&[f32], &[f32]) {

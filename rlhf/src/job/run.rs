@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use tidemill_engine::{Adapter, ModelFiles};
+use tidemill_engine::{Adapter, Device, ModelFiles};
 use tidemill_kernels::Format;
+use tidemill_kernels::cuda::driver::Card;
 use tidemill_kernels::train::Precision;
 
 use super::estimate::{self, Estimate};
@@ -14,7 +15,7 @@ use super::{FinetuningType, JobError, Rows, Spec, epochs, head, online};
 use crate::collate::{Encoded, Encoder};
 use crate::dataset::Row;
 use crate::durable;
-use crate::model::{Model, ModelOptions};
+use crate::model::{Model, ModelError, ModelOptions};
 use crate::reward::grader::Oracle;
 use crate::train::{self, Control, Ending, Head, LOG, Offline, Outcome, Progress, Prompt, Stage, Trainer, train};
 
@@ -37,6 +38,8 @@ pub struct Job {
     pub(super) held_out_prompts: Vec<Prompt>,
     /// Asked by graders.
     pub(super) oracle: Option<Arc<dyn Oracle>>,
+    /// Where compiled kernels are kept.
+    kernel_cache: Option<PathBuf>,
 }
 
 /// What a training will compute.
@@ -93,17 +96,22 @@ impl Job {
             let (held_out_prompts, others) = train::encode(&encoder, rows.held_out_questions.clone(), Some(longest));
             dropped.extend(others);
             let (train, held_out) = (Encoded { dropped, ..Encoded::default() }, Encoded::default());
-            return Ok(Self { spec, files, rows, train, held_out, prompts, held_out_prompts, oracle: None });
+            return Ok(Self { spec, files, rows, train, held_out, prompts, held_out_prompts, oracle: None, kernel_cache: None });
         }
         let encode = |rows: &[Row]| encoder.rows(rows, spec.config.teaches());
         let (train, held_out) = (encode(&rows.train), encode(&rows.held_out));
         let (prompts, held_out_prompts) = (Vec::new(), Vec::new());
-        Ok(Self { spec, files, rows, train, held_out, prompts, held_out_prompts, oracle: None })
+        Ok(Self { spec, files, rows, train, held_out, prompts, held_out_prompts, oracle: None, kernel_cache: None })
     }
 
     /// With somebody whom graders ask that want a served model's opinion.
     pub fn asking(self, oracle: Arc<dyn Oracle>) -> Self {
         Self { oracle: Some(oracle), ..self }
+    }
+
+    /// With a folder where kernels that were compiled for a card are kept.
+    pub fn keeping_kernels(self, folder: &Path) -> Self {
+        Self { kernel_cache: Some(folder.to_owned()), ..self }
     }
 
     /// What it will compute.
@@ -129,6 +137,13 @@ impl Job {
     }
 
     pub(super) fn model(&self) -> Result<Model, JobError> {
+        let model = self.model_here()?;
+        let Device::Cuda(number) = self.spec.device else { return Ok(model) };
+        let card = Card::open_for_training(number, self.kernel_cache.as_deref()).map_err(ModelError::from)?;
+        Ok(model.computing_on(Box::new(card))?)
+    }
+
+    fn model_here(&self) -> Result<Model, JobError> {
         let Spec { finetuning_type, lora, adapter, threads, precision, recompute, config, .. } = &self.spec;
         let options = ModelOptions { threads: *threads, precision: *precision, recompute: *recompute, ..ModelOptions::default() };
         if *finetuning_type == FinetuningType::Full {

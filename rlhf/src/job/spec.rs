@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tidemill_engine::{LoraConfig, Projection};
+use tidemill_engine::{Device, LoraConfig, Projection};
 use tidemill_kernels::train::Precision;
 
 use super::JobError;
@@ -51,6 +51,10 @@ pub struct Spec {
     /// Threads; 0 is all that the process may use.
     #[serde(default)]
     pub threads: usize,
+    /// Where the model is trained: `cpu`, `cuda` or `cuda:N`. Parameters and the optimizer stay on the processor, and so do an engine
+    /// that samples and models that judge.
+    #[serde(default, with = "device", skip_serializing_if = "is_cpu")]
+    pub device: Device,
     /// `bf16` (where the machine multiplies it; f32 elsewhere) or `f32`.
     #[serde(default, with = "precision")]
     pub precision: Precision,
@@ -167,6 +171,10 @@ impl Spec {
     pub fn check(&self) -> Result<(), JobError> {
         self.config.check()?;
         self.lora.config()?;
+        if self.device == Device::Auto {
+            let fix = "auto may be another device when the training goes on; name cpu, cuda or cuda:N".to_owned();
+            return Err(JobError::Spec { field: "device", fix });
+        }
         if self.finetuning_type == FinetuningType::Full {
             self.check_full()?;
         }
@@ -207,6 +215,26 @@ impl Spec {
             return wrong("lora", "does not go with finetuning_type full; leave it out".to_owned());
         }
         Ok(())
+    }
+}
+
+fn is_cpu(device: &Device) -> bool {
+    *device == Device::Cpu
+}
+
+/// As `--device` has it.
+mod device {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+    use tidemill_engine::Device;
+
+    pub fn serialize<S: Serializer>(device: &Device, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(device)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Device, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(|error| D::Error::custom(format!("device: `{text}`: {error}")))
     }
 }
 

@@ -4,6 +4,7 @@
 //! What is trained is an adapter, a layer's being one flat parameter, or everything ([`Model::whole`]). Weights that are not trained are
 //! read where they lie in the model's files, in their own format; a GGUF model is trained as it is (QLoRA).
 
+mod device;
 mod embedding;
 mod head;
 mod layer;
@@ -21,6 +22,7 @@ pub use tidemill_kernels::train::Precision;
 use tidemill_kernels::train::{Rotation, Span};
 use tidemill_kernels::{Format, KernelError, blocks};
 
+use self::device::DeviceModel;
 use self::embedding::Embedding;
 use self::head::{FinalNorm, LogProbsOp};
 use self::layer::{LayerOp, Rows};
@@ -156,6 +158,8 @@ pub struct Model {
     base: String,
     /// The argument of an operation that has no number of that kind.
     none: Tensor,
+    /// Where layers and log-probabilities are computed; without it on the processor.
+    device: Option<Arc<DeviceModel>>,
 }
 
 /// What is trained.
@@ -301,7 +305,7 @@ impl Model {
         let final_norm = Arc::new(files.vector(Weight::FinalNorm)?);
         let rotation = Mutex::new((0, Arc::new(Rotation::new(&[], 1.0, 0))));
         let (base, none) = (files.digest(), Tensor::zeros(0, DType::F32, &Device::Cpu)?);
-        Ok(Self { files, options, workshop, layers, final_norm, parameters, kind, rotation, base, none })
+        Ok(Self { files, options, workshop, layers, final_norm, parameters, kind, rotation, base, none, device: None })
     }
 
     /// The same, whose reference is the adapter as it is now and not the base alone: what a training that goes on from an adapter is held
@@ -334,6 +338,10 @@ impl Model {
         hasher.update(format!("{} {:?}\n", self.base, self.options.precision).as_bytes());
         if let Kind::Adapter(lora) = &self.kind {
             hasher.update(format!("{}\n", lora.dropout).as_bytes());
+        }
+        if self.device.is_some() {
+            // It adds in another order.
+            hasher.update(b"on a card\n");
         }
         for (index, layer) in self.layers.iter().enumerate() {
             if let Some(Trained::Adapter(layout)) = layer.trained.as_ref().map(|(trained, _)| &**trained) {
@@ -427,6 +435,10 @@ impl Model {
         if labels == 0 {
             return Ok((Tensor::zeros(0, DType::F32, &Device::Cpu)?, both));
         }
+        let head = self.ends(pass).map_or(&self.none, |ends| ends.head.as_ref().unwrap_or(&ends.embedding).as_tensor());
+        if let Some(device) = &self.device {
+            return Ok((self.log_probs_on(device, &hidden, head, batch, pass)?, both.narrow(0, labels, rows.len())?));
+        }
         let op = LogProbsOp {
             files: Arc::clone(&self.files),
             workshop: Arc::clone(&self.workshop),
@@ -435,7 +447,6 @@ impl Model {
             keep: hidden.track_op(),
             kept: Mutex::default(),
         };
-        let head = self.ends(pass).map_or(&self.none, |ends| ends.head.as_ref().unwrap_or(&ends.embedding).as_tensor());
         let log_probs = if hidden.track_op() { hidden.apply_op2(head, op)? } else { hidden.apply_op2_no_bwd(head, &op)? };
         Ok((log_probs, both.narrow(0, labels, rows.len())?))
     }
@@ -460,6 +471,9 @@ impl Model {
             }
             None => self.embed(&batch.tokens)?,
         };
+        if let Some(device) = &self.device {
+            return self.hidden_on(device, hidden, shared, rows, pass, dropout);
+        }
         for layer in &self.layers {
             let (trained, [params, vectors]) = layer.numbers(pass, &self.none);
             let graph = pass.gradient && (hidden.track_op() || params.is_variable());

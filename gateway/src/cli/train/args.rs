@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
+use tidemill_engine::Device;
 use tidemill_kernels::train::Precision;
 use tidemill_rlhf::job::{Base, FinetuningType, Lora, Spec};
 use tidemill_rlhf::train::{Method, TrainConfig};
@@ -69,6 +70,9 @@ pub struct TrainArgs {
     /// Threads that compute [default: one per core]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// Where the model is trained: cpu, cuda, cuda:N with the number of a card [default: cpu]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<Device>,
     /// What products round their operands to: bf16 (f32 on machines without it) or f32 [default: bf16]
     #[arg(long, value_parser = precision)]
     precision: Option<Precision>,
@@ -139,6 +143,7 @@ impl TrainArgs {
             adapter: self.adapter.as_deref().map(absolute).transpose()?,
             epoch_adapters: None,
             threads: self.threads.unwrap_or(0),
+            device: self.device.unwrap_or_default(),
             precision: self.precision.unwrap_or_default(),
             recompute: self.recompute,
             shuffled_labels: self.shuffled_labels,

@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use tidemill_engine::Device;
 use tidemill_rlhf::dataset::Datasets;
 use tidemill_rlhf::job::{Finished, Job, JobError, Rows, Spec};
 use tidemill_rlhf::train::{Control, Ending, Outcome, Progress, TrainError};
@@ -18,7 +19,7 @@ use tidemill_store::{DataDir, Store, StoreError};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::store_args::StoreCommandError;
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ConfigError, kernel_cache};
 use crate::fine_tuning::sign_in;
 use crate::graders::DeskOracle;
 pub use args::TrainArgs;
@@ -93,7 +94,8 @@ fn by_specification(args: &TrainArgs, folder: &Path, audience: &mut dyn Audience
     sign_in(folder).map_err(StoreCommandError::file(folder))?;
     let spec = Spec::read(&folder.join(SPEC))?;
     // A server's job names its rows itself, and needs nothing of what the server was told.
-    let config = spec.dataset.as_ref().map(|_| args.place.config()).transpose()?;
+    let needed = spec.dataset.is_some() || spec.device != Device::Cpu;
+    let config = needed.then(|| args.place.config()).transpose()?;
     let stop = Arc::new(AtomicBool::new(false));
     let job = open(config.as_ref(), &spec)?.asking(Arc::new(DeskOracle::new(folder, Arc::clone(&stop), leave)));
     audience.prepared(&job);
@@ -117,7 +119,11 @@ fn open(config: Option<&Config>, spec: &Spec) -> Result<Job, TrainCommandError> 
         store.close().await;
         Ok(rows?)
     })?;
-    Ok(Job::open(spec.clone(), rows)?)
+    let job = Job::open(spec.clone(), rows)?;
+    Ok(match config {
+        Some(config) => job.keeping_kernels(&kernel_cache(&config.data)),
+        None => job,
+    })
 }
 
 /// Writes down what is trained in the folder; a second start with the same is the same training.

@@ -1,0 +1,79 @@
+//! The arithmetic of training on a device: what [`crate::train`] computes on slices, on memory of a card.
+//!
+//! Operations are launched when they are called and done in that order; only reading waits. Results differ from the processor's in the
+//! order of sums alone: products round their operands to bf16 where the processor's do, and dropout draws the same masks.
+
+mod attention;
+mod log_probs;
+mod matmul;
+mod memory;
+mod params;
+mod rows;
+
+pub use attention::Seen;
+pub use log_probs::LogProbs;
+pub use matmul::{Operand, Product};
+pub use memory::{Matrix, Region, Values};
+pub use rows::Turns;
+
+use std::sync::Arc;
+
+use self::memory::Pool;
+use super::device::{Address, Device, Kernel, Launch, Params};
+use crate::error::KernelError;
+use crate::train::Precision;
+
+/// Most logits that exist at once, unless told otherwise.
+const LOGITS: usize = 1 << 24;
+
+/// A device that computes trainings.
+pub struct DeviceCompute {
+    device: Box<dyn Device>,
+    precision: Precision,
+    pool: Arc<Pool>,
+    /// All that was reserved and not given back to the device.
+    owned: Vec<Address>,
+    held: usize,
+    most_logits: usize,
+}
+
+fn fits(op: &'static str, fits: bool) -> Result<(), KernelError> {
+    if fits { Ok(()) } else { Err(KernelError::Shape { op, detail: "operands do not fit together".to_owned() }) }
+}
+
+impl DeviceCompute {
+    /// On `device`, rounding products' operands as `precision` says.
+    pub fn new(device: Box<dyn Device>, precision: Precision) -> Self {
+        let (pool, owned) = (Arc::new(Pool::default()), Vec::new());
+        Self { device, precision, pool, owned, held: 0, most_logits: LOGITS }
+    }
+
+    /// With so many logits at once, at most (one row's of 128 tokens at the least).
+    pub fn with_logits(mut self, most_logits: usize) -> Self {
+        self.most_logits = most_logits;
+        self
+    }
+
+    /// What computes, for people.
+    pub fn describe(&self) -> String {
+        self.device.describe()
+    }
+
+    /// Bytes of the device's memory that are held.
+    pub fn bytes(&self) -> usize {
+        self.held
+    }
+
+    fn launch<P: Params>(&mut self, kernel: Kernel, launch: Launch, params: P) -> Result<(), KernelError> {
+        if launch.grid.contains(&0) {
+            return Ok(());
+        }
+        self.device.launch(kernel, launch, params.bytes())
+    }
+}
+
+impl Drop for DeviceCompute {
+    fn drop(&mut self) {
+        self.owned.drain(..).for_each(|at| self.device.free(at));
+    }
+}
