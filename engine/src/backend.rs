@@ -1,23 +1,28 @@
-//! Which backend computes: the processor's, or that of a card.
+//! Which backend computes: the processor's, that of a card, or those of several cards together.
 
 use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
-use tidemill_kernels::cuda::CudaBackend;
+use tidemill_kernels::cuda::device::Device as _;
 use tidemill_kernels::cuda::driver::Card;
-use tidemill_kernels::{KernelError, Limits, Ops};
+use tidemill_kernels::cuda::{CudaBackend, nccl};
+use tidemill_kernels::{Abort, KernelError, Limits, Ops};
+
+use crate::model::tensor_parallel::RankOps;
+use crate::options::StartError;
 
 /// Where to compute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub enum Device {
     /// The processor.
     #[default]
     Cpu,
-    /// An NVIDIA card, by its number among those that the driver shows.
-    Cuda(usize),
-    /// The first card where one can serve, else the processor.
+    /// NVIDIA cards, by their numbers among those that the driver shows; without any, as many of those as the model needs.
+    Cuda(Vec<usize>),
+    /// The cards that the model needs where they can serve, else the processor.
     Auto,
 }
 
@@ -25,13 +30,22 @@ impl FromStr for Device {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let number = text.strip_prefix("cuda:").and_then(|number| number.parse().ok());
-        match (text, number) {
-            ("cpu", _) => Ok(Device::Cpu),
-            ("auto", _) => Ok(Device::Auto),
-            ("cuda", _) => Ok(Device::Cuda(0)),
-            (_, Some(number)) => Ok(Device::Cuda(number)),
-            _ => Err("expected cpu, cuda, cuda:N with the number of a card, or auto".to_owned()),
+        let wrong = "expected cpu, cuda, cuda:N with the number of a card, cuda:N,N,... with those of several, or auto";
+        match text {
+            "cpu" => Ok(Device::Cpu),
+            "auto" => Ok(Device::Auto),
+            "cuda" => Ok(Device::Cuda(Vec::new())),
+            _ => {
+                let mut cards: Vec<usize> = Vec::new();
+                for number in text.strip_prefix("cuda:").ok_or(wrong)?.split(',') {
+                    let card = number.parse().map_err(|_| wrong)?;
+                    if cards.contains(&card) {
+                        return Err(format!("names card {card} twice"));
+                    }
+                    cards.push(card);
+                }
+                Ok(Device::Cuda(cards))
+            }
         }
     }
 }
@@ -40,35 +54,136 @@ impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Device::Cpu => f.write_str("cpu"),
-            Device::Cuda(number) => write!(f, "cuda:{number}"),
+            Device::Cuda(cards) if cards.is_empty() => f.write_str("cuda"),
+            Device::Cuda(cards) => {
+                let numbers: Vec<String> = cards.iter().map(usize::to_string).collect();
+                write!(f, "cuda:{}", numbers.join(","))
+            }
             Device::Auto => f.write_str("auto"),
         }
     }
 }
 
-/// The backend for steps up to `limits`. Compiled kernels are kept in `cache`, where there is one.
-pub(crate) fn open(
-    device: Device,
-    threads: Option<usize>,
-    limits: Limits,
-    cache: Option<&Path>,
-) -> Result<Box<dyn Ops>, KernelError> {
-    let cpu = || -> Result<Box<dyn Ops>, KernelError> {
-        Ok(Box::new(CpuBackend::new(CpuOptions { threads: threads.unwrap_or(0), isa: None, limits })?))
-    };
-    let card = |number| -> Result<Box<dyn Ops>, KernelError> {
-        Ok(Box::new(CudaBackend::new(Card::open_number(number, cache)?, limits).capturing()))
-    };
-    match device {
-        Device::Cpu => cpu(),
-        Device::Cuda(number) => card(number),
-        Device::Auto => match card(0) {
-            Err(KernelError::Unsupported(why)) => {
-                tracing::info!(why, "no card can serve; computing on the processor");
-                cpu()
+/// What decides how many cards a model gets where nobody says.
+#[derive(Clone, Debug)]
+pub(crate) struct Needs {
+    /// Bytes of the packed weights.
+    pub weights: u64,
+    /// Numbers of cards that it can be shared out among, ascending.
+    pub degrees: Vec<usize>,
+}
+
+impl Needs {
+    /// How many of `visible` cards with `free` bytes each. One where the weights take half of it at most: every further card costs two
+    /// exchanges a layer. Else the fewest of which that is true, or as many as there are.
+    fn cards(&self, free: usize, visible: usize) -> usize {
+        let possible = || self.degrees.iter().copied().filter(|degree| *degree <= visible);
+        let fits = |degree: &usize| self.weights / *degree as u64 <= free as u64 / 2;
+        possible().find(fits).or_else(|| possible().next_back()).unwrap_or(1)
+    }
+}
+
+/// What computes.
+pub(crate) enum Backend {
+    /// A whole model.
+    One(Box<dyn Ops>),
+    /// A part of it each.
+    Several {
+        /// In the order of their ranks.
+        ranks: Vec<RankOps>,
+        /// Ends what they wait for each other with.
+        abort: Arc<dyn Abort>,
+    },
+}
+
+/// How a backend is opened.
+pub(crate) struct Opening<'a> {
+    pub device: &'a Device,
+    /// Cards that are to compute the model together, where somebody says.
+    pub tensor_parallel: Option<usize>,
+    pub threads: Option<usize>,
+    /// The largest step.
+    pub limits: Limits,
+    /// Keeps compiled kernels.
+    pub cache: Option<&'a Path>,
+    pub needs: Needs,
+}
+
+impl Opening<'_> {
+    /// Opens it.
+    pub fn open(&self) -> Result<Backend, StartError> {
+        match self.device {
+            Device::Cpu => self.processor(),
+            Device::Cuda(numbers) => self.cards(numbers),
+            Device::Auto => match self.cards(&[]) {
+                Err(StartError::Backend(KernelError::Unsupported(why)))
+                    if self.tensor_parallel.is_none_or(|cards| cards == 1) =>
+                {
+                    tracing::info!(why, "no card can serve; computing on the processor");
+                    self.processor()
+                }
+                opened => opened,
+            },
+        }
+    }
+
+    fn processor(&self) -> Result<Backend, StartError> {
+        let options = CpuOptions { threads: self.threads.unwrap_or(0), isa: None, limits: self.limits };
+        Ok(Backend::One(Box::new(CpuBackend::new(options)?)))
+    }
+
+    fn cards(&self, named: &[usize]) -> Result<Backend, StartError> {
+        let wrong = |message: String| StartError::Option { option: "--tensor-parallel", message };
+        let asked = match (self.tensor_parallel, named.len()) {
+            (Some(cards), names) if names > 0 && cards != names => {
+                let numbers = if names == 1 { "one card".to_owned() } else { format!("{names} cards") };
+                return Err(wrong(format!("must be {names}, not {cards}: --device names {numbers}")));
             }
-            opened => opened,
-        },
+            (Some(cards), _) => Some(cards),
+            (None, names) => Some(names).filter(|names| *names > 0),
+        };
+        // Before anything is opened.
+        if let Some(cards) = asked
+            && !self.needs.degrees.contains(&cards)
+        {
+            let degrees: Vec<String> = self.needs.degrees.iter().map(usize::to_string).collect();
+            return Err(wrong(format!(
+                "cannot be {cards} for this model: its heads, widths and blocks divide by {}",
+                degrees.join(", ")
+            )));
+        }
+        let first = Card::open_number(named.first().copied().unwrap_or(0), self.cache)?;
+        let visible = first.visible()?;
+        let count = match asked {
+            Some(cards) if named.is_empty() && cards > visible => {
+                return Err(wrong(format!("must be at most {visible}, the cards that the NVIDIA driver shows, not {cards}")));
+            }
+            Some(cards) => cards,
+            None if visible == 1 => 1,
+            None => self.needs.cards(first.memory()?.0, visible),
+        };
+        if count == 1 {
+            return Ok(Backend::One(self.backend(first)));
+        }
+        let numbers: Vec<usize> = if named.is_empty() { (0..count).collect() } else { named.to_vec() };
+        tracing::info!(cards = ?numbers, "the model is shared out among several cards");
+        let others: Vec<Result<Card, KernelError>> = std::thread::scope(|scope| {
+            let open = |number: &usize| {
+                let (number, cache) = (*number, self.cache);
+                scope.spawn(move || Card::open_number(number, cache))
+            };
+            let threads: Vec<_> = numbers[1..].iter().map(open).collect();
+            let panicked = |_| Err(KernelError::Device("a thread that opens a card panicked".to_owned()));
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
+        });
+        let cards = std::iter::once(Ok(first)).chain(others).collect::<Result<Vec<_>, _>>()?;
+        let (cards, abort) = nccl::join(cards)?;
+        let rank = |(number, card)| (format!("cuda:{number}"), self.backend(card));
+        Ok(Backend::Several { ranks: numbers.into_iter().zip(cards).map(rank).collect(), abort })
+    }
+
+    fn backend(&self, card: Card) -> Box<dyn Ops> {
+        Box::new(CudaBackend::new(card, self.limits).capturing())
     }
 }
 
@@ -78,23 +193,62 @@ mod tests {
 
     #[test]
     fn devices_are_read_as_they_are_written() {
-        for (text, device) in
-            [("cpu", Device::Cpu), ("cuda:0", Device::Cuda(0)), ("cuda:3", Device::Cuda(3)), ("auto", Device::Auto)]
-        {
-            assert_eq!(text.parse(), Ok(device));
+        for (text, device) in [
+            ("cpu", Device::Cpu),
+            ("cuda", Device::Cuda(vec![])),
+            ("cuda:0", Device::Cuda(vec![0])),
+            ("cuda:3,1", Device::Cuda(vec![3, 1])),
+            ("auto", Device::Auto),
+        ] {
+            assert_eq!(text.parse(), Ok(device.clone()));
             assert_eq!(device.to_string(), text);
         }
-        assert_eq!("cuda".parse(), Ok(Device::Cuda(0)));
-        for text in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "CPU", "cuda0"] {
+        for text in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:0,", "CPU", "cuda0"] {
             assert!(text.parse::<Device>().unwrap_err().contains("cuda:N"), "{text}");
         }
+        assert!("cuda:1,0,1".parse::<Device>().unwrap_err().contains("card 1 twice"));
+    }
+
+    fn opening(device: &Device, tensor_parallel: Option<usize>) -> Opening<'_> {
+        let limits = Limits { max_tokens: 4, max_samples: 4, max_positions: 16 };
+        let needs = Needs { weights: 1 << 30, degrees: vec![1, 2, 4] };
+        Opening { device, tensor_parallel, threads: Some(1), limits, cache: None, needs }
     }
 
     #[test]
     fn auto_computes_somewhere_on_every_machine() {
-        let limits = Limits { max_tokens: 4, max_samples: 4, max_positions: 16 };
-        let backend = open(Device::Auto, Some(1), limits, None).unwrap();
-        assert_eq!(backend.limits(), limits);
+        let Backend::One(backend) = opening(&Device::Auto, Some(1)).open().unwrap() else { panic!("one was asked for") };
+        assert_eq!(backend.limits().max_tokens, 4);
         assert!(!backend.describe().is_empty());
+    }
+
+    #[test]
+    fn a_model_gets_the_fewest_cards_that_hold_it_and_room_for_a_cache() {
+        const GIB: u64 = 1 << 30;
+        let needs = |gib: u64| Needs { weights: gib * GIB, degrees: vec![1, 2, 4, 8] };
+        let free = 80 << 30;
+        let cards: Vec<usize> = [1, 40, 41, 80, 81, 160, 400].map(|gib| needs(gib).cards(free, 8)).to_vec();
+        assert_eq!(cards, [1, 1, 2, 2, 4, 4, 8]);
+        // What there is, and what divides.
+        assert_eq!(needs(400).cards(free, 3), 2);
+        assert_eq!(Needs { degrees: vec![1, 3], ..needs(100) }.cards(free, 8), 3);
+        assert_eq!(Needs { degrees: vec![1], ..needs(100) }.cards(free, 8), 1);
+    }
+
+    #[test]
+    fn numbers_of_cards_that_make_no_sense_are_named_before_a_card_is_opened() {
+        let refused = |device: &str, tensor_parallel| {
+            let device = device.parse().unwrap();
+            match opening(&device, tensor_parallel).open() {
+                Err(error) => error.to_string(),
+                Ok(_) => panic!("was opened"),
+            }
+        };
+        let text = refused("cuda:0,1", Some(4));
+        assert!(text.starts_with("--tensor-parallel must be 2, not 4") && text.contains("2 cards"), "{text}");
+        assert!(refused("cuda:1", Some(2)).contains("names one card"));
+        for text in [refused("cuda", Some(3)), refused("cuda:0,1,2", None)] {
+            assert!(text.contains("cannot be 3") && text.contains("divide by 1, 2, 4"), "{text}");
+        }
     }
 }

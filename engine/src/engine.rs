@@ -2,7 +2,7 @@
 
 use crate::adapter::Adapter;
 use crate::adapters::{AdapterLease, AdapterRefused, Description, check_name, split_generation};
-use crate::backend;
+use crate::backend::{Backend, Needs, Opening};
 use crate::block_pool::{BLOCK_SIZE, SharedPool};
 use crate::chat_template::ChatTemplate;
 use crate::client;
@@ -11,7 +11,7 @@ use crate::embedding::{EmbedRequest, Embedding, Pooled};
 use crate::generation_defaults::GenerationDefaults;
 use crate::grammar::{Compiler, Constraint, Grammar, GrammarError};
 use crate::memory::{self, Free};
-use crate::model::{Decoder, Model};
+use crate::model::{Decoder, Model, TensorParallel, shard};
 use crate::model_config::ModelConfig;
 use crate::model_files::{Frontend, ModelFiles};
 use crate::options::{EngineOptions, StartError};
@@ -125,10 +125,21 @@ impl Engine {
             max_samples: options.max_seqs,
             max_positions: options.max_model_len.unwrap_or(context).min(context),
         };
-        let backend = backend::open(options.device, options.threads, limits, options.kernel_cache.as_deref())?;
-        let model = Decoder::load(&files, backend, options.weight_format, progress)?;
+        let format = options.weight_format;
+        let opening = Opening {
+            device: &options.device,
+            tensor_parallel: options.tensor_parallel,
+            threads: options.threads,
+            limits,
+            cache: options.kernel_cache.as_deref(),
+            needs: Needs { weights: files.packed_bytes(format)?, degrees: shard::degrees_of(&files)? },
+        };
+        let model: Box<dyn Model> = match opening.open()? {
+            Backend::One(ops) => Box::new(Decoder::load(&files, ops, format, progress)?),
+            Backend::Several { ranks, abort } => Box::new(TensorParallel::load(&files, ranks, abort, format, progress)?),
+        };
         let description = files.describe();
-        Self::with_model(ServedModel { model: Box::new(model), frontend: files.into_frontend(), context, description }, options)
+        Self::with_model(ServedModel { model, frontend: files.into_frontend(), context, description }, options)
     }
 
     /// Starts over a model that is already loaded. Its buffers must hold `max_batch_tokens` tokens and `max_seqs` samples.

@@ -13,6 +13,8 @@ pub struct EngineOptions {
     pub served_name: String,
     /// Where to compute.
     pub device: Device,
+    /// Cards that compute the model together; `None` is as many as `device` names, or as the model needs.
+    pub tensor_parallel: Option<usize>,
     /// Folder that keeps the kernels compiled for a card; `None` compiles them on every start.
     pub kernel_cache: Option<PathBuf>,
     /// Threads that compute; `None` is one per core that this process may use.
@@ -52,6 +54,7 @@ impl EngineOptions {
             model,
             served_name,
             device: Device::Cpu,
+            tensor_parallel: None,
             kernel_cache: None,
             threads: None,
             kv_memory: None,
@@ -96,6 +99,14 @@ impl EngineOptions {
         }
         if self.threads == Some(0) {
             return bad("--threads", "must be at least 1".into());
+        }
+        if let Some(cards) = self.tensor_parallel.filter(|cards| *cards != 1) {
+            if cards == 0 {
+                return bad("--tensor-parallel", "must be at least 1".into());
+            }
+            if self.device == Device::Cpu {
+                return bad("--tensor-parallel", format!("must be 1 with --device cpu, not {cards}: it is for several cards"));
+            }
         }
         Ok(())
     }
@@ -147,7 +158,7 @@ mod tests {
         assert!(good.check().is_ok());
         assert_eq!(good.served_name, "tiny");
         type Spoil = fn(&mut EngineOptions);
-        let cases: [(&str, Spoil); 7] = [
+        let cases: [(&str, Spoil); 9] = [
             ("--max-seqs", |o| o.max_seqs = 0),
             ("--max-batch-tokens", |o| o.max_batch_tokens = o.max_seqs - 1),
             ("--max-loras", |o| o.max_adapters = 4097),
@@ -155,6 +166,8 @@ mod tests {
             ("--max-waiting", |o| o.max_waiting = 0),
             ("--max-model-len", |o| o.max_model_len = Some(1)),
             ("--threads", |o| o.threads = Some(0)),
+            ("--tensor-parallel", |o| o.tensor_parallel = Some(2)),
+            ("--tensor-parallel", |o| (o.device, o.tensor_parallel) = (Device::Auto, Some(0))),
         ];
         for (name, spoil) in cases {
             let mut options = good.clone();

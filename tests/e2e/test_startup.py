@@ -279,6 +279,19 @@ def test_a_card_without_a_driver(tmp_path, command):
     assert_fails(tidemill(*arguments, *port, cwd=tmp_path), "no NVIDIA driver found", "libcuda.so.1", "--device cpu")
 
 
+def test_numbers_of_cards_that_make_no_sense(tmp_path):
+    model = ["--model", str(GOLDENS / "llama"), "--data", str(tmp_path / "data")]
+
+    def refused(*arguments, words):
+        assert_fails(tidemill("serve", *arguments, *model, "--port", "0", cwd=tmp_path), "--tensor-parallel", *words)
+
+    # The model's 4 heads.
+    refused("--device", "cuda", "--tensor-parallel", "3", words=["cannot be 3", "1, 2, 4"])
+    refused("--device", "cuda:0,1", "--tensor-parallel", "4", words=["must be 2, not 4"])
+    refused("--tensor-parallel", "2", words=["must be 1 with --device cpu"])
+    assert_fails(tidemill("serve", "--device", "cuda:1,1", *model, cwd=tmp_path), "--device", "card 1 twice")
+
+
 def test_without_a_model_the_next_step_is_named(tmp_path):
     assert_fails(tidemill("serve", "--data", str(tmp_path / "data"), cwd=tmp_path), "tidemill pull")
 

@@ -8,16 +8,18 @@ use tidemill_kernels::{
 
 use super::Model;
 use super::experts::{ExpertBuffers, ExpertLayer};
+use super::shard::{FactorShards, MatrixShard, Shard};
 use super::weight_names::{Part, Weight};
 use crate::adapter::{Adapter, Pair, Projection};
 use crate::load_error::LoadError;
 use crate::model_config::ModelConfig;
-use crate::model_files::{FileMatrix, ModelFiles};
+use crate::model_files::ModelFiles;
 
-/// A decoder with its weights packed by a backend.
+/// A decoder with its weights packed by a backend: all of it, or the part of one of several devices.
 pub struct Decoder {
     ops: Box<dyn Ops>,
     config: ModelConfig,
+    shard: Shard,
     shape: HeadShape,
     attention: AttentionSpec,
     weights: Weights,
@@ -71,8 +73,10 @@ struct Buffers {
     last: Buf,
     /// `[samples, hidden]`
     last_normed: Buf,
-    /// `[samples, vocabulary]`
+    /// `[samples, vocabulary]`; of several devices' model, with columns behind that no token has.
     logits: Buf,
+    /// `[samples, tokens of the part]`, where the model is one of several devices'.
+    part: Option<Buf>,
 }
 
 /// The linears of a layer, as adapters update them.
@@ -108,7 +112,7 @@ impl Site {
 }
 
 impl Decoder {
-    /// Packs the weights of `files` with `ops`. `progress` hears (bytes packed, bytes in all) after each matrix.
+    /// Packs the weights of `files` with `ops`, or of each the part for its [`Ops::place`]. `progress` hears (bytes packed, bytes in all) after each matrix.
     pub fn load(
         files: &ModelFiles,
         ops: Box<dyn Ops>,
@@ -116,23 +120,31 @@ impl Decoder {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, LoadError> {
         let config = files.config().clone();
-        let shape = HeadShape { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
-        let mut loader = Loader { files, config: &config, ops, format, progress, packed: 0 };
+        let shard =
+            Shard::new(&config, ops.place()).map_err(|detail| LoadError::invalid(files.path(), "--tensor-parallel", detail))?;
+        let &ModelConfig { heads, kv_heads, head_dim, .. } = shard.local();
+        let shape = HeadShape { heads, kv_heads, head_dim };
+        let mut loader = Loader { files, config: &config, shard: &shard, ops, format, progress, packed: 0 };
         let weights = loader.weights()?;
         let mut ops = loader.ops;
-        let buffers = Buffers::reserve(ops.as_mut(), &config).map_err(|source| LoadError::Kernel {
+        let buffers = Buffers::reserve(ops.as_mut(), &shard).map_err(|source| LoadError::Kernel {
             path: files.path().to_owned(),
             what: "activations".to_owned(),
             source,
         })?;
         let scale = 1.0 / (config.head_dim as f32).sqrt();
         let attention = AttentionSpec { scale, sliding_window: config.sliding_window, soft_cap: None };
-        Ok(Self { ops, config, shape, attention, weights, buffers, kv: None })
+        Ok(Self { ops, config, shard, shape, attention, weights, buffers, kv: None })
     }
 
     /// Logits `[samples, vocabulary]` of the last step, row-major.
     pub fn logits(&self) -> Result<Vec<f32>, KernelError> {
-        self.ops.read(self.buffers.logits)
+        let mut logits = self.ops.read(self.buffers.logits)?;
+        let (wide, wanted) = (self.shard.tokens() * self.shard.place().ranks, self.config.vocabulary);
+        if wide > wanted {
+            logits = logits.chunks_exact(wide).flat_map(|row| &row[..wanted]).copied().collect();
+        }
+        Ok(logits)
     }
 
     /// Sizes and switches.
@@ -142,20 +154,29 @@ impl Decoder {
 
     /// Records a step; with `all`, the norm behind the last layer runs over all rows and leaves them in `normed`.
     fn step(&mut self, batch: &StepBatch, out: &mut StepOutput, all: bool) -> Result<(), KernelError> {
-        let Self { ops, config, shape, attention, weights, buffers: b, kv, .. } = self;
+        let Self { ops, config, shard, shape, attention, weights, buffers: b, kv } = self;
         let kv = kv.ok_or_else(|| KernelError::Limit("the key-value cache was not reserved before the first step".to_owned()))?;
         let eps = config.rms_eps;
+        let (several, residual) = (!shard.place().is_alone(), shard.residual());
 
         ops.begin(batch)?;
-        ops.embedding(weights.embedding, b.hidden);
+        if several {
+            ops.embedding_shard(weights.embedding, shard.first_token() as u32, b.hidden);
+            ops.all_reduce(b.hidden);
+        } else {
+            ops.embedding(weights.embedding, b.hidden);
+        }
         for (index, layer) in weights.layers.iter().enumerate() {
             ops.rms_norm(b.hidden, layer.attention_norm, eps, b.normed);
             ops.linear(b.normed, layer.qkv.weight, layer.qkv.bias, b.qkv, Store::Replace);
             ops.lora(b.normed, Site::Qkv.number(index), b.qkv);
             ops.rope_cache(b.qkv, *shape, layer.qk_norm, weights.rope, kv, index);
             ops.paged_attention(b.qkv, *shape, *attention, kv, index, b.attended);
-            ops.linear(b.attended, layer.attention_output.weight, layer.attention_output.bias, b.hidden, Store::Add);
+            ops.linear(b.attended, layer.attention_output.weight, layer.attention_output.bias, b.hidden, residual);
             ops.lora(b.attended, Site::AttentionOutput.number(index), b.hidden);
+            if several {
+                ops.all_reduce(b.hidden);
+            }
 
             ops.rms_norm(b.hidden, layer.feed_forward_norm, eps, b.normed);
             match &layer.feed_forward {
@@ -163,10 +184,13 @@ impl Decoder {
                     ops.linear(b.normed, gate_up.weight, gate_up.bias, b.gate_up, Store::Replace);
                     ops.lora(b.normed, Site::GateUp.number(index), b.gate_up);
                     ops.silu_and_mul(b.gate_up, b.gated);
-                    ops.linear(b.gated, down.weight, down.bias, b.hidden, Store::Add);
+                    ops.linear(b.gated, down.weight, down.bias, b.hidden, residual);
                     ops.lora(b.gated, Site::Down.number(index), b.hidden);
                 }
                 FeedForward::Experts(experts, buffers) => experts.forward(ops.as_mut(), buffers, b.normed, b.hidden),
+            }
+            if several {
+                ops.all_reduce(b.hidden);
             }
         }
         if all {
@@ -175,8 +199,13 @@ impl Decoder {
         if !batch.samples.is_empty() {
             ops.gather(b.hidden, b.last);
             ops.rms_norm(b.last, weights.final_norm, eps, b.last_normed);
-            ops.linear(b.last_normed, weights.output, None, b.logits, Store::Replace);
-            ops.sample(b.logits, config.vocabulary);
+            ops.linear(b.last_normed, weights.output, None, b.part.unwrap_or(b.logits), Store::Replace);
+            if let Some(part) = b.part {
+                ops.all_gather(part, b.logits);
+            }
+            if shard.leads() {
+                ops.sample(b.logits, config.vocabulary);
+            }
         }
         ops.finish(out)
     }
@@ -220,12 +249,13 @@ impl Model for Decoder {
 
     fn load_adapter(&mut self, slot: u32, adapter: &Adapter) -> Result<(), KernelError> {
         let mut sites = vec![Vec::new(); self.config.layers * Site::COUNT];
-        for Pair { layer, projection, rank, scale, a, b } in &adapter.pairs {
+        let factors: Vec<FactorShards<'_>> =
+            (adapter.pairs.iter()).map(|pair| self.shard.factors(pair.projection, pair.rank, &pair.a, &pair.b)).collect();
+        for (Pair { layer, projection, rank, scale, .. }, FactorShards { n, k, a, b }) in adapter.pairs.iter().zip(&factors) {
             // Factors are in the order of the publisher's rows, and so is the packed base: see `FileMatrix::row_order`.
-            let (site, column) = Site::of(*projection, &self.config);
-            let (n, k) = projection.shape(&self.config);
+            let (site, column) = Site::of(*projection, self.shard.local());
             if let Some(parts) = sites.get_mut(site.number(*layer)) {
-                parts.push(LowRank { column, n, k, rank: *rank, scale: *scale, a, b });
+                parts.push(LowRank { column, n: *n, k: *k, rank: *rank, scale: *scale, a, b });
             }
         }
         self.ops.load_adapter(slot, &sites)
@@ -249,9 +279,10 @@ impl Model for Decoder {
 }
 
 impl Buffers {
-    fn reserve(ops: &mut dyn Ops, config: &ModelConfig) -> Result<Self, KernelError> {
-        let &ModelConfig { hidden, intermediate, heads, kv_heads, head_dim, vocabulary, .. } = config;
-        let intermediate = if config.experts.is_some() { 1 } else { intermediate };
+    fn reserve(ops: &mut dyn Ops, shard: &Shard) -> Result<Self, KernelError> {
+        let &ModelConfig { hidden, intermediate, heads, kv_heads, head_dim, .. } = shard.local();
+        let (tokens, ranks) = (shard.tokens(), shard.place().ranks);
+        let intermediate = if shard.local().experts.is_some() { 1 } else { intermediate };
         Ok(Self {
             hidden: ops.alloc(Rows::Tokens, hidden)?,
             normed: ops.alloc(Rows::Tokens, hidden)?,
@@ -261,7 +292,8 @@ impl Buffers {
             gated: ops.alloc(Rows::Tokens, intermediate)?,
             last: ops.alloc(Rows::Samples, hidden)?,
             last_normed: ops.alloc(Rows::Samples, hidden)?,
-            logits: ops.alloc(Rows::Samples, vocabulary)?,
+            logits: ops.alloc(Rows::Samples, tokens * ranks)?,
+            part: if ranks > 1 { Some(ops.alloc(Rows::Samples, tokens)?) } else { None },
         })
     }
 }
@@ -270,6 +302,7 @@ impl Buffers {
 pub(super) struct Loader<'a> {
     files: &'a ModelFiles,
     config: &'a ModelConfig,
+    shard: &'a Shard,
     ops: Box<dyn Ops>,
     format: WeightFormat,
     progress: &'a mut dyn FnMut(u64, u64),
@@ -307,7 +340,7 @@ impl<'a> Loader<'a> {
             },
             attention_output: Linear {
                 weight: self.matrix(&[at(Part::AttentionOutput)])?,
-                bias: self.bias(output_bias, &[at(Part::AttentionOutputBias)])?,
+                bias: self.bias(output_bias && self.shard.leads(), &[at(Part::AttentionOutputBias)])?,
             },
             feed_forward_norm: self.vector(&[at(Part::FeedForwardNorm)])?,
             feed_forward: match (self.config.experts, buffers) {
@@ -317,7 +350,10 @@ impl<'a> Loader<'a> {
                         weight: self.matrix(&[at(Part::Gate), at(Part::Up)])?,
                         bias: self.bias(mlp_bias, &[at(Part::GateBias), at(Part::UpBias)])?,
                     },
-                    down: Linear { weight: self.matrix(&[at(Part::Down)])?, bias: self.bias(mlp_bias, &[at(Part::DownBias)])? },
+                    down: Linear {
+                        weight: self.matrix(&[at(Part::Down)])?,
+                        bias: self.bias(mlp_bias && self.shard.leads(), &[at(Part::DownBias)])?,
+                    },
                 },
             },
         };
@@ -327,8 +363,18 @@ impl<'a> Loader<'a> {
 
     /// Matrices stacked along their output features.
     fn matrix(&mut self, parts: &[Weight]) -> Result<Matrix, LoadError> {
-        let matrices = parts.iter().map(|part| self.files.matrix(*part)).collect::<Result<Vec<_>, _>>()?;
-        self.pack(&matrices, self.format, &self.names(parts))
+        let mut matrices = Vec::with_capacity(parts.len());
+        for part in parts {
+            let whole = self.files.matrix(*part)?;
+            self.packed += whole.data.len() as u64;
+            let cut = self.shard.matrix(*part, whole);
+            matrices.push(cut.map_err(|why| LoadError::invalid(self.files.path(), self.names(&[*part]), why))?);
+        }
+        let stacked: Vec<_> = matrices.iter().flat_map(MatrixShard::sources).collect();
+        let packed = self.ops.load_matrix(&stacked, self.format);
+        let matrix = packed.map_err(|error| self.refused(&self.names(parts), error))?;
+        (self.progress)(self.packed, self.files.file_bytes());
+        Ok(matrix)
     }
 
     /// Where the weights come from.
@@ -366,7 +412,8 @@ impl<'a> Loader<'a> {
 
     /// Vectors one after the other.
     fn vector(&mut self, parts: &[Weight]) -> Result<Vector, LoadError> {
-        let values = parts.iter().map(|part| self.files.vector(*part)).collect::<Result<Vec<_>, _>>()?.concat();
+        let values = parts.iter().map(|part| Ok(self.shard.vector(*part, self.files.vector(*part)?)));
+        let values = values.collect::<Result<Vec<_>, LoadError>>()?.concat();
         self.ops.load_vector(&values).map_err(|source| self.refused(&self.names(parts), source))
     }
 

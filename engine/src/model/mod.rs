@@ -2,11 +2,14 @@
 
 pub mod decoder;
 mod experts;
+pub(crate) mod shard;
+pub mod tensor_parallel;
 pub(crate) mod weight_names;
 
 use tidemill_kernels::{KernelError, KvDtype, MemoryUse, StepBatch, StepOutput};
 
 pub use decoder::Decoder;
+pub use tensor_parallel::TensorParallel;
 
 use crate::adapter::Adapter;
 use crate::model_config::ModelConfig;

@@ -1,6 +1,7 @@
 //! Weights as they lie in the files: for a backend that packs them, and for training, which reads them where they are.
 
-use tidemill_kernels::{Format, MatrixSource};
+use tidemill_kernels::blocks::is_four_bit;
+use tidemill_kernels::{Format, MatrixSource, WeightFormat};
 
 use super::ModelFiles;
 use crate::load_error::LoadError;
@@ -98,6 +99,22 @@ impl ModelFiles {
         Ok(match self.row_order(weight, width) {
             None => values,
             Some(order) => order.iter().filter_map(|&row| values.get(row as usize).copied()).collect(),
+        })
+    }
+
+    /// About how many bytes the weights take when a card has packed them.
+    pub(crate) fn packed_bytes(&self, packed: WeightFormat) -> Result<u64, LoadError> {
+        let bits = |format: Format| match (packed, format) {
+            (WeightFormat::F32, _) | (WeightFormat::Auto, Format::F32) => 32,
+            (WeightFormat::Bf16, _) | (WeightFormat::Auto, Format::F16 | Format::Bf16) => 16,
+            // Nibbles, and two halves for 32 of them.
+            (WeightFormat::Auto, format) if is_four_bit(format) => 5,
+            (WeightFormat::Int8 | WeightFormat::Fp8 | WeightFormat::Auto, _) => 8,
+        };
+        self.config.weights().into_iter().try_fold(0u64, |sum, weight| {
+            let (n, k) = self.config.shape_of(weight);
+            let bits = bits(self.need(weight)?.format);
+            Ok(sum.saturating_add((n as u64).saturating_mul(k as u64).saturating_mul(bits) / 8))
         })
     }
 

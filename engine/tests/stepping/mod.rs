@@ -2,27 +2,27 @@
 
 use tidemill_engine::Decoder;
 use tidemill_engine::model::Model;
-use tidemill_kernels::{KvDtype, NO_ADAPTER, SampleRow, SequenceSpan, StepBatch, StepOutput};
+use tidemill_kernels::{KvDtype, NO_ADAPTER, SampleRow, Sampled, SequenceSpan, StepBatch, StepOutput};
 
 const BLOCK: usize = 32;
 const BLOCKS_PER_SEQUENCE: usize = 32;
 const SEQUENCES: usize = 32;
 
-pub struct Stepper {
-    decoder: Decoder,
+pub struct Stepper<M: Model = Decoder> {
+    decoder: M,
     /// Slot of each sequence's adapter; those beyond the list have none.
     adapters: Vec<u32>,
 }
 
-impl Stepper {
-    pub fn new(mut decoder: Decoder) -> Self {
+impl<M: Model> Stepper<M> {
+    pub fn new(mut decoder: M) -> Self {
         decoder.alloc_kv(BLOCKS_PER_SEQUENCE * SEQUENCES, BLOCK, KvDtype::F32).unwrap();
         Self { decoder, adapters: Vec::new() }
     }
 
     /// The decoder.
     #[allow(dead_code, reason = "each test binary uses a part")]
-    pub fn decoder(&mut self) -> &mut Decoder {
+    pub fn decoder(&mut self) -> &mut M {
         &mut self.decoder
     }
 
@@ -40,16 +40,22 @@ impl Stepper {
         }
     }
 
-    /// Logits after the tokens at `positions`, all computed in one step.
-    pub fn logits(&mut self, tokens: &[u32], positions: &[u32]) -> Vec<Vec<f32>> {
+    /// The log-probability of every token after the tokens at `positions`, all computed in one step.
+    #[allow(dead_code, reason = "each test binary uses a part")]
+    pub fn log_probabilities(&mut self, tokens: &[u32], positions: &[u32]) -> Vec<Vec<f32>> {
+        let vocabulary = self.decoder.vocabulary();
         let mut batch = StepBatch::default();
         self.add_rows(&mut batch, 0, 0, tokens);
-        batch.samples = positions.iter().map(|&row| SampleRow::greedy(row)).collect();
-        self.decoder.forward(&batch, &mut StepOutput::default()).unwrap();
-        let logits = self.decoder.logits().unwrap();
-        let width = self.decoder.vocabulary();
-        assert_eq!(logits.len(), positions.len() * width);
-        logits.chunks(width).map(<[f32]>::to_vec).collect()
+        let every = |&row: &u32| SampleRow { score: Some(0), top_n: Some(vocabulary as u32), ..SampleRow::greedy(row) };
+        batch.samples = positions.iter().map(every).collect();
+        let mut out = StepOutput::default();
+        self.decoder.forward(&batch, &mut out).unwrap();
+        let row = |sampled: &Sampled| {
+            let mut row = vec![f32::NAN; vocabulary];
+            sampled.top.iter().for_each(|(token, logprob)| row[*token as usize] = *logprob);
+            row
+        };
+        out.samples.iter().map(row).collect()
     }
 
     /// At most `length` tokens for each prompt, up to and including one of `ends`: prompts one by one, then all answers together.
@@ -81,6 +87,21 @@ impl Stepper {
                 answers[sequence].push(sampled.token);
             }
         }
+    }
+}
+
+impl Stepper {
+    /// Logits after the tokens at `positions`, all computed in one step.
+    #[allow(dead_code, reason = "each test binary uses a part")]
+    pub fn logits(&mut self, tokens: &[u32], positions: &[u32]) -> Vec<Vec<f32>> {
+        let mut batch = StepBatch::default();
+        self.add_rows(&mut batch, 0, 0, tokens);
+        batch.samples = positions.iter().map(|&row| SampleRow::greedy(row)).collect();
+        self.decoder.forward(&batch, &mut StepOutput::default()).unwrap();
+        let logits = self.decoder.logits().unwrap();
+        let width = self.decoder.vocabulary();
+        assert_eq!(logits.len(), positions.len() * width);
+        logits.chunks(width).map(<[f32]>::to_vec).collect()
     }
 }
 

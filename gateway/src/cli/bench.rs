@@ -22,9 +22,12 @@ pub struct BenchArgs {
     /// Threads that compute [default: one per core]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Where to compute: cpu, cuda, cuda:N with the number of a card, auto
+    /// Where to compute: cpu, cuda, cuda:N or cuda:N,N with the numbers of cards, auto
     #[arg(long, default_value_t)]
     device: Device,
+    /// Cards that compute the model together
+    #[arg(long, value_name = "N")]
+    tensor_parallel: Option<usize>,
     /// Requests at once, one line of the table each
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [1, 8, 32])]
     streams: Vec<usize>,
@@ -73,7 +76,8 @@ pub fn run(args: &BenchArgs) -> Result<(), BenchCommandError> {
     let most = args.streams.iter().copied().max().unwrap_or(1);
     let defaults = EngineOptions::new(&model.path);
     let options = EngineOptions {
-        device: args.device,
+        device: args.device.clone(),
+        tensor_parallel: args.tensor_parallel,
         kernel_cache: Some(kernel_cache(&args.data)),
         threads: args.threads,
         max_seqs: most,

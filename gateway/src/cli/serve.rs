@@ -92,9 +92,12 @@ pub struct ServeArgs {
     /// Seed for requests that bring none [default: another one on every start]
     #[arg(long, value_name = "N")]
     seed: Option<String>,
-    /// Where to compute: cpu, cuda, cuda:N with the number of a card, auto [default: cpu]
+    /// Where to compute: cpu, cuda (as many cards as the model needs), cuda:N or cuda:N,N with the numbers of cards, auto [default: cpu]
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
+    /// Cards that compute each model together [default: one where the model fits it well, else the fewest that hold it]
+    #[arg(long, value_name = "N")]
+    tensor_parallel: Option<String>,
     /// Time that running answers get after SIGTERM [default: 30s]
     #[arg(long, value_name = "TIME")]
     drain_timeout: Option<String>,
@@ -228,6 +231,7 @@ impl ServeArgs {
             ("max_lora_rank", &self.max_lora_rank),
             ("seed", &self.seed),
             ("device", &self.device),
+            ("tensor_parallel", &self.tensor_parallel),
             ("drain_timeout", &self.drain_timeout),
             ("max_body", &self.max_body),
             ("body_timeout", &self.body_timeout),

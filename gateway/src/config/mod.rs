@@ -57,6 +57,7 @@ pub const KEYS: &[&str] = &[
     "upstream",
     "seed",
     "device",
+    "tensor_parallel",
     "drain_timeout",
     "max_body",
     "body_timeout",
@@ -189,6 +190,8 @@ pub struct Config {
     pub seed: Option<u64>,
     /// Where to compute.
     pub device: Device,
+    /// Cards that compute a model together.
+    pub tensor_parallel: Option<usize>,
     /// Time for running answers after SIGTERM.
     pub drain_timeout: Duration,
     /// Most bytes of a request's body.
@@ -315,6 +318,7 @@ impl Config {
             remotes: upstreams::remotes(layers)?,
             seed: get("seed").map(|s| s.parse(value::seed)).transpose()?,
             device: get("device").map_or(Ok(base.device), |s| s.parse(str::parse))?,
+            tensor_parallel: count("tensor_parallel", 1)?,
             drain_timeout: get("drain_timeout").map_or(Ok(Duration::from_secs(30)), |s| s.parse(value::duration))?,
             max_body: get("max_body").map_or(Ok(10 << 20), |s| s.parse(value::size))?,
             body_timeout: get("body_timeout").map_or(Ok(BodyLimits::default().time), |s| s.parse(value::some_time))?,
@@ -385,7 +389,8 @@ impl Config {
     pub fn engine_options(&self, model: &ModelSpec, models: usize) -> EngineOptions {
         EngineOptions {
             served_name: model.name.clone(),
-            device: self.device,
+            device: self.device.clone(),
+            tensor_parallel: self.tensor_parallel,
             kernel_cache: Some(kernel_cache(&self.data)),
             threads: self.threads,
             kv_memory: self.kv_memory,

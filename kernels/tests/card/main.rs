@@ -20,10 +20,12 @@ use std::time::{Duration, Instant};
 use clock::Clock;
 use rates::{Ceilings, Sizes};
 use support::emulation::Emulated;
+use support::exchange;
 use tidemill_kernels::Limits;
-use tidemill_kernels::cuda::CudaBackend;
+use tidemill_kernels::collective::Member;
 use tidemill_kernels::cuda::device::Device;
 use tidemill_kernels::cuda::driver::{Card, prepare};
+use tidemill_kernels::cuda::{CudaBackend, nccl};
 
 /// Cards that kernels are compiled for ahead.
 const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_89", "sm_90a"];
@@ -38,7 +40,7 @@ card part FOLDER NAME [COPY PRODUCT]     one part of it
 card part FOLDER NAME brief              with a sample of its cases";
 
 /// A part of the check: its name, the section of the table it belongs to, and how long it may take.
-const PARTS: [(&str, Section, u64); 20] = [
+const PARTS: [(&str, Section, u64); 21] = [
     ("parity rows", Section::Parity, 20),
     ("parity linears", Section::Parity, 20),
     ("parity attention", Section::Parity, 40),
@@ -48,6 +50,7 @@ const PARTS: [(&str, Section, u64); 20] = [
     ("parity company", Section::Parity, 20),
     ("parity decoders", Section::Parity, 40),
     ("parity large", Section::Parity, 60),
+    ("parity exchanges", Section::Parity, 60),
     ("ceilings", Section::Ceilings, 40),
     ("rates rows", Section::Rates, 30),
     ("rates bf16", Section::Rates, 60),
@@ -220,6 +223,10 @@ fn part(place: &Place<'_>, name: &str, rest: &[&str]) -> ExitCode {
         [copy, product, ..] => Ceilings { copy: *copy, product: *product },
         _ => Ceilings::default(),
     };
+    if name == "parity exchanges" {
+        exchanges(place);
+        return ExitCode::SUCCESS;
+    }
     match place {
         Place::Card(images) => {
             let open = |limits: Limits| CudaBackend::new(Card::open(Some(images)).unwrap(), limits);
@@ -227,6 +234,31 @@ fn part(place: &Place<'_>, name: &str, rest: &[&str]) -> ExitCode {
         }
         Place::Emulated => on(|limits| CudaBackend::new(Emulated::default(), limits), name, &Sizes::tiny(), ceilings, true),
     }
+}
+
+/// Steps with exchanges, captured where they can be, on as many cards as there are, four at most; on two emulated ones.
+fn exchanges(place: &Place<'_>) {
+    let off = match place {
+        Place::Emulated => exchange::worst_of(on_devices(Member::group(2).into_iter().map(Emulated::of_group))).0,
+        Place::Card(images) => {
+            let open = |number| Card::open_number(number, Some(images)).unwrap();
+            let first = open(0);
+            let visible = first.visible().unwrap().min(4);
+            if visible < 2 {
+                println!("| exchanges between cards | not run: the driver shows one card |");
+                return;
+            }
+            let cards = std::iter::once(first).chain((1..visible).map(open)).collect();
+            let (cards, _) = nccl::join(cards).unwrap();
+            exchange::worst_of(on_devices(cards.into_iter())).0
+        }
+    };
+    let verdict = if off < 1e-6 { "ok" } else { "**wrong**" };
+    println!("| exchanges between cards | reference | 1 | {off:.1e} | 1.0e-6 | {verdict} |");
+}
+
+fn on_devices<D: Device>(devices: impl Iterator<Item = D>) -> Vec<CudaBackend<D>> {
+    devices.map(|device| CudaBackend::new(device, exchange::LIMITS).capturing()).collect()
 }
 
 /// A part on a device. `briefly`: a sample of the cases.

@@ -10,6 +10,7 @@
 pub mod backend;
 pub mod decoder;
 pub mod emulation;
+pub mod exchange;
 pub mod experts;
 pub mod faulty;
 pub mod low_rank;
