@@ -9,6 +9,7 @@
 
 pub mod backend;
 pub mod decoder;
+pub mod driver;
 pub mod emulation;
 pub mod faulty;
 pub mod low_rank;
