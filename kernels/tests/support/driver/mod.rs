@@ -17,6 +17,7 @@ use tidemill_kernels::cuda::calls::{CallError, Called, Calls, Multiplier};
 use tidemill_kernels::cuda::device::{Address, Device, HostAddress, Kernel, Launch, Pieces, Source};
 
 use self::library::FakeProducts;
+#[allow(unused_imports, reason = "each test binary uses a part")]
 pub use self::library::NamedImages;
 use self::work::{From, Work};
 use super::emulation::Emulated;
