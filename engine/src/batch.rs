@@ -14,8 +14,9 @@ pub struct Share {
     pub scored: bool,
 }
 
-/// Appends the sequence's rows, its block table and its sample rows. Its table must have room for the rows.
-pub fn write(batch: &mut StepBatch, sequence: &Sequence, share: Share, end_of_turn: &[u32]) {
+/// Appends the sequence's rows, its block table and its sample rows. Its table must have room for the rows. Returns the first entry of
+/// the samples that draws for it.
+pub fn write(batch: &mut StepBatch, sequence: &Sequence, share: Share, end_of_turn: &[u32]) -> Option<u32> {
     let (start, end) = (sequence.computed, sequence.computed + share.rows);
     let first_row = batch.tokens.len() as u32;
     let blocks = &sequence.table.blocks()[..end.div_ceil(BLOCK_SIZE)];
@@ -26,7 +27,11 @@ pub fn write(batch: &mut StepBatch, sequence: &Sequence, share: Share, end_of_tu
         first_block: batch.blocks.len() as u32,
     });
     batch.blocks.extend(blocks.iter().map(|block| block.0));
-    batch.tokens.extend_from_slice(&sequence.tokens[start..end]);
+    batch.tokens.extend_from_slice(&sequence.tokens[start..end.min(sequence.tokens.len())]);
+    if end > sequence.tokens.len() {
+        batch.carried.push((batch.tokens.len() as u32, sequence.drawn_by));
+        batch.tokens.push(0);
+    }
     batch.positions.extend(start as u32..end as u32);
     batch.slots.extend((start..end).map(|p| i64::from(blocks[p / BLOCK_SIZE].0) * BLOCK_SIZE as i64 + (p % BLOCK_SIZE) as i64));
     if share.scored {
@@ -35,20 +40,22 @@ pub fn write(batch: &mut StepBatch, sequence: &Sequence, share: Share, end_of_tu
             batch.samples.push(score(row, sequence.tokens[position + 1], sequence.request.sampling.prompt_logprobs));
         }
     }
-    if end == sequence.tokens.len() {
-        let row = first_row + share.rows as u32 - 1;
-        for draw in 0..sequence.draws() {
-            let sample = draw_row(batch, sequence, row, sequence.id.choice as usize + draw, end_of_turn);
-            batch.samples.push(sample);
-        }
+    if end < sequence.length() {
+        return None;
     }
+    let (row, first_draw) = (first_row + share.rows as u32 - 1, batch.samples.len() as u32);
+    for draw in 0..sequence.draws() {
+        let sample = draw_row(batch, sequence, row, sequence.id.choice as usize + draw, end_of_turn);
+        batch.samples.push(sample);
+    }
+    Some(first_draw)
 }
 
 /// Entries of [`StepBatch::samples`] that a share takes.
 pub fn samples(sequence: &Sequence, share: Share) -> usize {
     let end = sequence.computed + share.rows;
     let scored = if share.scored { end.min(sequence.prompt_len() - 1).saturating_sub(sequence.computed) } else { 0 };
-    scored + if end == sequence.tokens.len() { sequence.draws() } else { 0 }
+    scored + if end == sequence.length() { sequence.draws() } else { 0 }
 }
 
 fn draw_row(batch: &mut StepBatch, sequence: &Sequence, row: u32, choice: usize, end_of_turn: &[u32]) -> SampleRow {
@@ -120,7 +127,7 @@ mod tests {
     #[test]
     fn rows_name_their_slots_and_the_last_one_is_sampled_for_every_choice() {
         let (mut sequence, _pool) = sequence(40, SamplingParams { n: 3, ..Default::default() });
-        sequence.advance(30, false);
+        sequence.begin(30, None);
         let mut batch = StepBatch::default();
         let share = Share { rows: 10, scored: false };
         write(&mut batch, &sequence, share, &[]);
@@ -146,12 +153,31 @@ mod tests {
         write(&mut batch, &sequence, Share { rows: 4, scored: false }, &[2, 3]);
         let never = f32::NEG_INFINITY;
         assert_eq!(batch.bias, [(5, 2.0), (2, never), (3, never), (9, never)]);
-        sequence.advance(4, false);
+        sequence.begin(4, Some(0));
         sequence.push(8);
         batch.clear();
         write(&mut batch, &sequence, Share { rows: 1, scored: false }, &[2, 3]);
         assert_eq!(batch.bias, [(5, 2.0)]);
         assert_eq!(batch.samples[0].counter, 1);
+    }
+
+    #[test]
+    fn a_row_whose_token_is_being_drawn_names_who_draws_it() {
+        let (mut sequence, _pool) = sequence(4, SamplingParams { min_tokens: 1, ..Default::default() });
+        let mut batch = StepBatch::default();
+        assert_eq!(write(&mut batch, &sequence, Share { rows: 4, scored: false }, &[2]), Some(0));
+        sequence.begin(4, Some(6));
+        batch.clear();
+        batch.tokens.push(9);
+        assert_eq!(write(&mut batch, &sequence, Share { rows: 1, scored: false }, &[2]), Some(0));
+        assert_eq!((batch.tokens, batch.positions, batch.carried), (vec![9, 0], vec![4], vec![(1, 6)]));
+        // It is the second token that is drawn there: the first is on its way.
+        assert_eq!((batch.samples[0].counter, batch.bias.len()), (1, 0));
+        sequence.begin(1, Some(0));
+        assert_eq!((sequence.length(), sequence.pending()), (6, 1));
+        sequence.push(8);
+        sequence.push(7);
+        assert_eq!((sequence.length(), sequence.computed, sequence.tokens[4..].to_vec()), (6, 5, vec![8, 7]));
     }
 
     #[test]
@@ -165,7 +191,7 @@ mod tests {
             [(0, Some(101)), (1, Some(102)), (2, Some(103))]
         );
         assert_eq!(samples(&sequence, share), 3);
-        sequence.advance(3, false);
+        sequence.begin(3, None);
         batch.clear();
         let share = Share { rows: 2, scored: true };
         write(&mut batch, &sequence, share, &[]);

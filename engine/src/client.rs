@@ -9,7 +9,7 @@ use flume::Sender;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Events that a client may be behind, beside those of the next step.
+/// Events that a client may be behind, beside those of the next steps.
 const BACKLOG: usize = 256;
 
 /// Room for every event that one step can cause: a token and an end per choice, the prompt, the last word.
@@ -17,9 +17,9 @@ fn events_per_step(choices: usize) -> usize {
     2 * choices + 2
 }
 
-/// Capacity of the channel of a request with `n` choices.
+/// Capacity of the channel of a request with `n` choices: when it is found to be behind, one step may run and another be planned.
 pub(crate) fn capacity(n: usize) -> usize {
-    BACKLOG + events_per_step(n)
+    BACKLOG + 2 * events_per_step(n)
 }
 
 pub(crate) struct Client {
@@ -77,7 +77,7 @@ impl Client {
         self.gone || self.events.is_disconnected()
     }
 
-    /// The channel may not hold the events of another step.
+    /// The channel may not hold the events of more steps than are under way.
     pub(crate) fn is_behind(&self) -> bool {
         self.prompt_sent && self.events.len() > BACKLOG
     }

@@ -13,7 +13,7 @@ use crate::sequence::RequestKey;
 use crate::stats::{Metrics, Stats};
 use crate::tokenizer::Tokenizer;
 use flume::{Receiver, RecvError, RecvTimeoutError, Sender, TryRecvError};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -116,9 +116,21 @@ pub(crate) struct Core {
     pub(crate) flow: Flow,
 }
 
+/// A step that is under way.
+struct Flight {
+    tokens: usize,
+    prompt_tokens: usize,
+    begun: Instant,
+    /// It was submitted, and is collected; another is computed when it is waited for.
+    submitted: bool,
+}
+
 /// What changes from step to step.
 #[derive(Default)]
 pub(crate) struct Flow {
+    /// Oldest first; two at most.
+    flights: VecDeque<Flight>,
+    last_end: Option<Instant>,
     clients: HashMap<RequestKey, Client>,
     /// Texts whose vectors are wanted; each has a client, too.
     pooled: HashMap<RequestKey, Pooled>,
@@ -165,65 +177,109 @@ impl Core {
     }
 
     /// The error is that of a device with which nothing can be done any more.
+    ///
+    /// Where steps run ahead, one is planned and submitted while the one before it is computed; then that one's tokens go to the clients
+    /// while the next is computed. Elsewhere a step is planned, computed and told of before the next.
     fn steps(&mut self) -> Result<(), KernelError> {
-        while self.take_arrivals() {
+        while self.take_arrivals()? {
             self.tend_clients();
-            let start = Instant::now();
-            let tokens = self.scheduler.schedule(&mut self.flow.batch);
-            self.name_adapters();
-            let prompt_tokens = tokens.saturating_sub(self.flow.batch.samples.len());
-            self.flow.stalled = tokens == 0;
-            if tokens == 0 {
+            let begun = self.may_begin() && self.begin_step()?;
+            if !(begun && self.may_begin()) {
+                self.end_step()?;
+            }
+        }
+        self.end_all()
+    }
+
+    /// Whether a step may be planned now.
+    fn may_begin(&self) -> bool {
+        let all_run = self.flow.flights.iter().all(|flight| flight.submitted);
+        self.flow.flights.is_empty() || (all_run && self.model.runs_ahead() && self.scheduler.may_plan_ahead())
+    }
+
+    /// Plans a step and sets it going; `false` when there is nothing to do.
+    fn begin_step(&mut self) -> Result<bool, KernelError> {
+        let begun = Instant::now();
+        let tokens = self.scheduler.schedule(&mut self.flow.batch);
+        self.flow.stalled = tokens == 0 && self.flow.flights.is_empty();
+        if tokens == 0 {
+            if self.flow.stalled {
                 self.publish(0);
-                continue;
             }
-            self.note_admitted(start);
-            let scheduled = Instant::now();
-            let computed = self.compute();
-            let now = Instant::now();
-            match computed {
-                Ok(()) => {
-                    *lock(&self.status.short) = None;
-                    match self.apply() {
-                        Ok(()) => self.emit(now),
-                        Err(error) => self.fail_step(&error),
-                    }
-                }
-                // After a failed launch or copy, a driver answers every further call with the same failure.
-                Err(error @ KernelError::Device(_)) => return Err(error),
-                Err(error) => {
-                    if matches!(error, KernelError::Memory { .. }) {
-                        *lock(&self.status.short) = Some((now, error.to_string()));
-                    }
-                    self.fail_step(&error.to_string());
+            return Ok(false);
+        }
+        self.name_adapters();
+        let prompt_tokens = tokens.saturating_sub(self.flow.batch.samples.len());
+        self.note_admitted(begun);
+        let planned = Instant::now();
+        self.flow.stats.overhead += planned - begun;
+        // Hidden states are read before the next step overwrites them.
+        let submitted = self.model.runs_ahead() && !self.wants_hidden();
+        let outcome = if submitted { self.model.submit(&self.flow.batch) } else { Ok(()) };
+        self.flow.stats.model_time += planned.elapsed();
+        if outcome.is_err() || !submitted {
+            // Whoever was in the step before hears of that first.
+            self.end_all()?;
+        }
+        if let Err(error) = outcome {
+            self.fail_step(error, Instant::now())?;
+            return Ok(false);
+        }
+        self.flow.flights.push_back(Flight { tokens, prompt_tokens, begun, submitted });
+        Ok(true)
+    }
+
+    /// Waits for the oldest step under way and tells the clients what it led to.
+    fn end_step(&mut self) -> Result<(), KernelError> {
+        let Some(flight) = self.flow.flights.pop_front() else { return Ok(()) };
+        let waited = Instant::now();
+        let computed = if flight.submitted { self.model.collect(&mut self.flow.out) } else { self.compute() };
+        let now = Instant::now();
+        match computed {
+            Ok(()) => {
+                *lock(&self.status.short) = None;
+                match self.scheduler.apply(&mut self.flow.out, &mut self.flow.outcomes) {
+                    Ok(()) => self.emit(now),
+                    Err(error) => self.fail_requests(&error.to_string()),
                 }
             }
-            lock(&self.status.backlog).step(prompt_tokens, now - start);
-            self.flow.stats.model_time += now - scheduled;
-            self.flow.stats.overhead += (scheduled - start) + now.elapsed();
-            self.publish(tokens);
+            Err(error) => self.fail_step(error, now)?,
+        }
+        // A step that was begun while another ran had to wait for that one.
+        let since = self.flow.last_end.replace(now).map_or(flight.begun, |last| last.max(flight.begun));
+        lock(&self.status.backlog).step(flight.prompt_tokens, now - since);
+        self.flow.stats.model_time += now - waited;
+        self.flow.stats.overhead += now.elapsed();
+        self.publish(flight.tokens);
+        Ok(())
+    }
+
+    /// Waits for all steps under way.
+    fn end_all(&mut self) -> Result<(), KernelError> {
+        while !self.flow.flights.is_empty() {
+            self.end_step()?;
         }
         Ok(())
     }
 
     /// Takes what arrived; waits when there is nothing to do. `false` ends the loop.
-    fn take_arrivals(&mut self) -> bool {
+    fn take_arrivals(&mut self) -> Result<bool, KernelError> {
         loop {
             if self.status.cancel_all.swap(false, Ordering::AcqRel) {
                 self.cancel_all();
             }
-            self.free_adapters();
-            let idle = self.scheduler.requests() == 0;
+            self.free_adapters()?;
+            let idle = self.scheduler.requests() == 0 && self.flow.flights.is_empty();
             let draining = self.status.draining.load(Ordering::Acquire);
             match self.next_command(idle && !draining) {
                 Ok(Command::Submit(submission)) => self.accept(submission),
-                Ok(Command::Load(loading)) => self.load_adapter(*loading),
+                Ok(Command::Load(loading)) => self.load_adapter(*loading)?,
                 Ok(Command::Wake) => {}
                 // What was submitted before the draining began has been taken by now.
-                Err(TryRecvError::Empty) => return !(idle && draining),
+                Err(TryRecvError::Empty) => return Ok(!(idle && draining)),
                 Err(TryRecvError::Disconnected) => {
                     self.cancel_all();
-                    return false;
+                    return Ok(false);
                 }
             }
             self.flow.stalled = false;
@@ -244,21 +300,26 @@ impl Core {
     }
 
     /// Takes back the places of adapters that nobody uses any more.
-    fn free_adapters(&mut self) {
-        for slot in lock(&self.status.adapters).freed() {
-            self.model.unload_adapter(slot);
+    fn free_adapters(&mut self) -> Result<(), KernelError> {
+        let freed = lock(&self.status.adapters).freed();
+        if !freed.is_empty() {
+            // Who has ended may be in a step too many.
+            self.end_all()?;
         }
+        freed.into_iter().for_each(|slot| self.model.unload_adapter(slot));
+        Ok(())
     }
 
     /// Between two steps. What the adapter replaces stays as long as a request uses it.
-    fn load_adapter(&mut self, loading: Loading) {
+    fn load_adapter(&mut self, loading: Loading) -> Result<(), KernelError> {
         let Loading { adapter, description, outcome } = loading;
+        self.end_all()?;
         // Nobody wakes an engine that waits for work when the last one lets go of an adapter.
-        self.free_adapters();
+        self.free_adapters()?;
         let revived = lock(&self.status.adapters).revive(&description);
         if let Some(done) = revived.transpose() {
             outcome.try_send(done).ok();
-            return;
+            return Ok(());
         }
         let placed = lock(&self.status.adapters).place(&description);
         let loaded = placed.and_then(|slot| {
@@ -272,6 +333,7 @@ impl Core {
         });
         // Who asked may have left; the adapter is there all the same.
         outcome.try_send(loaded).ok();
+        Ok(())
     }
 
     /// Tells the backend which adapter each row of the step uses.
@@ -332,10 +394,17 @@ impl Core {
         }
     }
 
+    /// Whether the step that was planned last has a text whose vector is wanted.
+    fn wants_hidden(&self) -> bool {
+        let pooled = &self.flow.pooled;
+        !pooled.is_empty() && self.scheduler.in_step().any(|key| pooled.contains_key(&key))
+    }
+
     /// Runs the model over the batch. Hidden states are asked for only in steps that have a text whose vector is wanted.
     fn compute(&mut self) -> Result<(), KernelError> {
+        let hidden = self.wants_hidden();
         let Flow { batch, out, pooled, .. } = &mut self.flow;
-        if pooled.is_empty() || !self.scheduler.in_step().any(|key| pooled.contains_key(&key)) {
+        if !hidden {
             return self.model.forward(batch, out);
         }
         let (hidden, width) = (self.model.forward_hidden(batch, out)?, self.model.width());
@@ -347,10 +416,6 @@ impl Core {
             }
         }
         Ok(())
-    }
-
-    fn apply(&mut self) -> Result<(), String> {
-        self.scheduler.apply(&mut self.flow.out, &mut self.flow.outcomes).map_err(|error| error.to_string())
     }
 
     /// Tells the clients what the step led to.
@@ -394,11 +459,22 @@ impl Core {
         }
     }
 
-    /// The model refused a step: its requests end, the others go on.
-    fn fail_step(&mut self, error: &str) {
+    /// The oldest step under way failed. The error is that of a device with which nothing can be done any more.
+    fn fail_step(&mut self, error: KernelError, now: Instant) -> Result<(), KernelError> {
+        match &error {
+            // After a failed launch or copy, a driver answers every further call with the same failure.
+            KernelError::Device(_) => return Err(error),
+            KernelError::Memory { .. } => *lock(&self.status.short) = Some((now, error.to_string())),
+            _ => {}
+        }
+        self.fail_requests(&error.to_string());
+        Ok(())
+    }
+
+    /// The requests of the oldest step under way end, the others go on.
+    fn fail_requests(&mut self, error: &str) {
         tracing::error!(error, "a step failed");
-        let keys: Vec<RequestKey> = self.scheduler.in_step().collect();
-        for key in keys {
+        for key in self.scheduler.fail() {
             self.fail(key, format!("the model failed: {error}"));
         }
     }
@@ -459,7 +535,7 @@ impl Core {
         debug_assert_eq!(pool.check(), Ok(()));
         drop(pool);
         (stats.running, stats.waiting) = (self.scheduler.running(), self.scheduler.waiting());
-        stats.preemptions = counts.preemptions;
+        (stats.preemptions, stats.restored) = (counts.preemptions, counts.restored);
         (stats.prefix_queries, stats.prefix_hits) = (counts.prefix_queries, counts.prefix_hits);
         stats.steps += u64::from(step_tokens > 0);
         *lock(&self.status.stats) = *stats;

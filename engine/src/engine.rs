@@ -19,6 +19,7 @@ use crate::pooling::Pooling;
 use crate::request::{Event, Request, SubmitError};
 use crate::scheduler::{Scheduler, SchedulerLimits};
 use crate::stats::{Metrics, Stats};
+use crate::swap_space::SwapSpace;
 use crate::tokenizer::Tokenizer;
 use crate::validate::validate;
 use flume::{Receiver, Sender, TrySendError};
@@ -27,7 +28,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use tidemill_kernels::Limits;
+use tidemill_kernels::{KernelError, Limits};
 
 /// How long a stopping engine may take for the step that is in flight.
 const LAST_STEP: Duration = Duration::from_secs(30);
@@ -96,6 +97,8 @@ pub struct MemoryReport {
     pub block_size: usize,
     /// Activations and scratch, bytes.
     pub activations: usize,
+    /// Of the machine's memory, for the blocks of preempted sequences, bytes.
+    pub swap: usize,
     /// Device, instruction path, weight format.
     pub backend: String,
 }
@@ -150,6 +153,10 @@ impl Engine {
         let free = model.spare_memory()?.map_or_else(|| Free::Machine(memory::free_memory()), Free::Card);
         let kv = memory::plan(&options, context, block_bytes, free)?;
         model.alloc_kv(kv.blocks, BLOCK_SIZE, options.kv_dtype)?;
+        let swap = match free {
+            Free::Card(_) => reserve_swap(model.as_mut(), &options, block_bytes, kv.blocks)?,
+            Free::Machine(_) => 0,
+        };
         let limits = EngineLimits {
             max_model_len: kv.max_model_len,
             max_seqs: options.max_seqs,
@@ -165,6 +172,7 @@ impl Engine {
             kv_blocks: kv.blocks,
             block_size: BLOCK_SIZE,
             activations: held.activations,
+            swap: swap * block_bytes,
             backend: model.describe(),
         };
         // Submissions are bounded by `max_waiting`; the rest is for wake-ups.
@@ -176,6 +184,7 @@ impl Engine {
             max_samples: options.max_seqs,
             prefix_caching: options.prefix_caching,
             end_of_turn: frontend.end_of_turn.clone(),
+            max_model_len: kv.max_model_len,
         };
         let compiler = Compiler::new(frontend.tokenizer.clone(), frontend.end_of_turn.clone(), limits.vocabulary);
         let (alive, ended) = flume::bounded::<()>(1);
@@ -183,7 +192,7 @@ impl Engine {
         let (name, shared) = (options.served_name.clone(), Arc::clone(&status));
         let run = move || {
             // Block tables hold the pool without locks, so it is made on the thread that keeps it.
-            let scheduler = Scheduler::new(scheduling, SharedPool::new(kv.blocks));
+            let scheduler = Scheduler::new(scheduling, SharedPool::new(kv.blocks)).swapping(SwapSpace::new(swap));
             let (max_model_len, metrics, flow) = (kv.max_model_len, Metrics::new(&name), Flow::default());
             Core { model, tokenizer, end_of_turn, max_model_len, inbox, status: shared, metrics, scheduler, flow }.run();
             drop(alive);
@@ -471,6 +480,27 @@ impl Engine {
         let interval = self.inner.status.finish_interval_us.load(Ordering::Relaxed);
         let seconds = interval.saturating_mul(waiting as u64) / 4 / 1_000_000;
         seconds.clamp(1, 60) as u32
+    }
+}
+
+/// Reserves places for blocks of preempted sequences; returns how many. Where nobody asked for any, the engine does without when there is
+/// no memory for them.
+fn reserve_swap(model: &mut dyn Model, options: &EngineOptions, block_bytes: usize, blocks: usize) -> Result<usize, StartError> {
+    let places = memory::swap_places(options, block_bytes, blocks, memory::free_memory());
+    if places == 0 {
+        return Ok(0);
+    }
+    match (model.alloc_swap(places), options.swap_memory) {
+        (Ok(()), _) => Ok(places),
+        (Err(KernelError::Memory { bytes, .. }), Some(_)) => {
+            let message = format!("asks for {bytes} bytes that the system does not lock for the card; make it smaller, or 0");
+            Err(StartError::Option { option: "--swap-memory", message })
+        }
+        (Err(KernelError::Memory { bytes, .. }), None) => {
+            tracing::warn!(bytes, "no memory to keep preempted sequences in: they are computed again");
+            Ok(0)
+        }
+        (Err(error), _) => Err(error.into()),
     }
 }
 

@@ -41,6 +41,7 @@ pub mod scheduler;
 pub mod sequence;
 pub mod stats;
 pub mod stop;
+pub mod swap_space;
 mod tensor_file;
 pub mod tokenizer;
 pub mod validate;

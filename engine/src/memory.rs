@@ -48,6 +48,17 @@ pub fn plan(options: &EngineOptions, context: usize, block_bytes: usize, free: F
     Ok(KvPlan { blocks, max_model_len: wanted.min(blocks * BLOCK_SIZE) })
 }
 
+/// Swap memory when nobody says how much.
+const SWAP: usize = 4 << 30;
+
+/// Places for blocks of preempted sequences in the machine's memory, of which `free` bytes are free. Never more than the cache has
+/// blocks: who would fill more has nobody left who runs.
+pub fn swap_places(options: &EngineOptions, block_bytes: usize, blocks: usize, free: Option<usize>) -> usize {
+    let quarter = free.map_or(SWAP, |free| free / 4 / options.kv_share.max(1));
+    let bytes = options.swap_memory.unwrap_or_else(|| SWAP.min(quarter));
+    (bytes / block_bytes.max(1)).min(blocks)
+}
+
 /// Bytes that this process may still take: what the kernel calls available, within the limits of its control groups.
 /// `None` where the system does not say.
 pub fn free_memory() -> Option<usize> {
@@ -123,6 +134,19 @@ mod tests {
         assert!(plan(&options(), 100, 1000, Free::Card(999)).is_err());
         let bounded = EngineOptions { kv_memory: Some(3000), ..options() };
         assert_eq!(plan(&bounded, 100, 1000, card).unwrap().blocks, 3);
+    }
+
+    #[test]
+    fn swap_memory_is_a_part_of_what_is_free_and_not_more_than_the_cache() {
+        let places = |options: &EngineOptions, free| swap_places(options, 1 << 20, 100_000, free);
+        assert_eq!(places(&options(), Some(64 << 30)), 4096);
+        assert_eq!(places(&options(), Some(4 << 30)), 1024);
+        assert_eq!(places(&EngineOptions { kv_share: 2, ..options() }, Some(4 << 30)), 512);
+        assert_eq!(places(&options(), None), 4096);
+        let given = |bytes| EngineOptions { swap_memory: Some(bytes), ..options() };
+        assert_eq!(places(&given(10 << 30), Some(1 << 30)), 10_240);
+        assert_eq!(places(&given(0), Some(64 << 30)), 0);
+        assert_eq!(swap_places(&options(), 1 << 20, 7, None), 7);
     }
 
     #[test]

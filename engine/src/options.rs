@@ -23,6 +23,9 @@ pub struct EngineOptions {
     pub kv_memory: Option<usize>,
     /// Engines that share the machine: where `kv_memory` is `None`, this one takes its part of the free memory only, ≥ 1.
     pub kv_share: usize,
+    /// Bytes of the machine's memory for the blocks of preempted sequences, where the cache lies in a card's; 0 keeps none. `None` is 4 GiB, or
+    /// a quarter of the free memory where that is less.
+    pub swap_memory: Option<usize>,
     /// Most sequences that run at once (each choice of a request is one), ≥ 1.
     pub max_seqs: usize,
     /// Most tokens of prompt and output together; `None` is the model's own, or less when the KV cache cannot hold it.
@@ -59,6 +62,7 @@ impl EngineOptions {
             threads: None,
             kv_memory: None,
             kv_share: 1,
+            swap_memory: None,
             max_seqs: 64,
             max_model_len: None,
             max_batch_tokens: 512,
@@ -96,6 +100,11 @@ impl EngineOptions {
         }
         if self.max_adapter_rank == 0 {
             return bad("--max-lora-rank", "must be at least 1".into());
+        }
+        if self.device == Device::Cpu && self.swap_memory.is_some_and(|bytes| bytes > 0) {
+            let message =
+                "is for keys and values in a card's memory; the processor's are in the machine's already, so leave it out";
+            return bad("--swap-memory", message.into());
         }
         if self.threads == Some(0) {
             return bad("--threads", "must be at least 1".into());
@@ -158,13 +167,14 @@ mod tests {
         assert!(good.check().is_ok());
         assert_eq!(good.served_name, "tiny");
         type Spoil = fn(&mut EngineOptions);
-        let cases: [(&str, Spoil); 9] = [
+        let cases: [(&str, Spoil); 10] = [
             ("--max-seqs", |o| o.max_seqs = 0),
             ("--max-batch-tokens", |o| o.max_batch_tokens = o.max_seqs - 1),
             ("--max-loras", |o| o.max_adapters = 4097),
             ("--max-lora-rank", |o| o.max_adapter_rank = 0),
             ("--max-waiting", |o| o.max_waiting = 0),
             ("--max-model-len", |o| o.max_model_len = Some(1)),
+            ("--swap-memory", |o| o.swap_memory = Some(1 << 30)),
             ("--threads", |o| o.threads = Some(0)),
             ("--tensor-parallel", |o| o.tensor_parallel = Some(2)),
             ("--tensor-parallel", |o| (o.device, o.tensor_parallel) = (Device::Auto, Some(0))),

@@ -4,6 +4,7 @@
 use crate::block_pool::BLOCK_SIZE;
 use crate::model::Model;
 use crate::request::SamplingParams;
+use std::collections::VecDeque;
 use tidemill_kernels::{KernelError, KvDtype, MemoryUse, SampleRow, Sampled, StepBatch, StepOutput};
 
 /// A prompt that starts with this token makes the model return an error.
@@ -23,16 +24,38 @@ pub(crate) struct RecallModel {
     pub(crate) max_samples: usize,
     /// Time that a step takes.
     pub(crate) pace: std::time::Duration,
+    /// Steps may be submitted before the one before them is collected; nothing of them is computed before that.
+    pub(crate) ahead: bool,
     slots: Vec<(u32, u32)>,
+    /// What is kept of blocks, by place.
+    swapped: Vec<Vec<(u32, u32)>>,
+    under_way: VecDeque<StepBatch>,
+    /// Of the last step.
+    drawn: Vec<u32>,
 }
 
 impl RecallModel {
     pub(crate) fn new(vocabulary: usize, max_tokens: usize, max_samples: usize) -> Self {
-        Self { vocabulary, max_tokens, max_samples, pace: std::time::Duration::ZERO, slots: Vec::new() }
+        Self {
+            vocabulary,
+            max_tokens,
+            max_samples,
+            pace: std::time::Duration::ZERO,
+            ahead: false,
+            slots: Vec::new(),
+            swapped: Vec::new(),
+            under_way: VecDeque::new(),
+            drawn: Vec::new(),
+        }
     }
 
     pub(crate) fn reserve(&mut self, blocks: usize) {
         self.slots = vec![NOTHING; blocks * BLOCK_SIZE];
+    }
+
+    /// Blocks that are kept in a step are kept there.
+    pub(crate) fn reserve_swap(&mut self, places: usize) {
+        self.swapped = vec![Vec::new(); places];
     }
 }
 
@@ -51,13 +74,66 @@ impl Model for RecallModel {
         Ok(())
     }
 
+    fn runs_ahead(&self) -> bool {
+        self.ahead
+    }
+
+    fn submit(&mut self, batch: &StepBatch) -> Result<(), KernelError> {
+        assert!(self.ahead && self.under_way.len() < 2);
+        self.under_way.push_back(batch.clone());
+        Ok(())
+    }
+
+    fn collect(&mut self, out: &mut StepOutput) -> Result<(), KernelError> {
+        let batch = self.under_way.pop_front().expect("a step was submitted");
+        self.compute(batch, out)
+    }
+
     fn forward(&mut self, batch: &StepBatch, out: &mut StepOutput) -> Result<(), KernelError> {
+        assert!(self.under_way.is_empty(), "a step is under way");
+        self.compute(batch.clone(), out)
+    }
+
+    fn alloc_swap(&mut self, places: usize) -> Result<(), KernelError> {
+        self.reserve_swap(places);
+        Ok(())
+    }
+
+    fn spare_memory(&self) -> Result<Option<usize>, KernelError> {
+        // Only who has a memory of his own swaps.
+        Ok(self.ahead.then_some(1 << 30))
+    }
+
+    fn memory(&self) -> MemoryUse {
+        MemoryUse { weights: 0, kv: self.slots.len() * 8, ..MemoryUse::default() }
+    }
+
+    fn describe(&self) -> String {
+        "recall".into()
+    }
+}
+
+impl RecallModel {
+    fn compute(&mut self, mut batch: StepBatch, out: &mut StepOutput) -> Result<(), KernelError> {
         std::thread::sleep(self.pace);
+        for (row, sample) in batch.carried.clone() {
+            assert_eq!(std::mem::replace(&mut batch.tokens[row as usize], self.drawn[sample as usize]), 0);
+        }
+        // Whoever carries on from a step that fails gets nothing that anybody wants.
+        self.drawn = vec![0; batch.samples.len()];
+        for (block, place) in &batch.saved {
+            let from = *block as usize * BLOCK_SIZE;
+            self.swapped[*place as usize] = self.slots[from..from + BLOCK_SIZE].to_vec();
+        }
         assert!(!batch.tokens.is_empty() && batch.tokens.len() <= self.max_tokens, "{} tokens", batch.tokens.len());
         assert!(batch.samples.len() <= self.max_samples, "{} samples", batch.samples.len());
         for (from, to) in &batch.copies {
             let (from, to) = (*from as usize * BLOCK_SIZE, *to as usize * BLOCK_SIZE);
             self.slots.copy_within(from..from + BLOCK_SIZE, to);
+        }
+        for (place, block) in &batch.restored {
+            let to = *block as usize * BLOCK_SIZE;
+            self.slots[to..to + BLOCK_SIZE].copy_from_slice(&self.swapped[*place as usize]);
         }
         let mut written: Vec<i64> = batch.slots.clone();
         written.sort_unstable();
@@ -97,15 +173,8 @@ impl Model for RecallModel {
             let words = sample.mask.as_ref().map(|mask| mask.wait().to_vec());
             out.samples.push(draw(&history, sample, bias, words.as_deref(), self.vocabulary));
         }
+        self.drawn = out.samples.iter().map(|sampled| sampled.token).collect();
         Ok(())
-    }
-
-    fn memory(&self) -> MemoryUse {
-        MemoryUse { weights: 0, kv: self.slots.len() * 8, ..MemoryUse::default() }
-    }
-
-    fn describe(&self) -> String {
-        "recall".into()
     }
 }
 

@@ -6,11 +6,18 @@
 //! that waits takes the place of one that holds more than its share.
 //!
 //! When blocks run out, paused sequences give theirs back first, then, of the lowest priority, the youngest of the tenant that holds
-//! most; they keep their tokens and their place in line and are computed again later. The first in line is never preempted for
+//! most; they keep their tokens and their place in line and are computed again later. Where blocks lie in a card's memory, what they had
+//! computed is kept in the machine's as long as there is room, and comes back. The first in line is never preempted for
 //! another of its priority, and any one sequence fits the pool alone, so every sequence gets on.
+//!
+//! A step may be planned while the one before it is under way ([`Scheduler::may_plan_ahead`]): sequences go on from a token that nobody knows
+//! yet. Whoever then turns out to have ended is in one step too many, whose token is dropped. Nothing is preempted while a step is under way.
 //!
 //! A draw waits for its sequence's mask, and the whole step with it. A sequence whose mask may take long therefore sits out until the
 //! mask is there, unless nobody else has anything to do.
+
+mod admission;
+mod preemption;
 
 use crate::batch::{self, Share};
 use crate::block_pool::{BLOCK_SIZE, BlockId, SharedPool};
@@ -18,7 +25,8 @@ use crate::fairness::TokenCounters;
 use crate::grammar::{Follower, Verdict};
 use crate::request::{Request, TokenRecord};
 use crate::sequence::{RequestKey, Sequence, SequenceId};
-use std::collections::{BTreeMap, HashMap};
+use crate::swap_space::{SwapSpace, SwappedBlocks};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use tidemill_kernels::{Sampled, StepBatch, StepOutput};
 
@@ -35,6 +43,8 @@ pub struct SchedulerLimits {
     pub prefix_caching: bool,
     /// Tokens that `min_tokens` forbids.
     pub end_of_turn: Vec<u32>,
+    /// Most tokens of a sequence.
+    pub max_model_len: usize,
 }
 
 /// What a step led to.
@@ -73,8 +83,10 @@ pub enum Outcome {
 /// Running totals.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SchedulerCounts {
-    /// Sequences sent back to compute again.
+    /// Sequences sent back to wait.
     pub preemptions: u64,
+    /// Of these, sequences whose blocks were kept and came back.
+    pub restored: u64,
     /// Prompt tokens looked up in the prefix cache.
     pub prefix_queries: u64,
     /// Of these, found.
@@ -98,6 +110,29 @@ struct RequestState {
     scores: Vec<Option<TokenRecord>>,
 }
 
+/// A sequence's part in a step.
+#[derive(Clone, Copy, Debug)]
+struct Planned {
+    id: SequenceId,
+    share: Share,
+    /// Its tokens that were computed before.
+    start: usize,
+    /// Entries of the step's samples that are its own, and how many of these, the last ones, draw.
+    samples: usize,
+    draws: usize,
+}
+
+/// A step that was planned and is not applied.
+#[derive(Debug, Default)]
+struct Step {
+    shares: Vec<Planned>,
+    /// Sequences whose blocks it saves, and those whose blocks it brings back.
+    saves: Vec<SequenceId>,
+    restores: Vec<SequenceId>,
+    /// Somebody needs its tokens for what comes next.
+    wanted: bool,
+}
+
 /// What is left to give in the step that is being planned.
 struct Budget {
     tokens: usize,
@@ -112,7 +147,22 @@ pub struct Scheduler {
     waiting: BTreeMap<SequenceId, Sequence>,
     running: BTreeMap<SequenceId, Sequence>,
     requests: HashMap<RequestKey, RequestState>,
+    /// The step that is being planned.
     plan: Vec<(SequenceId, Share)>,
+    /// Steps that were planned and not applied, oldest first.
+    under_way: VecDeque<Step>,
+    /// To be used again.
+    spare: Vec<Step>,
+    /// Where blocks of preempted sequences are kept.
+    swap: SwapSpace,
+    /// Blocks to be saved and restored with the next step, whose they are, and places that are free when it is written.
+    saved: Vec<(BlockId, u32)>,
+    restored: Vec<(u32, BlockId)>,
+    saves: Vec<SequenceId>,
+    restores: Vec<SequenceId>,
+    emptied: Vec<SwappedBlocks>,
+    /// Somebody can get on only when no step is under way.
+    blocked_ahead: bool,
     copies: Vec<(BlockId, BlockId)>,
     admitted: Vec<RequestKey>,
     /// Preempted in the step that is being planned: they wait for the next.
@@ -134,6 +184,15 @@ impl Scheduler {
             running: BTreeMap::new(),
             requests: HashMap::new(),
             plan: Vec::new(),
+            under_way: VecDeque::new(),
+            spare: Vec::new(),
+            swap: SwapSpace::default(),
+            saved: Vec::new(),
+            restored: Vec::new(),
+            saves: Vec::new(),
+            restores: Vec::new(),
+            emptied: Vec::new(),
+            blocked_ahead: false,
             copies: Vec::new(),
             admitted: Vec::new(),
             set_back: Vec::new(),
@@ -142,6 +201,11 @@ impl Scheduler {
             counts: SchedulerCounts::default(),
             blocked: None,
         }
+    }
+
+    /// Keeps the blocks of preempted sequences there.
+    pub fn swapping(self, swap: SwapSpace) -> Self {
+        Self { swap, ..self }
     }
 
     /// Queues a request. It must have passed [`crate::validate::validate`], and prompt and output must fit the pool.
@@ -185,7 +249,31 @@ impl Scheduler {
 
     /// Requests that take part in the step that was scheduled last.
     pub fn in_step(&self) -> impl Iterator<Item = RequestKey> + '_ {
-        self.plan.iter().map(|(id, _)| id.request)
+        self.under_way.back().into_iter().flat_map(|step| &step.shares).map(|planned| planned.id.request)
+    }
+
+    /// Whether a step can be planned before the one that is under way is applied: nobody in it needs its tokens for what comes next, and
+    /// nobody waits for something that only a preemption can give.
+    pub fn may_plan_ahead(&self) -> bool {
+        !self.blocked_ahead && self.under_way.len() < 2 && !self.under_way.iter().any(|step| step.wanted)
+    }
+
+    /// The oldest step that is under way failed: forgets it, and returns the requests that cannot go on, because what they computed or what
+    /// was to be brought back for them is not there.
+    pub fn fail(&mut self) -> Vec<RequestKey> {
+        let Some(Step { shares, saves, restores, .. }) = self.under_way.pop_front() else { return Vec::new() };
+        let mut lost: Vec<_> = shares.iter().map(|planned| planned.id).chain(restores).collect();
+        for id in saves {
+            match self.waiting.get_mut(&id) {
+                // Nothing is known of what was to be saved: it is computed again.
+                Some(sequence) => sequence.swapped = None,
+                None => lost.push(id),
+            }
+        }
+        let mut keys: Vec<_> = lost.into_iter().map(|id| id.request).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        keys
     }
 
     /// Stops or resumes scheduling of a request, because its client reads too slowly.
@@ -241,66 +329,91 @@ impl Scheduler {
         true
     }
 
-    /// Plans a step and writes its batch; returns the number of tokens, 0 when nothing can run.
+    /// Plans a step and writes its batch; returns the number of tokens, 0 when nothing can run. The step is under way from then on, until
+    /// [`Scheduler::apply`] or [`Scheduler::fail`].
     pub fn schedule(&mut self, batch: &mut StepBatch) -> usize {
         batch.clear();
         self.plan.clear();
         self.copies.clear();
         self.admitted.clear();
         self.set_back.clear();
+        self.blocked_ahead = false;
         let mut budget = Budget { tokens: self.limits.max_batch_tokens, samples: self.limits.max_samples };
         let preemptions = self.counts.preemptions;
         self.plan_all_running(&mut budget, Sequence::is_late);
         if self.counts.preemptions == preemptions {
             self.admit(&mut budget);
         }
-        if self.plan.is_empty() {
+        if self.plan.is_empty() && self.under_way.is_empty() {
             // An urgent newcomer took the places of all who had a share and still does not fit, or all wait for masks: whoever is left
             // gets the step.
             self.plan_all_running(&mut budget, |_| false);
         }
         batch.copies.extend(self.copies.iter().map(|(from, to)| (from.0, to.0)));
-        for (id, share) in &self.plan {
-            if let Some(sequence) = self.running.get(id) {
-                batch::write(batch, sequence, *share, &self.limits.end_of_turn);
-            }
-        }
+        self.write(batch);
         batch.tokens.len()
     }
 
-    /// Takes in what the step computed. `outcomes` is emptied first.
+    /// Writes the batch of what was planned, which is under way from here on.
+    fn write(&mut self, batch: &mut StepBatch) {
+        if self.plan.is_empty() {
+            return;
+        }
+        batch.saved.extend(self.saved.drain(..).map(|(block, place)| (block.0, place)));
+        batch.restored.extend(self.restored.drain(..).map(|(place, block)| (place, block.0)));
+        let mut step = self.spare.pop().unwrap_or_default();
+        let Step { shares, saves, restores, wanted } = &mut step;
+        shares.clear();
+        *wanted = false;
+        (*saves, *restores) = (std::mem::take(&mut self.saves), std::mem::take(&mut self.restores));
+        // What a later step saves there comes behind what this one reads.
+        self.emptied.clear();
+        for &(id, share) in &self.plan {
+            let Some(sequence) = self.running.get_mut(&id) else { continue };
+            let (start, first) = (sequence.computed, batch.samples.len());
+            let drawn_by = batch::write(batch, sequence, share, &self.limits.end_of_turn);
+            let samples = batch.samples.len() - first;
+            let draws = drawn_by.map_or(0, |_| sequence.draws());
+            shares.push(Planned { id, share, start, samples, draws });
+            sequence.begin(share.rows, drawn_by);
+            *wanted |= draws > 0 && sequence.wants_tokens() && !sequence.is_whole(self.limits.max_model_len);
+        }
+        self.under_way.push_back(step);
+    }
+
+    /// Takes in what the oldest step that is under way computed. `outcomes` is emptied first.
     pub fn apply(&mut self, out: &mut StepOutput, outcomes: &mut Vec<Outcome>) -> Result<(), WrongSampleCount> {
         outcomes.clear();
-        let wanted = self.plan.iter().filter_map(|(id, share)| Some(batch::samples(self.running.get(id)?, *share))).sum();
+        let wanted = self.under_way.front().into_iter().flat_map(|step| &step.shares).map(|planned| planned.samples).sum();
         if out.samples.len() != wanted {
             return Err(WrongSampleCount { got: out.samples.len(), wanted });
         }
-        let mut samples = out.samples.iter_mut().map(std::mem::take);
-        let plan = std::mem::take(&mut self.plan);
-        for (id, share) in &plan {
-            self.apply_share(*id, *share, &mut samples, outcomes);
+        let Some(step) = self.under_way.pop_front() else { return Ok(()) };
+        let mut samples = out.samples.as_mut_slice();
+        for planned in &step.shares {
+            let (own, rest) = std::mem::take(&mut samples).split_at_mut(planned.samples);
+            self.apply_share(planned, own, outcomes);
+            samples = rest;
         }
-        self.plan = plan;
+        self.spare.push(step);
         Ok(())
     }
 
-    fn apply_share(
-        &mut self,
-        id: SequenceId,
-        share: Share,
-        samples: &mut impl Iterator<Item = Sampled>,
-        outcomes: &mut Vec<Outcome>,
-    ) {
+    /// Who has ended meanwhile is not there any more; what was computed for it is dropped.
+    fn apply_share(&mut self, planned: &Planned, samples: &mut [Sampled], outcomes: &mut Vec<Outcome>) {
+        let &Planned { id, share, start, draws, .. } = planned;
         let (Some(sequence), Some(state)) = (self.running.get_mut(&id), self.requests.get_mut(&id.request)) else { return };
+        let (scored, drawn) = samples.split_at_mut(samples.len() - draws);
         if share.scored {
-            let scored = batch::samples(sequence, share) - if sequence.pending() == share.rows { sequence.draws() } else { 0 };
             // A preempted prompt is scored again from its start.
-            state.scores.truncate(sequence.computed + 1);
-            state.scores.resize(sequence.computed + 1, None);
-            state.scores.extend(samples.take(scored).map(|sampled| Some(record(sampled))));
+            state.scores.truncate(start + 1);
+            state.scores.resize(start + 1, None);
+            state.scores.extend(scored.iter_mut().map(|sampled| Some(record(std::mem::take(sampled)))));
         }
-        sequence.advance(share.rows, self.limits.prefix_caching);
-        if sequence.pending() > 0 {
+        if self.limits.prefix_caching {
+            sequence.settle(start + share.rows);
+        }
+        if draws == 0 {
             return;
         }
         if !std::mem::replace(&mut state.prompt_done, true) {
@@ -308,11 +421,10 @@ impl Scheduler {
             outcomes.push(Outcome::Prompt { request: id.request, cached_tokens: state.cached_tokens, logprobs });
         }
         // The places of a request with several choices become those of its forks.
-        let draws = std::mem::replace(&mut sequence.slots, 1);
+        sequence.slots = 1;
         self.counters.charge(sequence.contender(), 0, draws);
         let mut forks: Vec<Sequence> = (1..draws as u32).map(|choice| sequence.fork(choice)).collect();
-        for sequence in std::iter::once(sequence).chain(&mut forks) {
-            let Some(sampled) = samples.next() else { return };
+        for (sequence, sampled) in std::iter::once(sequence).chain(&mut forks).zip(drawn) {
             match sequence.follower.as_ref().and_then(Follower::verdict) {
                 None => {}
                 Some(Verdict::Complete) => {
@@ -324,6 +436,7 @@ impl Scheduler {
                     continue;
                 }
             }
+            let sampled = std::mem::take(sampled);
             sequence.push(sampled.token);
             outcomes.push(Outcome::Token { id: sequence.id, sampled });
         }
@@ -338,7 +451,10 @@ impl Scheduler {
     fn plan_running(&mut self, budget: &mut Budget, takes_part: impl Fn(&Sequence) -> bool) {
         let mut ids = std::mem::take(&mut self.scratch);
         ids.clear();
-        ids.extend(self.running.values().filter(|s| !s.paused && takes_part(s)).map(|s| s.id));
+        // Of who goes on from a token that is not known yet, nothing else may depend on it.
+        let most = self.limits.max_model_len;
+        let can = |s: &Sequence| !s.paused && !(s.is_drawing() && (s.wants_tokens() || s.is_whole(most)));
+        ids.extend(self.running.values().filter(|s| can(s) && takes_part(s)).map(|s| s.id));
         // One long prompt after another would hold up a tenant with a short one.
         ids.sort_by_cached_key(|id| (id.priority, self.running.get(id).map_or(0, |s| self.counters.served(s.contender())), *id));
         for id in &ids {
@@ -379,153 +495,13 @@ impl Scheduler {
                 }
                 Err(_) => {
                     let Some(victim) = self.victim(id) else { return };
+                    if self.is_under_way() {
+                        return;
+                    }
                     self.preempt(victim, budget);
                 }
             }
         }
-    }
-
-    /// Who is let in next: of the best priority that waits, the first in line of the tenant that was served least.
-    fn next_in_line(&self) -> Option<SequenceId> {
-        let mut best: Option<(i32, u64, u64, SequenceId)> = None;
-        for (id, sequence) in &self.waiting {
-            if best.is_some_and(|(priority, ..)| id.priority > priority) {
-                break;
-            }
-            if sequence.paused || self.set_back.contains(id) {
-                continue;
-            }
-            let contender = sequence.contender();
-            // Of two that were served alike, as one who just came and a flood, the one that holds less.
-            let key = (id.priority, self.counters.served(contender), self.counters.held(contender), *id);
-            if best.is_none_or(|best| key < best) {
-                best = Some(key);
-            }
-        }
-        best.map(|(.., id)| id)
-    }
-
-    /// Lets newcomers in, in order, as long as there is budget, a place and room for all of their tokens.
-    fn admit(&mut self, budget: &mut Budget) {
-        while let Some(id) = self.next_in_line() {
-            // With the budget spent, only one who goes before those that spent it gets a place, and is first in the next step.
-            let spent = budget.tokens == 0 || budget.samples == 0;
-            if spent && !self.goes_before(id) {
-                return;
-            }
-            while !self.fits(id) {
-                let Some(victim) = self.victim_for_newcomer(id) else { return };
-                self.preempt(victim, budget);
-            }
-            let Some(sequence) = self.waiting.remove(&id) else { return };
-            if !sequence.preempted {
-                self.admitted.push(id.request);
-                self.counts.prefix_queries += sequence.prompt_len() as u64;
-            }
-            self.counters.stop_waiting(sequence.contender(), true);
-            self.counters.take_slots(sequence.contender(), sequence.slots);
-            self.running.insert(id, sequence);
-            self.plan_one(id, budget);
-        }
-    }
-
-    /// Whether a waiting sequence can run now; if so, it has its blocks.
-    fn fits(&mut self, id: SequenceId) -> bool {
-        let slots: usize = self.running.values().map(|sequence| sequence.slots).sum();
-        let free = self.pool.borrow().free();
-        let Some(sequence) = self.waiting.get_mut(&id) else { return false };
-        if slots + sequence.slots > self.limits.max_seqs {
-            return false;
-        }
-        if !self.running.is_empty() && self.blocked.is_some_and(|(blocked, then)| blocked == id && free <= then) {
-            return false;
-        }
-        let state = self.requests.get_mut(&id.request);
-        let scored = sequence.request.sampling.prompt_logprobs.is_some() && state.as_ref().is_some_and(|s| !s.prompt_done);
-        let hits = if self.limits.prefix_caching && !scored { sequence.adopt_cached() } else { 0 };
-        // A margin, so that those who run can go on for a while; with nobody running everything may be taken.
-        let margin = if self.running.is_empty() { 0 } else { 1 + self.pool.borrow().total() / 100 };
-        let missing = sequence.tokens.len().div_ceil(BLOCK_SIZE) - sequence.table.blocks().len();
-        let roomy = missing + margin <= self.pool.borrow().free();
-        if !roomy || sequence.table.grow_to(sequence.tokens.len()).is_err() {
-            sequence.release();
-            self.blocked = Some((id, free));
-            return false;
-        }
-        if let Some(state) = state.filter(|_| !sequence.preempted) {
-            state.cached_tokens += hits;
-            self.counts.prefix_hits += hits as u64;
-        }
-        self.blocked = None;
-        true
-    }
-
-    /// Who gives up blocks so that `id` can go on: a paused sequence, else of the lowest priority the youngest of whoever holds most,
-    /// which may be `id` itself, but not the first in line.
-    fn victim(&self, id: SequenceId) -> Option<SequenceId> {
-        let (first, last) = (self.running.keys().next().copied(), self.running.keys().next_back().copied());
-        let lowest = self.running.values().filter(|one| Some(one.id.priority) == last.map(|last| last.priority));
-        let others = lowest.filter(|one| Some(one.id) != first);
-        let holder = others.max_by_key(|one| (self.counters.held(one.contender()), one.id));
-        self.paused_victim().filter(|victim| *victim != id).or(holder.map(|one| one.id)).or(last)
-    }
-
-    /// Who gives up place and blocks to a newcomer: a paused sequence, the last in line if its priority is worse, or the youngest of a
-    /// tenant that holds more than its share.
-    fn victim_for_newcomer(&self, id: SequenceId) -> Option<SequenceId> {
-        let last = self.running.keys().next_back().copied();
-        self.paused_victim().or(last.filter(|_| self.is_more_urgent(id))).or_else(|| self.fair_victim(id))
-    }
-
-    /// A sequence of the same priority whose tenant holds more than its share beside the newcomer's.
-    fn fair_victim(&self, id: SequenceId) -> Option<SequenceId> {
-        let newcomer = self.waiting.get(&id)?;
-        let yields = |one: &&Sequence| {
-            one.id.priority == id.priority
-                && self.counters.should_yield(one.contender(), one.slots, newcomer.contender(), newcomer.slots)
-        };
-        let holder = self.running.values().filter(yields);
-        holder.max_by_key(|one| (self.counters.held(one.contender()), one.id)).map(|one| one.id)
-    }
-
-    /// Whether `id` goes before one that runs: by priority, by its tenant's share of places, or because it would be the only prompt of
-    /// its tenant beside those of tenants that were served more.
-    fn goes_before(&self, id: SequenceId) -> bool {
-        let Some(newcomer) = self.waiting.get(&id) else { return false };
-        let served = self.counters.served(newcomer.contender());
-        let mut prompts = self.running.values().filter(|one| one.pending() > 1 && one.id.priority == id.priority);
-        self.is_more_urgent(id)
-            || self.fair_victim(id).is_some()
-            || (prompts.clone().all(|one| one.tenant().id != newcomer.tenant().id)
-                && prompts.any(|one| !one.paused && self.counters.served(one.contender()) > served))
-    }
-
-    /// Whether `id` has a better priority than the last in line.
-    fn is_more_urgent(&self, id: SequenceId) -> bool {
-        self.running.keys().next_back().is_some_and(|last| last.priority > id.priority)
-    }
-
-    fn paused_victim(&self) -> Option<SequenceId> {
-        self.running.values().rev().find(|sequence| sequence.paused).map(|sequence| sequence.id)
-    }
-
-    fn preempt(&mut self, id: SequenceId, budget: &mut Budget) {
-        let Some(mut sequence) = self.running.remove(&id) else { return };
-        if let Some(index) = self.plan.iter().position(|(planned, _)| *planned == id) {
-            let (_, share) = self.plan.remove(index);
-            budget.tokens += share.rows;
-            budget.samples += batch::samples(&sequence, share);
-        }
-        self.counters.free_slots(sequence.contender(), sequence.slots);
-        if !sequence.paused {
-            self.counters.wait_again(sequence.contender());
-        }
-        self.set_back.push(id);
-        sequence.release();
-        sequence.preempted = true;
-        self.counts.preemptions += 1;
-        self.blocked = None;
-        self.waiting.insert(id, sequence);
     }
 }
 

@@ -1,11 +1,12 @@
 //! One choice of a request, as the scheduler sees it.
 
-use crate::block_pool::{BLOCK_SIZE, SharedPool};
+use crate::block_pool::{BLOCK_SIZE, BlockId, SharedPool};
 use crate::block_table::BlockTable;
 use crate::fairness::Contender;
 use crate::grammar::Follower;
 use crate::prefix_cache::BlockHash;
 use crate::request::{Request, Tenant};
+use crate::swap_space::SwappedBlocks;
 use std::collections::HashMap;
 use std::sync::Arc;
 use tidemill_kernels::TokenCount;
@@ -36,8 +37,13 @@ pub struct Sequence {
     pub seed: u64,
     /// Prompt, then generated tokens.
     pub tokens: Vec<u32>,
-    /// Tokens whose keys and values are in the cache, chasing `tokens.len()`.
+    /// Tokens whose keys and values are in the cache, or will be when the steps that are under way are done; chasing
+    /// [`Sequence::length`].
     pub computed: usize,
+    /// Tokens behind `tokens` that steps under way draw.
+    drawing: usize,
+    /// The entry of the last step's samples that draws the last of these.
+    pub drawn_by: u32,
     /// Where they are.
     pub table: BlockTable,
     /// Token counts for the penalties, kept only when one is active.
@@ -50,6 +56,8 @@ pub struct Sequence {
     pub paused: bool,
     /// It was preempted before.
     pub preempted: bool,
+    /// What it had computed when it was preempted, where that is kept.
+    pub swapped: Option<SwappedBlocks>,
     /// Leading tokens of the prompt that its tenant has been charged for.
     pub charged: usize,
     /// Names of the leading full blocks, as far as they were needed.
@@ -65,12 +73,15 @@ impl Sequence {
             id: SequenceId { priority: request.priority, request: key, choice: 0 },
             tokens: request.prompt.clone(),
             computed: 0,
+            drawing: 0,
+            drawn_by: 0,
             table: BlockTable::new(pool),
             history: PenaltyHistory::for_request(&request),
             follower: request.sampling.grammar.as_ref().map(|grammar| Follower::start(grammar, &request)),
             slots: request.sampling.n,
             paused: false,
             preempted: false,
+            swapped: None,
             charged: 0,
             hashes: Vec::new(),
             cached_blocks: 0,
@@ -88,12 +99,15 @@ impl Sequence {
             seed: self.seed,
             tokens: self.request.prompt.clone(),
             computed: prompt,
+            drawing: 1,
+            drawn_by: 0,
             table: self.table.fork(prompt),
             history: PenaltyHistory::for_request(&self.request),
             follower: self.follower.as_ref().map(Follower::fork_at_start),
             slots: 1,
             paused: self.paused,
             preempted: self.preempted,
+            swapped: None,
             charged: prompt,
             hashes: self.hashes.iter().take(prompt / BLOCK_SIZE).copied().collect(),
             cached_blocks: self.cached_blocks.min(prompt / BLOCK_SIZE),
@@ -105,14 +119,35 @@ impl Sequence {
         self.request.prompt.len()
     }
 
-    /// Generated tokens.
+    /// Tokens, those that are being drawn included.
+    pub fn length(&self) -> usize {
+        self.tokens.len() + self.drawing
+    }
+
+    /// Generated tokens, those that are being drawn included.
     pub fn generated(&self) -> usize {
-        self.tokens.len() - self.prompt_len()
+        self.length() - self.prompt_len()
     }
 
     /// Tokens that are still to be computed; at least one while the sequence lives.
     pub fn pending(&self) -> usize {
-        self.tokens.len() - self.computed
+        self.length() - self.computed
+    }
+
+    /// Whether its last token is not known yet.
+    pub fn is_drawing(&self) -> bool {
+        self.drawing > 0
+    }
+
+    /// Whether its next draw wants to know the last token: for the penalties, for the grammar, or because its choices fork there.
+    pub fn wants_tokens(&self) -> bool {
+        self.follower.is_some() || self.history.is_some() || self.slots > 1
+    }
+
+    /// Whether it ends with its last token, whatever that is: at most `max_model_len` tokens fit.
+    pub fn is_whole(&self, max_model_len: usize) -> bool {
+        let most = self.request.sampling.max_tokens.unwrap_or(usize::MAX);
+        self.generated() >= most || self.length() >= max_model_len
     }
 
     /// Draws wanted from the last row: one, or one per choice when the prompt ends there.
@@ -128,6 +163,7 @@ impl Sequence {
     /// Appends a drawn token.
     pub fn push(&mut self, token: u32) {
         self.tokens.push(token);
+        self.drawing = self.drawing.saturating_sub(1);
         if let Some(history) = &mut self.history {
             history.generated(token);
         }
@@ -157,14 +193,34 @@ impl Sequence {
         self.computed - before
     }
 
-    /// Advances by `rows` computed tokens and, with `caching`, makes the blocks that became full findable.
-    pub fn advance(&mut self, rows: usize, caching: bool) {
+    /// A step that computes `rows` more tokens is under way; with `drawn_by`, an entry of its samples draws the next.
+    pub fn begin(&mut self, rows: usize, drawn_by: Option<u32>) {
         self.computed += rows;
-        while caching && self.cached_blocks < self.computed / BLOCK_SIZE {
+        if let Some(entry) = drawn_by {
+            self.drawing += 1;
+            self.drawn_by = entry;
+        }
+    }
+
+    /// A step went well that computed its tokens up to the first `computed`: the blocks that are full become findable.
+    pub fn settle(&mut self, computed: usize) {
+        while self.cached_blocks < computed / BLOCK_SIZE {
             let hash = self.hash(self.cached_blocks);
             self.table.cache(self.cached_blocks, hash);
             self.cached_blocks += 1;
         }
+    }
+
+    /// Goes on from the tokens that were computed when it was preempted, in blocks that its table has: what the cache did not hold comes
+    /// back from where it was kept. Returns (place, block) for each.
+    pub fn restore(&mut self, swapped: &SwappedBlocks) -> Vec<(u32, BlockId)> {
+        if swapped.tokens() <= self.computed {
+            return Vec::new();
+        }
+        let first = self.computed / BLOCK_SIZE;
+        self.computed = swapped.tokens();
+        let kept = swapped.places().iter().copied().zip(self.table.blocks().iter().copied());
+        kept.skip(first).collect()
     }
 
     /// Whose it is.
@@ -185,8 +241,9 @@ impl Sequence {
         new
     }
 
-    /// Gives all blocks back; the tokens stay and are computed again later.
+    /// Gives all blocks back; the tokens stay and are computed again later, or come back from where they are kept.
     pub fn release(&mut self) {
+        debug_assert!(!self.is_drawing(), "released while a step draws for it");
         self.table.clear();
         self.computed = 0;
         self.cached_blocks = 0;
@@ -270,7 +327,8 @@ pub(crate) mod tests {
         let pool = SharedPool::new(8);
         let mut first = leader(&pool, 64);
         first.table.grow_to(64).unwrap();
-        first.advance(64, true);
+        first.begin(64, None);
+        first.settle(64);
         let mut second = leader(&pool, 64);
         assert_eq!(second.adopt_cached(), 32);
         let mut third = leader(&pool, 65);
@@ -283,10 +341,11 @@ pub(crate) mod tests {
         let pool = SharedPool::new(8);
         let mut slow = leader(&pool, 100);
         slow.table.grow_to(100).unwrap();
-        slow.advance(10, true);
+        slow.begin(10, None);
         let mut fast = leader(&pool, 100);
         fast.table.grow_to(100).unwrap();
-        fast.advance(64, true);
+        fast.begin(64, None);
+        fast.settle(64);
         assert_eq!(slow.adopt_cached(), 54);
         assert_eq!(slow.table.blocks()[..2], fast.table.blocks()[..2]);
         assert_eq!(pool.borrow().used(), 6);

@@ -17,8 +17,10 @@ pub struct Stats {
     pub blocks_used: usize,
     /// Blocks that the prefix cache can find, used or free.
     pub blocks_cached: usize,
-    /// Sequences sent back to compute again.
+    /// Sequences sent back to wait.
     pub preemptions: u64,
+    /// Of these, sequences whose blocks were kept in the machine's memory and came back.
+    pub restored: u64,
     /// Prompt tokens looked up in the prefix cache.
     pub prefix_queries: u64,
     /// Of these, found.
@@ -31,9 +33,9 @@ pub struct Stats {
     pub finished: u64,
     /// Steps.
     pub steps: u64,
-    /// Time inside the model.
+    /// Time inside the model. Where steps run ahead: that the engine waited for it.
     pub model_time: Duration,
-    /// Time of the steps outside the model: scheduling, text, events.
+    /// Time of the steps outside the model: scheduling, text, events. Where steps run ahead, most of it is beside the model's.
     pub overhead: Duration,
 }
 
@@ -68,6 +70,7 @@ pub(crate) struct Metrics {
     waiting: Gauge,
     kv_usage: Gauge,
     preemptions: Counter,
+    restored: Counter,
     prefix_queries: Counter,
     prefix_hits: Counter,
     prompt_tokens: Counter,
@@ -108,6 +111,7 @@ impl Metrics {
             waiting: gauge!("tidemill:num_requests_waiting", "model_name" => name.clone()),
             kv_usage: gauge!("tidemill:kv_cache_usage_perc", "model_name" => name.clone()),
             preemptions: counter!("tidemill:num_preemptions_total", "model_name" => name.clone()),
+            restored: counter!("tidemill:num_preemptions_restored_total", "model_name" => name.clone()),
             prefix_queries: counter!("tidemill:prefix_cache_queries_total", "model_name" => name.clone()),
             prefix_hits: counter!("tidemill:prefix_cache_hits_total", "model_name" => name.clone()),
             prompt_tokens: counter!("tidemill:prompt_tokens_total", "model_name" => name.clone()),
@@ -134,6 +138,7 @@ impl Metrics {
         self.waiting.set(stats.waiting as f64);
         self.kv_usage.set(stats.blocks_used as f64 / stats.blocks_total.max(1) as f64);
         self.preemptions.absolute(stats.preemptions);
+        self.restored.absolute(stats.restored);
         self.prefix_queries.absolute(stats.prefix_queries);
         self.prefix_hits.absolute(stats.prefix_hits);
         self.prompt_tokens.absolute(stats.prompt_tokens);

@@ -149,6 +149,22 @@ KERNEL(copy_block, 256, CopyBlock) {
     }
 }
 
+struct Carry {
+    u32* tokens;
+    const u32* drawn;
+    // Row, entry of `drawn`.
+    const u32* pairs;
+    u32 count;
+    // Of an entry of `drawn`; the first is the token.
+    u32 words;
+};
+
+// Rows that carry on from what the step before drew get its tokens. A thread for each.
+KERNEL(carry, 256, Carry) {
+    const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < p.count) p.tokens[p.pairs[2 * i]] = p.drawn[(u64)p.pairs[2 * i + 1] * p.words];
+}
+
 struct RopeCache {
     float* qkv;
     const float* q_norm;

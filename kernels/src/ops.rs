@@ -3,6 +3,9 @@
 //! A call on a step operation *enqueues* work on buffers that the backend owns; only [`Ops::finish`] waits. Model files are
 //! written once against this trait, so one description of a layer runs on every backend.
 //!
+//! Where [`Ops::runs_ahead`] says so, `finish` may be done in two: [`Ops::submit`] sets a step going, [`Ops::collect`] waits for the oldest
+//! that was, and a second step may be begun and submitted between the two.
+//!
 //! All activations are f32 `[rows, width]`, row-major. Shapes are checked when an operation is enqueued; a mismatch is a bug in
 //! the model file and comes back as [`KernelError::Shape`] from [`Ops::finish`].
 
@@ -380,8 +383,15 @@ pub struct StepBatch {
     pub history: Vec<TokenCount>,
     /// For [`SampleRow::bias`]: token, value to add (−∞ forbids).
     pub bias: Vec<(u32, f32)>,
-    /// Blocks to copy (from, to) in all layers before anything else runs: copy on write.
+    /// Rows whose token is what the step before this one draws, which may still run: row, entry of that step's samples. In
+    /// [`StepBatch::tokens`] they have a 0.
+    pub carried: Vec<(u32, u32)>,
+    /// Blocks whose contents go to places of the swap memory before anything else runs: block, place.
+    pub saved: Vec<(u32, u32)>,
+    /// Blocks to copy (from, to) in all layers before anything but `saved`: copy on write.
     pub copies: Vec<(u32, u32)>,
+    /// Blocks that get their contents back from places of the swap memory: place, block. After `saved` and `copies`.
+    pub restored: Vec<(u32, u32)>,
     /// `[tokens]` slot of each row's adapter or [`NO_ADAPTER`]; empty when no row has one.
     pub adapters: Vec<u32>,
 }
@@ -397,13 +407,17 @@ impl StepBatch {
         self.samples.clear();
         self.history.clear();
         self.bias.clear();
+        self.carried.clear();
+        self.saved.clear();
         self.copies.clear();
+        self.restored.clear();
         self.adapters.clear();
     }
 
     /// Becomes equal to `other` in the memory it has (a derived `clone_from` would allocate anew).
     pub fn copy_from(&mut self, other: &StepBatch) {
-        let StepBatch { tokens, positions, slots, sequences, blocks, samples, history, bias, copies, adapters } = other;
+        let StepBatch { tokens, positions, slots, sequences, blocks, samples, history, bias, .. } = other;
+        let StepBatch { carried, saved, copies, restored, adapters, .. } = other;
         self.tokens.clone_from(tokens);
         self.positions.clone_from(positions);
         self.slots.clone_from(slots);
@@ -412,7 +426,10 @@ impl StepBatch {
         self.samples.clone_from(samples);
         self.history.clone_from(history);
         self.bias.clone_from(bias);
+        self.carried.clone_from(carried);
+        self.saved.clone_from(saved);
         self.copies.clone_from(copies);
+        self.restored.clone_from(restored);
         self.adapters.clone_from(adapters);
     }
 }
@@ -487,6 +504,11 @@ pub trait Ops: Send {
     fn alloc(&mut self, rows: Rows, width: usize) -> Result<Buf, KernelError>;
     /// Reserves the cache.
     fn alloc_kv(&mut self, spec: KvSpec) -> Result<KvCache, KernelError>;
+    /// Reserves places for so many blocks of the cache in the machine's memory, for [`StepBatch::saved`]; once, behind `alloc_kv`. For
+    /// backends with a memory of their own.
+    fn alloc_swap(&mut self, _kv: KvCache, _places: usize) -> Result<(), KernelError> {
+        Err(KernelError::Unsupported("this backend computes in the machine's memory, from where nothing is swapped".into()))
+    }
 
     /// Puts an adapter into a slot, in place of what was there; `sites[i]` updates the linear that the model file calls site `i`.
     /// Between steps only. Slots are small numbers: memory is kept for all up to the largest.
@@ -532,6 +554,19 @@ pub trait Ops: Send {
     fn sample(&mut self, logits: Buf, vocabulary: usize);
     /// Runs what was enqueued, waits, and hands over the sampled tokens.
     fn finish(&mut self, out: &mut StepOutput) -> Result<(), KernelError>;
+    /// Whether a step may be begun and submitted before the one before it was collected; two at most are under way.
+    fn runs_ahead(&self) -> bool {
+        false
+    }
+    /// Sets going what was enqueued, for [`Ops::collect`]; does not wait where [`Ops::runs_ahead`]. After an error there is nothing to
+    /// collect of this step.
+    fn submit(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
+    /// Waits for the oldest step that was submitted, and hands over its sampled tokens.
+    fn collect(&mut self, out: &mut StepOutput) -> Result<(), KernelError> {
+        self.finish(out)
+    }
     /// Copies a buffer's valid rows out; for tests and tools, after `finish`.
     fn read(&self, buf: Buf) -> Result<Vec<f32>, KernelError>;
 }

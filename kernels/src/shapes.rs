@@ -28,6 +28,12 @@ pub struct Shapes {
     step: Option<Extent>,
     /// Slots of a step, sorted.
     slots: Vec<i64>,
+    /// Places of the swap memory.
+    swap: usize,
+    /// Of the step that was submitted last: for each of its samples whether it is drawn, and not scored.
+    drawn: Vec<bool>,
+    /// Tokens that it could draw.
+    vocabulary: usize,
 }
 
 /// Largest values in the step's lists.
@@ -75,6 +81,9 @@ impl Shapes {
             used: Vec::new(),
             step: None,
             slots: Vec::with_capacity(limits.max_tokens),
+            swap: 0,
+            drawn: Vec::with_capacity(limits.max_samples),
+            vocabulary: 0,
         }
     }
 
@@ -145,6 +154,31 @@ impl Shapes {
         Ok(KvCache(self.caches.len() as u32 - 1))
     }
 
+    /// Registers places of the swap memory for a cache; returns its shape.
+    pub fn add_swap(&mut self, kv: KvCache, places: usize) -> Result<KvSpec, KernelError> {
+        const OP: &str = "alloc_swap";
+        let cache = find(OP, "cache", &self.caches, kv.0)?;
+        if self.swap > 0 || places > u32::MAX as usize {
+            return shape(OP, format!("{places} places beside {}", self.swap));
+        }
+        self.swap = places;
+        Ok(cache)
+    }
+
+    /// The swap memory could not be reserved.
+    pub fn remove_swap(&mut self) {
+        self.swap = 0;
+    }
+
+    /// The step was submitted: the next one may carry on from what it draws of `vocabulary` tokens.
+    pub fn submitted(&mut self, batch: &StepBatch, vocabulary: usize) {
+        self.vocabulary = vocabulary;
+        self.drawn.clear();
+        if vocabulary > 0 {
+            self.drawn.extend(batch.samples.iter().map(|sample| sample.score.is_none()));
+        }
+    }
+
     /// Checks an adapter's updates and registers it.
     pub fn add_adapter(&mut self, slot: u32, sites: &[Vec<LowRank<'_>>]) -> Result<(), KernelError> {
         const OP: &str = "load_adapter";
@@ -213,7 +247,9 @@ impl Shapes {
     pub fn begin(&mut self, batch: &StepBatch) -> Result<(), KernelError> {
         self.step = None;
         self.routings.iter_mut().for_each(|(_, routed)| *routed = false);
-        let extent = self.extent(batch)?;
+        let extent = self.extent(batch);
+        self.drawn.clear();
+        let extent = extent?;
         // Two rows that write one slot would race.
         self.slots.clear();
         self.slots.extend(batch.slots.iter().copied().filter(|&slot| slot >= 0));
@@ -274,10 +310,25 @@ impl Shapes {
                 return shape(OP, format!("copy of block {from} to {to} is outside the cache"));
             }
         }
+        let swaps = batch.saved.iter().copied().chain(batch.restored.iter().map(|&(place, block)| (block, place)));
+        for (block, place) in swaps {
+            if place as usize >= self.swap || self.caches.iter().any(|c| block as usize >= c.blocks) {
+                return shape(OP, format!("block {block} and place {place} of {} are not both there", self.swap));
+            }
+        }
+        for &(row, sample) in &batch.carried {
+            if row as usize >= tokens || self.drawn.get(sample as usize) != Some(&true) {
+                let detail =
+                    format!("row {row} of {tokens} is to have the token of sample {sample}, which the step before does not draw");
+                return shape(OP, detail);
+            }
+        }
+        let most_carried = if batch.carried.is_empty() { 0 } else { self.vocabulary - 1 };
+        let most_named = batch.tokens.iter().copied().max().unwrap_or(0) as usize;
         Ok(Extent {
             tokens,
             samples: batch.samples.len(),
-            max_token: batch.tokens.iter().copied().max().unwrap_or(0) as usize,
+            max_token: most_named.max(most_carried),
             max_slot: batch.slots.iter().copied().max().unwrap_or(-1),
             checked: 0,
         })

@@ -76,6 +76,11 @@ fn words(calls: &[Call]) -> Vec<&'static str> {
         Call::Free(..) => "free",
         Call::Write(..) => "write",
         Call::Read(..) => "read",
+        Call::Fetch(..) => "fetch",
+        Call::Fetched => "fetched",
+        Call::AllocHost(..) | Call::FreeHost(_) => "host memory",
+        Call::Save(..) => "save",
+        Call::Restore(..) => "restore",
         Call::Launch(name, ..) => *name,
         Call::Product(_) => "product",
         Call::Wait => "wait",
@@ -114,7 +119,7 @@ fn a_step_is_done_then_captured_then_replayed_on_the_same_addresses() {
     let middle: Vec<&str> = words(&captured).into_iter().filter(|w| !matches!(*w, "halve" | "write")).collect();
     let (first, last) = (middle.iter().position(|w| *w == "capture"), middle.iter().position(|w| *w == "captured"));
     assert_eq!(first, Some(0));
-    assert_eq!(middle[last.unwrap() + 1..], ["replay", "sample", "read"], "one small copy back");
+    assert_eq!(middle[last.unwrap() + 1..], ["replay", "sample", "fetch", "fetched"], "one small copy back");
     assert_eq!(middle[1], "embedding");
     assert!(!middle.contains(&"alloc"));
     // Rows are padded to 4, and the row that pads has slot -1, token 0 and position 0.
@@ -132,7 +137,7 @@ fn a_step_is_done_then_captured_then_replayed_on_the_same_addresses() {
 
     run(&mut decoder, &step(&mut list[..3], 1));
     let replayed = take(&log);
-    assert_eq!(words(&replayed), ["write", "write", "replay", "write", "sample", "read"]);
+    assert_eq!(words(&replayed), ["write", "write", "replay", "write", "sample", "fetch", "fetched"]);
     assert_eq!(places(&replayed), places(&captured));
     // Four sequences are padded to the same size as three, one is not.
     run(&mut decoder, &step(&mut list, 1));

@@ -292,10 +292,12 @@ async fn a_specification_names_its_device_and_a_card_that_is_not_there_is_an_err
     };
     // What is computed on the processor is written as it always was.
     assert!(!serde_json::to_string(&told("cpu").unwrap()).unwrap().contains("device\":"));
-    assert_eq!(serde_json::to_value(told("cuda").unwrap()).unwrap()["device"], "cuda:0");
+    assert_eq!(serde_json::to_value(told("cuda").unwrap()).unwrap()["device"], "cuda");
     assert!(told("gpu").unwrap_err().to_string().contains("device: `gpu`"));
     let refused = told("auto").unwrap().check().unwrap_err().to_string();
     assert!(refused.contains("device: auto") && refused.contains("cuda:N"), "{refused}");
+    let refused = told("cuda:0,1").unwrap().check().unwrap_err().to_string();
+    assert!(refused.contains("device: cuda:0,1") && refused.contains("several cards"), "{refused}");
 
     // There are not that many.
     let spec = told("cuda:4095").unwrap();

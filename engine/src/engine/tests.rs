@@ -1,4 +1,5 @@
 use super::*;
+use crate::backend::Device;
 use crate::recall_model::{LARGE, LOST, POISON, REFUSED, RecallModel, expected};
 use crate::request::{FinishReason, SamplingParams, StopCause, TokenRecord, Usage};
 use crate::sequence::tests::request;
@@ -28,9 +29,19 @@ pub(super) fn start_with(end_of_turn: Vec<u32>, options: EngineOptions) -> Engin
     launch(Duration::ZERO, end_of_turn, options)
 }
 
+/// On a model that is told of a step before the one before it is computed, and that swaps.
+fn start_ahead(pace: Duration, options: EngineOptions) -> Engine {
+    let options = EngineOptions { device: Device::Auto, swap_memory: Some(16 * BLOCK_SIZE * 8), ..options };
+    launch_model(pace, true, vec![END], options)
+}
+
 fn launch(pace: Duration, end_of_turn: Vec<u32>, options: EngineOptions) -> Engine {
+    launch_model(pace, false, end_of_turn, options)
+}
+
+fn launch_model(pace: Duration, ahead: bool, end_of_turn: Vec<u32>, options: EngineOptions) -> Engine {
     let mut model = RecallModel::new(VOCABULARY, options.max_batch_tokens, options.max_seqs);
-    model.pace = pace;
+    (model.pace, model.ahead) = (pace, ahead);
     let frontend = Frontend {
         tokenizer: letters(),
         chat_template: None,
@@ -332,7 +343,14 @@ fn many_clients_at_once_get_what_they_get_alone() {
     // 24 blocks for 8 sequences of up to 8 blocks: preemption is the rule.
     let options = EngineOptions { kv_memory: Some(24 * BLOCK_SIZE * 8), max_waiting: 200, ..options() };
     // Slow enough for the clients to be there at once, whichever thread has the processor.
-    let engine = start_at(Duration::from_millis(1), options);
+    many_clients(start_at(Duration::from_millis(1), options.clone()));
+    let engine = start_ahead(Duration::from_millis(1), options);
+    many_clients(engine.clone());
+    let stats = engine.stats();
+    assert!(stats.restored > 0 && stats.restored <= stats.preemptions, "{stats:?}");
+}
+
+fn many_clients(engine: Engine) {
     let clients: Vec<_> = (0..60u32)
         .map(|i| {
             let engine = engine.clone();
@@ -356,6 +374,69 @@ fn many_clients_at_once_get_what_they_get_alone() {
     }
     idle(&engine);
     assert!(engine.stats().preemptions > 0);
+}
+
+#[test]
+fn steps_that_run_ahead_end_like_others() {
+    let engine = start_ahead(Duration::ZERO, options());
+    // Ends that nobody foresees: a token, a stop string, a client that leaves, a step that fails.
+    let plain = collect(&engine.submit(request(prompt(3, 20), greedy(60))).unwrap(), 1);
+    assert_eq!(plain.tokens[0], expected(&prompt(3, 20), &greedy(60), 0, 0, &[], VOCABULARY, 1024));
+    let middle = plain.texts[0].char_indices().nth(plain.texts[0].chars().count() / 2).unwrap().0;
+    let stop: String = plain.texts[0][middle..].chars().take(3).collect();
+    let cut = SamplingParams { stop: vec![stop.clone()], ..greedy(60) };
+    let other = engine.submit(request(prompt(4, 20), greedy(80))).unwrap();
+    let answer = collect(&engine.submit(request(prompt(3, 20), cut)).unwrap(), 1);
+    assert_eq!(answer.texts[0], plain.texts[0][..plain.texts[0].find(&stop).unwrap()]);
+    drop(engine.submit(request(prompt(5, 20), greedy(900))).unwrap());
+    let ended = SamplingParams { ignore_eos: false, ..greedy(400) };
+    let begins = |start: u32| {
+        let tokens = expected(&prompt(start, 5), &ended, 0, 0, &[END], VOCABULARY, 1024);
+        (tokens.len() < 20 && tokens.last() == Some(&END)).then_some((start, tokens))
+    };
+    let (start, tokens) = (0..500).find_map(begins).unwrap();
+    let answer = collect(&engine.submit(request(prompt(start, 5), ended)).unwrap(), 1);
+    assert_eq!(answer.tokens[0], tokens);
+    assert_eq!(collect(&other, 1).tokens[0], expected(&prompt(4, 20), &greedy(80), 0, 0, &[], VOCABULARY, 1024));
+    // A failed step ends who is in it, and nobody else: the other one may have been.
+    let mut bad = prompt(1, 10);
+    bad[0] = REFUSED;
+    let receiver = engine.submit(request(bad, greedy(5))).unwrap();
+    assert!(matches!(within(&receiver), Event::Failed(text) if text.contains("refused")));
+    idle(&engine);
+    let sampling = SamplingParams { n: 3, temperature: 1.0, seed: Some(5), presence_penalty: 0.0, ..greedy(9) };
+    let answer = collect(&engine.submit(request(prompt(1, 70), sampling.clone())).unwrap(), 3);
+    for (choice, tokens) in answer.tokens.iter().enumerate() {
+        assert_eq!(tokens, &expected(&prompt(1, 70), &sampling, 5, choice as u64, &[], VOCABULARY, 1024));
+    }
+    idle(&engine);
+    assert!(engine.drain(PATIENCE));
+}
+
+#[test]
+fn a_slow_client_of_steps_that_run_ahead_gets_everything() {
+    let engine = start_ahead(Duration::ZERO, options());
+    let sampling = SamplingParams { n: 4, temperature: 1.0, seed: Some(5), ..greedy(400) };
+    let slow = engine.submit(request(prompt(1, 30), sampling.clone())).unwrap();
+    eventually("its channel is full", || slow.len() > 256 && engine.stats().running == 4);
+    std::thread::sleep(Duration::from_millis(20));
+    let answer = collect(&slow, 4);
+    for (choice, tokens) in answer.tokens.iter().enumerate() {
+        assert_eq!(tokens, &expected(&prompt(1, 30), &sampling, 5, choice as u64, &[], VOCABULARY, 1024));
+    }
+}
+
+#[test]
+fn a_device_that_is_lost_with_steps_under_way_ends_the_engine_with_its_words() {
+    let engine = start_ahead(Duration::from_millis(1), options());
+    let running = engine.submit(request(prompt(1, 10), greedy(900))).unwrap();
+    assert!(matches!(within(&running), Event::Prompt { .. }));
+    let mut bad = prompt(1, 10);
+    (bad[0], bad[1]) = (REFUSED, LOST);
+    let receiver = engine.submit(request(bad, greedy(5))).unwrap();
+    assert!(matches!(within(&receiver), Event::Failed(text) if text.contains("the GPU failed: lost")));
+    assert!(matches!(running.iter().last(), Some(Event::Failed(text)) if text.contains("the GPU failed: lost")));
+    assert!(engine.drain(PATIENCE));
 }
 
 #[test]

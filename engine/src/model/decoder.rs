@@ -13,7 +13,7 @@ use super::weight_names::{Part, Weight};
 use crate::adapter::{Adapter, Pair, Projection};
 use crate::load_error::LoadError;
 use crate::model_config::ModelConfig;
-use crate::model_files::ModelFiles;
+use crate::model_files::{FileMatrix, ModelFiles};
 
 /// A decoder with its weights packed by a backend: all of it, or the part of one of several devices.
 pub struct Decoder {
@@ -152,8 +152,8 @@ impl Decoder {
         &self.config
     }
 
-    /// Records a step; with `all`, the norm behind the last layer runs over all rows and leaves them in `normed`.
-    fn step(&mut self, batch: &StepBatch, out: &mut StepOutput, all: bool) -> Result<(), KernelError> {
+    /// Enqueues a step; with `all`, the norm behind the last layer runs over all rows and leaves them in `normed`.
+    fn enqueue(&mut self, batch: &StepBatch, all: bool) -> Result<(), KernelError> {
         let Self { ops, config, shard, shape, attention, weights, buffers: b, kv } = self;
         let kv = kv.ok_or_else(|| KernelError::Limit("the key-value cache was not reserved before the first step".to_owned()))?;
         let eps = config.rms_eps;
@@ -207,7 +207,7 @@ impl Decoder {
                 ops.sample(b.logits, config.vocabulary);
             }
         }
-        ops.finish(out)
+        Ok(())
     }
 
     fn kv_spec(&self, blocks: usize, block_size: usize, dtype: KvDtype) -> KvSpec {
@@ -231,12 +231,32 @@ impl Model for Decoder {
     }
 
     fn forward(&mut self, batch: &StepBatch, out: &mut StepOutput) -> Result<(), KernelError> {
-        self.step(batch, out, false)
+        self.enqueue(batch, false)?;
+        self.ops.finish(out)
     }
 
     fn forward_hidden(&mut self, batch: &StepBatch, out: &mut StepOutput) -> Result<Vec<f32>, KernelError> {
-        self.step(batch, out, true)?;
+        self.enqueue(batch, true)?;
+        self.ops.finish(out)?;
         self.ops.read(self.buffers.normed)
+    }
+
+    fn runs_ahead(&self) -> bool {
+        self.ops.runs_ahead()
+    }
+
+    fn submit(&mut self, batch: &StepBatch) -> Result<(), KernelError> {
+        self.enqueue(batch, false)?;
+        self.ops.submit()
+    }
+
+    fn collect(&mut self, out: &mut StepOutput) -> Result<(), KernelError> {
+        self.ops.collect(out)
+    }
+
+    fn alloc_swap(&mut self, places: usize) -> Result<(), KernelError> {
+        let kv = self.kv.ok_or_else(|| KernelError::Limit("the key-value cache comes before its swap memory".to_owned()))?;
+        self.ops.alloc_swap(kv, places)
     }
 
     fn width(&self) -> usize {

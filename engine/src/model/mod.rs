@@ -28,6 +28,18 @@ pub trait Model: Send {
     fn forward_hidden(&mut self, _batch: &StepBatch, _out: &mut StepOutput) -> Result<Vec<f32>, KernelError> {
         Err(KernelError::Unsupported("this model gives no hidden states".to_owned()))
     }
+    /// Whether a step may be submitted before the one before it was collected; two at most are under way.
+    fn runs_ahead(&self) -> bool {
+        false
+    }
+    /// Sets a step going, where steps run ahead. After an error there is nothing to collect of it.
+    fn submit(&mut self, _batch: &StepBatch) -> Result<(), KernelError> {
+        Err(KernelError::Unsupported("steps of this model do not run ahead".to_owned()))
+    }
+    /// Waits for the oldest step that was submitted, and hands over what it sampled.
+    fn collect(&mut self, _out: &mut StepOutput) -> Result<(), KernelError> {
+        Err(KernelError::Unsupported("steps of this model do not run ahead".to_owned()))
+    }
     /// Numbers of one hidden state; 0 when it gives none.
     fn width(&self) -> usize {
         0
@@ -45,6 +57,10 @@ pub trait Model: Send {
     /// Bytes that the cache may take of a card's memory; `None` when the machine's is used.
     fn spare_memory(&self) -> Result<Option<usize>, KernelError> {
         Ok(None)
+    }
+    /// Reserves places for so many blocks of the cache in the machine's memory; once, behind `alloc_kv`.
+    fn alloc_swap(&mut self, _places: usize) -> Result<(), KernelError> {
+        Err(KernelError::Unsupported("this model's blocks are not swapped".to_owned()))
     }
     /// Memory held, for the start-up lines.
     fn memory(&self) -> MemoryUse;

@@ -283,6 +283,7 @@ mod tests {
             rope_theta: 10_000.0,
             rope_scaling: RopeScaling::None,
             sliding_window: None,
+            experts: None,
             tied_embeddings: false,
             qkv_bias: true,
             output_bias: true,

@@ -1,5 +1,6 @@
 use super::*;
 
+mod ahead;
 mod fairness;
 
 use crate::grammar::{Compiler, Constraint};
@@ -28,12 +29,21 @@ struct Rig {
     ended: Vec<SequenceId>,
     steps: usize,
     last_in_step: Vec<RequestKey>,
+    /// Steps that were submitted.
+    under_way: usize,
+    places: usize,
 }
 
 impl Rig {
     fn new(blocks: usize, max_seqs: usize, max_batch_tokens: usize, prefix_caching: bool) -> Self {
-        let limits =
-            SchedulerLimits { max_seqs, max_batch_tokens, max_samples: max_seqs, prefix_caching, end_of_turn: END.to_vec() };
+        let limits = SchedulerLimits {
+            max_seqs,
+            max_batch_tokens,
+            max_samples: max_seqs,
+            prefix_caching,
+            end_of_turn: END.to_vec(),
+            max_model_len: blocks * BLOCK_SIZE,
+        };
         let mut model = RecallModel::new(VOCABULARY, max_batch_tokens, max_seqs);
         model.reserve(blocks);
         Self {
@@ -47,7 +57,21 @@ impl Rig {
             ended: Vec::new(),
             steps: 0,
             last_in_step: Vec::new(),
+            under_way: 0,
+            places: 0,
         }
+    }
+
+    /// The same on a model that is told of a step before the one before it is computed.
+    fn running_ahead(mut self) -> Self {
+        self.model.ahead = true;
+        self
+    }
+
+    /// The same with so many places for the blocks of preempted sequences.
+    fn swapping(mut self, places: usize) -> Self {
+        self.model.reserve_swap(places);
+        Self { scheduler: self.scheduler.swapping(SwapSpace::new(places)), places, ..self }
     }
 
     fn submit(&mut self, request: Request) -> RequestKey {
@@ -73,20 +97,48 @@ impl Rig {
         assert_eq!(pool.free() + pool.used(), pool.total());
     }
 
-    /// One step; returns its tokens.
+    /// Plans a step and, where none is to be planned before it is applied, computes the oldest; returns the tokens planned.
     fn step(&mut self) -> usize {
         self.steps += 1;
+        let ahead = self.under_way > 0;
+        if ahead && !self.scheduler.may_plan_ahead() {
+            self.collect();
+            return self.step();
+        }
+        let preemptions = self.scheduler.counts().preemptions;
         let tokens = self.scheduler.schedule(&mut self.batch);
         self.check_pool();
-        self.last_in_step = self.scheduler.in_step().collect();
-        let idle = self.scheduler.waiting.values().chain(self.scheduler.running.values()).all(|sequence| sequence.paused);
-        assert_eq!(tokens == 0, idle, "a step computes something exactly when somebody can run");
+        assert!(!ahead || self.scheduler.counts().preemptions == preemptions, "nobody is preempted while a step is under way");
         let slots: usize = self.scheduler.running.values().map(|sequence| sequence.slots).sum();
         assert!(slots <= self.scheduler.limits.max_seqs);
-        if tokens == 0 {
-            return 0;
+        let idle = self.scheduler.waiting.values().chain(self.scheduler.running.values()).all(|sequence| sequence.paused);
+        if !ahead {
+            assert_eq!(tokens == 0, idle, "a step computes something exactly when somebody can run");
         }
-        self.model.forward(&self.batch, &mut self.out).unwrap();
+        if tokens > 0 {
+            self.last_in_step = self.scheduler.in_step().collect();
+            if self.model.ahead {
+                self.model.submit(&self.batch).unwrap();
+            }
+            self.under_way += 1;
+        }
+        if !self.model.ahead || self.under_way > 1 || (tokens == 0 && ahead) {
+            self.collect();
+        }
+        tokens
+    }
+
+    /// Waits for the oldest step that is under way.
+    fn collect(&mut self) {
+        if self.under_way == 0 {
+            return;
+        }
+        self.under_way -= 1;
+        if self.model.ahead {
+            self.model.collect(&mut self.out).unwrap();
+        } else {
+            self.model.forward(&self.batch, &mut self.out).unwrap();
+        }
         let mut outcomes = Vec::new();
         self.scheduler.apply(&mut self.out, &mut outcomes).unwrap();
         self.check_pool();
@@ -109,7 +161,6 @@ impl Rig {
             }
         }
         self.check_pool();
-        tokens
     }
 
     fn finish(&mut self, most_steps: usize) {
@@ -118,6 +169,10 @@ impl Rig {
             self.step();
             assert!(self.steps - start <= most_steps, "{} requests are starving", self.scheduler.requests());
         }
+        while self.under_way > 0 {
+            self.collect();
+        }
+        assert_eq!(self.scheduler.swap.free(), self.places, "places leaked");
         assert_eq!(self.scheduler.pool().borrow().used(), 0, "blocks leaked");
         assert!(self.scheduler.running.is_empty() && self.scheduler.waiting.is_empty());
     }
@@ -205,9 +260,11 @@ proptest! {
     #[test]
     fn whatever_arrives_leaves_or_stalls_each_request_gets_what_it_gets_alone(
         actions in prop::collection::vec(action(), 1..60),
-        blocks in 8usize..40, max_seqs in 4usize..10, budget in 10usize..200, caching: bool,
+        blocks in 8usize..40, max_seqs in 4usize..10, budget in 10usize..200, [caching, ahead]: [bool; 2],
+        places in prop_oneof![Just(0), 1usize..30],
     ) {
-        let mut rig = Rig::new(blocks, max_seqs, budget, caching);
+        let mut rig = Rig::new(blocks, max_seqs, budget, caching).swapping(places);
+        rig.model.ahead = ahead;
         let mut cancelled = Vec::new();
         for action in actions {
             match action {

@@ -33,6 +33,9 @@ fn model_lines(model: &LocalModel, path: &Path, took: Duration) -> String {
         limits.max_seqs
     );
     let _ = writeln!(text, "  activations  {}: {} tokens per step", bytes(memory.activations), limits.max_batch_tokens);
+    if memory.swap > 0 {
+        let _ = writeln!(text, "  swap         {} of the machine's memory for preempted answers", bytes(memory.swap));
+    }
     let _ = writeln!(text, "  computes on  {}", memory.backend);
     text
 }

@@ -55,6 +55,10 @@ pub struct ServeArgs {
     /// Memory for keys and values, such as 2GiB [default: from free memory]
     #[arg(long, value_name = "SIZE")]
     kv_memory: Option<String>,
+    /// Memory of the machine for the keys and values of preempted answers of a card; 0 keeps none [default: 4GiB, at most a quarter of what is
+    /// free]
+    #[arg(long, value_name = "SIZE")]
+    swap_memory: Option<String>,
     /// Sequences that run at once [default: 64]
     #[arg(long, value_name = "N")]
     max_seqs: Option<String>,
@@ -220,6 +224,7 @@ impl ServeArgs {
             ("data", &self.data),
             ("threads", &self.threads),
             ("kv_memory", &self.kv_memory),
+            ("swap_memory", &self.swap_memory),
             ("max_seqs", &self.max_seqs),
             ("max_model_len", &self.max_model_len),
             ("max_waiting", &self.max_waiting),

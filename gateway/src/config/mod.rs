@@ -44,6 +44,7 @@ pub const KEYS: &[&str] = &[
     "data",
     "threads",
     "kv_memory",
+    "swap_memory",
     "max_seqs",
     "max_model_len",
     "max_waiting",
@@ -164,6 +165,8 @@ pub struct Config {
     pub threads: Option<usize>,
     /// Bytes for the KV cache.
     pub kv_memory: Option<usize>,
+    /// Bytes of the machine's memory for preempted sequences of a card.
+    pub swap_memory: Option<usize>,
     /// Sequences at once.
     pub max_seqs: usize,
     /// Tokens of prompt and output together.
@@ -288,6 +291,7 @@ impl Config {
             data: get("data").map_or_else(|| PathBuf::from("./data"), |s| PathBuf::from(&s.text)),
             threads: count("threads", 1)?,
             kv_memory: get("kv_memory").map(|s| s.parse(value::size)).transpose()?,
+            swap_memory: get("swap_memory").map(|s| s.parse(value::size_or_none)).transpose()?,
             max_seqs: count("max_seqs", 1)?.unwrap_or(base.max_seqs),
             max_model_len: count("max_model_len", 2)?,
             max_waiting: count("max_waiting", 1)?.unwrap_or(base.max_waiting),
@@ -395,6 +399,7 @@ impl Config {
             threads: self.threads,
             kv_memory: self.kv_memory,
             kv_share: models,
+            swap_memory: self.swap_memory,
             max_seqs: self.max_seqs,
             max_model_len: self.max_model_len,
             max_batch_tokens: self.max_batch_tokens,

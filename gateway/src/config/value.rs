@@ -73,6 +73,11 @@ pub fn size(text: &str) -> Result<usize, String> {
     bytes.and_then(|b| usize::try_from(b).ok()).filter(|b| *b > 0).ok_or_else(|| expected.to_owned())
 }
 
+/// The same, or 0.
+pub fn size_or_none(text: &str) -> Result<usize, String> {
+    if text == "0" { Ok(0) } else { size(text).map_err(|expected| format!("{expected}, or 0")) }
+}
+
 /// Time: `30s`, `500ms`, `2m`, or a plain number of seconds.
 pub fn duration(text: &str) -> Result<Duration, String> {
     let expected = || "expected a time such as 30s, 500ms or 2m".to_owned();
@@ -136,6 +141,8 @@ mod tests {
         for text in ["", "GiB", "2 lbs", "-1", "0", "99999999999TiB", "1e9", "1.2.3G"] {
             assert!(size(text).is_err(), "{text}");
         }
+        assert_eq!((size_or_none("0"), size_or_none("1k")), (Ok(0), Ok(1024)));
+        assert!(size_or_none("none").unwrap_err().ends_with("or 0"));
     }
 
     #[test]

@@ -1,12 +1,13 @@
-//! The tiles of a step's attention on the device.
+//! A step's attention: its tiles on the device, and the launches for a layer.
 
-use super::device::{Address, Device, Kernel, Source};
+use super::device::{Address, Device, Kernel, Launch, Source};
 use super::graphs::Padded;
-use super::params::{Tile, all_bytes};
+use super::params::{self as p, Tile, all_bytes};
 use super::plan::Plan;
 use super::room::Room;
+use super::{ATTENTION_JOIN, ATTENTION_PLAIN, CudaBackend};
 use crate::error::KernelError;
-use crate::ops::{HeadShape, KvDtype, StepBatch};
+use crate::ops::{AttentionSpec, Buf, HeadShape, KvCache, KvDtype, StepBatch};
 
 /// The kernels with matrix units: of few rows, of many.
 pub(super) type FewAndMany = (Kernel, Kernel);
@@ -112,5 +113,62 @@ impl Plans {
 
     pub(super) fn rooms(&self) -> impl Iterator<Item = Room> {
         self.0.iter().map(|plan| plan.room)
+    }
+}
+
+impl<D: Device> CudaBackend<D> {
+    /// The kernels with matrix units for a shape, the step's tiles, and memory for its partial results; once per step.
+    pub(super) fn plan(&mut self, shape: HeadShape, kv: KvCache) -> Result<(Option<FewAndMany>, Planned, Address), KernelError> {
+        let dtype = self.caches[kv.0 as usize].spec.dtype;
+        let kernels = fast_attention(shape.head_dim, dtype);
+        let planned = self.plans.get(&mut self.device, &self.batch, self.captures.size, shape, kernels.is_some())?;
+        let bytes = planned.partials * shape.kv_heads * 16 * (shape.head_dim + 2) * 4;
+        Ok((kernels, planned, self.partials.reserve(&mut self.device, "attention", bytes)?))
+    }
+
+    pub(super) fn attend(
+        &mut self,
+        qkv: Buf,
+        shape: HeadShape,
+        spec: AttentionSpec,
+        kv: KvCache,
+        layer: usize,
+        out: Buf,
+    ) -> Result<(), KernelError> {
+        let HeadShape { heads, kv_heads, head_dim } = shape;
+        let (kernels, planned, partials) = self.plan(shape, kv)?;
+        let cache = &self.caches[kv.0 as usize];
+        let (dtype, block_size, (keys, values)) = (cache.spec.dtype, cache.spec.block_size, cache.layer(layer));
+        let (half, half_stride) = self.produce(out);
+        let width = head_dim + 2;
+        let with = |tiles: Tiles| p::Attention {
+            qkv: self.buffers[qkv.0 as usize].at,
+            keys,
+            values,
+            blocks: self.lists.blocks,
+            tiles: tiles.at,
+            out: self.buffers[out.0 as usize].at,
+            half,
+            partials,
+            half_stride,
+            heads: heads as u32,
+            kv_heads: kv_heads as u32,
+            head_dim: head_dim as u32,
+            block_size: block_size as u32,
+            cache_form: cache_form(dtype),
+            window: spec.sliding_window.map_or(0, |window| window.min(u32::MAX as usize) as u32),
+            scale: spec.scale,
+            soft_cap: spec.soft_cap.unwrap_or(0.0),
+            unused: 0,
+        };
+        let Planned { few, many, plain, joins, .. } = planned;
+        let [for_few, for_many, for_plain, for_joins] = [few, many, plain, joins].map(with);
+        if let Some((few_kernel, many_kernel)) = kernels {
+            let shared = 16 * head_dim * 2 + 4 * 16 * width * 4;
+            self.launch(few_kernel, Launch::grid(few.count, kv_heads).with_shared(shared), for_few)?;
+            self.launch(many_kernel, Launch::grid(many.count, kv_heads).with_shared(64 * head_dim * 2), for_many)?;
+            self.launch(ATTENTION_JOIN, Launch::grid(joins.count, kv_heads), for_joins)?;
+        }
+        self.launch(ATTENTION_PLAIN, Launch::grid(plain.count, heads).with_shared(head_dim * 4), for_plain)
     }
 }

@@ -165,7 +165,39 @@ pub trait Params: Copy {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Graph(pub u64);
 
-/// A device. Work is done in the order in which it is asked for; [`Device::read`] and [`Device::wait`] wait for all of it.
+/// A copy from the device that was asked for and is not handed over yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Fetch(pub u64);
+
+/// Fetches that may be under way at once.
+pub const FETCHES: usize = 2;
+
+/// An address in memory of the machine that the device reads and writes by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HostAddress(pub u64);
+
+impl HostAddress {
+    /// `bytes` further on.
+    pub const fn plus(self, bytes: usize) -> HostAddress {
+        HostAddress(self.0 + bytes as u64)
+    }
+}
+
+/// Pieces of a device's memory that lie at equal distances; beside each other where they are kept in the machine's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pieces {
+    /// The first.
+    pub at: Address,
+    /// Bytes of each.
+    pub bytes: usize,
+    /// How many.
+    pub count: usize,
+    /// From the beginning of one to the beginning of the next, bytes.
+    pub stride: usize,
+}
+
+/// A device. Work is done in the order in which it is asked for; [`Device::read`] and [`Device::wait`] wait for all of it,
+/// [`Device::fetched`] for what was asked for before its fetch.
 ///
 /// Between [`Device::capture`] and [`Device::captured`], launches, products and exchanges are written down and not done, and nothing else may be
 /// asked for.
@@ -182,6 +214,18 @@ pub trait Device: Send {
     fn write(&mut self, to: Address, bytes: &[u8]) -> Result<(), KernelError>;
     /// Copies from the device, when all work before is done.
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<(), KernelError>;
+    /// Copies from the device behind all work so far, without waiting. At most [`FETCHES`] are under way; 0 bytes are a mark in the work.
+    fn fetch(&mut self, from: Address, bytes: usize) -> Result<Fetch, KernelError>;
+    /// Waits for the oldest fetch and the work before it; `to` has the length that was asked for.
+    fn fetched(&mut self, fetch: Fetch, to: &mut [u8]) -> Result<(), KernelError>;
+    /// Reserves memory of the machine for [`Device::save`].
+    fn alloc_host(&mut self, what: &'static str, bytes: usize) -> Result<HostAddress, KernelError>;
+    /// Gives it back once all work that was asked for is done.
+    fn free_host(&mut self, at: HostAddress);
+    /// Copies pieces of the device's memory to the machine's, without waiting.
+    fn save(&mut self, from: Pieces, to: HostAddress) -> Result<(), KernelError>;
+    /// Copies them back, to the same pieces or others, without waiting.
+    fn restore(&mut self, from: HostAddress, to: Pieces) -> Result<(), KernelError>;
     /// Runs a kernel.
     fn launch(&mut self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), KernelError>;
     /// A matrix product of many rows.

@@ -1,30 +1,28 @@
 //! A card, through its driver.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
-use std::ffi::{CString, c_void};
-use std::path::{Path, PathBuf};
+use std::collections::{HashMap, VecDeque};
+use std::ffi::CString;
+use std::path::Path;
 
-use cudarc::driver::result::{self as cuda, DriverError};
-use cudarc::driver::sys;
+use cudarc::driver::sys::{self, CUresult};
 
-use super::compile::{architecture, compile, text};
-use super::device::{Address, Device, Graph, Kernel, Launch, Product, Source};
-use super::libraries::{Library, check_compiler, check_driver, compiler_version, dotted, driver_version};
+pub use super::calls::Cuda;
+use super::calls::{CallError, Calls, Multiplier, failed, not_reserved};
+use super::compile::architecture;
+use super::device::{Address, Device, FETCHES, Fetch, Graph, HostAddress, Kernel, Launch, Pieces, Product, Source};
+pub use super::images::prepare;
+use super::images::{Compiled, Images};
+use super::libraries::{check_driver, dotted};
 use super::nccl::Communicator;
-use super::product::Products;
 use super::staging::StagedMemory;
 use crate::collective::Place;
 use crate::error::KernelError;
 
 /// Shared memory that a kernel gets without being asked for more.
 const SHARED_UNASKED: u32 = 48 << 10;
-
-pub(super) fn failed(what: &str, e: DriverError) -> KernelError {
-    // The driver's own words; a code that it does not know has none.
-    let words = e.error_string().map(|text| text.to_string_lossy().into_owned()).unwrap_or_default();
-    KernelError::Device(format!("{what}: {e:?} {words}"))
-}
+/// Memory that the library of matrix products may use for one.
+const WORKSPACE: usize = 32 << 20;
 
 fn no_card(number: usize, count: i32) -> KernelError {
     let seen = match count {
@@ -38,17 +36,35 @@ fn no_card(number: usize, count: i32) -> KernelError {
     ))
 }
 
+fn does_not_start(number: usize, e: CallError) -> KernelError {
+    match e.code {
+        CUresult::CUDA_ERROR_NO_DEVICE => no_card(number, 0),
+        CUresult::CUDA_ERROR_STUB_LIBRARY => KernelError::Unsupported(
+            "the libcuda.so that was found is the toolkit's stand-in for linking, and no driver; see to it that the driver's comes \
+             first on the loader's path, or use --device cpu"
+                .into(),
+        ),
+        _ => failed("the driver does not start", e),
+    }
+}
+
 /// One card (`CUDA_VISIBLE_DEVICES` chooses among those of the machine).
-pub struct Card {
+pub struct Card<C: Calls = Cuda> {
+    calls: C,
     device: sys::CUdevice,
     context: sys::CUcontext,
     pub(super) stream: sys::CUstream,
     functions: HashMap<&'static str, sys::CUfunction>,
     modules: HashMap<Source, sys::CUmodule>,
-    products: Products,
+    workspace: Address,
+    products: Option<Box<dyn Multiplier>>,
     graphs: HashMap<Graph, sys::CUgraphExec>,
     made_graphs: u64,
     staged: StagedMemory,
+    /// One for each fetch that may be under way.
+    events: Vec<sys::CUevent>,
+    fetches: VecDeque<Fetching>,
+    made_fetches: u64,
     /// With the other cards that compute the model.
     peers: Option<Communicator>,
     /// Memory to be freed when the step is over: the driver may wait for all cards then, and one of them may wait in an exchange for us.
@@ -60,8 +76,25 @@ pub struct Card {
     processors: usize,
 }
 
+/// A copy back that is under way.
+struct Fetching {
+    fetch: Fetch,
+    bytes: usize,
+    /// What was more than fits the place for it, and was waited for.
+    brought: Option<Vec<u8>>,
+    /// What was staged before it.
+    staged: usize,
+}
+
+impl Fetching {
+    /// The event and the place that it has.
+    fn slot(&self) -> usize {
+        (self.fetch.0 % FETCHES as u64) as usize
+    }
+}
+
 // SAFETY: the handles are the driver's, which may be used from any thread; a call makes the context current first.
-unsafe impl Send for Card {}
+unsafe impl<C: Calls> Send for Card<C> {}
 
 impl Card {
     /// Opens the first card; see [`Card::open_number`].
@@ -74,35 +107,35 @@ impl Card {
     ///
     /// Errors say what is missing and what to install: the driver, a card, NVRTC, cuBLASLt.
     pub fn open_number(number: usize, cache: Option<&Path>) -> Result<Self, KernelError> {
-        Self::open_with(number, cache, Source::ALL.into_iter().filter(|source| !source.trains()).collect())
+        Self::over(Cuda::find()?, number, &Compiled { cache })
     }
 
     /// [`Card::open_number`] for a training, whose kernels are others.
     pub fn open_for_training(number: usize, cache: Option<&Path>) -> Result<Self, KernelError> {
         let needed = |source: &Source| source.trains() || *source == Source::Rows;
-        Self::open_with(number, cache, Source::ALL.into_iter().filter(needed).collect())
+        let sources: Vec<_> = Source::ALL.into_iter().filter(needed).collect();
+        Self::with_files(Cuda::find()?, number, &sources, &Compiled { cache })
+    }
+}
+
+impl<C: Calls> Card<C> {
+    /// Opens a card of a driver, for serving.
+    pub fn over(calls: C, number: usize, images: &dyn Images) -> Result<Self, KernelError> {
+        let sources: Vec<_> = Source::ALL.into_iter().filter(|source| !source.trains()).collect();
+        Self::with_files(calls, number, &sources, images)
     }
 
-    fn open_with(number: usize, cache: Option<&Path>, sources: Vec<Source>) -> Result<Self, KernelError> {
-        Library::Driver.require()?;
-        let version = driver_version()?;
+    fn with_files(calls: C, number: usize, sources: &[Source], images: &dyn Images) -> Result<Self, KernelError> {
+        let version = calls.driver_version().map_err(|e| failed("the driver has no version", e))?;
         check_driver(version)?;
-        cuda::init().map_err(|e| match e.0 {
-            sys::CUresult::CUDA_ERROR_NO_DEVICE => no_card(number, 0),
-            sys::CUresult::CUDA_ERROR_STUB_LIBRARY => KernelError::Unsupported(
-                "the libcuda.so that was found is the toolkit's stand-in for linking, and no driver; see to it that the driver's comes \
-                 first on the loader's path, or use --device cpu"
-                    .into(),
-            ),
-            _ => failed("the driver does not start", e),
-        })?;
-        let count = cuda::device::get_count().map_err(|e| failed("the driver counts no cards", e))?;
+        calls.init().map_err(|e| does_not_start(number, e))?;
+        let count = calls.device_count().map_err(|e| failed("the driver counts no cards", e))?;
         let ordinal = i32::try_from(number).ok().filter(|ordinal| *ordinal < count).ok_or_else(|| no_card(number, count))?;
-        let device = cuda::device::get(ordinal).map_err(|e| failed("the card is not to be had", e))?;
-        let name = cuda::device::get_name(device).map_err(|e| failed("the card has no name", e))?;
+        let device = calls.device(ordinal).map_err(|e| failed("the card is not to be had", e))?;
+        let name = calls.device_name(device).map_err(|e| failed("the card has no name", e))?;
         let attribute = |which| {
             // SAFETY: a device that the driver has just given.
-            unsafe { cuda::device::get_attribute(device, which) }.map_err(|e| failed("the card says nothing of itself", e))
+            unsafe { calls.device_attribute(device, which) }.map_err(|e| failed("the card says nothing of itself", e))
         };
         let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
@@ -113,20 +146,25 @@ impl Card {
             )));
         }
         let architecture = architecture((major as u32, minor as u32));
-        let images = images(&sources, &architecture, cache, Some(version))?;
+        let code = images.all(sources, &architecture, version)?;
 
         // SAFETY: a device that the driver has just given; released when this is dropped.
-        let context = unsafe { cuda::primary_ctx::retain(device) }.map_err(|e| failed("no context", e))?;
+        let context = unsafe { calls.retain_context(device) }.map_err(|e| failed("no context", e))?;
         let mut card = Card {
+            calls,
             device,
             context,
             stream: std::ptr::null_mut(),
             functions: HashMap::new(),
             modules: HashMap::new(),
-            products: Products::none(),
+            workspace: Address::NONE,
+            products: None,
             graphs: HashMap::new(),
             made_graphs: 0,
             staged: StagedMemory::default(),
+            events: Vec::new(),
+            fetches: VecDeque::new(),
+            made_fetches: 0,
             peers: None,
             unwanted: RefCell::default(),
             name,
@@ -135,24 +173,34 @@ impl Card {
             processors: processors as usize,
         };
         card.current()?;
-        card.stream = cuda::stream::create(cuda::stream::StreamKind::NonBlocking).map_err(|e| failed("no stream", e))?;
-        for (source, image) in sources.into_iter().zip(images) {
+        // SAFETY: of the context that is current; given back when this is dropped.
+        card.stream = unsafe { card.calls.create_stream() }.map_err(|e| failed("no stream", e))?;
+        for (&source, image) in sources.iter().zip(code) {
             let module = card.load(&image).or_else(|refused| {
-                // What was kept may be from another compiler than the driver wants.
-                let Some(folder) = cache else { return Err(refused) };
-                let _ = std::fs::remove_file(kept_at(folder, source, &card.architecture));
-                card.load(&image_of(source, &card.architecture, Some(folder), Some(version))?)
+                let anew = images.anew(source, &card.architecture, version).unwrap_or(Err(refused))?;
+                card.load(&anew)
             })?;
             card.modules.insert(source, module);
         }
-        card.staged = StagedMemory::new()?;
-        card.products = Products::open(&mut |bytes| card_alloc(bytes, "workspace"))?;
+        card.staged = StagedMemory::new(&card.calls)?;
+        for _ in 0..FETCHES {
+            // SAFETY: as the stream.
+            let event = unsafe { card.calls.create_event() }.map_err(|e| failed("no event", e))?;
+            card.events.push(event);
+        }
+        card.workspace = card.reserve("workspace", WORKSPACE)?;
+        card.products = Some(card.calls.multiplier(card.workspace, WORKSPACE)?);
         Ok(card)
+    }
+
+    /// The driver.
+    pub fn calls(&self) -> &C {
+        &self.calls
     }
 
     /// How many cards the driver shows.
     pub fn visible(&self) -> Result<usize, KernelError> {
-        let count = cuda::device::get_count().map_err(|e| failed("the driver counts no cards", e))?;
+        let count = self.calls.device_count().map_err(|e| failed("the driver counts no cards", e))?;
         Ok(usize::try_from(count).unwrap_or(0))
     }
 
@@ -161,29 +209,34 @@ impl Card {
         self.peers = Some(peers);
     }
 
-    fn free_unwanted(&self) {
-        // The driver frees when all work before is done. A card that is lost has nothing to free.
-        if self.current().is_ok() {
-            for at in self.unwanted.take() {
-                // SAFETY: it was reserved by `alloc` and is freed once.
-                let _ = unsafe { cuda::free_sync(at.0) };
-            }
-        }
-    }
-
     fn peers(&self) -> Result<&Communicator, KernelError> {
         self.current()?;
         self.peers.as_ref().ok_or_else(|| KernelError::Unsupported("this card computes alone".into()))
     }
 
+    fn free_unwanted(&self) {
+        // The driver frees when all work before is done. A card that is lost has nothing to free.
+        if self.current().is_ok() {
+            for at in self.unwanted.take() {
+                // SAFETY: it was reserved by `alloc` and is freed once.
+                let _ = unsafe { self.calls.free(at.0) };
+            }
+        }
+    }
+
     fn load(&self, image: &[u8]) -> Result<sys::CUmodule, KernelError> {
         // SAFETY: a whole image, alive during the call.
-        unsafe { cuda::module::load_data(image.as_ptr().cast()) }.map_err(|e| failed("the card refuses a kernel file", e))
+        unsafe { self.calls.load_module(image) }.map_err(|e| failed("the card refuses a kernel file", e))
     }
 
     pub(super) fn current(&self) -> Result<(), KernelError> {
         // SAFETY: the context is held until this is dropped.
-        unsafe { cuda::ctx::set_current(self.context) }.map_err(|e| failed("no context", e))
+        unsafe { self.calls.set_current(self.context) }.map_err(|e| failed("no context", e))
+    }
+
+    fn reserve(&self, what: &'static str, bytes: usize) -> Result<Address, KernelError> {
+        // SAFETY: plain memory.
+        unsafe { self.calls.alloc(bytes.max(1)) }.map(Address).map_err(|e| not_reserved(what, bytes, e))
     }
 
     fn function(&mut self, kernel: Kernel) -> Result<sys::CUfunction, KernelError> {
@@ -194,86 +247,62 @@ impl Card {
         let absent = || KernelError::Device(format!("{} was opened without {}", self.name, kernel.source.name()));
         let module = self.modules.get(&kernel.source).copied().ok_or_else(absent)?;
         // SAFETY: a module that stays loaded.
-        let function = unsafe { cuda::module::get_function(module, name) }.map_err(|e| failed(kernel.name, e))?;
+        let function = unsafe { self.calls.function(module, name) }.map_err(|e| failed(kernel.name, e))?;
         self.functions.insert(kernel.name, function);
         Ok(function)
     }
-}
 
-fn card_alloc(bytes: usize, what: &'static str) -> Result<Address, KernelError> {
-    // SAFETY: plain memory.
-    unsafe { cuda::malloc_sync(bytes.max(1)) }.map(Address).map_err(|e| match e.0 {
-        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => KernelError::Memory { what, bytes },
-        _ => failed("memory is not to be had", e),
-    })
-}
+    /// Copies behind all work so far.
+    fn copy_back(&self, to: &mut [u8], from: Address) -> Result<(), KernelError> {
+        // SAFETY: the backend reads what it reserved, and waits for it before anybody looks.
+        unsafe { self.calls.copy_from_device(to, from.0, self.stream) }.map_err(|e| failed("copy from the card", e))
+    }
 
-/// Compiles all kernel files for an architecture (`sm_90a`) into `cache`, for a machine that has a driver and no NVRTC.
-pub fn prepare(architecture: &str, cache: &Path) -> Result<(), KernelError> {
-    images(&Source::ALL, architecture, Some(cache), None)?;
-    match Source::ALL.into_iter().map(|source| kept_at(cache, source, architecture)).find(|path| !path.is_file()) {
-        Some(path) => Err(KernelError::Device(format!("{} could not be written; choose a folder that can be", path.display()))),
-        None => Ok(()),
+    fn synchronize(&self) -> Result<(), KernelError> {
+        // SAFETY: a stream of our own.
+        unsafe { self.calls.synchronize(self.stream) }.map_err(|e| failed("the card stopped", e))?;
+        self.staged.all_done();
+        self.free_unwanted();
+        Ok(())
+    }
+
+    /// Lets everything go that `over` made; the context is current.
+    fn close(&mut self) {
+        // Nothing can be done about failures here. Copies that are still under way read what is staged, and products the workspace.
+        // SAFETY: everything was made by `over` or since, and is given back once.
+        unsafe {
+            // Before the stream is waited for: it may hold an exchange that the other cards never join.
+            if let Some(peers) = self.peers.take() {
+                peers.close();
+            }
+            if !self.stream.is_null() {
+                let _ = self.calls.synchronize(self.stream);
+            }
+            self.free_unwanted();
+            if let Some(mut products) = self.products.take() {
+                products.close();
+            }
+            for (_, graph) in self.graphs.drain() {
+                let _ = self.calls.destroy_executable(graph);
+            }
+            self.staged.close(&self.calls);
+            if self.workspace != Address::NONE {
+                let _ = self.calls.free(self.workspace.0);
+            }
+            for event in self.events.drain(..) {
+                let _ = self.calls.destroy_event(event);
+            }
+            for (_, module) in self.modules.drain() {
+                let _ = self.calls.unload_module(module);
+            }
+            if !self.stream.is_null() {
+                let _ = self.calls.destroy_stream(self.stream);
+            }
+        }
     }
 }
 
-/// The machine code of a file, from the cache or the compiler.
-fn image_of(source: Source, architecture: &str, cache: Option<&Path>, driver: Option<i32>) -> Result<Vec<u8>, KernelError> {
-    let kept = cache.map(|folder| kept_at(folder, source, architecture));
-    if let Some(found) = kept.as_deref().and_then(read_kept) {
-        return Ok(found);
-    }
-    Library::Nvrtc.require()?;
-    check_compiler(compiler_version()?, driver)?;
-    let compiled = compile(source, architecture, false)?;
-    if let Some(path) = kept {
-        keep(&path, &compiled.cubin);
-    }
-    Ok(compiled.cubin)
-}
-
-/// That of several files, each compiled by a thread of its own. `driver`: the version that must take it, where there is one.
-fn images(
-    sources: &[Source],
-    architecture: &str,
-    cache: Option<&Path>,
-    driver: Option<i32>,
-) -> Result<Vec<Vec<u8>>, KernelError> {
-    std::thread::scope(|scope| {
-        let compile = |source: &Source| {
-            let source = *source;
-            scope.spawn(move || image_of(source, architecture, cache, driver))
-        };
-        let workers: Vec<_> = sources.iter().map(compile).collect();
-        let failed = |_| Err(KernelError::Device("a compiling thread failed".into()));
-        workers.into_iter().map(|worker| worker.join().unwrap_or_else(failed)).collect()
-    })
-}
-
-fn kept_at(folder: &Path, source: Source, architecture: &str) -> PathBuf {
-    let hash = blake3::hash(text(source).as_bytes()).to_hex();
-    folder.join(format!("{}-{architecture}-{}.cubin", source.name(), &hash[..32]))
-}
-
-/// Keeps an image behind its hash. A folder that cannot be written costs the next start a few seconds and nothing else.
-fn keep(path: &Path, image: &[u8]) {
-    let unique = path.with_extension(format!("{}.tmp", std::process::id()));
-    let content = [blake3::hash(image).as_bytes(), image].concat();
-    let written = path.parent().map_or(Ok(()), std::fs::create_dir_all).and_then(|()| std::fs::write(&unique, content));
-    if written.and_then(|()| std::fs::rename(&unique, path)).is_err() {
-        // What is left of it is of no use.
-        let _ = std::fs::remove_file(&unique);
-    }
-}
-
-/// An image that was kept; `None` when there is none, or when its bytes are not those that were kept.
-fn read_kept(path: &Path) -> Option<Vec<u8>> {
-    let content = std::fs::read(path).ok()?;
-    let (hash, image) = content.split_at_checked(blake3::OUT_LEN)?;
-    (blake3::hash(image).as_bytes() == hash).then(|| image.to_vec())
-}
-
-impl Device for Card {
+impl<C: Calls> Device for Card<C> {
     fn describe(&self) -> String {
         let total = self.memory().map_or(String::new(), |(_, total)| format!(", {:.0} GiB", total as f64 / f64::from(1 << 30)));
         format!("{}, {}, {} multiprocessors{total}, CUDA {}", self.name, self.architecture, self.processors, dotted(self.version))
@@ -281,15 +310,15 @@ impl Device for Card {
 
     fn memory(&self) -> Result<(usize, usize), KernelError> {
         self.current()?;
-        cuda::mem_get_info().map_err(|e| failed("the card's memory cannot be read", e))
+        self.calls.memory_info().map_err(|e| failed("the card's memory cannot be read", e))
     }
 
     fn alloc(&mut self, what: &'static str, bytes: usize) -> Result<Address, KernelError> {
         self.current()?;
-        let at = card_alloc(bytes, what)?;
+        let at = self.reserve(what, bytes)?;
         // SAFETY: all of the memory that was just reserved.
-        unsafe { cuda::memset_d8_async(at.0, 0, bytes.max(1), self.stream) }
-            .map_err(|e| failed("memory cannot be cleared", e))?;
+        let cleared = unsafe { self.calls.fill(at.0, 0, bytes.max(1), self.stream) };
+        cleared.map_err(|e| failed("memory cannot be cleared", e)).inspect_err(|_| self.free(at))?;
         Ok(at)
     }
 
@@ -306,46 +335,112 @@ impl Device for Card {
         let from = staged.unwrap_or(bytes);
         // SAFETY: the backend writes into what it reserved. What is staged stays as it is until the card is done; from memory that is
         // not locked, the driver has copied when it returns.
-        unsafe { cuda::memcpy_htod_async(to.0, from, self.stream) }.map_err(|e| failed("copy to the card", e))
+        unsafe { self.calls.copy_to_device(to.0, from, self.stream) }.map_err(|e| failed("copy to the card", e))
     }
 
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<(), KernelError> {
         self.current()?;
         let copied = |to: &mut [u8]| {
-            // SAFETY: the backend reads what it reserved, and waits for it before anybody looks.
-            unsafe { cuda::memcpy_dtoh_async(to, from.0, self.stream) }.map_err(|e| failed("copy from the card", e))?;
-            // SAFETY: a stream of our own.
-            unsafe { cuda::stream::synchronize(self.stream) }.map_err(|e| failed("the card stopped", e))
+            self.copy_back(to, from)?;
+            self.synchronize()
         };
         let through = self.staged.bring_back(bytes.len(), |locked| copied(locked).map(|()| bytes.copy_from_slice(locked)));
-        match through {
-            Some(done) => done?,
-            None => copied(bytes)?,
+        through.unwrap_or_else(|| copied(bytes))
+    }
+
+    fn fetch(&mut self, from: Address, bytes: usize) -> Result<Fetch, KernelError> {
+        if self.fetches.len() >= FETCHES {
+            return Err(KernelError::Limit(format!("{FETCHES} fetches are under way")));
         }
-        self.staged.all_done();
-        self.free_unwanted();
+        self.current()?;
+        let mut fetching = Fetching { fetch: Fetch(self.made_fetches), bytes, brought: None, staged: 0 };
+        // SAFETY: the place was last used by a fetch that was handed over; from here on the card has it.
+        match unsafe { self.staged.fetched(fetching.slot(), bytes) } {
+            Some([]) => {}
+            Some(place) => self.copy_back(place, from)?,
+            None => {
+                let mut brought = vec![0; bytes];
+                self.read(from, &mut brought)?;
+                fetching.brought = Some(brought);
+            }
+        }
+        // SAFETY: an event and a stream of our own.
+        unsafe { self.calls.record_event(self.events[fetching.slot()], self.stream) }
+            .map_err(|e| failed("an event is not recorded", e))?;
+        fetching.staged = self.staged.until_now();
+        let fetch = fetching.fetch;
+        self.fetches.push_back(fetching);
+        self.made_fetches += 1;
+        Ok(fetch)
+    }
+
+    fn fetched(&mut self, fetch: Fetch, to: &mut [u8]) -> Result<(), KernelError> {
+        let Some(fetching) = self.fetches.pop_front_if(|oldest| oldest.fetch == fetch && oldest.bytes == to.len()) else {
+            return Err(KernelError::Device("what was not fetched was asked for".into()));
+        };
+        self.current()?;
+        // SAFETY: an event of our own.
+        unsafe { self.calls.synchronize_event(self.events[fetching.slot()]) }.map_err(|e| failed("the card stopped", e))?;
+        self.staged.done_until(fetching.staged);
+        match fetching.brought {
+            Some(brought) => to.copy_from_slice(&brought),
+            // SAFETY: the card is done with the place.
+            None => to.copy_from_slice(unsafe { self.staged.fetched(fetching.slot(), to.len()) }.unwrap_or_default()),
+        }
+        if self.fetches.is_empty() {
+            self.free_unwanted();
+        }
         Ok(())
+    }
+
+    fn alloc_host(&mut self, what: &'static str, bytes: usize) -> Result<HostAddress, KernelError> {
+        self.current()?;
+        // SAFETY: plain memory.
+        let at = unsafe { self.calls.alloc_host(bytes.max(1)) };
+        at.map(|at| HostAddress(at as u64)).map_err(|e| not_reserved(what, bytes, e))
+    }
+
+    fn free_host(&mut self, at: HostAddress) {
+        if self.current().is_ok() {
+            // Copies that are under way read or write it.
+            let _ = self.synchronize();
+            // SAFETY: it was reserved by `alloc_host` and is freed once.
+            let _ = unsafe { self.calls.free_host(at.0 as *mut _) };
+        }
+    }
+
+    fn save(&mut self, from: Pieces, to: HostAddress) -> Result<(), KernelError> {
+        self.current()?;
+        // SAFETY: both ends are the backend's, who gives neither back before the stream is done.
+        unsafe { self.calls.copy_pieces_from_device(to.0 as *mut _, from, self.stream) }
+            .map_err(|e| failed("copy to the machine's memory", e))
+    }
+
+    fn restore(&mut self, from: HostAddress, to: Pieces) -> Result<(), KernelError> {
+        self.current()?;
+        // SAFETY: as in `save`.
+        unsafe { self.calls.copy_pieces_to_device(to, from.0 as *const _, self.stream) }
+            .map_err(|e| failed("copy from the machine's memory", e))
     }
 
     fn launch(&mut self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), KernelError> {
         self.current()?;
         let function = self.function(kernel)?;
         if launch.shared > SHARED_UNASKED {
-            let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: a function of a loaded module.
-            unsafe { cuda::function::set_function_attribute(function, most, launch.shared as i32) }
-                .map_err(|e| failed(kernel.name, e))?;
+            unsafe { self.calls.allow_shared(function, launch.shared) }.map_err(|e| failed(kernel.name, e))?;
         }
-        let [x, y, z] = launch.grid;
-        let mut list = [params.as_ptr() as *mut c_void];
-        // SAFETY: the kernel takes one structure, whose size the tests compare; the driver copies it before it returns.
-        unsafe { cuda::launch_kernel(function, (x, y, z), (kernel.threads, 1, 1), launch.shared, self.stream, &mut list) }
+        // SAFETY: the kernel takes one structure, whose size the tests compare.
+        unsafe { self.calls.launch(function, launch.grid, kernel.threads, launch.shared, self.stream, params) }
             .map_err(|e| failed(kernel.name, e))
     }
 
     fn product(&mut self, product: Product) -> Result<(), KernelError> {
         self.current()?;
-        self.products.run(product, self.stream)
+        match &mut self.products {
+            Some(products) => products.run(product, self.stream),
+            None => Err(KernelError::Device("there is no library of matrix products".into())),
+        }
     }
 
     fn place(&self) -> Place {
@@ -362,29 +457,23 @@ impl Device for Card {
 
     fn wait(&mut self) -> Result<(), KernelError> {
         self.current()?;
-        // SAFETY: a stream of our own.
-        unsafe { cuda::stream::synchronize(self.stream) }.map_err(|e| failed("the card stopped", e))?;
-        self.staged.all_done();
-        self.free_unwanted();
-        Ok(())
+        self.synchronize()
     }
 
     fn capture(&mut self) -> Result<(), KernelError> {
         self.current()?;
-        // Other threads may have cards' memory to reserve meanwhile; only this one keeps to the rules of a capture.
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: a stream of our own.
-        unsafe { cuda::stream::begin_capture(self.stream, mode) }.map_err(|e| failed("a capture does not begin", e))
+        unsafe { self.calls.begin_capture(self.stream) }.map_err(|e| failed("a capture does not begin", e))
     }
 
     fn captured(&mut self) -> Result<Graph, KernelError> {
         self.current()?;
         // SAFETY: a stream of our own.
-        let graph = unsafe { cuda::stream::end_capture(self.stream) }.map_err(|e| failed("a capture was broken off", e))?;
+        let graph = unsafe { self.calls.end_capture(self.stream) }.map_err(|e| failed("a capture was broken off", e))?;
         // SAFETY: the graph was just made; what is made of it does not need it any more.
         let made = unsafe {
-            let made = cuda::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
-            let _ = cuda::graph::destroy(graph);
+            let made = self.calls.instantiate(graph);
+            let _ = self.calls.destroy_graph(graph);
             made
         };
         let graph = Graph(self.made_graphs);
@@ -399,69 +488,33 @@ impl Device for Card {
             return Err(KernelError::Device("a captured step was given back before it was used".into()));
         };
         // SAFETY: alive until `forget`.
-        unsafe { cuda::graph::launch(*made, self.stream) }.map_err(|e| failed("a captured step is not launched", e))
+        unsafe { self.calls.launch_graph(*made, self.stream) }.map_err(|e| failed("a captured step is not launched", e))
     }
 
     fn forget(&mut self, graph: Graph) {
-        if let (Some(made), Ok(())) = (self.graphs.remove(&graph), self.current()) {
+        if self.current().is_ok()
+            && let Some(made) = self.graphs.remove(&graph)
+        {
             // SAFETY: made once, destroyed once; the driver lets one that runs come to its end.
-            let _ = unsafe { cuda::graph::exec_destroy(made) };
+            let _ = unsafe { self.calls.destroy_executable(made) };
         }
     }
 }
 
-impl Drop for Card {
+impl<C: Calls> Drop for Card<C> {
     fn drop(&mut self) {
-        // Nothing can be done about failures here.
         if self.current().is_ok() {
-            self.products.close();
-            // SAFETY: everything was made by `open`, and is given back once.
-            unsafe {
-                for (_, graph) in self.graphs.drain() {
-                    let _ = cuda::graph::exec_destroy(graph);
-                }
-                // Before the stream is waited for: it may hold an exchange that the other cards never join.
-                if let Some(peers) = self.peers.take() {
-                    peers.close();
-                }
-                // Copies that are still under way read what is staged.
-                let _ = cuda::stream::synchronize(self.stream);
-                self.free_unwanted();
-                self.staged.close();
-                for module in self.modules.values() {
-                    let _ = cuda::module::unload(*module);
-                }
-                if !self.stream.is_null() {
-                    let _ = cuda::stream::destroy(self.stream);
-                }
-            }
+            self.close();
         }
         // SAFETY: retained once.
-        let _ = unsafe { cuda::primary_ctx::release(self.device) };
+        let _ = unsafe { self.calls.release_context(self.device) };
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::libraries::Library;
     use super::*;
-
-    #[test]
-    fn a_kept_image_is_used_only_as_it_was_kept() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = kept_at(&folder.path().join("not there yet"), Source::Rows, "sm_80");
-        assert_eq!(read_kept(&path), None);
-        keep(&path, b"machine code");
-        assert_eq!(read_kept(&path).as_deref(), Some(&b"machine code"[..]));
-        assert_ne!(path, kept_at(path.parent().unwrap(), Source::Rows, "sm_90a"));
-        let mut bytes = std::fs::read(&path).unwrap();
-        bytes.pop();
-        std::fs::write(&path, &bytes).unwrap();
-        assert_eq!(read_kept(&path), None);
-        std::fs::write(&path, b"short").unwrap();
-        assert_eq!(read_kept(&path), None);
-        // No temporary file stays.
-        assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
-    }
 
     #[test]
     fn who_asks_for_a_card_that_is_not_there_is_told_which_are() {

@@ -1,7 +1,7 @@
 //! NVIDIA's libraries, opened at run time. A function is only called after its library was found to be there, to have it, and to be
 //! new enough: the bindings panic where one is missing.
 
-use cudarc::{driver, nvrtc};
+use cudarc::nvrtc;
 
 use super::nccl;
 use crate::error::KernelError;
@@ -25,7 +25,7 @@ const OLDEST_DRIVER: i32 = 12_000;
 const OLDEST_NVRTC: (i32, i32) = (12, 0);
 
 /// What we call of each library.
-const DRIVER: [&str; 35] = [
+const DRIVER: [&str; 37] = [
     "cuCtxSetCurrent",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
@@ -37,6 +37,7 @@ const DRIVER: [&str; 35] = [
     "cuEventCreate",
     "cuEventDestroy_v2",
     "cuEventRecord",
+    "cuEventSynchronize",
     "cuFuncSetAttribute",
     "cuGetErrorString",
     "cuGraphDestroy",
@@ -50,6 +51,7 @@ const DRIVER: [&str; 35] = [
     "cuMemFree_v2",
     "cuMemGetInfo_v2",
     "cuMemHostAlloc",
+    "cuMemcpy2DAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuMemsetD8Async",
@@ -194,15 +196,6 @@ pub(super) fn check_compiler((major, minor): (i32, i32), driver: Option<i32>) ->
 /// As people write it.
 pub(super) fn dotted(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
-}
-
-/// The driver's version, 1000 · major + 10 · minor of CUDA. The library must be there.
-pub(super) fn driver_version() -> Result<i32, KernelError> {
-    let mut version = 0;
-    // SAFETY: a number to write to.
-    let asked = unsafe { driver::sys::cuDriverGetVersion(&raw mut version) }.result();
-    asked.map_err(|e| KernelError::Device(format!("the driver has no version: {e:?}")))?;
-    Ok(version)
 }
 
 /// The compiler's version. The library must be there.

@@ -10,14 +10,18 @@
 mod adapters;
 mod attention;
 mod budget;
+pub mod calls;
 mod collectives;
 pub mod compile;
 pub mod device;
 pub mod driver;
 mod experts;
 mod graphs;
+mod halves;
 mod holdings;
+pub mod images;
 pub mod libraries;
+mod lists;
 pub mod nccl;
 mod params;
 mod plan;
@@ -26,27 +30,28 @@ mod replay;
 mod room;
 mod sampling;
 mod staging;
+mod steps;
 pub mod stopwatch;
 pub mod train;
 pub mod weights;
 
 use self::adapters::Adapters;
-use self::attention::{FewAndMany, Planned, Plans, Tiles, cache_form, fast_attention};
+use self::attention::{Plans, cache_form};
 use self::collectives::Collected;
-use self::device::{Address, Device, Kernel, Launch, Params, Product, Source};
+use self::device::{Address, Device, Kernel, Launch, Params, Source};
 use self::experts::{HeldExperts, HeldRouting};
 use self::graphs::Op;
-use self::holdings::{Buffer, Half, HeldCache, HeldMatrix, HeldRope, few_rows};
+use self::holdings::{Buffer, HeldCache, HeldMatrix, HeldRope};
+use self::lists::{StepLists, Swap};
 use self::params as p;
 use self::replay::Captures;
 use self::room::Room;
 use self::sampling::SamplingRoom;
-use self::weights::Form;
+use self::steps::Steps;
 use crate::collective::Place;
 use crate::error::KernelError;
 use crate::ops::*;
 use crate::shapes::Shapes;
-use std::iter::repeat;
 
 const EMBEDDING: Kernel = Kernel::new(Source::Rows, "embedding", 256);
 const RMS_NORM: Kernel = Kernel::new(Source::Rows, "rms_norm", 256);
@@ -64,21 +69,6 @@ const ATTENTION_PLAIN: Kernel = Kernel::new(Source::Attention, "attention_plain"
 
 /// Floats of scratch of a block's sums: a number for each of its warps.
 const BLOCK_SUM: usize = 8 * 4;
-
-/// The step's lists on the device.
-#[derive(Default)]
-struct StepLists {
-    room: Room,
-    staging: Vec<u8>,
-    tokens: Address,
-    positions: Address,
-    slots: Address,
-    adapters: Address,
-    gathered: Address,
-    /// How many tokens there are, without those that pad.
-    count: Address,
-    blocks: Address,
-}
 
 /// The CUDA backend on a device.
 pub struct CudaBackend<D: Device> {
@@ -101,7 +91,8 @@ pub struct CudaBackend<D: Device> {
     collected: Collected,
     captures: Captures,
     batch: StepBatch,
-    sampled: bool,
+    steps: Steps,
+    swap: Option<Swap>,
     error: Option<KernelError>,
     memory: MemoryUse,
     owned: Vec<Address>,
@@ -129,7 +120,8 @@ impl<D: Device> CudaBackend<D> {
             collected: Collected::default(),
             captures: Captures::default(),
             batch: StepBatch::default(),
-            sampled: false,
+            steps: Steps::default(),
+            swap: None,
             error: None,
             memory: MemoryUse::default(),
             owned: Vec::new(),
@@ -193,193 +185,6 @@ impl<D: Device> CudaBackend<D> {
         self.buffers[buf.0 as usize].at
     }
 
-    /// Where a producer of a whole buffer is to leave a bf16 copy, if anywhere, and its stride. From here on the copy counts as fresh.
-    fn produce(&mut self, buf: Buf) -> (Address, u32) {
-        match &mut self.buffers[buf.0 as usize].half {
-            Some(half) => {
-                half.fresh = true;
-                (half.at, half.stride as u32)
-            }
-            None => (Address::NONE, 0),
-        }
-    }
-
-    /// The buffer was changed without its copy.
-    fn stale(&mut self, buf: Buf) {
-        if let Some(half) = &mut self.buffers[buf.0 as usize].half {
-            half.fresh = false;
-        }
-    }
-
-    /// The bf16 copy of a buffer, made if need be.
-    fn halved(&mut self, buf: Buf) -> Result<Address, KernelError> {
-        let buffer = &mut self.buffers[buf.0 as usize];
-        let half = match buffer.half {
-            Some(half) => half,
-            None => {
-                let stride = buffer.width.next_multiple_of(weights::PADDING);
-                let bytes = self.shapes.capacity(buffer.rows) * stride * 2;
-                let half = Half { at: self.device.alloc("activations", bytes)?, stride, fresh: false };
-                self.memory.activations += bytes;
-                buffer.half = Some(half);
-                half
-            }
-        };
-        if !half.fresh {
-            let (x, width) = (buffer.at, buffer.width as u32);
-            let rows = self.rows(buf);
-            self.launch(HALVE, Launch::blocks(rows), p::Halve { x, half: half.at, width, half_stride: half.stride as u32 })?;
-            self.produce(buf);
-        }
-        Ok(half.at)
-    }
-
-    fn multiply(&mut self, x: Buf, w: Matrix, bias: Option<Vector>, out: Buf, store: Store) -> Result<(), KernelError> {
-        let HeldMatrix { form, weights } = self.matrices[w.0 as usize];
-        let (rows, n) = (self.rows(x), weights.n as usize);
-        let bias = bias.map_or(Address::NONE, |bias| self.vectors[bias.0 as usize]);
-        let add = u32::from(store == Store::Add);
-        self.stale(out);
-        if form == Form::F32 {
-            let params = p::Linear { x: self.at(x), w: weights, bias, out: self.at(out), rows: rows as u32, add };
-            return self.launch(LINEAR_F32, Launch::grid(n.div_ceil(8), rows), params);
-        }
-        if rows == 0 {
-            return Ok(());
-        }
-        let half = self.halved(x)?;
-        let out = self.at(out);
-        if let Some((most, kernel)) = few_rows(form).iter().find(|(most, _)| rows <= *most) {
-            let params = p::Linear { x: half, w: weights, bias, out, rows: rows as u32, add };
-            return self.launch(*kernel, Launch::blocks(n.div_ceil(16)).with_shared(8 * 16 * most * 4), params);
-        }
-        let stride = weights.stride as usize;
-        let wide = match form {
-            Form::Bf16 => weights.data,
-            _ => {
-                let to = self.widened.reserve(&mut self.device, "widened weights", n * stride * 2)?;
-                self.launch(WIDEN, Launch::blocks(n), p::Widen { from: weights, to })?;
-                to
-            }
-        };
-        self.device.product(Product { x: half, w: wide, out, rows, n, stride, add: store == Store::Add })?;
-        if bias != Address::NONE {
-            self.launch(ADD_BIAS, Launch::blocks(rows), p::AddBias { bias, out, width: n as u32, unused: 0 })?;
-        }
-        Ok(())
-    }
-
-    /// The kernels with matrix units for a shape, the step's tiles, and memory for its partial results; once per step.
-    fn plan(&mut self, shape: HeadShape, kv: KvCache) -> Result<(Option<FewAndMany>, Planned, Address), KernelError> {
-        let dtype = self.caches[kv.0 as usize].spec.dtype;
-        let kernels = fast_attention(shape.head_dim, dtype);
-        let planned = self.plans.get(&mut self.device, &self.batch, self.captures.size, shape, kernels.is_some())?;
-        let bytes = planned.partials * shape.kv_heads * 16 * (shape.head_dim + 2) * 4;
-        Ok((kernels, planned, self.partials.reserve(&mut self.device, "attention", bytes)?))
-    }
-
-    fn attend(
-        &mut self,
-        qkv: Buf,
-        shape: HeadShape,
-        spec: AttentionSpec,
-        kv: KvCache,
-        layer: usize,
-        out: Buf,
-    ) -> Result<(), KernelError> {
-        let HeadShape { heads, kv_heads, head_dim } = shape;
-        let (kernels, planned, partials) = self.plan(shape, kv)?;
-        let cache = &self.caches[kv.0 as usize];
-        let (dtype, block_size, (keys, values)) = (cache.spec.dtype, cache.spec.block_size, cache.layer(layer));
-        let (half, half_stride) = self.produce(out);
-        let width = head_dim + 2;
-        let with = |tiles: Tiles| p::Attention {
-            qkv: self.buffers[qkv.0 as usize].at,
-            keys,
-            values,
-            blocks: self.lists.blocks,
-            tiles: tiles.at,
-            out: self.buffers[out.0 as usize].at,
-            half,
-            partials,
-            half_stride,
-            heads: heads as u32,
-            kv_heads: kv_heads as u32,
-            head_dim: head_dim as u32,
-            block_size: block_size as u32,
-            cache_form: cache_form(dtype),
-            window: spec.sliding_window.map_or(0, |window| window.min(u32::MAX as usize) as u32),
-            scale: spec.scale,
-            soft_cap: spec.soft_cap.unwrap_or(0.0),
-            unused: 0,
-        };
-        let Planned { few, many, plain, joins, .. } = planned;
-        let [for_few, for_many, for_plain, for_joins] = [few, many, plain, joins].map(with);
-        if let Some((few_kernel, many_kernel)) = kernels {
-            let shared = 16 * head_dim * 2 + 4 * 16 * width * 4;
-            self.launch(few_kernel, Launch::grid(few.count, kv_heads).with_shared(shared), for_few)?;
-            self.launch(many_kernel, Launch::grid(many.count, kv_heads).with_shared(64 * head_dim * 2), for_many)?;
-            self.launch(ATTENTION_JOIN, Launch::grid(joins.count, kv_heads), for_joins)?;
-        }
-        self.launch(ATTENTION_PLAIN, Launch::grid(plain.count, heads).with_shared(head_dim * 4), for_plain)
-    }
-
-    /// Puts the step's lists on the device in one copy.
-    fn write_lists(&mut self) -> Result<(), KernelError> {
-        let StepBatch { tokens, positions, slots, samples, blocks, adapters, .. } = &self.batch;
-        // Lists of a step that may be captured have the lengths that it is padded to, so they always begin at the same places. A row
-        // that pads is a token 0 at position 0, writes nothing to the cache and has no adapter.
-        let size = self.captures.size;
-        let rows = size.map_or(tokens.len(), |size| size.rows);
-        let sampled = size.map_or(samples.len(), |size| size.samples);
-        let adapted = size.map_or(adapters.len(), |size| size.rows);
-        let staging = &mut self.lists.staging;
-        staging.clear();
-        // The widest first, so that all lie on multiples of their size.
-        staging.extend(slots.iter().copied().chain(repeat(-1)).take(rows).flat_map(|v| v.to_le_bytes()));
-        let mut starts = [0; 6];
-        let lists: [&mut dyn Iterator<Item = u32>; 6] = [
-            &mut tokens.iter().copied().chain(repeat(0)).take(rows),
-            &mut positions.iter().copied().chain(repeat(0)).take(rows),
-            &mut adapters.iter().copied().chain(repeat(NO_ADAPTER)).take(adapted),
-            &mut samples.iter().map(|s| s.row).chain(repeat(0)).take(sampled),
-            &mut std::iter::once(tokens.len() as u32),
-            &mut blocks.iter().copied(),
-        ];
-        for (start, list) in starts.iter_mut().zip(lists) {
-            *start = staging.len();
-            staging.extend(list.flat_map(u32::to_le_bytes));
-        }
-        let at = self.lists.room.write(&mut self.device, "step", &self.lists.staging)?;
-        let [tokens, positions, adapters, gathered, count, blocks] = starts.map(|start| at.plus(start));
-        let lists = std::mem::take(&mut self.lists);
-        self.lists = StepLists { tokens, positions, slots: at, adapters, gathered, count, blocks, ..lists };
-        Ok(())
-    }
-
-    fn copy_blocks(&mut self) -> Result<(), KernelError> {
-        for index in 0..self.caches.len() {
-            let cache = &self.caches[index];
-            let (bytes, layers, blocks) = (cache.block_bytes(), cache.spec.layers, cache.spec.blocks);
-            let sides = [cache.keys, cache.values];
-            for i in 0..self.batch.copies.len() {
-                let (from, to) = self.batch.copies[i];
-                for cache in sides {
-                    let params = p::CopyBlock {
-                        cache,
-                        from: from.into(),
-                        to: to.into(),
-                        layer_bytes: (blocks * bytes) as u64,
-                        block_bytes: bytes as u32,
-                        unused: 0,
-                    };
-                    self.launch(COPY_BLOCK, Launch::grid(bytes.div_ceil(16 * 256), layers), params)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Reserves memory and keeps count of it.
     fn hold(&mut self, what: &'static str, bytes: Option<usize>) -> Result<Address, KernelError> {
         let bytes = bytes.filter(|b| *b <= isize::MAX as usize).ok_or(KernelError::Memory { what, bytes: usize::MAX })?;
@@ -400,6 +205,9 @@ impl<D: Device> Drop for CudaBackend<D> {
         let all = rooms.filter(|room| room.bytes > 0).map(|room| room.at).chain(halves).chain(self.adapters.addresses());
         let all: Vec<Address> = all.chain(self.owned.iter().copied()).collect();
         all.into_iter().for_each(|at| self.device.free(at));
+        if let Some(swap) = self.swap {
+            self.device.free_host(swap.at);
+        }
     }
 }
 
@@ -508,6 +316,18 @@ impl<D: Device> Ops for CudaBackend<D> {
         Ok(handle)
     }
 
+    fn alloc_swap(&mut self, kv: KvCache, places: usize) -> Result<(), KernelError> {
+        let spec = self.shapes.add_swap(kv, places)?;
+        let bytes = places.checked_mul(spec.block_bytes()).filter(|bytes| *bytes <= isize::MAX as usize);
+        let reserved = match bytes {
+            Some(bytes) => self.device.alloc_host("swapped blocks", bytes),
+            None => Err(KernelError::Memory { what: "swapped blocks", bytes: usize::MAX }),
+        };
+        let at = reserved.inspect_err(|_| self.shapes.remove_swap())?;
+        self.swap = Some(Swap { kv, at });
+        Ok(())
+    }
+
     fn load_adapter(&mut self, slot: u32, sites: &[Vec<LowRank<'_>>]) -> Result<(), KernelError> {
         self.shapes.add_adapter(slot, sites)?;
         self.captures.graphs.forget_adapters();
@@ -527,8 +347,9 @@ impl<D: Device> Ops for CudaBackend<D> {
     }
 
     fn begin(&mut self, batch: &StepBatch) -> Result<(), KernelError> {
+        self.check_room()?;
         self.error = None;
-        self.sampled = false;
+        self.steps.vocabulary = 0;
         self.plans.forget();
         self.all_stale();
         self.captures.recording = false;
@@ -536,8 +357,11 @@ impl<D: Device> Ops for CudaBackend<D> {
         self.shapes.begin(batch)?;
         self.batch.copy_from(batch);
         self.begin_recording();
+        self.save_blocks()?;
         self.write_lists()?;
-        self.copy_blocks()
+        self.copy_blocks()?;
+        self.restore_blocks()?;
+        self.carry()
     }
 
     fn embedding(&mut self, table: Matrix, out: Buf) {
@@ -677,25 +501,25 @@ impl<D: Device> Ops for CudaBackend<D> {
         self.run_recorded();
         self.attempt(self.shapes.sample(logits, vocabulary, &self.batch), |b| {
             let buffer = &b.buffers[logits.0 as usize];
-            b.sampled = true;
+            b.steps.vocabulary = vocabulary;
             b.sampling.run(&mut b.device, &b.batch, buffer.at, buffer.width, vocabulary)
         });
     }
 
     fn finish(&mut self, out: &mut StepOutput) -> Result<(), KernelError> {
-        out.samples.clear();
-        self.run_recorded();
-        let sampled = std::mem::take(&mut self.sampled);
-        if let Some(error) = self.error.take() {
-            // What was asked for before is done before anybody goes on; the first error is the cause.
-            let _ = self.device.wait();
-            return Err(error);
-        }
-        // The one copy back waits for all that was before it.
-        match sampled && self.sampling.has_rows() {
-            true => self.sampling.read(&self.device, &mut out.samples),
-            false => self.device.wait(),
-        }
+        self.finish_step(out)
+    }
+
+    fn runs_ahead(&self) -> bool {
+        true
+    }
+
+    fn submit(&mut self) -> Result<(), KernelError> {
+        self.submit_step()
+    }
+
+    fn collect(&mut self, out: &mut StepOutput) -> Result<(), KernelError> {
+        self.collect_step(out)
     }
 
     fn read(&self, buf: Buf) -> Result<Vec<f32>, KernelError> {

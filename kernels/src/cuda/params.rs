@@ -33,6 +33,7 @@ params! {
     AddBias { bias: Address, out: Address, width: u32, unused: u32 }
     Widen { from: Weights, to: Address }
     CopyBlock { cache: Address, from: u64, to: u64, layer_bytes: u64, block_bytes: u32, unused: u32 }
+    Carry { tokens: Address, drawn: Address, pairs: Address, count: u32, words: u32 }
     RopeCache {
         qkv: Address, q_norm: Address, k_norm: Address, cosines: Address, sines: Address, positions: Address, slots: Address,
         keys: Address, values: Address, heads: u32, kv_heads: u32, head_dim: u32, half: u32, block_size: u32, cache_form: u32,

@@ -7,12 +7,10 @@ use cudarc::cublas::sys::cublasOperation_t;
 use cudarc::cublaslt::{result, sys};
 use cudarc::driver::sys::CUstream;
 
+use super::calls::Multiplier;
 use super::device::{Address, Product};
 use super::libraries::Library;
 use crate::error::KernelError;
-
-/// Memory that the library may use for a product.
-const WORKSPACE: usize = 32 << 20;
 
 /// What the library made of a shape.
 struct Plan {
@@ -26,7 +24,8 @@ struct Plan {
 /// The library, and its plans by rows, features and input features.
 pub(super) struct Products {
     handle: sys::cublasLtHandle_t,
-    workspace: Address,
+    /// Memory that the library may use for a product.
+    workspace: (Address, usize),
     plans: HashMap<(usize, usize, usize), Plan>,
 }
 
@@ -34,20 +33,46 @@ fn failed(what: &str, e: result::CublasError) -> KernelError {
     KernelError::Device(format!("cuBLASLt {what}: {e:?}"))
 }
 
-impl Products {
-    /// No library yet.
-    pub(super) fn none() -> Self {
-        Products { handle: std::ptr::null_mut(), workspace: Address::NONE, plans: HashMap::new() }
-    }
+// SAFETY: the library's handles, which may be used from any thread.
+unsafe impl Send for Products {}
 
-    pub(super) fn open(alloc: &mut dyn FnMut(usize) -> Result<Address, KernelError>) -> Result<Self, KernelError> {
+impl Products {
+    pub(super) fn open(workspace: Address, bytes: usize) -> Result<Self, KernelError> {
         Library::CublasLt.require()?;
         let handle = result::create_handle().map_err(|e| failed("does not start", e))?;
-        Ok(Products { handle, workspace: alloc(WORKSPACE)?, plans: HashMap::new() })
+        Ok(Products { handle, workspace: (workspace, bytes), plans: HashMap::new() })
     }
 
+    fn plan(&self, (rows, n, stride): (usize, usize, usize)) -> Result<Plan, KernelError> {
+        let (bf16, f32) = (sys::cudaDataType_t::CUDA_R_16BF, sys::cudaDataType_t::CUDA_R_32F);
+        let [rows, n, k] = [rows, n, stride].map(|v| v as u64);
+        let describes = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, f32)
+            .map_err(|e| failed("describes nothing", e))?;
+        let layout = |kind, rows: u64, columns| {
+            result::create_matrix_layout(kind, rows, columns, rows as i64).map_err(|e| failed("has no layout", e))
+        };
+        let (w, x, out) = (layout(bf16, k, n)?, layout(bf16, k, rows)?, layout(f32, n, rows)?);
+        let transposed = cublasOperation_t::CUBLAS_OP_T;
+        let preference = result::create_matmul_pref().map_err(|e| failed("has no preferences", e))?;
+        let size = self.workspace.1;
+        // SAFETY: descriptions that were just made; values of the types that the attributes have.
+        let found = unsafe {
+            let transa = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
+            let most = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+            result::set_matmul_desc_attribute(describes, transa, (&raw const transposed).cast(), size_of_val(&transposed))
+                .and_then(|()| result::set_matmul_pref_attribute(preference, most, (&raw const size).cast(), size_of_val(&size)))
+                .and_then(|()| result::get_matmul_algo_heuristic(self.handle, describes, w, x, out, out, preference))
+        };
+        // SAFETY: made above, destroyed once.
+        let _ = unsafe { result::destroy_matmul_pref(preference) };
+        let found = found.map_err(|e| failed("knows no way to multiply", e))?;
+        Ok(Plan { describes, w, x, out, algorithm: found.algo })
+    }
+}
+
+impl Multiplier for Products {
     /// `out = x wᵀ`, which is `outᵀ = w xᵀ` for a library that counts by columns: w is transposed there, x and out lie as they should.
-    pub(super) fn run(&mut self, p: Product, stream: CUstream) -> Result<(), KernelError> {
+    fn run(&mut self, p: Product, stream: CUstream) -> Result<(), KernelError> {
         let shape = (p.rows, p.n, p.stride);
         if !self.plans.contains_key(&shape) {
             let plan = self.plan(shape)?;
@@ -57,6 +82,7 @@ impl Products {
         let (one, beta) = (1.0f32, if p.add { 1.0f32 } else { 0.0 });
         let at = |place: Address| place.0 as *mut c_void;
         let number = |value: &f32| (value as *const f32).cast::<c_void>();
+        let (workspace, bytes) = self.workspace;
         // SAFETY: the plan is for these shapes, and the backend's memory holds them.
         unsafe {
             result::matmul(
@@ -73,42 +99,15 @@ impl Products {
                 at(p.out),
                 plan.out,
                 &plan.algorithm,
-                at(self.workspace),
-                WORKSPACE,
+                at(workspace),
+                bytes,
                 stream.cast(),
             )
         }
         .map_err(|e| failed("refuses a product", e))
     }
 
-    fn plan(&self, (rows, n, stride): (usize, usize, usize)) -> Result<Plan, KernelError> {
-        let (bf16, f32) = (sys::cudaDataType_t::CUDA_R_16BF, sys::cudaDataType_t::CUDA_R_32F);
-        let [rows, n, k] = [rows, n, stride].map(|v| v as u64);
-        let describes = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, f32)
-            .map_err(|e| failed("describes nothing", e))?;
-        let layout = |kind, rows: u64, columns| {
-            result::create_matrix_layout(kind, rows, columns, rows as i64).map_err(|e| failed("has no layout", e))
-        };
-        let (w, x, out) = (layout(bf16, k, n)?, layout(bf16, k, rows)?, layout(f32, n, rows)?);
-        let transposed = cublasOperation_t::CUBLAS_OP_T;
-        let preference = result::create_matmul_pref().map_err(|e| failed("has no preferences", e))?;
-        let size = WORKSPACE;
-        // SAFETY: descriptions that were just made; values of the types that the attributes have.
-        let found = unsafe {
-            let transa = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
-            let most = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-            result::set_matmul_desc_attribute(describes, transa, (&raw const transposed).cast(), size_of_val(&transposed))
-                .and_then(|()| result::set_matmul_pref_attribute(preference, most, (&raw const size).cast(), size_of_val(&size)))
-                .and_then(|()| result::get_matmul_algo_heuristic(self.handle, describes, w, x, out, out, preference))
-        };
-        // SAFETY: made above, destroyed once.
-        let _ = unsafe { result::destroy_matmul_pref(preference) };
-        let found = found.map_err(|e| failed("knows no way to multiply", e))?;
-        Ok(Plan { describes, w, x, out, algorithm: found.algo })
-    }
-
-    /// Gives everything back but the workspace, which goes with the context.
-    pub(super) fn close(&mut self) {
+    fn close(&mut self) {
         for (_, plan) in self.plans.drain() {
             // SAFETY: made by `plan`, destroyed once; nothing can be done about failures.
             unsafe {

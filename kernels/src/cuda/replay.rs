@@ -155,9 +155,4 @@ impl<D: Device> CudaBackend<D> {
             self.device.forget(graph);
         }
     }
-
-    /// No bf16 copy is what its buffer is.
-    pub(super) fn all_stale(&mut self) {
-        self.buffers.iter_mut().filter_map(|buffer| buffer.half.as_mut()).for_each(|half| half.fresh = false);
-    }
 }

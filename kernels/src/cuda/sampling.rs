@@ -19,6 +19,12 @@ pub(super) struct SamplingRoom {
     lists: Room,
     values: Room,
     results: Room,
+    drew: Drew,
+}
+
+/// What was drawn for a step, as it lies on the device.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Drew {
     rows: usize,
     most_top: usize,
 }
@@ -37,8 +43,8 @@ impl SamplingRoom {
         width: usize,
         vocabulary: usize,
     ) -> Result<(), KernelError> {
-        self.rows = batch.samples.len();
-        if self.rows == 0 {
+        self.drew = Drew { rows: batch.samples.len(), most_top: 0 };
+        if self.drew.rows == 0 {
             return Ok(());
         }
         let mut masks: Vec<u32> = Vec::new();
@@ -70,7 +76,7 @@ impl SamplingRoom {
             }
         };
         let rows: Vec<p::SampleRow> = batch.samples.iter().map(&mut row).collect();
-        self.most_top = rows.iter().map(|row| row.top_n as usize).max().unwrap_or(0);
+        self.drew.most_top = rows.iter().map(|row| row.top_n as usize).max().unwrap_or(0);
         let history = batch.history.iter();
         let history = history.map(|h| p::TokenCount { token: h.token, in_prompt: h.in_prompt.into(), generated: h.generated });
         let bias = batch.bias.iter().map(|&(token, value)| p::TokenBias { token, value });
@@ -87,12 +93,9 @@ impl SamplingRoom {
             at = at.plus(list.len());
             own
         });
-        let values = self.values.reserve(device, "sampling", self.rows * vocabulary * 4)?;
-        let sampled = self.results.reserve(
-            device,
-            "sampling",
-            self.drawn_bytes() + self.rows * 2 * self.most_top * size_of::<p::Likely>(),
-        )?;
+        let drew = self.drew;
+        let values = self.values.reserve(device, "sampling", drew.rows * vocabulary * 4)?;
+        let sampled = self.results.reserve(device, "sampling", drew.bytes())?;
         let params = p::Sample {
             logits,
             values,
@@ -101,28 +104,38 @@ impl SamplingRoom {
             bias,
             masks,
             sampled,
-            top: sampled.plus(self.drawn_bytes()),
+            top: sampled.plus(drew.drawn_bytes()),
             vocabulary: vocabulary as u32,
             width: width as u32,
-            most_top: self.most_top as u32,
+            most_top: drew.most_top as u32,
             unused: 0,
         };
-        device.launch(SAMPLE, Launch::blocks(self.rows).with_shared(SCRATCH), params.bytes())
+        device.launch(SAMPLE, Launch::blocks(drew.rows).with_shared(SCRATCH), params.bytes())
     }
 
-    /// Whether anything was drawn.
-    pub(super) fn has_rows(&self) -> bool {
-        self.rows > 0
+    /// What was drawn last.
+    pub(super) fn drew(&self) -> Drew {
+        self.drew
     }
 
-    fn drawn_bytes(&self) -> usize {
+    /// Where it lies, and the words of a row, of which the first is the token.
+    pub(super) fn drawn(&self) -> (Address, u32) {
+        (self.results.at, (size_of::<p::Drawn>() / 4) as u32)
+    }
+}
+
+impl Drew {
+    fn drawn_bytes(self) -> usize {
         self.rows * size_of::<p::Drawn>()
     }
 
-    /// What was drawn, once the device is done.
-    pub(super) fn read<D: Device>(&self, device: &D, out: &mut Vec<Sampled>) -> Result<(), KernelError> {
-        let mut bytes = vec![0; self.drawn_bytes() + self.rows * 2 * self.most_top * size_of::<p::Likely>()];
-        device.read(self.results.at, &mut bytes)?;
+    /// Bytes on the device: what was drawn, then the likeliest.
+    pub(super) fn bytes(self) -> usize {
+        self.drawn_bytes() + self.rows * 2 * self.most_top * size_of::<p::Likely>()
+    }
+
+    /// Makes samples of them.
+    pub(super) fn read(self, bytes: &[u8], out: &mut Vec<Sampled>) {
         let (drawn, top) = bytes.split_at(self.drawn_bytes());
         let words = |bytes: &[u8]| bytes.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect::<Vec<u32>>();
         let (drawn, top) = (words(drawn), words(top));
@@ -142,6 +155,5 @@ impl SamplingRoom {
                 processed_top: list(1, processed_top),
             });
         }
-        Ok(())
     }
 }

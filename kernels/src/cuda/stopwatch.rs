@@ -3,7 +3,8 @@
 use cudarc::driver::result::event;
 use cudarc::driver::sys;
 
-use super::driver::{Card, failed};
+use super::calls::failed;
+use super::driver::Card;
 use crate::error::KernelError;
 
 /// A moment in a card's work.
@@ -13,9 +14,9 @@ impl Card {
     /// The moment when all work before is done and none after has begun.
     pub fn mark(&self) -> Result<Mark, KernelError> {
         self.current()?;
-        let mark = event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map(Mark).map_err(|e| failed("no event", e))?;
+        let mark = event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map(Mark).map_err(|e| failed("no event", e.into()))?;
         // SAFETY: an event and a stream that were just made or are held.
-        unsafe { event::record(mark.0, self.stream) }.map_err(|e| failed("an event is not recorded", e))?;
+        unsafe { event::record(mark.0, self.stream) }.map_err(|e| failed("an event is not recorded", e.into()))?;
         Ok(mark)
     }
 
@@ -24,7 +25,7 @@ impl Card {
         self.current()?;
         // SAFETY: both were recorded on this card's stream and are destroyed with their owners only.
         let milliseconds = unsafe { event::synchronize(to.0).and_then(|()| event::elapsed(from.0, to.0)) };
-        milliseconds.map(|ms| f64::from(ms) / 1e3).map_err(|e| failed("the card stopped", e))
+        milliseconds.map(|ms| f64::from(ms) / 1e3).map_err(|e| failed("the card stopped", e.into()))
     }
 }
 

@@ -110,7 +110,7 @@ pub struct Decoder<O: Ops> {
     layers: Vec<Layer>,
     norm: Vector,
     rope: Rope,
-    kv: KvCache,
+    pub kv: KvCache,
     residual: Buf,
     normed: Buf,
     qkv: Buf,
@@ -170,6 +170,10 @@ impl<O: Ops> Decoder<O> {
 
     /// A random adapter of one rank on every matrix.
     pub fn load_adapter(&mut self, noise: &mut Noise, slot: u32, rank: usize) {
+        self.try_load_adapter(noise, slot, rank).unwrap();
+    }
+
+    pub fn try_load_adapter(&mut self, noise: &mut Noise, slot: u32, rank: usize) -> Result<(), KernelError> {
         let DecoderShape { hidden, ffn, heads: HeadShape { heads, kv_heads, head_dim }, .. } = self.shape;
         let (q, kv) = (heads * head_dim, kv_heads * head_dim);
         let sites: [(usize, &[usize]); 4] = [(hidden, &[q, kv, kv]), (q, &[hidden]), (hidden, &[ffn, ffn]), (ffn, &[hidden])];
@@ -185,10 +189,21 @@ impl<O: Ops> Decoder<O> {
             parts.iter().map(part).collect::<Vec<_>>()
         };
         let all: Vec<_> = (0..self.shape.layers).flat_map(|_| sites.iter().map(site)).collect();
-        self.ops.load_adapter(slot, &all).unwrap();
+        self.ops.load_adapter(slot, &all)
     }
 
     pub fn forward(&mut self, batch: &StepBatch, out: &mut StepOutput) -> Result<(), KernelError> {
+        self.enqueue(batch)?;
+        self.ops.finish(out)
+    }
+
+    /// Sets a step going, for [`Ops::collect`].
+    pub fn submit(&mut self, batch: &StepBatch) -> Result<(), KernelError> {
+        self.enqueue(batch)?;
+        self.ops.submit()
+    }
+
+    fn enqueue(&mut self, batch: &StepBatch) -> Result<(), KernelError> {
         let (ops, heads) = (&mut self.ops, self.shape.heads);
         ops.begin(batch)?;
         ops.embedding(self.table, self.residual);
@@ -220,7 +235,7 @@ impl<O: Ops> Decoder<O> {
         ops.rms_norm(self.sampled, self.norm, 1e-5, self.sampled_normed);
         ops.linear(self.sampled_normed, self.table, None, self.logits, Store::Replace);
         ops.sample(self.logits, self.shape.vocabulary);
-        ops.finish(out)
+        Ok(())
     }
 }
 

@@ -1,8 +1,8 @@
 //! A device that runs the CUDA kernels on the host; see `kernels/emulation/host.h`. Each allocation ends where a page without access
 //! begins, so that a kernel that reads or writes beyond one stops the test.
 
-use std::collections::HashMap;
 use std::collections::hash_map::DefaultHasher;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{CStr, CString, c_void};
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -11,7 +11,9 @@ use std::sync::OnceLock;
 
 use half::bf16;
 use tidemill_kernels::collective::Member;
-use tidemill_kernels::cuda::device::{Address, Device, Graph, HEADER, Kernel, Launch, Product, Source};
+use tidemill_kernels::cuda::device::{
+    Address, Device, FETCHES, Fetch, Graph, HEADER, HostAddress, Kernel, Launch, Pieces, Product, Source,
+};
 use tidemill_kernels::{KernelError, Place};
 
 const HOST: &str = include_str!("../../emulation/host.h");
@@ -87,6 +89,10 @@ pub struct Emulated {
     capture: Option<Vec<Work>>,
     graphs: HashMap<Graph, Vec<Work>>,
     made_graphs: u64,
+    fetches: VecDeque<(Fetch, Vec<u8>)>,
+    made_fetches: u64,
+    /// Memory of the machine; bytes by address.
+    host: HashMap<u64, Box<[u8]>>,
     /// Captured steps that were done.
     pub replays: usize,
     /// Of the devices that compute a model together.
@@ -95,8 +101,9 @@ pub struct Emulated {
 
 impl Emulated {
     pub fn new(reversed: bool) -> Self {
-        let (mappings, capture, graphs) = (HashMap::new(), None, HashMap::new());
-        Emulated { reversed, mappings, capture, graphs, made_graphs: 0, replays: 0, member: None }
+        let mut device = Emulated::default();
+        device.reversed = reversed;
+        device
     }
 
     /// One of several, each on a thread of its own.
@@ -127,6 +134,20 @@ impl Emulated {
         self.mappings.values().map(|m| m.bytes).sum()
     }
 
+    /// Where a copy between pieces on the device and beside each other in the machine's memory begins and ends, piece by piece.
+    fn pieces(&self, pieces: Pieces, host: HostAddress) -> Vec<(*mut u8, *mut u8)> {
+        self.outside_captures();
+        let Pieces { at, bytes, count, stride } = pieces;
+        let end = host.0 as usize + bytes * count;
+        let held = self.host.iter().any(|(start, held)| *start <= host.0 && end <= *start as usize + held.len());
+        assert!(held, "{bytes} × {count} bytes at {host:?} are not in one allocation");
+        let piece = |i: usize| {
+            self.within(at.plus(i * stride), bytes);
+            (at.plus(i * stride).0 as *mut u8, host.plus(i * bytes).0 as *mut u8)
+        };
+        (0..count).map(piece).collect()
+    }
+
     fn within(&self, at: Address, bytes: usize) {
         let fits = |(start, m): (&u64, &Mapping)| *start <= at.0 && at.0 as usize + bytes <= *start as usize + m.bytes;
         assert!(self.mappings.iter().any(fits), "{bytes} bytes at {at:?} are not in one allocation");
@@ -141,6 +162,7 @@ impl Drop for Emulated {
     fn drop(&mut self) {
         assert!(self.mappings.is_empty() || std::thread::panicking(), "{} bytes were never given back", self.held());
         assert!(self.graphs.is_empty() || std::thread::panicking(), "{} graphs were never given back", self.graphs.len());
+        assert!(self.host.is_empty() || std::thread::panicking(), "memory of the machine was never given back");
     }
 }
 
@@ -197,6 +219,56 @@ impl Device for Emulated {
         self.within(from, bytes.len());
         // SAFETY: inside one mapping.
         unsafe { std::ptr::copy_nonoverlapping(from.0 as *const u8, bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    fn fetch(&mut self, from: Address, bytes: usize) -> Result<Fetch, KernelError> {
+        self.outside_captures();
+        assert!(self.fetches.len() < FETCHES, "too many fetches");
+        let mut copied = vec![0; bytes];
+        if bytes > 0 {
+            self.read(from, &mut copied)?;
+        }
+        let fetch = Fetch(self.made_fetches);
+        self.made_fetches += 1;
+        self.fetches.push_back((fetch, copied));
+        Ok(fetch)
+    }
+
+    fn fetched(&mut self, fetch: Fetch, to: &mut [u8]) -> Result<(), KernelError> {
+        self.outside_captures();
+        let (oldest, copied) = self.fetches.pop_front().expect("something was fetched");
+        assert_eq!(oldest, fetch, "fetches are handed over in their order");
+        to.copy_from_slice(&copied);
+        Ok(())
+    }
+
+    fn alloc_host(&mut self, _what: &'static str, bytes: usize) -> Result<HostAddress, KernelError> {
+        self.outside_captures();
+        let mut held = vec![0u8; bytes].into_boxed_slice();
+        let at = held.as_mut_ptr() as u64;
+        self.host.insert(at, held);
+        Ok(HostAddress(at))
+    }
+
+    fn free_host(&mut self, at: HostAddress) {
+        self.outside_captures();
+        self.host.remove(&at.0).expect("what is freed was reserved");
+    }
+
+    fn save(&mut self, from: Pieces, to: HostAddress) -> Result<(), KernelError> {
+        for (card, host) in self.pieces(from, to) {
+            // SAFETY: both were found to be held.
+            unsafe { std::ptr::copy_nonoverlapping(card, host, from.bytes) };
+        }
+        Ok(())
+    }
+
+    fn restore(&mut self, from: HostAddress, to: Pieces) -> Result<(), KernelError> {
+        for (card, host) in self.pieces(to, from) {
+            // SAFETY: as in `save`.
+            unsafe { std::ptr::copy_nonoverlapping(host, card, to.bytes) };
+        }
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use tidemill_kernels::cuda::device::{Address, Device, Graph, Kernel, Launch, Product};
+use tidemill_kernels::cuda::device::{Address, Device, Fetch, Graph, HostAddress, Kernel, Launch, Pieces, Product};
 use tidemill_kernels::{KernelError, Place};
 
 /// Calls that go well before the one that fails; `None` when none is to fail. Shared with whoever lights it.
@@ -80,6 +80,36 @@ impl<D: Device> Device for Faulty<D> {
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<(), KernelError> {
         self.turn(failure)?;
         self.inner.read(from, bytes)
+    }
+
+    fn fetch(&mut self, from: Address, bytes: usize) -> Result<Fetch, KernelError> {
+        self.turn(failure)?;
+        self.inner.fetch(from, bytes)
+    }
+
+    fn fetched(&mut self, fetch: Fetch, to: &mut [u8]) -> Result<(), KernelError> {
+        // What cannot be handed over is not asked for again.
+        self.inner.fetched(fetch, to)?;
+        self.turn(failure)
+    }
+
+    fn alloc_host(&mut self, what: &'static str, bytes: usize) -> Result<HostAddress, KernelError> {
+        self.turn(|| KernelError::Memory { what, bytes })?;
+        self.inner.alloc_host(what, bytes)
+    }
+
+    fn free_host(&mut self, at: HostAddress) {
+        self.inner.free_host(at);
+    }
+
+    fn save(&mut self, from: Pieces, to: HostAddress) -> Result<(), KernelError> {
+        self.turn(failure)?;
+        self.inner.save(from, to)
+    }
+
+    fn restore(&mut self, from: HostAddress, to: Pieces) -> Result<(), KernelError> {
+        self.turn(failure)?;
+        self.inner.restore(from, to)
     }
 
     fn launch(&mut self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), KernelError> {

@@ -9,6 +9,7 @@
 
 pub mod backend;
 pub mod decoder;
+pub mod driver;
 pub mod emulation;
 pub mod exchange;
 pub mod experts;

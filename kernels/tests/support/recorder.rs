@@ -2,11 +2,11 @@
 //! of a card's driver: reserving, freeing, copying or waiting during a capture; work on memory that was never reserved or was given
 //! back, whether launched or replayed; a graph that was given back.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
 use tidemill_kernels::KernelError;
-use tidemill_kernels::cuda::device::{Address, Device, Graph, Kernel, Launch, Product};
+use tidemill_kernels::cuda::device::{Address, Device, FETCHES, Fetch, Graph, HostAddress, Kernel, Launch, Pieces, Product};
 
 /// A call.
 #[derive(Clone, Debug, PartialEq)]
@@ -15,6 +15,12 @@ pub enum Call {
     Free(Address),
     Write(Address, Vec<u8>),
     Read(Address, usize),
+    Fetch(Address, usize),
+    Fetched,
+    AllocHost(HostAddress, usize),
+    FreeHost(HostAddress),
+    Save(Pieces, HostAddress),
+    Restore(HostAddress, Pieces),
     Launch(&'static str, Launch, Vec<u8>),
     Product(Product),
     Wait,
@@ -30,6 +36,9 @@ pub type Log = Arc<Mutex<Vec<Call>>>;
 pub struct Recorder {
     log: Log,
     memory: BTreeMap<u64, usize>,
+    host: BTreeMap<u64, usize>,
+    fetches: VecDeque<(Fetch, usize)>,
+    fetched: u64,
     next: u64,
     capture: Option<Vec<Call>>,
     graphs: HashMap<Graph, Vec<Call>>,
@@ -44,8 +53,19 @@ const TOP: u64 = 0x5a5a << 48;
 impl Recorder {
     pub fn new() -> (Self, Log) {
         let log = Log::default();
-        let (memory, graphs) = (BTreeMap::new(), HashMap::new());
-        (Recorder { log: log.clone(), memory, next: TOP, capture: None, graphs, made: 0, refuses: false }, log)
+        let recorder = Recorder {
+            log: log.clone(),
+            memory: BTreeMap::new(),
+            host: BTreeMap::new(),
+            fetches: VecDeque::new(),
+            fetched: 0,
+            next: TOP,
+            capture: None,
+            graphs: HashMap::new(),
+            made: 0,
+            refuses: false,
+        };
+        (recorder, log)
     }
 
     fn note(&mut self, call: Call) {
@@ -62,6 +82,14 @@ impl Recorder {
         let held = self.memory.range(..=at.0).next_back();
         let inside = held.is_some_and(|(start, size)| at.0 as usize + bytes <= *start as usize + size);
         assert!(inside, "{by:?}: {bytes} bytes at {at:?} are not reserved");
+    }
+
+    fn assert_pieces(&self, pieces: Pieces, host: HostAddress) {
+        let Pieces { at, bytes, count, stride } = pieces;
+        (0..count).for_each(|i| self.assert_held(at.plus(i * stride), bytes, &pieces));
+        let held = self.host.range(..=host.0).next_back();
+        let inside = held.is_some_and(|(start, size)| host.0 as usize + bytes * count <= *start as usize + size);
+        assert!(inside, "{bytes} × {count} bytes at {host:?} are not reserved");
     }
 
     /// All that a piece of work names is reserved.
@@ -90,6 +118,7 @@ impl Drop for Recorder {
         if !std::thread::panicking() {
             assert!(self.memory.is_empty(), "{} pieces of memory were never given back", self.memory.len());
             assert!(self.graphs.is_empty(), "{} graphs were never given back", self.graphs.len());
+            assert!(self.host.is_empty(), "memory of the machine was never given back");
         }
     }
 }
@@ -128,6 +157,50 @@ impl Device for Recorder {
         assert!(self.capture.is_none(), "a read during a capture");
         bytes.fill(0);
         self.log.lock().unwrap().push(Call::Read(from, bytes.len()));
+        Ok(())
+    }
+
+    fn fetch(&mut self, from: Address, bytes: usize) -> Result<Fetch, KernelError> {
+        if bytes > 0 {
+            self.assert_held(from, bytes, &"fetch");
+        }
+        assert!(self.fetches.len() < FETCHES, "too many fetches");
+        let fetch = Fetch(self.fetched);
+        self.fetched += 1;
+        self.fetches.push_back((fetch, bytes));
+        self.note(Call::Fetch(from, bytes));
+        Ok(fetch)
+    }
+
+    fn fetched(&mut self, fetch: Fetch, to: &mut [u8]) -> Result<(), KernelError> {
+        assert_eq!(self.fetches.pop_front(), Some((fetch, to.len())), "fetches are handed over in their order");
+        to.fill(0);
+        self.note(Call::Fetched);
+        Ok(())
+    }
+
+    fn alloc_host(&mut self, _what: &'static str, bytes: usize) -> Result<HostAddress, KernelError> {
+        let at = HostAddress(self.next);
+        self.next += (bytes as u64 + 1).next_multiple_of(256);
+        self.host.insert(at.0, bytes);
+        self.note(Call::AllocHost(at, bytes));
+        Ok(at)
+    }
+
+    fn free_host(&mut self, at: HostAddress) {
+        self.host.remove(&at.0).expect("what is freed was reserved");
+        self.note(Call::FreeHost(at));
+    }
+
+    fn save(&mut self, from: Pieces, to: HostAddress) -> Result<(), KernelError> {
+        self.assert_pieces(from, to);
+        self.note(Call::Save(from, to));
+        Ok(())
+    }
+
+    fn restore(&mut self, from: HostAddress, to: Pieces) -> Result<(), KernelError> {
+        self.assert_pieces(to, from);
+        self.note(Call::Restore(from, to));
         Ok(())
     }
 

@@ -138,7 +138,8 @@ impl Job {
 
     pub(super) fn model(&self) -> Result<Model, JobError> {
         let model = self.model_here()?;
-        let Device::Cuda(number) = self.spec.device else { return Ok(model) };
+        let Device::Cuda(numbers) = &self.spec.device else { return Ok(model) };
+        let number = numbers.first().copied().unwrap_or(0);
         let card = Card::open_for_training(number, self.kernel_cache.as_deref()).map_err(ModelError::from)?;
         Ok(model.computing_on(Box::new(card))?)
     }

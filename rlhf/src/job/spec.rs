@@ -175,6 +175,10 @@ impl Spec {
             let fix = "auto may be another device when the training goes on; name cpu, cuda or cuda:N".to_owned();
             return Err(JobError::Spec { field: "device", fix });
         }
+        if matches!(&self.device, Device::Cuda(numbers) if numbers.len() > 1) {
+            let fix = format!("{} are several cards, and a training takes one; name it, as cuda:N", self.device);
+            return Err(JobError::Spec { field: "device", fix });
+        }
         if self.finetuning_type == FinetuningType::Full {
             self.check_full()?;
         }

@@ -143,7 +143,7 @@ impl TrainArgs {
             adapter: self.adapter.as_deref().map(absolute).transpose()?,
             epoch_adapters: None,
             threads: self.threads.unwrap_or(0),
-            device: self.device.unwrap_or_default(),
+            device: self.device.clone().unwrap_or_default(),
             precision: self.precision.unwrap_or_default(),
             recompute: self.recompute,
             shuffled_labels: self.shuffled_labels,

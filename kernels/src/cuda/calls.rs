@@ -1,0 +1,439 @@
+//! The calls of NVIDIA's driver that we make, one method for each, and nothing else in them: so that all that is behind them, a card with
+//! its captures, copies and memory, runs in tests over a driver that is not there.
+
+use std::ffi::{CString, c_void};
+
+use cudarc::driver::result::{self as cuda, DriverError};
+use cudarc::driver::sys::{
+    self, CUcontext, CUdevice, CUdevice_attribute, CUevent, CUfunction, CUgraph, CUgraphExec, CUmodule, CUresult, CUstream,
+};
+
+use super::device::{Address, Pieces, Product};
+use super::libraries::Library;
+use super::product::Products;
+use crate::error::KernelError;
+
+/// A call that was not done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CallError {
+    /// The driver's number of the reason.
+    pub code: CUresult,
+    /// The driver's own words; empty for a code that it does not know.
+    pub words: String,
+}
+
+impl From<DriverError> for CallError {
+    fn from(e: DriverError) -> Self {
+        let words = e.error_string().map(|text| text.to_string_lossy().into_owned()).unwrap_or_default();
+        CallError { code: e.0, words }
+    }
+}
+
+pub(super) fn failed(what: &str, e: CallError) -> KernelError {
+    KernelError::Device(format!("{what}: {:?} {}", e.code, e.words))
+}
+
+/// The same for a call that reserves memory: where there is none, the card is none the worse.
+pub(super) fn not_reserved(what: &'static str, bytes: usize, e: CallError) -> KernelError {
+    match e.code {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => KernelError::Memory { what, bytes },
+        _ => failed("memory is not to be had", e),
+    }
+}
+
+/// What a call gives.
+pub type Called<T = ()> = Result<T, CallError>;
+
+/// Matrix products on a card's stream.
+pub trait Multiplier: Send {
+    /// Sets a product going.
+    fn run(&mut self, product: Product, stream: CUstream) -> Result<(), KernelError>;
+    /// Gives everything back; the context is current, and the stream done.
+    fn close(&mut self);
+}
+
+/// The driver. Each method is the call of its name.
+///
+/// # Safety
+/// Handles and memory are those that the same driver gave and has not been given back, of the context that is current, and memory that
+/// copies read or write stays until the stream has come past them: what NVIDIA's driver asks of its callers.
+#[allow(clippy::missing_safety_doc, reason = "one contract for all, above")]
+pub trait Calls: Send {
+    /// `cuInit`
+    fn init(&self) -> Called;
+    /// `cuDriverGetVersion`: 1000 · major + 10 · minor of CUDA.
+    fn driver_version(&self) -> Called<i32>;
+    /// `cuDeviceGetCount`
+    fn device_count(&self) -> Called<i32>;
+    /// `cuDeviceGet`
+    fn device(&self, ordinal: i32) -> Called<CUdevice>;
+    /// `cuDeviceGetName`
+    fn device_name(&self, device: CUdevice) -> Called<String>;
+    /// `cuDeviceGetAttribute`
+    unsafe fn device_attribute(&self, device: CUdevice, which: CUdevice_attribute) -> Called<i32>;
+    /// `cuDevicePrimaryCtxRetain`
+    unsafe fn retain_context(&self, device: CUdevice) -> Called<CUcontext>;
+    /// `cuDevicePrimaryCtxRelease`
+    unsafe fn release_context(&self, device: CUdevice) -> Called;
+    /// `cuCtxSetCurrent`
+    unsafe fn set_current(&self, context: CUcontext) -> Called;
+    /// `cuMemGetInfo`: free and total bytes.
+    fn memory_info(&self) -> Called<(usize, usize)>;
+    /// `cuMemAlloc`
+    unsafe fn alloc(&self, bytes: usize) -> Called<u64>;
+    /// `cuMemFree`, which waits for the work before.
+    unsafe fn free(&self, at: u64) -> Called;
+    /// `cuMemHostAlloc`
+    unsafe fn alloc_host(&self, bytes: usize) -> Called<*mut c_void>;
+    /// `cuMemFreeHost`
+    unsafe fn free_host(&self, at: *mut c_void) -> Called;
+    /// `cuMemsetD8Async`
+    unsafe fn fill(&self, at: u64, value: u8, bytes: usize, stream: CUstream) -> Called;
+    /// `cuMemcpyHtoDAsync`
+    unsafe fn copy_to_device(&self, to: u64, from: &[u8], stream: CUstream) -> Called;
+    /// `cuMemcpyDtoHAsync`
+    unsafe fn copy_from_device(&self, to: &mut [u8], from: u64, stream: CUstream) -> Called;
+    /// `cuMemcpy2DAsync` from the device: pieces, to beside each other in the machine's memory.
+    unsafe fn copy_pieces_from_device(&self, to: *mut c_void, from: Pieces, stream: CUstream) -> Called;
+    /// `cuMemcpy2DAsync` to the device.
+    unsafe fn copy_pieces_to_device(&self, to: Pieces, from: *const c_void, stream: CUstream) -> Called;
+    /// `cuStreamCreate`, of a stream that waits for no other.
+    unsafe fn create_stream(&self) -> Called<CUstream>;
+    /// `cuStreamSynchronize`
+    unsafe fn synchronize(&self, stream: CUstream) -> Called;
+    /// `cuStreamDestroy`
+    unsafe fn destroy_stream(&self, stream: CUstream) -> Called;
+    /// `cuEventCreate`, of an event that takes no times.
+    unsafe fn create_event(&self) -> Called<CUevent>;
+    /// `cuEventRecord`
+    unsafe fn record_event(&self, event: CUevent, stream: CUstream) -> Called;
+    /// `cuEventSynchronize`
+    unsafe fn synchronize_event(&self, event: CUevent) -> Called;
+    /// `cuEventDestroy`
+    unsafe fn destroy_event(&self, event: CUevent) -> Called;
+    /// `cuModuleLoadData`
+    unsafe fn load_module(&self, image: &[u8]) -> Called<CUmodule>;
+    /// `cuModuleUnload`
+    unsafe fn unload_module(&self, module: CUmodule) -> Called;
+    /// `cuModuleGetFunction`
+    unsafe fn function(&self, module: CUmodule, name: CString) -> Called<CUfunction>;
+    /// `cuFuncSetAttribute` of the most shared memory that a launch may ask for.
+    unsafe fn allow_shared(&self, function: CUfunction, bytes: u32) -> Called;
+    /// `cuLaunchKernel` of a kernel that takes one structure.
+    unsafe fn launch(
+        &self,
+        function: CUfunction,
+        grid: [u32; 3],
+        threads: u32,
+        shared: u32,
+        stream: CUstream,
+        params: &[u8],
+    ) -> Called;
+    /// `cuStreamBeginCapture`, keeping this thread only to the rules of a capture.
+    unsafe fn begin_capture(&self, stream: CUstream) -> Called;
+    /// `cuStreamEndCapture`
+    unsafe fn end_capture(&self, stream: CUstream) -> Called<CUgraph>;
+    /// `cuGraphInstantiateWithFlags`
+    unsafe fn instantiate(&self, graph: CUgraph) -> Called<CUgraphExec>;
+    /// `cuGraphDestroy`
+    unsafe fn destroy_graph(&self, graph: CUgraph) -> Called;
+    /// `cuGraphLaunch`
+    unsafe fn launch_graph(&self, graph: CUgraphExec, stream: CUstream) -> Called;
+    /// `cuGraphExecDestroy`
+    unsafe fn destroy_executable(&self, graph: CUgraphExec) -> Called;
+
+    /// The library of matrix products, which may use `bytes` of memory at `workspace`.
+    fn multiplier(&self, workspace: Address, bytes: usize) -> Result<Box<dyn Multiplier>, KernelError>;
+}
+
+/// NVIDIA's driver.
+pub struct Cuda(());
+
+impl Cuda {
+    /// Finds the library, or says what was looked for and what to install.
+    pub fn find() -> Result<Self, KernelError> {
+        Library::Driver.require()?;
+        Ok(Cuda(()))
+    }
+}
+
+/// Distances between pieces that every card's copies know.
+const MOST_PITCH: usize = i32::MAX as usize;
+
+/// Pieces beside each other in the machine's memory, and in the device's.
+fn pieces(at: *const c_void, pieces: Pieces, to_device: bool) -> sys::CUDA_MEMCPY2D {
+    let (host, device) = (sys::CUmemorytype::CU_MEMORYTYPE_HOST, sys::CUmemorytype::CU_MEMORYTYPE_DEVICE);
+    let Pieces { at: card, bytes, count, stride } = pieces;
+    let ends = |is_device| if is_device { (device, stride) } else { (host, bytes) };
+    let ((from, from_pitch), (to, to_pitch)) = (ends(!to_device), ends(to_device));
+    let null = std::ptr::null_mut();
+    sys::CUDA_MEMCPY2D {
+        srcXInBytes: 0,
+        srcY: 0,
+        srcMemoryType: from,
+        srcHost: if to_device { at } else { null },
+        srcDevice: if to_device { 0 } else { card.0 },
+        srcArray: null.cast(),
+        srcPitch: from_pitch,
+        dstXInBytes: 0,
+        dstY: 0,
+        dstMemoryType: to,
+        dstHost: if to_device { null } else { at.cast_mut() },
+        dstDevice: if to_device { card.0 } else { 0 },
+        dstArray: null.cast(),
+        dstPitch: to_pitch,
+        WidthInBytes: bytes,
+        Height: count,
+    }
+}
+
+/// Pieces that one copy takes: all of them, or each alone where they lie too far apart.
+fn in_copies(all: Pieces) -> impl Iterator<Item = (usize, Pieces)> {
+    let (copies, each) = if all.stride > MOST_PITCH { (all.count, 1) } else { (1, all.count) };
+    (0..copies).map(move |i| {
+        let stride = if each == 1 { all.bytes } else { all.stride };
+        (i * all.bytes, Pieces { at: all.at.plus(i * all.stride), count: each, stride, ..all })
+    })
+}
+
+// The contracts are those of the trait.
+impl Calls for Cuda {
+    fn init(&self) -> Called {
+        Ok(cuda::init()?)
+    }
+
+    fn driver_version(&self) -> Called<i32> {
+        let mut version = 0;
+        // SAFETY: a number to write to.
+        unsafe { sys::cuDriverGetVersion(&raw mut version) }.result()?;
+        Ok(version)
+    }
+
+    fn device_count(&self) -> Called<i32> {
+        Ok(cuda::device::get_count()?)
+    }
+
+    fn device(&self, ordinal: i32) -> Called<CUdevice> {
+        Ok(cuda::device::get(ordinal)?)
+    }
+
+    fn device_name(&self, device: CUdevice) -> Called<String> {
+        Ok(cuda::device::get_name(device)?)
+    }
+
+    unsafe fn device_attribute(&self, device: CUdevice, which: CUdevice_attribute) -> Called<i32> {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::device::get_attribute(device, which) }?)
+    }
+
+    unsafe fn retain_context(&self, device: CUdevice) -> Called<CUcontext> {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::primary_ctx::retain(device) }?)
+    }
+
+    unsafe fn release_context(&self, device: CUdevice) -> Called {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::primary_ctx::release(device) }?)
+    }
+
+    unsafe fn set_current(&self, context: CUcontext) -> Called {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::ctx::set_current(context) }?)
+    }
+
+    fn memory_info(&self) -> Called<(usize, usize)> {
+        Ok(cuda::mem_get_info()?)
+    }
+
+    unsafe fn alloc(&self, bytes: usize) -> Called<u64> {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::malloc_sync(bytes) }?)
+    }
+
+    unsafe fn free(&self, at: u64) -> Called {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::free_sync(at) }?)
+    }
+
+    unsafe fn alloc_host(&self, bytes: usize) -> Called<*mut c_void> {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::malloc_host(bytes, 0) }?)
+    }
+
+    unsafe fn free_host(&self, at: *mut c_void) -> Called {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::free_host(at) }?)
+    }
+
+    unsafe fn fill(&self, at: u64, value: u8, bytes: usize, stream: CUstream) -> Called {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::memset_d8_async(at, value, bytes, stream) }?)
+    }
+
+    unsafe fn copy_to_device(&self, to: u64, from: &[u8], stream: CUstream) -> Called {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::memcpy_htod_async(to, from, stream) }?)
+    }
+
+    unsafe fn copy_from_device(&self, to: &mut [u8], from: u64, stream: CUstream) -> Called {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::memcpy_dtoh_async(to, from, stream) }?)
+    }
+
+    unsafe fn copy_pieces_from_device(&self, to: *mut c_void, from: Pieces, stream: CUstream) -> Called {
+        for (offset, part) in in_copies(from) {
+            let copy = pieces(to.wrapping_byte_add(offset), part, false);
+            // SAFETY: the caller's.
+            unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, stream) }.result()?;
+        }
+        Ok(())
+    }
+
+    unsafe fn copy_pieces_to_device(&self, to: Pieces, from: *const c_void, stream: CUstream) -> Called {
+        for (offset, part) in in_copies(to) {
+            let copy = pieces(from.wrapping_byte_add(offset), part, true);
+            // SAFETY: the caller's.
+            unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, stream) }.result()?;
+        }
+        Ok(())
+    }
+
+    unsafe fn create_stream(&self) -> Called<CUstream> {
+        Ok(cuda::stream::create(cuda::stream::StreamKind::NonBlocking)?)
+    }
+
+    unsafe fn synchronize(&self, stream: CUstream) -> Called {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::stream::synchronize(stream) }?)
+    }
+
+    unsafe fn destroy_stream(&self, stream: CUstream) -> Called {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::stream::destroy(stream) }?)
+    }
+
+    unsafe fn create_event(&self) -> Called<CUevent> {
+        Ok(cuda::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?)
+    }
+
+    unsafe fn record_event(&self, event: CUevent, stream: CUstream) -> Called {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::event::record(event, stream) }?)
+    }
+
+    unsafe fn synchronize_event(&self, event: CUevent) -> Called {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::event::synchronize(event) }?)
+    }
+
+    unsafe fn destroy_event(&self, event: CUevent) -> Called {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::event::destroy(event) }?)
+    }
+
+    unsafe fn load_module(&self, image: &[u8]) -> Called<CUmodule> {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::module::load_data(image.as_ptr().cast()) }?)
+    }
+
+    unsafe fn unload_module(&self, module: CUmodule) -> Called {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::module::unload(module) }?)
+    }
+
+    unsafe fn function(&self, module: CUmodule, name: CString) -> Called<CUfunction> {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::module::get_function(module, name) }?)
+    }
+
+    unsafe fn allow_shared(&self, function: CUfunction, bytes: u32) -> Called {
+        let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::function::set_function_attribute(function, most, bytes as i32) }?)
+    }
+
+    unsafe fn launch(
+        &self,
+        function: CUfunction,
+        grid: [u32; 3],
+        threads: u32,
+        shared: u32,
+        stream: CUstream,
+        params: &[u8],
+    ) -> Called {
+        let [x, y, z] = grid;
+        let mut list = [params.as_ptr() as *mut c_void];
+        // SAFETY: the caller's; the driver copies the structure before it returns.
+        Ok(unsafe { cuda::launch_kernel(function, (x, y, z), (threads, 1, 1), shared, stream, &mut list) }?)
+    }
+
+    unsafe fn begin_capture(&self, stream: CUstream) -> Called {
+        // Other threads may have cards' memory to reserve meanwhile.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::stream::begin_capture(stream, mode) }?)
+    }
+
+    unsafe fn end_capture(&self, stream: CUstream) -> Called<CUgraph> {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::stream::end_capture(stream) }?)
+    }
+
+    unsafe fn instantiate(&self, graph: CUgraph) -> Called<CUgraphExec> {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) }?)
+    }
+
+    unsafe fn destroy_graph(&self, graph: CUgraph) -> Called {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::graph::destroy(graph) }?)
+    }
+
+    unsafe fn launch_graph(&self, graph: CUgraphExec, stream: CUstream) -> Called {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::graph::launch(graph, stream) }?)
+    }
+
+    unsafe fn destroy_executable(&self, graph: CUgraphExec) -> Called {
+        // SAFETY: the caller's.
+        Ok(unsafe { cuda::graph::exec_destroy(graph) }?)
+    }
+
+    fn multiplier(&self, workspace: Address, bytes: usize) -> Result<Box<dyn Multiplier>, KernelError> {
+        Ok(Box::new(Products::open(workspace, bytes)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_too_far_apart_for_one_copy_are_copied_one_by_one() {
+        let near = Pieces { at: Address(1 << 40), bytes: 100, count: 3, stride: 1000 };
+        assert_eq!(in_copies(near).collect::<Vec<_>>(), [(0, near)]);
+        let far = Pieces { stride: 3 << 30, ..near };
+        let alone = |i: usize| (i * 100, Pieces { at: far.at.plus(i * (3 << 30)), count: 1, stride: 100, ..far });
+        assert_eq!(in_copies(far).collect::<Vec<_>>(), [alone(0), alone(1), alone(2)]);
+    }
+
+    #[test]
+    fn a_copy_of_pieces_names_both_ends() {
+        let part = Pieces { at: Address(77), bytes: 100, count: 3, stride: 1000 };
+        let place = 0x500 as *const c_void;
+        let (up, down) = (pieces(place, part, true), pieces(place, part, false));
+        let device = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
+        assert!((up.srcHost, up.srcPitch, up.dstDevice, up.dstPitch, up.dstMemoryType) == (place, 100, 77, 1000, device));
+        assert!((down.dstHost.cast_const(), down.dstPitch, down.srcDevice, down.srcPitch) == (place, 100, 77, 1000));
+        assert!(down.srcMemoryType == device && (up.WidthInBytes, up.Height) == (100, 3) && up.srcDevice == 0);
+    }
+
+    #[test]
+    fn only_a_call_that_reserves_may_run_short() {
+        let e = |code| CallError { code, words: "words".into() };
+        let short = not_reserved("weights", 7, e(CUresult::CUDA_ERROR_OUT_OF_MEMORY));
+        assert!(matches!(short, KernelError::Memory { what: "weights", bytes: 7 }));
+        let lost = not_reserved("weights", 7, e(CUresult::CUDA_ERROR_ILLEGAL_ADDRESS));
+        assert!(matches!(lost, KernelError::Device(text) if text.contains("CUDA_ERROR_ILLEGAL_ADDRESS words")));
+    }
+}

@@ -1,0 +1,137 @@
+//! What a step brings: its lists on the device, and the blocks that are copied before anything else runs.
+
+use std::iter::repeat;
+
+use super::device::{Address, Device, HostAddress, Kernel, Launch, Pieces, Source};
+use super::params as p;
+use super::room::Room;
+use super::{COPY_BLOCK, CudaBackend};
+use crate::error::KernelError;
+use crate::ops::{KvCache, NO_ADAPTER, StepBatch};
+
+const CARRY: Kernel = Kernel::new(Source::Rows, "carry", 256);
+
+/// The step's lists on the device.
+#[derive(Default)]
+pub(super) struct StepLists {
+    pub room: Room,
+    staging: Vec<u8>,
+    pub tokens: Address,
+    pub positions: Address,
+    pub slots: Address,
+    pub adapters: Address,
+    pub gathered: Address,
+    /// How many tokens there are, without those that pad.
+    pub count: Address,
+    pub blocks: Address,
+    /// Pairs of [`StepBatch::carried`].
+    carried: Address,
+}
+
+/// Places for blocks of a cache in the machine's memory. In each, the layers of keys, then those of values.
+#[derive(Clone, Copy)]
+pub(super) struct Swap {
+    pub kv: KvCache,
+    pub at: HostAddress,
+}
+
+impl<D: Device> CudaBackend<D> {
+    /// Puts the step's lists on the device in one copy.
+    pub(super) fn write_lists(&mut self) -> Result<(), KernelError> {
+        let StepBatch { tokens, positions, slots, samples, blocks, adapters, carried, .. } = &self.batch;
+        // Lists of a step that may be captured have the lengths that it is padded to, so they always begin at the same places. A row
+        // that pads is a token 0 at position 0, writes nothing to the cache and has no adapter.
+        let size = self.captures.size;
+        let rows = size.map_or(tokens.len(), |size| size.rows);
+        let sampled = size.map_or(samples.len(), |size| size.samples);
+        let adapted = size.map_or(adapters.len(), |size| size.rows);
+        let staging = &mut self.lists.staging;
+        staging.clear();
+        // The widest first, so that all lie on multiples of their size.
+        staging.extend(slots.iter().copied().chain(repeat(-1)).take(rows).flat_map(|v| v.to_le_bytes()));
+        let mut starts = [0; 7];
+        let lists: [&mut dyn Iterator<Item = u32>; 7] = [
+            &mut tokens.iter().copied().chain(repeat(0)).take(rows),
+            &mut positions.iter().copied().chain(repeat(0)).take(rows),
+            &mut adapters.iter().copied().chain(repeat(NO_ADAPTER)).take(adapted),
+            &mut samples.iter().map(|s| s.row).chain(repeat(0)).take(sampled),
+            &mut std::iter::once(tokens.len() as u32),
+            &mut blocks.iter().copied(),
+            &mut carried.iter().flat_map(|&(row, sample)| [row, sample]),
+        ];
+        for (start, list) in starts.iter_mut().zip(lists) {
+            *start = staging.len();
+            staging.extend(list.flat_map(u32::to_le_bytes));
+        }
+        let at = self.lists.room.write(&mut self.device, "step", &self.lists.staging)?;
+        let [tokens, positions, adapters, gathered, count, blocks, carried] = starts.map(|start| at.plus(start));
+        let StepLists { room, staging, .. } = std::mem::take(&mut self.lists);
+        self.lists = StepLists { room, staging, tokens, positions, slots: at, adapters, gathered, count, blocks, carried };
+        Ok(())
+    }
+
+    pub(super) fn copy_blocks(&mut self) -> Result<(), KernelError> {
+        for index in 0..self.caches.len() {
+            let cache = &self.caches[index];
+            let (bytes, layers, blocks) = (cache.block_bytes(), cache.spec.layers, cache.spec.blocks);
+            let sides = [cache.keys, cache.values];
+            for i in 0..self.batch.copies.len() {
+                let (from, to) = self.batch.copies[i];
+                for cache in sides {
+                    let params = p::CopyBlock {
+                        cache,
+                        from: from.into(),
+                        to: to.into(),
+                        layer_bytes: (blocks * bytes) as u64,
+                        block_bytes: bytes as u32,
+                        unused: 0,
+                    };
+                    self.launch(COPY_BLOCK, Launch::grid(bytes.div_ceil(16 * 256), layers), params)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies blocks to their places in the machine's memory.
+    pub(super) fn save_blocks(&mut self) -> Result<(), KernelError> {
+        for i in 0..self.batch.saved.len() {
+            let (block, place) = self.batch.saved[i];
+            for (pieces, at) in self.swapped(block, place).into_iter().flatten() {
+                self.device.save(pieces, at)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies blocks back from there.
+    pub(super) fn restore_blocks(&mut self) -> Result<(), KernelError> {
+        for i in 0..self.batch.restored.len() {
+            let (place, block) = self.batch.restored[i];
+            for (pieces, at) in self.swapped(block, place).into_iter().flatten() {
+                self.device.restore(at, pieces)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A block's keys and values, and where they are kept.
+    fn swapped(&self, block: u32, place: u32) -> Option<[(Pieces, HostAddress); 2]> {
+        let Swap { kv, at } = self.swap?;
+        let cache = &self.caches[kv.0 as usize];
+        let (bytes, count) = (cache.block_bytes(), cache.spec.layers);
+        let side = |cached: Address, side: usize| {
+            let pieces = Pieces { at: cached.plus(block as usize * bytes), bytes, count, stride: cache.spec.blocks * bytes };
+            (pieces, at.plus((2 * place as usize + side) * count * bytes))
+        };
+        Some([side(cache.keys, 0), side(cache.values, 1)])
+    }
+
+    /// Gives rows the tokens that the step before draws.
+    pub(super) fn carry(&mut self) -> Result<(), KernelError> {
+        let count = self.batch.carried.len();
+        let (drawn, words) = self.sampling.drawn();
+        let StepLists { tokens, carried: pairs, .. } = self.lists;
+        self.launch(CARRY, Launch::blocks(count.div_ceil(256)), p::Carry { tokens, drawn, pairs, count: count as u32, words })
+    }
+}

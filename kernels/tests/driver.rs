@@ -1,0 +1,325 @@
+//! The card itself, its captures, copies, memory and errors, over a driver that is not there and that keeps to a driver's rules.
+
+#![allow(clippy::unwrap_used, reason = "a test stops at the first error; the lint knows test functions only")]
+
+mod support;
+
+use cudarc::driver::sys::CUresult;
+use support::Noise;
+use support::decoder::{Decoder, DecoderShape, DecoderWeights};
+use support::driver::{FakeDriver, Machine, NamedImages};
+use support::emulation::Emulated;
+use support::steps::{BLOCK, Sequence, append};
+use tidemill_kernels::cuda::CudaBackend;
+use tidemill_kernels::cuda::device::{Address, Device, Kernel, Launch, Pieces, Source};
+use tidemill_kernels::cuda::driver::Card;
+use tidemill_kernels::*;
+
+const LIMITS: Limits = Limits { max_tokens: 48, max_samples: 8, max_positions: 128 };
+const VOCABULARY: usize = 67;
+const IMAGES: NamedImages = NamedImages { stale: false, broken: false };
+
+fn open(driver: &FakeDriver) -> Result<Card<FakeDriver>, KernelError> {
+    Card::over(driver.clone(), 0, &IMAGES)
+}
+
+fn error(driver: &FakeDriver, number: usize) -> String {
+    Card::over(driver.clone(), number, &IMAGES).map_or_else(|error| error.to_string(), |_| "it opened".into())
+}
+
+#[test]
+fn a_card_that_is_opened_and_closed_gives_everything_back() {
+    let driver = FakeDriver::recording(Machine::default());
+    let card = open(&driver).unwrap();
+    assert_eq!(card.describe(), "a card that is not there, sm_90a, 132 multiprocessors, 80 GiB, CUDA 13.0");
+    driver.take_log();
+    drop(card);
+    driver.assert_empty();
+    assert_eq!(driver.take_log().last(), Some(&"release_context"));
+}
+
+#[test]
+fn whatever_call_fails_while_a_card_is_opened_it_says_so_and_nothing_is_left() {
+    for code in [CUresult::CUDA_ERROR_OUT_OF_MEMORY, CUresult::CUDA_ERROR_UNKNOWN, CUresult::CUDA_ERROR_ECC_UNCORRECTABLE] {
+        for after in 0.. {
+            let driver = FakeDriver::recording(Machine::default());
+            driver.fail_after(after, code);
+            let opened = open(&driver);
+            if !driver.has_failed() {
+                assert!(after > 15 && opened.is_ok(), "{after} calls");
+                break;
+            }
+            let call = *driver.take_log().iter().rev().find(|call| **call != "release_context").unwrap();
+            match opened.err() {
+                Some(KernelError::Memory { .. }) => assert_eq!(code, CUresult::CUDA_ERROR_OUT_OF_MEMORY),
+                Some(KernelError::Device(text)) => assert!(text.contains(&format!("{code:?}")), "{text}"),
+                other => panic!("{call}: {other:?}"),
+            }
+            driver.assert_empty();
+        }
+    }
+}
+
+#[test]
+fn a_machine_that_will_not_do_is_named() {
+    let machine = Machine::default();
+    let old = FakeDriver::recording(Machine { version: 11_080, ..machine });
+    assert!(error(&old, 0).contains("it is for CUDA 11.8"));
+    let none = FakeDriver::recording(Machine { cards: 0, ..machine });
+    assert!(error(&none, 0).contains("shows none"));
+    let two = FakeDriver::recording(Machine { cards: 2, ..machine });
+    assert!(error(&two, 2).contains("no card 2") && error(&two, usize::MAX).contains("cards 0 to 1"));
+    let turing = FakeDriver::recording(Machine { capability: (7, 5), ..machine });
+    assert!(error(&turing, 0).contains("compute capability 7.5"));
+    for (code, words) in [(CUresult::CUDA_ERROR_NO_DEVICE, "shows none"), (CUresult::CUDA_ERROR_STUB_LIBRARY, "stand-in")] {
+        let driver = FakeDriver::recording(machine);
+        driver.fail_next("init", code);
+        assert!(error(&driver, 0).contains(words));
+    }
+    [old, none, two, turing].iter().for_each(FakeDriver::assert_empty);
+}
+
+#[test]
+fn an_image_that_the_driver_refuses_is_made_anew_once() {
+    let driver = FakeDriver::recording(Machine::default());
+    drop(Card::over(driver.clone(), 0, &NamedImages { stale: true, broken: false }).unwrap());
+    assert_eq!(driver.take_log().iter().filter(|call| **call == "load_module").count(), 2 * Source::ALL.len());
+    driver.assert_empty();
+    let refused = Card::over(driver.clone(), 0, &NamedImages { stale: true, broken: true }).err().unwrap().to_string();
+    assert!(refused.contains("refuses a kernel file: CUDA_ERROR_INVALID_IMAGE"), "{refused}");
+    driver.assert_empty();
+}
+
+const RMS_NORM: Kernel = Kernel::new(Source::Rows, "rms_norm", 256);
+
+#[test]
+fn each_failure_is_told_as_what_it_is() {
+    let driver = FakeDriver::recording(Machine::default());
+    let mut card = open(&driver).unwrap();
+    let at = card.alloc("a test", 64).unwrap();
+    driver.fail_next("alloc", CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+    assert!(matches!(card.alloc("weights", 9), Err(KernelError::Memory { what: "weights", bytes: 9 })));
+    driver.fail_next("alloc_host", CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+    assert!(matches!(card.alloc_host("blocks", 9), Err(KernelError::Memory { what: "blocks", bytes: 9 })));
+    // Memory that cannot be cleared is not kept.
+    driver.fail_next("fill", CUresult::CUDA_ERROR_INVALID_VALUE);
+    assert!(matches!(card.alloc("weights", 9), Err(KernelError::Device(text)) if text.contains("cleared")));
+    let missing = Kernel::new(Source::Rows, "no_such_kernel", 32);
+    let error = card.launch(missing, Launch::blocks(1), &[]).unwrap_err().to_string();
+    assert!(error.contains("no_such_kernel: CUDA_ERROR_NOT_FOUND"), "{error}");
+    let error = card.launch(RMS_NORM, Launch::blocks(1).with_shared(300 << 10), &[]).unwrap_err().to_string();
+    assert!(error.contains("rms_norm: CUDA_ERROR_INVALID_VALUE"), "{error}");
+    // None of these is the end.
+    card.launch(RMS_NORM, Launch::blocks(1).with_shared(100 << 10), &[]).unwrap();
+    card.wait().unwrap();
+    driver.fail_next("launch", CUresult::CUDA_ERROR_LAUNCH_FAILED);
+    let error = card.launch(RMS_NORM, Launch::blocks(1), &[]).unwrap_err();
+    assert!(matches!(&error, KernelError::Device(text) if text == "rms_norm: CUDA_ERROR_LAUNCH_FAILED as the test wants it"));
+    // That is: every call says it now, and closing neither hangs nor panics.
+    assert!(matches!(card.wait(), Err(KernelError::Device(text)) if text.contains("LAUNCH_FAILED")));
+    assert!(matches!(card.alloc("weights", 9), Err(KernelError::Device(_))));
+    card.free(at);
+    drop(card);
+    driver.assert_empty();
+}
+
+#[test]
+fn what_is_staged_and_fetched_stays_until_the_card_has_read_it() {
+    let driver = FakeDriver::running(Machine::default());
+    let mut card = open(&driver).unwrap();
+    let places: Vec<Address> = (0..40).map(|_| card.alloc("a test", (1 << 20) + 1).unwrap()).collect();
+    let pattern = |round: usize, i: usize| vec![(round * 40 + i) as u8 ^ 0x5a; 1 << 20];
+    // Far more than may be staged, while nobody waits: nothing is overwritten on its way.
+    for round in 0..2 {
+        for (i, at) in places.iter().enumerate() {
+            card.write(*at, &pattern(round, i)).unwrap();
+        }
+        for (i, at) in places.iter().enumerate() {
+            let mut back = vec![0; 1 << 20];
+            card.read(*at, &mut back).unwrap();
+            assert!(back == pattern(round, i), "round {round}, {i}");
+        }
+    }
+    // Two fetches of which the first is handed over while the second is under way, and what was staged between them.
+    let mut back = [0; 100];
+    card.write(places[0], &[1; 100]).unwrap();
+    let mut first = card.fetch(places[0], 100).unwrap();
+    for round in 2..200u8 {
+        card.write(places[0], &[round; 100]).unwrap();
+        card.write(places[1], &vec![round; 700 << 10]).unwrap();
+        let second = card.fetch(places[0], 100).unwrap();
+        assert!(matches!(card.fetch(places[0], 100), Err(KernelError::Limit(_))), "two are under way");
+        card.fetched(first, &mut back).unwrap();
+        assert_eq!(back, [round - 1; 100]);
+        first = second;
+    }
+    assert!(card.fetched(first, &mut [0; 99]).is_err(), "another length");
+    card.fetched(first, &mut back).unwrap();
+    assert_eq!(back, [199; 100]);
+    // What is too much for its place is waited for; nothing at all is a mark.
+    let (large, mark) = (card.fetch(places[1], (1 << 20) + 1), card.fetch(Address::NONE, 0));
+    let mut whole = vec![0; (1 << 20) + 1];
+    card.fetched(large.unwrap(), &mut whole).unwrap();
+    assert_eq!((whole[0], whole[(700 << 10) - 1], whole[700 << 10]), (199, 199, pattern(1, 1)[0]));
+    card.fetched(mark.unwrap(), &mut []).unwrap();
+    places.into_iter().for_each(|at| card.free(at));
+    drop(card);
+    driver.assert_empty();
+}
+
+#[test]
+fn pieces_go_and_come_back_behind_what_was_asked_for_before() {
+    let driver = FakeDriver::running(Machine::default());
+    let mut card = open(&driver).unwrap();
+    let (at, host) = (card.alloc("a test", 1000).unwrap(), card.alloc_host("a test", 300).unwrap());
+    let pieces = |start| Pieces { at: at.plus(start), bytes: 100, count: 3, stride: 300 };
+    let bytes: Vec<u8> = (0..1000).map(|i| (i * 7 % 251) as u8).collect();
+    card.write(at, &bytes).unwrap();
+    card.save(pieces(0), host).unwrap();
+    card.write(at, &[0; 1000]).unwrap();
+    card.restore(host, pieces(150)).unwrap();
+    let mut back = vec![9; 1000];
+    card.read(at, &mut back).unwrap();
+    let mut want = vec![0; 1000];
+    for start in [0, 300, 600] {
+        want[start + 150..start + 250].copy_from_slice(&bytes[start..start + 100]);
+    }
+    assert!(back == want);
+    card.save(pieces(0), host).unwrap();
+    // Freed while a copy is under way: it is waited for.
+    card.free_host(host);
+    card.free(at);
+    drop(card);
+    driver.assert_empty();
+}
+
+/// A model over a card, or over the device that the fake driver works with.
+fn decoder<D: Device>(device: D) -> Decoder<CudaBackend<D>> {
+    let shape = DecoderShape {
+        experts: None,
+        layers: 1,
+        hidden: 64,
+        heads: HeadShape { heads: 2, kv_heads: 1, head_dim: 64 },
+        ffn: 64,
+        vocabulary: VOCABULARY,
+        qk_norm: false,
+        qkv_bias: false,
+        spec: AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None },
+    };
+    let weights = DecoderWeights::random(3, shape, Format::Bf16, Format::Bf16);
+    let mut decoder = Decoder::new(CudaBackend::new(device, LIMITS).capturing(), &weights, WeightFormat::Auto, 12, KvDtype::Bf16);
+    let kv = decoder.kv;
+    decoder.ops.alloc_swap(kv, 4).unwrap();
+    decoder
+}
+
+/// Two prompts of which one is so long that a library multiplies, then decoding, one step ahead where `ahead`; an adapter comes and the first
+/// sequence's blocks move through the machine's memory on the way. Stops at the first error.
+fn serve<D: Device>(decoder: &mut Decoder<CudaBackend<D>>, ahead: bool) -> Result<Vec<Vec<Sampled>>, KernelError> {
+    let noise = &mut Noise::new(9);
+    let mut list: Vec<Sequence> = [30usize, 4]
+        .iter()
+        .enumerate()
+        .map(|(i, &len)| Sequence {
+            tokens: (0..len).map(|_| noise.below(VOCABULARY) as u32).collect(),
+            table: vec![2 * i as u32, 2 * i as u32 + 1],
+            computed: 0,
+        })
+        .collect();
+    let (mut all, mut out, mut under_way) = (Vec::new(), StepOutput::default(), 0);
+    for step in 0..9 {
+        let mut batch = StepBatch::default();
+        if step == 5 {
+            batch.saved = vec![(list[0].table[0], 3), (list[0].table[1], 1)];
+            list[0].table = vec![9, 8];
+            batch.restored = vec![(3, 9), (1, 8)];
+        }
+        for (i, sequence) in list.iter_mut().enumerate() {
+            let known = sequence.tokens.len();
+            if sequence.computed == known {
+                batch.carried.push((batch.tokens.len() as u32, i as u32));
+                sequence.tokens.push(0);
+            }
+            let rows = sequence.tokens.len() - sequence.computed;
+            append(&mut batch, sequence, rows);
+            sequence.tokens.truncate(known);
+            batch.samples.push(SampleRow { top_n: Some(2), ..SampleRow::greedy(batch.tokens.len() as u32 - 1) });
+        }
+        if step == 4 {
+            decoder.try_load_adapter(&mut Noise::new(5), 0, 4)?;
+        }
+        if step >= 4 {
+            batch.adapters = vec![0, NO_ADAPTER];
+        }
+        assert!(list.iter().all(|s| s.computed <= 2 * BLOCK));
+        decoder.submit(&batch)?;
+        under_way += 1;
+        if ahead && under_way < 2 {
+            continue;
+        }
+        under_way -= 1;
+        decoder.ops.collect(&mut out)?;
+        list.iter_mut().zip(&out.samples).for_each(|(sequence, sampled)| sequence.tokens.push(sampled.token));
+        all.push(out.samples.clone());
+    }
+    while under_way > 0 {
+        under_way -= 1;
+        decoder.ops.collect(&mut out)?;
+        all.push(out.samples.clone());
+    }
+    Ok(all)
+}
+
+#[test]
+fn a_model_on_a_card_that_works_as_late_as_it_may_gives_the_same_numbers() {
+    let want = serve(&mut decoder(Emulated::new(false)), false).unwrap();
+    for ahead in [false, true] {
+        let driver = FakeDriver::running(Machine::default());
+        let mut decoder = decoder(open(&driver).unwrap());
+        driver.take_log();
+        assert!(serve(&mut decoder, ahead).unwrap() == want, "ahead {ahead}");
+        let log = driver.take_log();
+        let count = |name: &str| log.iter().filter(|call| **call == name).count();
+        assert!(count("begin_capture") >= 1 && count("launch_graph") >= 3, "{log:?}");
+        assert_eq!((count("copy_pieces_from_device"), count("copy_pieces_to_device")), (4, 4));
+        // The host waits for events only.
+        assert_eq!((count("synchronize"), count("synchronize_event")), (0, 9));
+        drop(decoder);
+        driver.assert_empty();
+    }
+}
+
+#[test]
+fn whatever_call_fails_while_a_model_serves_nothing_is_leaked_or_used_again() {
+    let (lost, short) = (CUresult::CUDA_ERROR_ILLEGAL_ADDRESS, CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+    for (code, step) in [(lost, 5), (short, 3)] {
+        let mut failures = 0;
+        for after in (0..).step_by(step) {
+            let driver = FakeDriver::recording(Machine::default());
+            let mut decoder = decoder(open(&driver).unwrap());
+            driver.fail_after(after, code);
+            // The fake asserts a driver's rules at every call.
+            let outcome = serve(&mut decoder, true);
+            if !driver.has_failed() {
+                assert!(after > 100 && outcome.is_ok(), "{after} calls");
+                break;
+            }
+            if let Err(error) = outcome {
+                failures += 1;
+                assert!(matches!(error, KernelError::Device(_) | KernelError::Memory { .. }), "{error}");
+            }
+            if code == short {
+                // A card that ran short goes on: what was under way is collected or forgotten, and a step goes well.
+                while decoder.ops.collect(&mut StepOutput::default()).is_ok() {}
+                let mut sequence = Sequence { tokens: vec![1, 2, 3], table: vec![11], computed: 0 };
+                let mut batch = StepBatch::default();
+                append(&mut batch, &mut sequence, 3);
+                batch.samples.push(SampleRow::greedy(2));
+                decoder.forward(&batch, &mut StepOutput::default()).unwrap();
+            }
+            drop(decoder);
+            driver.assert_empty();
+        }
+        assert!(failures > 20, "{failures}");
+    }
+}

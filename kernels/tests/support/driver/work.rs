@@ -1,0 +1,81 @@
+//! What a stream is asked for, and how it is done.
+
+use std::sync::Arc;
+
+use tidemill_kernels::cuda::device::{Address, Device, HostAddress, Kernel, Launch, Pieces, Product};
+
+use super::State;
+
+/// Work of a stream.
+#[derive(Clone, Debug)]
+pub(super) enum Work {
+    Fill(u64, u8, usize),
+    Write(u64, From),
+    /// To locked memory.
+    Read(u64, usize, u64),
+    Save(Pieces, HostAddress),
+    Restore(HostAddress, Pieces),
+    Launch(Kernel, Launch, Vec<u8>),
+    Product(Product),
+    Graph(Arc<Vec<Work>>),
+    Event(u64),
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum From {
+    /// What was copied when the call was made, from memory that is not locked.
+    Bytes(Vec<u8>),
+    Locked(u64, usize),
+}
+
+impl State {
+    /// Does all that is asked for, or what comes before the `until`th event.
+    pub(super) fn work(&mut self, until: Option<usize>) {
+        while until.is_none_or(|until| self.passed < until) {
+            let Some(work) = self.queue.pop_front() else { return };
+            self.run(&work);
+        }
+    }
+
+    pub(super) fn run(&mut self, work: &Work) {
+        match work {
+            Work::Fill(at, value, bytes) => {
+                self.assert_held(*at, *bytes);
+                self.memory.write(Address(*at), &vec![*value; *bytes]).unwrap();
+            }
+            Work::Write(to, From::Bytes(bytes)) => self.memory.write(Address(*to), bytes).unwrap(),
+            Work::Write(to, From::Locked(from, bytes)) => {
+                assert!(self.is_locked(*from, *bytes), "a copy is late, and its memory is gone");
+                // SAFETY: just found to be held.
+                let bytes = unsafe { std::slice::from_raw_parts(*from as *const u8, *bytes) };
+                self.memory.write(Address(*to), bytes).unwrap();
+            }
+            Work::Read(to, bytes, from) => {
+                assert!(self.is_locked(*to, *bytes), "a copy is late, and its memory is gone");
+                // SAFETY: just found to be held.
+                self.memory.read(Address(*from), unsafe { std::slice::from_raw_parts_mut(*to as *mut u8, *bytes) }).unwrap();
+            }
+            Work::Save(from, to) => {
+                self.assert_pieces(*from, *to);
+                for i in 0..from.count {
+                    // SAFETY: just found to be held.
+                    let place = unsafe { std::slice::from_raw_parts_mut((to.0 as *mut u8).add(i * from.bytes), from.bytes) };
+                    self.memory.read(from.at.plus(i * from.stride), place).unwrap();
+                }
+            }
+            Work::Restore(from, to) => {
+                self.assert_pieces(*to, *from);
+                for i in 0..to.count {
+                    // SAFETY: just found to be held.
+                    let place = unsafe { std::slice::from_raw_parts((from.0 as *const u8).add(i * to.bytes), to.bytes) };
+                    self.memory.write(to.at.plus(i * to.stride), place).unwrap();
+                }
+            }
+            Work::Launch(kernel, launch, params) if self.runs => self.memory.launch(*kernel, *launch, params).unwrap(),
+            Work::Product(product) if self.runs => self.memory.product(*product).unwrap(),
+            Work::Launch(..) | Work::Product(_) => {}
+            Work::Graph(list) => list.iter().for_each(|work| self.run(work)),
+            Work::Event(_) => self.passed += 1,
+        }
+    }
+}
