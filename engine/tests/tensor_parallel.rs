@@ -21,7 +21,7 @@ use serde_json::Value;
 use stepping::Stepper;
 use tidemill_engine::model::Model;
 use tidemill_engine::{
-    Adapter, Decoder, Engine, EngineOptions, Event, Frontend, Health, ModelFiles, Request, RequestId, SamplingParams,
+    Adapter, Decoder, Device, Engine, EngineOptions, Event, Frontend, Health, ModelFiles, Request, RequestId, SamplingParams,
     ServedModel, Tenant, TensorParallel,
 };
 use tidemill_kernels::collective::Member;
@@ -292,6 +292,30 @@ fn an_engine_on_several_ranks_gives_the_tokens_of_one_batched_cached_and_preempt
         assert_eq!(preempted, wanted, "preempted on {ranks} ranks");
         assert!(tight.stats().preemptions > 0);
     }
+}
+
+#[test]
+fn what_several_cards_set_back_comes_back_from_the_machines_memory() {
+    let files = ModelFiles::open(&goldens("llama")).unwrap();
+    let golden = expected(&goldens("llama"));
+    let text: Vec<u32> = golden.prompt.iter().chain(&golden.greedy).copied().cycle().take(100).collect();
+    let prompts: Vec<&[u32]> = [(0, 60), (20, 85), (40, 100), (7, 50)].map(|(from, to)| &text[from..to]).to_vec();
+    let serve = |change: &dyn Fn(&mut EngineOptions)| {
+        let cards = shared_out(&files, 2, WeightFormat::Bf16, &card);
+        let engine = engine(Box::new(cards), &files, |options| {
+            (options.device, options.kv_dtype, options.prefix_caching) = (Device::Auto, KvDtype::Bf16, false);
+            change(options);
+        });
+        let receivers: Vec<_> = prompts.iter().map(|prompt| submit(&engine, prompt, 40)).collect();
+        let answers: Vec<_> = receivers.iter().map(|receiver| answer(receiver).unwrap().0).collect();
+        (answers, engine.stats(), engine.memory().clone())
+    };
+    let (wanted, stats, memory) = serve(&|_| {});
+    assert_eq!((stats.preemptions, memory.swap > 0), (0, true));
+    let block_bytes = memory.kv / memory.kv_blocks;
+    let (swapped, stats, _) = serve(&|options| (options.kv_memory, options.max_model_len) = (Some(8 * block_bytes), None));
+    assert_eq!(swapped, wanted);
+    assert!(stats.preemptions > 0 && stats.restored > 0, "{stats:?}");
 }
 
 /// A rank that fails in the middle of a step is to everybody what one lost device is: requests end, the engine says why, nobody waits.

@@ -23,6 +23,7 @@ const VOCABULARY: usize = 67;
 
 fn decoder<O: Ops>(ops: O, dtype: KvDtype) -> Decoder<O> {
     let shape = DecoderShape {
+        experts: None,
         layers: 2,
         hidden: 64,
         heads: HeadShape { heads: 2, kv_heads: 1, head_dim: 64 },

@@ -202,6 +202,10 @@ impl Model for TensorParallel {
         self.ask(move |part| part.alloc_kv(blocks, block_size, dtype)).map(|_| ())
     }
 
+    fn alloc_swap(&mut self, places: usize) -> Result<(), KernelError> {
+        self.ask(move |part| part.alloc_swap(places)).map(|_| ())
+    }
+
     fn forward(&mut self, batch: &StepBatch, out: &mut StepOutput) -> Result<(), KernelError> {
         out.samples.clear();
         let batch = self.shared(batch);
