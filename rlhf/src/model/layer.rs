@@ -195,16 +195,12 @@ fn second_factors<'a>(config: &ModelConfig, group: Group, layout: &GroupLayout, 
 impl<'a> Pass<'a> {
     fn layout(&self, group: Group) -> Option<&'a GroupLayout> {
         let op = self.op;
-        let Some(Trained::Adapter(layout)) = op.trained.as_deref() else { return None };
-        Some(&layout.groups[group as usize]).filter(|group| !group.slots.is_empty())
+        op.trained.as_deref()?.group(group)
     }
 
     fn whole(&self) -> Option<&'a Whole> {
         let op = self.op;
-        match op.trained.as_deref() {
-            Some(Trained::Whole(whole)) => Some(whole),
-            _ => None,
-        }
+        op.trained.as_deref()?.whole()
     }
 
     fn norms(&self) -> Norms<'a> {

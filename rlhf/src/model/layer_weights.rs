@@ -3,7 +3,7 @@
 use tidemill_engine::{ModelFiles, Part, Projection, Weight};
 
 use super::ModelError;
-use super::layout::Layout;
+use super::layout::{Group, GroupLayout, Layout};
 use super::whole::Whole;
 
 /// What a layer's file weights are, beside its matrices.
@@ -75,6 +75,20 @@ pub(super) enum Trained {
 }
 
 impl Trained {
+    /// Where an adapter's numbers of a group lie, if it has any there.
+    pub fn group(&self, group: Group) -> Option<&GroupLayout> {
+        let Trained::Adapter(layout) = self else { return None };
+        Some(&layout.groups[group as usize]).filter(|group| !group.slots.is_empty())
+    }
+
+    /// Where the numbers of a layer that is trained whole lie.
+    pub fn whole(&self) -> Option<&Whole> {
+        match self {
+            Trained::Whole(whole) => Some(whole),
+            Trained::Adapter(_) => None,
+        }
+    }
+
     /// Numbers of the first and of the second parameter.
     pub fn sizes(&self) -> (usize, usize) {
         match self {

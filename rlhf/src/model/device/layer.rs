@@ -6,7 +6,6 @@ use tidemill_kernels::train::{Attention, Dropout, Pieces};
 use tidemill_kernels::{AttentionSpec, HeadShape, Store};
 
 use super::super::ModelError;
-use super::super::layer_weights::Trained;
 use super::super::layout::{Group, GroupLayout};
 use super::super::whole::Whole;
 use super::graph::DeviceLayerOp;
@@ -68,16 +67,12 @@ impl<'a> LayerPass<'a> {
 
     fn layout(&self, group: Group) -> Option<&'a GroupLayout> {
         let op = self.op;
-        let Some(Trained::Adapter(layout)) = op.trained.as_deref() else { return None };
-        Some(&layout.groups[group as usize]).filter(|group| !group.slots.is_empty())
+        op.trained.as_deref()?.group(group)
     }
 
     fn whole(&self) -> Option<&'a Whole> {
         let op = self.op;
-        match op.trained.as_deref() {
-            Some(Trained::Whole(whole)) => Some(whole),
-            _ => None,
-        }
+        op.trained.as_deref()?.whole()
     }
 
     /// A norm's weight; nothing for one that the family does not have.
