@@ -5,18 +5,16 @@
 mod support;
 
 use cudarc::driver::sys::CUresult;
-use support::Noise;
-use support::decoder::{Decoder, DecoderShape, DecoderWeights};
+use support::decoder::Decoder;
 use support::driver::{FakeDriver, Machine, NamedImages};
 use support::emulation::Emulated;
-use support::steps::{BLOCK, Sequence, append};
+use support::serving::{LIMITS, decoder, serve};
+use support::steps::{Sequence, append};
 use tidemill_kernels::cuda::CudaBackend;
 use tidemill_kernels::cuda::device::{Address, Device, Kernel, Launch, Pieces, Source};
 use tidemill_kernels::cuda::driver::Card;
 use tidemill_kernels::*;
 
-const LIMITS: Limits = Limits { max_tokens: 48, max_samples: 8, max_positions: 128 };
-const VOCABULARY: usize = 67;
 const IMAGES: NamedImages = NamedImages { stale: false, broken: false };
 
 fn open(driver: &FakeDriver) -> Result<Card<FakeDriver>, KernelError> {
@@ -53,6 +51,8 @@ fn whatever_call_fails_while_a_card_is_opened_it_says_so_and_nothing_is_left() {
             match opened.err() {
                 Some(KernelError::Memory { .. }) => assert_eq!(code, CUresult::CUDA_ERROR_OUT_OF_MEMORY),
                 Some(KernelError::Device(text)) => assert!(text.contains(&format!("{code:?}")), "{text}"),
+                // What does not even begin may be given up for the processor.
+                Some(KernelError::Unsupported(text)) if call == "init" => assert!(text.contains(&format!("{code:?}")), "{text}"),
                 other => panic!("{call}: {other:?}"),
             }
             driver.assert_empty();
@@ -71,10 +71,21 @@ fn a_machine_that_will_not_do_is_named() {
     assert!(error(&two, 2).contains("no card 2") && error(&two, usize::MAX).contains("cards 0 to 1"));
     let turing = FakeDriver::recording(Machine { capability: (7, 5), ..machine });
     assert!(error(&turing, 0).contains("compute capability 7.5"));
-    for (code, words) in [(CUresult::CUDA_ERROR_NO_DEVICE, "shows none"), (CUresult::CUDA_ERROR_STUB_LIBRARY, "stand-in")] {
+    for (call, code, words) in [
+        ("init", CUresult::CUDA_ERROR_NO_DEVICE, "shows none"),
+        ("init", CUresult::CUDA_ERROR_STUB_LIBRARY, "stand-in"),
+        ("init", CUresult::CUDA_ERROR_SYSTEM_NOT_READY, "nvidia-fabricmanager"),
+        ("init", CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH, "different versions"),
+        ("init", CUresult::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE, "cuda-compat"),
+        ("init", CUresult::CUDA_ERROR_UNKNOWN, "nvidia-smi"),
+        ("retain_context", CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE, "compute mode"),
+    ] {
         let driver = FakeDriver::recording(machine);
-        driver.fail_next("init", code);
-        assert!(error(&driver, 0).contains(words));
+        driver.fail_next(call, code);
+        let refused = Card::over(driver.clone(), 0, &IMAGES).err().unwrap();
+        // Who asked for any device gets the processor.
+        assert!(matches!(&refused, KernelError::Unsupported(text) if text.contains(words)), "{refused}");
+        driver.assert_empty();
     }
     [old, none, two, turing].iter().for_each(FakeDriver::assert_empty);
 }
@@ -110,8 +121,12 @@ fn each_failure_is_told_as_what_it_is() {
     assert!(error.contains("no_such_kernel: CUDA_ERROR_NOT_FOUND"), "{error}");
     let error = card.launch(RMS_NORM, Launch::blocks(1).with_shared(300 << 10), &[]).unwrap_err().to_string();
     assert!(error.contains("rms_norm: CUDA_ERROR_INVALID_VALUE"), "{error}");
-    // None of these is the end.
-    card.launch(RMS_NORM, Launch::blocks(1).with_shared(100 << 10), &[]).unwrap();
+    // None of these is the end. What a kernel was allowed once stays so: a captured launch may need it.
+    driver.take_log();
+    for shared in [90 << 10, 60 << 10, 90 << 10] {
+        card.launch(RMS_NORM, Launch::blocks(1).with_shared(shared), &[]).unwrap();
+    }
+    assert_eq!(driver.take_log().iter().filter(|call| **call == "allow_shared").count(), 1);
     card.wait().unwrap();
     driver.fail_next("launch", CUresult::CUDA_ERROR_LAUNCH_FAILED);
     let error = card.launch(RMS_NORM, Launch::blocks(1), &[]).unwrap_err();
@@ -194,89 +209,16 @@ fn pieces_go_and_come_back_behind_what_was_asked_for_before() {
     driver.assert_empty();
 }
 
-/// A model over a card, or over the device that the fake driver works with.
-fn decoder<D: Device>(device: D) -> Decoder<CudaBackend<D>> {
-    let shape = DecoderShape {
-        experts: None,
-        layers: 1,
-        hidden: 64,
-        heads: HeadShape { heads: 2, kv_heads: 1, head_dim: 64 },
-        ffn: 64,
-        vocabulary: VOCABULARY,
-        qk_norm: false,
-        qkv_bias: false,
-        spec: AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None },
-    };
-    let weights = DecoderWeights::random(3, shape, Format::Bf16, Format::Bf16);
-    let mut decoder = Decoder::new(CudaBackend::new(device, LIMITS).capturing(), &weights, WeightFormat::Auto, 12, KvDtype::Bf16);
-    let kv = decoder.kv;
-    decoder.ops.alloc_swap(kv, 4).unwrap();
-    decoder
-}
-
-/// Two prompts of which one is so long that a library multiplies, then decoding, one step ahead where `ahead`; an adapter comes and the first
-/// sequence's blocks move through the machine's memory on the way. Stops at the first error.
-fn serve<D: Device>(decoder: &mut Decoder<CudaBackend<D>>, ahead: bool) -> Result<Vec<Vec<Sampled>>, KernelError> {
-    let noise = &mut Noise::new(9);
-    let mut list: Vec<Sequence> = [30usize, 4]
-        .iter()
-        .enumerate()
-        .map(|(i, &len)| Sequence {
-            tokens: (0..len).map(|_| noise.below(VOCABULARY) as u32).collect(),
-            table: vec![2 * i as u32, 2 * i as u32 + 1],
-            computed: 0,
-        })
-        .collect();
-    let (mut all, mut out, mut under_way) = (Vec::new(), StepOutput::default(), 0);
-    for step in 0..9 {
-        let mut batch = StepBatch::default();
-        if step == 5 {
-            batch.saved = vec![(list[0].table[0], 3), (list[0].table[1], 1)];
-            list[0].table = vec![9, 8];
-            batch.restored = vec![(3, 9), (1, 8)];
-        }
-        for (i, sequence) in list.iter_mut().enumerate() {
-            let known = sequence.tokens.len();
-            if sequence.computed == known {
-                batch.carried.push((batch.tokens.len() as u32, i as u32));
-                sequence.tokens.push(0);
-            }
-            let rows = sequence.tokens.len() - sequence.computed;
-            append(&mut batch, sequence, rows);
-            sequence.tokens.truncate(known);
-            batch.samples.push(SampleRow { top_n: Some(2), ..SampleRow::greedy(batch.tokens.len() as u32 - 1) });
-        }
-        if step == 4 {
-            decoder.try_load_adapter(&mut Noise::new(5), 0, 4)?;
-        }
-        if step >= 4 {
-            batch.adapters = vec![0, NO_ADAPTER];
-        }
-        assert!(list.iter().all(|s| s.computed <= 2 * BLOCK));
-        decoder.submit(&batch)?;
-        under_way += 1;
-        if ahead && under_way < 2 {
-            continue;
-        }
-        under_way -= 1;
-        decoder.ops.collect(&mut out)?;
-        list.iter_mut().zip(&out.samples).for_each(|(sequence, sampled)| sequence.tokens.push(sampled.token));
-        all.push(out.samples.clone());
-    }
-    while under_way > 0 {
-        under_way -= 1;
-        decoder.ops.collect(&mut out)?;
-        all.push(out.samples.clone());
-    }
-    Ok(all)
+fn captured<D: Device>(device: D) -> Decoder<CudaBackend<D>> {
+    decoder(CudaBackend::new(device, LIMITS).capturing())
 }
 
 #[test]
 fn a_model_on_a_card_that_works_as_late_as_it_may_gives_the_same_numbers() {
-    let want = serve(&mut decoder(Emulated::new(false)), false).unwrap();
+    let want = serve(&mut captured(Emulated::new(false)), false).unwrap();
     for ahead in [false, true] {
         let driver = FakeDriver::running(Machine::default());
-        let mut decoder = decoder(open(&driver).unwrap());
+        let mut decoder = captured(open(&driver).unwrap());
         driver.take_log();
         assert!(serve(&mut decoder, ahead).unwrap() == want, "ahead {ahead}");
         let log = driver.take_log();
@@ -291,13 +233,25 @@ fn a_model_on_a_card_that_works_as_late_as_it_may_gives_the_same_numbers() {
 }
 
 #[test]
+fn a_model_is_served_on_cards_that_share_less() {
+    for capability in [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)] {
+        let driver = FakeDriver::recording(Machine { capability, ..Machine::default() });
+        let mut decoder = captured(open(&driver).unwrap());
+        serve(&mut decoder, true).unwrap();
+        assert_eq!(decoder.ops.captures().1.map(ToString::to_string), None);
+        drop(decoder);
+        driver.assert_empty();
+    }
+}
+
+#[test]
 fn whatever_call_fails_while_a_model_serves_nothing_is_leaked_or_used_again() {
     let (lost, short) = (CUresult::CUDA_ERROR_ILLEGAL_ADDRESS, CUresult::CUDA_ERROR_OUT_OF_MEMORY);
     for (code, step) in [(lost, 5), (short, 3)] {
         let mut failures = 0;
         for after in (0..).step_by(step) {
             let driver = FakeDriver::recording(Machine::default());
-            let mut decoder = decoder(open(&driver).unwrap());
+            let mut decoder = captured(open(&driver).unwrap());
             driver.fail_after(after, code);
             // The fake asserts a driver's rules at every call.
             let outcome = serve(&mut decoder, true);

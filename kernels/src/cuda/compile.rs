@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString, c_char};
 use cudarc::nvrtc::{result, sys};
 
 use super::device::{HEADER, Source};
-use super::libraries::{Library, check_compiler, compiler_version};
+use super::libraries::{Library, check_architecture, check_compiler, compiler_version, known_architectures};
 use crate::error::KernelError;
 
 /// What a compiler made of a kernel file.
@@ -24,6 +24,9 @@ pub fn architecture((major, minor): (u32, u32)) -> String {
     format!("sm_{major}{minor}{own}")
 }
 
+/// What every file is compiled with, beside its architecture.
+pub(super) const OPTIONS: &str = "--std=c++17";
+
 /// What is compiled: the header, then the file, with line numbers of their own.
 pub fn text(source: Source) -> String {
     format!("#line 1 \"device.cuh\"\n{HEADER}\n#line 1 \"{}\"\n{}", source.name(), source.text())
@@ -34,13 +37,15 @@ pub fn text(source: Source) -> String {
 /// Errors: NVRTC is missing, or does not know the architecture; what it says of the text.
 pub fn compile(source: Source, architecture: &str, report: bool) -> Result<Compiled, KernelError> {
     Library::Nvrtc.require()?;
-    check_compiler(compiler_version()?, None)?;
+    let version = compiler_version()?;
+    check_compiler(version, None)?;
+    check_architecture(version, &known_architectures()?, architecture)?;
     let wrong =
         |what: &str, e: result::NvrtcError| KernelError::Unsupported(format!("NVRTC cannot {what} {}: {e}", source.name()));
     let text = CString::new(text(source)).map_err(|_| KernelError::Unsupported("a kernel file holds a zero byte".into()))?;
     let name =
         CString::new(source.name()).map_err(|_| KernelError::Unsupported("a kernel file's name holds a zero byte".into()))?;
-    let mut options = vec![format!("--gpu-architecture={architecture}"), "--std=c++17".into()];
+    let mut options = vec![format!("--gpu-architecture={architecture}"), OPTIONS.into()];
     if report {
         options.push("--ptxas-options=-v".into());
     }

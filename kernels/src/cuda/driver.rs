@@ -15,7 +15,7 @@ pub use super::images::prepare;
 use super::images::{Compiled, Images};
 use super::libraries::{check_driver, dotted};
 use super::nccl::Communicator;
-use super::staging::StagedMemory;
+use super::staging::{MOST_RETURNED, MOST_STAGED, StagedMemory};
 use crate::collective::Place;
 use crate::error::KernelError;
 
@@ -44,7 +44,34 @@ fn does_not_start(number: usize, e: CallError) -> KernelError {
              first on the loader's path, or use --device cpu"
                 .into(),
         ),
-        _ => failed("the driver does not start", e),
+        // Whatever it is, nothing was begun: who may compute elsewhere does.
+        code => {
+            let hint = match code {
+                CUresult::CUDA_ERROR_SYSTEM_NOT_READY => "where cards are joined by NVSwitch, the service nvidia-fabricmanager must run",
+                CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => {
+                    "libcuda.so.1 and the kernel's module are of different versions: restart the machine, or give the container the \
+                     library of the machine"
+                }
+                CUresult::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE => {
+                    "the libcuda.so.1 that was found is of a package cuda-compat, which this card does not take: take it off the \
+                     loader's path"
+                }
+                _ => "nvidia-smi says whether the driver works, and a container needs the devices /dev/nvidia*, nvidia-uvm among them",
+            };
+            let CallError { words, .. } = e;
+            KernelError::Unsupported(format!("the driver does not start: {code:?} {words}; {hint}; or use --device cpu"))
+        }
+    }
+}
+
+fn no_context(name: &str, e: CallError) -> KernelError {
+    match e.code {
+        CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE => KernelError::Unsupported(format!(
+            "{name} is not to be had: {:?} {}; another process has it for itself, or its compute mode forbids it (nvidia-smi -q -d \
+             COMPUTE); choose another with --device cuda:N, or use --device cpu",
+            e.code, e.words
+        )),
+        _ => failed("no context", e),
     }
 }
 
@@ -54,7 +81,8 @@ pub struct Card<C: Calls = Cuda> {
     device: sys::CUdevice,
     context: sys::CUcontext,
     pub(super) stream: sys::CUstream,
-    functions: HashMap<&'static str, sys::CUfunction>,
+    /// With the shared memory that each may ask for.
+    functions: HashMap<Kernel, (sys::CUfunction, u32)>,
     modules: HashMap<Source, sys::CUmodule>,
     workspace: Address,
     products: Option<Box<dyn Multiplier>>,
@@ -149,7 +177,7 @@ impl<C: Calls> Card<C> {
         let code = images.all(sources, &architecture, version)?;
 
         // SAFETY: a device that the driver has just given; released when this is dropped.
-        let context = unsafe { calls.retain_context(device) }.map_err(|e| failed("no context", e))?;
+        let context = unsafe { calls.retain_context(device) }.map_err(|e| no_context(&name, e))?;
         let mut card = Card {
             calls,
             device,
@@ -239,16 +267,25 @@ impl<C: Calls> Card<C> {
         unsafe { self.calls.alloc(bytes.max(1)) }.map(Address).map_err(|e| not_reserved(what, bytes, e))
     }
 
-    fn function(&mut self, kernel: Kernel) -> Result<sys::CUfunction, KernelError> {
-        if let Some(function) = self.functions.get(kernel.name) {
-            return Ok(*function);
+    /// A kernel that may ask for so much shared memory. What it was once allowed stays: captured launches rely on it.
+    fn function(&mut self, kernel: Kernel, shared: u32) -> Result<sys::CUfunction, KernelError> {
+        let (function, allowed) = match self.functions.get(&kernel) {
+            Some((function, allowed)) if shared <= *allowed => return Ok(*function),
+            Some(found) => *found,
+            None => {
+                let name =
+                    CString::new(kernel.name).map_err(|_| KernelError::Device("a kernel's name holds a zero byte".into()))?;
+                let absent = || KernelError::Device(format!("{} was opened without {}", self.name, kernel.source.name()));
+                let module = self.modules.get(&kernel.source).copied().ok_or_else(absent)?;
+                // SAFETY: a module that stays loaded.
+                (unsafe { self.calls.function(module, name) }.map_err(|e| failed(kernel.name, e))?, SHARED_UNASKED)
+            }
+        };
+        if shared > allowed {
+            // SAFETY: a function of a loaded module.
+            unsafe { self.calls.allow_shared(function, shared) }.map_err(|e| failed(kernel.name, e))?;
         }
-        let name = CString::new(kernel.name).map_err(|_| KernelError::Device("a kernel's name holds a zero byte".into()))?;
-        let absent = || KernelError::Device(format!("{} was opened without {}", self.name, kernel.source.name()));
-        let module = self.modules.get(&kernel.source).copied().ok_or_else(absent)?;
-        // SAFETY: a module that stays loaded.
-        let function = unsafe { self.calls.function(module, name) }.map_err(|e| failed(kernel.name, e))?;
-        self.functions.insert(kernel.name, function);
+        self.functions.insert(kernel, (function, shared.max(allowed)));
         Ok(function)
     }
 
@@ -258,10 +295,16 @@ impl<C: Calls> Card<C> {
         unsafe { self.calls.copy_from_device(to, from.0, self.stream) }.map_err(|e| failed("copy from the card", e))
     }
 
-    fn synchronize(&self) -> Result<(), KernelError> {
+    /// Makes room for more copies.
+    fn wait_for_copies(&self) -> Result<(), KernelError> {
         // SAFETY: a stream of our own.
         unsafe { self.calls.synchronize(self.stream) }.map_err(|e| failed("the card stopped", e))?;
         self.staged.all_done();
+        Ok(())
+    }
+
+    fn synchronize(&self) -> Result<(), KernelError> {
+        self.wait_for_copies()?;
         self.free_unwanted();
         Ok(())
     }
@@ -331,21 +374,36 @@ impl<C: Calls> Device for Card<C> {
 
     fn write(&mut self, to: Address, bytes: &[u8]) -> Result<(), KernelError> {
         self.current()?;
-        let staged = self.staged.put(bytes);
-        let from = staged.unwrap_or(bytes);
-        // SAFETY: the backend writes into what it reserved. What is staged stays as it is until the card is done; from memory that is
-        // not locked, the driver has copied when it returns.
-        unsafe { self.calls.copy_to_device(to.0, from, self.stream) }.map_err(|e| failed("copy to the card", e))
+        for (index, piece) in bytes.chunks(MOST_STAGED).enumerate() {
+            // From memory that is not locked a driver may copy after the call has come back, so nothing is copied from there.
+            let staged = match self.staged.put(piece) {
+                Some(staged) => staged,
+                None => {
+                    self.wait_for_copies()?;
+                    self.staged.put(piece).ok_or_else(|| KernelError::Device("no place for what is copied to the card".into()))?
+                }
+            };
+            let to = to.plus(index * MOST_STAGED);
+            // SAFETY: the backend writes into what it reserved. What is staged stays as it is until the card is done.
+            unsafe { self.calls.copy_to_device(to.0, staged, self.stream) }.map_err(|e| failed("copy to the card", e))?;
+        }
+        Ok(())
     }
 
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<(), KernelError> {
         self.current()?;
-        let copied = |to: &mut [u8]| {
-            self.copy_back(to, from)?;
-            self.synchronize()
-        };
-        let through = self.staged.bring_back(bytes.len(), |locked| copied(locked).map(|()| bytes.copy_from_slice(locked)));
-        through.unwrap_or_else(|| copied(bytes))
+        for (index, piece) in bytes.chunks_mut(MOST_RETURNED).enumerate() {
+            // As in `write`, and nothing comes late to memory that its owner has given back.
+            let through = self.staged.bring_back(piece.len(), |locked| {
+                self.copy_back(locked, from.plus(index * MOST_RETURNED))?;
+                self.wait_for_copies()?;
+                piece.copy_from_slice(locked);
+                Ok(())
+            });
+            through.unwrap_or_else(|| Err(KernelError::Device("no place for what comes from the card".into())))?;
+        }
+        self.free_unwanted();
+        Ok(())
     }
 
     fn fetch(&mut self, from: Address, bytes: usize) -> Result<Fetch, KernelError> {
@@ -425,11 +483,7 @@ impl<C: Calls> Device for Card<C> {
 
     fn launch(&mut self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), KernelError> {
         self.current()?;
-        let function = self.function(kernel)?;
-        if launch.shared > SHARED_UNASKED {
-            // SAFETY: a function of a loaded module.
-            unsafe { self.calls.allow_shared(function, launch.shared) }.map_err(|e| failed(kernel.name, e))?;
-        }
+        let function = self.function(kernel, launch.shared)?;
         // SAFETY: the kernel takes one structure, whose size the tests compare.
         unsafe { self.calls.launch(function, launch.grid, kernel.threads, launch.shared, self.stream, params) }
             .map_err(|e| failed(kernel.name, e))

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::compile::{compile, text};
+use super::compile::{OPTIONS, compile, text};
 use super::device::Source;
 use super::libraries::{Library, check_compiler, compiler_version};
 use crate::error::KernelError;
@@ -77,7 +77,7 @@ fn images(
 }
 
 fn kept_at(folder: &Path, source: Source, architecture: &str) -> PathBuf {
-    let hash = blake3::hash(text(source).as_bytes()).to_hex();
+    let hash = blake3::hash([OPTIONS, &text(source)].concat().as_bytes()).to_hex();
     folder.join(format!("{}-{architecture}-{}.cubin", source.name(), &hash[..32]))
 }
 

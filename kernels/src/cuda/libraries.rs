@@ -64,14 +64,16 @@ const DRIVER: [&str; 37] = [
     "cuStreamEndCapture",
     "cuStreamSynchronize",
 ];
-const NVRTC: [&str; 8] = [
+const NVRTC: [&str; 10] = [
     "nvrtcCompileProgram",
     "nvrtcCreateProgram",
     "nvrtcDestroyProgram",
     "nvrtcGetCUBIN",
     "nvrtcGetCUBINSize",
+    "nvrtcGetNumSupportedArchs",
     "nvrtcGetProgramLog",
     "nvrtcGetProgramLogSize",
+    "nvrtcGetSupportedArchs",
     "nvrtcVersion",
 ];
 const CUBLAS_LT: [&str; 12] = [
@@ -193,6 +195,32 @@ pub(super) fn check_compiler((major, minor): (i32, i32), driver: Option<i32>) ->
     }
 }
 
+/// Whether a compiler that knows these architectures (90 for `sm_90` and `sm_90a`) knows this one. A card may be newer than it.
+pub(super) fn check_architecture((major, minor): (i32, i32), known: &[i32], architecture: &str) -> Result<(), KernelError> {
+    let digits = architecture.trim_start_matches("sm_").trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    if digits.parse().is_ok_and(|number| known.contains(&number)) {
+        return Ok(());
+    }
+    let ends = match (known.iter().min(), known.iter().max()) {
+        (Some(first), Some(last)) => format!("sm_{first} to sm_{last}"),
+        _ => "none".into(),
+    };
+    let what = format!("{major}.{minor} makes no code for {architecture}, but for {ends}; one of the driver's CUDA version does");
+    Err(Library::Nvrtc.too_old(&what))
+}
+
+/// The architectures that the compiler makes code for. The library must be there.
+pub(super) fn known_architectures() -> Result<Vec<i32>, KernelError> {
+    let unknown = |e| KernelError::Unsupported(format!("NVRTC does not say what it makes code for: {e}"));
+    let mut count = 0;
+    // SAFETY: a number to write to.
+    unsafe { nvrtc::sys::nvrtcGetNumSupportedArchs(&raw mut count) }.result().map_err(unknown)?;
+    let mut known = vec![0; usize::try_from(count).unwrap_or(0)];
+    // SAFETY: as many numbers as were asked for.
+    unsafe { nvrtc::sys::nvrtcGetSupportedArchs(known.as_mut_ptr()) }.result().map_err(unknown)?;
+    Ok(known)
+}
+
 /// As people write it.
 pub(super) fn dotted(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
@@ -236,6 +264,10 @@ mod tests {
         let newer = check_compiler((13, 0), Some(12_080)).unwrap_err().to_string();
         assert!(newer.contains("NVRTC 13.0") && newer.contains("12.8"), "{newer}");
         assert!(check_compiler((11, 8), None).unwrap_err().to_string().contains("too old"));
+        let known = [50, 80, 90];
+        assert!(["sm_80", "sm_90", "sm_90a"].iter().all(|sm| check_architecture((12, 4), &known, sm).is_ok()));
+        let newer = check_architecture((12, 4), &known, "sm_120").unwrap_err().to_string();
+        assert!(newer.contains("12.4 makes no code for sm_120") && newer.contains("sm_50 to sm_90"), "{newer}");
     }
 
     #[test]

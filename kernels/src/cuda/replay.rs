@@ -17,6 +17,10 @@ pub(super) struct Captures {
     /// Operations are written down, and not done yet.
     pub recording: bool,
     pub program: Vec<Op>,
+    /// Steps that were replayed.
+    pub replayed: usize,
+    /// Why the device did not take the last that it did not take.
+    pub refused: Option<KernelError>,
 }
 
 impl<D: Device> CudaBackend<D> {
@@ -24,6 +28,11 @@ impl<D: Device> CudaBackend<D> {
     pub fn capturing(mut self) -> Self {
         self.captures.on = true;
         self
+    }
+
+    /// How many steps were replayed, and why the device did not take one, if it did not; for whoever wants to know whether captures work.
+    pub fn captures(&self) -> (usize, Option<&KernelError>) {
+        (self.captures.replayed, self.captures.refused.as_ref())
     }
 
     /// A new step: decides whether it is recorded.
@@ -78,7 +87,7 @@ impl<D: Device> CudaBackend<D> {
         let way = self.captures.graphs.way(size, program, self.moves());
         self.hand_back();
         match way {
-            Way::Replay(graph) => self.device.replay(graph),
+            Way::Replay(graph) => self.replay(graph),
             Way::Plain => {
                 self.repeat(program);
                 Ok(())
@@ -91,11 +100,11 @@ impl<D: Device> CudaBackend<D> {
                 Ok(())
             }
             Way::Capture(index) => {
-                let captured = self.capture(program);
+                let captured = self.capture(program).map_err(|why| self.captures.refused = Some(why)).ok();
                 let captured = self.captured_by_all(captured)?;
                 self.captures.graphs.keep(index, captured);
                 if let Some(graph) = captured {
-                    return self.device.replay(graph);
+                    return self.replay(graph);
                 }
                 // A step that cannot be captured is done without; if the device is lost, that shows now.
                 self.all_stale();
@@ -105,17 +114,27 @@ impl<D: Device> CudaBackend<D> {
         }
     }
 
-    /// `None` when anything goes wrong.
-    fn capture(&mut self, program: &[Op]) -> Option<Graph> {
-        self.device.capture().ok()?;
+    fn replay(&mut self, graph: Graph) -> Result<(), KernelError> {
+        self.device.replay(graph)?;
+        self.captures.replayed += 1;
+        Ok(())
+    }
+
+    fn capture(&mut self, program: &[Op]) -> Result<Graph, KernelError> {
+        self.device.capture()?;
         self.repeat(program);
         let broken = self.error.take();
-        let captured = self.device.captured().ok()?;
-        if broken.is_some() {
-            self.device.forget(captured);
-            return None;
+        let captured = self.device.captured();
+        match (broken, captured) {
+            (None, captured) => captured,
+            // What happened first is the reason.
+            (Some(broken), captured) => {
+                if let Ok(captured) = captured {
+                    self.device.forget(captured);
+                }
+                Err(broken)
+            }
         }
-        Some(captured)
     }
 
     /// Asks for each operation again, which is done at once now.

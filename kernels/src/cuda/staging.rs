@@ -7,10 +7,12 @@ use super::calls::{Calls, failed};
 use super::device::FETCHES;
 use crate::error::KernelError;
 
-/// Bytes that lie ready for the card at once; more go by the driver's own, slower way.
+/// Bytes that lie ready for the card at once; whoever has more waits for the card.
 const STAGED: usize = 8 << 20;
+/// Bytes of one copy: while the card reads one, the next is put beside it.
+pub(super) const MOST_STAGED: usize = STAGED / 2;
 /// Bytes that come back at once.
-const RETURNED: usize = 1 << 20;
+pub(super) const MOST_RETURNED: usize = 1 << 20;
 /// Places begin on multiples of it.
 const STEP: usize = 256;
 
@@ -67,7 +69,8 @@ impl StagedMemory {
     /// A context must be current.
     pub(super) fn new(calls: &impl Calls) -> Result<Self, KernelError> {
         // SAFETY: plain memory, freed by `close`.
-        let at = unsafe { calls.alloc_host(STAGED + (1 + FETCHES) * RETURNED) }.map_err(|e| failed("no locked memory", e))?;
+        let at =
+            unsafe { calls.alloc_host(STAGED + (1 + FETCHES) * MOST_RETURNED) }.map_err(|e| failed("no locked memory", e))?;
         Ok(StagedMemory { at, places: Places { bytes: STAGED, ..Places::default() } })
     }
 
@@ -103,11 +106,11 @@ impl StagedMemory {
 
     #[expect(clippy::mut_from_ref, reason = "each place has one user, as the callers say")]
     unsafe fn returned(&self, place: usize, bytes: usize) -> Option<&mut [u8]> {
-        if self.at.is_null() || bytes > RETURNED {
+        if self.at.is_null() || bytes > MOST_RETURNED {
             return None;
         }
         // SAFETY: the part behind what is staged has room for all places; who calls has this one alone.
-        Some(unsafe { std::slice::from_raw_parts_mut(self.at.cast::<u8>().add(STAGED + place * RETURNED), bytes) })
+        Some(unsafe { std::slice::from_raw_parts_mut(self.at.cast::<u8>().add(STAGED + place * MOST_RETURNED), bytes) })
     }
 
     /// How much has been staged so far, for [`StagedMemory::done_until`].

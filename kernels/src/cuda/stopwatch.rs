@@ -1,9 +1,9 @@
 //! How long a card's work takes, by the card's own clock.
 
 use cudarc::driver::result::event;
-use cudarc::driver::sys;
+use cudarc::driver::sys::{self, CUevent, CUresult};
 
-use super::calls::failed;
+use super::calls::{CallError, failed};
 use super::driver::Card;
 use crate::error::KernelError;
 
@@ -23,10 +23,25 @@ impl Card {
     /// Seconds between two moments; waits for the later one.
     pub fn seconds(&self, from: &Mark, to: &Mark) -> Result<f64, KernelError> {
         self.current()?;
-        // SAFETY: both were recorded on this card's stream and are destroyed with their owners only.
-        let milliseconds = unsafe { event::synchronize(to.0).and_then(|()| event::elapsed(from.0, to.0)) };
-        milliseconds.map(|ms| f64::from(ms) / 1e3).map_err(|e| failed("the card stopped", e.into()))
+        // SAFETY: an event that was recorded on this card's stream and is destroyed with its owner only.
+        unsafe { event::synchronize(to.0) }.map_err(|e| failed("the card stopped", e.into()))?;
+        let (elapsed, mut milliseconds) = (elapsed()?, 0.0);
+        // SAFETY: both were recorded, and are destroyed with their owners only; a number to write to.
+        unsafe { elapsed(&raw mut milliseconds, from.0, to.0) }
+            .result()
+            .map_err(|e| failed("no time between two events", CallError::from(e)))?;
+        Ok(f64::from(milliseconds) / 1e3)
     }
+}
+
+type Elapsed = unsafe extern "C" fn(*mut f32, CUevent, CUevent) -> CUresult;
+
+/// The call in its first form, which every driver has. The bindings know its second alone, and end the program where a driver older than
+/// CUDA 12.8 has none.
+fn elapsed() -> Result<Elapsed, KernelError> {
+    // SAFETY: a card is open, so its library is; the function of this name has this type.
+    let found = unsafe { sys::culib().get::<Elapsed>(b"cuEventElapsedTime") };
+    found.map(|call| *call).map_err(|e| KernelError::Device(format!("the driver has no clock: {e}")))
 }
 
 impl Drop for Mark {

@@ -19,7 +19,9 @@ pub mod mistakes;
 pub mod recorder;
 pub mod sampling;
 pub mod scenarios;
+pub mod serving;
 pub mod steps;
+pub mod training;
 
 use tidemill_kernels::blocks::quantize_row;
 use tidemill_kernels::random::uniform;

@@ -180,6 +180,7 @@ impl DeviceCompute {
         })?;
         self.owned.push(at);
         self.held += bytes;
+        self.most_held = self.most_held.max(self.held);
         Ok(at)
     }
 

@@ -34,6 +34,7 @@ pub struct DeviceCompute {
     /// All that was reserved and not given back to the device.
     owned: Vec<Address>,
     held: usize,
+    most_held: usize,
     most_logits: usize,
 }
 
@@ -45,7 +46,7 @@ impl DeviceCompute {
     /// On `device`, rounding products' operands as `precision` says.
     pub fn new(device: Box<dyn Device>, precision: Precision) -> Self {
         let (pool, owned) = (Arc::new(Pool::default()), Vec::new());
-        Self { device, precision, pool, owned, held: 0, most_logits: LOGITS }
+        Self { device, precision, pool, owned, held: 0, most_held: 0, most_logits: LOGITS }
     }
 
     /// With so many logits at once, at most (one row's of 128 tokens at the least).
@@ -62,6 +63,11 @@ impl DeviceCompute {
     /// Bytes of the device's memory that are held.
     pub fn bytes(&self) -> usize {
         self.held
+    }
+
+    /// The most that were held at once.
+    pub fn most_bytes(&self) -> usize {
+        self.most_held
     }
 
     fn launch<P: Params>(&mut self, kernel: Kernel, launch: Launch, params: P) -> Result<(), KernelError> {

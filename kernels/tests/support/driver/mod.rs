@@ -1,6 +1,7 @@
 //! A driver that is not there. It writes down which of its calls were made and does their work on the host as late as a driver may: not
 //! before somebody waits for it. It stops a test that breaks a driver's rules: memory outside what is held, or given back; handles that
-//! were given back, or never are; anything but launches during a capture; a copy of memory that nobody locked, relied on before it is done.
+//! were given back, or never are; calls on a thread that made no context current; anything but launches during a capture; copies from
+//! memory that nobody locked, and to it.
 
 mod library;
 mod work;
@@ -8,6 +9,7 @@ mod work;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::ThreadId;
 
 use cudarc::driver::sys::{
     CUcontext, CUdevice, CUdevice_attribute, CUevent, CUfunction, CUgraph, CUgraphExec, CUmodule, CUresult, CUstream,
@@ -19,12 +21,20 @@ use tidemill_kernels::cuda::device::{Address, Device, HostAddress, Kernel, Launc
 use self::library::FakeProducts;
 #[allow(unused_imports, reason = "each test binary uses a part")]
 pub use self::library::NamedImages;
-use self::work::{From, Work};
+use self::work::Work;
 use super::emulation::Emulated;
 
-/// Shared memory that a block gets without a word, and the most that a card has.
+/// Shared memory that a block gets without a word.
 const UNASKED: u32 = 48 << 10;
-const MOST_SHARED: u32 = 227 << 10;
+
+/// The most that it gets on a card (CUDA's programming guide, "Compute capabilities").
+fn most_shared(capability: (i32, i32)) -> u32 {
+    match capability {
+        (8, 0 | 7) => 163 << 10,
+        (8 | 12, _) => 99 << 10,
+        _ => 227 << 10,
+    }
+}
 
 /// A driver's card.
 #[derive(Clone, Copy)]
@@ -49,7 +59,8 @@ struct State {
     given_back: BTreeMap<u64, usize>,
     locked: HashMap<u64, Box<[u8]>>,
     context: Option<u64>,
-    current: Option<u64>,
+    /// By thread: what one makes current is nothing to the others.
+    current: HashMap<ThreadId, u64>,
     stream: Option<u64>,
     queue: VecDeque<Work>,
     capture: Option<Vec<Work>>,
@@ -120,7 +131,7 @@ impl FakeDriver {
             given_back: BTreeMap::new(),
             locked: HashMap::new(),
             context: None,
-            current: None,
+            current: HashMap::new(),
             stream: None,
             queue: VecDeque::new(),
             capture: None,
@@ -199,7 +210,8 @@ impl FakeDriver {
     /// A call that may be captured.
     fn captured_call(&self, name: &'static str) -> Called<MutexGuard<'_, State>> {
         let state = self.any_call(name)?;
-        assert!(state.current.is_some() && state.current == state.context, "{name} without a context");
+        let current = state.current.get(&std::thread::current().id()).copied();
+        assert!(current.is_some() && current == state.context, "{name} without a context on this thread");
         Ok(state)
     }
 
@@ -331,14 +343,14 @@ impl Calls for FakeDriver {
         let mut state = self.state();
         state.log.push("release_context");
         state.context.take().expect("a context was retained");
-        state.current = None;
+        state.current.clear();
         Ok(())
     }
 
     unsafe fn set_current(&self, context: CUcontext) -> Called {
         let mut state = self.any_call("set_current")?;
         assert_eq!(state.context, Some(context as u64));
-        state.current = state.context;
+        state.current.insert(std::thread::current().id(), context as u64);
         Ok(())
     }
 
@@ -393,8 +405,9 @@ impl Calls for FakeDriver {
         let mut state = self.call("copy_to_device")?;
         state.assert_held(to, from.len());
         let at = from.as_ptr() as u64;
-        let from = if state.is_locked(at, from.len()) { From::Locked(at, from.len()) } else { From::Bytes(from.to_vec()) };
-        state.enqueue(stream, Work::Write(to, from));
+        // Other memory "might be" copied before the call comes back, as the manual has it, and might be read later.
+        assert!(state.is_locked(at, from.len()), "{} bytes are copied from memory that is not locked", from.len());
+        state.enqueue(stream, Work::Write(to, at, from.len()));
         Ok(())
     }
 
@@ -402,13 +415,9 @@ impl Calls for FakeDriver {
         let mut state = self.call("copy_from_device")?;
         state.assert_held(from, to.len());
         let at = to.as_mut_ptr() as u64;
-        if state.is_locked(at, to.len()) {
-            state.enqueue(stream, Work::Read(at, to.len(), from));
-        } else {
-            // To memory that is not locked a driver copies before it returns.
-            state.work(None);
-            state.memory.read(Address(from), to).unwrap();
-        }
+        // As above; and what comes late may come to memory that somebody else has by then.
+        assert!(state.is_locked(at, to.len()), "{} bytes are copied to memory that is not locked", to.len());
+        state.enqueue(stream, Work::Read(at, to.len(), from));
         Ok(())
     }
 
@@ -514,7 +523,7 @@ impl Calls for FakeDriver {
 
     unsafe fn allow_shared(&self, function: CUfunction, bytes: u32) -> Called {
         let mut state = self.captured_call("allow_shared")?;
-        if bytes > MOST_SHARED {
+        if bytes > most_shared(state.machine.capability) {
             return Err(refused(CUresult::CUDA_ERROR_INVALID_VALUE));
         }
         state.functions.get_mut(&(function as u64)).expect("a function that is there").2 = bytes;

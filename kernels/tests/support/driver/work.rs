@@ -10,7 +10,8 @@ use super::State;
 #[derive(Clone, Debug)]
 pub(super) enum Work {
     Fill(u64, u8, usize),
-    Write(u64, From),
+    /// From locked memory.
+    Write(u64, u64, usize),
     /// To locked memory.
     Read(u64, usize, u64),
     Save(Pieces, HostAddress),
@@ -19,13 +20,6 @@ pub(super) enum Work {
     Product(Product),
     Graph(Arc<Vec<Work>>),
     Event(u64),
-}
-
-#[derive(Clone, Debug)]
-pub(super) enum From {
-    /// What was copied when the call was made, from memory that is not locked.
-    Bytes(Vec<u8>),
-    Locked(u64, usize),
 }
 
 impl State {
@@ -43,8 +37,7 @@ impl State {
                 self.assert_held(*at, *bytes);
                 self.memory.write(Address(*at), &vec![*value; *bytes]).unwrap();
             }
-            Work::Write(to, From::Bytes(bytes)) => self.memory.write(Address(*to), bytes).unwrap(),
-            Work::Write(to, From::Locked(from, bytes)) => {
+            Work::Write(to, from, bytes) => {
                 assert!(self.is_locked(*from, *bytes), "a copy is late, and its memory is gone");
                 // SAFETY: just found to be held.
                 let bytes = unsafe { std::slice::from_raw_parts(*from as *const u8, *bytes) };
