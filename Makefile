@@ -24,8 +24,10 @@ LABEL_STUDIO := $(CACHE)/label-studio-venv
 ARGILLA      := $(CACHE)/argilla-venv
 # The compiler of the CUDA kernels, which needs no card.
 NVRTC      := $(CACHE)/nvrtc
-# What a machine with a card needs of this one: programs and compiled kernels.
+# What a machine with a card needs of this one: programs and compiled kernels. A driver takes no code of a compiler of a newer major version,
+# so the kernels that are carried are of the last one of CUDA 12.
 GPU        := $(CACHE)/gpu
+GPU_NVRTC  := $(CACHE)/nvrtc-12
 TEST_DATA  := $(CACHE)/test-data
 TEST_MODEL := $(TEST_DATA)/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
@@ -72,6 +74,10 @@ c++:
 
 $(NVRTC)/ready: $(VENV)/ready
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(NVRTC) nvidia-cuda-nvrtc==13.0.88
+	touch $@
+
+$(GPU_NVRTC)/ready: $(VENV)/ready
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(GPU_NVRTC) nvidia-cuda-nvrtc-cu12==12.9.86
 	touch $@
 
 # The labeling page is tested in a real browser.
@@ -130,17 +136,18 @@ bench-beside: build $(TEST_MODEL) ## what a fine-tuning job costs those who are 
 	$(CARGO) build --release --locked -p tidemill-loadtest
 	$(PYTHON) tests/bench_beside.py $(BIN) $(dir $(BIN))tidemill-loadtest $(TEST_MODEL) $(ARGS)
 
-gpu-build: $(NVRTC)/ready ## what `make gpu-check` needs, into .cache/gpu: build here, carry it to a machine with a card
+gpu-build: $(GPU_NVRTC)/ready ## what `make gpu-check` needs, into .cache/gpu: build here, carry it to a machine with a card
 	rm -rf $(GPU) && mkdir -p $(GPU)
 	$(CARGO) test --release --locked --no-run -p tidemill-kernels --test card -p tidemill-engine --test throughput --message-format=json \
 		| sed -n 's/.*"name":"\(card\|throughput\)".*"executable":"\([^"]*\)".*/\1 \2/p' \
 		| while read -r name program; do strip -o $(GPU)/$$name $$program; done
-	LD_LIBRARY_PATH=$(NVRTC)/nvidia/cu13/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} $(GPU)/card images $(GPU)/images
+	LD_LIBRARY_PATH=$(GPU_NVRTC)/nvidia/cuda_nvrtc/lib $(GPU)/card images $(GPU)/images
 	@du -sh $(GPU)
+	@echo "needs $$(uname -m), and glibc $$(grep -ahoE 'GLIBC_2\.[0-9]+' $(GPU)/card $(GPU)/throughput | sort -Vu | tail -1 | cut -d_ -f2) or later"
 
 gpu-check: ## the card of this machine: the same numbers, how fast, beside what it could do (8 minutes; builds nothing, see docs/gpu.md)
 	@test -x $(GPU)/card || { echo "nothing to run in $(GPU): make gpu-build on a machine with compilers, and carry that folder here"; exit 1; }
-	tests/gpu/check.sh $(GPU) $(GPU)/report.md
+	PYTHON=$(PYTHON) tests/gpu/check.sh $(GPU) $(GPU)/report.md
 
 oracle: ## regenerate the expected values with transformers and torch
 	tests/oracle/run.sh

@@ -1,6 +1,7 @@
 """transformers' continuous batching on the card, beside `throughput`: the same sizes, prompts, answers and ways of counting.
 
-Prints rows for the same table, or one plain line saying why nothing was compared. With --tiny it runs on the CPU, to test itself.
+Prints rows for the same table, or one plain line saying why nothing was compared. `--layers N` cuts the model as `throughput` cuts its own.
+With --tiny it runs on the CPU, to test itself.
 """
 
 import sys
@@ -50,17 +51,23 @@ def rates(model, batch, prompt, answer):
     return prefill, between / (first_end - all_begun)
 
 
+def told(why):
+    return str(why).replace("|", "/").replace("\n", " ")[:250]
+
+
 def main():
     tiny = "--tiny" in sys.argv
+    if "--layers" in sys.argv:
+        SIZES["num_hidden_layers"] = int(sys.argv[sys.argv.index("--layers") + 1])
     sizes, batches, prompt, answer = (TINY, (1, 2), 20, 8) if tiny else (SIZES, BATCHES, PROMPT, ANSWER)
     try:
         import torch
         import transformers
-    except ImportError as missing:
-        print(f"| transformers | | | not compared: {missing} | |")
+    except Exception as missing:  # a library that does not load is no ImportError everywhere
+        print(f"| transformers | | not compared: {type(missing).__name__}: {told(missing)} | | |")
         return
     if not tiny and not torch.cuda.is_available():
-        print("| transformers | | | not compared: torch sees no card | |")
+        print(f"| transformers | | not compared: torch {torch.__version__}, for CUDA {torch.version.cuda}, sees no card | | |")
         return
     name = f"transformers {transformers.__version__}, bf16"
     torch.manual_seed(1)
@@ -76,7 +83,7 @@ def main():
             prefill, _ = rates(model, batch, prompt, 2)
             _, decode = rates(model, batch, prompt, answer)
         except Exception as why:  # whatever it is, the other rows are worth having
-            print(f"| {name} | {batch} | | failed: {type(why).__name__}: {str(why)[:150]} | |", flush=True)
+            print(f"| {name} | {batch} | | failed: {type(why).__name__}: {told(why)} | |", flush=True)
             continue
         print(f"| {name} | {batch} | prompts of {prompt} | {prefill:.0f} | |")
         print(f"| {name} | {batch} | {answer} tokens after {prompt} | {decode or 0:.0f} | |", flush=True)

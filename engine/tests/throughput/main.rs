@@ -21,8 +21,9 @@ use tidemill_kernels::cuda::driver::Card;
 use tidemill_kernels::{Limits, Ops, WeightFormat};
 
 const USAGE: &str = "throughput: without arguments, a tiny model on the CPU
-throughput card IMAGES FOLDER COPY PRODUCT [SECONDS]
-    an 8B model, written to FOLDER, on the first card, with kernels from IMAGES; ceilings in bytes and operations per second";
+throughput card IMAGES FOLDER LAYERS FORMAT COPY PRODUCT [SECONDS]
+    so many of the 32 layers of an 8B model, written to FOLDER unless they are there, on the first card, with kernels from IMAGES; weights in
+    bf16, fp8 or int8; ceilings in bytes and operations per second";
 
 /// What is measured.
 struct Plan {
@@ -53,16 +54,21 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words.as_slice() {
-        ["card", images, folder, copy, product, rest @ ..] => {
+        ["card", images, folder, layers, format, copy, product, rest @ ..] => {
+            let format = match *format {
+                "fp8" => (WeightFormat::Fp8, "fp8", 1.0),
+                "int8" => (WeightFormat::Int8, "int8", 1.0),
+                _ => (WeightFormat::Auto, "bf16", 2.0),
+            };
             let number = |text: &str| text.parse().unwrap_or(0.0);
             let seconds = rest.first().map_or(180.0, |s| number(s));
             let plan = Plan {
-                llama: Llama::eight_b(),
+                llama: Llama { layers: layers.parse().unwrap_or(32), ..Llama::eight_b() },
                 batches: [1, 32, 128],
                 prompt: 1024,
                 answer: 192,
                 step: 2048,
-                formats: vec![(WeightFormat::Auto, "bf16", 2.0), (WeightFormat::Fp8, "fp8", 1.0)],
+                formats: vec![format],
                 deadline: Instant::now() + Duration::from_secs_f64(seconds),
                 copy: number(copy),
                 product: number(product),
@@ -102,7 +108,9 @@ fn tiny() -> ExitCode {
 
 fn measure(plan: &Plan, folder: &Path, open: &dyn Fn(Limits) -> Box<dyn Ops>) -> ExitCode {
     let folder = folder.join("llama");
-    plan.llama.write(&folder).unwrap();
+    if !folder.join("model.safetensors").is_file() {
+        plan.llama.write(&folder).unwrap();
+    }
     let mut whole = true;
     for &(format, name, bytes) in &plan.formats {
         let started = Instant::now();
@@ -110,14 +118,21 @@ fn measure(plan: &Plan, folder: &Path, open: &dyn Fn(Limits) -> Box<dyn Ops>) ->
         eprintln!("{name}: {}, loaded in {:.0} s", engine.memory().backend, started.elapsed().as_secs_f64());
         for batch in plan.batches {
             // Prompts alone, then answers.
-            let [prompts, answers] = [1, plan.answer].map(|answer| run(&engine, plan, batch, answer));
+            let (prompts, answers) =
+                match run(&engine, plan, batch, 1).and_then(|prompts| Ok((prompts, run(&engine, plan, batch, plan.answer)?))) {
+                    Ok(rates) => rates,
+                    Err(why) => {
+                        // What an engine says that has failed once, it says again.
+                        println!("| Tidemill, {name} | {batch} | **failed**: {} | | |", why.replace(['|', '\n'], " "));
+                        return ExitCode::FAILURE;
+                    }
+                };
             whole &= prompts.is_some() && answers.is_some();
             let (prefill, decode) = (prompts.map(|rates| rates.prefill), answers.and_then(|rates| rates.decode));
             print(plan, name, bytes, batch, prefill, decode);
         }
         engine.drain(Duration::from_secs(5));
     }
-    std::fs::remove_dir_all(&folder).unwrap();
     if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
@@ -154,8 +169,8 @@ struct Rates {
     decode: Option<f64>,
 }
 
-/// `None` when the time is over.
-fn run(engine: &Engine, plan: &Plan, batch: usize, answer: usize) -> Option<Rates> {
+/// `None` when the time is over; an error is what the engine says of a request that failed.
+fn run(engine: &Engine, plan: &Plan, batch: usize, answer: usize) -> Result<Option<Rates>, String> {
     let sampling = SamplingParams { max_tokens: Some(answer), temperature: 0.0, ignore_eos: true, ..SamplingParams::default() };
     let begun = Instant::now();
     let mut open: Vec<_> = (0..batch)
@@ -171,15 +186,15 @@ fn run(engine: &Engine, plan: &Plan, batch: usize, answer: usize) -> Option<Rate
                 tenant: Tenant::default(),
                 deadline: None,
             };
-            (engine.submit(request).unwrap(), 0usize)
+            Ok((engine.submit(request).map_err(|refused| refused.to_string())?, 0usize))
         })
-        .collect();
+        .collect::<Result<_, String>>()?;
     let (mut all_begun, mut tokens_then, mut early, mut decode) = (None, 0, false, None);
     while !open.is_empty() {
         if Instant::now() > plan.deadline {
             eprintln!("batch {batch}: the time is over");
             engine.cancel_all();
-            return None;
+            return Ok(None);
         }
         let mut ended = false;
         for (events, tokens) in &mut open {
@@ -187,7 +202,7 @@ fn run(engine: &Engine, plan: &Plan, batch: usize, answer: usize) -> Option<Rate
                 match event {
                     Event::Token { .. } => *tokens += 1,
                     Event::Done(_) => ended = true,
-                    Event::Failed(why) => panic!("{why}"),
+                    Event::Failed(why) => return Err(why.to_string()),
                     _ => {}
                 }
             }
@@ -208,8 +223,8 @@ fn run(engine: &Engine, plan: &Plan, batch: usize, answer: usize) -> Option<Rate
         }
         std::thread::sleep(Duration::from_micros(100));
     }
-    let prefill = (batch * plan.prompt) as f64 / (all_begun? - begun).as_secs_f64();
-    Some(Rates { prefill, decode })
+    let rates = |all_begun: Instant| Rates { prefill: (batch * plan.prompt) as f64 / (all_begun - begun).as_secs_f64(), decode };
+    Ok(all_begun.map(rates))
 }
 
 fn print(plan: &Plan, name: &str, bytes: f64, batch: usize, prefill: Option<f64>, decode: Option<f64>) {

@@ -1,22 +1,26 @@
 //! What a card computes, and how fast; `make gpu-check` runs it there (docs/gpu.md). It prints a table: each operation against the scalar reference and
 //! whole decoders against the CPU backend, then bandwidth and rate of each kernel at the sizes of an 8B Llama, against ceilings measured in
-//! the same run. Each part is a process of its own with a limit: one that hangs or loses the card costs its own rows only.
+//! the same run. Each part is a process of its own with a limit: one that hangs or loses the card costs the case that it was at, is told with
+//! what it said, and goes on behind that case.
 //!
 //! Without arguments, as in `make test`, everything runs on the emulated device in tiny sizes, which shows that the program works.
 
 #![allow(clippy::unwrap_used, reason = "a check stops at the first error")]
 
+mod cases;
+mod check;
 mod clock;
+mod machine;
 mod parity;
 mod rates;
 #[path = "../support/mod.rs"]
 mod support;
 
-use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
 
+use cases::{Cases, say};
 use clock::Clock;
 use rates::{Ceilings, Sizes};
 use support::emulation::Emulated;
@@ -28,28 +32,36 @@ use tidemill_kernels::cuda::driver::{Card, prepare};
 use tidemill_kernels::cuda::{CudaBackend, nccl};
 
 /// Cards that kernels are compiled for ahead.
-const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_89", "sm_90a"];
+const ARCHITECTURES: [&str; 7] = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_103", "sm_120"];
 
 /// Exit status where there is no card to check.
 const NO_CARD: u8 = 2;
+/// Where there is one, and it cannot be used.
+const CANNOT_OPEN: u8 = 3;
 
 const USAGE: &str = "card: without arguments, a check of this program on the emulated device
 card images FOLDER                       compile the kernels for every card that is named, into FOLDER
 card check FOLDER REPORT [SECONDS]       check the first card; the table goes to REPORT, too
 card part FOLDER NAME [COPY PRODUCT]     one part of it
-card part FOLDER NAME brief              with a sample of its cases";
+card part FOLDER NAME brief              with a sample of its cases
+card part FOLDER NAME from=N [only]      from its Nth case on, or that alone
+Exit status: 1 where something is wrong, 2 where there is no card, 3 where there is one that cannot be used";
 
 /// A part of the check: its name, the section of the table it belongs to, and how long it may take.
-const PARTS: [(&str, Section, u64); 21] = [
+const PARTS: [(&str, Section, u64); 26] = [
+    ("machine", Section::Machine, 20),
+    ("open", Section::Machine, 60),
     ("parity rows", Section::Parity, 20),
     ("parity linears", Section::Parity, 20),
     ("parity attention", Section::Parity, 40),
     ("parity fp8", Section::Parity, 40),
     ("parity low-rank", Section::Parity, 20),
+    ("parity experts", Section::Parity, 30),
     ("parity sampling", Section::Parity, 20),
     ("parity company", Section::Parity, 20),
     ("parity decoders", Section::Parity, 40),
-    ("parity large", Section::Parity, 60),
+    ("parity captures", Section::Parity, 30),
+    ("parity training", Section::Parity, 40),
     ("parity exchanges", Section::Parity, 60),
     ("ceilings", Section::Ceilings, 40),
     ("rates rows", Section::Rates, 30),
@@ -62,10 +74,13 @@ const PARTS: [(&str, Section, u64); 21] = [
     ("rates decode fp8", Section::Rates, 60),
     ("rates prefill", Section::Rates, 30),
     ("rates sampling", Section::Rates, 30),
+    // Last: the processor takes its time.
+    ("parity large", Section::Parity, 60),
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Section {
+    Machine,
     Parity,
     Ceilings,
     Rates,
@@ -74,6 +89,7 @@ enum Section {
 impl Section {
     fn heading(self) -> &'static str {
         match self {
+            Section::Machine => "\n### The machine\n\n| what | |\n|---|---|",
             Section::Parity => {
                 "\n### The same numbers\n\n| operation | against | cases | largest error | allowed | |\n|---|---|--:|--:|--:|---|"
             }
@@ -93,6 +109,16 @@ enum Place<'a> {
     Emulated,
 }
 
+impl Place<'_> {
+    /// How long a case may be silent.
+    fn silence(&self) -> Option<Duration> {
+        match self {
+            Place::Card(_) => Some(check::SILENCE),
+            Place::Emulated => None,
+        }
+    }
+}
+
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
@@ -100,17 +126,17 @@ fn main() -> ExitCode {
         ["images", folder] => images(Path::new(folder)),
         ["check", folder, report, rest @ ..] => {
             let seconds = rest.first().and_then(|s| s.parse().ok()).unwrap_or(300);
-            check(&Place::Card(Path::new(folder)), Some(Path::new(report)), Duration::from_secs(seconds))
+            check::check(&Place::Card(Path::new(folder)), Some(Path::new(report)), Duration::from_secs(seconds))
         }
         ["part", folder, name, rest @ ..] => {
             let place = if *folder == "-" { Place::Emulated } else { Place::Card(Path::new(folder)) };
             part(&place, name, rest)
         }
         // As the test harness is called: a filter of names, or flags.
-        [] => check(&Place::Emulated, None, Duration::from_secs(600)),
+        [] => emulated(),
         [filter, ..] if filter.starts_with('-') && *filter != "--help" => match words.contains(&"--list") {
             true => ExitCode::SUCCESS,
-            false => check(&Place::Emulated, None, Duration::from_secs(600)),
+            false => emulated(),
         },
         [filter, ..] if !["--help", "images", "check", "part"].contains(filter) => ExitCode::SUCCESS,
         _ => {
@@ -130,90 +156,10 @@ fn images(folder: &Path) -> ExitCode {
     }
 }
 
-fn check(place: &Place<'_>, report: Option<&Path>, limit: Duration) -> ExitCode {
-    let start = Instant::now();
-    let mut table = Table { lines: Vec::new(), report: report.map(Path::to_owned), failed: false };
-    match place {
-        // Opened here first, so that a machine without one gets one plain line.
-        Place::Card(images) => match Card::open(Some(images)) {
-            Ok(card) => table.line(&card.describe()),
-            Err(error) => {
-                eprintln!("{error}");
-                return ExitCode::from(NO_CARD);
-            }
-        },
-        Place::Emulated => table.line("Emulated, in tiny sizes: the numbers say nothing."),
-    }
-    let (mut section, mut ceilings) = (None, Ceilings::default());
-    for (name, own, seconds) in PARTS {
-        if section.replace(own) != Some(own) {
-            table.line(own.heading());
-        }
-        let left = limit.saturating_sub(start.elapsed());
-        if left.is_zero() {
-            table.line(&format!("| {name} | not run: the limit of {} s was reached |", limit.as_secs()));
-            continue;
-        }
-        // An emulated thread is slow, and tests share their processors: only the whole is limited.
-        let most = if matches!(place, Place::Emulated) { left } else { left.min(Duration::from_secs(seconds)) };
-        run_part(place, name, &mut ceilings, most, &mut table);
-    }
-    table.line(&format!("\n{:.0} s in all.", start.elapsed().as_secs_f64()));
-    if table.failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
-}
-
-/// What was printed so far, also kept in a file: a run that is killed leaves what it had.
-struct Table {
-    lines: Vec<String>,
-    report: Option<PathBuf>,
-    failed: bool,
-}
-
-impl Table {
-    fn line(&mut self, line: &str) {
-        println!("{line}");
-        self.lines.push(line.to_owned());
-        if let Some(report) = &self.report {
-            std::fs::write(report, self.lines.join("\n") + "\n").unwrap();
-        }
-    }
-}
-
-/// Runs a part in a process of its own, and takes over its rows as they come.
-fn run_part(place: &Place<'_>, name: &str, ceilings: &mut Ceilings, limit: Duration, table: &mut Table) {
-    let folder = match place {
-        Place::Card(folder) => folder.as_os_str(),
-        Place::Emulated => "-".as_ref(),
-    };
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.arg("part").arg(folder).arg(name).args([ceilings.copy, ceilings.product].map(|v| v.to_string()));
-    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-    let (rows, started) = (child.stdout.take().unwrap(), Instant::now());
-    let (sender, receiver) = std::sync::mpsc::channel();
-    let reader = std::thread::spawn(move || {
-        for line in BufReader::new(rows).lines().map_while(Result::ok) {
-            if sender.send(line).is_err() {
-                break;
-            }
-        }
-    });
-    // The sender is dropped at the end of the output.
-    while let Ok(line) = receiver.recv_timeout(limit.saturating_sub(started.elapsed())) {
-        ceilings.hear(&line);
-        table.failed |= line.ends_with("| **wrong** |");
-        table.line(&line);
-    }
-    if started.elapsed() >= limit {
-        table.line(&format!("| {name} | stopped after {} s |", limit.as_secs()));
-        table.failed = true;
-        // It may have ended meanwhile.
-        child.kill().ok();
-    }
-    let status = child.wait().unwrap();
-    reader.join().unwrap();
-    if !status.success() && started.elapsed() < limit {
-        table.line(&format!("| {name} | failed: {status} |"));
-        table.failed = true;
+fn emulated() -> ExitCode {
+    match check::check(&Place::Emulated, None, Duration::from_secs(600)) {
+        ExitCode::SUCCESS => check::rehearse(),
+        failed => failed,
     }
 }
 
@@ -223,38 +169,63 @@ fn part(place: &Place<'_>, name: &str, rest: &[&str]) -> ExitCode {
         [copy, product, ..] => Ceilings { copy: *copy, product: *product },
         _ => Ceilings::default(),
     };
-    if name == "parity exchanges" {
-        exchanges(place);
-        return ExitCode::SUCCESS;
-    }
-    match place {
-        Place::Card(images) => {
-            let open = |limits: Limits| CudaBackend::new(Card::open(Some(images)).unwrap(), limits);
-            on(open, name, &Sizes::serving(), ceilings, rest.contains(&"brief"))
+    let cases = &mut Cases::of(rest);
+    match (name, place) {
+        ("machine", _) => {
+            machine::tell();
+            return ExitCode::SUCCESS;
         }
-        Place::Emulated => on(|limits| CudaBackend::new(Emulated::default(), limits), name, &Sizes::tiny(), ceilings, true),
+        ("open", Place::Card(images)) => return machine::open(images),
+        ("open", Place::Emulated) => return ExitCode::SUCCESS,
+        ("rehearsal", _) => return machine::rehearsal(cases),
+        _ => {}
     }
+    // While it is open the driver keeps what a card has for this process, so that those opened for a case are opened fast.
+    let _kept = match place {
+        Place::Card(images) => Some(Card::open(Some(images)).unwrap()),
+        Place::Emulated => None,
+    };
+    match (name, place) {
+        ("parity exchanges", _) => exchanges(place, cases),
+        ("parity training", Place::Card(images)) => {
+            parity::training(&|| Box::new(Card::open_for_training(0, Some(images)).unwrap()), cases);
+        }
+        ("parity training", Place::Emulated) => parity::training(&|| Box::new(Emulated::default()), cases),
+        (_, Place::Card(images)) => {
+            let open = |limits: Limits| CudaBackend::new(Card::open(Some(images)).unwrap(), limits);
+            return on(open, name, &Sizes::serving(), ceilings, rest.contains(&"brief"), cases);
+        }
+        (_, Place::Emulated) => {
+            return on(|limits| CudaBackend::new(Emulated::default(), limits), name, &Sizes::tiny(), ceilings, true, cases);
+        }
+    }
+    ExitCode::SUCCESS
 }
 
 /// Steps with exchanges, captured where they can be, on as many cards as there are, four at most; on two emulated ones.
-fn exchanges(place: &Place<'_>) {
+fn exchanges(place: &Place<'_>, cases: &mut Cases) {
     let off = match place {
-        Place::Emulated => exchange::worst_of(on_devices(Member::group(2).into_iter().map(Emulated::of_group))).0,
+        Place::Emulated => {
+            cases.take("2 emulated cards");
+            exchange::worst_of(on_devices(Member::group(2).into_iter().map(Emulated::of_group))).0
+        }
         Place::Card(images) => {
             let open = |number| Card::open_number(number, Some(images)).unwrap();
             let first = open(0);
             let visible = first.visible().unwrap().min(4);
             if visible < 2 {
-                println!("| exchanges between cards | not run: the driver shows one card |");
+                say("| exchanges between cards | not run: the driver shows one card |");
                 return;
             }
             let cards = std::iter::once(first).chain((1..visible).map(open)).collect();
             let (cards, _) = nccl::join(cards).unwrap();
+            if !cases.take(&format!("{visible} cards")) {
+                return;
+            }
             exchange::worst_of(on_devices(cards.into_iter())).0
         }
     };
-    let verdict = if off < 1e-6 { "ok" } else { "**wrong**" };
-    println!("| exchanges between cards | reference | 1 | {off:.1e} | 1.0e-6 | {verdict} |");
+    cases.seen("exchanges between cards", "reference", off, 1e-6);
 }
 
 fn on_devices<D: Device>(devices: impl Iterator<Item = D>) -> Vec<CudaBackend<D>> {
@@ -268,17 +239,15 @@ fn on<D: Clock>(
     sizes: &Sizes,
     ceilings: Ceilings,
     briefly: bool,
+    cases: &mut Cases,
 ) -> ExitCode {
-    let mut row = |line: String| {
-        println!("{line}");
-        std::io::stdout().flush().unwrap();
-    };
+    let mut row = |line: String| say(&line);
     if !PARTS.iter().any(|(part, ..)| *part == name) {
         eprintln!("there is no part {name:?}; there are: {}", PARTS.map(|(part, ..)| part).join(", "));
         return ExitCode::FAILURE;
     }
     match name.split_once(' ') {
-        Some(("parity", what)) => parity::part(open, what, sizes, briefly, &mut row),
+        Some(("parity", what)) => parity::part(open, what, sizes, briefly, cases),
         Some(("rates", what)) => rates::part(open, what, sizes, ceilings, &mut row),
         _ => rates::ceilings(open, sizes, &mut row),
     }
