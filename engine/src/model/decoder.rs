@@ -205,9 +205,7 @@ impl Decoder {
             if let Some(part) = b.part {
                 ops.all_gather(part, b.logits);
             }
-            if shard.leads() {
-                ops.sample(b.logits, config.vocabulary);
-            }
+            ops.sample(b.logits, config.vocabulary);
         }
         Ok(())
     }

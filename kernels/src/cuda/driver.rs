@@ -460,6 +460,10 @@ impl<C: Calls> Device for Card<C> {
         self.peers()?.all_gather(from, to, count, self.stream)
     }
 
+    fn broadcast(&mut self, at: Address, count: usize) -> Result<(), KernelError> {
+        self.peers()?.broadcast(at, count, self.stream)
+    }
+
     fn wait(&mut self) -> Result<(), KernelError> {
         self.current()?;
         self.synchronize()
