@@ -71,6 +71,8 @@ pub(crate) struct Needs {
     pub weights: u64,
     /// Numbers of cards that it can be shared out among, ascending.
     pub degrees: Vec<usize>,
+    /// Every card decides for itself which experts a token goes to, and all must decide alike.
+    pub routes: bool,
 }
 
 impl Needs {
@@ -81,6 +83,17 @@ impl Needs {
         let fits = |degree: &usize| self.weights / *degree as u64 <= free as u64 / 2;
         possible().find(fits).or_else(|| possible().next_back()).unwrap_or(1)
     }
+}
+
+/// What is wrong with these cards, by number and kind, for a model whose every rank routes: different kernels, or other ways to multiply, round
+/// differently, and two experts that are almost as likely change places.
+fn unlike(kinds: &[(usize, String)]) -> Option<String> {
+    let (first, kind) = kinds.first()?;
+    let (other, another) = kinds.iter().find(|(_, other)| other != kind)?;
+    Some(format!(
+        "must name cards of one kind for a model with experts, so that all send a token to the same ones: {first} is {kind}, {other} is \
+         {another}"
+    ))
 }
 
 /// What computes.
@@ -177,6 +190,12 @@ impl Opening<'_> {
             threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
         });
         let cards = std::iter::once(Ok(first)).chain(others).collect::<Result<Vec<_>, _>>()?;
+        if self.needs.routes {
+            let kinds: Vec<(usize, String)> = numbers.iter().copied().zip(cards.iter().map(Card::kind)).collect();
+            if let Some(message) = unlike(&kinds) {
+                return Err(StartError::Option { option: "--device", message });
+            }
+        }
         let (cards, abort) = nccl::join(cards)?;
         let rank = |(number, card)| (format!("cuda:{number}"), self.backend(card));
         Ok(Backend::Several { ranks: numbers.into_iter().zip(cards).map(rank).collect(), abort })
@@ -211,7 +230,7 @@ mod tests {
 
     fn opening(device: &Device, tensor_parallel: Option<usize>) -> Opening<'_> {
         let limits = Limits { max_tokens: 4, max_samples: 4, max_positions: 16 };
-        let needs = Needs { weights: 1 << 30, degrees: vec![1, 2, 4] };
+        let needs = Needs { weights: 1 << 30, degrees: vec![1, 2, 4], routes: false };
         Opening { device, tensor_parallel, threads: Some(1), limits, cache: None, needs }
     }
 
@@ -225,7 +244,7 @@ mod tests {
     #[test]
     fn a_model_gets_the_fewest_cards_that_hold_it_and_room_for_a_cache() {
         const GIB: u64 = 1 << 30;
-        let needs = |gib: u64| Needs { weights: gib * GIB, degrees: vec![1, 2, 4, 8] };
+        let needs = |gib: u64| Needs { weights: gib * GIB, degrees: vec![1, 2, 4, 8], routes: false };
         let free = 80 << 30;
         let cards: Vec<usize> = [1, 40, 41, 80, 81, 160, 400].map(|gib| needs(gib).cards(free, 8)).to_vec();
         assert_eq!(cards, [1, 1, 2, 2, 4, 4, 8]);
@@ -233,6 +252,14 @@ mod tests {
         assert_eq!(needs(400).cards(free, 3), 2);
         assert_eq!(Needs { degrees: vec![1, 3], ..needs(100) }.cards(free, 8), 3);
         assert_eq!(Needs { degrees: vec![1], ..needs(100) }.cards(free, 8), 1);
+    }
+
+    #[test]
+    fn cards_that_route_are_of_one_kind() {
+        let kinds = |names: &[&str]| names.iter().enumerate().map(|(i, name)| (2 * i, (*name).to_owned())).collect::<Vec<_>>();
+        assert_eq!(unlike(&kinds(&["H100, sm_90a"; 4])), None);
+        let text = unlike(&kinds(&["H100, sm_90a", "H100, sm_90a", "A100, sm_80"])).unwrap();
+        assert!(text.contains("0 is H100, sm_90a, 4 is A100, sm_80"), "{text}");
     }
 
     #[test]

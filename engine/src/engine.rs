@@ -135,7 +135,11 @@ impl Engine {
             threads: options.threads,
             limits,
             cache: options.kernel_cache.as_deref(),
-            needs: Needs { weights: files.packed_bytes(format)?, degrees: shard::degrees_of(&files)? },
+            needs: Needs {
+                weights: files.packed_bytes(format)?,
+                degrees: shard::degrees_of(&files)?,
+                routes: files.config().experts.is_some(),
+            },
         };
         let model: Box<dyn Model> = match opening.open()? {
             Backend::One(ops) => Box::new(Decoder::load(&files, ops, format, progress)?),

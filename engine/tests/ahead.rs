@@ -27,18 +27,19 @@ use llama::Llama;
 use tidemill_engine::model::Model;
 use tidemill_engine::{
     Constraint, Decoder, Device, Engine, EngineOptions, Event, Frontend, ModelFiles, Request, RequestId, SamplingParams,
-    ServedModel, Tenant, TokenRecord,
+    ServedModel, Tenant, TensorParallel, TokenRecord,
 };
+use tidemill_kernels::collective::Member;
 use tidemill_kernels::cuda::CudaBackend;
-use tidemill_kernels::{KernelError, KvDtype, Limits, MemoryUse, StepBatch, StepOutput, WeightFormat};
+use tidemill_kernels::{KernelError, KvDtype, Limits, MemoryUse, Ops, StepBatch, StepOutput, WeightFormat};
 
 const SEQUENCES: usize = 4;
 /// So few rows that each is computed alike in any company.
 const STEP: usize = 16;
 
-/// A decoder that runs ahead only where the test wants it, and that counts what it is asked for.
+/// A model that runs ahead only where the test wants it, and that counts what it is asked for.
 struct Watched {
-    decoder: Decoder,
+    model: Box<dyn Model>,
     ahead: bool,
     counts: Arc<Counts>,
 }
@@ -59,49 +60,61 @@ impl Watched {
 
 impl Model for Watched {
     fn vocabulary(&self) -> usize {
-        self.decoder.vocabulary()
+        self.model.vocabulary()
     }
     fn kv_block_bytes(&self, block_size: usize, dtype: KvDtype) -> usize {
-        self.decoder.kv_block_bytes(block_size, dtype)
+        self.model.kv_block_bytes(block_size, dtype)
     }
     fn alloc_kv(&mut self, blocks: usize, block_size: usize, dtype: KvDtype) -> Result<(), KernelError> {
-        self.decoder.alloc_kv(blocks, block_size, dtype)
+        self.model.alloc_kv(blocks, block_size, dtype)
     }
     fn forward(&mut self, batch: &StepBatch, out: &mut StepOutput) -> Result<(), KernelError> {
         self.count(batch);
-        self.decoder.forward(batch, out)
+        self.model.forward(batch, out)
     }
     fn runs_ahead(&self) -> bool {
-        assert!(self.decoder.runs_ahead());
+        assert!(self.model.runs_ahead());
         self.ahead
     }
     fn submit(&mut self, batch: &StepBatch) -> Result<(), KernelError> {
         self.count(batch);
-        self.decoder.submit(batch)
+        self.model.submit(batch)
     }
     fn collect(&mut self, out: &mut StepOutput) -> Result<(), KernelError> {
-        self.decoder.collect(out)
+        self.model.collect(out)
     }
     fn alloc_swap(&mut self, places: usize) -> Result<(), KernelError> {
-        self.decoder.alloc_swap(places)
+        self.model.alloc_swap(places)
     }
     fn spare_memory(&self) -> Result<Option<usize>, KernelError> {
-        self.decoder.spare_memory()
+        self.model.spare_memory()
     }
     fn memory(&self) -> MemoryUse {
-        self.decoder.memory()
+        self.model.memory()
     }
     fn describe(&self) -> String {
-        self.decoder.describe()
+        self.model.describe()
     }
 }
 
-/// An engine with so many blocks of keys and values, and of swap memory.
-fn start(folder: &Path, ahead: bool, blocks: usize, swap: usize, caching: bool) -> (Engine, Arc<Counts>) {
-    let files = ModelFiles::open(folder).unwrap();
+/// The model, on so many ranks.
+fn load(files: &ModelFiles, ranks: usize) -> Box<dyn Model> {
     let limits = Limits { max_tokens: STEP, max_samples: SEQUENCES, max_positions: Llama::tiny().positions };
-    let backend = CudaBackend::new(Emulated::new(false), limits).capturing();
-    let decoder = Decoder::load(&files, Box::new(backend), WeightFormat::Auto, &mut |_, _| {}).unwrap();
+    let on = |device| Box::new(CudaBackend::new(device, limits).capturing());
+    if ranks == 1 {
+        return Box::new(Decoder::load(files, on(Emulated::new(false)), WeightFormat::Auto, &mut |_, _| {}).unwrap());
+    }
+    let members = Member::group(ranks);
+    let abort = members[0].abort_handle();
+    let rank = |member| ("a rank".to_owned(), on(Emulated::of_group(member)) as Box<dyn Ops>);
+    let ranks = members.into_iter().map(rank).collect();
+    Box::new(TensorParallel::load(files, ranks, abort, WeightFormat::Auto, &mut |_, _| {}).unwrap())
+}
+
+/// An engine on so many ranks, with so many blocks of keys and values, and of swap memory.
+fn start(folder: &Path, ranks: usize, ahead: bool, blocks: usize, swap: usize, caching: bool) -> (Engine, Arc<Counts>) {
+    let files = ModelFiles::open(folder).unwrap();
+    let model = load(&files, ranks);
     let block = 32 * Llama::tiny().kv_bytes();
     let frontend = Frontend {
         tokenizer: files.tokenizer().clone(),
@@ -111,7 +124,7 @@ fn start(folder: &Path, ahead: bool, blocks: usize, swap: usize, caching: bool) 
         pooling: Err("no vectors here".into()),
     };
     let counts = Arc::new(Counts::default());
-    let model = Box::new(Watched { decoder, ahead, counts: Arc::clone(&counts) });
+    let model = Box::new(Watched { model, ahead, counts: Arc::clone(&counts) });
     let options = EngineOptions {
         device: Device::Auto,
         max_seqs: SEQUENCES,
@@ -182,16 +195,25 @@ fn serve(engine: &Engine) -> Vec<Vec<(usize, TokenRecord)>> {
 
 #[test]
 fn running_ahead_and_swapping_change_no_token() {
+    change_no_token(1);
+}
+
+#[test]
+fn running_ahead_and_swapping_change_no_token_on_several_cards() {
+    change_no_token(2);
+}
+
+fn change_no_token(ranks: usize) {
     let folder = tempfile::tempdir().unwrap();
     Llama::tiny().write(folder.path()).unwrap();
     // Room for all, one step after the other.
-    let (engine, counts) = start(folder.path(), false, 16, 0, false);
+    let (engine, counts) = start(folder.path(), ranks, false, 16, 0, false);
     let want = serve(&engine);
     assert!(want.iter().all(|tokens| !tokens.is_empty()) && want[0].len() == 24);
     assert_eq!((counts.carried.load(Ordering::Relaxed), engine.stats().preemptions), (0, 0));
     drop(engine);
 
-    let (engine, counts) = start(folder.path(), true, 16, 0, false);
+    let (engine, counts) = start(folder.path(), ranks, true, 16, 0, false);
     assert!(serve(&engine) == want, "ahead");
     let carried = counts.carried.load(Ordering::Relaxed);
     assert!(carried > 40, "{carried}");
@@ -199,7 +221,7 @@ fn running_ahead_and_swapping_change_no_token() {
 
     // Blocks for two sequences and a half: those that are set back are kept, or computed again.
     for (ahead, swap, caching) in [(false, 8, false), (true, 8, false), (true, 1, true)] {
-        let (engine, counts) = start(folder.path(), ahead, 5, swap, caching);
+        let (engine, counts) = start(folder.path(), ranks, ahead, 5, swap, caching);
         assert!(serve(&engine) == want, "ahead {ahead}, swap {swap}, caching {caching}");
         let (stats, restored) = (engine.stats(), counts.restored.load(Ordering::Relaxed));
         assert!(stats.preemptions > 0, "{stats:?}");

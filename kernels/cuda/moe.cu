@@ -318,8 +318,13 @@ struct Combine {
 KERNEL(moe_combine, 256, Combine) {
     const u64 row = blockIdx.y;
     const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (row >= *p.tokens || i >= p.width) return;
+    if (i >= p.width) return;
     float sum = p.add ? p.out[row * p.width + i] : 0.0f;
+    if (row >= *p.tokens) {
+        // Nothing comes to a row that pads. It may be summed up over ranks, layer after layer.
+        p.out[row * p.width + i] = sum;
+        return;
+    }
     for (u32 choice = 0; choice < p.each; choice++) {
         const u64 entry = row * p.each + choice;
         sum += p.weights[entry] * p.x[(u64)p.places[entry] * p.width + i];

@@ -98,6 +98,16 @@ impl Member {
         Ok(all)
     }
 
+    /// `values` become those that the first rank brought.
+    pub fn broadcast(&self, values: &mut [u32]) -> Result<(), KernelError> {
+        // Their bits travel, and nobody computes with them.
+        let mine = values.iter().map(|value| f32::from_bits(*value)).collect();
+        self.exchange(("broadcast", values.len()), mine, |parts| {
+            let first = parts.next().unwrap_or_default();
+            values.iter_mut().zip(first).for_each(|(value, bits)| *value = bits.to_bits());
+        })
+    }
+
     fn exchange(
         &self,
         subject: Subject,
@@ -181,11 +191,14 @@ mod tests {
             let outcomes = each(ranks, |member| {
                 let rank = member.place().rank as f32;
                 let mut seen = Vec::new();
-                for round in 0..200 {
+                for round in 0..200u32 {
                     let mut values = [rank + 0.1, rank * round as f32];
                     member.all_reduce(&mut values).unwrap();
                     seen.extend(values);
                     seen.extend(member.all_gather(&[rank, -1.0]).unwrap());
+                    let mut words = [round << 8 | member.place().rank as u32, u32::MAX - member.place().rank as u32];
+                    member.broadcast(&mut words).unwrap();
+                    assert_eq!(words, [round << 8, u32::MAX]);
                 }
                 seen
             });

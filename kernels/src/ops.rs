@@ -550,7 +550,8 @@ pub trait Ops: Send {
     fn gate_rows(&mut self, gate: Buf, x: Buf);
     /// Token rows to sample rows: `out[i] = x[samples[i].row]`.
     fn gather(&mut self, x: Buf, out: Buf);
-    /// Samples or scores each row of `logits [samples, vocabulary]`; only the first `vocabulary` columns count.
+    /// Samples or scores each row of `logits [samples, vocabulary]`; only the first `vocabulary` columns count. Every rank asks for it; the
+    /// first one does it, and the others have nothing to hand over, but know of whom the next step may carry on.
     fn sample(&mut self, logits: Buf, vocabulary: usize);
     /// Runs what was enqueued, waits, and hands over the sampled tokens.
     fn finish(&mut self, out: &mut StepOutput) -> Result<(), KernelError>;

@@ -184,6 +184,56 @@ fn nothing_waits_between_two_submitted_steps() {
     assert_eq!(order.iter().collect::<String>(), "fkfckfckfckfckfckfcc");
 }
 
+/// The first of several ranks gives rows the tokens that it drew, and tells the others; these draw nothing. Neither waits.
+#[test]
+fn the_first_rank_tells_the_others_behind_what_draws_and_before_what_embeds() {
+    for rank in 0..2 {
+        let (mut device, log) = Recorder::new();
+        device.place = Place { rank, ranks: 2 };
+        let mut decoder = cuda(device, false);
+        let mut list = [0, 1].map(|block| Sequence { tokens: vec![1; 20], table: vec![block], computed: 0 });
+        let mut out = StepOutput::default();
+        for step in 0..6u32 {
+            let mut batch = StepBatch::default();
+            for sequence in &mut list {
+                append(&mut batch, sequence, if step == 0 { 10 } else { 1 });
+                batch.samples.push(SampleRow::greedy(batch.tokens.len() as u32 - 1));
+            }
+            if step == 1 {
+                log.lock().unwrap().clear();
+            }
+            if step > 0 {
+                batch.carried = vec![(0, 0), (1, 1)];
+            }
+            decoder.submit(&batch).unwrap();
+            if step > 0 {
+                decoder.ops.collect(&mut out).unwrap();
+                assert_eq!(out.samples.len(), if rank == 0 { 2 } else { 0 });
+            }
+        }
+        decoder.ops.collect(&mut out).unwrap();
+        let calls = std::mem::take(&mut *log.lock().unwrap());
+        assert!(!calls.iter().any(|call| matches!(call, Call::Wait | Call::Read(..))), "{calls:?}");
+        let order = calls.iter().filter_map(|call| match call {
+            Call::Launch("carry", ..) => Some('k'),
+            Call::Broadcast(_, count) => {
+                assert_eq!(*count, 2);
+                Some('b')
+            }
+            Call::Launch("embedding", ..) => Some('e'),
+            Call::Launch("sample", ..) => Some('s'),
+            Call::Fetch(_, bytes) => {
+                assert_eq!(*bytes > 0, rank == 0);
+                Some('f')
+            }
+            Call::Fetched => Some('c'),
+            _ => None,
+        });
+        let step = if rank == 0 { "kbesfc" } else { "befc" };
+        assert_eq!(order.collect::<String>(), format!("{}c", step.repeat(5)), "rank {rank}");
+    }
+}
+
 #[test]
 fn rows_carry_on_only_from_what_the_step_before_draws() {
     let mut decoder = cuda(Emulated::new(false), false);

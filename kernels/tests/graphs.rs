@@ -83,6 +83,7 @@ fn words(calls: &[Call]) -> Vec<&'static str> {
         Call::Restore(..) => "restore",
         Call::Launch(name, ..) => *name,
         Call::Product(_) => "product",
+        Call::AllReduce(..) | Call::AllGather(..) | Call::Broadcast(..) => "exchange",
         Call::Wait => "wait",
         Call::Capture => "capture",
         Call::Captured(_) => "captured",

@@ -13,7 +13,7 @@ use super::weight_names::{Part, Weight};
 use crate::adapter::{Adapter, Pair, Projection};
 use crate::load_error::LoadError;
 use crate::model_config::ModelConfig;
-use crate::model_files::{FileMatrix, ModelFiles};
+use crate::model_files::{Mixture, ModelFiles};
 
 /// A decoder with its weights packed by a backend: all of it, or the part of one of several devices.
 pub struct Decoder {
@@ -187,7 +187,9 @@ impl Decoder {
                     ops.linear(b.gated, down.weight, down.bias, b.hidden, residual);
                     ops.lora(b.gated, Site::Down.number(index), b.hidden);
                 }
-                FeedForward::Experts(experts, buffers) => experts.forward(ops.as_mut(), buffers, b.normed, b.hidden),
+                FeedForward::Experts(experts, buffers) => {
+                    experts.forward(ops.as_mut(), buffers, b.normed, b.hidden, residual);
+                }
             }
             if several {
                 ops.all_reduce(b.hidden);
@@ -203,9 +205,7 @@ impl Decoder {
             if let Some(part) = b.part {
                 ops.all_gather(part, b.logits);
             }
-            if shard.leads() {
-                ops.sample(b.logits, config.vocabulary);
-            }
+            ops.sample(b.logits, config.vocabulary);
         }
         Ok(())
     }
@@ -334,7 +334,8 @@ impl<'a> Loader<'a> {
         let &ModelConfig { layers, tied_embeddings, .. } = self.config;
         let embedding = self.matrix(&[Weight::Embedding])?;
         let output = if tied_embeddings { embedding } else { self.matrix(&[Weight::Output])? };
-        let buffers = self.config.experts.map(|experts| ExpertBuffers::reserve(self.ops.as_mut(), self.config, experts));
+        let local = self.shard.local();
+        let buffers = local.experts.map(|experts| ExpertBuffers::reserve(self.ops.as_mut(), local, experts));
         let buffers = buffers.transpose().map_err(|source| self.refused("activations", source))?;
         let layers = (0..layers).map(|index| self.layer(index, buffers)).collect::<Result<_, _>>()?;
         let final_norm = self.vector(&[Weight::FinalNorm])?;
@@ -385,21 +386,16 @@ impl<'a> Loader<'a> {
     fn matrix(&mut self, parts: &[Weight]) -> Result<Matrix, LoadError> {
         let mut matrices = Vec::with_capacity(parts.len());
         for part in parts {
-            let whole = self.files.matrix(*part)?;
-            self.packed += whole.data.len() as u64;
-            let cut = self.shard.matrix(*part, whole);
+            let cut = self.shard.matrix(*part, self.files.matrix(*part)?);
             matrices.push(cut.map_err(|why| LoadError::invalid(self.files.path(), self.names(&[*part]), why))?);
         }
-        let stacked: Vec<_> = matrices.iter().flat_map(MatrixShard::sources).collect();
-        let packed = self.ops.load_matrix(&stacked, self.format);
-        let matrix = packed.map_err(|error| self.refused(&self.names(parts), error))?;
-        (self.progress)(self.packed, self.files.file_bytes());
-        Ok(matrix)
+        self.pack(&matrices, self.format, &self.names(parts))
     }
 
-    /// Where the weights come from.
-    pub(super) fn files(&self) -> &'a ModelFiles {
-        self.files
+    /// The device's part of a matrix of a layer with experts.
+    pub(super) fn mixture(&self, layer: usize, which: Mixture) -> Result<MatrixShard<'a>, LoadError> {
+        let cut = self.shard.mixture(which, self.files.mixture(layer, which)?);
+        cut.map_err(|why| LoadError::invalid(self.files.path(), self.files.mixture_name(layer, which), why))
     }
 
     /// What weights are packed as.
@@ -408,8 +404,8 @@ impl<'a> Loader<'a> {
     }
 
     /// Packs matrices stacked along their output features; `what` is for an error.
-    pub(super) fn pack(&mut self, matrices: &[FileMatrix<'_>], format: WeightFormat, what: &str) -> Result<Matrix, LoadError> {
-        let stacked: Vec<_> = matrices.iter().map(FileMatrix::source).collect();
+    pub(super) fn pack(&mut self, matrices: &[MatrixShard<'_>], format: WeightFormat, what: &str) -> Result<Matrix, LoadError> {
+        let stacked: Vec<_> = matrices.iter().flat_map(MatrixShard::sources).collect();
         let packed = self.ops.load_matrix(&stacked, format);
         let matrix = packed.map_err(|error| self.refused(what, error))?;
         self.count(matrices);
@@ -417,16 +413,16 @@ impl<'a> Loader<'a> {
     }
 
     /// Packs a matrix for each expert.
-    pub(super) fn pack_experts(&mut self, experts: &[Vec<FileMatrix<'_>>]) -> Result<Experts, LoadError> {
-        let stacked: Vec<Vec<_>> = experts.iter().map(|parts| parts.iter().map(FileMatrix::source).collect()).collect();
+    pub(super) fn pack_experts(&mut self, experts: &[Vec<MatrixShard<'_>>]) -> Result<Experts, LoadError> {
+        let stacked: Vec<Vec<_>> = experts.iter().map(|parts| parts.iter().flat_map(MatrixShard::sources).collect()).collect();
         let packed = self.ops.load_experts(&stacked, self.format).map_err(|error| self.refused("experts", error))?;
         experts.iter().for_each(|matrices| self.count(matrices));
         Ok(packed)
     }
 
     /// Tells how far packing is.
-    fn count(&mut self, matrices: &[FileMatrix<'_>]) {
-        self.packed += matrices.iter().map(|matrix| matrix.data.len() as u64).sum::<u64>();
+    fn count(&mut self, matrices: &[MatrixShard<'_>]) {
+        self.packed += matrices.iter().map(MatrixShard::file_bytes).sum::<u64>();
         (self.progress)(self.packed, self.files.file_bytes());
     }
 

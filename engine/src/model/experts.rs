@@ -4,9 +4,10 @@
 use tidemill_kernels::{Buf, Experts, Format, KernelError, Matrix, Ops, Routing, RoutingShape, Rows, Store, WeightFormat};
 
 use super::decoder::Loader;
+use super::shard::MatrixShard;
 use crate::load_error::LoadError;
 use crate::model_config::{ExpertConfig, ModelConfig};
-use crate::model_files::{ExpertPart, FileMatrix, Mixture};
+use crate::model_files::{ExpertPart, Mixture};
 
 /// The weights of a layer's experts.
 pub(super) struct ExpertLayer {
@@ -74,14 +75,14 @@ impl ExpertBuffers {
 }
 
 impl ExpertLayer {
-    /// Adds to `hidden` what the experts make of `normed`.
-    pub fn forward(&self, ops: &mut dyn Ops, b: &ExpertBuffers, normed: Buf, hidden: Buf) {
+    /// Adds to `hidden` what the experts make of `normed`, or puts it there; of several devices' model, its own part of it.
+    pub fn forward(&self, ops: &mut dyn Ops, b: &ExpertBuffers, normed: Buf, hidden: Buf, store: Store) {
         ops.linear(normed, self.router, None, b.logits, Store::Replace);
         ops.route(b.logits, b.normalised, b.routing);
         ops.expert_linear(normed, self.gate_up, b.routing, b.gate_up);
         ops.silu_and_mul(b.gate_up, b.gated);
         ops.expert_linear(b.gated, self.down, b.routing, b.down);
-        ops.combine(b.down, b.routing, hidden, Store::Add);
+        ops.combine(b.down, b.routing, hidden, store);
         if let (Some(shared), Some(b)) = (&self.shared, &b.shared) {
             ops.linear(normed, shared.gate_up, None, b.gate_up, Store::Replace);
             ops.silu_and_mul(b.gate_up, b.gated);
@@ -95,16 +96,16 @@ impl ExpertLayer {
     pub fn load(loader: &mut Loader<'_>, layer: usize, experts: ExpertConfig) -> Result<Self, LoadError> {
         let both = [ExpertPart::Gate, ExpertPart::Up];
         let shared = |loader: &mut Loader<'_>| {
-            let matrix = |part| loader.files().mixture(layer, Mixture::Shared(part));
+            let matrix = |part| loader.mixture(layer, Mixture::Shared(part));
             let (gate_up, down) = (both.into_iter().map(matrix).collect::<Result<Vec<_>, _>>()?, vec![matrix(ExpertPart::Down)?]);
-            let gate = loader.files().mixture(layer, Mixture::SharedGate)?;
+            let gate = loader.mixture(layer, Mixture::SharedGate)?;
             Ok(SharedExpert {
                 gate_up: loader.pack(&gate_up, loader.format(), "shared expert")?,
                 down: loader.pack(&down, loader.format(), "shared expert")?,
                 gate: small(loader, gate, "gate of the shared expert")?,
             })
         };
-        let router = loader.files().mixture(layer, Mixture::Router)?;
+        let router = loader.mixture(layer, Mixture::Router)?;
         Ok(Self {
             router: small(loader, router, "router")?,
             gate_up: load_experts(loader, layer, experts.count, &both)?,
@@ -115,8 +116,8 @@ impl ExpertLayer {
 }
 
 /// A matrix of few rows that decides where tokens go: it is not rounded further than its file has it, but to f32 where all is.
-fn small(loader: &mut Loader<'_>, matrix: FileMatrix<'_>, what: &str) -> Result<Matrix, LoadError> {
-    let plain = matches!(matrix.format, Format::F32 | Format::F16 | Format::Bf16);
+fn small(loader: &mut Loader<'_>, matrix: MatrixShard<'_>, what: &str) -> Result<Matrix, LoadError> {
+    let plain = matches!(matrix.format(), Format::F32 | Format::F16 | Format::Bf16);
     let format = match loader.format() {
         WeightFormat::F32 => WeightFormat::F32,
         _ if plain => WeightFormat::Auto,
@@ -126,8 +127,8 @@ fn small(loader: &mut Loader<'_>, matrix: FileMatrix<'_>, what: &str) -> Result<
 }
 
 fn load_experts(loader: &mut Loader<'_>, layer: usize, count: usize, parts: &[ExpertPart]) -> Result<Experts, LoadError> {
-    let matrix = |expert, part: &ExpertPart| loader.files().mixture(layer, Mixture::Expert(expert, *part));
+    let matrix = |expert, part: &ExpertPart| loader.mixture(layer, Mixture::Expert(expert, *part));
     let all = (0..count).map(|expert| parts.iter().map(|part| matrix(expert, part)).collect());
-    let all: Vec<Vec<FileMatrix<'_>>> = all.collect::<Result<_, LoadError>>()?;
+    let all: Vec<Vec<MatrixShard<'_>>> = all.collect::<Result<_, LoadError>>()?;
     loader.pack_experts(&all)
 }

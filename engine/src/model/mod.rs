@@ -67,3 +67,6 @@ pub trait Model: Send {
     /// Device, instruction path, weight format: for the start-up lines.
     fn describe(&self) -> String;
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,6 +3,9 @@
 //! What reads the residual stream is cut by output features: q, k, v by heads, gate and up. What adds to it is cut by input features:
 //! attention output and down; the ranks' results add up to the whole. Embedding and output are cut by tokens. Norms are on every rank. Where
 //! there are more ranks than key-value heads, several ranks hold the same head.
+//!
+//! Every rank has a part of every expert, cut as a dense feed-forward part is. The router is whole on every rank: all have the same stream, bit
+//! for bit, and compute the same way with it, so each sends the same rows to the same experts without a word.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -12,8 +15,8 @@ use tidemill_kernels::{Format, MatrixSource, Place, Store};
 use super::weight_names::{Part, Weight};
 use crate::adapter::Projection;
 use crate::load_error::LoadError;
-use crate::model_config::ModelConfig;
-use crate::model_files::{FileMatrix, ModelFiles};
+use crate::model_config::{ExpertConfig, ModelConfig};
+use crate::model_files::{ExpertPart, FileMatrix, Mixture, ModelFiles};
 
 /// More devices than one machine has.
 const MOST: usize = 64;
@@ -24,10 +27,12 @@ pub(crate) struct Shard {
     place: Place,
     /// Sizes of the part: heads, key-value heads and feed-forward width are the rank's own.
     local: ModelConfig,
-    /// The rank's query heads, key-value heads, feed-forward features and tokens, as the whole model counts them.
+    /// The rank's query heads, key-value heads, features of a feed-forward part (or of each expert, and of the shared one) and tokens, as the
+    /// whole model counts them.
     heads: Range<usize>,
     kv_heads: Range<usize>,
     intermediate: Range<usize>,
+    shared: Range<usize>,
     tokens: Range<usize>,
 }
 
@@ -43,41 +48,48 @@ enum Cut {
     Padded(Range<usize>),
 }
 
-/// Why a model cannot be shared out among so many devices.
-fn refusal(config: &ModelConfig, ranks: usize) -> Option<String> {
-    if config.experts.is_some() {
-        return Some(format!("a mixture of experts is served by one device, not by {ranks}"));
-    }
-    let &ModelConfig { heads, kv_heads, intermediate, .. } = config;
+/// What of a model cannot be shared out among so many devices.
+fn misfit(config: &ModelConfig, ranks: usize) -> Option<(usize, &'static str)> {
+    let &ModelConfig { heads, kv_heads, intermediate, experts, .. } = config;
+    let each = if experts.is_some() { "features of each expert" } else { "feed-forward features" };
+    let shared = experts.and_then(|experts| experts.shared).unwrap_or(0);
     let counts = [
         (heads, heads.is_multiple_of(ranks), "attention heads"),
         (kv_heads, kv_heads.is_multiple_of(ranks) || ranks.is_multiple_of(kv_heads), "key-value heads"),
-        (intermediate, intermediate.is_multiple_of(ranks), "feed-forward features"),
+        (intermediate, intermediate.is_multiple_of(ranks), each),
+        (shared, shared.is_multiple_of(ranks), "features of the shared expert"),
     ];
-    let (count, _, what) = counts.into_iter().find(|(_, fits, _)| !fits)?;
+    counts.into_iter().find(|(_, fits, _)| !fits).map(|(count, _, what)| (count, what))
+}
+
+/// Why a model cannot be shared out among so many devices.
+fn refusal(config: &ModelConfig, ranks: usize) -> Option<String> {
+    let (count, what) = misfit(config, ranks)?;
     let others: Vec<String> = degrees(config).iter().map(usize::to_string).collect();
     Some(format!("the model's {count} {what} cannot be shared out among {ranks} devices; take one of {}", others.join(", ")))
 }
 
 /// Numbers of devices that a model can be shared out among, ascending; 1 is the first.
 pub(crate) fn degrees(config: &ModelConfig) -> Vec<usize> {
-    let &ModelConfig { heads, kv_heads, intermediate, .. } = config;
-    let fits = |ranks: &usize| {
-        let shares_kv = kv_heads.is_multiple_of(*ranks) || ranks.is_multiple_of(kv_heads);
-        heads.is_multiple_of(*ranks) && intermediate.is_multiple_of(*ranks) && shares_kv
-    };
-    let most = if config.experts.is_some() { 1 } else { MOST };
-    (1..=most).filter(fits).collect()
+    (1..=MOST).filter(|ranks| misfit(config, *ranks).is_none()).collect()
 }
 
 /// Those of them by which no block of the files' formats is cut.
 pub(crate) fn degrees_of(files: &ModelFiles) -> Result<Vec<usize>, LoadError> {
-    let mut degrees = degrees(files.config());
-    for weight in files.config().weights() {
+    let config = files.config();
+    let mut degrees = degrees(config);
+    let mut keep = |k: usize, format: Format| degrees.retain(|ranks| *ranks == 1 || format.row_bytes(k / ranks).is_some());
+    for weight in config.weights() {
         if let Weight::Layer(_, Part::AttentionOutput | Part::Down) = weight {
-            let (_, k) = files.config().shape_of(weight);
-            let format = files.need(weight)?.format;
-            degrees.retain(|ranks| *ranks == 1 || format.row_bytes(k / ranks).is_some());
+            keep(config.shape_of(weight).1, files.need(weight)?.format);
+        }
+    }
+    for layer in 0..config.layers {
+        for which in config.mixtures() {
+            if let Mixture::Expert(_, ExpertPart::Down) | Mixture::Shared(ExpertPart::Down) = which {
+                let matrix = files.mixture(layer, which)?;
+                keep(matrix.k, matrix.format);
+            }
         }
     }
     Ok(degrees)
@@ -100,9 +112,15 @@ impl Shard {
         };
         let each = config.vocabulary.div_ceil(ranks);
         let (heads, intermediate, tokens) = (part(config.heads), part(config.intermediate), rank * each..(rank + 1) * each);
-        let local =
-            ModelConfig { heads: heads.len(), kv_heads: kv_heads.len(), intermediate: intermediate.len(), ..config.clone() };
-        Ok(Self { place, local, heads, kv_heads, intermediate, tokens })
+        let shared = part(config.experts.and_then(|experts| experts.shared).unwrap_or(0));
+        let local = ModelConfig {
+            heads: heads.len(),
+            kv_heads: kv_heads.len(),
+            intermediate: intermediate.len(),
+            experts: config.experts.map(|e| ExpertConfig { shared: e.shared.map(|_| shared.len()), ..e }),
+            ..config.clone()
+        };
+        Ok(Self { place, local, heads, kv_heads, intermediate, shared, tokens })
     }
 
     /// Which rank's it is.
@@ -160,32 +178,55 @@ impl Shard {
         }
     }
 
+    fn cut_mixture(&self, which: Mixture) -> Cut {
+        let (part, features) = match which {
+            // What decides where tokens go, and how much of the shared expert they get, is the same on all ranks.
+            Mixture::Router | Mixture::SharedGate => return Cut::Whole,
+            Mixture::Expert(_, part) => (part, &self.intermediate),
+            Mixture::Shared(part) => (part, &self.shared),
+        };
+        match part {
+            _ if self.place.is_alone() => Cut::Whole,
+            ExpertPart::Gate | ExpertPart::Up => Cut::Rows(features.clone()),
+            ExpertPart::Down => Cut::Columns(features.clone()),
+        }
+    }
+
     /// The rank's part of a matrix. Of what was cut by input features, the part's rows are copied out; the rest of the file is not read.
     ///
     /// Errors: input features that are cut inside a block of a block format.
     pub fn matrix<'a>(&self, weight: Weight, whole: FileMatrix<'a>) -> Result<MatrixShard<'a>, String> {
+        self.part(self.cut(weight), whole)
+    }
+
+    /// The rank's part of a matrix of a layer's experts; as [`Shard::matrix`].
+    pub fn mixture<'a>(&self, which: Mixture, whole: FileMatrix<'a>) -> Result<MatrixShard<'a>, String> {
+        self.part(self.cut_mixture(which), whole)
+    }
+
+    fn part<'a>(&self, cut: Cut, whole: FileMatrix<'a>) -> Result<MatrixShard<'a>, String> {
         let FileMatrix { n, k, format, data, row_order } = whole;
-        let row_bytes = data.len() / n.max(1);
-        match self.cut(weight) {
-            Cut::Whole => Ok(MatrixShard { n, k, format, data: Cow::Borrowed(data), row_order, zeros: Vec::new() }),
+        let (row_bytes, file_bytes) = (data.len() / n.max(1), data.len() as u64);
+        match cut {
+            Cut::Whole => Ok(MatrixShard { n, k, format, data: Cow::Borrowed(data), row_order, zeros: Vec::new(), file_bytes }),
             Cut::Rows(rows) => {
                 // Rows are reordered inside their heads only.
                 let row_order = row_order.map(|order| order[rows.clone()].iter().map(|row| row - rows.start as u32).collect());
                 let data = Cow::Borrowed(&data[rows.start * row_bytes..rows.end * row_bytes]);
-                Ok(MatrixShard { n: rows.len(), k, format, data, row_order, zeros: Vec::new() })
+                Ok(MatrixShard { n: rows.len(), k, format, data, row_order, zeros: Vec::new(), file_bytes })
             }
             Cut::Padded(rows) => {
                 let (first, last) = (rows.start.min(n), rows.end.min(n));
                 let zeros = vec![0; (rows.len() - (last - first)) * row_bytes];
                 let data = Cow::Borrowed(&data[first * row_bytes..last * row_bytes]);
-                Ok(MatrixShard { n: last - first, k, format, data, row_order: None, zeros })
+                Ok(MatrixShard { n: last - first, k, format, data, row_order: None, zeros, file_bytes })
             }
             Cut::Columns(columns) => {
                 let (first, width) = (format.row_bytes(columns.start), format.row_bytes(columns.len()));
                 let (Some(first), Some(width)) = (first, width) else { return Err(self.cuts_blocks(k, format)) };
                 let mut part = Vec::with_capacity(n * width);
                 data.chunks_exact(row_bytes.max(1)).for_each(|row| part.extend_from_slice(&row[first..first + width]));
-                Ok(MatrixShard { n, k: columns.len(), format, data: Cow::Owned(part), row_order, zeros: Vec::new() })
+                Ok(MatrixShard { n, k: columns.len(), format, data: Cow::Owned(part), row_order, zeros: Vec::new(), file_bytes })
             }
         }
     }
@@ -249,9 +290,21 @@ pub(crate) struct MatrixShard<'a> {
     row_order: Option<Vec<u32>>,
     /// Rows of zeros behind it.
     zeros: Vec<u8>,
+    /// Of the whole matrix.
+    file_bytes: u64,
 }
 
 impl MatrixShard<'_> {
+    /// Storage format of the file.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Bytes of the file that it was cut from.
+    pub fn file_bytes(&self) -> u64 {
+        self.file_bytes
+    }
+
     /// For kernels: to be stacked.
     pub fn sources(&self) -> impl Iterator<Item = MatrixSource<'_>> {
         let &Self { n, k, format, .. } = self;
@@ -292,6 +345,12 @@ mod tests {
         }
     }
 
+    /// With experts, one of them every token's.
+    fn mixture(intermediate: usize, shared: usize) -> ModelConfig {
+        let experts = ExpertConfig { count: 3, each: 2, normalised: true, shared: Some(shared) };
+        ModelConfig { family: Family::Qwen2Moe, experts: Some(experts), mlp_bias: false, ..config(8, 4, intermediate, 11) }
+    }
+
     fn shards(config: &ModelConfig, ranks: usize) -> Vec<Shard> {
         (0..ranks).map(|rank| Shard::new(config, Place { rank, ranks }).unwrap()).collect()
     }
@@ -300,34 +359,65 @@ mod tests {
         Weight::Layer(0, part)
     }
 
+    /// Parts of one shape, which together are all of the numbers of a matrix, and zeros where there are more.
+    fn assert_whole(shards: &[Shard], (n, k): (usize, usize), cut: impl Fn(&Shard) -> Cut) {
+        let data: Vec<u8> = (0..n * k).flat_map(|i| (i as f32).to_le_bytes()).collect();
+        let whole = || FileMatrix { n, k, format: Format::F32, data: &data, row_order: None };
+        let parts: Vec<(usize, usize, Vec<u8>)> = shards
+            .iter()
+            .map(|shard| {
+                let part = shard.part(cut(shard), whole()).unwrap();
+                assert_eq!(part.file_bytes(), data.len() as u64);
+                let sources: Vec<_> = part.sources().collect();
+                (sources.iter().map(|s| s.n).sum(), sources[0].k, sources.iter().flat_map(|s| s.data).copied().collect())
+            })
+            .collect();
+        let joined: Vec<u8> = match cut(&shards[0]) {
+            Cut::Whole => parts[0].2.clone(),
+            Cut::Rows(_) | Cut::Padded(_) => parts.iter().flat_map(|(.., data)| data).copied().collect(),
+            Cut::Columns(_) => (0..n)
+                .flat_map(|row| parts.iter().flat_map(move |(_, k, data)| &data[row * k * 4..(row + 1) * k * 4]))
+                .copied()
+                .collect(),
+        };
+        assert_eq!(joined[..data.len()], data);
+        assert!(joined[data.len()..].iter().all(|byte| *byte == 0));
+        assert!(parts.iter().all(|part| (part.0, part.1) == (parts[0].0, parts[0].1)), "ranks have parts of one shape");
+    }
+
     #[test]
     fn the_parts_of_all_ranks_are_the_whole() {
         let config = config(8, 4, 12, 11);
         for ranks in [1, 2, 4] {
             let shards = shards(&config, ranks);
             for weight in config.weights() {
-                let (n, k) = config.shape_of(weight);
-                let data: Vec<u8> = (0..n * k).flat_map(|i| (i as f32).to_le_bytes()).collect();
-                let whole = || FileMatrix { n, k, format: Format::F32, data: &data, row_order: None };
-                let parts: Vec<(usize, usize, Vec<u8>)> = shards
-                    .iter()
-                    .map(|shard| {
-                        let part = shard.matrix(weight, whole()).unwrap();
-                        let sources: Vec<_> = part.sources().collect();
-                        (sources.iter().map(|s| s.n).sum(), sources[0].k, sources.iter().flat_map(|s| s.data).copied().collect())
-                    })
-                    .collect();
-                let joined: Vec<u8> = match shards[0].cut(weight) {
-                    Cut::Whole => parts[0].2.clone(),
-                    Cut::Rows(_) | Cut::Padded(_) => parts.iter().flat_map(|(.., data)| data).copied().collect(),
-                    Cut::Columns(_) => (0..n)
-                        .flat_map(|row| parts.iter().flat_map(move |(_, k, data)| &data[row * k * 4..(row + 1) * k * 4]))
-                        .copied()
-                        .collect(),
+                println!("{weight:?} of {ranks}");
+                assert_whole(&shards, config.shape_of(weight), |shard| shard.cut(weight));
+            }
+        }
+    }
+
+    #[test]
+    fn every_rank_has_a_part_of_every_expert_and_the_whole_router() {
+        let config = mixture(12, 20);
+        for ranks in [1, 2, 4] {
+            let shards = shards(&config, ranks);
+            let local = shards[0].local();
+            assert_eq!((local.intermediate, local.experts.unwrap().shared), (12 / ranks, Some(20 / ranks)));
+            let all = config.mixtures();
+            assert_eq!(all.len(), 1 + 3 * 3 + 3 + 1);
+            for which in all {
+                println!("{which:?} of {ranks}");
+                let (width, whole) = match which {
+                    Mixture::Router => (3, true),
+                    Mixture::SharedGate => (1, true),
+                    Mixture::Expert(..) => (12, false),
+                    Mixture::Shared(_) => (20, false),
                 };
-                assert_eq!(joined[..data.len()], data, "{weight:?} of {ranks}");
-                assert!(joined[data.len()..].iter().all(|byte| *byte == 0), "{weight:?} of {ranks}");
-                assert!(parts.iter().all(|part| (part.0, part.1) == (parts[0].0, parts[0].1)), "ranks have parts of one shape");
+                let down = matches!(which, Mixture::Expert(_, ExpertPart::Down) | Mixture::Shared(ExpertPart::Down));
+                let shape = if down { (config.hidden, width) } else { (width, config.hidden) };
+                assert_whole(&shards, shape, |shard| shard.cut_mixture(which));
+                assert_eq!(shards[0].cut_mixture(which) == Cut::Whole, whole || ranks == 1);
             }
         }
     }
@@ -363,6 +453,10 @@ mod tests {
         assert!(refused(&config(8, 8, 10, 8), 4).contains("10 feed-forward features"));
         assert!(refused(&config(12, 3, 12, 8), 2).contains("3 key-value heads"));
         assert_eq!(degrees(&config(32, 8, 14_336, 128_256)), [1, 2, 4, 8, 16, 32]);
+        let text = refused(&mixture(12, 20), 8);
+        assert!(text.contains("12 features of each expert") && text.ends_with("1, 2, 4"), "{text}");
+        assert!(refused(&mixture(16, 20), 8).contains("20 features of the shared expert"));
+        assert_eq!(degrees(&mixture(16, 24)), [1, 2, 4, 8]);
     }
 
     #[test]
@@ -372,6 +466,9 @@ mod tests {
         let whole = || FileMatrix { n: 8, k: 96, format: Format::Q4_0, data: &data, row_order: None };
         let text = shards(&config, 2)[0].matrix(at(Part::Down), whole()).unwrap_err();
         assert!(text.contains("96 input features") && text.contains("blocks of 32") && text.contains("one of 1, 3,"), "{text}");
+        let down = Mixture::Expert(1, ExpertPart::Down);
+        let text = shards(&mixture(96, 96), 2)[0].mixture(down, whole()).unwrap_err();
+        assert!(text.contains("96 input features") && text.contains("(Q4_0)"), "{text}");
         let config = ModelConfig { heads: 3, kv_heads: 3, ..config };
         let third = shards(&config, 3);
         assert_eq!(third[2].matrix(at(Part::Down), whole()).unwrap().k, 32);

@@ -1,6 +1,7 @@
 //! One model on several devices: each has a part of it and a thread of its own, and all compute the same step.
 //!
-//! The first rank samples. A rank that fails ends the step for all: what the others wait for is broken off, and waiting is bounded.
+//! The first rank samples, and tells the others what it drew where the next step carries on from it. A rank that fails ends the step for all: what
+//! the others wait for is broken off, and waiting is bounded. A step is under way on all ranks or on none.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
@@ -32,6 +33,15 @@ pub type NamedPart = (String, Box<dyn Model>);
 /// What a rank's thread is to do with its part of the model.
 type Order = Box<dyn FnOnce(&mut dyn Model) + Send>;
 
+/// What becomes of the others where some ranks fail and all come back.
+#[derive(Clone, Copy, PartialEq)]
+enum Terms {
+    /// They have nothing left to wait for, and all go on.
+    EachAlone,
+    /// What they have under way lacks the ranks that failed: that is the end.
+    AllOrNone,
+}
+
 struct Rank {
     name: String,
     /// One order at a time; `None` when there will be no more.
@@ -50,6 +60,8 @@ pub struct TensorParallel {
     vocabulary: usize,
     width: usize,
     config: Option<ModelConfig>,
+    /// Steps of all parts do.
+    runs_ahead: bool,
 }
 
 impl TensorParallel {
@@ -83,6 +95,7 @@ impl TensorParallel {
     pub fn new(parts: Vec<NamedPart>, abort: Arc<dyn Abort>) -> std::io::Result<Self> {
         let sizes = parts.first().map(|(_, part)| (part.vocabulary(), part.width(), part.adaptable().cloned()));
         let (vocabulary, width, config) = sizes.unwrap_or_default();
+        let runs_ahead = parts.iter().all(|(_, part)| part.runs_ahead());
         let rank = |(number, (name, mut part)): (usize, NamedPart)| {
             let (orders, inbox) = flume::bounded::<Order>(1);
             // The part ends on the thread that it worked on.
@@ -91,12 +104,20 @@ impl TensorParallel {
             Ok(Rank { name, orders: Some(orders), thread: Some(thread) })
         };
         let ranks = parts.into_iter().enumerate().map(rank).collect::<std::io::Result<_>>()?;
-        Ok(Self { ranks, abort, broken: OnceLock::new(), batch: Arc::default(), vocabulary, width, config })
+        Ok(Self { ranks, abort, broken: OnceLock::new(), batch: Arc::default(), vocabulary, width, config, runs_ahead })
     }
 
     /// Has every rank do something, and waits for all. Returns what each found, in the order of the ranks.
     fn ask<T: Send + 'static>(
         &self,
+        task: impl Fn(&mut dyn Model) -> Result<T, KernelError> + Clone + Send + 'static,
+    ) -> Result<Vec<T>, KernelError> {
+        self.ask_on(Terms::EachAlone, task)
+    }
+
+    fn ask_on<T: Send + 'static>(
+        &self,
+        terms: Terms,
         task: impl Fn(&mut dyn Model) -> Result<T, KernelError> + Clone + Send + 'static,
     ) -> Result<Vec<T>, KernelError> {
         if let Some(why) = self.broken.get() {
@@ -117,11 +138,11 @@ impl TensorParallel {
             rank.orders.as_ref().map(|orders| orders.try_send(order));
         }
         drop(done);
-        self.collect(&outcomes)
+        self.outcomes(&outcomes, terms)
     }
 
     /// The outcomes of all ranks. When one fails and the others do not come back by themselves, they are waiting for it.
-    fn collect<T>(&self, outcomes: &Receiver<(usize, Result<T, KernelError>)>) -> Result<Vec<T>, KernelError> {
+    fn outcomes<T>(&self, outcomes: &Receiver<(usize, Result<T, KernelError>)>, terms: Terms) -> Result<Vec<T>, KernelError> {
         let mut found: Vec<Option<T>> = self.ranks.iter().map(|_| None).collect();
         let mut back = vec![false; self.ranks.len()];
         let mut first: Option<(usize, KernelError)> = None;
@@ -149,10 +170,11 @@ impl TensorParallel {
                 Err(_) => break,
             }
         }
+        let apart = terms == Terms::AllOrNone && found.iter().any(Option::is_some);
         match first {
             None if !aborted => Ok(found.into_iter().flatten().collect()),
             // All came back by themselves, so nothing is left of the exchange and the ranks can go on.
-            Some((_, error)) if !aborted && !matches!(error, KernelError::Device(_)) => Err(error),
+            Some((_, error)) if !aborted && !apart && !matches!(error, KernelError::Device(_)) => Err(error),
             first => {
                 let why = self.broken.get_or_init(|| self.reason(first.as_ref(), &back)).clone();
                 self.abort.abort(&why);
@@ -230,6 +252,26 @@ impl Model for TensorParallel {
         Ok(hidden)
     }
 
+    fn runs_ahead(&self) -> bool {
+        self.runs_ahead
+    }
+
+    /// Returns when every rank has asked its device for the step.
+    fn submit(&mut self, batch: &StepBatch) -> Result<(), KernelError> {
+        let batch = self.shared(batch);
+        self.ask_on(Terms::AllOrNone, move |part| part.submit(&batch)).map(|_| ())
+    }
+
+    fn collect(&mut self, out: &mut StepOutput) -> Result<(), KernelError> {
+        out.samples.clear();
+        let found = self.ask_on(Terms::AllOrNone, |part| {
+            let mut out = StepOutput::default();
+            part.collect(&mut out).map(|()| out)
+        });
+        *out = leading(found?)?;
+        Ok(())
+    }
+
     fn width(&self) -> usize {
         self.width
     }
@@ -299,6 +341,7 @@ impl Drop for TensorParallel {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::VecDeque;
     use std::sync::atomic::{AtomicBool, Ordering};
     use tidemill_kernels::collective::Member;
 
@@ -311,13 +354,41 @@ mod tests {
         Lost,
         Short,
         Panics,
+        /// Is lost when it should hand over what was set going.
+        LostUnderWay,
+        PanicsUnderWay,
     }
 
-    /// Exchanges one number in each step.
+    /// Exchanges one number in each step; of a step that is submitted, when it is waited for, as a card does behind the host's back.
     struct Part {
         member: Member,
         fate: Fate,
         dropped: Arc<AtomicBool>,
+        under_way: VecDeque<usize>,
+    }
+
+    impl Part {
+        fn begin(&self) -> Result<(), KernelError> {
+            match self.fate {
+                Fate::Well | Fate::LostUnderWay | Fate::PanicsUnderWay => Ok(()),
+                Fate::Refused => Err(KernelError::Limit("too many tokens".to_owned())),
+                Fate::Lost => Err(KernelError::Device("it fell off the bus".to_owned())),
+                Fate::Short => Err(KernelError::Memory { what: "a step", bytes: 9 }),
+                Fate::Panics => panic!("as the test wants it"),
+            }
+        }
+
+        fn exchange(&self, tokens: usize, out: &mut StepOutput) -> Result<(), KernelError> {
+            match self.fate {
+                Fate::LostUnderWay => return Err(KernelError::Device("it fell off the bus".to_owned())),
+                Fate::PanicsUnderWay => panic!("as the test wants it"),
+                _ => {}
+            }
+            let mut sum = [tokens as f32];
+            self.member.all_reduce(&mut sum)?;
+            out.samples.push(tidemill_kernels::Sampled { token: sum[0] as u32, ..Default::default() });
+            Ok(())
+        }
     }
 
     impl Model for Part {
@@ -331,17 +402,20 @@ mod tests {
             Ok(())
         }
         fn forward(&mut self, batch: &StepBatch, out: &mut StepOutput) -> Result<(), KernelError> {
-            match self.fate {
-                Fate::Well => {}
-                Fate::Refused => return Err(KernelError::Limit("too many tokens".to_owned())),
-                Fate::Lost => return Err(KernelError::Device("it fell off the bus".to_owned())),
-                Fate::Short => return Err(KernelError::Memory { what: "a step", bytes: 9 }),
-                Fate::Panics => panic!("as the test wants it"),
-            }
-            let mut sum = [batch.tokens.len() as f32];
-            self.member.all_reduce(&mut sum)?;
-            out.samples.push(tidemill_kernels::Sampled { token: sum[0] as u32, ..Default::default() });
+            self.begin()?;
+            self.exchange(batch.tokens.len(), out)
+        }
+        fn runs_ahead(&self) -> bool {
+            true
+        }
+        fn submit(&mut self, batch: &StepBatch) -> Result<(), KernelError> {
+            self.begin()?;
+            self.under_way.push_back(batch.tokens.len());
             Ok(())
+        }
+        fn collect(&mut self, out: &mut StepOutput) -> Result<(), KernelError> {
+            let tokens = self.under_way.pop_front().ok_or_else(|| KernelError::Limit("no step is under way".to_owned()))?;
+            self.exchange(tokens, out)
         }
         fn spare_memory(&self) -> Result<Option<usize>, KernelError> {
             Ok(Some(100 - self.member.place().rank))
@@ -366,16 +440,40 @@ mod tests {
         let dropped: Vec<Arc<AtomicBool>> = fates.iter().map(|_| Arc::default()).collect();
         let parts = members.into_iter().zip(fates).zip(&dropped).map(|((member, fate), dropped)| {
             let name = format!("cuda:{}", member.place().rank);
-            (name, Box::new(Part { member, fate: *fate, dropped: Arc::clone(dropped) }) as Box<dyn Model>)
+            (
+                name,
+                Box::new(Part { member, fate: *fate, dropped: Arc::clone(dropped), under_way: VecDeque::new() })
+                    as Box<dyn Model>,
+            )
         });
         (TensorParallel::new(parts.collect(), abort).unwrap(), dropped)
     }
 
+    fn batch(tokens: usize) -> StepBatch {
+        StepBatch { tokens: vec![0; tokens], ..StepBatch::default() }
+    }
+
     fn step(model: &mut TensorParallel) -> Result<u32, KernelError> {
         let mut out = StepOutput::default();
-        let batch = StepBatch { tokens: vec![0; 4], ..StepBatch::default() };
-        model.forward(&batch, &mut out)?;
+        model.forward(&batch(4), &mut out)?;
         Ok(out.samples[0].token)
+    }
+
+    fn collected(model: &mut TensorParallel) -> Result<u32, KernelError> {
+        let mut out = StepOutput::default();
+        model.collect(&mut out)?;
+        Ok(out.samples[0].token)
+    }
+
+    /// The parts that came back end with their model.
+    fn assert_given_up(model: TensorParallel, dropped: &[Arc<AtomicBool>]) {
+        drop(model);
+        let ended = || dropped.iter().all(|dropped| dropped.load(Ordering::Acquire));
+        let deadline = Instant::now() + LAST;
+        while !ended() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(ended(), "parts that came back are given up with the model");
     }
 
     #[test]
@@ -412,13 +510,71 @@ mod tests {
                 assert!(begun.elapsed() < GRACE + LAST, "{fate:?} took {:?}", begun.elapsed());
                 // Every later call says the same at once.
                 assert_eq!(step(&mut model).unwrap_err().to_string(), KernelError::Device(why).to_string());
-                drop(model);
-                let ended = || dropped.iter().all(|dropped| dropped.load(Ordering::Acquire));
-                let deadline = Instant::now() + LAST;
-                while !ended() && Instant::now() < deadline {
-                    std::thread::sleep(Duration::from_millis(5));
-                }
-                assert!(ended(), "parts that came back are given up with the model");
+                assert_given_up(model, &dropped);
+            }
+        }
+    }
+
+    #[test]
+    fn a_step_is_submitted_before_the_one_before_it_is_collected() {
+        let (mut model, dropped) = model(&[Fate::Well; 3]);
+        assert!(model.runs_ahead());
+        model.submit(&batch(1)).unwrap();
+        for tokens in 2..100 {
+            model.submit(&batch(tokens)).unwrap();
+            assert_eq!(collected(&mut model).unwrap(), 3 * (tokens as u32 - 1));
+        }
+        assert_eq!(collected(&mut model).unwrap(), 3 * 99);
+        // Nothing is under way on any rank: nothing is broken by that, and who leaves a step under way leaves nothing behind.
+        assert!(matches!(collected(&mut model), Err(KernelError::Limit(_))));
+        model.submit(&batch(1)).unwrap();
+        drop(model);
+        assert!(dropped.iter().all(|dropped| dropped.load(Ordering::Acquire)));
+    }
+
+    #[test]
+    fn a_submitted_batch_that_every_rank_refuses_ends_that_step_only() {
+        let (mut model, _) = model(&[Fate::Refused; 2]);
+        for _ in 0..3 {
+            assert!(matches!(model.submit(&batch(1)), Err(KernelError::Limit(_))));
+        }
+    }
+
+    #[test]
+    fn a_rank_that_does_not_take_a_step_is_lost_to_those_that_do() {
+        // Even one that only refuses: the others have asked their devices for exchanges that it will not join.
+        for fate in [Fate::Refused, Fate::Lost, Fate::Short, Fate::Panics] {
+            for failing in 0..3 {
+                let mut fates = [Fate::Well; 3];
+                fates[failing] = fate;
+                let (mut model, dropped) = model(&fates);
+                let begun = Instant::now();
+                let Err(KernelError::Device(why)) = model.submit(&batch(4)) else { panic!("{fate:?} was no loss") };
+                assert!(why.starts_with(&format!("cuda:{failing}: ")), "{why}");
+                assert_eq!(collected(&mut model).unwrap_err().to_string(), KernelError::Device(why).to_string());
+                assert!(begun.elapsed() < GRACE, "{fate:?} took {:?}", begun.elapsed());
+                assert_given_up(model, &dropped);
+            }
+        }
+    }
+
+    #[test]
+    fn a_rank_that_is_lost_under_way_ends_the_waiting_of_all() {
+        for fate in [Fate::LostUnderWay, Fate::PanicsUnderWay] {
+            for failing in 0..3 {
+                let mut fates = [Fate::Well; 3];
+                fates[failing] = fate;
+                let (mut model, dropped) = model(&fates);
+                model.submit(&batch(4)).unwrap();
+                model.submit(&batch(5)).unwrap();
+                let begun = Instant::now();
+                let Err(KernelError::Device(why)) = collected(&mut model) else { panic!("{fate:?} was no loss") };
+                assert!(why.starts_with(&format!("cuda:{failing}: ")), "{why}");
+                // Neither the step behind it nor another one is there any more.
+                let all = [collected(&mut model).unwrap_err(), model.submit(&batch(1)).unwrap_err()];
+                assert!(all.iter().all(|error| error.to_string() == KernelError::Device(why.clone()).to_string()));
+                assert!(begun.elapsed() < GRACE + LAST, "{fate:?} took {:?}", begun.elapsed());
+                assert_given_up(model, &dropped);
             }
         }
     }

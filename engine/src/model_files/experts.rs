@@ -3,7 +3,7 @@
 use super::{FileMatrix, ModelFiles};
 use crate::load_error::LoadError;
 use crate::model::weight_names::Naming;
-use crate::model_config::{ExpertConfig, Family};
+use crate::model_config::{ExpertConfig, Family, ModelConfig};
 use crate::tensor_file::Tensor;
 
 /// A matrix of an expert.
@@ -48,6 +48,17 @@ impl ExpertPart {
     }
 }
 
+impl ModelConfig {
+    /// Every matrix of a layer with experts; none where the layers have none.
+    pub fn mixtures(&self) -> Vec<Mixture> {
+        let Some(ExpertConfig { count, shared, .. }) = self.experts else { return Vec::new() };
+        let parts = [ExpertPart::Gate, ExpertPart::Up, ExpertPart::Down];
+        let experts = (0..count).flat_map(|expert| parts.map(|part| Mixture::Expert(expert, part)));
+        let shared = shared.map(|_| parts.map(Mixture::Shared).into_iter().chain([Mixture::SharedGate]));
+        std::iter::once(Mixture::Router).chain(experts).chain(shared.into_iter().flatten()).collect()
+    }
+}
+
 impl ModelFiles {
     /// A matrix of a layer with experts, checked against the configuration. Publishers keep experts one by one or all in one tensor, and
     /// gate and up apart or one behind the other; each is read as it lies.
@@ -64,6 +75,14 @@ impl ModelFiles {
         }
         let name = places.into_iter().next().map_or_else(String::new, |place| place.name);
         Err(LoadError::invalid(&self.path, name, "the tensor is missing; fetch the model again, all of its files"))
+    }
+
+    /// What the tensor is called that a matrix of a layer with experts lies in; the usual name where there is none.
+    pub(crate) fn mixture_name(&self, layer: usize, which: Mixture) -> String {
+        let Some(experts) = self.config.experts else { return String::new() };
+        let places = self.places(layer, which, experts, self.mixture_shape(experts, which).0);
+        let found = places.iter().position(|place| matches!(self.weights.tensor(&place.name), Ok(Some(_)))).unwrap_or(0);
+        places.into_iter().nth(found).map_or_else(String::new, |place| place.name)
     }
 
     /// `[n, k]`

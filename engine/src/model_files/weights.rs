@@ -111,10 +111,18 @@ impl ModelFiles {
             (WeightFormat::Auto, format) if is_four_bit(format) => 5,
             (WeightFormat::Int8 | WeightFormat::Fp8 | WeightFormat::Auto, _) => 8,
         };
-        self.config.weights().into_iter().try_fold(0u64, |sum, weight| {
+        let add = |sum: u64, n: usize, k: usize, format: Format| {
+            sum.saturating_add((n as u64).saturating_mul(k as u64).saturating_mul(bits(format)) / 8)
+        };
+        let dense = self.config.weights().into_iter().try_fold(0, |sum, weight| {
             let (n, k) = self.config.shape_of(weight);
-            let bits = bits(self.need(weight)?.format);
-            Ok(sum.saturating_add((n as u64).saturating_mul(k as u64).saturating_mul(bits) / 8))
+            Ok(add(sum, n, k, self.need(weight)?.format))
+        })?;
+        let mixtures = self.config.mixtures();
+        let mut all = (0..self.config.layers).flat_map(|layer| mixtures.iter().map(move |which| (layer, *which)));
+        all.try_fold(dense, |sum, (layer, which)| {
+            let matrix = self.mixture(layer, which)?;
+            Ok(add(sum, matrix.n, matrix.k, matrix.format))
         })
     }
 

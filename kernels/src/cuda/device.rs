@@ -242,6 +242,10 @@ pub trait Device: Send {
     fn all_gather(&mut self, _from: Address, _to: Address, _count: usize) -> Result<(), KernelError> {
         Err(KernelError::Unsupported("this device computes alone".into()))
     }
+    /// The `count` numbers of 32 bits at `at` become those that the first rank has there. Never captured.
+    fn broadcast(&mut self, _at: Address, _count: usize) -> Result<(), KernelError> {
+        Err(KernelError::Unsupported("this device computes alone".into()))
+    }
     /// Waits for all work.
     fn wait(&mut self) -> Result<(), KernelError>;
     /// Begins to write work down.

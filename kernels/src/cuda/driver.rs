@@ -226,6 +226,11 @@ impl<C: Calls> Card<C> {
         &self.calls
     }
 
+    /// What it is: on cards of one kind, the same kernels make the same bits of the same numbers.
+    pub fn kind(&self) -> String {
+        format!("{}, {}, {} multiprocessors", self.name, self.architecture, self.processors)
+    }
+
     /// How many cards the driver shows.
     pub fn visible(&self) -> Result<usize, KernelError> {
         let count = self.calls.device_count().map_err(|e| failed("the driver counts no cards", e))?;
@@ -348,7 +353,7 @@ impl<C: Calls> Card<C> {
 impl<C: Calls> Device for Card<C> {
     fn describe(&self) -> String {
         let total = self.memory().map_or(String::new(), |(_, total)| format!(", {:.0} GiB", total as f64 / f64::from(1 << 30)));
-        format!("{}, {}, {} multiprocessors{total}, CUDA {}", self.name, self.architecture, self.processors, dotted(self.version))
+        format!("{}{total}, CUDA {}", self.kind(), dotted(self.version))
     }
 
     fn memory(&self) -> Result<(usize, usize), KernelError> {
@@ -507,6 +512,10 @@ impl<C: Calls> Device for Card<C> {
 
     fn all_gather(&mut self, from: Address, to: Address, count: usize) -> Result<(), KernelError> {
         self.peers()?.all_gather(from, to, count, self.stream)
+    }
+
+    fn broadcast(&mut self, at: Address, count: usize) -> Result<(), KernelError> {
+        self.peers()?.broadcast(at, count, self.stream)
     }
 
     fn wait(&mut self) -> Result<(), KernelError> {

@@ -127,11 +127,19 @@ impl<D: Device> CudaBackend<D> {
         Some([side(cache.keys, 0), side(cache.values, 1)])
     }
 
-    /// Gives rows the tokens that the step before draws.
+    /// Gives rows the tokens that the step before draws. The first of several ranks draws them, and tells the others all tokens of the step:
+    /// behind what draws and before what embeds, and only in steps that carry on from a token under way.
     pub(super) fn carry(&mut self) -> Result<(), KernelError> {
-        let count = self.batch.carried.len();
-        let (drawn, words) = self.sampling.drawn();
+        let (count, place) = (self.batch.carried.len(), self.device.place());
         let StepLists { tokens, carried: pairs, .. } = self.lists;
-        self.launch(CARRY, Launch::blocks(count.div_ceil(256)), p::Carry { tokens, drawn, pairs, count: count as u32, words })
+        if place.rank == 0 {
+            let (drawn, words) = self.sampling.drawn();
+            let params = p::Carry { tokens, drawn, pairs, count: count as u32, words };
+            self.launch(CARRY, Launch::blocks(count.div_ceil(256)), params)?;
+        }
+        if count == 0 || place.is_alone() {
+            return Ok(());
+        }
+        self.device.broadcast(tokens, self.batch.tokens.len())
     }
 }

@@ -502,6 +502,9 @@ impl<D: Device> Ops for CudaBackend<D> {
         self.attempt(self.shapes.sample(logits, vocabulary, &self.batch), |b| {
             let buffer = &b.buffers[logits.0 as usize];
             b.steps.vocabulary = vocabulary;
+            if b.device.place().rank > 0 {
+                return Ok(());
+            }
             b.sampling.run(&mut b.device, &b.batch, buffer.at, buffer.width, vocabulary)
         });
     }

@@ -36,6 +36,7 @@ struct Functions {
     init_rank: unsafe extern "C" fn(*mut ncclComm_t, c_int, ncclUniqueId, c_int) -> Outcome,
     all_reduce: AllReduce,
     all_gather: AllGather,
+    broadcast: Broadcast,
     abort: unsafe extern "C" fn(ncclComm_t) -> Outcome,
     error_string: unsafe extern "C" fn(Outcome) -> *const c_char,
 }
@@ -43,10 +44,13 @@ struct Functions {
 type AllReduce =
     unsafe extern "C" fn(*const c_void, *mut c_void, usize, ncclDataType_t, ncclRedOp_t, ncclComm_t, cudaStream_t) -> Outcome;
 type AllGather = unsafe extern "C" fn(*const c_void, *mut c_void, usize, ncclDataType_t, ncclComm_t, cudaStream_t) -> Outcome;
+type Broadcast =
+    unsafe extern "C" fn(*const c_void, *mut c_void, usize, ncclDataType_t, c_int, ncclComm_t, cudaStream_t) -> Outcome;
 
-const NAMES: [&str; 7] = [
+const NAMES: [&str; 8] = [
     "ncclAllGather",
     "ncclAllReduce",
+    "ncclBroadcast",
     "ncclCommAbort",
     "ncclCommInitRank",
     "ncclGetErrorString",
@@ -99,6 +103,7 @@ impl Functions {
                     >(find("ncclCommInitRank")?),
                     all_reduce: std::mem::transmute::<*mut c_void, AllReduce>(find("ncclAllReduce")?),
                     all_gather: std::mem::transmute::<*mut c_void, AllGather>(find("ncclAllGather")?),
+                    broadcast: std::mem::transmute::<*mut c_void, Broadcast>(find("ncclBroadcast")?),
                     abort: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(ncclComm_t) -> Outcome>(find(
                         "ncclCommAbort",
                     )?),
@@ -222,6 +227,12 @@ impl Communicator {
         self.exchange("all_gather", |nccl, comm| unsafe {
             (nccl.all_gather)(from, to, count, ncclDataType_t::ncclFloat32, comm, stream.cast())
         })
+    }
+
+    pub(super) fn broadcast(&self, at: Address, count: usize, stream: CUstream) -> Result<(), KernelError> {
+        let (numbers, place) = (ncclDataType_t::ncclUint32, at.0 as *mut c_void);
+        // SAFETY: the backend reserved what it names; what the first rank sends may lie where it comes to.
+        self.exchange("broadcast", |nccl, comm| unsafe { (nccl.broadcast)(place, place, count, numbers, 0, comm, stream.cast()) })
     }
 
     fn exchange(&self, what: &str, call: impl FnOnce(&Functions, ncclComm_t) -> Outcome) -> Result<(), KernelError> {

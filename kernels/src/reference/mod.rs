@@ -508,6 +508,9 @@ impl Ops for Reference {
             return;
         }
         self.sampled.clear();
+        if self.place().rank > 0 {
+            return;
+        }
         for (i, wanted) in self.batch.samples.iter().enumerate() {
             let row = &self.row(logits, i)[..vocabulary];
             let sampled = sampling::sample(row, wanted, &self.batch);

@@ -8,6 +8,7 @@ use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::sync::mpsc::Sender;
 
 use half::bf16;
 use tidemill_kernels::collective::Member;
@@ -97,6 +98,8 @@ pub struct Emulated {
     pub replays: usize,
     /// Of the devices that compute a model together.
     member: Option<Member>,
+    /// Hears how many things were never given back, when the device ends.
+    pub ends: Option<Sender<usize>>,
 }
 
 impl Emulated {
@@ -160,6 +163,9 @@ fn alone() -> KernelError {
 
 impl Drop for Emulated {
     fn drop(&mut self) {
+        if let Some(ends) = &self.ends {
+            ends.send(self.mappings.len() + self.graphs.len() + self.host.len()).ok();
+        }
         assert!(self.mappings.is_empty() || std::thread::panicking(), "{} bytes were never given back", self.held());
         assert!(self.graphs.is_empty() || std::thread::panicking(), "{} graphs were never given back", self.graphs.len());
         assert!(self.host.is_empty() || std::thread::panicking(), "memory of the machine was never given back");
@@ -339,6 +345,16 @@ impl Device for Emulated {
         let values = self.load(from, count)?;
         let all = self.member.as_ref().ok_or_else(alone)?.all_gather(&values)?;
         self.store(to, &all)
+    }
+
+    fn broadcast(&mut self, at: Address, count: usize) -> Result<(), KernelError> {
+        self.outside_captures();
+        let mut bytes = vec![0; count * 4];
+        self.read(at, &mut bytes)?;
+        let mut values: Vec<u32> = bytes.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
+        self.member.as_ref().ok_or_else(alone)?.broadcast(&mut values)?;
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        self.write(at, &bytes)
     }
 
     fn wait(&mut self) -> Result<(), KernelError> {

@@ -136,6 +136,11 @@ impl<D: Device> Device for Faulty<D> {
         self.inner.all_gather(from, to, count)
     }
 
+    fn broadcast(&mut self, at: Address, count: usize) -> Result<(), KernelError> {
+        self.turn(failure)?;
+        self.inner.broadcast(at, count)
+    }
+
     fn wait(&mut self) -> Result<(), KernelError> {
         self.turn(failure)?;
         self.inner.wait()

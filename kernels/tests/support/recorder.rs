@@ -5,8 +5,8 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
-use tidemill_kernels::KernelError;
 use tidemill_kernels::cuda::device::{Address, Device, FETCHES, Fetch, Graph, HostAddress, Kernel, Launch, Pieces, Product};
+use tidemill_kernels::{KernelError, Place};
 
 /// A call.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,6 +23,9 @@ pub enum Call {
     Restore(HostAddress, Pieces),
     Launch(&'static str, Launch, Vec<u8>),
     Product(Product),
+    AllReduce(Address, usize),
+    AllGather(Address, Address, usize),
+    Broadcast(Address, usize),
     Wait,
     Capture,
     Captured(Graph),
@@ -45,6 +48,8 @@ pub struct Recorder {
     made: u64,
     /// A capture that is to be refused.
     pub refuses: bool,
+    /// Of the devices that compute a model together.
+    pub place: Place,
 }
 
 /// Addresses have this on top, so that they are told from other numbers in a kernel's parameters.
@@ -64,12 +69,13 @@ impl Recorder {
             graphs: HashMap::new(),
             made: 0,
             refuses: false,
+            place: Place::ALONE,
         };
         (recorder, log)
     }
 
     fn note(&mut self, call: Call) {
-        let within_capture = matches!(call, Call::Launch(..) | Call::Product(_));
+        let within_capture = matches!(call, Call::Launch(..) | Call::Product(_) | Call::AllReduce(..) | Call::AllGather(..));
         match &mut self.capture {
             Some(work) if within_capture => work.push(call.clone()),
             Some(_) => assert!(matches!(call, Call::Captured(_)), "{call:?} during a capture"),
@@ -107,6 +113,11 @@ impl Recorder {
                 self.assert_held(p.x, p.rows * p.stride * 2, p);
                 self.assert_held(p.w, p.n * p.stride * 2, p);
                 self.assert_held(p.out, p.rows * p.n * 4, p);
+            }
+            Call::AllReduce(at, count) | Call::Broadcast(at, count) => self.assert_held(*at, count * 4, call),
+            Call::AllGather(from, to, count) => {
+                self.assert_held(*from, count * 4, call);
+                self.assert_held(*to, self.place.ranks * count * 4, call);
             }
             _ => {}
         }
@@ -214,6 +225,31 @@ impl Device for Recorder {
     fn product(&mut self, product: Product) -> Result<(), KernelError> {
         self.assert_sound(&Call::Product(product));
         self.note(Call::Product(product));
+        Ok(())
+    }
+
+    fn place(&self) -> Place {
+        self.place
+    }
+
+    fn all_reduce(&mut self, at: Address, count: usize) -> Result<(), KernelError> {
+        let call = Call::AllReduce(at, count);
+        self.assert_sound(&call);
+        self.note(call);
+        Ok(())
+    }
+
+    fn all_gather(&mut self, from: Address, to: Address, count: usize) -> Result<(), KernelError> {
+        let call = Call::AllGather(from, to, count);
+        self.assert_sound(&call);
+        self.note(call);
+        Ok(())
+    }
+
+    fn broadcast(&mut self, at: Address, count: usize) -> Result<(), KernelError> {
+        let call = Call::Broadcast(at, count);
+        self.assert_sound(&call);
+        self.note(call);
         Ok(())
     }
 
