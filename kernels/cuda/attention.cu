@@ -15,60 +15,6 @@
 // Softmax is online (Milakov and Gimelshein 2018) in powers of 2. Parts have fixed borders, so a row's result does not depend on
 // what else is in the step.
 
-struct Tile {
-    // First row in the step, rows in the step, tokens in the cache: the sequence's.
-    u32 first_row;
-    u32 rows;
-    u32 context;
-    // First entry in the block table.
-    u32 first_block;
-    // First packed row.
-    u32 packed;
-    // Keys from, to.
-    u32 from;
-    u32 to;
-    // Which partial result this is; all ones when it is the whole.
-    u32 partial;
-};
-
-struct Attention {
-    const float* qkv;
-    // This layer's.
-    const void* keys;
-    const void* values;
-    const u32* blocks;
-    const Tile* tiles;
-    float* out;
-    // A bf16 copy of `out`, or null.
-    u16* half;
-    // [partial, kv_head, 16, HEAD + 2]: outputs not divided, then the maximum and the sum.
-    float* partials;
-    u32 half_stride;
-    u32 heads;
-    u32 kv_heads;
-    u32 head_dim;
-    u32 block_size;
-    // Used by attention_plain; the others are made for one.
-    u32 cache_form;
-    // 0: none.
-    u32 window;
-    // Of the scores, times log2 e (before a soft cap: without).
-    float scale;
-    // 0: none.
-    float soft_cap;
-};
-
-constexpr float LOG2_E = 1.44269504f;
-
-// A score in powers of 2.
-DEVICE float score(const Attention& p, float product) {
-    const float s = product * p.scale;
-    return p.soft_cap > 0 ? p.soft_cap * tanhf(s / p.soft_cap) * LOG2_E : s * LOG2_E;
-}
-
-// Whether the query at a position sees a key.
-DEVICE bool sees(const Attention& p, u32 position, u32 key) { return key <= position && (p.window == 0 || position - key < p.window); }
-
 template <u32 HEAD>
 struct Running {
     float out[HEAD / 8][4] = {};
@@ -194,28 +140,6 @@ DEVICE void attend(const Attention& p, const Tile& tile, u32 kv_head, const u16*
             multiply(out, weights, pairs[0], pairs[1]);
         }
     }
-}
-
-// Positions of packed rows g and g + 8 from `packed` on. Rows beyond the sequence's see nothing that matters.
-DEVICE void positions_of(const Attention& p, const Tile& tile, u32 packed, u32 (&positions)[2]) {
-    const u32 group = p.heads / p.kv_heads, g = threadIdx.x % 32 / 4;
-    for (u32 r = 0; r < 2; r++) positions[r] = tile.context - tile.rows + smaller((packed + g + 8 * r) / group, tile.rows - 1);
-}
-
-// First key that any row from `packed` on sees, down to a multiple of 16.
-DEVICE u32 first_key(const Attention& p, const Tile& tile, u32 packed) {
-    const u32 position = tile.context - tile.rows + packed / (p.heads / p.kv_heads);
-    const u32 first = p.window != 0 && position >= p.window ? position - p.window + 1 : 0;
-    return larger(first, tile.from) / 16 * 16;
-}
-
-// Writes one output column of a packed row.
-DEVICE void write(const Attention& p, const Tile& tile, u32 packed, u32 kv_head, u32 column, float value) {
-    const u32 group = p.heads / p.kv_heads, row = packed / group;
-    if (row >= tile.rows) return;
-    const u32 at = (kv_head * group + packed % group) * p.head_dim + column;
-    p.out[(u64)(tile.first_row + row) * p.heads * p.head_dim + at] = value;
-    if (p.half) p.half[(u64)(tile.first_row + row) * p.half_stride + at] = to_bf16(value);
 }
 
 // Grid [tiles, kv_heads]. Shared memory: 16 HEAD bf16 and 4 · 16 (HEAD + 2) floats.

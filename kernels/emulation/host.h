@@ -88,6 +88,8 @@ struct Runner {
     Context home;
     u32 current = 0;
     Dimensions block = {}, grid = {};
+    // How many were run.
+    u64 blocks = 0;
     u32 threads = 0;
     void (*body)(const void*) = nullptr;
     const void* params = nullptr;
@@ -171,6 +173,7 @@ inline void prepare(Runner& r, u32 index) {
 
 inline void run_block(const char* kernel, bool reversed) {
     Runner& r = runner();
+    r.blocks++;
     memset(r.shared.start(), 0xff, r.shared.size);
     for (u32 i = 0; i < r.threads; i++) prepare(r, i);
     for (;;) {

@@ -43,10 +43,12 @@ fn reports(log: &str) -> BTreeMap<String, Report> {
 #[test]
 fn kernels_compile_for_every_card_without_warnings_or_spills() {
     for architecture in ["sm_80", "sm_89", "sm_90a"] {
-        for source in Source::ALL {
+        for source in Source::ALL.into_iter().filter(|source| source.is_for(architecture)) {
             let compiled = compile(source, architecture, true).unwrap();
             assert!(compiled.cubin.starts_with(b"\x7fELF"), "{source:?}");
             assert!(!compiled.log.contains("warning"), "{}", compiled.log);
+            // What the assembler says where it makes products of warpgroups wait for each other.
+            assert!(!compiled.log.contains("Performance Loss"), "{}", compiled.log);
             let reports = reports(&compiled.log);
             let names: Vec<&str> = source.text().match_indices("\nKERNEL").map(|(at, _)| &source.text()[at..]).collect();
             assert!(

@@ -10,6 +10,7 @@ use support::low_rank::{Factors, mixed_step};
 use support::scenarios::{self, LIMITS, Scenario, rows_in_company};
 use support::{Noise, Weight, mistakes, sampling};
 use tidemill_kernels::cuda::CudaBackend;
+use tidemill_kernels::cuda::device::Prefill;
 use tidemill_kernels::*;
 
 fn cuda(reversed: bool, limits: Limits) -> CudaBackend<Emulated> {
@@ -39,6 +40,27 @@ fn linears_of_every_form_replace_add_and_bias() {
 #[test]
 fn attention_over_ragged_steps() {
     agree(scenarios::attention());
+}
+
+#[test]
+fn attention_of_prompts_behind_what_was_computed_before() {
+    agree(scenarios::prompts());
+}
+
+#[test]
+fn warpgroups_give_the_same_attention() {
+    let mut all = scenarios::attention_in(KvDtype::Bf16, 2e-2);
+    all.retain(|scenario| ["head_dim: 64", "head_dim: 128"].iter().any(|width| scenario.sizes.contains(width)));
+    for (i, scenario) in all.into_iter().chain(scenarios::prompts()).enumerate() {
+        let mut device = Emulated::new(i % 2 == 1);
+        device.prefill = Prefill::Wgmma;
+        let mut ops = CudaBackend::new(device, scenario.limits);
+        let off = scenario.error(&mut ops, &scenario.wanted());
+        let Scenario { operation, sizes, tolerance, .. } = &scenario;
+        assert!(off <= *tolerance, "{operation}, {sizes}: {off:e}");
+        let by_warpgroups = ops.device().launches("attention_hopper_64") + ops.device().launches("attention_hopper_128");
+        assert!(by_warpgroups > 0, "{operation}, {sizes}");
+    }
 }
 
 #[test]

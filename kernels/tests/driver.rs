@@ -4,6 +4,8 @@
 
 mod support;
 
+use std::path::Path;
+
 use cudarc::driver::sys::CUresult;
 use support::decoder::Decoder;
 use support::driver::{FakeDriver, Machine, NamedImages};
@@ -11,8 +13,9 @@ use support::emulation::Emulated;
 use support::serving::{LIMITS, decoder, serve};
 use support::steps::{Sequence, append};
 use tidemill_kernels::cuda::CudaBackend;
-use tidemill_kernels::cuda::device::{Address, Device, Kernel, Launch, Pieces, Source};
+use tidemill_kernels::cuda::device::{Address, Device, Kernel, Launch, Pieces, Prefill, Source};
 use tidemill_kernels::cuda::driver::Card;
+use tidemill_kernels::cuda::trial::Trial;
 use tidemill_kernels::*;
 
 const IMAGES: NamedImages = NamedImages { stale: false, broken: false };
@@ -94,7 +97,7 @@ fn a_machine_that_will_not_do_is_named() {
 fn an_image_that_the_driver_refuses_is_made_anew_once() {
     let driver = FakeDriver::recording(Machine::default());
     drop(Card::over(driver.clone(), 0, &NamedImages { stale: true, broken: false }).unwrap());
-    let files = Source::ALL.into_iter().filter(|source| !source.trains()).count();
+    let files = Source::ALL.into_iter().filter(|source| !source.trains() && source.is_for("sm_90a")).count();
     assert_eq!(driver.take_log().iter().filter(|call| **call == "load_module").count(), 2 * files);
     driver.assert_empty();
     let refused = Card::over(driver.clone(), 0, &NamedImages { stale: true, broken: true }).err().unwrap().to_string();
@@ -207,6 +210,90 @@ fn pieces_go_and_come_back_behind_what_was_asked_for_before() {
     card.free(at);
     drop(card);
     driver.assert_empty();
+}
+
+/// A step that is small enough for emulated threads: more keys than a stretch, and a tile with rows of another sequence's.
+fn trial() -> Trial {
+    Trial { kv_heads: 1, group: 2, sequences: vec![(40, 140), (20, 20)], rounds: 2 }
+}
+
+fn chosen(driver: &FakeDriver, cache: Option<&Path>) -> (Prefill, Prefill, Vec<String>) {
+    let mut card = open(driver).unwrap();
+    card.choose_prefill(None, &trial(), cache).unwrap();
+    (card.prefill(64), card.prefill(128), card.warnings().to_vec())
+}
+
+#[test]
+fn a_card_that_knows_two_ways_takes_the_faster_one_that_gives_the_same_numbers() {
+    let driver = FakeDriver::running(Machine::default());
+    driver.set_cost("attention_hopper_64", 0.5);
+    assert_eq!(chosen(&driver, None), (Prefill::Wgmma, Prefill::Mma, vec![]));
+    driver.leave_out("attention_hopper_64");
+    let (narrow, _, warnings) = chosen(&driver, None);
+    assert!(
+        narrow == Prefill::Mma && warnings.len() == 1 && warnings[0].starts_with("attention_hopper_64 is not used"),
+        "{warnings:?}"
+    );
+    // What was asked for is not tried, and no other head width has two.
+    let mut card = open(&driver).unwrap();
+    driver.take_log();
+    card.choose_prefill(Some(Prefill::Wgmma), &trial(), None).unwrap();
+    assert_eq!((card.prefill(64), driver.take_log().len()), (Prefill::Wgmma, 0));
+    assert!(card.describe().ends_with("wgmma for prompts with heads of 64 and 128"), "{}", card.describe());
+    drop(card);
+    driver.assert_empty();
+    let ampere = FakeDriver::recording(Machine { capability: (8, 0), ..Machine::default() });
+    let mut card = open(&ampere).unwrap();
+    card.choose_prefill(None, &trial(), None).unwrap();
+    assert_eq!(card.prefill(128), Prefill::Mma);
+    let refused = card.choose_prefill(Some(Prefill::Wgmma), &trial(), None).unwrap_err().to_string();
+    assert!(refused.contains("has no wgmma") && refused.contains("--attention-backend"), "{refused}");
+}
+
+#[test]
+fn what_a_trial_found_is_kept_for_cards_of_the_same_make() {
+    let folder = tempfile::tempdir().unwrap();
+    let launches = |driver: &FakeDriver| driver.take_log().iter().filter(|call| **call == "launch").count();
+    let driver = FakeDriver::running(Machine::default());
+    driver.set_cost("attention_hopper_128", 0.25);
+    let want = (Prefill::Mma, Prefill::Wgmma, vec![]);
+    assert_eq!((chosen(&driver, Some(folder.path())), launches(&driver)), (want.clone(), 2 * 2 * 3));
+    // Kept: a card that is slow today is not asked again. A newer driver is.
+    driver.set_cost("attention_hopper_128", 9.0);
+    assert_eq!((chosen(&driver, Some(folder.path())), launches(&driver)), (want.clone(), 0));
+    let newer = FakeDriver::running(Machine { version: 13_010, ..Machine::default() });
+    assert_eq!((chosen(&newer, Some(folder.path())).1, launches(&newer)), (Prefill::Mma, 2 * 2 * 3));
+    // What is no longer as it was kept is found out anew.
+    for file in std::fs::read_dir(folder.path()).unwrap() {
+        std::fs::write(file.unwrap().path(), "64 1 0 0\n128 1 0 0\n").unwrap();
+    }
+    assert_eq!((chosen(&driver, Some(folder.path())).1, launches(&driver)), (Prefill::Mma, 2 * 2 * 3));
+}
+
+#[test]
+fn whatever_call_fails_in_a_trial_it_says_so_and_nothing_is_left() {
+    for code in [CUresult::CUDA_ERROR_OUT_OF_MEMORY, CUresult::CUDA_ERROR_ILLEGAL_ADDRESS] {
+        for after in (0..).step_by(3) {
+            let driver = FakeDriver::recording(Machine::default());
+            let mut card = open(&driver).unwrap();
+            driver.fail_after(after, code);
+            let outcome = card.choose_prefill(None, &trial(), None);
+            if !driver.has_failed() {
+                assert!(after > 60 && outcome.is_ok(), "{after} calls");
+                break;
+            }
+            match outcome {
+                Ok(()) => {
+                    let told = card.warnings().iter().any(|warning| warning.contains("to try wgmma with"));
+                    // Or it was lost when all was done, which the next call says.
+                    assert!(told || card.wait().is_err(), "{after} {:?}", card.warnings());
+                }
+                Err(error) => assert!(error.to_string().contains("--attention-backend mma"), "{error}"),
+            }
+            drop(card);
+            driver.assert_empty();
+        }
+    }
 }
 
 fn captured<D: Device>(device: D) -> Decoder<CudaBackend<D>> {

@@ -1,19 +1,27 @@
 //! A step's attention: its tiles on the device, and the launches for a layer.
 
-use super::device::{Address, Device, Kernel, Launch, Source};
+use super::device::{Address, Device, Kernel, Launch, Prefill, Source};
 use super::graphs::Padded;
 use super::params::{self as p, Tile, all_bytes};
-use super::plan::Plan;
+use super::plan::{MANY, MANY_HOPPER, Plan};
 use super::room::Room;
 use super::{ATTENTION_JOIN, ATTENTION_PLAIN, CudaBackend};
 use crate::error::KernelError;
 use crate::ops::{AttentionSpec, Buf, HeadShape, KvCache, KvDtype, StepBatch};
 
-/// The kernels with matrix units: of few rows, of many.
-pub(super) type FewAndMany = (Kernel, Kernel);
+/// The kernels with matrix units.
+#[derive(Clone, Copy)]
+pub(super) struct Fast {
+    pub few: Kernel,
+    pub many: Kernel,
+    /// Packed rows of a tile of many.
+    pub many_rows: usize,
+    /// Bytes of shared memory that it takes.
+    pub many_shared: usize,
+}
 
-/// Those for a head width and a cache.
-pub(super) fn fast_attention(head_dim: usize, dtype: KvDtype) -> Option<FewAndMany> {
+/// Those for a head width and a cache. `prefill`: for many rows, where there are several.
+pub(super) fn fast_attention(head_dim: usize, dtype: KvDtype, prefill: Prefill) -> Option<Fast> {
     let kernel = |name| Kernel::new(Source::Attention, name, 128);
     let (few, many) = match (head_dim, dtype) {
         (64, KvDtype::Bf16) => ("attention_few_64", "attention_many_64"),
@@ -24,7 +32,19 @@ pub(super) fn fast_attention(head_dim: usize, dtype: KvDtype) -> Option<FewAndMa
         (256, KvDtype::Fp8) => ("attention_few_256_fp8", "attention_many_256_fp8"),
         _ => return None,
     };
-    Some((kernel(few), kernel(many)))
+    let fast = Fast { few: kernel(few), many: kernel(many), many_rows: MANY, many_shared: MANY * head_dim * 2 };
+    let on_hopper = |name| Fast {
+        many: Kernel::new(Source::AttentionHopper, name, 256),
+        many_rows: MANY_HOPPER,
+        // A tile of queries, two stretches of as many keys and values, and what it takes to begin at a multiple of 1024.
+        many_shared: 5 * MANY_HOPPER * head_dim * 2 + 1024,
+        ..fast
+    };
+    Some(match (prefill, dtype, head_dim) {
+        (Prefill::Wgmma, KvDtype::Bf16, 64) => on_hopper("attention_hopper_64"),
+        (Prefill::Wgmma, KvDtype::Bf16, 128) => on_hopper("attention_hopper_128"),
+        _ => fast,
+    })
 }
 
 /// The number that kernels know a cache's type by.
@@ -46,7 +66,7 @@ pub(super) struct Tiles {
 /// The plan of a head shape.
 struct ShapePlan {
     shape: HeadShape,
-    fast: bool,
+    many_rows: Option<usize>,
     plan: Plan,
     built: bool,
     room: Room,
@@ -74,18 +94,18 @@ impl Plans {
         self.0.iter_mut().for_each(|plan| plan.built = false);
     }
 
-    /// The plan for a head shape; `fast`: on matrix units.
+    /// The plan for a head shape; `many_rows`: packed rows of a tile of many, where there are matrix units.
     pub(super) fn get<D: Device>(
         &mut self,
         device: &mut D,
         batch: &StepBatch,
         padded: Option<Padded>,
         shape: HeadShape,
-        fast: bool,
+        many_rows: Option<usize>,
     ) -> Result<Planned, KernelError> {
-        let index = self.0.iter().position(|p| p.shape == shape && p.fast == fast).unwrap_or_else(|| {
+        let index = self.0.iter().position(|p| p.shape == shape && p.many_rows == many_rows).unwrap_or_else(|| {
             let (plan, room, planned) = (Plan::default(), Room::default(), Planned::default());
-            self.0.push(ShapePlan { shape, fast, plan, built: false, room, planned });
+            self.0.push(ShapePlan { shape, many_rows, plan, built: false, room, planned });
             self.0.len() - 1
         });
         let entry = &mut self.0[index];
@@ -93,7 +113,7 @@ impl Plans {
             let first_block = batch.sequences.first().map_or(0, |s| s.first_block);
             let padding = batch.tokens.len()..padded.map_or(0, |size| size.rows);
             let sequences = batch.sequences.iter().copied().chain(padding.map(|row| Padded::span(row, first_block)));
-            entry.plan.build(sequences, shape, fast);
+            entry.plan.build(sequences, shape, many_rows);
             if let Some(size) = padded {
                 entry.plan.pad(size.tiles, if size.split { size.rows } else { 0 });
             }
@@ -118,10 +138,11 @@ impl Plans {
 
 impl<D: Device> CudaBackend<D> {
     /// The kernels with matrix units for a shape, the step's tiles, and memory for its partial results; once per step.
-    pub(super) fn plan(&mut self, shape: HeadShape, kv: KvCache) -> Result<(Option<FewAndMany>, Planned, Address), KernelError> {
+    pub(super) fn plan(&mut self, shape: HeadShape, kv: KvCache) -> Result<(Option<Fast>, Planned, Address), KernelError> {
         let dtype = self.caches[kv.0 as usize].spec.dtype;
-        let kernels = fast_attention(shape.head_dim, dtype);
-        let planned = self.plans.get(&mut self.device, &self.batch, self.captures.size, shape, kernels.is_some())?;
+        let kernels = fast_attention(shape.head_dim, dtype, self.device.prefill(shape.head_dim));
+        let many_rows = kernels.map(|fast| fast.many_rows);
+        let planned = self.plans.get(&mut self.device, &self.batch, self.captures.size, shape, many_rows)?;
         let bytes = planned.partials * shape.kv_heads * 16 * (shape.head_dim + 2) * 4;
         Ok((kernels, planned, self.partials.reserve(&mut self.device, "attention", bytes)?))
     }
@@ -163,10 +184,10 @@ impl<D: Device> CudaBackend<D> {
         };
         let Planned { few, many, plain, joins, .. } = planned;
         let [for_few, for_many, for_plain, for_joins] = [few, many, plain, joins].map(with);
-        if let Some((few_kernel, many_kernel)) = kernels {
+        if let Some(fast) = kernels {
             let shared = 16 * head_dim * 2 + 4 * 16 * width * 4;
-            self.launch(few_kernel, Launch::grid(few.count, kv_heads).with_shared(shared), for_few)?;
-            self.launch(many_kernel, Launch::grid(many.count, kv_heads).with_shared(64 * head_dim * 2), for_many)?;
+            self.launch(fast.few, Launch::grid(few.count, kv_heads).with_shared(shared), for_few)?;
+            self.launch(fast.many, Launch::grid(many.count, kv_heads).with_shared(fast.many_shared), for_many)?;
             self.launch(ATTENTION_JOIN, Launch::grid(joins.count, kv_heads), for_joins)?;
         }
         self.launch(ATTENTION_PLAIN, Launch::grid(plain.count, heads).with_shared(head_dim * 4), for_plain)

@@ -109,6 +109,10 @@ pub trait Calls: Send {
     unsafe fn record_event(&self, event: CUevent, stream: CUstream) -> Called;
     /// `cuEventSynchronize`
     unsafe fn synchronize_event(&self, event: CUevent) -> Called;
+    /// `cuEventCreate`, of an event that takes times.
+    unsafe fn create_timer(&self) -> Called<CUevent>;
+    /// `cuEventElapsedTime`: milliseconds between two events that are behind.
+    unsafe fn elapsed(&self, from: CUevent, to: CUevent) -> Called<f32>;
     /// `cuEventDestroy`
     unsafe fn destroy_event(&self, event: CUevent) -> Called;
     /// `cuModuleLoadData`
@@ -314,6 +318,24 @@ impl Calls for Cuda {
 
     unsafe fn create_event(&self) -> Called<CUevent> {
         Ok(cuda::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?)
+    }
+
+    unsafe fn create_timer(&self) -> Called<CUevent> {
+        Ok(cuda::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)?)
+    }
+
+    unsafe fn elapsed(&self, from: CUevent, to: CUevent) -> Called<f32> {
+        // By the name that every driver knows; the bindings know the one of later drivers alone.
+        type Elapsed = unsafe extern "C" fn(*mut f32, CUevent, CUevent) -> CUresult;
+        let mut milliseconds = 0.0;
+        // SAFETY: the driver was found to have it; a number to write to; the caller's.
+        unsafe {
+            let elapsed = sys::culib()
+                .get::<Elapsed>(b"cuEventElapsedTime")
+                .map_err(|_| CallError { code: CUresult::CUDA_ERROR_NOT_FOUND, words: "no cuEventElapsedTime".into() })?;
+            elapsed(&raw mut milliseconds, from, to).result()?;
+        }
+        Ok(milliseconds)
     }
 
     unsafe fn record_event(&self, event: CUevent, stream: CUstream) -> Called {

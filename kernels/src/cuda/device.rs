@@ -28,6 +28,8 @@ pub enum Source {
     Linear,
     /// Paged attention.
     Attention,
+    /// That of many rows, with instructions of `sm_90a`.
+    AttentionHopper,
     /// Logits to tokens.
     Sampling,
     /// A mixture of experts.
@@ -41,28 +43,34 @@ pub enum Source {
 /// What all kernel files are compiled after.
 pub const HEADER: &str = include_str!("../../cuda/device.cuh");
 
-/// A kernel file after the products of few rows, with line numbers of their own.
-macro_rules! with_few_rows {
-    ($name:literal) => {
-        concat!(
-            "#line 1 \"few_rows.cuh\"\n",
-            include_str!("../../cuda/few_rows.cuh"),
-            "\n#line 1 \"",
-            $name,
-            "\"\n",
-            include_str!(concat!("../../cuda/", $name))
-        )
+/// A kernel file after what it shares with others, with line numbers of their own.
+macro_rules! with {
+    ($($name:literal),+) => {
+        concat!($("#line 1 \"", $name, "\"\n", include_str!(concat!("../../cuda/", $name)), "\n"),+)
     };
 }
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 7] =
-        [Source::Rows, Source::Linear, Source::Attention, Source::Sampling, Source::Moe, Source::Train, Source::TrainRows];
+    pub const ALL: [Source; 8] = [
+        Source::Rows,
+        Source::Linear,
+        Source::Attention,
+        Source::AttentionHopper,
+        Source::Sampling,
+        Source::Moe,
+        Source::Train,
+        Source::TrainRows,
+    ];
 
     /// Whether only trainings need it.
     pub const fn trains(self) -> bool {
         matches!(self, Source::Train | Source::TrainRows)
+    }
+
+    /// Whether it can be compiled for an architecture.
+    pub fn is_for(self, architecture: &str) -> bool {
+        self != Source::AttentionHopper || architecture == "sm_90a"
     }
 
     /// File name, for messages of the compiler.
@@ -71,6 +79,7 @@ impl Source {
             Source::Rows => "rows.cu",
             Source::Linear => "linear.cu",
             Source::Attention => "attention.cu",
+            Source::AttentionHopper => "attention_hopper.cu",
             Source::Sampling => "sampling.cu",
             Source::Moe => "moe.cu",
             Source::Train => "train.cu",
@@ -82,10 +91,11 @@ impl Source {
     pub const fn text(self) -> &'static str {
         match self {
             Source::Rows => include_str!("../../cuda/rows.cu"),
-            Source::Linear => with_few_rows!("linear.cu"),
-            Source::Attention => include_str!("../../cuda/attention.cu"),
+            Source::Linear => with!("few_rows.cuh", "linear.cu"),
+            Source::Attention => with!("attention.cuh", "attention.cu"),
+            Source::AttentionHopper => with!("hopper.cuh", "attention.cuh", "attention_hopper.cu"),
             Source::Sampling => include_str!("../../cuda/sampling.cu"),
-            Source::Moe => with_few_rows!("moe.cu"),
+            Source::Moe => with!("few_rows.cuh", "moe.cu"),
             Source::Train => include_str!("../../cuda/train.cu"),
             Source::TrainRows => include_str!("../../cuda/train_rows.cu"),
         }
@@ -153,6 +163,16 @@ pub struct Product {
     pub stride: usize,
     /// Add to `out`.
     pub add: bool,
+}
+
+/// How matrix units compute the attention of many rows, where a card knows both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Prefill {
+    /// Each warp by itself, as every card can: `attention.cu`.
+    #[default]
+    Mma,
+    /// Four warps together (`wgmma`), as cards of compute capability 9.0 can: `attention_hopper.cu`.
+    Wgmma,
 }
 
 /// A structure that a kernel takes by value, as bytes.
@@ -230,6 +250,10 @@ pub trait Device: Send {
     fn launch(&mut self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), KernelError>;
     /// A matrix product of many rows.
     fn product(&mut self, product: Product) -> Result<(), KernelError>;
+    /// How it computes the attention of many rows with heads of this width.
+    fn prefill(&self, _head_dim: usize) -> Prefill {
+        Prefill::Mma
+    }
     /// Which of the devices it is that compute a model together.
     fn place(&self) -> Place {
         Place::ALONE

@@ -10,12 +10,13 @@ use cudarc::driver::sys::{self, CUresult};
 pub use super::calls::Cuda;
 use super::calls::{CallError, Calls, Multiplier, failed, not_reserved};
 use super::compile::architecture;
-use super::device::{Address, Device, FETCHES, Fetch, Graph, HostAddress, Kernel, Launch, Pieces, Product, Source};
+use super::device::{Address, Device, FETCHES, Fetch, Graph, HostAddress, Kernel, Launch, Pieces, Prefill, Product, Source};
 pub use super::images::prepare;
 use super::images::{Compiled, Images};
 use super::libraries::{check_driver, dotted};
 use super::nccl::Communicator;
 use super::staging::{MOST_RETURNED, MOST_STAGED, StagedMemory};
+use super::trial::Choice;
 use crate::collective::Place;
 use crate::error::KernelError;
 
@@ -77,7 +78,7 @@ fn no_context(name: &str, e: CallError) -> KernelError {
 
 /// One card (`CUDA_VISIBLE_DEVICES` chooses among those of the machine).
 pub struct Card<C: Calls = Cuda> {
-    calls: C,
+    pub(super) calls: C,
     device: sys::CUdevice,
     context: sys::CUcontext,
     pub(super) stream: sys::CUstream,
@@ -93,6 +94,8 @@ pub struct Card<C: Calls = Cuda> {
     events: Vec<sys::CUevent>,
     fetches: VecDeque<Fetching>,
     made_fetches: u64,
+    /// How attention of prompts is computed.
+    pub(super) choice: Choice,
     /// With the other cards that compute the model.
     peers: Option<Communicator>,
     /// Memory to be freed when the step is over: the driver may wait for all cards then, and one of them may wait in an exchange for us.
@@ -174,7 +177,8 @@ impl<C: Calls> Card<C> {
             )));
         }
         let architecture = architecture((major as u32, minor as u32));
-        let code = images.all(sources, &architecture, version)?;
+        let sources: Vec<Source> = sources.iter().copied().filter(|source| source.is_for(&architecture)).collect();
+        let code = images.all(&sources, &architecture, version)?;
 
         // SAFETY: a device that the driver has just given; released when this is dropped.
         let context = unsafe { calls.retain_context(device) }.map_err(|e| no_context(&name, e))?;
@@ -193,6 +197,7 @@ impl<C: Calls> Card<C> {
             events: Vec::new(),
             fetches: VecDeque::new(),
             made_fetches: 0,
+            choice: Choice::default(),
             peers: None,
             unwanted: RefCell::default(),
             name,
@@ -229,6 +234,23 @@ impl<C: Calls> Card<C> {
     /// What it is: on cards of one kind, the same kernels make the same bits of the same numbers.
     pub fn kind(&self) -> String {
         format!("{}, {}, {} multiprocessors", self.name, self.architecture, self.processors)
+    }
+
+    /// Whether a kernel file was loaded.
+    pub(super) fn has(&self, source: Source) -> bool {
+        self.modules.contains_key(&source)
+    }
+
+    /// What measurements of it hold for: cards of the same make with the same driver.
+    pub(super) fn make(&self) -> String {
+        format!("{}, CUDA {}", self.kind(), dotted(self.version))
+    }
+
+    /// Sets bytes behind all work so far.
+    pub(super) fn fill(&self, at: Address, value: u8, bytes: usize) -> Result<(), KernelError> {
+        self.current()?;
+        // SAFETY: memory that was reserved.
+        unsafe { self.calls.fill(at.0, value, bytes, self.stream) }.map_err(|e| failed("memory cannot be set", e))
     }
 
     /// How many cards the driver shows.
@@ -353,7 +375,11 @@ impl<C: Calls> Card<C> {
 impl<C: Calls> Device for Card<C> {
     fn describe(&self) -> String {
         let total = self.memory().map_or(String::new(), |(_, total)| format!(", {:.0} GiB", total as f64 / f64::from(1 << 30)));
-        format!("{}{total}, CUDA {}", self.kind(), dotted(self.version))
+        format!("{}{total}, CUDA {}{}", self.kind(), dotted(self.version), self.choice.words())
+    }
+
+    fn prefill(&self, head_dim: usize) -> Prefill {
+        self.choice.prefill(head_dim)
     }
 
     fn memory(&self) -> Result<(usize, usize), KernelError> {

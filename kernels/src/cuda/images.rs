@@ -36,8 +36,9 @@ impl Images for Compiled<'_> {
 
 /// Compiles all kernel files for an architecture (`sm_90a`) into `cache`, for a machine that has a driver and no NVRTC.
 pub fn prepare(architecture: &str, cache: &Path) -> Result<(), KernelError> {
-    images(&Source::ALL, architecture, Some(cache), None)?;
-    match Source::ALL.into_iter().map(|source| kept_at(cache, source, architecture)).find(|path| !path.is_file()) {
+    let sources: Vec<Source> = Source::ALL.into_iter().filter(|source| source.is_for(architecture)).collect();
+    images(&sources, architecture, Some(cache), None)?;
+    match sources.into_iter().map(|source| kept_at(cache, source, architecture)).find(|path| !path.is_file()) {
         Some(path) => Err(KernelError::Device(format!("{} could not be written; choose a folder that can be", path.display()))),
         None => Ok(()),
     }
@@ -82,7 +83,7 @@ fn kept_at(folder: &Path, source: Source, architecture: &str) -> PathBuf {
 }
 
 /// Keeps an image behind its hash. A folder that cannot be written costs the next start a few seconds and nothing else.
-fn keep(path: &Path, image: &[u8]) {
+pub(super) fn keep(path: &Path, image: &[u8]) {
     let unique = path.with_extension(format!("{}.tmp", std::process::id()));
     let content = [blake3::hash(image).as_bytes(), image].concat();
     let written = path.parent().map_or(Ok(()), std::fs::create_dir_all).and_then(|()| std::fs::write(&unique, content));
@@ -93,7 +94,7 @@ fn keep(path: &Path, image: &[u8]) {
 }
 
 /// An image that was kept; `None` when there is none, or when its bytes are not those that were kept.
-fn read_kept(path: &Path) -> Option<Vec<u8>> {
+pub(super) fn read_kept(path: &Path) -> Option<Vec<u8>> {
     let content = std::fs::read(path).ok()?;
     let (hash, image) = content.split_at_checked(blake3::OUT_LEN)?;
     (blake3::hash(image).as_bytes() == hash).then(|| image.to_vec())

@@ -25,7 +25,7 @@ const OLDEST_DRIVER: i32 = 12_000;
 const OLDEST_NVRTC: (i32, i32) = (12, 0);
 
 /// What we call of each library.
-const DRIVER: [&str; 37] = [
+const DRIVER: [&str; 38] = [
     "cuCtxSetCurrent",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
@@ -36,6 +36,7 @@ const DRIVER: [&str; 37] = [
     "cuDriverGetVersion",
     "cuEventCreate",
     "cuEventDestroy_v2",
+    "cuEventElapsedTime",
     "cuEventRecord",
     "cuEventSynchronize",
     "cuFuncSetAttribute",

@@ -33,6 +33,7 @@ mod staging;
 mod steps;
 pub mod stopwatch;
 pub mod train;
+pub mod trial;
 pub mod weights;
 
 use self::adapters::Adapters;

@@ -7,6 +7,8 @@ use crate::ops::{HeadShape, SequenceSpan};
 pub const FEW: usize = 16;
 /// Packed rows of a tile of many.
 pub const MANY: usize = 64;
+/// Those of one for the warpgroups of `attention_hopper.cu`.
+pub const MANY_HOPPER: usize = 128;
 /// Keys of a part. Fixed, and not a question of how much else there is to do, so that a row's result is the same in any company.
 pub const PART: usize = 512;
 /// The tile is the whole.
@@ -29,8 +31,13 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Plans anew, in the memory that is there. `fast`: the shape has kernels with matrix units.
-    pub(super) fn build(&mut self, sequences: impl IntoIterator<Item = SequenceSpan>, shape: HeadShape, fast: bool) {
+    /// Plans anew, in the memory that is there. `many_rows`: packed rows of a tile of many; `None`: the shape has no kernels with matrix units.
+    pub(super) fn build(
+        &mut self,
+        sequences: impl IntoIterator<Item = SequenceSpan>,
+        shape: HeadShape,
+        many_rows: Option<usize>,
+    ) {
         let Plan { few, many, plain, joins, partials } = self;
         [&mut *few, &mut *many, &mut *plain, &mut *joins].into_iter().for_each(Vec::clear);
         *partials = 0;
@@ -47,10 +54,12 @@ impl Plan {
                 partial: WHOLE,
             };
             let packed_rows = s.rows as usize * group;
-            if !fast {
+            let Some(many_rows) = many_rows else {
                 plain.extend((0..s.rows as usize).map(tile));
-            } else if packed_rows > FEW {
-                many.extend((0..packed_rows).step_by(MANY).map(tile));
+                continue;
+            };
+            if packed_rows > FEW {
+                many.extend((0..packed_rows).step_by(many_rows).map(tile));
             } else if parts_of(s.context_len as usize) == 1 {
                 few.push(tile(0));
             } else {
@@ -92,7 +101,7 @@ mod tests {
     fn every_key_of_a_long_context_is_in_one_part() {
         let shape = HeadShape { heads: 8, kv_heads: 2, head_dim: 64 };
         let mut plan = Plan::default();
-        plan.build([span(1, 512), span(1, 513), span(4, 2000)], shape, true);
+        plan.build([span(1, 512), span(1, 513), span(4, 2000)], shape, Some(MANY));
         assert_eq!(
             plan.few.iter().map(|t| (t.from, t.to, t.partial)).collect::<Vec<_>>(),
             [(0, 512, u32::MAX), (0, 512, 0), (512, 513, 1), (0, 512, 2), (512, 1024, 3), (1024, 1536, 4), (1536, 2000, 5),]
@@ -106,9 +115,11 @@ mod tests {
         let shape = HeadShape { heads: 9, kv_heads: 3, head_dim: 64 };
         let mut plan = Plan::default();
         // 5 rows of 3 heads are 15 packed rows, 6 are 18, 43 are 129.
-        plan.build([span(5, 5), span(6, 6), span(43, 43)], shape, true);
+        plan.build([span(5, 5), span(6, 6), span(43, 43)], shape, Some(MANY));
         assert_eq!((plan.few.len(), plan.many.len()), (1, 1 + 3));
-        plan.build([span(5, 5)], shape, false);
+        plan.build([span(5, 5), span(6, 6), span(43, 43)], shape, Some(MANY_HOPPER));
+        assert_eq!((plan.few.len(), plan.many.len()), (1, 1 + 2));
+        plan.build([span(5, 5)], shape, None);
         assert_eq!((plan.few.len(), plan.plain.len()), (0, 5));
     }
 }

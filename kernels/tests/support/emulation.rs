@@ -13,11 +13,12 @@ use std::sync::mpsc::Sender;
 use half::bf16;
 use tidemill_kernels::collective::Member;
 use tidemill_kernels::cuda::device::{
-    Address, Device, FETCHES, Fetch, Graph, HEADER, HostAddress, Kernel, Launch, Pieces, Product, Source,
+    Address, Device, FETCHES, Fetch, Graph, HEADER, HostAddress, Kernel, Launch, Pieces, Prefill, Product, Source,
 };
 use tidemill_kernels::{KernelError, Place};
 
-const HOST: &str = include_str!("../../emulation/host.h");
+const HOST: &str =
+    concat!(include_str!("../../emulation/host.h"), "\n#line 1 \"hopper.h\"\n", include_str!("../../emulation/hopper.h"));
 /// What a card lets a block have.
 const MOST_SHARED: u32 = 227 << 10;
 
@@ -85,6 +86,8 @@ enum Work {
 pub struct Emulated {
     /// Threads of a block run from the last to the first.
     pub reversed: bool,
+    /// Which kernel computes attention of many rows.
+    pub prefill: Prefill,
     mappings: HashMap<u64, Mapping>,
     /// What is being written down.
     capture: Option<Vec<Work>>,
@@ -94,6 +97,7 @@ pub struct Emulated {
     made_fetches: u64,
     /// Memory of the machine; bytes by address.
     host: HashMap<u64, Box<[u8]>>,
+    launched: HashMap<&'static str, usize>,
     /// Captured steps that were done.
     pub replays: usize,
     /// Of the devices that compute a model together.
@@ -135,6 +139,11 @@ impl Emulated {
     /// Bytes that are reserved now.
     pub fn held(&self) -> usize {
         self.mappings.values().map(|m| m.bytes).sum()
+    }
+
+    /// How often a kernel was run.
+    pub fn launches(&self, kernel: &str) -> usize {
+        self.launched.get(kernel).copied().unwrap_or(0)
     }
 
     /// Where a copy between pieces on the device and beside each other in the machine's memory begins and ends, piece by piece.
@@ -283,6 +292,7 @@ impl Device for Emulated {
             work.push(Work::Launch(kernel, launch, params.to_vec()));
             return Ok(());
         }
+        *self.launched.entry(kernel.name).or_default() += 1;
         let [_, y, z] = launch.grid;
         assert!(y <= 65_535 && z <= 65_535 && launch.shared <= MOST_SHARED, "{kernel:?} {launch:?}");
         let size = symbol(kernel.source, &format!("{}_params", kernel.name)).cast::<u64>();
@@ -321,6 +331,10 @@ impl Device for Emulated {
             *value = ((before + products.sum::<f64>()) as f32).to_le_bytes();
         }
         self.write(out, &bytes)
+    }
+
+    fn prefill(&self, _head_dim: usize) -> Prefill {
+        self.prefill
     }
 
     fn place(&self) -> Place {

@@ -294,6 +294,66 @@ pub fn long_context(spec: AttentionSpec, dtype: KvDtype) -> Scenario {
     Scenario { limits: Limits { max_tokens: 1100, max_samples: 1, max_positions: 1200 }, ..scenario }
 }
 
+/// Prompts in chunks behind what was computed before, in blocks of one size or another that hold NaN where nothing was written since: what
+/// was there before must not matter. Widths and a cache that `wgmma` takes, too.
+pub fn prompts() -> Vec<Scenario> {
+    let shapes = [(9, 3, 64, 16), (4, 2, 128, 32), (24, 1, 64, 32), (2, 2, 128, 48)];
+    let cases = shapes.into_iter().flat_map(|shape| [(None, None), (Some(140), Some(3.0))].map(|rest| (shape, rest)));
+    cases.map(|((heads, kv_heads, head_dim, block), rest)| prompt(HeadShape { heads, kv_heads, head_dim }, block, rest)).collect()
+}
+
+fn prompt(heads: HeadShape, block_size: usize, (sliding_window, soft_cap): (Option<usize>, Option<f32>)) -> Scenario {
+    const TOKENS: usize = 64;
+    let HeadShape { kv_heads, head_dim, .. } = heads;
+    let spec = AttentionSpec { scale: 0.5 / (head_dim as f32).sqrt(), sliding_window, soft_cap };
+    let sizes = format!("{heads:?} {spec:?}, blocks of {block_size}");
+    let scenario = Scenario::new("paged_attention of prompts, Bf16", sizes, 2e-2, move |ops| {
+        let noise = &mut Noise::new(head_dim as u64);
+        let width = (heads.heads + 2 * kv_heads) * head_dim;
+        let values = noise.values(TOKENS * width, 1.0).into_iter().chain(vec![f32::NAN; width]).collect::<Vec<_>>();
+        let table = ops.load_matrix(&[Weight::from_f32(width, &values).source()], WeightFormat::F32).unwrap();
+        let rope = ops.load_rope(&[1.0, 0.1], 1.0).unwrap();
+        let blocks = 600usize.div_ceil(block_size);
+        let kv = ops.alloc_kv(KvSpec { layers: 1, blocks, block_size, kv_heads, head_dim, dtype: KvDtype::Bf16 }).unwrap();
+        let qkv = ops.alloc_poisoned(Rows::Tokens, width);
+        let out = ops.alloc_poisoned(Rows::Tokens, heads.heads * head_dim);
+        // The blocks of two sequences, one running down and one up.
+        let half = blocks as u32 / 2;
+        let tables: [Vec<u32>; 2] = [(0..half).rev().collect(), (half..blocks as u32).collect()];
+        let step = |ops: &mut dyn Backend, chunks: [std::ops::Range<usize>; 2], token: &mut dyn FnMut() -> u32, attend: bool| {
+            let mut batch = StepBatch::default();
+            for (table, chunk) in tables.iter().zip(chunks) {
+                batch.sequences.push(SequenceSpan {
+                    first_row: batch.tokens.len() as u32,
+                    rows: chunk.len() as u32,
+                    context_len: chunk.end as u32,
+                    first_block: batch.blocks.len() as u32,
+                });
+                batch.blocks.extend_from_slice(table);
+                for position in chunk {
+                    batch.tokens.push(token());
+                    batch.positions.push(position as u32);
+                    let block = table[position / block_size] as usize;
+                    batch.slots.push((block * block_size + position % block_size) as i64);
+                }
+            }
+            ops.begin(&batch).unwrap();
+            ops.embedding(table, qkv);
+            ops.rope_cache(qkv, heads, None, rope, kv, 0);
+            if attend {
+                ops.paged_attention(qkv, heads, spec, kv, 0, out);
+            }
+            ops.run();
+        };
+        let all = half as usize * block_size;
+        step(ops, [0..all, 0..all], &mut || TOKENS as u32, false);
+        step(ops, [0..211, 0..3], &mut || noise.below(TOKENS) as u32, false);
+        step(ops, [211..270, 3..24], &mut || noise.below(TOKENS) as u32, true);
+        vec![out]
+    });
+    Scenario { limits: Limits { max_tokens: 640, max_samples: 1, max_positions: 640 }, ..scenario }
+}
+
 /// Rows of one sequence of 64 tokens, taken in steps of these sizes, with `neighbours` and one more in each step (none: with nobody).
 pub fn rows_in_company(ops: &mut dyn Backend, weight: &Weight, takes: &[usize], neighbours: usize) -> Vec<f32> {
     let heads = HeadShape { heads: 6, kv_heads: 2, head_dim: 64 };

@@ -65,6 +65,12 @@ struct State {
     queue: VecDeque<Work>,
     capture: Option<Vec<Work>>,
     events: HashMap<u64, Option<usize>>,
+    /// Milliseconds that the card has worked, and when events were passed.
+    clock: f64,
+    times: HashMap<u64, f64>,
+    /// Milliseconds that a kernel takes, where it is not one; those that do nothing.
+    costs: HashMap<&'static str, f64>,
+    idle: Vec<&'static str>,
     /// Events recorded, and those of them that are behind.
     recorded: usize,
     passed: usize,
@@ -136,6 +142,10 @@ impl FakeDriver {
             queue: VecDeque::new(),
             capture: None,
             events: HashMap::new(),
+            clock: 0.0,
+            times: HashMap::new(),
+            costs: HashMap::new(),
+            idle: Vec::new(),
             recorded: 0,
             passed: 0,
             modules: HashMap::new(),
@@ -154,6 +164,16 @@ impl FakeDriver {
     /// The calls since the last time.
     pub fn take_log(&self) -> Vec<&'static str> {
         std::mem::take(&mut self.state().log)
+    }
+
+    /// A kernel takes so many milliseconds.
+    pub fn set_cost(&self, kernel: &'static str, milliseconds: f64) {
+        self.state().costs.insert(kernel, milliseconds);
+    }
+
+    /// A kernel does nothing.
+    pub fn leave_out(&self, kernel: &'static str) {
+        self.state().idle.push(kernel);
     }
 
     /// The call after so many fails, once; with what a card says that is lost, all behind it, too.
@@ -463,6 +483,19 @@ impl Calls for FakeDriver {
         let event = state.handle();
         state.events.insert(event, None);
         Ok(event as CUevent)
+    }
+
+    unsafe fn create_timer(&self) -> Called<CUevent> {
+        let mut state = self.call("create_timer")?;
+        let event = state.handle();
+        state.events.insert(event, None);
+        Ok(event as CUevent)
+    }
+
+    unsafe fn elapsed(&self, from: CUevent, to: CUevent) -> Called<f32> {
+        let state = self.call("elapsed")?;
+        let time = |event: CUevent| state.times.get(&(event as u64)).expect("an event that was waited for");
+        Ok((time(to) - time(from)) as f32)
     }
 
     unsafe fn record_event(&self, event: CUevent, stream: CUstream) -> Called {

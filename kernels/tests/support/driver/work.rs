@@ -64,11 +64,23 @@ impl State {
                     self.memory.write(to.at.plus(i * to.stride), place).unwrap();
                 }
             }
-            Work::Launch(kernel, launch, params) if self.runs => self.memory.launch(*kernel, *launch, params).unwrap(),
+            Work::Launch(kernel, ..) if self.idle.contains(&kernel.name) => self.tick(kernel),
+            Work::Launch(kernel, launch, params) if self.runs => {
+                self.tick(kernel);
+                self.memory.launch(*kernel, *launch, params).unwrap();
+            }
             Work::Product(product) if self.runs => self.memory.product(*product).unwrap(),
-            Work::Launch(..) | Work::Product(_) => {}
+            Work::Launch(kernel, ..) => self.tick(kernel),
+            Work::Product(_) => {}
             Work::Graph(list) => list.iter().for_each(|work| self.run(work)),
-            Work::Event(_) => self.passed += 1,
+            Work::Event(event) => {
+                self.passed += 1;
+                self.times.insert(*event, self.clock);
+            }
         }
+    }
+
+    fn tick(&mut self, kernel: &Kernel) {
+        self.clock += self.costs.get(kernel.name).copied().unwrap_or(1.0);
     }
 }
