@@ -6,7 +6,7 @@ use tidemill_kernels::{Buf, Experts, Format, KernelError, Matrix, Ops, Routing, 
 use super::decoder::Loader;
 use crate::load_error::LoadError;
 use crate::model_config::{ExpertConfig, ModelConfig};
-use crate::model_files::{ExpertPart, FileMatrix, Mixture};
+use crate::model_files::{ExpertPart, Mixture, MixtureMatrix};
 
 /// The weights of a layer's experts.
 pub(super) struct ExpertLayer {
@@ -97,10 +97,10 @@ impl ExpertLayer {
         let shared = |loader: &mut Loader<'_>| {
             let matrix = |part| loader.files().mixture(layer, Mixture::Shared(part));
             let (gate_up, down) = (both.into_iter().map(matrix).collect::<Result<Vec<_>, _>>()?, vec![matrix(ExpertPart::Down)?]);
-            let gate = loader.files().mixture(layer, Mixture::SharedGate)?;
+            let (gate, format) = (loader.files().mixture(layer, Mixture::SharedGate)?, loader.format());
             Ok(SharedExpert {
-                gate_up: loader.pack(&gate_up, loader.format(), "shared expert")?,
-                down: loader.pack(&down, loader.format(), "shared expert")?,
+                gate_up: pack(loader, &gate_up, format, "shared expert")?,
+                down: pack(loader, &down, format, "shared expert")?,
                 gate: small(loader, gate, "gate of the shared expert")?,
             })
         };
@@ -114,20 +114,30 @@ impl ExpertLayer {
     }
 }
 
+/// Packs matrices stacked along their output features.
+fn pack(loader: &mut Loader<'_>, matrices: &[MixtureMatrix<'_>], format: WeightFormat, what: &str) -> Result<Matrix, LoadError> {
+    let rows: Vec<_> = matrices.iter().map(MixtureMatrix::rows).collect();
+    let views: Vec<_> = matrices.iter().zip(&rows).map(|(matrix, rows)| matrix.with_rows(rows)).collect();
+    loader.pack(&views, format, what)
+}
+
 /// A matrix of few rows that decides where tokens go: it is not rounded further than its file has it, but to f32 where all is.
-fn small(loader: &mut Loader<'_>, matrix: FileMatrix<'_>, what: &str) -> Result<Matrix, LoadError> {
+fn small(loader: &mut Loader<'_>, matrix: MixtureMatrix<'_>, what: &str) -> Result<Matrix, LoadError> {
     let plain = matches!(matrix.format, Format::F32 | Format::F16 | Format::Bf16);
     let format = match loader.format() {
         WeightFormat::F32 => WeightFormat::F32,
         _ if plain => WeightFormat::Auto,
         _ => WeightFormat::Bf16,
     };
-    loader.pack(&[matrix], format, what)
+    pack(loader, &[matrix], format, what)
 }
 
 fn load_experts(loader: &mut Loader<'_>, layer: usize, count: usize, parts: &[ExpertPart]) -> Result<Experts, LoadError> {
     let matrix = |expert, part: &ExpertPart| loader.files().mixture(layer, Mixture::Expert(expert, *part));
     let all = (0..count).map(|expert| parts.iter().map(|part| matrix(expert, part)).collect());
-    let all: Vec<Vec<FileMatrix<'_>>> = all.collect::<Result<_, LoadError>>()?;
-    loader.pack_experts(&all)
+    let all: Vec<Vec<MixtureMatrix<'_>>> = all.collect::<Result<_, LoadError>>()?;
+    let rows: Vec<Vec<_>> = all.iter().map(|parts| parts.iter().map(MixtureMatrix::rows).collect()).collect();
+    let views = all.iter().zip(&rows).map(|(parts, rows)| parts.iter().zip(rows).map(|(m, rows)| m.with_rows(rows)).collect());
+    let views: Vec<Vec<_>> = views.collect();
+    loader.pack_experts(&views)
 }

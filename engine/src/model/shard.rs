@@ -280,6 +280,8 @@ mod tests {
             vocabulary,
             max_positions: 16,
             rms_eps: 1e-5,
+            layer_norm: false,
+            clip_qkv: None,
             rope_theta: 10_000.0,
             rope_scaling: RopeScaling::None,
             sliding_window: None,
