@@ -1,7 +1,9 @@
 //! What kind of decoder a model is.
 
+mod dbrx;
 mod gguf;
 mod json;
+mod refused;
 
 use std::path::Path;
 
@@ -9,7 +11,7 @@ use tidemill_kernels::MAX_EXPERTS;
 
 use crate::load_error::LoadError;
 
-const SUPPORTED_FAMILIES: &str = "supported are Llama, Mistral, Mixtral, Qwen2, Qwen2-MoE, Qwen3 and Qwen3-MoE models";
+const SUPPORTED_FAMILIES: &str = "supported are Llama, Mistral, Mixtral, DBRX, Qwen2, Qwen2-MoE, Qwen3 and Qwen3-MoE models";
 
 /// Families of decoders that share one description (`model/decoder.rs`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -28,6 +30,8 @@ pub enum Family {
     Qwen2Moe,
     /// Qwen3-MoE: Qwen3 with experts.
     Qwen3Moe,
+    /// DBRX: experts, layer norms, limits of q, k and v.
+    Dbrx,
 }
 
 /// Sizes and switches of a decoder.
@@ -55,6 +59,10 @@ pub struct ModelConfig {
     pub max_positions: usize,
     /// Added to the mean square in norms.
     pub rms_eps: f32,
+    /// Norms of the residual stream subtract the mean first.
+    pub layer_norm: bool,
+    /// No number of q, k and v is farther from 0 than this.
+    pub clip_qkv: Option<f32>,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
     /// How the frequencies are stretched.
@@ -154,6 +162,9 @@ impl ModelConfig {
         }
         if !(self.rms_eps.is_finite() && self.rms_eps >= 0.0) {
             return invalid("rms_norm_eps", format!("is {}", self.rms_eps));
+        }
+        if let Some(limit) = self.clip_qkv.filter(|limit| !(limit.is_finite() && *limit > 0.0)) {
+            return invalid("clip_qkv", format!("is {limit}; leave it out for no limit"));
         }
         if self.sliding_window == Some(0) {
             return invalid("sliding_window", "is 0; leave it out for full attention".to_owned());

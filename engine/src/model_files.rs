@@ -18,7 +18,7 @@ use crate::pooling::Pooling;
 use crate::tensor_file::{Tensor, TensorFile};
 use crate::tokenizer::Tokenizer;
 
-pub use experts::{ExpertPart, Mixture};
+pub use experts::{ExpertPart, Mixture, MixtureMatrix};
 pub use weights::FileMatrix;
 
 /// A model on disk: configuration, tokenizer, chat template and defaults are read, weights are mapped and checked when asked for.

@@ -2,20 +2,26 @@
 
 #![cfg(test)]
 
+#[path = "../../kernels/tests/support/emulation.rs"]
+#[allow(unsafe_code, reason = "it runs kernels that were compiled for the host")]
+#[allow(clippy::unwrap_used, clippy::expect_used, reason = "a test stops at the first error; the lint knows test functions only")]
+mod emulation;
 mod stepping;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use emulation::Emulated;
 use serde_json::{Value, json};
 use stepping::Stepper;
 use tidemill_engine::model::Model;
 use tidemill_engine::{Adapter, Container, Decoder, LoraConfig, MergeError, MergeOptions, ModelFiles, Pair, Projection, merge};
 use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
-use tidemill_kernels::{Limits, WeightFormat};
+use tidemill_kernels::cuda::CudaBackend;
+use tidemill_kernels::{Limits, Ops, WeightFormat};
 
-const FAMILIES: [&str; 3] = ["mixtral", "qwen2_moe", "qwen3_moe"];
+const FAMILIES: [&str; 4] = ["mixtral", "qwen2_moe", "qwen3_moe", "dbrx"];
 const LIMITS: Limits = Limits { max_tokens: 256, max_samples: 32, max_positions: 512 };
 
 fn golden(family: &str) -> PathBuf {
@@ -23,7 +29,10 @@ fn golden(family: &str) -> PathBuf {
 }
 
 fn stepper(path: &Path, format: WeightFormat) -> Stepper {
-    let ops = Box::new(CpuBackend::new(CpuOptions { threads: 2, isa: None, limits: LIMITS }).unwrap());
+    stepper_on(Box::new(CpuBackend::new(CpuOptions { threads: 2, isa: None, limits: LIMITS }).unwrap()), path, format)
+}
+
+fn stepper_on(ops: Box<dyn Ops>, path: &Path, format: WeightFormat) -> Stepper {
     Stepper::new(Decoder::load(&ModelFiles::open(path).unwrap(), ops, format, &mut |_, _| {}).unwrap())
 }
 
@@ -55,6 +64,34 @@ fn rounded_weights_compute_almost_the_same() {
             off.sort_by(f32::total_cmp);
             println!("{family} {format:?}: {off:?}");
             assert!(off[off.len() / 2] < 0.1, "{family} {format:?}: {off:?}");
+        }
+    }
+}
+
+/// The kernels of cards, run by the host, at the first of the golden positions: exact weights exactly, rounded ones almost.
+#[test]
+fn an_emulated_card_computes_what_transformers_computes() {
+    for family in FAMILIES {
+        let expected: Value = serde_json::from_slice(&fs::read(golden(family).join("expected.json")).unwrap()).unwrap();
+        let positions: Vec<u32> = ids(&expected["positions"]).into_iter().filter(|&position| position < 20).collect();
+        let tokens = &ids(&expected["prompt_ids"])[..20];
+        assert!(positions.len() >= 3, "{positions:?}");
+        let rounded = [(WeightFormat::Bf16, 0.1), (WeightFormat::Int8, 0.1), (WeightFormat::Fp8, 0.2)];
+        let rounded = if family == "dbrx" { &rounded[..] } else { &[] };
+        for &(format, most) in [(WeightFormat::F32, 1e-4)].iter().chain(rounded) {
+            let card = Box::new(CudaBackend::new(Emulated::default(), LIMITS).capturing());
+            let got = stepper_on(card, &golden(family), format).logits(tokens, &positions);
+            let mut off: Vec<f32> = (got.iter().zip(expected["logits"].as_array().unwrap()))
+                .map(|(got, want)| {
+                    let want: Vec<f32> = want.as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect();
+                    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
+                    norm(&mut got.iter().zip(&want).map(|(g, w)| g - w)) / norm(&mut want.iter().copied())
+                })
+                .collect();
+            off.sort_by(f32::total_cmp);
+            println!("{family} {format:?}: {off:?}");
+            let worst = if format == WeightFormat::F32 { off[off.len() - 1] } else { off[off.len() / 2] };
+            assert!(worst < most, "{family} {format:?}: {off:?}");
         }
     }
 }
@@ -157,14 +194,22 @@ fn adapter_of(files: &ModelFiles, projection: Projection) -> Adapter {
 fn adapters_change_attention_and_are_refused_elsewhere() {
     for family in FAMILIES {
         let files = ModelFiles::open(&golden(family)).unwrap();
-        for projection in Projection::ALL {
+        let is_dbrx = family == "dbrx";
+        for projection in Projection::every() {
             let adapter = adapter_of(&files, projection);
-            match projection {
-                Projection::Gate | Projection::Up | Projection::Down => {
-                    let refused = adapter.check(files.config()).unwrap_err().to_string();
-                    assert!(refused.contains(projection.name()) && refused.contains("experts"), "{refused}");
+            let why = match projection {
+                Projection::DbrxQkv | Projection::DbrxOutput if is_dbrx => None,
+                _ if is_dbrx => Some("adapt Wqkv and out_proj"),
+                Projection::DbrxQkv | Projection::DbrxOutput => Some("made for DBRX"),
+                Projection::Gate | Projection::Up | Projection::Down => Some("experts"),
+                _ => None,
+            };
+            match (why, adapter.check(files.config())) {
+                (None, fits) => fits.unwrap(),
+                (Some(why), refused) => {
+                    let refused = refused.unwrap_err().to_string();
+                    assert!(refused.contains(projection.name()) && refused.contains(why), "{refused}");
                 }
-                _ => adapter.check(files.config()).unwrap(),
             }
         }
     }
@@ -178,7 +223,7 @@ fn adapters_are_merged_into_the_container_of_the_base() {
             [(golden(family), Container::Safetensors), (golden(family).join(format!("{family}.gguf")), Container::Gguf)]
         {
             let files = ModelFiles::open(&base).unwrap();
-            let adapter = adapter_of(&files, Projection::Value);
+            let adapter = adapter_of(&files, if family == "dbrx" { Projection::DbrxQkv } else { Projection::Value });
             let to = out.path().join(format!("{family}-{container:?}"));
             let options = MergeOptions { container, storage: None, files_from: None };
             merge(&files, &adapter, &to, &options).unwrap();
@@ -202,4 +247,53 @@ fn the_start_up_line_tells_all_parameters_from_those_of_a_token() {
     // Two of four experts are idle in two layers of 64 by 96.
     assert_eq!(files.parameters() - files.active_parameters(), 2 * 2 * 3 * 64 * 96);
     assert!(files.describe().contains("2 of 4 experts"), "{}", files.describe());
+}
+
+/// DBRX's configuration has names of its own.
+#[test]
+fn what_dbrx_does_not_compute_is_refused_by_field() {
+    for (part, field, value, why) in [
+        ("ffn_config", "moe_normalize_expert_weights", json!(2.0), "the 2-norm of weights is not supported"),
+        ("ffn_config", "ffn_act_fn", json!({ "name": "gelu" }), "\"gelu\" is not supported"),
+        ("ffn_config", "uniform_expert_assignment", json!(true), "uniform_expert_assignment"),
+        ("ffn_config", "moe_top_k", json!(5), "num_experts_per_tok"),
+        ("attn_config", "clip_qkv", json!(0), "clip_qkv"),
+        ("attn_config", "kv_n_heads", json!(3), "num_key_value_heads"),
+        ("", "n_heads", json!(7), "n_heads"),
+        ("", "quantization_config", json!({ "quant_method": "awq" }), "quantization_config"),
+        ("", "rope_scaling", json!({ "type": "dynamic", "factor": 2 }), "\"dynamic\" is not supported"),
+    ] {
+        let folder = copy_of("dbrx");
+        let path = folder.path().join("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        *if part.is_empty() { &mut config[field] } else { &mut config[part][field] } = value;
+        fs::write(&path, config.to_string()).unwrap();
+        let refused = ModelFiles::open(folder.path()).map(|_| ()).unwrap_err().to_string();
+        assert!(refused.contains(why), "{field}: {refused}");
+    }
+}
+
+/// The fields of both versions of transformers, and what is left out.
+#[test]
+fn dbrx_reads_its_fields_where_either_transformers_writes_them() {
+    let read = |change: &dyn Fn(&mut Value)| {
+        let folder = copy_of("dbrx");
+        let path = folder.path().join("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        change(&mut config);
+        fs::write(&path, config.to_string()).unwrap();
+        ModelFiles::open(folder.path()).unwrap().config().clone()
+    };
+    let plain = read(&|_| {});
+    assert_eq!((plain.rope_theta, plain.clip_qkv, plain.experts.unwrap().normalised), (500_000.0, Some(1.5), true));
+    let newer = read(&|config| {
+        config["attn_config"].as_object_mut().unwrap().remove("rope_theta");
+        config["rope_parameters"] = json!({ "rope_type": "default", "rope_theta": 500000.0 });
+    });
+    assert_eq!(newer, plain);
+    let without = read(&|config| {
+        config["attn_config"]["clip_qkv"] = Value::Null;
+        config["ffn_config"]["moe_normalize_expert_weights"] = Value::Null;
+    });
+    assert_eq!((without.clip_qkv, without.experts.unwrap().normalised), (None, false));
 }

@@ -148,13 +148,20 @@ fn qwen2_moe_on_several_ranks_computes_what_transformers_computes() {
 }
 
 #[test]
+fn dbrx_on_several_ranks_computes_what_transformers_computes() {
+    computes_what_transformers_computes("dbrx");
+}
+
+#[test]
 fn qwen3_moe_on_several_ranks_computes_what_transformers_computes() {
     computes_what_transformers_computes("qwen3_moe");
 }
 
 #[test]
 fn adapters_on_several_ranks_compute_what_peft_computes() {
-    for (family, names) in [("llama", &["all", "some", "patterns"][..]), ("qwen3", &["all"]), ("mixtral", &["attention"])] {
+    let of_families =
+        [("llama", &["all", "some", "patterns"][..]), ("qwen3", &["all"]), ("mixtral", &["attention"]), ("dbrx", &["attention"])];
+    for (family, names) in of_families {
         for path in containers(family) {
             let files = ModelFiles::open(&path).unwrap();
             for ranks in [2, 4] {
@@ -200,6 +207,7 @@ fn several_emulated_cards_compute_what_one_does() {
         ("mixtral", WeightFormat::F32, 4),
         ("qwen2_moe", WeightFormat::F32, 2),
         ("qwen3_moe", WeightFormat::F32, 2),
+        ("dbrx", WeightFormat::F32, 2),
     ] {
         let label = format!("{family} as {format:?} on {ranks} ranks");
         let files = ModelFiles::open(&goldens(family)).unwrap();

@@ -24,7 +24,7 @@ KERNEL(embedding, 256, Embedding) {
     }
 }
 
-struct RmsNorm {
+struct Norm {
     const float* x;
     const float* weight;
     float* out;
@@ -35,7 +35,7 @@ struct RmsNorm {
 };
 
 // out = x / sqrt(mean(x²) + eps) * weight
-KERNEL(rms_norm, 256, RmsNorm) {
+KERNEL(rms_norm, 256, Norm) {
     SHARED(scratch);
     const u64 row = blockIdx.x;
     const float* const x = p.x + row * p.width;
@@ -48,6 +48,41 @@ KERNEL(rms_norm, 256, RmsNorm) {
         p.out[row * p.width + i] = value;
         if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
     }
+}
+
+// out = (x - mean(x)) / sqrt(var(x) + eps) * weight
+KERNEL(layer_norm, 256, Norm) {
+    SHARED(scratch);
+    const u64 row = blockIdx.x;
+    const float* const x = p.x + row * p.width;
+    float sum = 0;
+    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) sum += x[i];
+    const float mean = block_sum(sum, (float*)scratch) / (float)p.width;
+    // Squares of differences: those of the numbers themselves would cancel where the mean is large.
+    float squares = 0;
+    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) squares += (x[i] - mean) * (x[i] - mean);
+    const float variance = block_sum(squares, (float*)scratch) / (float)p.width;
+    const float scale = 1.0f / sqrtf(variance + p.eps);
+    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) {
+        const float value = (x[i] - mean) * scale * p.weight[i];
+        p.out[row * p.width + i] = value;
+        if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
+    }
+}
+
+struct Clamp {
+    float* x;
+    u32 width;
+    float limit;
+};
+
+// x = max(-limit, min(x, limit)); what is no number stays none.
+KERNEL(clamp, 256, Clamp) {
+    const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= p.width) return;
+    float* const x = p.x + (u64)blockIdx.y * p.width + i;
+    if (*x > p.limit) *x = p.limit;
+    if (*x < -p.limit) *x = -p.limit;
 }
 
 struct SiluAndMul {

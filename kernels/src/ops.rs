@@ -528,6 +528,10 @@ pub trait Ops: Send {
     fn all_gather(&mut self, x: Buf, out: Buf);
     /// `out = x / sqrt(mean(x²) + eps) * weight` (Zhang & Sennrich 2019).
     fn rms_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf);
+    /// `out = (x - mean(x)) / sqrt(var(x) + eps) * weight` (Ba et al. 2016), without a bias.
+    fn layer_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf);
+    /// Each number of `x` becomes the nearest that is not below `-limit` and not above `limit`; what is no number stays none.
+    fn clamp(&mut self, x: Buf, limit: f32);
     /// `out = x wᵀ + bias`, or added to `out`.
     fn linear(&mut self, x: Buf, w: Matrix, bias: Option<Vector>, out: Buf, store: Store);
     /// Adds to each row of `out` the update that the row's adapter has for `site`, computed from the same row of `x`. Nothing runs

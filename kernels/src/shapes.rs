@@ -394,13 +394,21 @@ impl Shapes {
         equal(OP, "output width", out_width, ranks * x_width)
     }
 
-    /// See [`Ops::rms_norm`].
-    pub fn rms_norm(&self, x: Buf, weight: Vector, out: Buf) -> Result<(), KernelError> {
-        const OP: &str = "rms_norm";
+    /// See [`Ops::rms_norm`] and [`Ops::layer_norm`]; `op` is which of them.
+    pub fn norm(&self, op: &'static str, x: Buf, weight: Vector, out: Buf) -> Result<(), KernelError> {
+        self.step(op)?;
+        let (x_width, out_width) = self.pair(op, x, out)?;
+        equal(op, "output width", out_width, x_width)?;
+        equal(op, "weight", find(op, "vector", &self.vectors, weight.0)?, x_width)
+    }
+
+    /// See [`Ops::clamp`].
+    pub fn clamp(&self, x: Buf, limit: f32) -> Result<(), KernelError> {
+        const OP: &str = "clamp";
         self.step(OP)?;
-        let (x_width, out_width) = self.pair(OP, x, out)?;
-        equal(OP, "output width", out_width, x_width)?;
-        equal(OP, "weight", find(OP, "vector", &self.vectors, weight.0)?, x_width)
+        self.buffer(OP, x)?;
+        // A limit that is no number, too.
+        if limit >= 0.0 { Ok(()) } else { shape(OP, format!("the limit is {limit}, should not be below 0")) }
     }
 
     /// See [`Ops::linear`].

@@ -38,6 +38,10 @@ ADAPTERS = {
         # What can be adapted of a model with experts.
         "attention": dict(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
     },
+    "dbrx": {
+        # Query, key and value in one matrix.
+        "attention": dict(r=4, lora_alpha=8, target_modules=["Wqkv", "out_proj"]),
+    },
     "qwen3": {
         "all": dict(r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=["k_proj"]),
     },

@@ -16,12 +16,12 @@ from safetensors.numpy import load_file
 
 ARCHITECTURE = {
     "llama": "llama", "llama3": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
-    "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe",
+    "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "dbrx": "dbrx",
 }
 # `tokenizer.ggml.pre`: which splitting the byte-level BPE has.
 PRE = {
     "llama": "smollm", "llama3": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2",
-    "mixtral": "smollm", "qwen2_moe": "qwen2", "qwen3_moe": "qwen2",
+    "mixtral": "smollm", "qwen2_moe": "qwen2", "qwen3_moe": "qwen2", "dbrx": "dbrx",
 }
 # Names of an expert's matrices: in Mixtral's files, in others.
 PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -50,6 +50,28 @@ def stacked(tensors: dict[str, np.ndarray], layers: int, experts: int) -> dict[s
                 all_experts = np.stack([tensors[f"{here}.{expert}.{name}.weight"] for expert in range(experts)])
             rest[f"{here}.{name}.weight"] = all_experts
     return rest
+
+
+def plain_names(config: dict) -> dict:
+    """DBRX's configuration under the names that the others' have."""
+    attention, ffn = config["attn_config"], config["ffn_config"]
+    return {
+        **config, "hidden_size": config["d_model"], "num_attention_heads": config["n_heads"], "num_hidden_layers": config["n_layers"],
+        "max_position_embeddings": config["max_seq_len"], "intermediate_size": ffn["ffn_hidden_size"],
+        "num_experts": ffn["moe_num_experts"], "num_experts_per_tok": ffn["moe_top_k"],
+        "num_key_value_heads": attention["kv_n_heads"], "rope_theta": attention["rope_theta"], "rope_scaling": None,
+    }
+
+
+def dbrx_experts(tensors: dict[str, np.ndarray], experts: int) -> dict[str, np.ndarray]:
+    """[experts * ffn, hidden] as llama.cpp's converter has them: [experts, ffn, hidden], the down projection [experts, hidden, ffn]."""
+    split = {}
+    for name, tensor in tensors.items():
+        if ".experts.mlp." in name:
+            tensor = tensor.reshape(experts, -1, tensor.shape[1])
+            name, tensor = f"{name}.weight", tensor.transpose(0, 2, 1) if name.endswith("w2") else tensor
+        split[name] = tensor
+    return split
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -81,9 +103,12 @@ def write(folder: Path) -> Path:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
     tensors = weights(folder)
+    is_dbrx = config["model_type"] == "dbrx"
+    if is_dbrx:
+        config = plain_names(config)
     experts = config.get("num_local_experts", config.get("num_experts"))
     if experts:
-        tensors = stacked(tensors, config["num_hidden_layers"], experts)
+        tensors = dbrx_experts(tensors, experts) if is_dbrx else stacked(tensors, config["num_hidden_layers"], experts)
     architecture = ARCHITECTURE[folder.name]
     path = folder / f"{folder.name}.gguf"
     writer = gguf.GGUFWriter(path, architecture)
@@ -95,7 +120,11 @@ def write(folder: Path) -> Path:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if is_dbrx:
+        writer.add_layer_norm_eps(1e-5)
+        writer.add_clamp_kqv(config["attn_config"]["clip_qkv"])
+    else:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_theta"])
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     if experts:
@@ -132,9 +161,10 @@ def write(folder: Path) -> Path:
     writer.add_eos_token_id(ids[tokenizer_config["eos_token"]])
     if tokenizer_config["pad_token"]:
         writer.add_pad_token_id(ids[tokenizer_config["pad_token"]])
-    # Llama 3's files leave this out and its `pre` means true; the others say false.
+    # Llama 3's files leave this out and its `pre` means true; the others say false. The tokenizer of the tiny DBRX is Llama 3's, so it
+    # says true.
     if folder.name != "llama3":
-        writer.add_add_bos_token(False)
+        writer.add_add_bos_token(is_dbrx)
     writer.add_chat_template(tokenizer_config["chat_template"])
 
     layer_map = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config["num_hidden_layers"])
@@ -160,7 +190,7 @@ def check_factors(folder: Path) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     raw = json.loads((folder / "config.json").read_text())
-    if not raw["rope_scaling"]:
+    if not raw.get("rope_scaling"):
         return
     config = AutoConfig.from_pretrained(folder)
     scaled = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
@@ -191,8 +221,8 @@ def main() -> None:
     for family in ARCHITECTURE:
         folder = Path(sys.argv[1]) / family
         path = write(folder)
-        # transformers reads no Mixtral out of GGUF; `engine/tests/parity.rs` compares the file with the same expected values.
-        if family != "mixtral":
+        # transformers reads no Mixtral or DBRX out of GGUF; `engine/tests/parity.rs` compares the files with the same expected values.
+        if family not in ("mixtral", "dbrx"):
             check(folder, path)
         check_factors(folder)
 

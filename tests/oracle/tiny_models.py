@@ -17,7 +17,9 @@ from typing import Callable
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    DbrxConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -195,6 +197,17 @@ FAMILIES["qwen3_moe"] = replace(
     shards=2,
 )
 
+FAMILIES["dbrx"] = replace(
+    FAMILIES["llama3"],
+    config=lambda vocab: DbrxConfig(
+        vocab_size=vocab, d_model=64, n_heads=4, n_layers=2, max_seq_len=512,
+        # So near that a part of q, k and v meets it.
+        attn_config=dict(clip_qkv=1.5, kv_n_heads=2, rope_theta=500000.0),
+        ffn_config=dict(ffn_hidden_size=96, moe_num_experts=4, moe_top_k=3),
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    ),
+)
+
 ENCODE_TEXTS = [
     "Hello, world!",
     "  leading,   inner   and trailing spaces   ",
@@ -217,20 +230,23 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("norm.weight"):
+            if name.endswith(("norm.weight", "norm_1.weight", "norm_2.weight", "norm_f.weight")):
                 parameter.copy_(1.0 + 0.3 * noise)
             elif name.endswith(".bias"):
                 parameter.copy_(0.5 * noise)
-            elif "embed_tokens" in name:
+            elif "embed_tokens" in name or name.endswith("wte.weight"):
                 # Tied, these are also the rows that the last hidden state (of about unit mean square) is multiplied with.
                 parameter.copy_(noise * 3.0 / math.sqrt(hidden))
             elif "lm_head" in name:
                 parameter.copy_(noise * 3.0 / math.sqrt(hidden))
-            elif name.endswith(".gate.weight"):
+            elif name.endswith((".gate.weight", ".router.layer.weight")):
                 # A router whose choices do not hang on rounding.
                 parameter.copy_(noise * 3.0 / math.sqrt(hidden))
-            elif "q_proj" in name or "k_proj" in name:
+            elif "q_proj" in name or "k_proj" in name or "Wqkv" in name:
                 parameter.copy_(noise * 1.5 / math.sqrt(parameter.shape[1]))
+            elif name.endswith(".mlp.w2"):
+                # Stored with its input features as rows.
+                parameter.copy_(noise * 1.2 / math.sqrt(model.config.ffn_config.ffn_hidden_size))
             else:
                 parameter.copy_(noise * 1.2 / math.sqrt(parameter.shape[-1]))
 
@@ -240,7 +256,15 @@ def published_config(path: Path, style: int) -> None:
     config = json.loads(path.read_text())
     config.pop("transformers_version", None)
     config.pop("pad_token_id", None) if config.get("pad_token_id") is None else None
-    if style == 4:
+    if config["model_type"] == "dbrx":
+        # What its publisher has, and no more.
+        rope = config.pop("rope_parameters")
+        config["torch_dtype"] = config.pop("dtype")
+        config.pop("num_key_value_heads", None)
+        ffn = config["ffn_config"]
+        config["attn_config"] = {**{key: config["attn_config"][key] for key in ("clip_qkv", "kv_n_heads")}, "rope_theta": rope["rope_theta"]}
+        config["ffn_config"] = {key: ffn[key] for key in ("ffn_hidden_size", "moe_loss_weight", "moe_num_experts", "moe_top_k")}
+    elif style == 4:
         rope = config.pop("rope_parameters")
         config["rope_theta"] = rope.pop("rope_theta")
         config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
@@ -295,9 +319,18 @@ def save(family: Family, folder: Path, seed: int) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
+def read(folder: Path, dtype: torch.dtype):
+    """The model in the published files."""
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type == "dbrx":
+        # transformers 5 looks for it elsewhere than the publisher's file has it.
+        config.rope_parameters["rope_theta"] = config.attn_config.rope_theta
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **EAGER).eval()
+
+
 def load(folder: Path):
     """Reads the published files back, float32 and eager."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **EAGER).eval()
+    model = read(folder, torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     return model, tokenizer
 
@@ -328,7 +361,7 @@ def expected(family: Family, folder: Path, seed: int) -> dict | None:
     if min(gaps) < SMALLEST_GAP or len(set(tokens)) < FEWEST_DISTINCT or stops & set(tokens) or max(tokens) >= len(tokenizer):
         return None
     logits = logits_of(model, prompt_ids + tokens)
-    exact = logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **EAGER).eval(), prompt_ids + tokens)
+    exact = logits_of(read(folder, torch.float64), prompt_ids + tokens)
     last = len(prompt_ids) - 1
     positions = sorted({0, 1, 17, last // 2, last, last + 1, last + 32, last + NEW_TOKENS - 1})
     return {

@@ -220,11 +220,11 @@ impl Reader<'_> {
     /// Refuses names of modules that cannot be adapted here.
     fn known(&self, field: &str, names: Vec<String>) -> Result<Vec<String>, AdapterError> {
         let last = |name: &str| name.rsplit('.').next().unwrap_or_default().to_owned();
-        let unknown = names.iter().find(|name| Projection::named(&last(name)).is_none());
+        let unknown = names.iter().find(|name| Projection::every().all(|projection| projection.name() != last(name)));
         match unknown.filter(|_| field == "target_modules") {
             None => Ok(names),
             Some(name) => {
-                let known = Projection::ALL.map(Projection::name).join(", ");
+                let known = Projection::every().map(Projection::name).collect::<Vec<_>>().join(", ");
                 Err(AdapterError::unsupported(self.path, field, format!("\"{name}\""), format!("adapted are {known}")))
             }
         }

@@ -66,8 +66,9 @@ impl Adapter {
                 let place = order.as_ref().map_or(feature, |order| order[feature] as usize);
                 placed[place * rank..][..*rank].iter_mut().zip(row).for_each(|(place, value)| *place = factor * value);
             }
+            let naming = Naming::of_gguf(model.family);
             for (letter, shape, values) in [("a", vec![*rank, input], a.clone()), ("b", vec![out, *rank], placed)] {
-                let name = format!("{}.lora_{letter}", Naming::Gguf.name(weight));
+                let name = format!("{}.lora_{letter}", naming.name(weight));
                 let planned = Planned { name, shape, storage: storage_number(Format::F32), len: 4 * values.len() };
                 tensors.push((planned, values));
             }

@@ -19,7 +19,7 @@ use serde_json::{Map, Value};
 
 use self::modules::Modules;
 use crate::adapters::generation;
-use crate::model_config::ModelConfig;
+use crate::model_config::{Family, ModelConfig};
 use crate::request::AdapterGeneration;
 
 pub use config::LoraConfig;
@@ -132,9 +132,14 @@ impl Adapter {
             if *rank == 0 {
                 return Err(AdapterError::tensor(name, "the rank is 0"));
             }
-            if !model.has(projection.part()) {
-                let detail =
-                    "the model has experts in its place, which no adapter changes here; adapt q_proj, k_proj, v_proj and o_proj";
+            if !model.adapts(*projection) {
+                let detail = match (model.family, projection) {
+                    (Family::Dbrx, _) => "the model has no such matrix; adapt Wqkv and out_proj",
+                    (_, Projection::DbrxQkv | Projection::DbrxOutput) => "the adapter was made for DBRX, which the model is not",
+                    _ => {
+                        "the model has experts in its place, which no adapter changes here; adapt q_proj, k_proj, v_proj and o_proj"
+                    }
+                };
                 return Err(AdapterError::tensor(name, detail));
             }
             let (out, input) = projection.shape(model);
@@ -165,8 +170,8 @@ impl Adapter {
             }
         }
         let Some(modules) = &self.extra.modules else { return Ok(()) };
-        for (layer, projection) in (0..model.layers).flat_map(|layer| Projection::ALL.map(|projection| (layer, projection))) {
-            if model.has(projection.part()) && modules.include(layer, projection) && !seen.contains(&(layer, projection)) {
+        for (layer, projection) in (0..model.layers).flat_map(|layer| Projection::every().map(move |p| (layer, p))) {
+            if model.adapts(projection) && modules.include(layer, projection) && !seen.contains(&(layer, projection)) {
                 let detail = format!(
                     "is missing although {CONFIG} names it among the adapted; the file is incomplete or was made for another base model"
                 );
@@ -174,6 +179,34 @@ impl Adapter {
             }
         }
         Ok(())
+    }
+}
+
+impl Pair {
+    /// The matrices that a layer is loaded as, of which this pair adapts one or all, each with its rows of `b`.
+    pub(crate) fn parts(&self, model: &ModelConfig) -> Vec<(Projection, &[f32])> {
+        if self.projection != Projection::DbrxQkv {
+            return vec![(self.projection, &self.b)];
+        }
+        let mut rest = self.b.as_slice();
+        let parts = [Projection::Query, Projection::Key, Projection::Value].map(|projection| {
+            let (rows, _) = projection.shape(model);
+            let (own, behind) = rest.split_at((rows * self.rank).min(rest.len()));
+            rest = behind;
+            (projection, own)
+        });
+        parts.to_vec()
+    }
+}
+
+impl ModelConfig {
+    /// Whether layers of the model have a matrix that adapters call so.
+    pub(crate) fn adapts(&self, projection: Projection) -> bool {
+        let is_dbrx = self.family == Family::Dbrx;
+        match projection {
+            Projection::DbrxQkv | Projection::DbrxOutput => is_dbrx,
+            _ => !is_dbrx && self.has(projection.part()),
+        }
     }
 }
 

@@ -20,10 +20,17 @@ pub enum Projection {
     Up,
     /// `mlp.down_proj`
     Down,
+    /// DBRX's `norm_attn_norm.attn.Wqkv`: query, key and value in one.
+    DbrxQkv,
+    /// DBRX's `norm_attn_norm.attn.out_proj`
+    DbrxOutput,
 }
 
 impl Projection {
-    /// All of a layer, in the order in which it uses them.
+    /// What DBRX has in the place of the others. Its experts are adapted no more than those of other models.
+    pub const DBRX: [Projection; 2] = [Projection::DbrxQkv, Projection::DbrxOutput];
+
+    /// All of a layer, in the order in which it uses them; DBRX has matrices of its own.
     pub const ALL: [Projection; 7] = [
         Projection::Query,
         Projection::Key,
@@ -44,16 +51,18 @@ impl Projection {
             Projection::Gate => "gate_proj",
             Projection::Up => "up_proj",
             Projection::Down => "down_proj",
+            Projection::DbrxQkv => "Wqkv",
+            Projection::DbrxOutput => "out_proj",
         }
     }
 
-    /// The layer's tensor that it adapts.
+    /// The layer's tensor that it adapts; of [`Projection::DbrxQkv`], that of the first rows.
     pub const fn part(self) -> Part {
         match self {
-            Projection::Query => Part::Query,
+            Projection::Query | Projection::DbrxQkv => Part::Query,
             Projection::Key => Part::Key,
             Projection::Value => Part::Value,
-            Projection::AttentionOutput => Part::AttentionOutput,
+            Projection::AttentionOutput | Projection::DbrxOutput => Part::AttentionOutput,
             Projection::Gate => Part::Gate,
             Projection::Up => Part::Up,
             Projection::Down => Part::Down,
@@ -65,20 +74,36 @@ impl Projection {
         match self {
             Projection::Query | Projection::Key | Projection::Value | Projection::AttentionOutput => "self_attn",
             Projection::Gate | Projection::Up | Projection::Down => "mlp",
+            Projection::DbrxQkv | Projection::DbrxOutput => "norm_attn_norm.attn",
         }
+    }
+
+    /// Where a model has its layers.
+    const fn layers(self) -> (&'static str, &'static str) {
+        match self {
+            Projection::DbrxQkv | Projection::DbrxOutput => ("transformer.", "blocks."),
+            _ => ("model.", "layers."),
+        }
+    }
+
+    /// Those of every model.
+    pub fn every() -> impl Iterator<Item = Projection> {
+        Projection::ALL.into_iter().chain(Projection::DBRX)
     }
 
     /// The module's full name: `model.layers.3.self_attn.q_proj`.
     pub fn module(self, layer: usize) -> String {
-        format!("model.layers.{layer}.{}.{}", self.parent(), self.name())
+        let (model, layers) = self.layers();
+        format!("{model}{layers}{layer}.{}.{}", self.parent(), self.name())
     }
 
     /// The layer and matrix that a full name means, with or without the `model.` in front.
     pub fn of_module(module: &str) -> Option<(usize, Projection)> {
-        let inside = module.strip_prefix("model.").unwrap_or(module).strip_prefix("layers.")?;
-        let (layer, part) = inside.split_once('.')?;
-        let (parent, name) = part.split_once('.')?;
-        let projection = Projection::named(name).filter(|projection| projection.parent() == parent)?;
+        let (path, name) = module.rsplit_once('.')?;
+        let projection = Projection::every().find(|projection| projection.name() == name)?;
+        let (model, layers) = projection.layers();
+        let inside = path.strip_prefix(model).unwrap_or(path).strip_prefix(layers)?;
+        let layer = inside.strip_suffix(projection.parent())?.strip_suffix('.')?;
         // "007" and "+7" parse as numbers but name nothing.
         let number: usize = layer.parse().ok()?;
         (number.to_string() == layer).then_some((number, projection))
@@ -95,7 +120,8 @@ impl Projection {
         match self {
             Projection::Query => (heads * head_dim, hidden),
             Projection::Key | Projection::Value => (kv_heads * head_dim, hidden),
-            Projection::AttentionOutput => (hidden, heads * head_dim),
+            Projection::DbrxQkv => ((heads + 2 * kv_heads) * head_dim, hidden),
+            Projection::AttentionOutput | Projection::DbrxOutput => (hidden, heads * head_dim),
             Projection::Gate | Projection::Up => (intermediate, hidden),
             Projection::Down => (hidden, intermediate),
         }
@@ -108,11 +134,13 @@ mod tests {
 
     #[test]
     fn names_lead_back_to_their_matrices() {
-        for projection in Projection::ALL {
+        for projection in Projection::every() {
             let module = projection.module(12);
             assert_eq!(Projection::of_module(&module), Some((12, projection)));
-            assert_eq!(Projection::of_module(module.trim_start_matches("model.")), Some((12, projection)));
+            let bare = module.trim_start_matches("model.").trim_start_matches("transformer.");
+            assert_eq!(Projection::of_module(bare), Some((12, projection)));
         }
+        assert_eq!(Projection::DbrxQkv.module(3), "transformer.blocks.3.norm_attn_norm.attn.Wqkv");
         for other in [
             "lm_head",
             "model.embed_tokens",
@@ -122,6 +150,9 @@ mod tests {
             "model.layers.1.self_attn.q_norm",
             "model.layers.1.mlp.experts.0.up_proj",
             "vision.layers.1.mlp.up_proj",
+            "model.layers.1.self_attn.Wqkv",
+            "transformer.blocks.1.ffn.router.layer",
+            "transformer.blocks.1.norm_attn_norm.attn.q_proj",
         ] {
             assert_eq!(Projection::of_module(other), None, "{other}");
         }

@@ -72,7 +72,7 @@ impl Adapter {
             pairs.push(Pair { layer, projection, rank, scale, a: read(a, 0)?, b: read(b, 1)? });
         }
         let Described { mut config, base, modules, fields, .. } = described;
-        config.targets = Projection::ALL.into_iter().filter(|p| pairs.iter().any(|pair| pair.projection == *p)).collect();
+        config.targets = Projection::every().filter(|p| pairs.iter().any(|pair| pair.projection == *p)).collect();
         Ok(Adapter { config, base, pairs, extra: Extra { fields, modules: Some(modules) } })
     }
 }
@@ -96,6 +96,6 @@ fn missing(folder: &Path, config: &Path, error: std::io::Error) -> AdapterError 
 }
 
 fn other(path: &Path, name: &str) -> AdapterError {
-    let known = Projection::ALL.map(Projection::name).join(", ");
+    let known = Projection::every().map(Projection::name).collect::<Vec<_>>().join(", ");
     AdapterError::unsupported(path, name, "a tensor of this name", format!("adapted are {known} of the decoder's layers"))
 }

@@ -74,7 +74,7 @@ impl Adapter {
         // A pattern or a list of full names may leave out the model's last layers, and the pairs do not tell how many there are.
         let partial = |names: &Names| match names {
             Names::Pattern(_) => true,
-            Names::Listed(names) => names.iter().any(|name| name.contains("layers.")),
+            Names::Listed(names) => names.iter().any(|name| name.contains("layers.") || name.contains("blocks.")),
             Names::AllLinear => false,
         };
         let partial = self.extra.modules.as_ref().is_some_and(|modules| partial(&modules.targets));

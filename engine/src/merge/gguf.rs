@@ -9,7 +9,7 @@ use tidemill_kernels::Format;
 
 use super::content::Content;
 use super::matrix::Order;
-use super::{MergeError, Merged, all_weights, at, weight};
+use super::{MergeError, Merged, adapted, all_weights, at, weight};
 use crate::adapter::{Adapter, Pair};
 use crate::gguf::{Description, Gguf, Pairs, Planned, padding, storage_number, tensor_bytes};
 use crate::load_error::LoadError;
@@ -37,13 +37,13 @@ pub(super) fn copy(base: &ModelFiles, adapter: &Adapter, to: &Path, storage: Opt
         return Err(MergeError::Unsupported("the base has no weight files".into()));
     };
     let changed: HashMap<String, &Pair> =
-        adapter.pairs.iter().map(|pair| (Naming::Gguf.name(weight(pair.layer, pair.projection)), pair)).collect();
+        adapter.pairs.iter().map(|pair| (base.naming().name(weight(pair.layer, pair.projection)), pair)).collect();
     let mut tensors = Vec::new();
     for part in &parts {
         for Description { name, shape, storage: number, bytes } in part.descriptions()? {
             tensors.push(match changed.get(&name).copied() {
                 Some(pair) => {
-                    let matrix = base.matrix(weight(pair.layer, pair.projection))?;
+                    let matrix = adapted(base, pair)?;
                     let storage = storage.unwrap_or_else(|| plain(matrix.format));
                     let (content, len) = Content::matrix(&name, matrix, Some(pair), storage);
                     Tensor {

@@ -19,10 +19,11 @@ use std::path::{Path, PathBuf};
 
 use tidemill_kernels::Format;
 
-use crate::adapter::{Adapter, Projection};
+use crate::adapter::{Adapter, Pair, Projection};
+use crate::load_error::LoadError;
 use crate::model::weight_names::{Naming, Part, Weight};
 use crate::model_config::ModelConfig;
-use crate::model_files::ModelFiles;
+use crate::model_files::{FileMatrix, ModelFiles};
 
 pub use error::MergeError;
 pub use trained::write_model;
@@ -60,7 +61,7 @@ pub struct Merged {
 /// Writes the base with the adapter in it to `to`, a folder or a file that does not exist yet.
 pub fn merge(base: &ModelFiles, adapter: &Adapter, to: &Path, options: &MergeOptions) -> Result<Merged, MergeError> {
     adapter.check(base.config())?;
-    let same_container = (options.container == Container::Gguf) == (base.naming() == Naming::Gguf);
+    let same_container = (options.container == Container::Gguf) == base.naming().is_gguf();
     if base.config().experts.is_some() && !same_container {
         return Err(MergeError::Unsupported(
             "a mixture of experts is merged into the container that its base has: safetensors into safetensors, GGUF into GGUF"
@@ -97,8 +98,8 @@ fn whole_or_absent<T>(to: &Path, write: impl FnOnce(&Path) -> Result<T, MergeErr
 
 fn write(base: &ModelFiles, adapter: &Adapter, beside: &Path, options: &MergeOptions) -> Result<Merged, MergeError> {
     match (options.container, base.naming()) {
-        (Container::Gguf, Naming::Gguf) => gguf::copy(base, adapter, beside, options.storage),
-        (Container::Gguf, Naming::HuggingFace | Naming::HuggingFaceBare) => {
+        (Container::Gguf, Naming::Gguf | Naming::GgufDbrx) => gguf::copy(base, adapter, beside, options.storage),
+        (Container::Gguf, Naming::HuggingFace | Naming::HuggingFaceBare | Naming::Dbrx) => {
             let merged = gguf::from_safetensors(base, adapter, beside, options.storage)?;
             same_tokens(base, beside)?;
             Ok(merged)
@@ -110,8 +111,8 @@ fn write(base: &ModelFiles, adapter: &Adapter, beside: &Path, options: &MergeOpt
             }
             at("create", beside, fs::create_dir(beside))?;
             match naming {
-                Naming::Gguf => safetensors::from_gguf(base, adapter, beside, options),
-                Naming::HuggingFace | Naming::HuggingFaceBare => safetensors::copy(base, adapter, beside, options),
+                Naming::Gguf | Naming::GgufDbrx => safetensors::from_gguf(base, adapter, beside, options),
+                Naming::HuggingFace | Naming::HuggingFaceBare | Naming::Dbrx => safetensors::copy(base, adapter, beside, options),
             }
         }
     }
@@ -161,6 +162,14 @@ fn all_weights(base: &ModelFiles) -> Result<Vec<Weight>, MergeError> {
     weights.push(Weight::FinalNorm);
     weights.extend((!base.config().tied_embeddings).then_some(Weight::Output));
     Ok(weights)
+}
+
+/// The matrix that a pair adapts, as the base's files have it.
+fn adapted<'a>(base: &'a ModelFiles, pair: &Pair) -> Result<FileMatrix<'a>, LoadError> {
+    match pair.projection {
+        Projection::DbrxQkv => base.joined_qkv(pair.layer),
+        projection => base.matrix(weight(pair.layer, projection)),
+    }
 }
 
 /// The matrix that an adapter calls by this name.

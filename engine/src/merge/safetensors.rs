@@ -10,7 +10,7 @@ use tidemill_kernels::Format;
 
 use super::content::Content;
 use super::matrix::Order;
-use super::{MergeError, MergeOptions, Merged, all_weights, at, weight};
+use super::{MergeError, MergeOptions, Merged, adapted, all_weights, at, weight};
 use crate::adapter::{Adapter, Pair};
 use crate::model::weight_names::{Naming, Weight};
 use crate::model_files::{FileMatrix, ModelFiles};
@@ -40,7 +40,7 @@ pub(super) fn copy(base: &ModelFiles, adapter: &Adapter, to: &Path, options: &Me
         names.sort_by_key(|(name, placement)| (placement.bytes.start, *name));
         let planned = names.into_iter().map(|(name, placement)| match changed.get(name) {
             Some(pair) => {
-                let matrix = base.matrix(weight(pair.layer, pair.projection))?;
+                let matrix = adapted(base, pair)?;
                 let storage = options.storage.unwrap_or(matrix.format);
                 Ok(merged(name, matrix, Some(pair), storage))
             }

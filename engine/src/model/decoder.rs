@@ -1,5 +1,6 @@
-//! The decoder that Llama, Mistral, Mixtral, Qwen2 and Qwen3 share: pre-norm attention with rotary positions and grouped queries, then a
-//! gated feed-forward part, or experts. The families differ in biases, head norms, window and frequencies, all of which are data here.
+//! The decoder that Llama, Mistral, Mixtral, DBRX, Qwen2 and Qwen3 share: pre-norm attention with rotary positions and grouped queries,
+//! then a gated feed-forward part, or experts. The families differ in kind of norm, biases, head norms, limits of q, k and v, window and
+//! frequencies, all of which are data here.
 
 use tidemill_kernels::{
     AttentionSpec, Buf, Experts, HeadShape, KernelError, KvCache, KvDtype, KvSpec, LowRank, Matrix, MemoryUse, Ops, QkNorm, Rope,
@@ -55,6 +56,23 @@ struct Linear {
     bias: Option<Vector>,
 }
 
+/// How the residual stream is normed before it is read.
+#[derive(Clone, Copy)]
+struct Norm {
+    eps: f32,
+    /// The mean is subtracted first.
+    centred: bool,
+}
+
+impl Norm {
+    fn enqueue(self, ops: &mut dyn Ops, x: Buf, weight: Vector, out: Buf) {
+        match self.centred {
+            true => ops.layer_norm(x, weight, self.eps, out),
+            false => ops.rms_norm(x, weight, self.eps, out),
+        }
+    }
+}
+
 /// Activations, reused by every layer.
 struct Buffers {
     /// `[tokens, hidden]` the residual stream.
@@ -100,10 +118,10 @@ impl Site {
     fn of(projection: Projection, config: &ModelConfig) -> (Site, usize) {
         let &ModelConfig { heads, kv_heads, head_dim, intermediate, .. } = config;
         match projection {
-            Projection::Query => (Site::Qkv, 0),
+            Projection::Query | Projection::DbrxQkv => (Site::Qkv, 0),
             Projection::Key => (Site::Qkv, heads * head_dim),
             Projection::Value => (Site::Qkv, (heads + kv_heads) * head_dim),
-            Projection::AttentionOutput => (Site::AttentionOutput, 0),
+            Projection::AttentionOutput | Projection::DbrxOutput => (Site::AttentionOutput, 0),
             Projection::Gate => (Site::GateUp, 0),
             Projection::Up => (Site::GateUp, intermediate),
             Projection::Down => (Site::Down, 0),
@@ -156,7 +174,7 @@ impl Decoder {
     fn enqueue(&mut self, batch: &StepBatch, all: bool) -> Result<(), KernelError> {
         let Self { ops, config, shard, shape, attention, weights, buffers: b, kv } = self;
         let kv = kv.ok_or_else(|| KernelError::Limit("the key-value cache was not reserved before the first step".to_owned()))?;
-        let eps = config.rms_eps;
+        let norm = Norm { eps: config.rms_eps, centred: config.layer_norm };
         let (several, residual) = (!shard.place().is_alone(), shard.residual());
 
         ops.begin(batch)?;
@@ -167,9 +185,12 @@ impl Decoder {
             ops.embedding(weights.embedding, b.hidden);
         }
         for (index, layer) in weights.layers.iter().enumerate() {
-            ops.rms_norm(b.hidden, layer.attention_norm, eps, b.normed);
+            norm.enqueue(ops.as_mut(), b.hidden, layer.attention_norm, b.normed);
             ops.linear(b.normed, layer.qkv.weight, layer.qkv.bias, b.qkv, Store::Replace);
             ops.lora(b.normed, Site::Qkv.number(index), b.qkv);
+            if let Some(limit) = config.clip_qkv {
+                ops.clamp(b.qkv, limit);
+            }
             ops.rope_cache(b.qkv, *shape, layer.qk_norm, weights.rope, kv, index);
             ops.paged_attention(b.qkv, *shape, *attention, kv, index, b.attended);
             ops.linear(b.attended, layer.attention_output.weight, layer.attention_output.bias, b.hidden, residual);
@@ -178,7 +199,7 @@ impl Decoder {
                 ops.all_reduce(b.hidden);
             }
 
-            ops.rms_norm(b.hidden, layer.feed_forward_norm, eps, b.normed);
+            norm.enqueue(ops.as_mut(), b.hidden, layer.feed_forward_norm, b.normed);
             match &layer.feed_forward {
                 FeedForward::Dense { gate_up, down } => {
                     ops.linear(b.normed, gate_up.weight, gate_up.bias, b.gate_up, Store::Replace);
@@ -196,11 +217,11 @@ impl Decoder {
             }
         }
         if all {
-            ops.rms_norm(b.hidden, weights.final_norm, eps, b.normed);
+            norm.enqueue(ops.as_mut(), b.hidden, weights.final_norm, b.normed);
         }
         if !batch.samples.is_empty() {
             ops.gather(b.hidden, b.last);
-            ops.rms_norm(b.last, weights.final_norm, eps, b.last_normed);
+            norm.enqueue(ops.as_mut(), b.last, weights.final_norm, b.last_normed);
             ops.linear(b.last_normed, weights.output, None, b.part.unwrap_or(b.logits), Store::Replace);
             if let Some(part) = b.part {
                 ops.all_gather(part, b.logits);
@@ -269,9 +290,11 @@ impl Model for Decoder {
 
     fn load_adapter(&mut self, slot: u32, adapter: &Adapter) -> Result<(), KernelError> {
         let mut sites = vec![Vec::new(); self.config.layers * Site::COUNT];
-        let factors: Vec<FactorShards<'_>> =
-            (adapter.pairs.iter()).map(|pair| self.shard.factors(pair.projection, pair.rank, &pair.a, &pair.b)).collect();
-        for (Pair { layer, projection, rank, scale, .. }, FactorShards { n, k, a, b }) in adapter.pairs.iter().zip(&factors) {
+        let parts = adapter.pairs.iter().flat_map(|pair| pair.parts(&self.config).into_iter().map(move |part| (pair, part)));
+        let factors: Vec<(&Pair, Projection, FactorShards<'_>)> = parts
+            .map(|(pair, (projection, b))| (pair, projection, self.shard.factors(projection, pair.rank, &pair.a, b)))
+            .collect();
+        for (Pair { layer, rank, scale, .. }, projection, FactorShards { n, k, a, b }) in &factors {
             // Factors are in the order of the publisher's rows, and so is the packed base: see `FileMatrix::row_order`.
             let (site, column) = Site::of(*projection, self.shard.local());
             if let Some(parts) = sites.get_mut(site.number(*layer)) {

@@ -16,7 +16,7 @@ use super::weight_names::{Part, Weight};
 use crate::adapter::Projection;
 use crate::load_error::LoadError;
 use crate::model_config::{ExpertConfig, ModelConfig};
-use crate::model_files::{ExpertPart, FileMatrix, Mixture, ModelFiles};
+use crate::model_files::{ExpertPart, FileMatrix, Mixture, MixtureMatrix, ModelFiles};
 
 /// More devices than one machine has.
 const MOST: usize = 64;
@@ -200,8 +200,15 @@ impl Shard {
     }
 
     /// The rank's part of a matrix of a layer's experts; as [`Shard::matrix`].
-    pub fn mixture<'a>(&self, which: Mixture, whole: FileMatrix<'a>) -> Result<MatrixShard<'a>, String> {
-        self.part(self.cut_mixture(which), whole)
+    pub fn mixture<'a>(&self, which: Mixture, whole: MixtureMatrix<'a>) -> Result<MatrixShard<'a>, String> {
+        let cut = self.cut_mixture(which);
+        if let Some(whole) = whole.by_rows() {
+            return self.part(cut, whole);
+        }
+        let columns = if let Cut::Columns(columns) = cut { columns } else { 0..whole.k };
+        let (k, data) = (columns.len(), Cow::Owned(whole.turned(columns)));
+        let MixtureMatrix { n, format, .. } = whole;
+        Ok(MatrixShard { n, k, format, data, row_order: None, zeros: Vec::new(), file_bytes: whole.bytes() as u64 })
     }
 
     fn part<'a>(&self, cut: Cut, whole: FileMatrix<'a>) -> Result<MatrixShard<'a>, String> {
@@ -333,6 +340,8 @@ mod tests {
             vocabulary,
             max_positions: 16,
             rms_eps: 1e-5,
+            layer_norm: false,
+            clip_qkv: None,
             rope_theta: 10_000.0,
             rope_scaling: RopeScaling::None,
             sliding_window: None,
@@ -466,8 +475,8 @@ mod tests {
         let whole = || FileMatrix { n: 8, k: 96, format: Format::Q4_0, data: &data, row_order: None };
         let text = shards(&config, 2)[0].matrix(at(Part::Down), whole()).unwrap_err();
         assert!(text.contains("96 input features") && text.contains("blocks of 32") && text.contains("one of 1, 3,"), "{text}");
-        let down = Mixture::Expert(1, ExpertPart::Down);
-        let text = shards(&mixture(96, 96), 2)[0].mixture(down, whole()).unwrap_err();
+        let of_experts = shards(&mixture(96, 96), 2);
+        let text = of_experts[0].part(of_experts[0].cut_mixture(Mixture::Expert(1, ExpertPart::Down)), whole()).unwrap_err();
         assert!(text.contains("96 input features") && text.contains("(Q4_0)"), "{text}");
         let config = ModelConfig { heads: 3, kv_heads: 3, ..config };
         let third = shards(&config, 3);

@@ -1,6 +1,6 @@
 //! What the tensors of a decoder are called in each container.
 
-use std::fmt::Write as _;
+use crate::model_config::Family;
 
 /// A tensor of a decoder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -63,11 +63,30 @@ pub(crate) enum Naming {
     HuggingFace,
     /// `layers.0.self_attn.q_proj.weight`, as a model is saved that was trained to embed.
     HuggingFaceBare,
+    /// `transformer.blocks.0.norm_attn_norm.attn.Wqkv.weight`, as DBRX's publisher has them. Query, key and value are rows of one matrix.
+    Dbrx,
     /// `blk.0.attn_q.weight`
     Gguf,
+    /// `blk.0.attn_qkv.weight`, DBRX in GGUF.
+    GgufDbrx,
 }
 
 impl Naming {
+    /// What GGUF files of a family use.
+    pub fn of_gguf(family: Family) -> Self {
+        if family == Family::Dbrx { Naming::GgufDbrx } else { Naming::Gguf }
+    }
+
+    /// Whether it is GGUF's.
+    pub fn is_gguf(self) -> bool {
+        matches!(self, Naming::Gguf | Naming::GgufDbrx)
+    }
+
+    /// Whether query, key and value are rows of one matrix.
+    pub fn joins_qkv(self) -> bool {
+        matches!(self, Naming::Dbrx | Naming::GgufDbrx)
+    }
+
     /// What Hugging Face's files with these tensors use.
     pub fn of<'a>(mut tensors: impl Iterator<Item = &'a String>) -> Self {
         let bare = Naming::HuggingFaceBare.name(Weight::Embedding);
@@ -81,21 +100,33 @@ impl Naming {
             (Naming::HuggingFace, Weight::FinalNorm) => "model.norm.weight".to_owned(),
             (Naming::HuggingFaceBare, Weight::Embedding) => "embed_tokens.weight".to_owned(),
             (Naming::HuggingFaceBare, Weight::FinalNorm) => "norm.weight".to_owned(),
-            (Naming::HuggingFace | Naming::HuggingFaceBare, Weight::Output) => "lm_head.weight".to_owned(),
-            (Naming::Gguf, Weight::Embedding) => "token_embd.weight".to_owned(),
-            (Naming::Gguf, Weight::FinalNorm) => "output_norm.weight".to_owned(),
-            (Naming::Gguf, Weight::Output) => "output.weight".to_owned(),
+            (Naming::Dbrx, Weight::Embedding) => "transformer.wte.weight".to_owned(),
+            (Naming::Dbrx, Weight::FinalNorm) => "transformer.norm_f.weight".to_owned(),
+            (Naming::HuggingFace | Naming::HuggingFaceBare | Naming::Dbrx, Weight::Output) => "lm_head.weight".to_owned(),
+            (Naming::Gguf | Naming::GgufDbrx, Weight::Embedding) => "token_embd.weight".to_owned(),
+            (Naming::Gguf | Naming::GgufDbrx, Weight::FinalNorm) => "output_norm.weight".to_owned(),
+            (Naming::Gguf | Naming::GgufDbrx, Weight::Output) => "output.weight".to_owned(),
             (_, Weight::Layer(layer, part)) => {
                 let (hugging_face, gguf) = part.names();
-                let mut name = String::new();
-                // Writing to a String cannot fail.
-                let _ = match self {
-                    Naming::HuggingFace => write!(name, "model.layers.{layer}.{hugging_face}"),
-                    Naming::HuggingFaceBare => write!(name, "layers.{layer}.{hugging_face}"),
-                    Naming::Gguf => write!(name, "blk.{layer}.{gguf}"),
-                };
+                let mut name = self.layer(layer);
+                name.push_str(match self {
+                    Naming::HuggingFace | Naming::HuggingFaceBare => hugging_face,
+                    Naming::Gguf => gguf,
+                    Naming::Dbrx => part.dbrx_names().map_or(hugging_face, |names| names.0),
+                    Naming::GgufDbrx => part.dbrx_names().map_or(gguf, |names| names.1),
+                });
                 name
             }
+        }
+    }
+
+    /// What stands before the names of a layer's tensors.
+    pub fn layer(self, layer: usize) -> String {
+        match self {
+            Naming::HuggingFace => format!("model.layers.{layer}."),
+            Naming::HuggingFaceBare => format!("layers.{layer}."),
+            Naming::Dbrx => format!("transformer.blocks.{layer}."),
+            Naming::Gguf | Naming::GgufDbrx => format!("blk.{layer}."),
         }
     }
 }
@@ -122,6 +153,17 @@ impl Part {
         Part::UpBias,
         Part::DownBias,
     ];
+
+    /// What DBRX calls it otherwise than everybody: in its publisher's files, and in GGUF.
+    const fn dbrx_names(self) -> Option<(&'static str, &'static str)> {
+        Some(match self {
+            Part::AttentionNorm => ("norm_attn_norm.norm_1.weight", "attn_norm.weight"),
+            Part::Query | Part::Key | Part::Value => ("norm_attn_norm.attn.Wqkv.weight", "attn_qkv.weight"),
+            Part::AttentionOutput => ("norm_attn_norm.attn.out_proj.weight", "attn_output.weight"),
+            Part::FeedForwardNorm => ("norm_attn_norm.norm_2.weight", "attn_output_norm.weight"),
+            _ => return None,
+        })
+    }
 
     const fn names(self) -> (&'static str, &'static str) {
         match self {

@@ -1,6 +1,6 @@
 //! Configurations from GGUF metadata.
 
-use super::{ExpertConfig, Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES};
+use super::{ExpertConfig, Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES, refused};
 use crate::gguf::{Gguf, Pairs};
 use crate::load_error::LoadError;
 
@@ -27,11 +27,13 @@ impl ModelConfig {
             "qwen3" => Family::Qwen3,
             "qwen2moe" => Family::Qwen2Moe,
             "qwen3moe" => Family::Qwen3Moe,
+            "dbrx" => Family::Dbrx,
             _ => {
                 let found = format!("\"{architecture}\"");
                 return Err(LoadError::unsupported(gguf.path(), ARCHITECTURE, found, SUPPORTED_FAMILIES));
             }
         };
+        refused::in_gguf(gguf, architecture)?;
         let experts = match (family, count) {
             (Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3, None) => None,
             (Family::Mistral | Family::Qwen2 | Family::Qwen3, Some(_)) => {
@@ -65,7 +67,8 @@ impl ModelConfig {
             None => need("vocab_size")?,
         };
         let has = |name: &str| shape(name).is_some();
-        let eps = key("attention.layer_norm_rms_epsilon");
+        let is_dbrx = family == Family::Dbrx;
+        let eps = key(if is_dbrx { "attention.layer_norm_epsilon" } else { "attention.layer_norm_rms_epsilon" });
         let eps = gguf.number(&eps)?.ok_or_else(|| gguf.missing(&eps))?;
         let config = ModelConfig {
             family,
@@ -82,12 +85,20 @@ impl ModelConfig {
             vocabulary,
             max_positions: need("context_length")?,
             rms_eps: eps as f32,
+            layer_norm: is_dbrx,
+            // 0 is none, as for llama.cpp.
+            clip_qkv: gguf.number(&key("attention.clamp_kqv"))?.filter(|&limit| limit != 0.0).map(|limit| limit as f32),
             rope_theta: gguf.number(&key("rope.freq_base"))?.unwrap_or(10_000.0),
-            rope_scaling: match rope_factors {
-                Some(factors) => RopeScaling::Factors(factors),
-                None => scaling(gguf, architecture)?,
+            rope_scaling: match (scaling(gguf, architecture)?, rope_factors) {
+                (RopeScaling::None, Some(factors)) => RopeScaling::Factors(factors),
+                (scaling, None) => scaling,
+                (_, Some(_)) => {
+                    let instead = "one of rope.scaling and rope_freqs.weight is";
+                    let kind = key("rope.scaling.type");
+                    return Err(LoadError::unsupported(gguf.path(), kind, "scaling beside rope_freqs.weight", instead));
+                }
             },
-            sliding_window: gguf.integer(&key("attention.sliding_window"))?.filter(|&window| window > 0),
+            sliding_window: window(gguf, architecture, family)?,
             tied_embeddings: !has("output.weight"),
             qkv_bias: has("blk.0.attn_q.bias"),
             output_bias: has("blk.0.attn_output.bias"),
@@ -108,6 +119,7 @@ impl ModelConfig {
             Family::Qwen3 => "qwen3",
             Family::Qwen2Moe => "qwen2moe",
             Family::Qwen3Moe => "qwen3moe",
+            Family::Dbrx => "dbrx",
         }
     }
 
@@ -155,13 +167,37 @@ impl ModelConfig {
     }
 }
 
+/// The window of all layers. Families with a window on some layers only say nothing more of it in GGUF.
+fn window(gguf: &Gguf, architecture: &str, family: Family) -> Result<Option<usize>, LoadError> {
+    let key = format!("{architecture}.attention.sliding_window");
+    let context = gguf.integer(&format!("{architecture}.context_length"))?.unwrap_or(usize::MAX);
+    let window = gguf.integer(&key)?.filter(|&window| window > 0);
+    match family {
+        Family::Llama | Family::Mistral | Family::Mixtral => Ok(window),
+        _ => match window.filter(|&window| window < context) {
+            None => Ok(None),
+            Some(window) => {
+                let found = format!("a window of {window} on layers that the file does not name");
+                Err(LoadError::unsupported(gguf.path(), key, found, "full attention is"))
+            }
+        },
+    }
+}
+
 fn scaling(gguf: &Gguf, architecture: &str) -> Result<RopeScaling, LoadError> {
     let kind = format!("{architecture}.rope.scaling.type");
     let factor = format!("{architecture}.rope.scaling.factor");
+    // Its name in files from before there was another kind.
+    let given = match gguf.number(&factor)? {
+        None => gguf.number(&format!("{architecture}.rope.scale_linear"))?,
+        given => given,
+    };
     match gguf.text(&kind)? {
-        None | Some("none") => Ok(RopeScaling::None),
-        Some("linear") => {
-            let value = gguf.number(&factor)?.ok_or_else(|| gguf.missing(&factor))?;
+        Some("none") => Ok(RopeScaling::None),
+        // As llama.cpp reads it: a factor without a kind is a linear one.
+        None if given.is_none_or(|value| value == 0.0 || value == 1.0) => Ok(RopeScaling::None),
+        None | Some("linear") => {
+            let value = given.ok_or_else(|| gguf.missing(&factor))?;
             if !(value.is_finite() && value > 0.0) {
                 return Err(LoadError::invalid(gguf.path(), factor, format!("is {value}, but must be above 0")));
             }

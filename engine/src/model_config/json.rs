@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use super::{ExpertConfig, Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES};
+use super::{ExpertConfig, Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES, dbrx, refused};
 use crate::generation_defaults::one_or_many;
 use crate::load_error::LoadError;
 
@@ -30,6 +31,8 @@ struct Fields {
     #[serde(default, deserialize_with = "present")]
     sliding_window: Option<Option<usize>>,
     use_sliding_window: Option<bool>,
+    /// The first layer with a window, of families that have one on some.
+    max_window_layers: Option<usize>,
     layer_types: Option<Vec<String>>,
     tie_word_embeddings: Option<bool>,
     attention_bias: Option<bool>,
@@ -51,20 +54,26 @@ struct Fields {
     eos_token_id: Vec<u32>,
 }
 
-#[derive(Clone, Default, Deserialize)]
-struct Rope {
+/// How positions rotate queries and keys.
+#[derive(Clone, Default, PartialEq, Deserialize)]
+pub(super) struct Rope {
     rope_theta: Option<f64>,
-    /// Its name before transformers 4.43 was `type`.
-    #[serde(alias = "type")]
     rope_type: Option<String>,
+    /// Its name before transformers 4.43, whose files have both.
+    #[serde(rename = "type")]
+    kind: Option<String>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
     original_max_position_embeddings: Option<usize>,
     partial_rotary_factor: Option<f64>,
+    /// Families with two kinds of layers have one of these for each.
+    full_attention: Option<Value>,
+    sliding_attention: Option<Value>,
 }
 
-fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<usize>>, D::Error> {
+/// That a field is there, be it null.
+pub(super) fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<Option<T>>, D::Error> {
     Option::deserialize(deserializer).map(Some)
 }
 
@@ -74,12 +83,22 @@ impl ModelConfig {
         let text = std::fs::read(path).map_err(|error| LoadError::io(path, error))?;
         // Checked first, because another family's file may lack the fields below.
         let family = family(path, &text)?;
-        let fields: Fields = serde_json::from_slice(&text)
-            .map_err(|error| LoadError::invalid(path, "configuration", format!("{error}; fetch the file again")))?;
-        let config = fields.config(path, family)?;
+        refused::in_json(path, &parsed(path, &text)?)?;
+        let (config, ends) = if family == Family::Dbrx {
+            let fields: dbrx::Fields = parsed(path, &text)?;
+            (fields.config(path)?, fields.eos_token_id)
+        } else {
+            let fields: Fields = parsed(path, &text)?;
+            (fields.config(path, family)?, fields.eos_token_id)
+        };
         config.check(path)?;
-        Ok((config, fields.eos_token_id))
+        Ok((config, ends))
     }
+}
+
+fn parsed<T: DeserializeOwned>(path: &Path, text: &[u8]) -> Result<T, LoadError> {
+    serde_json::from_slice(text)
+        .map_err(|error| LoadError::invalid(path, "configuration", format!("{error}; fetch the file again")))
 }
 
 fn family(path: &Path, text: &[u8]) -> Result<Family, LoadError> {
@@ -88,8 +107,7 @@ fn family(path: &Path, text: &[u8]) -> Result<Family, LoadError> {
         architectures: Option<Vec<String>>,
         model_type: Option<String>,
     }
-    let names: Names = serde_json::from_slice(text)
-        .map_err(|error| LoadError::invalid(path, "configuration", format!("{error}; fetch the file again")))?;
+    let names: Names = parsed(path, text)?;
     let architecture = names.architectures.unwrap_or_default().into_iter().next();
     let (field, name) = match (architecture, names.model_type) {
         (Some(name), _) => ("architectures", name),
@@ -104,6 +122,7 @@ fn family(path: &Path, text: &[u8]) -> Result<Family, LoadError> {
         "MixtralForCausalLM" | "MixtralModel" | "mixtral" => Family::Mixtral,
         "Qwen2MoeForCausalLM" | "Qwen2MoeModel" | "qwen2_moe" => Family::Qwen2Moe,
         "Qwen3MoeForCausalLM" | "Qwen3MoeModel" | "qwen3_moe" => Family::Qwen3Moe,
+        "DbrxForCausalLM" | "dbrx" => Family::Dbrx,
         _ => return Err(LoadError::unsupported(path, field, format!("\"{name}\""), SUPPORTED_FAMILIES)),
     })
 }
@@ -125,7 +144,7 @@ impl Fields {
             Family::Llama => (10_000.0, 2048, 1e-6),
             Family::Mistral => (10_000.0, 4096 * 32, 1e-6),
             Family::Mixtral => (1_000_000.0, 4096 * 32, 1e-5),
-            Family::Qwen2 | Family::Qwen3 | Family::Qwen2Moe | Family::Qwen3Moe => (10_000.0, 32_768, 1e-6),
+            Family::Qwen2 | Family::Qwen3 | Family::Qwen2Moe | Family::Qwen3Moe | Family::Dbrx => (10_000.0, 32_768, 1e-6),
         };
         let shared_out = self.hidden_size / self.num_attention_heads;
         let (default_head_dim, default_kv_heads) = match family {
@@ -133,11 +152,11 @@ impl Fields {
             Family::Mistral | Family::Mixtral => (shared_out, 8),
             Family::Qwen2Moe => (shared_out, 16),
             Family::Qwen3Moe => (shared_out, 4),
-            Family::Llama | Family::Qwen2 => (shared_out, self.num_attention_heads),
+            Family::Llama | Family::Qwen2 | Family::Dbrx => (shared_out, self.num_attention_heads),
         };
         let is_qwen2 = matches!(family, Family::Qwen2 | Family::Qwen2Moe);
         let experts = self.experts(path, family)?;
-        let rope = self.rope_parameters.clone().or_else(|| self.rope_scaling.clone()).unwrap_or_default();
+        let rope = Rope::of(path, self.rope_parameters.as_ref(), self.rope_scaling.as_ref())?;
         let rotated = rope.partial_rotary_factor.or(self.partial_rotary_factor).unwrap_or(1.0);
         if rotated != 1.0 {
             return Err(LoadError::unsupported(path, "partial_rotary_factor", rotated.to_string(), "only 1 is"));
@@ -159,6 +178,8 @@ impl Fields {
             vocabulary: self.vocab_size,
             max_positions,
             rms_eps: self.rms_norm_eps.unwrap_or(eps) as f32,
+            layer_norm: false,
+            clip_qkv: None,
             rope_theta: rope.rope_theta.or(self.rope_theta).unwrap_or(theta),
             rope_scaling: rope.scaling(path, max_positions)?,
             sliding_window: self.window(path, family)?,
@@ -175,7 +196,7 @@ impl Fields {
             Family::Mixtral => (8, 2),
             Family::Qwen2Moe => (60, 4),
             Family::Qwen3Moe => (128, 8),
-            Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 => return Ok(None),
+            Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 | Family::Dbrx => return Ok(None),
         };
         let instead = "only models whose layers all have experts are";
         if let Some(step) = self.decoder_sparse_step.filter(|&step| step != 1) {
@@ -192,26 +213,76 @@ impl Fields {
         }))
     }
 
+    /// The window of all layers. There is none that some layers have and others have not.
     fn window(&self, path: &Path, family: Family) -> Result<Option<usize>, LoadError> {
-        let wanted = match family {
-            Family::Llama => false,
-            Family::Mistral | Family::Mixtral => true,
-            Family::Qwen2 | Family::Qwen3 | Family::Qwen2Moe | Family::Qwen3Moe => self.use_sliding_window.unwrap_or(false),
-        };
-        let on_all_layers = matches!(family, Family::Mistral | Family::Mixtral);
+        const FULL: &str = "full_attention";
+        const SLIDING: &str = "sliding_attention";
         let types = self.layer_types.as_deref().unwrap_or_default();
-        let sliding = types.iter().filter(|name| *name == "sliding_attention").count();
-        if (!on_all_layers && wanted) || (sliding > 0 && sliding < types.len()) {
-            let instead = "set use_sliding_window to false if the context stays below the window";
-            return Err(LoadError::unsupported(path, "use_sliding_window", "a window on some of the layers", instead));
+        if let Some(other) = types.iter().find(|name| ![FULL, SLIDING].contains(&name.as_str())) {
+            let instead = "layers of full_attention or of sliding_attention are";
+            return Err(LoadError::unsupported(path, "layer_types", format!("\"{other}\""), instead));
         }
-        let default = (family == Family::Mistral).then_some(4096);
-        Ok(self.sliding_window.unwrap_or(default).filter(|_| wanted))
+        let listed = types.iter().filter(|name| *name == SLIDING).count();
+        let (window, sliding, layers) = match family {
+            Family::Llama | Family::Dbrx => (None, listed, types.len()),
+            // On all layers; the types of layers say nothing.
+            Family::Mistral | Family::Mixtral if listed == 0 || listed == types.len() => {
+                let default = (family == Family::Mistral).then_some(4096);
+                return Ok(self.sliding_window.unwrap_or(default));
+            }
+            Family::Mistral | Family::Mixtral => (self.sliding_window.unwrap_or(None), listed, types.len()),
+            Family::Qwen2 | Family::Qwen3 | Family::Qwen2Moe | Family::Qwen3Moe => {
+                let window = if self.use_sliding_window == Some(true) { self.sliding_window.unwrap_or(Some(4096)) } else { None };
+                // What a file leaves out is the default of transformers' configuration classes.
+                let from = self.max_window_layers.unwrap_or(28);
+                match types.len() {
+                    0 if window.is_some() => (window, self.num_hidden_layers.saturating_sub(from), self.num_hidden_layers),
+                    layers => (window, listed, layers),
+                }
+            }
+        };
+        match (sliding, window) {
+            (0, _) => Ok(None),
+            (_, None) => {
+                let detail = "names layers with a window, but there is no sliding_window in use".to_owned();
+                Err(LoadError::invalid(path, "layer_types", detail))
+            }
+            (sliding, window) if sliding == layers => Ok(window),
+            _ => {
+                let instead = "set use_sliding_window to false if the context stays below the window";
+                Err(LoadError::unsupported(path, "use_sliding_window", "a window on some of the layers", instead))
+            }
+        }
     }
 }
 
 impl Rope {
-    fn scaling(&self, path: &Path, max_positions: usize) -> Result<RopeScaling, LoadError> {
+    /// What a file says, in the field of transformers 4 (`rope_scaling`) or in that of 5.
+    pub fn of(path: &Path, parameters: Option<&Rope>, scaling: Option<&Rope>) -> Result<Rope, LoadError> {
+        let rope = match (parameters, scaling) {
+            (Some(new), Some(old)) => {
+                if (Rope { rope_theta: new.rope_theta, ..old.clone() }) != *new {
+                    let detail = "differs from rope_parameters; remove the one that is not the model's".to_owned();
+                    return Err(LoadError::invalid(path, "rope_scaling", detail));
+                }
+                Rope { rope_theta: new.rope_theta.or(old.rope_theta), ..new.clone() }
+            }
+            (Some(one), None) | (None, Some(one)) => one.clone(),
+            (None, None) => Rope::default(),
+        };
+        if rope.full_attention.is_some() || rope.sliding_attention.is_some() {
+            let (found, instead) = ("a rotation for each type of layers", "one for all layers is");
+            return Err(LoadError::unsupported(path, "rope_parameters", found, instead));
+        }
+        Ok(rope)
+    }
+
+    /// Base of the frequencies.
+    pub fn theta(&self) -> Option<f64> {
+        self.rope_theta
+    }
+
+    pub fn scaling(&self, path: &Path, max_positions: usize) -> Result<RopeScaling, LoadError> {
         const FIELD: &str = "rope_scaling";
         let need = |name: &str, value: Option<f64>| {
             let value = value.ok_or_else(|| LoadError::invalid(path, FIELD, format!("{name} is missing")))?;
@@ -220,7 +291,7 @@ impl Rope {
             }
             Err(LoadError::invalid(path, FIELD, format!("{name} is {value}, it must be above 0")))
         };
-        match self.rope_type.as_deref() {
+        match self.rope_type.as_deref().or(self.kind.as_deref()) {
             None | Some("default") => Ok(RopeScaling::None),
             Some("linear") => Ok(RopeScaling::Linear { factor: need("factor", self.factor)? }),
             Some("llama3") => Ok(RopeScaling::Llama3 {

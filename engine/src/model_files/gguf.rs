@@ -48,14 +48,14 @@ pub(super) fn open(path: &Path) -> Result<ModelFiles, LoadError> {
     Ok(ModelFiles {
         path: path.to_owned(),
         name,
-        config,
         end_of_turn: end_of_turn::collect(&tokenizer, ends),
         tokenizer,
         chat_template,
         // Sampling only: which tokens end a turn, the GGUF file says itself.
         generation_defaults: GenerationDefaults::read(&path.with_file_name("generation_config.json"))?,
         pooling: pooling.map(|mode| Pooling { mode, ..Pooling::default() }),
-        weights: Weights::new(Naming::Gguf, std::iter::once(first.file).chain(parts).collect())?,
+        weights: Weights::new(Naming::of_gguf(config.family), std::iter::once(first.file).chain(parts).collect())?,
+        config,
     })
 }
 

@@ -129,7 +129,7 @@ fn missing_parts_are_named_with_what_to_do() {
 
 #[test]
 fn configurations_that_cannot_be_run_are_refused_by_name() {
-    let cases: [(&str, Value, &[&str]); 14] = [
+    let cases: [(&str, Value, &[&str]); 21] = [
         ("architectures", json!(["GPT2LMHeadModel"]), &["\"GPT2LMHeadModel\" is not supported", "Qwen3"]),
         ("rope_scaling", json!({"rope_type": "longrope", "factor": 4}), &["\"longrope\" is not supported"]),
         ("rope_scaling", json!({"rope_type": "dynamic", "factor": 4}), &["\"dynamic\" is not supported"]),
@@ -137,7 +137,14 @@ fn configurations_that_cannot_be_run_are_refused_by_name() {
         ("rope_scaling", json!({"rope_type": "linear", "factor": 0.0}), &["factor is 0"]),
         ("hidden_act", json!("gelu"), &["\"gelu\" is not supported"]),
         ("quantization_config", json!({"quant_method": "gptq"}), &["quantised safetensors", "GGUF"]),
-        ("use_sliding_window", json!(true), &["a window on some of the layers"]),
+        ("layer_types", json!(["full_attention", "chunked_attention"]), &["layer_types: \"chunked_attention\" is not supported"]),
+        ("layer_types", json!(["full_attention", "sliding_attention"]), &["layer_types", "no sliding_window in use"]),
+        ("rope_scaling", json!({"rope_type": "yarn", "factor": 4}), &["\"yarn\" is not supported"]),
+        ("rope_parameters", json!({"full_attention": {"rope_theta": 1}}), &["a rotation for each type of layers"]),
+        ("rope_parameters", json!({"rope_type": "linear", "factor": 2}), &["rope_scaling: differs from rope_parameters"]),
+        ("final_logit_softcapping", json!(30.0), &["final_logit_softcapping: 30.0 is not supported"]),
+        ("clip_qkv", json!(8), &["clip_qkv: 8 is not supported"]),
+        ("no_rope_layers", json!([0, 1]), &["no_rope_layers: [0,1] is not supported"]),
         ("num_attention_heads", json!(0), &["num_attention_heads", "is 0"]),
         ("num_attention_heads", json!(3), &["is not a multiple of num_key_value_heads"]),
         ("head_dim", json!(15), &["15 is odd"]),
@@ -147,7 +154,12 @@ fn configurations_that_cannot_be_run_are_refused_by_name() {
     ];
     for (field, value, parts) in cases {
         let directory = copy("qwen2");
-        edit(&directory, "config.json", |config| config[field] = value.clone());
+        edit(&directory, "config.json", |config| {
+            config[field] = value.clone();
+            if field == "rope_parameters" && value["rope_type"].is_string() {
+                config["rope_scaling"] = json!({"rope_type": "linear", "factor": 4});
+            }
+        });
         let error = failure(directory.path());
         for part in parts {
             assert!(error.contains(part), "{field} {value}: {error}");
@@ -158,6 +170,42 @@ fn configurations_that_cannot_be_run_are_refused_by_name() {
     assert!(failure(directory.path()).contains("no model's config.json"));
     fs::write(directory.path().join("config.json"), "not json").unwrap();
     assert!(failure(directory.path()).contains("config.json"));
+}
+
+/// Files that transformers 4.43 and later wrote from an older one.
+#[test]
+fn a_kind_of_rotation_may_stand_there_under_both_of_its_names() {
+    let directory = copy("qwen2");
+    edit(&directory, "config.json", |config| {
+        config["rope_scaling"] = json!({"type": "linear", "rope_type": "linear", "factor": 2.0})
+    });
+    let files = ModelFiles::open(directory.path()).unwrap();
+    assert_eq!(files.config().rope_scaling, crate::RopeScaling::Linear { factor: 2.0 });
+}
+
+/// What transformers' Qwen2 makes of the fields about windows.
+#[test]
+fn a_window_is_that_of_all_layers_or_of_none() {
+    let window = |changes: Value| {
+        let directory = copy("qwen2");
+        edit(&directory, "config.json", |config| {
+            for (field, value) in changes.as_object().unwrap() {
+                config[field] = value.clone();
+            }
+        });
+        ModelFiles::open(directory.path()).map(|files| files.config().sliding_window).map_err(|error| error.to_string())
+    };
+    let types = |kinds: [&str; 3]| json!(kinds.map(|kind| format!("{kind}_attention")));
+    assert_eq!(window(json!({"use_sliding_window": false, "sliding_window": 8, "max_window_layers": 0})), Ok(None));
+    assert_eq!(window(json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 3})), Ok(None));
+    assert_eq!(window(json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 0})), Ok(Some(8)));
+    assert_eq!(window(json!({"use_sliding_window": true, "sliding_window": null, "max_window_layers": 0})), Ok(None));
+    let some = window(json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 2})).unwrap_err();
+    assert!(some.contains("use_sliding_window: a window on some of the layers"), "{some}");
+    let listed = |kinds| window(json!({"use_sliding_window": true, "sliding_window": 8, "layer_types": types(kinds)}));
+    assert_eq!(listed(["full"; 3]), Ok(None));
+    assert_eq!(listed(["sliding"; 3]), Ok(Some(8)));
+    assert!(listed(["full", "full", "sliding"]).is_err());
 }
 
 #[test]
@@ -369,7 +417,25 @@ fn gguf_metadata_that_cannot_be_run_is_refused_by_name() {
     assert!(refused(tiny().text("llama.rope.scaling.type", "yarn")).contains("\"yarn\" is not supported"));
     assert!(refused(tiny().text("llama.rope.scaling.type", "linear")).contains("llama.rope.scaling.factor"));
     assert!(refused(tiny().f32_tensor("rope_freqs.weight", &[2], &[1.0; 2])).contains("rope_freqs.weight"));
+    let both = tiny().text("llama.rope.scaling.type", "linear").f32("llama.rope.scaling.factor", 2.0);
+    assert!(refused(both.f32_tensor("rope_freqs.weight", &[1], &[1.0])).contains("scaling beside rope_freqs.weight"));
+    assert!(refused(tiny().f32("llama.logit_scale", 0.5)).contains("llama.logit_scale: 0.5 is not supported"));
+    assert!(refused(tiny().f32("llama.attention.clamp_kqv", -8.0)).contains("clip_qkv"));
     let small = tiny_metadata().then(|writer| writer.f32_tensor("token_embd.weight", &[2, 4], &[0.1; 8])).then(tiny_layer);
     assert!(refused(small).contains("has 5 tokens, the model 2"));
     assert!(refused(tiny().text("tokenizer.chat_template", "{% if %}")).contains("chat_template"));
+}
+
+#[test]
+fn a_factor_without_a_kind_of_scaling_is_a_linear_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let scaling =
+        |writer: Writer| ModelFiles::open(&written(&directory, "tiny.gguf", &writer)).unwrap().config().rope_scaling.clone();
+    assert_eq!(scaling(tiny().f32("llama.rope.scaling.factor", 4.0)), crate::RopeScaling::Linear { factor: 4.0 });
+    assert_eq!(scaling(tiny().f32("llama.rope.scale_linear", 2.0)), crate::RopeScaling::Linear { factor: 2.0 });
+    assert_eq!(scaling(tiny().f32("llama.rope.scale_linear", 1.0)), crate::RopeScaling::None);
+    assert_eq!(
+        scaling(tiny().text("llama.rope.scaling.type", "none").f32("llama.rope.scaling.factor", 4.0)),
+        crate::RopeScaling::None
+    );
 }

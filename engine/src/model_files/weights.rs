@@ -4,8 +4,9 @@ use tidemill_kernels::blocks::is_four_bit;
 use tidemill_kernels::{Format, MatrixSource, WeightFormat};
 
 use super::ModelFiles;
+use super::experts::rows_of;
 use crate::load_error::LoadError;
-use crate::model::weight_names::{Naming, Part, Weight};
+use crate::model::weight_names::{Part, Weight};
 use crate::model_config::{Family, ModelConfig};
 
 /// A matrix `[n, k]` (output features, input features) in its file's format.
@@ -56,6 +57,18 @@ impl ModelConfig {
 }
 
 impl ModelConfig {
+    /// Rows of the one matrix that query, key and value are in some files, and the first of them that is this weight's.
+    fn place_in_qkv(&self, weight: Weight) -> Option<(usize, usize)> {
+        let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let first = match weight {
+            Weight::Layer(_, Part::Query) => 0,
+            Weight::Layer(_, Part::Key) => queries,
+            Weight::Layer(_, Part::Value) => queries + keys,
+            _ => return None,
+        };
+        Some((queries + 2 * keys, first))
+    }
+
     /// Whether layers of the model have this part.
     pub fn has(&self, part: Part) -> bool {
         match part {
@@ -81,13 +94,16 @@ impl ModelFiles {
     /// A matrix of the model, checked against the configuration.
     pub fn matrix(&self, weight: Weight) -> Result<FileMatrix<'_>, LoadError> {
         let (n, k) = self.config.shape_of(weight);
-        let tensor = self.need(weight)?;
-        tensor.expect_shape(&[n, k])?;
-        if tensor.format.row_bytes(k).and_then(|row| row.checked_mul(n)) != Some(tensor.data.len()) {
-            let detail = format!("{} bytes are not {n} rows of {k} in {:?}", tensor.data.len(), tensor.format);
-            return Err(LoadError::corrupt(tensor.path, tensor.name, detail));
-        }
-        Ok(FileMatrix { n, k, format: tensor.format, data: tensor.data, row_order: self.row_order(weight, n) })
+        let (rows, first) = if self.naming().joins_qkv() { self.config.place_in_qkv(weight) } else { None }.unwrap_or((n, 0));
+        let matrix = rows_of(self.need(weight)?, &[rows], first, n, k)?;
+        Ok(FileMatrix { row_order: self.row_order(weight, n), ..matrix })
+    }
+
+    /// Query, key and value of a layer in one matrix, of files that have them so.
+    pub(crate) fn joined_qkv(&self, layer: usize) -> Result<FileMatrix<'_>, LoadError> {
+        let query = Weight::Layer(layer, Part::Query);
+        let (n, k) = (self.config.place_in_qkv(query).map_or(0, |(rows, _)| rows), self.config.hidden);
+        rows_of(self.need(query)?, &[n], 0, n, k)
     }
 
     /// A norm's weight or a bias.
@@ -132,7 +148,7 @@ impl ModelFiles {
     }
 
     fn row_order(&self, weight: Weight, rows: usize) -> Option<Vec<u32>> {
-        (self.naming() == Naming::Gguf).then(|| self.config.gguf_row_order(weight, rows)).flatten()
+        self.naming().is_gguf().then(|| self.config.gguf_row_order(weight, rows)).flatten()
     }
 }
 

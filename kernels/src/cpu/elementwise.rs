@@ -16,19 +16,19 @@ fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
-/// Sum of squares in a fixed order: element `i` goes to accumulator `i mod 64`, then the accumulators are halved pairwise.
+/// A sum in a fixed order: `add` takes element `i` into accumulator `i mod 64`, then the accumulators are halved pairwise.
 #[inline(always)]
-fn sum_of_squares<const FMA: bool>(x: &[f32]) -> f32 {
+fn sum_by(x: &[f32], add: impl Fn(f32, f32) -> f32) -> f32 {
     let mut sums = [0f32; LANES];
     let chunks = x.chunks_exact(LANES);
     let rest = chunks.remainder();
     for chunk in chunks {
         for (sum, &v) in sums.iter_mut().zip(chunk) {
-            *sum = mul_add::<FMA>(v, v, *sum);
+            *sum = add(*sum, v);
         }
     }
     for (sum, &v) in sums.iter_mut().zip(rest) {
-        *sum = mul_add::<FMA>(v, v, *sum);
+        *sum = add(*sum, v);
     }
     let mut width = LANES / 2;
     while width > 0 {
@@ -41,10 +41,26 @@ fn sum_of_squares<const FMA: bool>(x: &[f32]) -> f32 {
 }
 
 #[inline(always)]
+fn sum_of_squares<const FMA: bool>(x: &[f32]) -> f32 {
+    sum_by(x, |sum, v| mul_add::<FMA>(v, v, sum))
+}
+
+#[inline(always)]
 fn rms_norm_body<const FMA: bool>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let scale = 1.0 / (sum_of_squares::<FMA>(x) / x.len() as f32 + eps).sqrt();
     for ((o, &v), &w) in out.iter_mut().zip(x).zip(weight) {
         *o = v * scale * w;
+    }
+}
+
+#[inline(always)]
+fn layer_norm_body<const FMA: bool>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let mean = sum_by(x, |sum, v| sum + v) / x.len() as f32;
+    // Squares of differences: those of the numbers themselves would cancel where the mean is large.
+    let variance = sum_by(x, |sum, v| mul_add::<FMA>(v - mean, v - mean, sum)) / x.len() as f32;
+    let scale = 1.0 / (variance + eps).sqrt();
+    for ((o, &v), &w) in out.iter_mut().zip(x).zip(weight) {
+        *o = (v - mean) * scale * w;
     }
 }
 
@@ -109,6 +125,11 @@ macro_rules! instantiate {
             }
             #[doc = $safety]
             $(#[target_feature(enable = $feature)])?
+            pub unsafe fn layer_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+                super::layer_norm_body::<$fma>(x, weight, eps, out);
+            }
+            #[doc = $safety]
+            $(#[target_feature(enable = $feature)])?
             pub unsafe fn silu_and_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
                 super::silu_and_mul_body(gate, up, out);
             }
@@ -152,6 +173,7 @@ pub enum Level {
 #[derive(Clone, Copy)]
 pub struct Elementwise {
     rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    layer_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     silu_and_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
     rope: unsafe fn(&mut [f32], usize, HeadNorm<'_>, &[f32], &[f32]),
     round_bf16: unsafe fn(&[f32], &mut [u16]),
@@ -162,6 +184,7 @@ macro_rules! operations {
     ($level:ident) => {
         Elementwise {
             rms_norm: $level::rms_norm,
+            layer_norm: $level::layer_norm,
             silu_and_mul: $level::silu_and_mul,
             rope: $level::rope,
             round_bf16: $level::round_bf16,
@@ -196,6 +219,13 @@ impl Elementwise {
     pub fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
         // SAFETY: `new` chose functions whose instructions the processor has.
         unsafe { (self.rms_norm)(x, weight, eps, out) }
+    }
+
+    /// `out = (x - mean(x)) / sqrt(var(x) + eps) * weight`; all of one length.
+    #[inline]
+    pub fn layer_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { (self.layer_norm)(x, weight, eps, out) }
     }
 
     /// `out = gate / (1 + e^-gate) * up`; all of one length.
@@ -263,6 +293,25 @@ mod tests {
                 for i in 0..n {
                     let exact = f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(w[i]);
                     assert!((f64::from(out[i]) - exact).abs() <= 1e-6 * exact.abs() + 1e-9, "{level:?} {n} {i}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn layer_norm_agrees_with_doubles_also_far_from_zero() {
+        for level in LEVELS {
+            for (n, offset) in [(1, 0.0), (2, 0.0), (63, 0.0), (64, 3.0), (65, 0.0), (576, 100.0), (1000, -7.0)] {
+                let (x, w) = (noise(n as u64, n).iter().map(|v| v + offset).collect::<Vec<f32>>(), noise(99, n));
+                let mut out = vec![f32::NAN; n];
+                Elementwise::new(level).layer_norm(&x, &w, 1e-5, &mut out);
+                let mean = x.iter().map(|&v| f64::from(v)).sum::<f64>() / n as f64;
+                let variance = x.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / n as f64;
+                for i in 0..n {
+                    let exact = (f64::from(x[i]) - mean) / (variance + 1e-5).sqrt() * f64::from(w[i]);
+                    // The mean is as exact as numbers of its size are.
+                    let bound = 2e-6 * exact.abs() + 1e-6 * (1.0 + f64::from(offset.abs())) * f64::from(w[i].abs());
+                    assert!((f64::from(out[i]) - exact).abs() <= bound, "{level:?} {n} {i}: {} for {exact}", out[i]);
                 }
             }
         }

@@ -80,6 +80,20 @@ impl Holdings {
                         self.convert(planned.forms, out, r);
                     }
                 }
+                Entry::LayerNorm { x, weight, eps, out } => {
+                    let (x, out) = (&self.buffers[x as usize], &self.buffers[out as usize]);
+                    for r in tasks {
+                        self.rows.layer_norm(x.row(r), &self.vectors[weight as usize], eps, out.row_mut(r));
+                        self.convert(planned.forms, out, r);
+                    }
+                }
+                Entry::Clamp { x, limit } => {
+                    let x = &self.buffers[x as usize];
+                    for r in tasks {
+                        x.row_mut(r).iter_mut().for_each(|v| *v = v.clamp(-limit, limit));
+                        self.convert(planned.forms, x, r);
+                    }
+                }
                 Entry::SiluAndMul { gate_up, out } => {
                     let (x, out) = (&self.buffers[gate_up as usize], &self.buffers[out as usize]);
                     for r in tasks {

@@ -449,9 +449,23 @@ impl Ops for CpuBackend {
     }
 
     fn rms_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf) {
-        if self.admit(self.shapes.rms_norm(x, weight, out)) {
+        if self.admit(self.shapes.norm("rms_norm", x, weight, out)) {
             let width = self.held.buffers[out.0 as usize].width;
             self.push_rows(Entry::RmsNorm { x: x.0, weight: weight.0, eps, out: out.0 }, out, width);
+        }
+    }
+
+    fn layer_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf) {
+        if self.admit(self.shapes.norm("layer_norm", x, weight, out)) {
+            let width = self.held.buffers[out.0 as usize].width;
+            self.push_rows(Entry::LayerNorm { x: x.0, weight: weight.0, eps, out: out.0 }, out, width);
+        }
+    }
+
+    fn clamp(&mut self, x: Buf, limit: f32) {
+        if self.admit(self.shapes.clamp(x, limit)) {
+            let width = self.held.buffers[x.0 as usize].width;
+            self.push_rows(Entry::Clamp { x: x.0, limit }, x, width);
         }
     }
 

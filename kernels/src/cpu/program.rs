@@ -11,6 +11,8 @@ use crate::ops::{AttentionSpec, HeadShape, QkNorm, Store};
 pub(super) enum Entry {
     Embedding { table: u32, out: u32 },
     RmsNorm { x: u32, weight: u32, eps: f32, out: u32 },
+    LayerNorm { x: u32, weight: u32, eps: f32, out: u32 },
+    Clamp { x: u32, limit: f32 },
     SiluAndMul { gate_up: u32, out: u32 },
     GateRows { gate: u32, x: u32 },
     Route { logits: u32, normalised: bool, routing: u32 },
@@ -29,7 +31,7 @@ pub(super) enum Entry {
 }
 
 /// Kinds of entries, for the profile.
-pub(super) const KINDS: [&str; 17] = [
+pub(super) const KINDS: [&str; 19] = [
     "embedding",
     "rms_norm",
     "silu_and_mul",
@@ -47,6 +49,8 @@ pub(super) const KINDS: [&str; 17] = [
     "convert_routed",
     "expert_linear",
     "combine",
+    "layer_norm",
+    "clamp",
 ];
 
 impl Entry {
@@ -70,6 +74,8 @@ impl Entry {
             Entry::ConvertRouted { .. } => 14,
             Entry::ExpertLinear { .. } => 15,
             Entry::Combine { .. } => 16,
+            Entry::LayerNorm { .. } => 17,
+            Entry::Clamp { .. } => 18,
         }
     }
 
@@ -79,6 +85,8 @@ impl Entry {
             self,
             Entry::Embedding { .. }
                 | Entry::RmsNorm { .. }
+                | Entry::LayerNorm { .. }
+                | Entry::Clamp { .. }
                 | Entry::SiluAndMul { .. }
                 | Entry::GateRows { .. }
                 | Entry::Combine { .. }

@@ -60,6 +60,8 @@ impl Padded {
 pub(super) enum Op {
     Embedding { table: Matrix, out: Buf },
     RmsNorm { x: Buf, weight: Vector, eps: f32, out: Buf },
+    LayerNorm { x: Buf, weight: Vector, eps: f32, out: Buf },
+    Clamp { x: Buf, limit: f32 },
     Linear { x: Buf, w: Matrix, bias: Option<Vector>, out: Buf, store: Store },
     Lora { x: Buf, site: usize, out: Buf },
     RopeCache { qkv: Buf, shape: HeadShape, norm: Option<QkNorm>, rope: Rope, kv: KvCache, layer: usize },

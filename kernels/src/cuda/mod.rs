@@ -56,6 +56,8 @@ use crate::shapes::Shapes;
 
 const EMBEDDING: Kernel = Kernel::new(Source::Rows, "embedding", 256);
 const RMS_NORM: Kernel = Kernel::new(Source::Rows, "rms_norm", 256);
+const LAYER_NORM: Kernel = Kernel::new(Source::Rows, "layer_norm", 256);
+const CLAMP: Kernel = Kernel::new(Source::Rows, "clamp", 256);
 const SILU_AND_MUL: Kernel = Kernel::new(Source::Rows, "silu_and_mul", 256);
 const GATHER: Kernel = Kernel::new(Source::Rows, "gather", 256);
 const HALVE: Kernel = Kernel::new(Source::Rows, "halve", 256);
@@ -184,6 +186,14 @@ impl<D: Device> CudaBackend<D> {
 
     fn at(&self, buf: Buf) -> Address {
         self.buffers[buf.0 as usize].at
+    }
+
+    /// One of the two norms, which take the same.
+    fn norm(&mut self, kernel: Kernel, x: Buf, weight: Vector, eps: f32, out: Buf) -> Result<(), KernelError> {
+        let (half, half_stride) = self.produce(out);
+        let (width, weight) = (self.buffers[x.0 as usize].width as u32, self.vectors[weight.0 as usize]);
+        let params = p::Norm { x: self.at(x), weight, out: self.at(out), half, width, half_stride, eps, unused: 0 };
+        self.launch(kernel, Launch::blocks(self.rows(x)).with_shared(BLOCK_SUM), params)
     }
 
     /// Reserves memory and keeps count of it.
@@ -384,11 +394,21 @@ impl<D: Device> Ops for CudaBackend<D> {
     }
 
     fn rms_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf) {
-        self.enqueue(self.shapes.rms_norm(x, weight, out), Op::RmsNorm { x, weight, eps, out }, |b| {
-            let (half, half_stride) = b.produce(out);
-            let (width, weight) = (b.buffers[x.0 as usize].width as u32, b.vectors[weight.0 as usize]);
-            let params = p::RmsNorm { x: b.at(x), weight, out: b.at(out), half, width, half_stride, eps, unused: 0 };
-            b.launch(RMS_NORM, Launch::blocks(b.rows(x)).with_shared(BLOCK_SUM), params)
+        let check = self.shapes.norm("rms_norm", x, weight, out);
+        self.enqueue(check, Op::RmsNorm { x, weight, eps, out }, |b| b.norm(RMS_NORM, x, weight, eps, out));
+    }
+
+    fn layer_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf) {
+        let check = self.shapes.norm("layer_norm", x, weight, out);
+        self.enqueue(check, Op::LayerNorm { x, weight, eps, out }, |b| b.norm(LAYER_NORM, x, weight, eps, out));
+    }
+
+    fn clamp(&mut self, x: Buf, limit: f32) {
+        self.enqueue(self.shapes.clamp(x, limit), Op::Clamp { x, limit }, |b| {
+            b.stale(x);
+            let width = b.buffers[x.0 as usize].width;
+            let params = p::Clamp { x: b.at(x), width: width as u32, limit };
+            b.launch(CLAMP, Launch::grid(width.div_ceil(256), b.rows(x)), params)
         });
     }
 

@@ -143,6 +143,8 @@ impl<D: Device> CudaBackend<D> {
             match *op {
                 Op::Embedding { table, out } => self.embedding(table, out),
                 Op::RmsNorm { x, weight, eps, out } => self.rms_norm(x, weight, eps, out),
+                Op::LayerNorm { x, weight, eps, out } => self.layer_norm(x, weight, eps, out),
+                Op::Clamp { x, limit } => self.clamp(x, limit),
                 Op::Linear { x, w, bias, out, store } => self.linear(x, w, bias, out, store),
                 Op::Lora { x, site, out } => self.lora(x, site, out),
                 Op::RopeCache { qkv, shape, norm, rope, kv, layer } => self.rope_cache(qkv, shape, norm, rope, kv, layer),

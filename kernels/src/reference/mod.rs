@@ -167,6 +167,14 @@ fn normed(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     x.iter().zip(weight).map(|(&v, &w)| (f64::from(v) * scale * f64::from(w)) as f32).collect()
 }
 
+/// `(x - mean(x)) / sqrt(var(x) + eps) * weight`
+fn layer_normed(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    let mean = x.iter().map(|&v| f64::from(v)).sum::<f64>() / x.len() as f64;
+    let variance = x.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / x.len() as f64;
+    let scale = 1.0 / (variance + f64::from(eps)).sqrt();
+    x.iter().zip(weight).map(|(&v, &w)| ((f64::from(v) - mean) * scale * f64::from(w)) as f32).collect()
+}
+
 fn zeros(len: Option<usize>, what: &'static str) -> Result<Vec<f32>, KernelError> {
     let bytes = len.unwrap_or(usize::MAX).saturating_mul(4);
     let mut data = Vec::new();
@@ -335,12 +343,31 @@ impl Ops for Reference {
     }
 
     fn rms_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf) {
-        if !self.admit(self.shapes.rms_norm(x, weight, out)) {
+        if !self.admit(self.shapes.norm("rms_norm", x, weight, out)) {
             return;
         }
         for r in 0..self.rows(x) {
             let row = normed(self.row(x, r), &self.vectors[weight.0 as usize], eps);
             self.row_mut(out, r).copy_from_slice(&row);
+        }
+    }
+
+    fn layer_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf) {
+        if !self.admit(self.shapes.norm("layer_norm", x, weight, out)) {
+            return;
+        }
+        for r in 0..self.rows(x) {
+            let row = layer_normed(self.row(x, r), &self.vectors[weight.0 as usize], eps);
+            self.row_mut(out, r).copy_from_slice(&row);
+        }
+    }
+
+    fn clamp(&mut self, x: Buf, limit: f32) {
+        if !self.admit(self.shapes.clamp(x, limit)) {
+            return;
+        }
+        for r in 0..self.rows(x) {
+            self.row_mut(x, r).iter_mut().for_each(|v| *v = v.clamp(-limit, limit));
         }
     }
 

@@ -44,6 +44,9 @@ pub fn come_back(ops: &mut dyn Backend) {
     attempt("embedding", &|ops| ops.embedding(Matrix(77), a));
     attempt("rms_norm", &|ops| ops.rms_norm(a, weight, 1e-5, a));
     attempt("rms_norm", &|ops| ops.rms_norm(a, weight, 1e-5, narrow));
+    attempt("layer_norm", &|ops| ops.layer_norm(a, weight, 1e-5, narrow));
+    attempt("clamp", &|ops| ops.clamp(Buf(99), 1.0));
+    attempt("clamp", &|ops| ops.clamp(a, -1.0));
     attempt("linear", &|ops| ops.linear(a, table, None, b, Store::Replace));
     attempt("linear", &|ops| ops.linear(a, table, None, sampled, Store::Replace));
     attempt("silu_and_mul", &|ops| ops.silu_and_mul(narrow, a));

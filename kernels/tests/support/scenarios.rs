@@ -88,6 +88,31 @@ pub fn rows() -> Vec<Scenario> {
             ops.run();
             vec![x, normed, sampled]
         }));
+        all.push(Scenario::new("layer_norm", sizes.clone(), 6e-6, move |ops| {
+            let noise = &mut Noise::new(case as u64);
+            let table = ops.load_table(noise, 50, width);
+            let weight = ops.load_vector(&noise.values(width, 1.0)).unwrap();
+            let matrix = Weight::random(noise, 24, width, Format::F32, 1.0);
+            let matrix = ops.load_matrix(&[matrix.source()], WeightFormat::F32).unwrap();
+            let [x, normed] = [0; 2].map(|_| ops.alloc_poisoned(Rows::Tokens, width));
+            let out = ops.alloc_poisoned(Rows::Tokens, 24);
+            ops.begin(&plain_step(noise, rows, 50)).unwrap();
+            ops.embedding(table, x);
+            ops.layer_norm(x, weight, 1e-5, normed);
+            ops.linear(normed, matrix, None, out, Store::Replace);
+            ops.run();
+            vec![normed, out]
+        }));
+        all.push(Scenario::new("clamp", sizes.clone(), 1e-6, move |ops| {
+            let noise = &mut Noise::new(case as u64);
+            let table = ops.load_table(noise, 50, width);
+            let x = ops.alloc_poisoned(Rows::Tokens, width);
+            ops.begin(&plain_step(noise, rows, 50)).unwrap();
+            ops.embedding(table, x);
+            ops.clamp(x, 0.25);
+            ops.run();
+            vec![x]
+        }));
         all.push(Scenario::new("silu_and_mul", sizes, 2e-6, move |ops| {
             let noise = &mut Noise::new(case as u64);
             let table = ops.load_table(noise, 50, 2 * width);

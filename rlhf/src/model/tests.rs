@@ -246,15 +246,17 @@ fn bad_input_is_refused() {
 
 #[test]
 fn a_mixture_of_experts_is_refused_by_name() {
-    let files = open("mixtral");
-    let adapter = Adapter::read(&goldens("mixtral/adapters/attention")).unwrap();
-    let refused = [
-        Model::new(files.clone(), &LoraConfig::default(), 1, EXACT),
-        Model::with_adapter(files.clone(), &adapter, EXACT),
-        Model::untrained(files.clone(), EXACT),
-        Model::whole(files, EXACT),
-    ];
-    for model in refused {
-        assert!(model.map(|_| ()).unwrap_err().to_string().contains("mixture of experts"));
+    for family in ["mixtral", "dbrx"] {
+        let files = open(family);
+        let adapter = Adapter::read(&goldens(&format!("{family}/adapters/attention"))).unwrap();
+        let refused = [
+            Model::new(files.clone(), &LoraConfig::default(), 1, EXACT),
+            Model::with_adapter(files.clone(), &adapter, EXACT),
+            Model::untrained(files.clone(), EXACT),
+            Model::whole(files, EXACT),
+        ];
+        for model in refused {
+            assert!(model.map(|_| ()).unwrap_err().to_string().contains("mixture of experts"));
+        }
     }
 }
