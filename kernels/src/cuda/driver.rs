@@ -1,6 +1,5 @@
 //! A card, through its driver.
 
-use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::CString;
 use std::path::Path;
@@ -67,8 +66,9 @@ pub struct Card<C: Calls = Cuda> {
     made_fetches: u64,
     /// With the other cards that compute the model.
     peers: Option<Communicator>,
-    /// Memory to be freed when the step is over: the driver may wait for all cards then, and one of them may wait in an exchange for us.
-    unwanted: RefCell<Vec<Address>>,
+    /// Of one of several cards: memory to be freed when no step is under way. The driver may wait for all cards then, and one of them may wait in
+    /// an exchange for us.
+    unwanted: Vec<Address>,
     name: String,
     architecture: String,
     /// Of the driver: 1000 · major + 10 · minor of CUDA.
@@ -166,7 +166,7 @@ impl<C: Calls> Card<C> {
             fetches: VecDeque::new(),
             made_fetches: 0,
             peers: None,
-            unwanted: RefCell::default(),
+            unwanted: Vec::new(),
             name,
             architecture,
             version,
@@ -219,10 +219,10 @@ impl<C: Calls> Card<C> {
         self.peers.as_ref().ok_or_else(|| KernelError::Unsupported("this card computes alone".into()))
     }
 
-    fn free_unwanted(&self) {
+    fn free_unwanted(&mut self) {
         // The driver frees when all work before is done. A card that is lost has nothing to free.
         if self.current().is_ok() {
-            for at in self.unwanted.take() {
+            for at in std::mem::take(&mut self.unwanted) {
                 // SAFETY: it was reserved by `alloc` and is freed once.
                 let _ = unsafe { self.calls.free(at.0) };
             }
@@ -267,7 +267,6 @@ impl<C: Calls> Card<C> {
         // SAFETY: a stream of our own.
         unsafe { self.calls.synchronize(self.stream) }.map_err(|e| failed("the card stopped", e))?;
         self.staged.all_done();
-        self.free_unwanted();
         Ok(())
     }
 
@@ -328,7 +327,7 @@ impl<C: Calls> Device for Card<C> {
     }
 
     fn free(&mut self, at: Address) {
-        self.unwanted.borrow_mut().push(at);
+        self.unwanted.push(at);
         if self.peers.is_none() {
             self.free_unwanted();
         }
@@ -392,6 +391,7 @@ impl<C: Calls> Device for Card<C> {
             // SAFETY: the card is done with the place.
             None => to.copy_from_slice(unsafe { self.staged.fetched(fetching.slot(), to.len()) }.unwrap_or_default()),
         }
+        // A step is handed over before another is asked for on any card, or is not the last one here.
         if self.fetches.is_empty() {
             self.free_unwanted();
         }
