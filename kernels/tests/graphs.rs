@@ -5,8 +5,10 @@
 
 mod support;
 
+use support::backend::Backend;
 use support::decoder::{Decoder, DecoderShape, DecoderWeights};
 use support::emulation::Emulated;
+use support::experts::{Mixture, MixtureWeights};
 use support::faulty::Faulty;
 use support::recorder::{Call, Log, Recorder};
 use support::steps::{BLOCK, Sequence, append, greedy};
@@ -276,6 +278,32 @@ fn captured_steps_of_experts_give_the_same_numbers() {
         assert_eq!(got, want, "step {i}");
     }
     assert!(captured.ops.device().replays >= 6, "{}", captured.ops.device().replays);
+}
+
+/// One of several ranks puts its part in the place of the stream, and rows that pad are summed up over the ranks like all others: what lay there
+/// before would double from layer to layer.
+#[test]
+fn experts_leave_nothing_in_rows_that_pad() {
+    let mut ops = CudaBackend::new(Emulated::new(false), LIMITS).capturing();
+    let noise = &mut Noise::new(10);
+    let mixture = Mixture { hidden: 32, ffn: 32, routing: RoutingShape { experts: 4, each: 2 } };
+    let [_, down] = MixtureWeights::random(noise, mixture, Format::F32).load(&mut ops, WeightFormat::F32);
+    let (inputs, router) = (ops.load_table(noise, VOCABULARY, 32), ops.load_table(noise, VOCABULARY, 4));
+    let routing = ops.alloc_routing(mixture.routing).unwrap();
+    let [x, out] = [0; 2].map(|_| ops.alloc_poisoned(Rows::Tokens, 32));
+    let (logits, routed) = (ops.alloc_poisoned(Rows::Tokens, 4), ops.alloc_poisoned(Rows::Routed { each: 2 }, 32));
+    let mut list: Vec<_> = (0..3).map(|i| sequence(noise, &mut (i..i + 1), 9)).collect();
+    ops.begin(&step(&mut list, 1)).unwrap();
+    ops.embedding(inputs, x);
+    ops.embedding(router, logits);
+    ops.route(logits, true, routing);
+    ops.expert_linear(x, down, routing, routed);
+    ops.combine(routed, routing, out, Store::Replace);
+    ops.run();
+    let rows = ops.whole(out);
+    assert!(rows[..3 * 32].iter().all(|v| v.is_finite() && *v != 0.0));
+    assert_eq!(rows[3 * 32..4 * 32], [0.0; 32]);
+    assert!(rows[4 * 32..].iter().all(|v| v.is_nan()), "the step is padded to four rows");
 }
 
 #[test]

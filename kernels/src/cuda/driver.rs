@@ -1,6 +1,5 @@
 //! A card, through its driver.
 
-use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::CString;
 use std::path::Path;
@@ -98,8 +97,9 @@ pub struct Card<C: Calls = Cuda> {
     pub(super) choice: Choice,
     /// With the other cards that compute the model.
     peers: Option<Communicator>,
-    /// Memory to be freed when the step is over: the driver may wait for all cards then, and one of them may wait in an exchange for us.
-    unwanted: RefCell<Vec<Address>>,
+    /// Of one of several cards: memory to be freed when no step is under way. The driver may wait for all cards then, and one of them may wait in
+    /// an exchange for us.
+    unwanted: Vec<Address>,
     name: String,
     architecture: String,
     /// Of the driver: 1000 · major + 10 · minor of CUDA.
@@ -199,7 +199,7 @@ impl<C: Calls> Card<C> {
             made_fetches: 0,
             choice: Choice::default(),
             peers: None,
-            unwanted: RefCell::default(),
+            unwanted: Vec::new(),
             name,
             architecture,
             version,
@@ -269,10 +269,10 @@ impl<C: Calls> Card<C> {
         self.peers.as_ref().ok_or_else(|| KernelError::Unsupported("this card computes alone".into()))
     }
 
-    fn free_unwanted(&self) {
+    fn free_unwanted(&mut self) {
         // The driver frees when all work before is done. A card that is lost has nothing to free.
         if self.current().is_ok() {
-            for at in self.unwanted.take() {
+            for at in std::mem::take(&mut self.unwanted) {
                 // SAFETY: it was reserved by `alloc` and is freed once.
                 let _ = unsafe { self.calls.free(at.0) };
             }
@@ -322,17 +322,11 @@ impl<C: Calls> Card<C> {
         unsafe { self.calls.copy_from_device(to, from.0, self.stream) }.map_err(|e| failed("copy from the card", e))
     }
 
-    /// Makes room for more copies.
+    /// Waits for all work so far, and makes room for more copies.
     fn wait_for_copies(&self) -> Result<(), KernelError> {
         // SAFETY: a stream of our own.
         unsafe { self.calls.synchronize(self.stream) }.map_err(|e| failed("the card stopped", e))?;
         self.staged.all_done();
-        Ok(())
-    }
-
-    fn synchronize(&self) -> Result<(), KernelError> {
-        self.wait_for_copies()?;
-        self.free_unwanted();
         Ok(())
     }
 
@@ -397,7 +391,7 @@ impl<C: Calls> Device for Card<C> {
     }
 
     fn free(&mut self, at: Address) {
-        self.unwanted.borrow_mut().push(at);
+        self.unwanted.push(at);
         if self.peers.is_none() {
             self.free_unwanted();
         }
@@ -433,7 +427,6 @@ impl<C: Calls> Device for Card<C> {
             });
             through.unwrap_or_else(|| Err(KernelError::Device("no place for what comes from the card".into())))?;
         }
-        self.free_unwanted();
         Ok(())
     }
 
@@ -476,6 +469,7 @@ impl<C: Calls> Device for Card<C> {
             // SAFETY: the card is done with the place.
             None => to.copy_from_slice(unsafe { self.staged.fetched(fetching.slot(), to.len()) }.unwrap_or_default()),
         }
+        // A step is handed over before another is asked for on any card, or is not the last one here.
         if self.fetches.is_empty() {
             self.free_unwanted();
         }
