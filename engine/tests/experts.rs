@@ -297,3 +297,49 @@ fn dbrx_reads_its_fields_where_either_transformers_writes_them() {
     });
     assert_eq!((without.clip_qkv, without.experts.unwrap().normalised), (None, false));
 }
+
+#[test]
+fn adapters_of_dbrx_keep_its_names_wherever_they_are_written() {
+    let out = tempfile::tempdir().unwrap();
+    let adapter = Adapter::read(&golden("dbrx").join("adapters/attention")).unwrap();
+    assert_eq!(adapter.config.targets, Projection::DBRX);
+    let folder = out.path().join("again");
+    adapter.write(&folder).unwrap();
+    assert_eq!(Adapter::read(&folder).unwrap().pairs, adapter.pairs);
+    let config: Value = serde_json::from_slice(&fs::read(folder.join("adapter_config.json")).unwrap()).unwrap();
+    assert_eq!(config["target_modules"], json!(["Wqkv", "out_proj"]));
+    let names: Vec<String> = read(&folder.join("adapter_model.safetensors")).into_keys().collect();
+    assert_eq!(names[0], "base_model.model.transformer.blocks.0.norm_attn_norm.attn.Wqkv.lora_A.weight");
+
+    let file = out.path().join("adapter.gguf");
+    adapter.write_gguf(ModelFiles::open(&golden("dbrx")).unwrap().config(), &file).unwrap();
+    let bytes = fs::read(&file).unwrap();
+    let has = |name: &str| bytes.windows(name.len()).any(|window| window == name.as_bytes());
+    assert!(has("blk.0.attn_qkv.weight.lora_a") && has("blk.1.attn_output.weight.lora_b") && !has("attn_q.weight"));
+}
+
+/// A part of the matrix of query, key and value each, which rows are whose being what can go wrong.
+#[test]
+fn an_adapter_of_the_joined_matrix_does_what_its_rows_do_to_query_key_and_value() {
+    let files = ModelFiles::open(&golden("dbrx")).unwrap();
+    let tokens: Vec<u32> = (20..60).collect();
+    let base = stepper(&golden("dbrx"), WeightFormat::F32).logits(&tokens, &[39]);
+    for rows in [0..64, 64..96, 96..128] {
+        let mut adapter = adapter_of(&files, Projection::DbrxQkv);
+        adapter.pairs[0].b.iter_mut().enumerate().for_each(|(row, b)| *b = if rows.contains(&row) { 0.3 } else { 0.0 });
+        let out = tempfile::tempdir().unwrap();
+        let to = out.path().join("merged");
+        merge(&files, &adapter, &to, &MergeOptions { container: Container::Safetensors, storage: None, files_from: None })
+            .unwrap();
+        let want = stepper(&to, WeightFormat::F32).logits(&tokens, &[39]);
+        let mut with = stepper(&golden("dbrx"), WeightFormat::F32);
+        with.decoder().load_adapter(0, &adapter).unwrap();
+        with.use_adapters(&[0]);
+        let got = with.logits(&tokens, &[39]);
+        let far = |a: &[Vec<f32>], b: &[Vec<f32>]| {
+            a.iter().flatten().zip(b.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max)
+        };
+        assert!(far(&got, &want) < 1e-3, "{rows:?}: {}", far(&got, &want));
+        assert!(far(&got, &base) > 1e-2, "{rows:?}: {}", far(&got, &base));
+    }
+}
