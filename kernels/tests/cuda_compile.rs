@@ -67,3 +67,14 @@ fn kernels_compile_for_every_card_without_warnings_or_spills() {
         }
     }
 }
+
+/// What a later kind of card does not have must not be asked of it.
+#[test]
+fn kernels_compile_for_cards_that_came_later() {
+    for source in Source::ALL {
+        let compiled = compile(source, "sm_120", false).unwrap();
+        assert!(compiled.cubin.starts_with(b"\x7fELF") && !compiled.log.contains("warning"), "{source:?}: {}", compiled.log);
+    }
+    let unknown = compile(Source::Rows, "sm_999", false).unwrap_err().to_string();
+    assert!(unknown.contains("makes no code for sm_999") && unknown.contains("nvidia-cuda-nvrtc"), "{unknown}");
+}

@@ -332,6 +332,21 @@ fn a_model_is_served_on_cards_that_share_less() {
 }
 
 #[test]
+fn a_capture_that_a_driver_does_not_take_is_done_without_and_says_why() {
+    for (call, words) in [("begin_capture", "does not begin"), ("end_capture", "was broken off"), ("instantiate", "is refused")] {
+        let driver = FakeDriver::recording(Machine::default());
+        let mut decoder = captured(open(&driver).unwrap());
+        driver.fail_next(call, CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+        serve(&mut decoder, false).unwrap();
+        assert!(driver.has_failed());
+        let why = decoder.ops.captures().1.map_or(String::new(), ToString::to_string);
+        assert!(why.contains(words) && why.contains("CAPTURE_INVALIDATED"), "{why}");
+        drop(decoder);
+        driver.assert_empty();
+    }
+}
+
+#[test]
 fn whatever_call_fails_while_a_model_serves_nothing_is_leaked_or_used_again() {
     let (lost, short) = (CUresult::CUDA_ERROR_ILLEGAL_ADDRESS, CUresult::CUDA_ERROR_OUT_OF_MEMORY);
     for (code, step) in [(lost, 5), (short, 3)] {

@@ -28,7 +28,8 @@ toolkits=$(ls -d /usr/local/cuda/lib64 /usr/local/cuda-*/lib64 /usr/local/nvidia
 libraries=${LD_LIBRARY_PATH:-}
 for path in "$toolkits" "$packages"; do libraries=$libraries${path:+${libraries:+:}$path}; done
 ours() { LD_LIBRARY_PATH=$libraries "$@"; }
-export PATH=$PATH:/usr/local/cuda/bin
+# What a program says last is its reason, and not where it stood.
+export PATH=$PATH:/usr/local/cuda/bin RUST_BACKTRACE=0
 
 left() { echo $((limit > SECONDS ? limit - SECONDS : 0)); }
 # `seconds most`: what is left, and no more than this.
@@ -129,6 +130,7 @@ if [ "$most" -le 20 ]; then
 elif [ -z "$python" ]; then
     echo '| transformers | | not compared: there is no Python | | |' | add
 else
+    # Of torch's own libraries.
     timeout -k 5 "$most" "$python" "$here/transformers_beside.py" --layers $((layers > 0 ? layers : 32)) 2>"$errors" | add
     code=${PIPESTATUS[0]}
     keep
@@ -140,7 +142,7 @@ else
 fi
 
 sanitize() {
-    printf '\n### compute-sanitizer\n\n%s\n' '| tool | over | |' '|---|---|---|'
+    printf '\n### compute-sanitizer\n\n| tool | over | |\n|---|---|---|\n'
     if [ "$status" -eq 3 ]; then
         echo '| | | not run: the card does not open |'
         return

@@ -39,7 +39,8 @@ unsafe impl Send for Products {}
 impl Products {
     pub(super) fn open(workspace: Address, bytes: usize) -> Result<Self, KernelError> {
         Library::CublasLt.require()?;
-        let handle = result::create_handle().map_err(|e| failed("does not start", e))?;
+        let handle = result::create_handle()
+            .map_err(|e| failed("does not start (one of a newer major version than the driver's CUDA does not)", e))?;
         Ok(Products { handle, workspace: (workspace, bytes), plans: HashMap::new() })
     }
 

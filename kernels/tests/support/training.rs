@@ -14,8 +14,11 @@ const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
 /// Opens a device for a precision; where it is emulated, the threads of a block run in one order or the other.
 pub type Open<'a> = &'a dyn Fn(Precision, bool) -> DeviceCompute;
 
+/// What compares some of them.
+pub type Comparison = for<'a> fn(Open<'a>);
+
 /// All of them.
-pub const ALL: [(&str, fn(Open<'_>)); 7] = [
+pub const ALL: [(&str, Comparison); 7] = [
     ("training: products of all orientations and ragged shapes", products_of_all_orientations_and_ragged_shapes),
     ("training: frozen weights of files both ways", frozen_weights_of_files_both_ways),
     ("training: norms of rows and heads with their derivatives", norms_of_rows_and_heads_with_their_derivatives),

@@ -22,6 +22,8 @@ pub struct Estimate {
     pub training: Duration,
     /// The most memory that this process has had, in bytes; 0 where the system does not say.
     pub peak_memory: u64,
+    /// The most of a card's memory that the model has held, in bytes, without what its driver takes; where a card computes.
+    pub card_memory: Option<u64>,
     /// Bytes of a checkpoint on the disk: each number that is trained, and its two moments, in f32. Writing one takes as much memory, too.
     pub checkpoint: u64,
 }
@@ -86,7 +88,8 @@ pub(super) fn sampled(model: &Model, trainer: &mut Online<'_>) -> Result<Estimat
 
 fn estimate(model: &Model, steps: u64, step: Duration, preparation: Duration, training: Duration) -> Estimate {
     let parameters = model.parameters().elements() as u64;
-    Estimate { parameters, steps, step, preparation, training, peak_memory: peak_memory(), checkpoint: CHECKPOINT * parameters }
+    let (peak_memory, card_memory) = (peak_memory(), model.device_memory());
+    Estimate { parameters, steps, step, preparation, training, peak_memory, card_memory, checkpoint: CHECKPOINT * parameters }
 }
 
 /// The resident set's high-water mark, as Linux tells it.

@@ -175,6 +175,11 @@ impl Model {
         self.device.as_ref().map(|device| device.compute().describe())
     }
 
+    /// The most of that device's memory that has been held at once, in bytes.
+    pub fn device_memory(&self) -> Option<u64> {
+        self.device.as_ref().map(|device| device.compute().most_bytes() as u64)
+    }
+
     /// From embedded tokens to the states behind the final norm of `picked` rows.
     pub(super) fn hidden_on(
         &self,
