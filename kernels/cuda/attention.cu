@@ -24,23 +24,33 @@ struct Running {
     float sum[2] = {0, 0};
 };
 
-// Puts 16 packed rows into shared memory as bf16 [16, HEAD], rows beyond the sequence's as 0. By one warp.
-template <u32 HEAD>
-DEVICE void load_queries(const Attention& p, const Tile& tile, u32 packed, u32 kv_head, u16* to) {
-    const u32 group = p.heads / p.kv_heads, width = (p.heads + 2 * p.kv_heads) * HEAD, lane = threadIdx.x % 32;
-    for (u32 i = 0; i < 16; i++) {
-        const u32 row = (packed + i) / group, head = kv_head * group + (packed + i) % group;
-        const float* const from = p.qkv + (u64)(tile.first_row + row) * width + head * HEAD;
-        for (u32 c = lane * 2; c < HEAD; c += 64) {
-            *(u32*)(to + i * HEAD + c) = row < tile.rows ? pack_bf16(from[c], from[c + 1]) : 0;
-        }
-    }
-    warp_barrier();
-}
-
 struct alignas(8) Words {
     u32 x[2];
 };
+
+// Puts 16 packed rows into shared memory as bf16 [16, HEAD], rows beyond the sequence's as 0. By THREADS threads, of which this is the
+// `mine`th; they are to meet at a barrier before anybody reads.
+template <u32 HEAD, u32 THREADS>
+DEVICE void load_queries(const Attention& p, const Tile& tile, u32 packed, u32 kv_head, u32 mine, u16* to) {
+    constexpr u32 FOURS = HEAD / 4, EACH = 16 * FOURS / THREADS, AT_ONCE = EACH < 4 ? EACH : 4;
+    const u32 group = p.heads / p.kv_heads, width = (p.heads + 2 * p.kv_heads) * HEAD;
+    for (u32 done = 0; done < EACH; done += AT_ONCE) {
+        // All reads first: every thread of the block waits for them.
+        Quad four[AT_ONCE];
+#pragma unroll
+        for (u32 n = 0; n < AT_ONCE; n++) {
+            const u32 item = mine + (done + n) * THREADS, i = packed + item / FOURS, row = i / group;
+            const float* const from = p.qkv + (u64)(tile.first_row + row) * width + (kv_head * group + i % group) * HEAD;
+            four[n] = row < tile.rows ? *(const Quad*)(from + item % FOURS * 4) : Quad{};
+        }
+#pragma unroll
+        for (u32 n = 0; n < AT_ONCE; n++) {
+            const u32* const x = four[n].x;
+            *(Words*)(to + (mine + (done + n) * THREADS) * 4) = {
+                {pack_bf16(as_float(x[0]), as_float(x[1])), pack_bf16(as_float(x[2]), as_float(x[3]))}};
+        }
+    }
+}
 
 // 8 elements of a cache as bf16, from `at` on, which is a multiple of 8.
 template <u32 CACHE>
@@ -48,24 +58,33 @@ DEVICE Quad eight(const void* cache, u64 at) {
     if (CACHE == CACHE_BF16) return *(const Quad*)((const u16*)cache + at);
     const Words words = *(const Words*)((const u8*)cache + at);
     Quad q;
-    for (u32 i = 0; i < 4; i++) q.x[i] = from_e4m3(words.x[i / 2] >> i % 2 * 16);
+    for (u32 i = 0; i < 4; i++) q.x[i] = from_e4m3(words.x[i / 2], i % 2);
     return q;
 }
 
-// 16 keys, from `key` on, which is a multiple of 16.
+// The block of the cache that holds a key, which may be beyond `to`: then any.
+DEVICE u32 block_of(const Attention& p, const Tile& tile, u32 key, u32 to) {
+    return key < to ? p.blocks[tile.first_block + key / p.block_size] : 0;
+}
+
+// 16 keys, from `key` on, which is a multiple of 16 and in `block`; so are blocks' sizes, and all 16 lie in this one.
 template <u32 HEAD, u32 CACHE>
-DEVICE void attend(const Attention& p, const Tile& tile, u32 kv_head, const u16* queries, const u32 (&positions)[2], u32 key,
+DEVICE void attend(const Attention& p, const Tile& tile, u32 kv_head, const u16* queries, const u32 (&positions)[2], u32 key, u32 block,
                    Running<HEAD>& running) {
     const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const u64 block = p.blocks[tile.first_block + key / p.block_size];
-    const u64 start = ((block * p.kv_heads + kv_head) * p.block_size + key % p.block_size) * HEAD;
+    const u64 start = (((u64)block * p.kv_heads + kv_head) * p.block_size + key % p.block_size) * HEAD;
 
-    // Values of keys that nobody has written may be anything, and 0 times NaN is NaN.
+    // Values of keys that nobody has written may be anything, and 0 times NaN is NaN. They are read all the same: a read without a
+    // condition need not wait for one.
     const auto load_values = [&](u32 piece, Quad(&to)[4]) {
 #pragma unroll
+        for (u32 i = 0; i < 4; i++) to[i] = eight<CACHE>(p.values, start + (i / 2 * 8 + 2 * t + i % 2) * HEAD + piece * 64 + g * 8);
+    };
+    const auto drop_unwritten = [&](Quad(&values)[4]) {
+        if (key + 16 <= tile.context) return;
+#pragma unroll
         for (u32 i = 0; i < 4; i++) {
-            const u32 offset = i / 2 * 8 + 2 * t + i % 2;
-            to[i] = key + offset < tile.context ? eight<CACHE>(p.values, start + offset * HEAD + piece * 64 + g * 8) : Quad{};
+            if (key + i / 2 * 8 + 2 * t + i % 2 >= tile.context) values[i] = Quad{};
         }
     };
     // Read ahead of the scores where registers allow it.
@@ -95,8 +114,9 @@ DEVICE void attend(const Attention& p, const Tile& tile, u32 kv_head, const u16*
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
             const u32 at = key + half * 8 + 2 * t + i % 2;
+            const float value = score(p, s[half][i]);
             // The comparison also drops what unwritten keys gave.
-            s[half][i] = at < tile.to && sees(p, positions[i / 2], at) ? score(p, s[half][i]) : -INFINITE;
+            s[half][i] = at < tile.to && sees(p, positions[i / 2], at) ? value : -INFINITE;
             most[i / 2] = fmaxf(most[i / 2], s[half][i]);
         }
     }
@@ -125,6 +145,7 @@ DEVICE void attend(const Attention& p, const Tile& tile, u32 kv_head, const u16*
     for (u32 piece = 0; piece < HEAD / 64; piece++) {
         Quad(&own)[4] = v[AHEAD ? piece : 0];
         if (!AHEAD) load_values(piece, own);
+        drop_unwritten(own);
 #pragma unroll
         for (u32 i = 0; i < 8; i++) {
             float(&out)[4] = running.out[piece * 8 + i];
@@ -142,22 +163,30 @@ DEVICE void attend(const Attention& p, const Tile& tile, u32 kv_head, const u16*
     }
 }
 
+// Packed rows of a tile of few that exist: partial results are written and read of these alone.
+DEVICE u32 rows_of(const Attention& p, const Tile& tile) { return smaller(tile.rows * (p.heads / p.kv_heads) - tile.packed, 16); }
+
 // Grid [tiles, kv_heads]. Shared memory: 16 HEAD bf16 and 4 · 16 (HEAD + 2) floats.
 template <u32 HEAD, u32 CACHE>
 DEVICE void attention_few(const Attention& p) {
     SHARED(shared);
     const Tile tile = p.tiles[blockIdx.x];
     const u32 kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    // One that pads a captured step.
+    if (tile.rows == 0) return;
     u16* const queries = (u16*)shared;
     float* const joined = (float*)(shared + 16 * HEAD * 2);
-    if (warp == 0) load_queries<HEAD>(p, tile, tile.packed, kv_head, queries);
+    load_queries<HEAD, 128>(p, tile, tile.packed, kv_head, threadIdx.x, queries);
     block_barrier();
 
     u32 positions[2];
     positions_of(p, tile, tile.packed, positions);
     Running<HEAD> running;
-    for (u32 key = first_key(p, tile, tile.packed) + warp * 16; key < tile.to; key += 64) {
-        attend<HEAD, CACHE>(p, tile, kv_head, queries, positions, key, running);
+    u32 key = first_key(p, tile, tile.packed) + warp * 16, block = block_of(p, tile, key, tile.to);
+    while (key < tile.to) {
+        attend<HEAD, CACHE>(p, tile, kv_head, queries, positions, key, block, running);
+        key += 64;
+        block = block_of(p, tile, key, tile.to);
     }
 
     // [warp][row][HEAD outputs, maximum, sum]
@@ -177,7 +206,7 @@ DEVICE void attention_few(const Attention& p) {
         }
     }
     block_barrier();
-    for (u32 row = warp; row < 16; row += 4) {
+    for (u32 row = warp; row < rows_of(p, tile); row += 4) {
         float most = -INFINITE;
         for (u32 w = 0; w < 4; w++) most = fmaxf(most, joined[(w * 16 + row) * WIDTH + HEAD]);
         const float base = most == -INFINITE ? 0 : most;
@@ -212,14 +241,19 @@ DEVICE void attention_many(const Attention& p) {
     const u32 packed = tile.packed + warp * 16, group = p.heads / p.kv_heads;
     if (packed >= tile.rows * group) return;
     u16* const queries = (u16*)shared + warp * 16 * HEAD;
-    load_queries<HEAD>(p, tile, packed, kv_head, queries);
+    load_queries<HEAD, 32>(p, tile, packed, kv_head, lane, queries);
+    warp_barrier();
 
     u32 positions[2];
     positions_of(p, tile, packed, positions);
     Running<HEAD> running;
     const u32 last = smaller((packed + 15) / group, tile.rows - 1), to = smaller(tile.to, tile.context - tile.rows + last + 1);
-    for (u32 key = first_key(p, tile, packed); key < to; key += 16) {
-        attend<HEAD, CACHE>(p, tile, kv_head, queries, positions, key, running);
+    u32 key = first_key(p, tile, packed), block = block_of(p, tile, key, to);
+    while (key < to) {
+        const u32 next = block_of(p, tile, key + 16, to);
+        attend<HEAD, CACHE>(p, tile, kv_head, queries, positions, key, block, running);
+        key += 16;
+        block = next;
     }
 #pragma unroll
     for (u32 r = 0; r < 2; r++) {
@@ -244,23 +278,43 @@ ATTENTION(64)
 ATTENTION(128)
 ATTENTION(256)
 
-// Joins the parts of a tile: `tile.partial` is the first, (to - from) of them. Grid [tiles, kv_heads]; a warp for every fourth row.
-KERNEL(attention_join, 128, Attention) {
+template <u32 HEAD>
+DEVICE void join(const Attention& p) {
+    constexpr u32 WIDTH = HEAD + 2;
     const Tile tile = p.tiles[blockIdx.x];
-    const u32 kv_head = blockIdx.y, parts = tile.to - tile.from, width = p.head_dim + 2, lane = threadIdx.x % 32;
-    const u64 step = (u64)p.kv_heads * 16 * width;
-    for (u32 row = threadIdx.x / 32; row < 16; row += 4) {
-        const float* const first = p.partials + ((u64)tile.partial * p.kv_heads + kv_head) * 16 * width + row * width;
+    const u32 kv_head = blockIdx.y, parts = tile.to - tile.from, lane = threadIdx.x % 32;
+    const u64 step = (u64)p.kv_heads * 16 * WIDTH;
+    for (u32 row = threadIdx.x / 32; row < rows_of(p, tile); row += 4) {
+        const float* const first = p.partials + ((u64)tile.partial * p.kv_heads + kv_head) * 16 * WIDTH + row * WIDTH;
         float most = -INFINITE;
-        for (u32 i = 0; i < parts; i++) most = fmaxf(most, first[i * step + p.head_dim]);
+        for (u32 i = lane; i < parts; i += 32) most = fmaxf(most, first[i * step + HEAD]);
+        for (u32 mask = 16; mask > 0; mask /= 2) most = fmaxf(most, shuffle_xor(most, mask));
         const float base = most == -INFINITE ? 0 : most;
         float sum = 0;
-        for (u32 i = 0; i < parts; i++) sum += power_of_2(first[i * step + p.head_dim] - base) * first[i * step + p.head_dim + 1];
-        for (u32 c = lane; c < p.head_dim; c += 32) {
-            float value = 0;
-            for (u32 i = 0; i < parts; i++) value += power_of_2(first[i * step + p.head_dim] - base) * first[i * step + c];
-            write(p, tile, tile.packed + row, kv_head, c, value / sum);
+        for (u32 i = lane; i < parts; i += 32) sum += power_of_2(first[i * step + HEAD] - base) * first[i * step + HEAD + 1];
+        sum = warp_sum(sum);
+        float values[HEAD / 32] = {};
+        // Several parts are read at once.
+#pragma unroll 4
+        for (u32 i = 0; i < parts; i++) {
+            const float factor = power_of_2(first[i * step + HEAD] - base);
+#pragma unroll
+            for (u32 n = 0; n < HEAD / 32; n++) values[n] += factor * first[i * step + n * 32 + lane];
         }
+#pragma unroll
+        for (u32 n = 0; n < HEAD / 32; n++) write(p, tile, tile.packed + row, kv_head, n * 32 + lane, values[n] / sum);
+    }
+}
+
+// Joins the parts of a tile: `tile.partial` is the first, (to - from) of them. Grid [tiles, kv_heads]; a warp for every fourth row.
+KERNEL(attention_join, 128, Attention) {
+    switch (p.head_dim) {
+        case 64:
+            return join<64>(p);
+        case 128:
+            return join<128>(p);
+        default:
+            return join<256>(p);
     }
 }
 

@@ -74,19 +74,30 @@ DEVICE u64 shuffle_xor(u64 value, u32 mask) { return __shfl_xor_sync(0xffffffffu
 DEVICE u64 shuffle_up(u64 value, u32 lanes) { return __shfl_up_sync(0xffffffffu, value, lanes); }
 DEVICE u32 ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
 DEVICE u32 count_bits(u32 bits) { return (u32)__popc(bits); }
+DEVICE u32 leading_zeros(u64 bits) { return (u32)__clzll((i64)bits); }
 DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE void block_barrier() { __syncthreads(); }
-DEVICE void add_atomically(u32* to, u32 value) { atomicAdd(to, value); }
-DEVICE void add_atomically(u64* to, u64 value) { atomicAdd(to, value); }
+// What was there before. (For 64 bits of shared memory there is no such instruction, but a loop that turns for every thread.)
+DEVICE u32 add_atomically(u32* to, u32 value) { return atomicAdd(to, value); }
+// Of the 8 bytes of `low` and `high`, counted from the lowest, those that the 4 digits of `which` name, the lowest digit first.
+DEVICE u32 choose_bytes(u32 low, u32 high, u32 which) { return __byte_perm(low, high, which); }
+
+// from & mask | others, in one instruction: with two constants the compiler makes two.
+DEVICE u32 choose_bits(u32 from, u32 mask, u32 others) {
+    u32 bits;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(bits) : "r"(from), "r"(mask), "r"(others));
+    return bits;
+}
 
 // c += a b on matrix units, a [16, 16] and b [16, 8] in bf16. With g = lane / 4 and t = lane % 4, pairs of neighbours along k:
 // a[0], a[2] hold row g, columns 2t and 8 + 2t; a[1], a[3] row g + 8; b[0], b[1] column g, rows 2t and 8 + 2t;
 // c[0], c[1] row g, columns 2t and 2t + 1; c[2], c[3] row g + 8. Since a sum does not mind its order, kernels below give any
 // 16 elements of k to these places, as long as a and b agree: so that every lane reads 16 contiguous bytes.
+// All lanes of a warp must come here together. Volatile, or the compiler might move it under a condition that some of them do not meet.
 DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 #endif
@@ -96,12 +107,12 @@ DEVICE float low_bf16(u32 packed) { return as_float(packed << 16); }
 DEVICE float high_bf16(u32 packed) { return as_float(packed & 0xffff0000u); }
 DEVICE u16 to_bf16(float value) { return (u16)pack_bf16(value, 0.0f); }
 
-// Two floats of 8 bits, 4 of them exponent and 3 mantissa (kernels/src/e4m3.rs), to bf16, exactly. Moved to where bf16 has its
-// exponent they are too small by 2^120, those that are less than normal, too. Every card can do this. There is no NaN among weights; one
-// in a cache becomes 480.
-DEVICE u32 from_e4m3(u32 pair) {
-    const u32 high = (pair & 0xffu) << 8 | (pair & 0xff00u) << 16;
-    return multiply_pairs((high & 0x80008000u) | (high & 0x7f007f00u) >> 4, 0x7b807b80u);
+// The lower or the upper two of four floats of 8 bits, 4 of them exponent and 3 mantissa (kernels/src/e4m3.rs), to bf16, exactly. Moved to
+// where bf16 has its exponent they are too small by 2^120, those that are less than normal, too. Every card can do this. There is no NaN
+// among weights; one in a cache becomes 480.
+DEVICE u32 from_e4m3(u32 four, u32 upper = 0) {
+    const u32 high = choose_bytes(four, 0, upper ? 0x3424 : 0x1404);
+    return multiply_pairs((high & 0x80008000u) | (high >> 4 & 0x07f007f0u), 0x7b807b80u);
 }
 
 // To nearest even; what is too large becomes the largest.

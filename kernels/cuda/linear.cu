@@ -18,9 +18,9 @@ DEVICE void linear(const Linear& p) {
     SHARED(scratch);
     float* const all = (float*)scratch;
     const u32 g = threadIdx.x % 32 / 4, first = blockIdx.x * 16;
-    const u16* x[TILES];
-    for (u32 tile = 0; tile < TILES; tile++) x[tile] = p.x + (u64)smaller(tile * 8 + g, p.rows - 1) * p.w.stride;
-    few_rows<FORM, TILES>(p.w, first, x, all);
+    u32 rows[TILES];
+    for (u32 tile = 0; tile < TILES; tile++) rows[tile] = smaller(tile * 8 + g, p.rows - 1);
+    few_rows<FORM, TILES>(p.w, first, p.x, rows, all);
     for (u32 i = threadIdx.x; i < 8 * TILES * 16; i += blockDim.x) {
         const u32 row = i / 16, feature = first + i % 16;
         if (row >= p.rows || feature >= p.w.n) continue;
@@ -38,15 +38,16 @@ LINEAR(bf16, FORM_BF16, 16, 2)
 LINEAR(int8, FORM_INT8, 8, 1)
 LINEAR(int8, FORM_INT8, 16, 2)
 LINEAR(int8, FORM_INT8, 32, 4)
-LINEAR(int8, FORM_INT8, 64, 8)
 LINEAR(fp8, FORM_FP8, 8, 1)
 LINEAR(fp8, FORM_FP8, 16, 2)
 LINEAR(fp8, FORM_FP8, 32, 4)
-LINEAR(fp8, FORM_FP8, 64, 8)
 LINEAR(int4, FORM_INT4, 8, 1)
 LINEAR(int4, FORM_INT4, 16, 2)
-LINEAR(int4, FORM_INT4, 32, 4)
-LINEAR(int4, FORM_INT4, 64, 8)
+// Left alone these take so many registers that no second block fits beside one.
+KERNEL_PAIR(linear_int8_64, 256, Linear) { linear<FORM_INT8, 8>(p); }
+KERNEL_PAIR(linear_fp8_64, 256, Linear) { linear<FORM_FP8, 8>(p); }
+KERNEL_PAIR(linear_int4_32, 256, Linear) { linear<FORM_INT4, 4>(p); }
+KERNEL_PAIR(linear_int4_64, 256, Linear) { linear<FORM_INT4, 8>(p); }
 
 struct LinearF32 {
     const float* x;
@@ -57,11 +58,11 @@ struct LinearF32 {
     u32 add;
 };
 
-// Weights in f32, for exactness: a warp for each output feature, grid [ceil(n / 8), rows].
+// Weights in f32, for exactness: a warp for each output feature, grid [rows, ceil(n / 8)].
 KERNEL(linear_f32, 256, LinearF32) {
-    const u32 feature = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 feature = blockIdx.y * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (feature >= p.w.n) return;
-    const u64 row = blockIdx.y;
+    const u64 row = blockIdx.x;
     const float* const x = p.x + row * p.w.k;
     const float* const w = (const float*)p.w.data + (u64)feature * p.w.stride;
     float sum = 0;

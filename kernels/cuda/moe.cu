@@ -162,9 +162,9 @@ DEVICE void expert_linear(const ExpertLinear& p) {
     const ExpertTile tile = p.tiles[blockIdx.y];
     const Weights w = p.experts[tile.expert];
     const u32 g = threadIdx.x % 32 / 4, first = blockIdx.x * 16;
-    const u16* x[TILES];
-    for (u32 i = 0; i < TILES; i++) x[i] = (const u16*)p.x + row_of_x(p, tile, i * 8 + g) * w.stride;
-    few_rows<FORM, TILES>(w, first, x, all);
+    u32 rows[TILES];
+    for (u32 i = 0; i < TILES; i++) rows[i] = (u32)row_of_x(p, tile, i * 8 + g);
+    few_rows<FORM, TILES>(w, first, p.x, rows, all);
     for (u32 i = threadIdx.x; i < 8 * TILES * 16; i += blockDim.x) {
         const u32 row = i / 16, feature = first + i % 16;
         if (row >= tile.rows || feature >= w.n) continue;
@@ -217,7 +217,7 @@ DEVICE void expert_block(const ExpertLinear& p) {
 #pragma unroll
             for (u32 part = 0; part < EACH / 8; part++) {
                 u32 words[4];
-                weights[i].words(part, words);
+                weights[i].take(words);
                 const u32 at = part_at(BLOCK_FEATURES, item / ACROSS, item % ACROSS * EACH + part * 8);
                 to_w[at] = {words[0], words[1], words[2], words[3]};
             }
@@ -314,10 +314,10 @@ struct Combine {
     u32 unused;
 };
 
-// Grid [ceil(width / 256), rows].
+// Grid [rows, ceil(width / 256)].
 KERNEL(moe_combine, 256, Combine) {
-    const u64 row = blockIdx.y;
-    const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    const u64 row = blockIdx.x;
+    const u32 i = blockIdx.y * blockDim.x + threadIdx.x;
     if (i >= p.width) return;
     float sum = p.add ? p.out[row * p.width + i] : 0.0f;
     if (row >= *p.tokens) {
@@ -341,10 +341,10 @@ struct GateRows {
     u32 half_stride;
 };
 
-// x *= sigmoid(gate); grid [ceil(width / 256), rows].
+// x *= sigmoid(gate); grid [rows, ceil(width / 256)].
 KERNEL(gate_rows, 256, GateRows) {
-    const u64 row = blockIdx.y;
-    const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    const u64 row = blockIdx.x;
+    const u32 i = blockIdx.y * blockDim.x + threadIdx.x;
     if (i >= p.width) return;
     const float value = p.x[row * p.width + i] / (1.0f + expf(-p.gate[row]));
     p.x[row * p.width + i] = value;

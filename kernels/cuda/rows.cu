@@ -93,10 +93,10 @@ struct SiluAndMul {
     u32 half_stride;
 };
 
-// out = silu(gate) * up
+// out = silu(gate) * up. Grid [rows, ceil(width / 256)]: along y there are 65,535 blocks at most, and more rows of experts than that.
 KERNEL(silu_and_mul, 256, SiluAndMul) {
-    const u64 row = blockIdx.y;
-    const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    const u64 row = blockIdx.x;
+    const u32 i = blockIdx.y * blockDim.x + threadIdx.x;
     if (i >= p.width) return;
     const float gate = p.gate_up[row * 2 * p.width + i], up = p.gate_up[row * 2 * p.width + p.width + i];
     const float value = gate / (1.0f + expf(-gate)) * up;
@@ -221,10 +221,10 @@ struct RopeCache {
     float eps;
 };
 
-// A warp for each head of each row: grid [ceil((heads + 2 kv_heads) / 4), rows].
+// A warp for each head of each row: grid [rows, ceil((heads + 2 kv_heads) / 4)].
 KERNEL(rope_cache, 128, RopeCache) {
-    const u32 head = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    const u64 row = blockIdx.y;
+    const u32 head = blockIdx.y * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u64 row = blockIdx.x;
     if (head >= p.heads + 2 * p.kv_heads) return;
     float* const x = p.qkv + (row * (p.heads + 2 * p.kv_heads) + head) * p.head_dim;
     const bool is_query = head < p.heads, is_value = head >= p.heads + p.kv_heads;
@@ -235,6 +235,8 @@ KERNEL(rope_cache, 128, RopeCache) {
             float squares = 0;
             for (u32 i = lane; i < p.head_dim; i += 32) squares += x[i] * x[i];
             scale = 1.0f / sqrtf(warp_sum(squares) / (float)p.head_dim + p.eps);
+            // Elements are read by one lane above and written by another below; an exchange orders no memory.
+            warp_barrier();
         }
         const u64 angle = (u64)p.positions[row] * p.half;
         for (u32 i = lane; i < p.half; i += 32) {

@@ -341,7 +341,7 @@ DEVICE void collect(const E* weights, const E* rows, float (&sums)[Shape<E, HEAD
     }
 }
 
-// Fragments to this warp's tile of weights.
+// Fragments to this warp's tile of weights. Lanes that read it have been at a barrier since: the one before the next rows were loaded.
 template <class E, u32 HEAD>
 DEVICE void put_weights(E* to, const float (&s)[Shape<E, HEAD>::OTHERS / 8][4]) {
     const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -432,7 +432,6 @@ DEVICE void train_attention(const TrainAttention& p) {
             put_weights<E, HEAD>(weights, s);
             warp_barrier();
             collect<E, HEAD>(weights, values + piece, out);
-            warp_barrier();
         }
     }
 #pragma unroll
@@ -521,7 +520,6 @@ DEVICE void train_attention_queries(const TrainAttention& p) {
             put_weights<E, HEAD>(weights, slopes);
             warp_barrier();
             collect<E, HEAD>(weights, keys + piece, sums);
-            warp_barrier();
         }
     }
     put_rows<E, HEAD>(p, tile, head * p.head_dim, piece, p.scale, sums);
@@ -576,7 +574,6 @@ DEVICE void train_attention_keys(const TrainAttention& p) {
                 put_weights<E, HEAD>(weights, s);
                 warp_barrier();
                 collect<E, HEAD>(weights, (of_values ? douts : queries) + piece, sums);
-                warp_barrier();
             }
         }
     }

@@ -249,9 +249,9 @@ KERNEL(train_inner, 256, TrainInner) {
     if (threadIdx.x % 32 == 0) p.out[row] = sum;
 }
 
+// The largest over a block, in every thread; nobody has used `scratch` since the last barrier.
 DEVICE float block_most(float value, float* scratch) {
     for (u32 mask = 16; mask > 0; mask /= 2) value = fmaxf(value, shuffle_xor(value, mask));
-    block_barrier();
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
     block_barrier();
     for (u32 warp = 0; warp < blockDim.x / 32; warp++) value = fmaxf(value, scratch[warp]);

@@ -1,7 +1,8 @@
 // A GPU's blocks on a processor, to test kernels where there is no card. Every thread of a block is a fiber; a barrier, a shuffle
 // or a matrix product switches fibers. Shared memory is poisoned with NaN before each block and ends at a guard page. What this
-// shows: wrong indices, masks, ragged edges, reductions, barriers that not all threads reach. What it cannot: races inside a
-// stretch without barriers (the order of the fibers is reversed on request to catch some), and speed.
+// shows: wrong indices, masks, ragged edges, reductions, barriers and exchanges that not all threads reach together. Threads and blocks
+// run in an order that is asked for: forwards, backwards, or drawn anew for every stretch between barriers. With TIDEMILL_CHECKED
+// and `races.cpp`, accesses are told apart by barriers, which finds races in any order. What this cannot show: speed.
 
 #define TIDEMILL_HOST 1
 
@@ -13,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #ifndef __x86_64__
@@ -33,7 +35,7 @@ struct Dimensions {
     u32 x, y, z;
 };
 
-enum State : u8 { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, DONE };
+enum State : u8 { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, AT_EXCHANGE, DONE };
 
 #ifdef __x86_64__
 struct Context {
@@ -45,10 +47,21 @@ struct Context {
 };
 #endif
 
+// Where a barrier or an exchange stands in the source. All threads that meet in one must be at the same.
+struct Site {
+    const char* file;
+    u32 line;
+
+    bool operator!=(const Site& other) const { return line != other.line || (file != other.file && strcmp(file, other.file) != 0); }
+};
+// Takes the caller's.
+#define TIDEMILL_SITE const char *file = __builtin_FILE(), u32 line = __builtin_LINE()
+
 struct Fiber {
     Context context;
     State state = DONE;
     u32 exchanges = 0;
+    Site site = {};
     Dimensions thread = {};
 };
 
@@ -79,8 +92,25 @@ struct Guarded {
     }
 };
 
+// An order of things: 0 as they are, 1 backwards, else drawn from a number that goes on from call to call.
+inline void arrange(std::vector<u32>& all, u32 order, u64& drawn) {
+    for (u32 i = 0; i < all.size(); i++) all[i] = order == 1 ? (u32)all.size() - 1 - i : i;
+    if (order < 2) return;
+    for (u32 i = (u32)all.size(); i > 1; i--) {
+        drawn = drawn * 6364136223846793005ull + 1442695040888963407ull;
+        std::swap(all[i - 1], all[(drawn >> 33) % i]);
+    }
+}
+
 struct Runner {
     std::vector<Fiber> fibers;
+    std::vector<u32> order_of_threads, order_of_blocks;
+    u32 order = 0;
+    u64 drawn = 0;
+    // A race was found.
+    bool stopped = false;
+    // A barrier that is passed as if it were not there, to see that its absence is found.
+    Site left_out = {};
     std::vector<Warp> warps;
     Guarded shared;
     u8* stacks = nullptr;
@@ -129,11 +159,42 @@ tidemill_switch:
 inline void tidemill_switch(Context* from, Context* to) { swapcontext(&from->context, &to->context); }
 #endif
 
-inline void leave(State state) {
+#ifdef TIDEMILL_CHECKED
+extern "C" {
+void tidemill_races_launch(const char* kernel, const u64* ranges, u64 count, void (*stop)());
+void tidemill_races_block(u32 x, u32 y, u32 z, u64 shared, u64 bytes);
+void tidemill_races_thread(u32 thread);
+void tidemill_races_block_barrier();
+void tidemill_races_warp_barrier(u32 warp);
+void tidemill_races_atomic(const void* at, u64 bytes);
+// From now on the barrier at this line is passed by; null ends it.
+void tidemill_leave_out(const char* file, u32 line);
+}
+#else
+inline void tidemill_races_launch(const char*, const u64*, u64, void (*)()) {}
+inline void tidemill_races_block(u32, u32, u32, u64, u64) {}
+inline void tidemill_races_thread(u32) {}
+inline void tidemill_races_block_barrier() {}
+inline void tidemill_races_warp_barrier(u32) {}
+inline void tidemill_races_atomic(const void*, u64) {}
+#endif
+
+inline void leave(State state, Site site = {}) {
     Runner& r = runner();
     Fiber& fiber = r.fibers[r.current];
+    if (site.line != 0 && site.line == r.left_out.line && !(site != r.left_out)) return;
     fiber.state = state;
+    fiber.site = site;
     tidemill_switch(&fiber.context, &r.home);
+}
+
+#ifdef TIDEMILL_CHECKED
+extern "C" void tidemill_leave_out(const char* file, u32 line) { runner().left_out = {file, file ? line : 0}; }
+#endif
+
+inline void stop() {
+    runner().stopped = true;
+    leave(DONE);
 }
 
 inline void enter() {
@@ -171,54 +232,76 @@ inline void prepare(Runner& r, u32 index) {
     abort();
 }
 
-inline void run_block(const char* kernel, bool reversed) {
+inline void run_block(const char* kernel) {
     Runner& r = runner();
     r.blocks++;
     memset(r.shared.start(), 0xff, r.shared.size);
+    tidemill_races_block(r.block.x, r.block.y, r.block.z, (u64)r.shared.start(), r.shared.size);
     for (u32 i = 0; i < r.threads; i++) prepare(r, i);
+    arrange(r.order_of_threads, r.order, r.drawn);
     for (;;) {
         bool moved = false;
         u32 live = 0, at_block = 0;
-        for (u32 n = 0; n < r.threads; n++) {
-            const u32 i = reversed ? r.threads - 1 - n : n;
+        for (u32 i : r.order_of_threads) {
             if (r.fibers[i].state == READY) {
                 r.current = i;
+                tidemill_races_thread(i);
                 tidemill_switch(&r.home, &r.fibers[i].context);
                 moved = true;
+                if (r.stopped) return;
             }
         }
+        tidemill_races_thread(~0u);
+        const Fiber* first_at_block = nullptr;
         for (u32 i = 0; i < r.threads; i++) {
             live += r.fibers[i].state != DONE;
-            at_block += r.fibers[i].state == AT_BLOCK_BARRIER;
+            if (r.fibers[i].state != AT_BLOCK_BARRIER) continue;
+            at_block++;
+            if (first_at_block && r.fibers[i].site != first_at_block->site) fail(kernel, "threads are at different barriers of the block");
+            first_at_block = &r.fibers[i];
         }
         if (live == 0) return;
         // Threads that have ended count as arrived at a barrier of the block; a warp's exchange needs all its lanes.
         if (at_block == live) {
             for (Fiber& f : r.fibers)
                 if (f.state == AT_BLOCK_BARRIER) f.state = READY;
+            tidemill_races_block_barrier();
+            if (r.order > 1) arrange(r.order_of_threads, r.order, r.drawn);
             moved = true;
         }
         for (u32 first = 0; first < r.threads; first += 32) {
             u32 waiting = 0;
-            for (u32 i = first; i < first + 32; i++) waiting += r.fibers[i].state == AT_WARP_BARRIER;
+            for (u32 i = first; i < first + 32; i++) waiting += r.fibers[i].state == AT_WARP_BARRIER || r.fibers[i].state == AT_EXCHANGE;
             if (waiting != 32) continue;
-            for (u32 i = first; i < first + 32; i++) r.fibers[i].state = READY;
+            const Fiber& lane = r.fibers[first];
+            if (lane.state == AT_WARP_BARRIER) tidemill_races_warp_barrier(first / 32);
+            for (u32 i = first; i < first + 32; i++) {
+                if (r.fibers[i].site != lane.site || r.fibers[i].exchanges != lane.exchanges) {
+                    fail(kernel, "lanes of a warp are at different barriers or exchanges");
+                }
+                r.fibers[i].state = READY;
+            }
             moved = true;
         }
         if (!moved) fail(kernel, "threads wait for others that never come: a barrier or an exchange that not all reach");
     }
 }
 
-inline void run(const char* kernel, u32 bound, const u32* grid, u32 threads, u64 shared, u32 reversed, void (*body)(const void*),
-                const void* params) {
+// `ranges`: address and bytes of memory of the device, `count` of them by address.
+inline void run(const char* kernel, u32 bound, const u32* grid, u32 threads, u64 shared, u32 order, const u64* ranges, u64 count,
+                void (*body)(const void*), const void* params) {
     Runner& r = runner();
     r.grid = {grid[0], grid[1], grid[2]};
     r.threads = threads;
     r.body = body;
     r.params = params;
+    r.order = order;
+    r.drawn = order;
+    r.stopped = false;
     if (threads % 32 != 0 || threads > bound) fail(kernel, "threads are no whole warps, or more than the kernel is bound to");
     r.fibers.resize(threads);
     r.warps.resize(threads / 32);
+    r.order_of_threads.resize(threads);
     r.shared.resize(shared);
     if (r.stacks_for < threads) {
         if (r.stacks) munmap(r.stacks, r.stacks_for * STACK);
@@ -226,27 +309,29 @@ inline void run(const char* kernel, u32 bound, const u32* grid, u32 threads, u64
         if (r.stacks == MAP_FAILED) abort();
         r.stacks_for = threads;
     }
-    for (u32 z = 0; z < grid[2]; z++)
-        for (u32 y = 0; y < grid[1]; y++)
-            for (u32 x = 0; x < grid[0]; x++) {
-                r.block = {x, y, z};
-                run_block(kernel, reversed != 0);
-            }
+    tidemill_races_launch(kernel, ranges, count, stop);
+    r.order_of_blocks.resize((size_t)grid[0] * grid[1] * grid[2]);
+    arrange(r.order_of_blocks, order, r.drawn);
+    for (u32 index : r.order_of_blocks) {
+        r.block = {index % grid[0], index / grid[0] % grid[1], index / grid[0] / grid[1]};
+        run_block(kernel);
+        if (r.stopped) return;
+    }
 }
 
 // Every lane gives `count` words; the result is what all lanes of the warp gave.
-inline const u32 (*exchange(const u32* words, u32 count))[8] {
+inline const u32 (*exchange(const u32* words, u32 count, Site site))[8] {
     Runner& r = runner();
     Fiber& fiber = r.fibers[r.current];
     auto& set = r.warps[r.current / 32].words[fiber.exchanges++ % 2];
     memcpy(set[r.current % 32], words, 4 * count);
-    leave(AT_WARP_BARRIER);
+    leave(AT_EXCHANGE, site);
     return set;
 }
 
-inline u64 from_lane(u64 value, u32 lane) {
+inline u64 from_lane(u64 value, u32 lane, Site site) {
     const u32 words[2] = {(u32)value, (u32)(value >> 32)};
-    const u32(*all)[8] = exchange(words, 2);
+    const u32(*all)[8] = exchange(words, 2, site);
     return (u64)all[lane][1] << 32 | all[lane][0];
 }
 
@@ -259,9 +344,9 @@ inline u32 lane() { return runner().current % 32; }
 #define KERNEL(name, bound, Params)                                                                                              \
     static void name##_body(const Params& p);                                                                                    \
     extern "C" const u64 name##_params = sizeof(Params);                                                                         \
-    extern "C" void name(const u32* grid, u32 threads, u64 shared, u32 reversed, const void* params) {                           \
+    extern "C" void name(const u32* grid, u32 threads, u64 shared, u32 order, const u64* ranges, u64 count, const void* params) { \
         auto body = [](const void* given) { name##_body(*(const Params*)given); };                                               \
-        emulation::run(#name, bound, grid, threads, shared, reversed, body, params);                                             \
+        emulation::run(#name, bound, grid, threads, shared, order, ranges, count, body, params);                                 \
     }                                                                                                                            \
     static void name##_body(const Params& p)
 #define KERNEL_ALONE(name, bound, Params) KERNEL(name, bound, Params)
@@ -313,31 +398,54 @@ DEVICE u32 multiply_pairs(u32 a, u32 b) {
 DEVICE float power_of_2(float x) { return exp2f(x); }
 DEVICE Quad load_once(const void* at) { return *(const Quad*)at; }
 
-DEVICE u64 shuffle_xor(u64 value, u32 mask) { return emulation::from_lane(value, emulation::lane() ^ mask); }
-DEVICE float shuffle_xor(float value, u32 mask) { return as_float((u32)shuffle_xor((u64)as_bits(value), mask)); }
-
-DEVICE u64 shuffle_up(u64 value, u32 lanes) {
-    const u32 lane = emulation::lane();
-    return emulation::from_lane(value, lane < lanes ? lane : lane - lanes);
+DEVICE u64 shuffle_xor(u64 value, u32 mask, TIDEMILL_SITE) {
+    return emulation::from_lane(value, emulation::lane() ^ mask, {file, line});
+}
+DEVICE float shuffle_xor(float value, u32 mask, TIDEMILL_SITE) {
+    return as_float((u32)shuffle_xor((u64)as_bits(value), mask, file, line));
 }
 
-DEVICE u32 ballot(bool vote) {
+DEVICE u64 shuffle_up(u64 value, u32 lanes, TIDEMILL_SITE) {
+    const u32 lane = emulation::lane();
+    return emulation::from_lane(value, lane < lanes ? lane : lane - lanes, {file, line});
+}
+
+DEVICE u32 ballot(bool vote, TIDEMILL_SITE) {
     const u32 word = vote;
-    const u32(*all)[8] = emulation::exchange(&word, 1);
+    const u32(*all)[8] = emulation::exchange(&word, 1, {file, line});
     u32 votes = 0;
     for (u32 lane = 0; lane < 32; lane++) votes |= all[lane][0] << lane;
     return votes;
 }
 
 DEVICE u32 count_bits(u32 bits) { return (u32)__builtin_popcount(bits); }
-DEVICE void warp_barrier() { emulation::leave(emulation::AT_WARP_BARRIER); }
-DEVICE void block_barrier() { emulation::leave(emulation::AT_BLOCK_BARRIER); }
-DEVICE void add_atomically(u32* to, u32 value) { *to += value; }
-DEVICE void add_atomically(u64* to, u64 value) { *to += value; }
+DEVICE u32 leading_zeros(u64 bits) { return bits == 0 ? 64 : (u32)__builtin_clzll(bits); }
 
-DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+DEVICE void warp_barrier(TIDEMILL_SITE) {
+    emulation::leave(emulation::AT_WARP_BARRIER, {file, line});
+}
+DEVICE void block_barrier(TIDEMILL_SITE) { emulation::leave(emulation::AT_BLOCK_BARRIER, {file, line}); }
+
+// Not seen by `races.cpp` but for what it is told here.
+__attribute__((no_sanitize("thread"))) DEVICE u32 add_atomically(u32* to, u32 value) {
+    emulation::tidemill_races_atomic(to, sizeof(u32));
+    const u32 before = *to;
+    *to += value;
+    return before;
+}
+
+DEVICE u32 choose_bits(u32 from, u32 mask, u32 others) { return (from & mask) | others; }
+
+DEVICE u32 choose_bytes(u32 low, u32 high, u32 which) {
+    const u64 from = (u64)high << 32 | low;
+    u32 chosen = 0;
+    for (u32 i = 0; i < 4; i++) chosen |= (u32)(from >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return chosen;
+}
+
+DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, TIDEMILL_SITE) {
     const u32 given[6] = {a[0], a[1], a[2], a[3], b0, b1};
-    const u32(*all)[8] = emulation::exchange(given, 6);
+    const u32(*all)[8] = emulation::exchange(given, 6, {file, line});
     const u32 g = emulation::lane() / 4, t = emulation::lane() % 4;
     for (u32 i = 0; i < 4; i++) {
         const u32 row = g + i / 2 * 8, column = 2 * t + i % 2;

@@ -33,6 +33,11 @@ fn rows_by_row() {
 }
 
 #[test]
+fn more_rows_than_a_grid_is_high() {
+    agree(vec![scenarios::many_routed_rows()]);
+}
+
+#[test]
 fn linears_of_every_form_replace_add_and_bias() {
     agree(scenarios::linears());
 }

@@ -205,14 +205,14 @@ impl<D: Device> CudaBackend<D> {
             add: u32::from(store == Store::Add),
             unused: 0,
         };
-        self.launch(COMBINE, Launch::grid(width.div_ceil(256), rows), params)
+        self.launch(COMBINE, Launch::grid(rows, width.div_ceil(256)), params)
     }
 
     pub(super) fn scale_rows(&mut self, gate: Buf, x: Buf) -> Result<(), KernelError> {
         let (half, half_stride) = self.produce(x);
         let width = self.buffers[x.0 as usize].width;
         let params = p::GateRows { gate: self.at(gate), x: self.at(x), half, width: width as u32, half_stride };
-        self.launch(GATE_ROWS, Launch::grid(width.div_ceil(256), self.rows(x)), params)
+        self.launch(GATE_ROWS, Launch::grid(self.rows(x), width.div_ceil(256)), params)
     }
 }
 

@@ -208,9 +208,9 @@ mod tests {
     fn rows_and_tiles_are_padded_to_few_sizes() {
         let size = |contexts: &[u32]| Padded::of(&decode(contexts), LIMITS);
         assert_eq!(size(&[7]), Some(Padded { rows: 1, samples: 1, tiles: 1, split: false }));
-        assert_eq!(size(&[512; 9]), Some(Padded { rows: 16, samples: 16, tiles: 16, split: false }));
+        assert_eq!(size(&[256; 9]), Some(Padded { rows: 16, samples: 16, tiles: 16, split: false }));
         // 3 parts, 2 of one, and one for the row that pads.
-        assert_eq!(size(&[1400, 3, 4]), Some(Padded { rows: 4, samples: 4, tiles: 8, split: true }));
+        assert_eq!(size(&[700, 3, 4]), Some(Padded { rows: 4, samples: 4, tiles: 8, split: true }));
         assert_eq!(size(&[9; 33]), Some(Padded { rows: 48, samples: 40, tiles: 48, split: false }));
         assert_eq!(size(&[9; 257]), None);
     }

@@ -65,7 +65,7 @@ impl<D: Device> CudaBackend<D> {
         self.stale(out);
         if form == Form::F32 {
             let params = p::Linear { x: self.at(x), w: weights, bias, out: self.at(out), rows: rows as u32, add };
-            return self.launch(LINEAR_F32, Launch::grid(n.div_ceil(8), rows), params);
+            return self.launch(LINEAR_F32, Launch::grid(rows, n.div_ceil(8)), params);
         }
         if rows == 0 {
             return Ok(());

@@ -468,7 +468,7 @@ impl<D: Device> Ops for CudaBackend<D> {
                 unused: 0,
             };
             let heads = shape.heads + 2 * shape.kv_heads;
-            b.launch(ROPE_CACHE, Launch::grid(heads.div_ceil(4), b.rows(qkv)), params)
+            b.launch(ROPE_CACHE, Launch::grid(b.rows(qkv), heads.div_ceil(4)), params)
         });
     }
 
@@ -484,7 +484,7 @@ impl<D: Device> Ops for CudaBackend<D> {
             let (half, half_stride) = b.produce(out);
             let width = b.buffers[out.0 as usize].width;
             let params = p::SiluAndMul { gate_up: b.at(gate_up), out: b.at(out), half, width: width as u32, half_stride };
-            b.launch(SILU_AND_MUL, Launch::grid(width.div_ceil(256), b.rows(out)), params)
+            b.launch(SILU_AND_MUL, Launch::grid(b.rows(out), width.div_ceil(256)), params)
         });
     }
 

@@ -9,14 +9,23 @@ pub const FEW: usize = 16;
 pub const MANY: usize = 64;
 /// Those of one for the warpgroups of `attention_hopper.cu`.
 pub const MANY_HOPPER: usize = 128;
-/// Keys of a part. Fixed, and not a question of how much else there is to do, so that a row's result is the same in any company.
-pub const PART: usize = 512;
+/// Keys of a part of a context that is not very long. With 8 key-value heads, 8 contexts of 2,048 keys make 512 blocks, of which a
+/// processor holds three: enough reads under way for the whole card.
+const PART: usize = 256;
+/// Parts of a context: they are joined one after the other.
+const MOST_PARTS: usize = 64;
 /// The tile is the whole.
 const WHOLE: u32 = u32::MAX;
 
+/// Keys of a part of a context. A question of the context alone, and not of how much else there is to do, so that a row's result is the
+/// same in any company.
+fn keys_of_part(context: usize) -> usize {
+    PART.max(context.div_ceil(MOST_PARTS).next_power_of_two())
+}
+
 /// Parts that a context is cut into.
-pub const fn parts_of(context: usize) -> usize {
-    if context <= PART { 1 } else { context.div_ceil(PART) }
+pub fn parts_of(context: usize) -> usize {
+    context.div_ceil(keys_of_part(context)).max(1)
 }
 
 /// Lists of tiles, for the kernels of the same names.
@@ -63,10 +72,10 @@ impl Plan {
             } else if parts_of(s.context_len as usize) == 1 {
                 few.push(tile(0));
             } else {
-                let parts = parts_of(s.context_len as usize);
+                let (parts, keys) = (parts_of(s.context_len as usize), keys_of_part(s.context_len as usize));
                 joins.push(Tile { from: 0, to: parts as u32, partial: *partials as u32, ..tile(0) });
                 for part in 0..parts {
-                    let (from, to) = ((part * PART) as u32, ((part + 1) * PART) as u32);
+                    let (from, to) = ((part * keys) as u32, ((part + 1) * keys) as u32);
                     few.push(Tile { from, to: to.min(s.context_len), partial: (*partials + part) as u32, ..tile(0) });
                 }
                 *partials += parts;
@@ -101,13 +110,24 @@ mod tests {
     fn every_key_of_a_long_context_is_in_one_part() {
         let shape = HeadShape { heads: 8, kv_heads: 2, head_dim: 64 };
         let mut plan = Plan::default();
-        plan.build([span(1, 512), span(1, 513), span(4, 2000)], shape, Some(MANY));
+        plan.build([span(1, 256), span(1, 257), span(4, 1000)], shape, Some(MANY));
         assert_eq!(
             plan.few.iter().map(|t| (t.from, t.to, t.partial)).collect::<Vec<_>>(),
-            [(0, 512, u32::MAX), (0, 512, 0), (512, 513, 1), (0, 512, 2), (512, 1024, 3), (1024, 1536, 4), (1536, 2000, 5),]
+            [(0, 256, u32::MAX), (0, 256, 0), (256, 257, 1), (0, 256, 2), (256, 512, 3), (512, 768, 4), (768, 1000, 5)]
         );
         assert_eq!(plan.joins.iter().map(|t| (t.partial, t.to)).collect::<Vec<_>>(), [(0, 2), (2, 4)]);
         assert_eq!(plan.partials, 6);
+    }
+
+    #[test]
+    fn long_contexts_have_few_parts_that_leave_no_key_out() {
+        for context in [1, 256, 257, 16_384, 16_385, 100_000, 131_072, 1 << 20, u32::MAX as usize] {
+            let (parts, keys) = (parts_of(context), keys_of_part(context));
+            assert!(parts <= MOST_PARTS && parts * keys >= context && (parts - 1) * keys < context, "{context}");
+            // Kernels take 16 keys at once.
+            assert!(keys.is_multiple_of(16));
+        }
+        assert_eq!((parts_of(16_384), parts_of(131_072)), (64, 64));
     }
 
     #[test]

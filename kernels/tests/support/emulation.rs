@@ -3,7 +3,7 @@
 
 use std::collections::hash_map::DefaultHasher;
 use std::collections::{HashMap, VecDeque};
-use std::ffi::{CStr, CString, c_void};
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -19,22 +19,24 @@ use tidemill_kernels::{KernelError, Place};
 
 const HOST: &str =
     concat!(include_str!("../../emulation/host.h"), "\n#line 1 \"hopper.h\"\n", include_str!("../../emulation/hopper.h"));
+const RACES: &str = include_str!("../../emulation/races.cpp");
 /// What a card lets a block have.
 const MOST_SHARED: u32 = 227 << 10;
 
-type Run = unsafe extern "C" fn(*const u32, u32, u64, u32, *const c_void);
+type Run = unsafe extern "C" fn(*const u32, u32, u64, u32, *const u64, u64, *const c_void);
 
-/// The library of a kernel file, built once for its text.
-fn library(source: Source) -> usize {
-    static LIBRARIES: [OnceLock<usize>; Source::ALL.len()] = [const { OnceLock::new() }; Source::ALL.len()];
-    *LIBRARIES[source as usize].get_or_init(|| {
+/// The library of a kernel file, built once for its text; `checked`: it watches for races.
+fn library(source: Source, checked: bool) -> usize {
+    static LIBRARIES: [[OnceLock<usize>; Source::ALL.len()]; 2] = [const { [const { OnceLock::new() }; Source::ALL.len()] }; 2];
+    *LIBRARIES[usize::from(checked)][source as usize].get_or_init(|| {
         let text = format!("{HOST}\n#line 1 \"device.cuh\"\n{HEADER}\n#line 1 \"{}\"\n{}", source.name(), source.text());
         let hash = &mut DefaultHasher::new();
-        text.hash(hash);
+        (&text, checked.then_some(RACES)).hash(hash);
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
         let built = folder.join(format!("{}-{:016x}.so", source.name(), hash.finish()));
         if !built.exists() {
-            build(&text, folder, &built);
+            std::fs::create_dir_all(folder).unwrap();
+            build(&text, &built, checked);
         }
         let path = CString::new(built.to_str().unwrap()).unwrap();
         // SAFETY: a library without initialisers of its own.
@@ -45,24 +47,35 @@ fn library(source: Source) -> usize {
     })
 }
 
-fn build(text: &str, folder: &Path, built: &Path) {
+fn build(text: &str, built: &Path, checked: bool) {
     let unique = format!("{}.{}", built.display(), std::process::id());
-    let code = PathBuf::from(format!("{unique}.cpp"));
-    std::fs::create_dir_all(folder).unwrap();
+    let (code, races) = (PathBuf::from(format!("{unique}.cpp")), PathBuf::from(format!("{unique}.races.cpp")));
     std::fs::write(&code, text).unwrap();
-    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
-    let flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"];
-    let outcome = Command::new(&compiler).args(flags).arg("-o").arg(&unique).arg(&code).output();
-    let output = outcome.expect("the emulated kernels need a C++ compiler: c++, or what CXX names");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let compile = |flags: &[&str], from: &Path, to: &str| {
+        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+        let all = ["-std=c++17", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"];
+        let outcome = Command::new(&compiler).args(all).args(flags).arg("-o").arg(to).arg(from).output();
+        let output = outcome.expect("the emulated kernels need a C++ compiler: c++, or what CXX names");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    if checked {
+        // The compiler calls a function for each access; those of `races.cpp`, which is compiled and linked without its flag.
+        let object = format!("{unique}.o");
+        compile(&["-O1", "-c", "-fsanitize=thread", "-DTIDEMILL_CHECKED"], &code, &object);
+        std::fs::write(&races, RACES).unwrap();
+        compile(&["-O2", "-shared", "-Wl,-Bsymbolic", &object], &races, &unique);
+        [races, PathBuf::from(object)].iter().for_each(|file| std::fs::remove_file(file).unwrap());
+    } else {
+        compile(&["-O2", "-shared"], &code, &unique);
+    }
     std::fs::rename(&unique, built).unwrap();
     std::fs::remove_file(&code).unwrap();
 }
 
-fn symbol(source: Source, name: &str) -> *mut c_void {
+fn symbol((source, checked): (Source, bool), name: &str) -> *mut c_void {
     let name = CString::new(name).unwrap();
     // SAFETY: a handle that is never closed.
-    let found = unsafe { libc::dlsym(library(source) as *mut c_void, name.as_ptr()) };
+    let found = unsafe { libc::dlsym(library(source, checked) as *mut c_void, name.as_ptr()) };
     assert!(!found.is_null(), "{source:?} has no {name:?}");
     found
 }
@@ -84,10 +97,14 @@ enum Work {
 /// The device.
 #[derive(Default)]
 pub struct Emulated {
-    /// Threads of a block run from the last to the first.
-    pub reversed: bool,
     /// Which kernel computes attention of many rows.
     pub prefill: Prefill,
+    /// Of the threads of a block and of the blocks: 0 forwards, 1 backwards, else drawn from this number.
+    order: u32,
+    /// Launches in which threads race fail.
+    checked: bool,
+    /// A barrier that checked kernels pass by: file and line.
+    pub left_out: Option<(CString, u32)>,
     mappings: HashMap<u64, Mapping>,
     /// What is being written down.
     capture: Option<Vec<Work>>,
@@ -108,9 +125,29 @@ pub struct Emulated {
 
 impl Emulated {
     pub fn new(reversed: bool) -> Self {
+        Emulated::in_order(reversed.into())
+    }
+
+    /// Threads and blocks run forwards (0), backwards (1), or in an order that is drawn from a number.
+    pub fn in_order(order: u32) -> Self {
         let mut device = Emulated::default();
-        device.reversed = reversed;
+        device.order = order;
         device
+    }
+
+    /// A launch in which threads race fails; see `kernels/emulation/races.cpp`. Slower by far.
+    #[allow(dead_code, reason = "each test binary uses a part")]
+    pub fn checked(order: u32) -> Self {
+        let mut device = Emulated::in_order(order);
+        device.checked = true;
+        device
+    }
+
+    /// Address and bytes of what is reserved, by address.
+    fn ranges(&self) -> Vec<u64> {
+        let mut all: Vec<_> = self.mappings.iter().map(|(start, mapping)| [*start, mapping.bytes as u64]).collect();
+        all.sort_unstable();
+        all.concat()
     }
 
     /// One of several, each on a thread of its own.
@@ -130,6 +167,31 @@ impl Emulated {
     fn store(&mut self, at: Address, values: &[f32]) -> Result<(), KernelError> {
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         self.write(at, &bytes)
+    }
+
+    /// Tells checked kernels which barrier they are to pass by.
+    fn leave_out(&self, library: (Source, bool), barrier: Option<&(CString, u32)>) {
+        if self.checked {
+            let (file, line) = barrier.map_or((std::ptr::null(), 0), |(file, line)| (file.as_ptr(), *line));
+            // SAFETY: the function has this type; the name lives as long as this device, and is forgotten after each launch.
+            unsafe {
+                let tell: unsafe extern "C" fn(*const c_char, u32) = std::mem::transmute(symbol(library, "tidemill_leave_out"));
+                tell(file, line);
+            }
+        }
+    }
+
+    /// What was found in the launch that has just been.
+    fn races(&self, library: (Source, bool)) -> Result<(), KernelError> {
+        if !self.checked {
+            return Ok(());
+        }
+        // SAFETY: the function has this type and gives text of the library.
+        let found = unsafe {
+            let found: unsafe extern "C" fn() -> *const c_char = std::mem::transmute(symbol(library, "tidemill_races_found"));
+            CStr::from_ptr(found()).to_string_lossy().into_owned()
+        };
+        if found.is_empty() { Ok(()) } else { Err(KernelError::Device(format!("race: {found}"))) }
     }
 
     fn outside_captures(&self) {
@@ -295,18 +357,23 @@ impl Device for Emulated {
         *self.launched.entry(kernel.name).or_default() += 1;
         let [_, y, z] = launch.grid;
         assert!(y <= 65_535 && z <= 65_535 && launch.shared <= MOST_SHARED, "{kernel:?} {launch:?}");
-        let size = symbol(kernel.source, &format!("{}_params", kernel.name)).cast::<u64>();
+        let library = (kernel.source, self.checked);
+        let size = symbol(library, &format!("{}_params", kernel.name)).cast::<u64>();
         // SAFETY: the library's own number.
         assert_eq!(unsafe { *size }, params.len() as u64, "structure of {}", kernel.name);
+        let ranges = if self.checked { self.ranges() } else { Vec::new() };
+        // The structure's numbers may be read 8 bytes at a time.
+        let aligned: Vec<u64> =
+            params.chunks(8).map(|c| u64::from_le_bytes(std::array::from_fn(|i| c.get(i).copied().unwrap_or(0)))).collect();
+        let (count, shared) = (ranges.len() as u64 / 2, launch.shared.into());
+        self.leave_out(library, self.left_out.as_ref());
         // SAFETY: every kernel has this type; its structure has the right size.
         unsafe {
-            let run: Run = std::mem::transmute(symbol(kernel.source, kernel.name));
-            // The structure's numbers may be read 8 bytes at a time.
-            let aligned: Vec<u64> =
-                params.chunks(8).map(|c| u64::from_le_bytes(std::array::from_fn(|i| c.get(i).copied().unwrap_or(0)))).collect();
-            run(launch.grid.as_ptr(), kernel.threads, launch.shared.into(), self.reversed.into(), aligned.as_ptr().cast());
+            let run: Run = std::mem::transmute(symbol(library, kernel.name));
+            run(launch.grid.as_ptr(), kernel.threads, shared, self.order, ranges.as_ptr(), count, aligned.as_ptr().cast());
         }
-        Ok(())
+        self.leave_out(library, None);
+        self.races(library)
     }
 
     fn product(&mut self, product: Product) -> Result<(), KernelError> {

@@ -37,14 +37,15 @@ impl MixtureWeights {
     }
 }
 
-/// From one row on the way of all experts to more than a block of rows for each.
-const SIZES: [(usize, Mixture); 6] = [
+/// From one row on the way of all experts to more than a block of rows for each; tiles of every height.
+const SIZES: [(usize, Mixture); 7] = [
     (1, Mixture { hidden: 64, ffn: 32, routing: RoutingShape { experts: 8, each: 2 } }),
     (3, Mixture { hidden: 32, ffn: 96, routing: RoutingShape { experts: 1, each: 1 } }),
     (9, Mixture { hidden: 160, ffn: 64, routing: RoutingShape { experts: 40, each: 8 } }),
     (33, Mixture { hidden: 96, ffn: 160, routing: RoutingShape { experts: 4, each: 4 } }),
     (70, Mixture { hidden: 64, ffn: 128, routing: RoutingShape { experts: 5, each: 1 } }),
     (70, Mixture { hidden: 288, ffn: 64, routing: RoutingShape { experts: 3, each: 2 } }),
+    (9, Mixture { hidden: 96, ffn: 32, routing: RoutingShape { experts: 3, each: 1 } }),
 ];
 
 /// Every form of weights in every size.

@@ -3,12 +3,16 @@
 use tidemill_kernels::reference::Reference;
 use tidemill_kernels::*;
 
-use super::Noise;
 use super::backend::Backend;
 use super::scenarios::{LIMITS, plain_step};
+use super::{Noise, Weight};
 
 pub const CASES: u64 = 60;
-const VOCABULARY: usize = 700;
+
+/// Tokens: in some cases more than a block of threads reads at once.
+fn vocabulary(case: u64) -> usize {
+    if case % 10 == 9 { 9_001 } else { 700 }
+}
 
 /// What the reference draws.
 pub fn wanted(case: u64) -> Vec<Sampled> {
@@ -18,13 +22,21 @@ pub fn wanted(case: u64) -> Vec<Sampled> {
 /// What a backend draws.
 pub fn drawn(ops: &mut dyn Backend, case: u64) -> Vec<Sampled> {
     let noise = &mut Noise::new(1000 + case);
-    let table = ops.load_table(noise, 9, VOCABULARY + 12);
-    let x = ops.alloc_poisoned(Rows::Tokens, VOCABULARY + 12);
-    let logits = ops.alloc_poisoned(Rows::Samples, VOCABULARY + 12);
+    let vocabulary = vocabulary(case);
+    let width = vocabulary + 12;
+    let table = if case % 5 == 4 {
+        // Wide apart, and many of them equal.
+        let halves: Vec<f32> = noise.values(9 * width, 4.0).into_iter().map(|v| (v * 2.0).round() / 2.0).collect();
+        ops.load_matrix(&[Weight::from_f32(width, &halves).source()], WeightFormat::F32).unwrap()
+    } else {
+        ops.load_table(noise, 9, width)
+    };
+    let x = ops.alloc_poisoned(Rows::Tokens, width);
+    let logits = ops.alloc_poisoned(Rows::Samples, width);
     let mut step = plain_step(noise, 6, 9);
     step.samples.truncate(noise.between(1, 9));
     for sample in &mut step.samples {
-        sample.score = (noise.unit() < 0.2).then(|| noise.below(VOCABULARY) as u32);
+        sample.score = (noise.unit() < 0.2).then(|| noise.below(vocabulary) as u32);
         sample.temperature = noise.pick(&[0.0, 0.3, 1.0, 1.7]);
         sample.top_k = noise.pick(&[0, 1, 5, 50, 5000]);
         sample.top_p = noise.pick(&[1.0, 0.95, 0.5, 0.01]);
@@ -36,11 +48,11 @@ pub fn drawn(ops: &mut dyn Backend, case: u64) -> Vec<Sampled> {
         sample.top_n = noise.pick(&[None, Some(0), Some(4)]);
         let (history, bias) = (step.history.len() as u32, step.bias.len() as u32);
         for _ in 0..noise.below(20) {
-            let token = noise.below(VOCABULARY) as u32;
+            let token = noise.below(vocabulary) as u32;
             step.history.push(TokenCount { token, in_prompt: noise.unit() < 0.5, generated: noise.below(3) as u32 });
         }
         for _ in 0..noise.below(4) {
-            step.bias.push((noise.below(VOCABULARY) as u32, noise.pick(&[f32::NEG_INFINITY, 5.0, -3.0, 100.0])));
+            step.bias.push((noise.below(vocabulary) as u32, noise.pick(&[f32::NEG_INFINITY, 5.0, -3.0, 100.0])));
         }
         sample.history = history..step.history.len() as u32;
         sample.bias = bias..step.bias.len() as u32;
@@ -48,7 +60,7 @@ pub fn drawn(ops: &mut dyn Backend, case: u64) -> Vec<Sampled> {
     ops.begin(&step).unwrap();
     ops.embedding(table, x);
     ops.gather(x, logits);
-    ops.sample(logits, VOCABULARY);
+    ops.sample(logits, vocabulary);
     ops.run().samples
 }
 

@@ -41,6 +41,12 @@ impl Scenario {
         (self.run)(&mut oracle).into_iter().map(|buf| oracle.read(buf).unwrap()).collect()
     }
 
+    /// What a backend computes, bit by bit.
+    pub fn bits(&self, ops: &mut dyn Backend) -> Vec<u32> {
+        let buffers = (self.run)(ops);
+        buffers.into_iter().flat_map(|buf| ops.read(buf).unwrap()).map(f32::to_bits).collect()
+    }
+
     /// The largest error of a backend; infinite where an element was not written, or one beyond the step's rows was.
     pub fn error(&self, ops: &mut dyn Backend, wanted: &[Vec<f32>]) -> f64 {
         let buffers = (self.run)(ops);
@@ -126,6 +132,19 @@ pub fn rows() -> Vec<Scenario> {
         }));
     }
     all
+}
+
+/// Rows of experts, more than a grid has blocks along y or z.
+pub fn many_routed_rows() -> Scenario {
+    let scenario = Scenario::new("silu_and_mul", "65,552 routed rows".into(), 0.0, |ops| {
+        let gate_up = ops.alloc(Rows::Routed { each: 8 }, 2).unwrap();
+        let out = ops.alloc_poisoned(Rows::Routed { each: 8 }, 1);
+        ops.begin(&plain_step(&mut Noise::new(8), 8194, 50)).unwrap();
+        ops.silu_and_mul(gate_up, out);
+        ops.run();
+        vec![out]
+    });
+    Scenario { limits: Limits { max_tokens: 8194, max_samples: 9, max_positions: 8200 }, ..scenario }
 }
 
 /// Linears of every form: replacing, adding, with a bias.
@@ -239,6 +258,52 @@ pub fn attention_in(dtype: KvDtype, tolerance: f64) -> Vec<Scenario> {
         }
     }
     all
+}
+
+/// Attention where every access to memory is watched: few rows and many, heads of every kind, a context in parts.
+pub fn brief_attention() -> Vec<Scenario> {
+    let plain = AttentionSpec { scale: 0.2, sliding_window: None, soft_cap: None };
+    let cases = [
+        (HeadShape { heads: 4, kv_heads: 2, head_dim: 64 }, KvDtype::Bf16, 270),
+        (HeadShape { heads: 2, kv_heads: 1, head_dim: 80 }, KvDtype::F32, 35),
+        (HeadShape { heads: 2, kv_heads: 2, head_dim: 6 }, KvDtype::Bf16, 35),
+        (HeadShape { heads: 4, kv_heads: 1, head_dim: 128 }, KvDtype::Fp8, 70),
+        (HeadShape { heads: 3, kv_heads: 1, head_dim: 256 }, KvDtype::Bf16, 70),
+    ];
+    let one = |(heads, dtype, context): (HeadShape, KvDtype, usize)| {
+        let scenario = Scenario::new(format!("brief attention, {dtype:?}"), format!("{heads:?}"), 4e-2, move |ops| {
+            let HeadShape { kv_heads, head_dim, .. } = heads;
+            let noise = &mut Noise::new(head_dim as u64);
+            let width = (heads.heads + 2 * kv_heads) * head_dim;
+            let table = ops.load_table(noise, 64, width);
+            let rope = ops.load_rope(&[1.0, 0.1, 0.01], 1.0).unwrap();
+            let [q, k] = [0; 2].map(|_| ops.load_vector(&noise.values(head_dim, 1.0)).unwrap());
+            let norm = (head_dim != 64).then_some(QkNorm { q, k, eps: 1e-6 });
+            let (qkv, whole) =
+                (ops.alloc_poisoned(Rows::Tokens, width), ops.alloc_poisoned(Rows::Tokens, heads.heads * head_dim));
+            let kv = ops.alloc_kv(KvSpec { layers: 1, blocks: 10, block_size: 32, kv_heads, head_dim, dtype }).unwrap();
+            let tokens = (0..context).map(|_| noise.below(64) as u32).collect();
+            let mut long = Sequence { tokens, table: (0..9).rev().collect(), computed: 0 };
+            let mut short = Sequence { tokens: vec![3; 9], table: vec![9], computed: 0 };
+            for (more, beside) in [(context - 1, 8), (1, 1)] {
+                let mut step = StepBatch::default();
+                append(&mut step, &mut long, more);
+                append(&mut step, &mut short, beside);
+                ops.poison(whole);
+                ops.begin(&step).unwrap();
+                ops.embedding(table, qkv);
+                ops.rope_cache(qkv, heads, norm, rope, kv, 0);
+                // Prompts of many rows are as slow as they are alike.
+                if more < 100 {
+                    ops.paged_attention(qkv, heads, plain, kv, 0, whole);
+                }
+                ops.run();
+            }
+            vec![qkv, whole]
+        });
+        Scenario { limits: Limits { max_tokens: 300, max_samples: 1, max_positions: 300 }, ..scenario }
+    };
+    cases.into_iter().map(one).collect()
 }
 
 /// A fork copies its last block and then goes its own way.
