@@ -451,3 +451,15 @@ fn memory_is_used_again_and_sizes_are_checked() {
     assert!(refused.contains("per_device_train_batch_size") && refused.contains("--recompute"), "{refused}");
     assert_eq!(compute.bytes(), held);
 }
+
+#[test]
+fn zeros_are_made_on_the_device_of_memory_that_held_something_else() {
+    let mut compute = device(Precision::F32, false);
+    let before = compute.upload(&[7.0; 300]).unwrap();
+    drop(before);
+    let held = compute.bytes();
+    let zeros = compute.zeros(300).unwrap();
+    assert_eq!(compute.bytes(), held, "the memory was used again");
+    assert_eq!(compute.download(zeros.all()).unwrap(), [0.0; 300]);
+    assert!(compute.zeros(0).unwrap().is_empty());
+}

@@ -361,6 +361,12 @@ impl<C: Calls> Device for Card<C> {
             None => {
                 let mut brought = vec![0; bytes];
                 self.read(from, &mut brought)?;
+    fn clear(&mut self, at: Address, bytes: usize) -> Result<(), KernelError> {
+        self.current()?;
+        // SAFETY: whoever asks clears what it reserved.
+        unsafe { self.calls.fill(at.0, 0, bytes, self.stream) }.map_err(|e| failed("memory cannot be cleared", e))
+    }
+
                 fetching.brought = Some(brought);
             }
         }

@@ -265,6 +265,10 @@ impl Device for Emulated {
     }
 
     fn restore(&mut self, from: HostAddress, to: Pieces) -> Result<(), KernelError> {
+    fn clear(&mut self, at: Address, bytes: usize) -> Result<(), KernelError> {
+        self.write(at, &vec![0; bytes])
+    }
+
         for (card, host) in self.pieces(to, from) {
             // SAFETY: as in `save`.
             unsafe { std::ptr::copy_nonoverlapping(host, card, to.bytes) };

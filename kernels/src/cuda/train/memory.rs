@@ -201,6 +201,15 @@ impl DeviceCompute {
         if bytes.is_empty() { Ok(()) } else { self.device.write(to.at, bytes) }
     }
 
+    /// Zeros, made on the device.
+    pub fn zeros(&mut self, len: usize) -> Result<Region, KernelError> {
+        let region = self.region(len)?;
+        if len > 0 {
+            self.device.clear(region.at, len * 4)?;
+        }
+        Ok(region)
+    }
+
     /// Waits for all work, and copies numbers back.
     pub fn download(&mut self, from: Values<'_>) -> Result<Vec<f32>, KernelError> {
         let mut bytes = vec![0; from.len * 4];
