@@ -96,6 +96,8 @@ pub struct CudaBackend<D: Device> {
     error: Option<KernelError>,
     memory: MemoryUse,
     owned: Vec<Address>,
+    /// Bytes of the device's memory that the cache leaves to others.
+    left: usize,
 }
 
 impl<D: Device> CudaBackend<D> {
@@ -125,6 +127,7 @@ impl<D: Device> CudaBackend<D> {
             error: None,
             memory: MemoryUse::default(),
             owned: Vec::new(),
+            left: 0,
         }
     }
 

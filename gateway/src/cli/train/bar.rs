@@ -33,7 +33,7 @@ impl Bar {
 
     /// What a dry run says.
     pub fn estimated(&self, spec: &Spec, estimate: &Estimate) {
-        let Estimate { parameters, steps, step, preparation, training, peak_memory, checkpoint } = estimate;
+        let Estimate { parameters, steps, step, preparation, training, peak_memory, device_memory, checkpoint } = estimate;
         self.line(&format!("base       {} ({})", spec.base.name, spec.base.path.display()));
         let what = match spec.finetuning_type {
             FinetuningType::Lora => "adapter  ",
@@ -47,6 +47,9 @@ impl Bar {
         self.line(&format!(
             "memory     {step} MiB at the most in that step, and up to {saving} MiB more while a checkpoint is written"
         ));
+        if *device_memory > 0 {
+            self.line(&format!("card       {} MiB of {} are held", device_memory >> 20, spec.device));
+        }
         self.line(&format!("disk       {saving} MiB for each checkpoint"));
     }
 }

@@ -15,6 +15,7 @@ use tidemill_engine::Device;
 use tidemill_rlhf::dataset::Datasets;
 use tidemill_rlhf::job::{Finished, Job, JobError, Rows, Spec};
 use tidemill_rlhf::train::{Control, Ending, Outcome, Progress, TrainError};
+use tidemill_rlhf::workplace::DriverCards;
 use tidemill_store::{DataDir, Store, StoreError};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -121,7 +122,7 @@ fn open(config: Option<&Config>, spec: &Spec) -> Result<Job, TrainCommandError> 
     })?;
     let job = Job::open(spec.clone(), rows)?;
     Ok(match config {
-        Some(config) => job.keeping_kernels(&kernel_cache(&config.data)),
+        Some(config) => job.with_cards(Arc::new(DriverCards { kernel_cache: Some(kernel_cache(&config.data)) }))?,
         None => job,
     })
 }

@@ -34,6 +34,8 @@ pub struct DeviceCompute {
     /// All that was reserved and not given back to the device.
     owned: Vec<Address>,
     held: usize,
+    /// Bytes that may be held.
+    most: usize,
     most_logits: usize,
 }
 
@@ -45,7 +47,13 @@ impl DeviceCompute {
     /// On `device`, rounding products' operands as `precision` says.
     pub fn new(device: Box<dyn Device>, precision: Precision) -> Self {
         let (pool, owned) = (Arc::new(Pool::default()), Vec::new());
-        Self { device, precision, pool, owned, held: 0, most_logits: LOGITS }
+        Self { device, precision, pool, owned, held: 0, most: usize::MAX, most_logits: LOGITS }
+    }
+
+    /// Holding so many bytes of the device's memory, at most.
+    pub fn within(mut self, most: usize) -> Self {
+        self.most = most;
+        self
     }
 
     /// With so many logits at once, at most (one row's of 128 tokens at the least).
@@ -62,6 +70,21 @@ impl DeviceCompute {
     /// Bytes of the device's memory that are held.
     pub fn bytes(&self) -> usize {
         self.held
+    }
+
+    /// Bytes that may still be taken: what is free on the device, and within the bound.
+    pub fn left(&self) -> Result<usize, KernelError> {
+        Ok(self.free()?.min(self.most.saturating_sub(self.held)))
+    }
+
+    /// Bytes that are free on the device.
+    pub fn free(&self) -> Result<usize, KernelError> {
+        Ok(self.device.memory()?.0)
+    }
+
+    /// What products round their operands to.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     fn launch<P: Params>(&mut self, kernel: Kernel, launch: Launch, params: P) -> Result<(), KernelError> {
