@@ -31,6 +31,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidemill_engine::{AdapterRefused, Engine, StartError};
+use tidemill_kernels::cuda::driver;
 use tidemill_store::{DataDir, Files, Retention, Store, StoreOptions};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -114,6 +115,7 @@ pub fn run(args: &ServeArgs) -> Result<(), ServeError> {
     };
     let observer = Observer::new(spans, config.log_content);
     let models = config.resolve_models()?;
+    training_card(&config)?;
     let _lock = DataDir::new(&config.data).lock()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(network_threads())
@@ -203,6 +205,15 @@ fn tester_secret(config: &Config) -> Result<Option<Arc<str>>, ServeError> {
     Ok(Some(text.trim()).filter(|secret| !secret.is_empty()).map(Arc::from))
 }
 
+/// Whether the card is there that jobs are to train on, before anybody makes one.
+fn training_card(config: &Config) -> Result<(), ServeError> {
+    let Some(card) = config.training_device.card() else { return Ok(()) };
+    driver::check_card(card).map_err(|error| {
+        let fix = "for trainings on the processor leave `training_device` out";
+        ServeError::Config(ConfigError::Value { place: "`training_device`".to_owned(), message: format!("{error}; {fix}") })
+    })
+}
+
 /// How jobs train: by this very program, beside a server that needs the other half of the cores.
 fn fine_tuning_options(config: &Config, models: &[ModelSpec]) -> Result<FineTuningOptions, ServeError> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -212,7 +223,9 @@ fn fine_tuning_options(config: &Config, models: &[ModelSpec]) -> Result<FineTuni
         jobs: config.training_jobs,
         jobs_per_key: config.training_jobs_per_key,
         threads: config.training_threads.unwrap_or((cores / 2).max(1)),
+        device: config.training_device.clone(),
         priority: config.training_priority,
+        data: config.data.clone(),
         models: models.iter().map(|model| (model.name.clone(), model.path.clone())).collect(),
     })
 }
@@ -238,12 +251,13 @@ fn flywheel_options(config: &Config, models: &[ModelSpec]) -> Result<FlywheelOpt
             return Err(wrong("rollout.metrics", error.to_string()));
         }
     }
-    let FineTuningOptions { program, threads, priority, models, .. } = fine_tuning_options(config, models)?;
+    let FineTuningOptions { program, threads, device, priority, models, .. } = fine_tuning_options(config, models)?;
     Ok(FlywheelOptions {
         policies: config.loops.clone(),
         root: config.data.join("loops"),
         program,
         threads,
+        device,
         priority,
         models,
         data: config.data.clone(),
@@ -360,4 +374,23 @@ fn load_all(
         banner::ready(first, address, app.auth.has_keys(), config.tls.is_some());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Layer;
+
+    #[test]
+    fn a_card_for_trainings_that_is_not_there_ends_the_start_and_is_named_with_the_fix() {
+        let checked = |device: &str| {
+            let mut flags = Layer::default();
+            flags.flag("training_device", Some(&device.to_owned()));
+            training_card(&Config::load(flags, None, []).unwrap())
+        };
+        checked("cpu").unwrap();
+        let refused = checked("cuda:4095").unwrap_err().to_string();
+        assert!(refused.starts_with("`training_device`: no "), "{refused}");
+        assert!(refused.contains("NVIDIA driver") && refused.contains("leave `training_device` out"), "{refused}");
+    }
 }

@@ -129,6 +129,12 @@ pub struct ServeArgs {
     /// Threads of a fine-tuning job, beside those that serve [default: half of the cores]
     #[arg(long, value_name = "N")]
     training_threads: Option<String>,
+    /// Where fine-tuning jobs and the evaluations of loops compute: cpu, cuda, cuda:N with the number of a card [default: cpu]
+    #[arg(long, value_name = "DEVICE")]
+    training_device: Option<String>,
+    /// Memory of that card that is theirs and that serving leaves free, such as 40GiB; needed where serving may have the card, too
+    #[arg(long, value_name = "SIZE")]
+    training_memory: Option<String>,
     /// How urgent a fine-tuning job is: idle (what nobody else wants) or low (a small share whatever happens) [default: idle]
     #[arg(long, value_name = "PRIORITY")]
     training_priority: Option<String>,
@@ -227,6 +233,8 @@ impl ServeArgs {
             ("training_jobs", &self.training_jobs),
             ("training_jobs_per_key", &self.training_jobs_per_key),
             ("training_threads", &self.training_threads),
+            ("training_device", &self.training_device),
+            ("training_memory", &self.training_memory),
             ("training_priority", &self.training_priority),
             ("record", &self.record),
             ("record_share", &self.record_share),

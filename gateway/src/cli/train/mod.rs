@@ -21,7 +21,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::store_args::StoreCommandError;
 use crate::config::{Config, ConfigError, kernel_cache};
-use crate::fine_tuning::sign_in;
+use crate::fine_tuning::{sign_in, take_turn};
 use crate::graders::DeskOracle;
 pub use args::TrainArgs;
 
@@ -94,6 +94,8 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode, TrainCommandError> {
 fn by_specification(args: &TrainArgs, folder: &Path, audience: &mut dyn Audience) -> Result<ExitCode, TrainCommandError> {
     sign_in(folder).map_err(StoreCommandError::file(folder))?;
     let spec = Spec::read(&folder.join(SPEC))?;
+    let turn = args.turn.as_deref().filter(|_| spec.device != Device::Cpu);
+    let _turn = turn.map(take_turn).transpose().map_err(StoreCommandError::file(folder))?;
     // A server's job names its rows itself, and needs nothing of what the server was told.
     let needed = spec.dataset.is_some() || spec.device != Device::Cpu;
     let config = needed.then(|| args.place.config()).transpose()?;
