@@ -23,8 +23,9 @@ pub const SAID: &str = "progress.jsonl";
 /// Its log.
 pub const LOG: &str = "log.txt";
 
-/// What it gets of the environment.
-const KEPT: [&str; 6] = ["PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "RUST_BACKTRACE"];
+/// What it gets of the environment. Two say how the driver numbers cards: a number must mean the same one there.
+const KEPT: [&str; 8] =
+    ["PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "RUST_BACKTRACE", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"];
 
 /// A process at work in a folder.
 #[derive(Debug)]
