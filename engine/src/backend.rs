@@ -12,7 +12,7 @@ use tidemill_kernels::cuda::{CudaBackend, nccl};
 use tidemill_kernels::{Abort, KernelError, Limits, Ops};
 
 use crate::model::tensor_parallel::RankOps;
-use crate::options::StartError;
+use crate::options::{CardShare, StartError};
 
 /// Where to compute.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
@@ -119,6 +119,8 @@ pub(crate) struct Opening<'a> {
     pub limits: Limits,
     /// Keeps compiled kernels.
     pub cache: Option<&'a Path>,
+    /// What the cache leaves of a card.
+    pub left: Option<CardShare>,
     pub needs: Needs,
 }
 
@@ -165,7 +167,8 @@ impl Opening<'_> {
                 degrees.join(", ")
             )));
         }
-        let first = Card::open_number(named.first().copied().unwrap_or(0), self.cache)?;
+        let number = named.first().copied().unwrap_or(0);
+        let first = Card::open_number(number, self.cache)?;
         let visible = first.visible()?;
         let count = match asked {
             Some(cards) if named.is_empty() && cards > visible => {
@@ -173,10 +176,10 @@ impl Opening<'_> {
             }
             Some(cards) => cards,
             None if visible == 1 => 1,
-            None => self.needs.cards(first.memory()?.0, visible),
+            None => self.needs.cards(first.memory()?.0.saturating_sub(self.left_on(number)), visible),
         };
         if count == 1 {
-            return Ok(Backend::One(self.backend(first)));
+            return Ok(Backend::One(self.backend(number, first)));
         }
         let numbers: Vec<usize> = if named.is_empty() { (0..count).collect() } else { named.to_vec() };
         tracing::info!(cards = ?numbers, "the model is shared out among several cards");
@@ -197,12 +200,17 @@ impl Opening<'_> {
             }
         }
         let (cards, abort) = nccl::join(cards)?;
-        let rank = |(number, card)| (format!("cuda:{number}"), self.backend(card));
+        let rank = |(number, card)| (format!("cuda:{number}"), self.backend(number, card));
         Ok(Backend::Several { ranks: numbers.into_iter().zip(cards).map(rank).collect(), abort })
     }
 
-    fn backend(&self, card: Card) -> Box<dyn Ops> {
-        Box::new(CudaBackend::new(card, self.limits).capturing())
+    fn backend(&self, number: usize, card: Card) -> Box<dyn Ops> {
+        Box::new(CudaBackend::new(card, self.limits).capturing().leaving(self.left_on(number)))
+    }
+
+    /// Bytes of a card that are somebody else's.
+    fn left_on(&self, card: usize) -> usize {
+        self.left.filter(|left| left.card == card).map_or(0, |left| left.bytes)
     }
 }
 
@@ -231,7 +239,14 @@ mod tests {
     fn opening(device: &Device, tensor_parallel: Option<usize>) -> Opening<'_> {
         let limits = Limits { max_tokens: 4, max_samples: 4, max_positions: 16 };
         let needs = Needs { weights: 1 << 30, degrees: vec![1, 2, 4], routes: false };
-        Opening { device, tensor_parallel, threads: Some(1), limits, cache: None, needs }
+        Opening { device, tensor_parallel, threads: Some(1), limits, cache: None, left: None, needs }
+    }
+
+    #[test]
+    fn what_is_somebody_elses_is_left_on_its_card_alone() {
+        let (device, left) = (Device::Cpu, Some(CardShare { card: 1, bytes: 7 }));
+        let opening = Opening { left, ..opening(&device, None) };
+        assert_eq!([0, 1, 2].map(|card| opening.left_on(card)), [0, 7, 0]);
     }
 
     #[test]

@@ -135,6 +135,7 @@ impl Engine {
             threads: options.threads,
             limits,
             cache: options.kernel_cache.as_deref(),
+            left: options.left,
             needs: Needs {
                 weights: files.packed_bytes(format)?,
                 degrees: shard::degrees_of(&files)?,

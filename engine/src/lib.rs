@@ -61,7 +61,7 @@ pub use model::weight_names::{Part, Weight};
 pub use model::{Decoder, TensorParallel};
 pub use model_config::{ExpertConfig, Family, ModelConfig, RopeScaling};
 pub use model_files::{ExpertPart, FileMatrix, Frontend, Mixture, MixtureMatrix, ModelFiles};
-pub use options::{EngineOptions, StartError};
+pub use options::{CardShare, EngineOptions, StartError};
 pub use pooling::{Cut, Pooling, PoolingMode};
 pub use request::{
     AdapterGeneration, Event, FinishReason, Request, RequestId, SamplingParams, StopCause, SubmitError, Tenant, TokenRecord,

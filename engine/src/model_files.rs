@@ -143,7 +143,7 @@ impl ModelFiles {
     }
 
     /// Closes the weight files; what serving needs beside the weights is left.
-    pub(crate) fn into_frontend(self) -> Frontend {
+    pub fn into_frontend(self) -> Frontend {
         let Self { tokenizer, chat_template, generation_defaults, end_of_turn, pooling, .. } = self;
         Frontend { tokenizer, chat_template, generation_defaults, end_of_turn, pooling }
     }

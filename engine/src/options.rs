@@ -4,6 +4,15 @@ use crate::backend::Device;
 use std::path::PathBuf;
 use tidemill_kernels::{KvDtype, WeightFormat};
 
+/// A part of a card's memory that is somebody else's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CardShare {
+    /// The card's number.
+    pub card: usize,
+    /// How much of it.
+    pub bytes: usize,
+}
+
 /// What [`crate::Engine::start`] needs to know. [`EngineOptions::new`] has the defaults.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EngineOptions {
@@ -21,6 +30,8 @@ pub struct EngineOptions {
     pub threads: Option<usize>,
     /// Bytes for the KV cache; `None` sizes it from free memory, the card's where one computes.
     pub kv_memory: Option<usize>,
+    /// What a KV cache that is sized from a card's free memory leaves there, such as a training's share.
+    pub left: Option<CardShare>,
     /// Engines that share the machine: where `kv_memory` is `None`, this one takes its part of the free memory only, ≥ 1.
     pub kv_share: usize,
     /// Bytes of the machine's memory for the blocks of preempted sequences, where the cache lies in a card's; 0 keeps none. `None` is 4 GiB, or
@@ -61,6 +72,7 @@ impl EngineOptions {
             kernel_cache: None,
             threads: None,
             kv_memory: None,
+            left: None,
             kv_share: 1,
             swap_memory: None,
             max_seqs: 64,

@@ -8,11 +8,15 @@ mod tiny;
 
 use axum::Router;
 use serde_json::{Value, json};
+use std::sync::Arc;
 use support::{Reply, Setup, ask, post};
 use tempfile::TempDir;
+use tidemill::adapters::AdapterKeeper;
 use tidemill::clock::now;
 use tidemill::http::{App, router};
 use tidemill::rollout::decision::Act;
+use tidemill::rollout::keeper::Keeper;
+use tidemill_store::DataDir;
 
 /// The adapters `a`, `b` and `c`, which are served, and the alias `champion`, which leads to `a`.
 async fn server() -> (TempDir, App, Router) {
@@ -143,4 +147,44 @@ async fn what_was_moved_since_or_is_gone_is_not_overwritten() {
     assert_eq!(ask(&router, "POST", "/v1/adapters/a/serve", None, json!({})).await.status, 200);
     assert_eq!(undo(&router, "r").await.status, 200);
     assert_eq!(served(&router, "champion").await, served(&router, "a").await);
+}
+
+#[tokio::test]
+async fn a_promotion_whose_server_was_killed_before_it_led_the_alias_is_finished_by_the_next_one() {
+    let (folder, app, router) = server().await;
+    let registry = app.adapters.registry();
+    let before = registry.aliases().await.unwrap();
+    promoted(&app, &router, "r", json!({"variant": "b"})).await;
+    let after = registry.aliases().await.unwrap();
+    // As a kill between the row and the alias leaves it.
+    registry.alias_back("champion", before[0].adapter, before[0].updated).await.unwrap();
+    assert_eq!(registry.aliases().await.unwrap(), before);
+    let successor = || {
+        let adapters = AdapterKeeper::new(&app.store, &DataDir::new(folder.path()), Arc::clone(&app.registry));
+        Keeper::new(&app.store, Arc::clone(&app.registry), adapters, Arc::default())
+    };
+    // The name serves what was promoted all the same, and who has just begun to lead leaves time to whoever is about to lead it.
+    let next = successor();
+    let at = now();
+    for after in [0, 9] {
+        next.finish_promotions(at + after * 1_000_000).await.unwrap();
+        assert_eq!(registry.aliases().await.unwrap(), before);
+    }
+    app.adapters.follow().await.unwrap();
+    app.rollouts.follow().await.unwrap();
+    assert_eq!(served(&router, "champion").await, served(&router, "b").await);
+    next.finish_promotions(at + 10_000_000).await.unwrap();
+    let led = registry.aliases().await.unwrap();
+    assert_eq!((led[0].adapter, led.len()), (after[0].adapter, 1));
+    // Once; and an alias that somebody leads elsewhere afterwards stays there.
+    next.finish_promotions(at + 20_000_000).await.unwrap();
+    assert_eq!(registry.aliases().await.unwrap(), led);
+    alias(&router, "a").await;
+    let elsewhere = registry.aliases().await.unwrap();
+    for keeper in [next, successor()] {
+        for after in [30, 60] {
+            keeper.finish_promotions(at + after * 1_000_000).await.unwrap();
+        }
+    }
+    assert_eq!(registry.aliases().await.unwrap(), elsewhere);
 }

@@ -80,3 +80,27 @@ fn memory_is_used_again_and_sizes_are_checked() {
     assert_eq!(compute.bytes(), held);
     assert!(compute.most_bytes() > held);
 }
+
+#[test]
+fn zeros_are_made_on_the_device_of_memory_that_held_something_else() {
+    let mut compute = device(Precision::F32, false);
+    let before = compute.upload(&[7.0; 300]).unwrap();
+    drop(before);
+    let held = compute.bytes();
+    let zeros = compute.zeros(300).unwrap();
+    assert_eq!(compute.bytes(), held, "the memory was used again");
+    assert_eq!(compute.download(zeros.all()).unwrap(), [0.0; 300]);
+    assert!(compute.zeros(0).unwrap().is_empty());
+}
+
+#[test]
+fn a_bound_on_memory_is_held_to_and_named() {
+    let mut compute = device(Precision::F32, false).within(10_000);
+    let first = compute.region(1500).unwrap();
+    assert!(compute.bytes() >= 6000 && compute.left().unwrap() == 10_000 - compute.bytes());
+    let refused = compute.region(1500).err().unwrap().to_string();
+    assert!(refused.contains("of 10000 that it may") && refused.contains("tokens_per_batch"), "{refused}");
+    // What is not used any more is given back for what is.
+    drop(first);
+    compute.region(2000).unwrap();
+}

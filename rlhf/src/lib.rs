@@ -5,7 +5,7 @@
 //! know their gradients; [`reward`] judges answers that are sampled while training; [`optimizer`] moves the [`parameters`] along
 //! them; [`train`] is the one loop around it all, and [`job`] one training from its specification to its adapter; [`evaluate`] says
 //! what the adapter is worth. [`registry`] keeps those that come out. [`chart`] draws what was measured on the way.
-//! [`flywheel`] is the loop through all of it, as a state machine.
+//! [`flywheel`] is the loop through all of it, as a state machine; [`workplace`] says where models and engines compute.
 
 pub mod batch;
 pub mod chart;
@@ -26,3 +26,4 @@ pub mod reward;
 pub mod statistics;
 mod tensors;
 pub mod train;
+pub mod workplace;

@@ -9,10 +9,14 @@
     reason = "a test stops at the first surprise; the emulated device is that of the kernels' tests, and uses more of it"
 )]
 
+#[path = "device/cards.rs"]
+mod cards;
 #[path = "../../kernels/tests/support/emulation.rs"]
 mod emulation;
 #[path = "../../kernels/tests/support/faulty.rs"]
 mod faulty;
+#[path = "device/online.rs"]
+mod online;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -41,7 +45,7 @@ fn open(path: &str) -> Arc<ModelFiles> {
 }
 
 fn on_device(model: Model, reversed: bool) -> Model {
-    model.computing_on(Box::new(Emulated::new(reversed))).unwrap()
+    model.computing_on(Box::new(Emulated::new(reversed)), None).unwrap()
 }
 
 /// Two prompts with two completions each, sharing their prompts, and a text alone.
@@ -316,7 +320,7 @@ fn what_a_device_cannot_do_is_refused_and_its_failures_are_errors() {
     let lora = LoraConfig { r: 2, ..LoraConfig::default() };
     let make = |options| Model::new(open("llama"), &lora, 3, options).unwrap();
     let measured = make(ModelOptions { frozen_gradients: true, ..EXACT });
-    assert!(matches!(measured.computing_on(Box::new(Emulated::new(false))), Err(ModelError::Kind(_))));
+    assert!(matches!(measured.computing_on(Box::new(Emulated::new(false)), None), Err(ModelError::Kind(_))));
 
     let model = on_device(make(EXACT), false);
     let mut wrong = batch();
@@ -335,7 +339,7 @@ fn what_a_device_cannot_do_is_refused_and_its_failures_are_errors() {
     for calls in (0..600).step_by(37) {
         let device = Faulty::new(Emulated::new(false));
         device.fail_after(calls);
-        let outcome = make(EXACT).computing_on(Box::new(device)).map_err(candle_core::Error::from).and_then(|model| {
+        let outcome = make(EXACT).computing_on(Box::new(device), None).map_err(candle_core::Error::from).and_then(|model| {
             let log_probs = model.log_probs(&batch(), Pass::TRAIN)?;
             log_probs.sum_all()?.backward()
         });

@@ -15,7 +15,7 @@ pub use model_spec::{DEFAULT_MODEL, LoraModule, ModelSpec, models_dir};
 pub use parsers::ParserConfig;
 
 use crate::feedback::Metrics;
-use crate::fine_tuning::TrainingPriority;
+use crate::fine_tuning::{TrainingDevice, TrainingPriority};
 use crate::http::auth::DEFAULT_GRACE;
 use crate::http::cors::Origins;
 use crate::http::limits::{BodyLimits, FileLimits};
@@ -31,6 +31,7 @@ use std::time::Duration;
 use tidemill_engine::{Device, EngineOptions};
 use tidemill_kernels::{KvDtype, WeightFormat};
 use tidemill_rlhf::flywheel::Policy;
+use tidemill_rlhf::workplace::one_card;
 use tidemill_store::Limits;
 
 /// Where the configuration is looked for when nobody names a file.
@@ -78,6 +79,8 @@ pub const KEYS: &[&str] = &[
     "training_jobs",
     "training_jobs_per_key",
     "training_threads",
+    "training_device",
+    "training_memory",
     "training_priority",
     "record",
     "record_share",
@@ -227,6 +230,8 @@ pub struct Config {
     pub training_jobs_per_key: usize,
     /// Threads of each; `None` is half of the cores.
     pub training_threads: Option<usize>,
+    /// Where each computes, and the evaluations of loops.
+    pub training_device: TrainingDevice,
     /// How urgent each is.
     pub training_priority: TrainingPriority,
     /// Which answers are recorded, and how much of them.
@@ -284,6 +289,7 @@ impl Config {
         let count = |key, least| get(key).map(|s| s.parse(|text| value::count(text, least))).transpose();
         let base = EngineOptions::new("");
         let files = FileLimits::default();
+        let device: Device = get("device").map_or(Ok(base.device), |s| s.parse(str::parse))?;
         Ok(Self {
             models: layers.iter().map(|layer| layer.list("model")).find(|m| !m.is_empty()).unwrap_or_default(),
             host: get("host").map_or(Ok(IpAddr::from([127, 0, 0, 1])), |s| s.parse(value::host))?,
@@ -321,7 +327,7 @@ impl Config {
             )?,
             remotes: upstreams::remotes(layers)?,
             seed: get("seed").map(|s| s.parse(value::seed)).transpose()?,
-            device: get("device").map_or(Ok(base.device), |s| s.parse(str::parse))?,
+            device: device.clone(),
             tensor_parallel: count("tensor_parallel", 1)?,
             drain_timeout: get("drain_timeout").map_or(Ok(Duration::from_secs(30)), |s| s.parse(value::duration))?,
             max_body: get("max_body").map_or(Ok(10 << 20), |s| s.parse(value::size))?,
@@ -353,6 +359,7 @@ impl Config {
             training_jobs: count("training_jobs", 0)?.unwrap_or(1),
             training_jobs_per_key: count("training_jobs_per_key", 1)?.unwrap_or(16),
             training_threads: count("training_threads", 1)?,
+            training_device: training_device(get("training_device"), get("training_memory"), &device)?,
             training_priority: get("training_priority").map_or(Ok(TrainingPriority::default()), |s| {
                 s.parse(|text| value::choice(text, &[("idle", TrainingPriority::Idle), ("low", TrainingPriority::Low)]))
             })?,
@@ -398,6 +405,7 @@ impl Config {
             kernel_cache: Some(kernel_cache(&self.data)),
             threads: self.threads,
             kv_memory: self.kv_memory,
+            left: self.training_device.share(),
             kv_share: models,
             swap_memory: self.swap_memory,
             max_seqs: self.max_seqs,
@@ -418,6 +426,37 @@ impl Config {
 /// Where kernels that were compiled for a card are kept.
 pub fn kernel_cache(data: &Path) -> PathBuf {
     data.join("cache").join("kernels")
+}
+
+/// Where trainings compute; a card that serving may use, too, is shared by what is said of its memory.
+fn training_device(device: Option<&Setting>, memory: Option<&Setting>, serving: &Device) -> Result<TrainingDevice, ConfigError> {
+    let wrong = |setting: &Setting, message: String| Err(ConfigError::Value { place: setting.origin.to_string(), message });
+    let bytes = memory.map(|setting| setting.parse(value::size)).transpose()?;
+    let named = device.map_or(Ok(Device::Cpu), |setting| setting.parse(str::parse))?;
+    let card = match (one_card(&named), device) {
+        (Ok(card), _) => card,
+        (Err(fix), Some(setting)) => return wrong(setting, fix),
+        (Err(_), None) => None,
+    };
+    let Some(card) = card else {
+        return match memory {
+            Some(setting) => wrong(setting, "is a part of a card's memory; name the card with `training_device`".to_owned()),
+            None => Ok(TrainingDevice::default()),
+        };
+    };
+    let shared = match serving {
+        Device::Cpu => false,
+        Device::Cuda(cards) if !cards.is_empty() => cards.contains(&card),
+        Device::Cuda(_) | Device::Auto => true,
+    };
+    if let (true, None, Some(setting)) = (shared, bytes, device) {
+        let message = format!(
+            "serving may have that card, too (`device` is {serving}); say with `training_memory`, such as 40GiB, how much of it trainings get, \
+             or name another card here or there, as cuda:N"
+        );
+        return wrong(setting, message);
+    }
+    Ok(TrainingDevice { device: named, memory: bytes })
 }
 
 /// Both or neither.

@@ -110,3 +110,28 @@ fn a_wrong_table_names_its_line_and_key() {
         assert!(message.contains(expected), "{text}: {message}");
     }
 }
+
+#[test]
+fn trainings_are_on_the_processor_unless_a_card_is_named_and_share_it_only_by_what_is_said() {
+    let read = |settings: &[(&'static str, &str)]| Config::load(flags(settings), None, env(&[]));
+    assert_eq!(read(&[("device", "cuda")]).unwrap().training_device, TrainingDevice::default());
+    let beside = read(&[("device", "cuda:0"), ("training_device", "cuda:1")]).unwrap();
+    assert_eq!((beside.training_device.card(), beside.training_device.share()), (Some(1), None));
+    let shared = read(&[("device", "cuda"), ("training_device", "cuda"), ("training_memory", "40GiB")]).unwrap();
+    let share = shared.training_device.share().unwrap();
+    assert_eq!((share.card, share.bytes), (0, 40 << 30));
+    let model = ModelSpec { name: "m".to_owned(), path: "m.gguf".into() };
+    assert_eq!(shared.engine_options(&model, 1).left, Some(share));
+    for (settings, expected) in [
+        (vec![("training_device", "auto")], "--training-device: auto may be another device"),
+        (vec![("training_device", "cuda:0,1")], "--training-device: cuda:0,1 are several cards"),
+        (vec![("training_device", "gpu")], "--training-device: expected cpu, cuda"),
+        (vec![("training_memory", "1GiB")], "--training-memory: is a part of a card's memory; name the card"),
+        (vec![("training_device", "cuda:1"), ("training_memory", "lots")], "--training-memory: expected a size"),
+        (vec![("device", "cuda:0,1"), ("training_device", "cuda:1")], "--training-device: serving may have that card, too"),
+        (vec![("device", "auto"), ("training_device", "cuda:7")], "say with `training_memory`"),
+    ] {
+        let refused = read(&settings).unwrap_err().to_string();
+        assert!(refused.contains(expected), "{settings:?}: {refused}");
+    }
+}

@@ -4,6 +4,7 @@
 //! training, which is a process of its own ([`process`]) so that serving keeps its latency. The process says how far it is in a file
 //! ([`progress`]), outlives the server, and goes on from its checkpoint when it was killed.
 
+mod device;
 mod method;
 mod priority;
 pub(crate) mod process;
@@ -17,6 +18,7 @@ mod stand_in;
 mod trainings;
 mod wish;
 
+pub use device::{TrainingDevice, take_turn};
 pub use method::{Kind, Method};
 pub use priority::TrainingPriority;
 pub use process::sign_in;
@@ -59,8 +61,12 @@ pub struct FineTuningOptions {
     pub jobs_per_key: usize,
     /// Threads of each.
     pub threads: usize,
+    /// Where each computes.
+    pub device: TrainingDevice,
     /// How urgent each is.
     pub priority: TrainingPriority,
+    /// The server's own directory.
+    pub data: PathBuf,
     /// Where the base models lie, by name.
     pub models: BTreeMap<String, PathBuf>,
 }

@@ -7,6 +7,7 @@
 
 use crate::fine_tuning::TrainingPriority;
 use rustix::process::{Pid, Signal, kill_process};
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
@@ -22,8 +23,9 @@ pub const SAID: &str = "progress.jsonl";
 /// Its log.
 pub const LOG: &str = "log.txt";
 
-/// What it gets of the environment.
-const KEPT: [&str; 6] = ["PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "RUST_BACKTRACE"];
+/// What it gets of the environment. Two say how the driver numbers cards: a number must mean the same one there.
+const KEPT: [&str; 8] =
+    ["PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "RUST_BACKTRACE", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"];
 
 /// A process at work in a folder.
 #[derive(Debug)]
@@ -57,10 +59,10 @@ impl Process {
         }
     }
 
-    /// Starts `program train --job FOLDER --priority WORD`; `None` when somebody is at work there.
-    pub fn start(program: &Path, folder: &Path, priority: TrainingPriority) -> io::Result<Option<Self>> {
+    /// Starts `program train --job FOLDER --priority WORD` and `more`; `None` when somebody is at work there.
+    pub fn start(program: &Path, folder: &Path, priority: TrainingPriority, more: &[OsString]) -> io::Result<Option<Self>> {
         let mut command = Self::command(program);
-        command.args(["train", "--job"]).arg(folder).args(["--priority", priority.as_str()]);
+        command.args(["train", "--job"]).arg(folder).args(["--priority", priority.as_str()]).args(more);
         Self::run(command, folder)
     }
 
@@ -185,8 +187,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         assert!(Process::left(&folder.path().join("nowhere")).unwrap().is_none());
         let program = program(folder.path(), "exec sleep 600");
-        let mut first = Process::start(&program, folder.path(), TrainingPriority::Low).unwrap().unwrap();
-        assert!(Process::start(&program, folder.path(), TrainingPriority::Low).unwrap().is_none());
+        let mut first = Process::start(&program, folder.path(), TrainingPriority::Low, &[]).unwrap().unwrap();
+        assert!(Process::start(&program, folder.path(), TrainingPriority::Low, &[]).unwrap().is_none());
         // As the next server sees it.
         let mut left = Process::left(folder.path()).unwrap().unwrap();
         assert!(left.ended().unwrap().is_none());
@@ -202,7 +204,7 @@ mod tests {
         // Set by whoever runs the tests, as a database's address would be.
         assert!(std::env::var_os("CARGO_MANIFEST_DIR").is_some());
         let program = program(folder.path(), "env > \"$3/environment\"");
-        let mut process = Process::start(&program, folder.path(), TrainingPriority::Low).unwrap().unwrap();
+        let mut process = Process::start(&program, folder.path(), TrainingPriority::Low, &[]).unwrap().unwrap();
         assert!(end(&mut process).unwrap().success());
         let text = std::fs::read_to_string(folder.path().join("environment")).unwrap();
         // What a shell sets by itself.
@@ -229,7 +231,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join(SAID), "{\"event\":").unwrap();
         let program = program(folder.path(), "echo \"$1 $2 $3 $4 $5\"; echo why >&2; exit 3");
-        let mut process = Process::start(&program, folder.path(), TrainingPriority::Low).unwrap().unwrap();
+        let mut process = Process::start(&program, folder.path(), TrainingPriority::Low, &[]).unwrap().unwrap();
         assert_eq!(end(&mut process).unwrap().code(), Some(3));
         let said = std::fs::read_to_string(folder.path().join(SAID)).unwrap();
         assert_eq!(said, format!("{{\"event\":\ntrain --job {} --priority low\n", folder.path().display()));

@@ -162,6 +162,12 @@ impl Runner {
         Ok(())
     }
 
+    /// Starts the process that trains in a folder; `None` when somebody is at work there.
+    fn start(&self, folder: &Path) -> io::Result<Option<Process>> {
+        let FineTuningOptions { program, priority, device, data, .. } = &self.options;
+        Process::start(program, folder, *priority, &device.turn_arguments(&std::path::absolute(data)?))
+    }
+
     /// Writes everything that the process needs.
     async fn prepare(&self, job: &FineTuningJob) -> Result<Result<(Method, u64, usize), Failure>, Trouble> {
         let draft = &job.draft;
@@ -213,6 +219,7 @@ impl Runner {
             context: model.context(),
             max_rank: model.engine().options().max_adapter_rank,
             threads: self.options.threads,
+            device: &self.options.device,
             train: &train,
             held_out: draft.validation_file.map(|_| held_out.as_path()),
         };
@@ -267,7 +274,7 @@ impl Runner {
             }
             let mut process = match left {
                 Some(left) => left,
-                None => match Process::start(&self.options.program, &folder, self.options.priority) {
+                None => match self.start(&folder) {
                     Ok(Some(started)) => started,
                     not_started => {
                         // There was no process that could have taken a step.

@@ -1,8 +1,8 @@
 //! What a job's process is told, and the name of what it makes.
 
-use crate::fine_tuning::is_of_loop;
 use crate::fine_tuning::method::{Kind, Method};
 use crate::fine_tuning::rows::Found;
+use crate::fine_tuning::{TrainingDevice, is_of_loop};
 use serde_json::json;
 use std::path::Path;
 use tidemill_rlhf::job::Spec;
@@ -36,6 +36,8 @@ pub struct Bench<'a> {
     pub max_rank: usize,
     /// Threads that compute.
     pub threads: usize,
+    /// Where it computes.
+    pub device: &'a TrainingDevice,
     /// Its rows.
     pub train: &'a Path,
     /// Rows that it is measured on.
@@ -93,6 +95,8 @@ pub fn spec(draft: &FineTuningDraft, method: &Method, found: Found, bench: &Benc
         "epoch_adapters": (!is_of_loop(draft)).then_some(EARLIER_EPOCHS),
         "lora": { "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.05 },
         "threads": bench.threads,
+        "device": bench.device.device.to_string(),
+        "device_memory": bench.device.memory,
     }))
 }
 
@@ -162,6 +166,7 @@ pub(super) mod tests {
             context: 2048,
             max_rank: 8,
             threads: 1,
+            device: &TrainingDevice::default(),
             train: Path::new("/job/train.jsonl"),
             held_out: None,
         };
@@ -191,12 +196,15 @@ pub(super) mod tests {
             context: 2048,
             max_rank: 64,
             threads: 1,
+            device: &TrainingDevice { device: "cuda:1".parse().unwrap(), memory: Some(1 << 30) },
             train: Path::new("/job/train.jsonl"),
             held_out: Some(Path::new("/job/held_out.jsonl")),
         };
         let spec = spec(&draft(), &method, Found { rows: 9, several_turns: false }, &bench).unwrap();
         let told = spec.config.reinforcement().unwrap();
         assert_eq!((told.group, told.answers, told.prompts(), told.draw.max_tokens), (8, 24, 3, 256));
+        assert_eq!((spec.device.to_string().as_str(), spec.device_memory), ("cuda:1", Some(1 << 30)));
+        spec.check().unwrap();
         assert_eq!((spec.config.eval_steps, method.steps(9), spec.epoch_adapters), (Some(2), 3, Some(2)));
     }
 

@@ -124,6 +124,7 @@ impl Evaluations {
         ] {
             command.args([flag, &value]);
         }
+        command.args(options.device.arguments(&std::path::absolute(&options.data)?));
         if let Some(text) = &measuring.text {
             command.arg("--text").arg(std::path::absolute(text)?);
         }
@@ -186,7 +187,7 @@ fn last_line(log: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fine_tuning::TrainingPriority;
+    use crate::fine_tuning::{TrainingDevice, TrainingPriority};
     use serde_json::json;
     use std::collections::BTreeMap;
 
@@ -196,6 +197,7 @@ mod tests {
             root: root.to_owned(),
             program: "false".into(),
             threads: 1,
+            device: TrainingDevice::default(),
             priority: TrainingPriority::Low,
             models: BTreeMap::from([("smollm2".to_owned(), root.to_owned())]),
             data: root.to_owned(),

@@ -21,7 +21,7 @@ pub use view::standing;
 pub use wish::{WishRefusal, follow};
 
 use crate::clock::now;
-use crate::fine_tuning::TrainingPriority;
+use crate::fine_tuning::{TrainingDevice, TrainingPriority};
 use crate::flywheel::evaluation::Evaluations;
 use crate::flywheel::gauges::Gauges;
 use crate::http::App;
@@ -53,6 +53,8 @@ pub struct FlywheelOptions {
     pub program: PathBuf,
     /// Threads of an evaluation.
     pub threads: usize,
+    /// Where it computes.
+    pub device: TrainingDevice,
     /// How urgent it is.
     pub priority: TrainingPriority,
     /// Where the base models lie, by name.

@@ -89,6 +89,8 @@ struct Inner {
     leadership: tokio::sync::Mutex<Leadership>,
     /// When each rollout last had a decision kept, in microseconds since 1970.
     kept: Mutex<HashMap<Uuid, i64>>,
+    /// What was seen of the aliases of promotions.
+    followed: Mutex<promotion::Followed>,
     closed: AtomicBool,
 }
 
@@ -132,6 +134,7 @@ impl Keeper {
             looking: tokio::sync::Mutex::default(),
             leadership: tokio::sync::Mutex::new(Leadership::new(store.database(), "rollouts")),
             kept: Mutex::default(),
+            followed: Mutex::default(),
             closed: AtomicBool::new(false),
         }))
     }
@@ -363,6 +366,7 @@ impl Keeper {
         if !self.0.leadership.lock().await.is_mine().await? {
             return Ok(false);
         }
+        self.finish_promotions(now()).await?;
         self.measure_due(now()).await.map(|()| true)
     }
 

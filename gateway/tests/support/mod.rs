@@ -23,7 +23,7 @@ use tidemill::batches::Batches;
 use tidemill::clock::now;
 use tidemill::datasets::DatasetJobs;
 use tidemill::feedback::Metrics;
-use tidemill::fine_tuning::{FineTuning, FineTuningOptions, TrainingPriority};
+use tidemill::fine_tuning::{FineTuning, FineTuningOptions, TrainingDevice, TrainingPriority};
 use tidemill::flywheel::{FlywheelOptions, Flywheels};
 use tidemill::http::cors::Origins;
 use tidemill::http::drain::Drain;
@@ -163,7 +163,9 @@ pub fn no_training() -> FineTuningOptions {
         jobs: 0,
         jobs_per_key: 16,
         threads: 1,
+        device: TrainingDevice::default(),
         priority: TrainingPriority::Low,
+        data: folder().into(),
         models,
     }
 }
@@ -175,6 +177,7 @@ pub fn no_loops() -> FlywheelOptions {
         root: folder().into(),
         program: "false".into(),
         threads: 1,
+        device: TrainingDevice::default(),
         priority: TrainingPriority::Low,
         models: BTreeMap::from([(MODEL.to_owned(), "parrot".into())]),
         data: folder().into(),

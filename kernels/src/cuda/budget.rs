@@ -15,10 +15,17 @@ fn to_spare(free: usize, total: usize, needed: usize) -> usize {
 }
 
 impl<D: Device> CudaBackend<D> {
-    /// Bytes that can be given to the cache: what is free, without what steps up to the limits will reserve and without a margin.
+    /// With so many bytes of the device's memory left to others when the cache is sized.
+    pub fn leaving(mut self, bytes: usize) -> Self {
+        self.left = bytes;
+        self
+    }
+
+    /// Bytes that can be given to the cache: what is free, without what steps up to the limits will reserve, what is left to others, and a
+    /// margin.
     pub(super) fn spare_memory(&self) -> Result<usize, KernelError> {
         let (free, total) = self.device.memory()?;
-        Ok(to_spare(free, total, self.still_to_reserve()))
+        Ok(to_spare(free, total, self.still_to_reserve().saturating_add(self.left)))
     }
 
     /// What is reserved when it is first needed, and has not been: bf16 copies of activations, a widened matrix, values to sample from.

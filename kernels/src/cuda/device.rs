@@ -232,6 +232,8 @@ pub trait Device: Send {
     fn free(&mut self, at: Address);
     /// Copies to the device.
     fn write(&mut self, to: Address, bytes: &[u8]) -> Result<(), KernelError>;
+    /// Fills with zeros.
+    fn clear(&mut self, at: Address, bytes: usize) -> Result<(), KernelError>;
     /// Copies from the device, when all work before is done.
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<(), KernelError>;
     /// Copies from the device behind all work so far, without waiting. At most [`FETCHES`] are under way; 0 bytes are a mark in the work.

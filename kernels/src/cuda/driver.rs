@@ -12,7 +12,7 @@ use super::compile::architecture;
 use super::device::{Address, Device, FETCHES, Fetch, Graph, HostAddress, Kernel, Launch, Pieces, Prefill, Product, Source};
 pub use super::images::prepare;
 use super::images::{Compiled, Images};
-use super::libraries::{check_driver, dotted};
+use super::libraries::{Library, check_driver, dotted};
 use super::nccl::Communicator;
 use super::staging::{MOST_RETURNED, MOST_STAGED, StagedMemory};
 use super::trial::Choice;
@@ -107,6 +107,47 @@ pub struct Card<C: Calls = Cuda> {
     processors: usize,
 }
 
+/// A card that the kernels run on, and that nothing was reserved on yet.
+struct Sought {
+    device: sys::CUdevice,
+    name: String,
+    capability: (u32, u32),
+    processors: i32,
+    version: i32,
+}
+
+impl Sought {
+    fn card<C: Calls>(calls: &C, number: usize) -> Result<Self, KernelError> {
+        let version = calls.driver_version().map_err(|e| failed("the driver has no version", e))?;
+        check_driver(version)?;
+        calls.init().map_err(|e| does_not_start(number, e))?;
+        let count = calls.device_count().map_err(|e| failed("the driver counts no cards", e))?;
+        let ordinal = i32::try_from(number).ok().filter(|ordinal| *ordinal < count).ok_or_else(|| no_card(number, count))?;
+        let device = calls.device(ordinal).map_err(|e| failed("the card is not to be had", e))?;
+        let name = calls.device_name(device).map_err(|e| failed("the card has no name", e))?;
+        let attribute = |which| {
+            // SAFETY: a device that the driver has just given.
+            unsafe { calls.device_attribute(device, which) }.map_err(|e| failed("the card says nothing of itself", e))
+        };
+        let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        if major < 8 {
+            return Err(KernelError::Unsupported(format!(
+                "{name} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or later. Use --device cpu"
+            )));
+        }
+        Ok(Self { device, name, capability: (major as u32, minor as u32), processors, version })
+    }
+}
+
+/// Whether there is a card of this number for a training to be opened on later, and all that this needs. Nothing is reserved on the card.
+pub fn check_card(number: usize) -> Result<(), KernelError> {
+    Sought::card(&Cuda::find()?, number)?;
+    Library::Nvrtc.require()?;
+    Library::CublasLt.require()
+}
+
 /// A copy back that is under way.
 struct Fetching {
     fetch: Fetch,
@@ -157,26 +198,8 @@ impl<C: Calls> Card<C> {
     }
 
     fn with_files(calls: C, number: usize, sources: &[Source], images: &dyn Images) -> Result<Self, KernelError> {
-        let version = calls.driver_version().map_err(|e| failed("the driver has no version", e))?;
-        check_driver(version)?;
-        calls.init().map_err(|e| does_not_start(number, e))?;
-        let count = calls.device_count().map_err(|e| failed("the driver counts no cards", e))?;
-        let ordinal = i32::try_from(number).ok().filter(|ordinal| *ordinal < count).ok_or_else(|| no_card(number, count))?;
-        let device = calls.device(ordinal).map_err(|e| failed("the card is not to be had", e))?;
-        let name = calls.device_name(device).map_err(|e| failed("the card has no name", e))?;
-        let attribute = |which| {
-            // SAFETY: a device that the driver has just given.
-            unsafe { calls.device_attribute(device, which) }.map_err(|e| failed("the card says nothing of itself", e))
-        };
-        let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-        if major < 8 {
-            return Err(KernelError::Unsupported(format!(
-                "{name} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or later. Use --device cpu"
-            )));
-        }
-        let architecture = architecture((major as u32, minor as u32));
+        let Sought { device, name, capability, processors, version } = Sought::card(&calls, number)?;
+        let architecture = architecture(capability);
         let sources: Vec<Source> = sources.iter().copied().filter(|source| source.is_for(&architecture)).collect();
         let code = images.all(&sources, &architecture, version)?;
 
@@ -415,6 +438,12 @@ impl<C: Calls> Device for Card<C> {
         Ok(())
     }
 
+    fn clear(&mut self, at: Address, bytes: usize) -> Result<(), KernelError> {
+        self.current()?;
+        // SAFETY: whoever asks clears what it reserved.
+        unsafe { self.calls.fill(at.0, 0, bytes, self.stream) }.map_err(|e| failed("memory cannot be cleared", e))
+    }
+
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<(), KernelError> {
         self.current()?;
         for (index, piece) in bytes.chunks_mut(MOST_RETURNED).enumerate() {
@@ -596,7 +625,6 @@ impl<C: Calls> Drop for Card<C> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::libraries::Library;
     use super::*;
 
     #[test]
@@ -614,5 +642,6 @@ mod tests {
         }
         let text = Card::open(None).err().map(|e| e.to_string()).unwrap_or_default();
         assert!(text.contains("no NVIDIA driver found") && text.contains("libcuda.so.1"), "{text}");
+        assert_eq!(check_card(0).err().map(|e| e.to_string()), Some(text));
     }
 }

@@ -99,6 +99,8 @@ pub struct CudaBackend<D: Device> {
     error: Option<KernelError>,
     memory: MemoryUse,
     owned: Vec<Address>,
+    /// Bytes of the device's memory that the cache leaves to others.
+    left: usize,
 }
 
 impl<D: Device> CudaBackend<D> {
@@ -128,6 +130,7 @@ impl<D: Device> CudaBackend<D> {
             error: None,
             memory: MemoryUse::default(),
             owned: Vec::new(),
+            left: 0,
         }
     }
 

@@ -7,8 +7,9 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, OnceLock};
 
 use half::bf16;
 use tidemill_kernels::collective::Member;
@@ -121,6 +122,46 @@ pub struct Emulated {
     member: Option<Member>,
     /// Hears how many things were never given back, when the device ends.
     pub ends: Option<Sender<usize>>,
+    /// Of the card that several devices are on.
+    memory: Option<Arc<CardMemory>>,
+}
+
+/// Memory of a card, for all who use it.
+#[derive(Debug)]
+pub struct CardMemory {
+    /// Bytes there are.
+    pub total: usize,
+    /// Bytes that are reserved now, and that were at the most.
+    used: AtomicUsize,
+    most: AtomicUsize,
+}
+
+#[allow(dead_code, reason = "each test binary uses a part")]
+impl CardMemory {
+    pub fn new(total: usize) -> Arc<Self> {
+        Arc::new(Self { total, used: AtomicUsize::new(0), most: AtomicUsize::new(0) })
+    }
+
+    /// Bytes that are reserved now.
+    pub fn used(&self) -> usize {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// The most that ever were.
+    pub fn most(&self) -> usize {
+        self.most.load(Ordering::Relaxed)
+    }
+
+    fn take(&self, bytes: usize) -> bool {
+        let more = |used: usize| used.checked_add(bytes).filter(|used| *used <= self.total);
+        let taken = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        self.most.fetch_max(self.used(), Ordering::Relaxed);
+        taken.is_ok()
+    }
+
+    fn give_back(&self, bytes: usize) {
+        self.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
 }
 
 impl Emulated {
@@ -155,6 +196,14 @@ impl Emulated {
     pub fn of_group(member: Member) -> Self {
         let mut device = Emulated::new(false);
         device.member = Some(member);
+        device
+    }
+
+    /// On a card whose memory others use, too.
+    #[allow(dead_code, reason = "each test binary uses a part")]
+    pub fn on_card(memory: &Arc<CardMemory>) -> Self {
+        let mut device = Emulated::new(false);
+        device.memory = Some(Arc::clone(memory));
         device
     }
 
@@ -251,13 +300,14 @@ impl Device for Emulated {
     }
 
     fn memory(&self) -> Result<(usize, usize), KernelError> {
-        Ok((8 << 30, 8 << 30))
+        let (used, total) = self.memory.as_ref().map_or((0, 8 << 30), |memory| (memory.used(), memory.total));
+        Ok((total - used, total))
     }
 
     fn alloc(&mut self, what: &'static str, bytes: usize) -> Result<Address, KernelError> {
         self.outside_captures();
         let memory = KernelError::Memory { what, bytes };
-        if bytes > 1 << 32 {
+        if bytes > 1 << 32 || self.memory.as_ref().is_some_and(|memory| !memory.take(bytes)) {
             return Err(memory);
         }
         let mapped = (bytes + 128).next_multiple_of(PAGE);
@@ -279,6 +329,7 @@ impl Device for Emulated {
     fn free(&mut self, at: Address) {
         self.outside_captures();
         let mapping = self.mappings.remove(&at.0).expect("what is freed was reserved");
+        self.memory.iter().for_each(|memory| memory.give_back(mapping.bytes));
         // SAFETY: the pages of one mapping; nothing runs.
         unsafe { libc::munmap(mapping.base as *mut c_void, mapping.mapped + PAGE) };
     }
@@ -289,6 +340,10 @@ impl Device for Emulated {
         // SAFETY: inside one mapping.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.0 as *mut u8, bytes.len()) };
         Ok(())
+    }
+
+    fn clear(&mut self, at: Address, bytes: usize) -> Result<(), KernelError> {
+        self.write(at, &vec![0; bytes])
     }
 
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<(), KernelError> {

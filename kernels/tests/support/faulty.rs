@@ -77,6 +77,11 @@ impl<D: Device> Device for Faulty<D> {
         self.inner.write(to, bytes)
     }
 
+    fn clear(&mut self, at: Address, bytes: usize) -> Result<(), KernelError> {
+        self.turn(failure)?;
+        self.inner.clear(at, bytes)
+    }
+
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<(), KernelError> {
         self.turn(failure)?;
         self.inner.read(from, bytes)

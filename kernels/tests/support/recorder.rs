@@ -163,6 +163,10 @@ impl Device for Recorder {
         Ok(())
     }
 
+    fn clear(&mut self, at: Address, bytes: usize) -> Result<(), KernelError> {
+        self.write(at, &vec![0; bytes])
+    }
+
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<(), KernelError> {
         self.assert_held(from, bytes.len(), &"read");
         assert!(self.capture.is_none(), "a read during a capture");

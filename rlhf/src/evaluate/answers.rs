@@ -15,9 +15,9 @@ use crate::statistics::{Proportion, quantile};
 use crate::train::{Pass, Policy};
 
 /// Rows computed at once.
-const BUDGET: usize = 4096;
+pub const BUDGET: usize = 4096;
 /// Answers asked for at once.
-const TOGETHER: usize = 16;
+pub const TOGETHER: usize = 16;
 /// A step of a large model on a slow machine; longer than this it hangs.
 const PATIENCE: Duration = Duration::from_secs(600);
 

@@ -9,7 +9,7 @@ use crate::statistics::Proportion;
 use crate::train::{Head, Pass, Policy, sums};
 
 /// Rows computed at once.
-const BUDGET: usize = 4096;
+pub const BUDGET: usize = 4096;
 
 /// Agreement with held-out comparisons.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

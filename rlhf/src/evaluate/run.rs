@@ -4,19 +4,21 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tidemill_engine::{Adapter, AdapterRefused, Engine, EngineOptions, ModelFiles, StartError};
+use tidemill_engine::{Adapter, AdapterRefused, Engine, EngineOptions, ModelFiles};
 
 use super::answers::{self, Answer, AnswerError, Sampling};
 use super::duel::{self, Verdict};
 use super::preferences;
 use super::report::{Contender, Evaluation, Example, TrainedOn};
 use super::text;
+use crate::batch::{Label, Packed};
 use crate::collate::{Encoder, Sample, Teaches};
 use crate::dataset::{Message, Row};
 use crate::job::{JobError, judge_of, measured_model};
-use crate::model::ModelOptions;
+use crate::model::{Model, ModelOptions};
 use crate::reward::{self, RewardError, RewardFunction, Rewards};
-use crate::train::{Pass, Prompt, Question, TrainConfig};
+use crate::train::{Head, Pass, Prompt, Question, TrainConfig};
+use crate::workplace::Workplace;
 
 /// What is evaluated, and on what.
 #[derive(Clone, Debug)]
@@ -41,6 +43,8 @@ pub struct Trial {
     pub sampling: Sampling,
     /// How the differentiable model computes.
     pub model: ModelOptions,
+    /// Where everything computes.
+    pub workplace: Workplace,
 }
 
 /// An adapter that is measured.
@@ -115,9 +119,6 @@ pub enum EvaluateError {
     /// The model, rows or adapters.
     #[error(transparent)]
     Job(#[from] JobError),
-    /// The engine does not start.
-    #[error(transparent)]
-    Start(#[from] StartError),
     /// The engine refuses an adapter.
     #[error(transparent)]
     Adapter(#[from] AdapterRefused),
@@ -158,8 +159,17 @@ pub fn evaluate(
         Some(text) => files.tokenizer().encode(text, true, false).map_err(|error| EvaluateError::Nothing(error.to_string()))?,
         None => Vec::new(),
     };
-    let engine = if prompts.is_empty() { None } else { Some(engine(trial)?) };
     let ids: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.tokens.clone()).collect();
+    // All others compute beside the first, on one copy of the base's weights.
+    let mut first = opened(&files, &trial.adapters[0], trial)?;
+    first.model = trial.workplace.take(first.model).map_err(JobError::from)?;
+    let arbiter = Arbiter::ready(referee, &first.model, trial)?;
+    let engine = if prompts.is_empty() {
+        None
+    } else {
+        first.model.rehearse(&largest(&comparisons, &text_tokens, &ids, trial), &[], Pass::EVALUATE).map_err(JobError::from)?;
+        Some(engine(&files, trial, &ids, &first.model)?)
+    };
 
     let mut contenders = Vec::new();
     let mut said: Vec<Vec<Answer>> = Vec::new();
@@ -170,22 +180,23 @@ pub fn evaluate(
         Ok(answers::draw(engine, lease.as_ref(), &ids, trial.sampling, |done| watch(Work::Answers, name, done, total))?)
     };
     let mut base_text = None;
-    for Entrant { name, folder, trained_on } in &trial.adapters {
-        let adapter = Adapter::read(folder).map_err(JobError::from)?;
-        let (model, head) = measured_model(&files, folder, &adapter, trial.model)?;
+    for (index, entrant) in trial.adapters.iter().enumerate() {
+        let Entrant { name, folder, trained_on } = entrant;
+        let other = if index == 0 { None } else { Some(opened(&files, entrant, trial)?.beside(&first)?) };
+        let Opened { adapter, model, head } = other.as_ref().unwrap_or(&first);
         let total = 2 * comparisons.len();
         let watching = |done| watch(Work::Comparisons, name, done, total);
-        let margins = match &head {
-            Some(head) => preferences::margins(&model, head, &comparisons, watching)?,
-            None => preferences::implicit_margins(&model, &comparisons, trial.beta, watching)?,
+        let margins = match head {
+            Some(head) => preferences::margins(model, head, &comparisons, watching)?,
+            None => preferences::implicit_margins(model, &comparisons, trial.beta, watching)?,
         };
         watch(Work::Text, name, 0, 1);
-        let text = text::loss(&model, &text_tokens, Pass::EVALUATE)?;
+        let text = text::loss(model, &text_tokens, Pass::EVALUATE)?;
         if base_text.is_none() {
-            base_text = text::loss(&model, &text_tokens, Pass::REFERENCE)?;
+            base_text = text::loss(model, &text_tokens, Pass::REFERENCE)?;
         }
         let answers = answer(name, Some(folder), watch)?;
-        let divergence = answers::divergence(&model, &ids, &answers)?;
+        let divergence = answers::divergence(model, &ids, &answers)?;
         contenders.push(Contender {
             name: name.clone(),
             digest: Some(adapter.digest().iter().map(|byte| format!("{byte:02x}")).collect()),
@@ -215,7 +226,7 @@ pub fn evaluate(
             verdict: None,
         })
         .collect();
-    let Decided { judge, verdicts, rewards } = decide(&files, trial, referee, &prompts, &said, watch)?;
+    let Decided { judge, verdicts, rewards } = arbiter.decide(&prompts, &said, watch)?;
     contenders.iter_mut().zip(rewards).for_each(|(contender, rewards)| contender.rewards = rewards);
     examples.iter_mut().zip(&verdicts).for_each(|(example, verdict)| example.verdict = Some(*verdict));
     Ok(Evaluation {
@@ -252,11 +263,55 @@ fn prompts(files: &ModelFiles, trial: &Trial) -> Result<Vec<Prompt>, EvaluateErr
     Ok(trial.questions.iter().filter_map(prompt).take(trial.prompts).collect())
 }
 
-fn engine(trial: &Trial) -> Result<Engine, EvaluateError> {
-    let defaults = EngineOptions::new(&trial.base.path);
-    let threads = Some(trial.model.threads).filter(|threads| *threads > 0);
-    let adapters = trial.adapters.len();
-    Ok(Engine::start(EngineOptions { threads, max_adapters: adapters, ..defaults }, &mut |_, _| {})?)
+/// An adapter's model, and its head where it is a reward model.
+struct Opened {
+    adapter: Adapter,
+    model: Model,
+    head: Option<Head>,
+}
+
+fn opened(files: &Arc<ModelFiles>, entrant: &Entrant, trial: &Trial) -> Result<Opened, EvaluateError> {
+    let adapter = Adapter::read(&entrant.folder).map_err(JobError::from)?;
+    let (model, head) = measured_model(files, &entrant.folder, &adapter, trial.model)?;
+    Ok(Opened { adapter, model, head })
+}
+
+impl Opened {
+    /// The same, computing where `other` does.
+    fn beside(self, other: &Opened) -> Result<Self, EvaluateError> {
+        let model = self.model.computing_beside(&other.model).map_err(JobError::from)?;
+        Ok(Self { model, ..self })
+    }
+}
+
+/// A batch of as many rows as those of an evaluation can have, in texts as long as its longest.
+fn largest(comparisons: &[Sample], text: &[u32], prompts: &[Vec<u32>], trial: &Trial) -> Packed {
+    let answered = prompts.iter().map(|prompt| prompt.len() + trial.sampling.max_tokens);
+    let sizes = comparisons.iter().map(Sample::tokens).chain(answered).chain([text.len().min(text::WINDOW)]);
+    let (longest, all) = sizes.fold((1, text.len()), |(longest, all), size| (longest.max(size), all + size));
+    let rows = all.min(preferences::BUDGET.max(answers::BUDGET)).max(longest);
+    let mut batch = Packed::default();
+    while batch.rows() < rows {
+        let first = batch.rows();
+        batch.push(&vec![0; longest.min(rows - first)], None);
+    }
+    batch.labels = (0..batch.rows()).map(|row| Label { row: row as u32, token: 0 }).collect();
+    batch
+}
+
+/// An engine that answers `prompts`, beside a model that was rehearsed.
+fn engine(files: &ModelFiles, trial: &Trial, prompts: &[Vec<u32>], model: &Model) -> Result<Engine, EvaluateError> {
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(1) + trial.sampling.max_tokens.max(1);
+    let adapters = trial.adapters.iter().map(|entrant| Adapter::read(&entrant.folder).map(|adapter| adapter.bytes()));
+    let adapters = adapters.sum::<Result<usize, _>>().map_err(JobError::from)?;
+    let options = EngineOptions {
+        threads: Some(trial.model.threads).filter(|threads| *threads > 0),
+        max_seqs: answers::TOGETHER,
+        max_model_len: Some(longest.min(files.config().max_positions)),
+        max_adapters: trial.adapters.len(),
+        ..EngineOptions::new(&trial.base.path)
+    };
+    Ok(trial.workplace.start(options, model, adapters)?)
 }
 
 /// Who decided the duel of the first two, and how.
@@ -269,51 +324,68 @@ struct Decided {
     rewards: Vec<BTreeMap<String, f64>>,
 }
 
-/// `said` has every contender's answers, in their order.
-fn decide(
-    files: &Arc<ModelFiles>,
-    trial: &Trial,
-    referee: Referee<'_>,
-    prompts: &[Prompt],
-    said: &[Vec<Answer>],
-    watch: &mut dyn FnMut(Work, &str, usize, usize),
-) -> Result<Decided, EvaluateError> {
-    let [first, second, ..] = said else { return Ok(Decided::default()) };
-    match referee {
-        Referee::None => Ok(Decided::default()),
-        // The rule that trainings have of it: it reads answers as it was taught to.
-        Referee::RewardModel(path) => {
-            let judge = Some(path.display().to_string());
-            let rules = Rules { functions: vec![reward::Judge::RewardModel { path }.into()], weights: None };
-            Ok(Decided { judge, ..by_rules(files, trial, &rules, prompts, said, watch)? })
-        }
-        Referee::Rules(rules) => by_rules(files, trial, &rules, prompts, said, watch),
-        Referee::Judge(name, judge) => {
-            let mut verdicts = Vec::with_capacity(prompts.len());
-            for (prompt, (first, second)) in prompts.iter().zip(first.iter().zip(second)) {
-                let messages = &prompt.question.messages;
-                let in_order = judge(messages, &first.text, &second.text)?;
-                let swapped = judge(messages, &second.text, &first.text)?;
-                verdicts.push(duel::by_judge(in_order, swapped));
-                watch(Work::Duel, &name, verdicts.len(), prompts.len());
+/// A referee ready for work.
+enum Arbiter<'a> {
+    Nobody,
+    /// Called by this name.
+    Rules(String, Rewards),
+    Judge(String, Judge<'a>),
+}
+
+impl<'a> Arbiter<'a> {
+    /// Models that judge compute beside `model`.
+    fn ready(referee: Referee<'a>, model: &Model, trial: &Trial) -> Result<Self, EvaluateError> {
+        let (name, rules) = match referee {
+            Referee::None => return Ok(Self::Nobody),
+            Referee::Judge(name, judge) => return Ok(Self::Judge(name, judge)),
+            // The rule that trainings have of it: it reads answers as it was taught to.
+            Referee::RewardModel(path) => {
+                let name = path.display().to_string();
+                (name, Rules { functions: vec![reward::Judge::RewardModel { path }.into()], weights: None })
             }
-            Ok(Decided { judge: Some(name), verdicts, ..Decided::default() })
+            Referee::Rules(rules) => (rules.name(), rules),
+        };
+        let config = TrainConfig::new(crate::train::Method::Grpo);
+        let mut open = |judge: &reward::Judge| judge_of(model, judge, None, trial.model, &config);
+        Ok(Self::Rules(name, Rewards::new(&rules.functions, rules.weights.as_deref(), &mut open)?))
+    }
+
+    /// `said` has every contender's answers, in their order.
+    fn decide(
+        self,
+        prompts: &[Prompt],
+        said: &[Vec<Answer>],
+        watch: &mut dyn FnMut(Work, &str, usize, usize),
+    ) -> Result<Decided, EvaluateError> {
+        let [first, second, ..] = said else { return Ok(Decided::default()) };
+        match self {
+            Self::Nobody => Ok(Decided::default()),
+            Self::Rules(name, rewards) => {
+                let (verdicts, rewards) = by_rules(&rewards, prompts, said, watch)?;
+                Ok(Decided { judge: Some(name), verdicts, rewards })
+            }
+            Self::Judge(name, judge) => {
+                let mut verdicts = Vec::with_capacity(prompts.len());
+                for (prompt, (first, second)) in prompts.iter().zip(first.iter().zip(second)) {
+                    let messages = &prompt.question.messages;
+                    let in_order = judge(messages, &first.text, &second.text)?;
+                    let swapped = judge(messages, &second.text, &first.text)?;
+                    verdicts.push(duel::by_judge(in_order, swapped));
+                    watch(Work::Duel, &name, verdicts.len(), prompts.len());
+                }
+                Ok(Decided { judge: Some(name), verdicts, ..Decided::default() })
+            }
         }
     }
 }
 
-/// Whose answer earns the larger weighted sum of rewards; what each earns in the mean is told of all.
+/// Of the first two, whose answer earns the larger weighted sum of rewards; and what each contender earns in the mean, by rule.
 fn by_rules(
-    files: &Arc<ModelFiles>,
-    trial: &Trial,
-    rules: &Rules,
+    rules: &Rewards,
     prompts: &[Prompt],
     said: &[Vec<Answer>],
     watch: &mut dyn FnMut(Work, &str, usize, usize),
-) -> Result<Decided, EvaluateError> {
-    let config = TrainConfig::new(crate::train::Method::Grpo);
-    let mut open = |judge: &reward::Judge| judge_of(files, judge, None, trial.model, &config);
-    let ready = Rewards::new(&rules.functions, rules.weights.as_deref(), &mut open)?;
+) -> Result<(Vec<Verdict>, Vec<BTreeMap<String, f64>>), EvaluateError> {
     let (mut totals, mut rewards) = (Vec::new(), Vec::new());
     for (done, answers) in said.iter().enumerate() {
         watch(Work::Duel, "rules", done, said.len());
@@ -328,7 +400,7 @@ fn by_rules(
                 ended: answer.whole,
             })
             .collect();
-        let scores = ready.score(&judged)?;
+        let scores = rules.score(&judged)?;
         let mean = |(name, rewards): (String, Vec<Option<f64>>)| {
             let known: Vec<f64> = rewards.into_iter().flatten().collect();
             (!known.is_empty()).then(|| (name, known.iter().sum::<f64>() / known.len() as f64))
@@ -336,7 +408,6 @@ fn by_rules(
         rewards.push(scores.each.into_iter().filter_map(mean).collect());
         totals.push(scores.total);
     }
-    let [first, second, ..] = totals.as_slice() else { return Ok(Decided::default()) };
-    let verdicts = first.iter().zip(second).map(|(first, second)| duel::by_score(*first, *second)).collect();
-    Ok(Decided { judge: Some(rules.name()), verdicts, rewards })
+    let [first, second, ..] = totals.as_slice() else { return Ok(Default::default()) };
+    Ok((first.iter().zip(second).map(|(first, second)| duel::by_score(*first, *second)).collect(), rewards))
 }

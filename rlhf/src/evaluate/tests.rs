@@ -13,9 +13,10 @@ use super::*;
 use crate::dataset::control::shuffle_labels;
 use crate::dataset::{Row, format};
 use crate::job::{ADAPTER, Base, Job, LINEAGE, Rows, Spec, judge_of};
-use crate::model::{ModelOptions, Precision};
+use crate::model::{Model, ModelOptions, Precision};
 use crate::reward::{Answer as Said, Judge as Rule, LengthUnit, RewardFunction};
 use crate::train::{Control, Method, TrainConfig, questions};
+use crate::workplace::Workplace;
 
 #[test]
 fn agreement_is_the_share_of_positive_margins() {
@@ -124,6 +125,7 @@ fn trial(adapters: Vec<Entrant>, rows: Vec<Row>) -> Trial {
         prompts: 0,
         sampling: Sampling { temperature: 1.0, max_tokens: 12, seed: 7 },
         model: ModelOptions { threads: 1, precision: Precision::F32, ..ModelOptions::default() },
+        workplace: Workplace::default(),
     }
 }
 
@@ -167,7 +169,8 @@ async fn an_adapter_is_measured_beside_another_and_its_base() {
     let agrees = evaluate(&entered, Referee::None, &mut |_, _, _, _| {}).unwrap().contenders[0].preferences.unwrap();
     let files = Arc::new(ModelFiles::open(&tiny().path).unwrap());
     let rule = Rule::RewardModel { path: reward };
-    let judge = judge_of(&files, &rule, None, trial.model, &TrainConfig::new(Method::Grpo)).unwrap();
+    let beside = Model::untrained(files, trial.model).unwrap();
+    let judge = judge_of(&beside, &rule, None, trial.model, &TrainConfig::new(Method::Grpo)).unwrap();
     let columns = Map::new();
     let mut said = Vec::new();
     for row in &trial.rows {

@@ -67,6 +67,19 @@ pub enum JobError {
     /// The engine that samples did not start.
     #[error("the engine that samples did not start: {0}")]
     Engine(#[from] StartError),
+    /// The engine does not fit on the card beside the model.
+    #[error(
+        "the engine that samples does not fit on the card: the model and its largest batch hold {held} bytes, {left} were left, and {what}; \
+         lower tokens_per_batch or the longest answer, keep less with --recompute, or give it more of the card"
+    )]
+    Beside {
+        /// Bytes that the model holds.
+        held: usize,
+        /// Bytes that were left.
+        left: usize,
+        /// What did not fit, and its size.
+        what: String,
+    },
     /// The training.
     #[error(transparent)]
     Train(#[from] TrainError),

@@ -2,6 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use tidemill_engine::MemoryReport;
+
+use super::JobError;
 use crate::collate::Sample;
 use crate::model::Model;
 use crate::optimizer::{Group, Optimizer};
@@ -22,8 +25,9 @@ pub struct Estimate {
     pub training: Duration,
     /// The most memory that this process has had, in bytes; 0 where the system does not say.
     pub peak_memory: u64,
-    /// The most of a card's memory that the model has held, in bytes, without what its driver takes; where a card computes.
-    pub card_memory: Option<u64>,
+    /// The most of a card's memory that the model and, where answers are sampled, the engine have held, in bytes, without what its driver
+    /// takes; 0 on the processor.
+    pub device_memory: u64,
     /// Bytes of a checkpoint on the disk: each number that is trained, and its two moments, in f32. Writing one takes as much memory, too.
     pub checkpoint: u64,
 }
@@ -32,7 +36,7 @@ pub struct Estimate {
 const CHECKPOINT: u64 = 3 * size_of::<f32>() as u64;
 
 /// Computes one step of `samples` and throws it away.
-pub(super) fn measure(model: &Model, config: &TrainConfig, samples: Vec<Sample>) -> Result<Estimate, TrainError> {
+pub(super) fn measure(model: &Model, config: &TrainConfig, samples: Vec<Sample>) -> Result<Estimate, JobError> {
     let plan = config.plan(samples.len());
     let all = samples.len();
     // The rows of the first step alone, so that references are computed for them only.
@@ -65,11 +69,11 @@ pub(super) fn measure(model: &Model, config: &TrainConfig, samples: Vec<Sample>)
     let steps = plan.steps();
     let training = step.saturating_mul(u32::try_from(steps).unwrap_or(u32::MAX));
     let preparation = prepared.mul_f64(all as f64 / taken.max(1) as f64);
-    Ok(estimate(model, steps, step, preparation, training))
+    estimate(model, steps, step, preparation, training)
 }
 
-/// Samples and computes the first step of a trainer that samples, and throws it away.
-pub(super) fn sampled(model: &Model, trainer: &mut Online<'_>) -> Result<Estimate, TrainError> {
+/// Samples and computes the first step of a trainer that samples, and throws it away. `engine` is the memory of the one that samples.
+pub(super) fn sampled(model: &Model, trainer: &mut Online<'_>, engine: &MemoryReport) -> Result<Estimate, JobError> {
     let (steps, began) = (trainer.steps(), Instant::now());
     std::thread::scope(|scope| {
         let work = || -> Result<(), TrainError> {
@@ -83,13 +87,18 @@ pub(super) fn sampled(model: &Model, trainer: &mut Online<'_>) -> Result<Estimat
     })?;
     let step = began.elapsed();
     let training = step.saturating_mul(u32::try_from(steps).unwrap_or(u32::MAX));
-    Ok(estimate(model, steps, step, Duration::ZERO, training))
+    let mut found = estimate(model, steps, step, Duration::ZERO, training)?;
+    if found.device_memory > 0 {
+        found.device_memory += (engine.weights + engine.kv + engine.activations) as u64;
+    }
+    Ok(found)
 }
 
-fn estimate(model: &Model, steps: u64, step: Duration, preparation: Duration, training: Duration) -> Estimate {
+fn estimate(model: &Model, steps: u64, step: Duration, preparation: Duration, training: Duration) -> Result<Estimate, JobError> {
     let parameters = model.parameters().elements() as u64;
-    let (peak_memory, card_memory) = (peak_memory(), model.device_memory());
-    Estimate { parameters, steps, step, preparation, training, peak_memory, card_memory, checkpoint: CHECKPOINT * parameters }
+    let device_memory = model.device_memory()?.map_or(0, |memory| memory.most as u64);
+    let (peak_memory, checkpoint) = (peak_memory(), CHECKPOINT * parameters);
+    Ok(Estimate { parameters, steps, step, preparation, training, peak_memory, device_memory, checkpoint })
 }
 
 /// The resident set's high-water mark, as Linux tells it.

@@ -40,16 +40,16 @@ pub(crate) fn measured_model(
     Ok((Model::with_adapter(Arc::clone(files), adapter, options)?, head))
 }
 
-/// A reward model as a training leaves it in `folder`: an adapter on the base of `files`, or a model of its own. `config` says how
-/// conversations become tokens.
+/// A reward model as a training leaves it in `folder`: an adapter on the base of `beside`, or a model of its own. It computes where `beside`
+/// does. `config` says how conversations become tokens.
 pub(super) fn reward_model(
-    files: &Arc<ModelFiles>,
+    beside: &Model,
     folder: &Path,
     options: ModelOptions,
     config: &TrainConfig,
 ) -> Result<RewardModel, JobError> {
     let whole = folder.join(MODEL_CONFIG).is_file();
-    let files = if whole { Arc::new(ModelFiles::open(folder)?) } else { Arc::clone(files) };
+    let files = if whole { Arc::new(ModelFiles::open(folder)?) } else { Arc::clone(beside.files()) };
     let head = read(&files, folder)?;
     let mut hasher = blake3::Hasher::new();
     let model = if whole {
@@ -59,6 +59,7 @@ pub(super) fn reward_model(
         hasher.update(&adapter.digest());
         Model::with_adapter(Arc::clone(&files), &adapter, options)?
     };
+    let model = model.computing_beside(beside)?;
     hasher.update(model.base().as_bytes());
     for value in head.weight.values().map_err(TrainError::from)? {
         hasher.update(&value.to_le_bytes());

@@ -2,15 +2,16 @@
 
 use std::sync::Arc;
 
-use tidemill_engine::ModelFiles;
+use tidemill_engine::MemoryReport;
 
 use super::head::reward_model;
 use super::{Job, JobError};
-use crate::collate::Plan;
-use crate::model::{Model, ModelOptions};
+use crate::batch::Packed;
+use crate::collate::{Completion, Item, Layout, Plan, pack};
+use crate::model::{Model, ModelOptions, Pass};
 use crate::reward::grader::{Grading, Oracle};
 use crate::reward::{Judge, RewardError, Rewards, Score};
-use crate::train::{EngineSampler, Online, Reinforcement, TrainConfig, TrainError, engine_for};
+use crate::train::{ADAPTERS, Advantages, EngineSampler, Online, Reinforcement, TrainConfig, TrainError, sampling};
 
 /// Most tokens of a prompt, so that an answer fits behind it.
 pub(super) fn longest_prompt(config: &TrainConfig, context: usize) -> Result<usize, JobError> {
@@ -33,33 +34,56 @@ pub(super) fn steps(config: &TrainConfig, told: &Reinforcement, prompts: usize) 
 }
 
 impl Job {
-    /// The trainer, with an engine of its own over the same base.
-    pub(super) fn online<'a>(&self, model: &'a Model) -> Result<Online<'a>, JobError> {
+    /// The trainer, with an engine of its own over the same base, and the memory that the engine has.
+    pub(super) fn online<'a>(&self, model: &'a Model) -> Result<(Online<'a>, MemoryReport), JobError> {
         let (config, spec) = (&self.spec.config, &self.spec);
         let told = config.reinforcement()?;
-        let rewards = Rewards::new(&config.reward_funcs, config.reward_weights.as_deref(), &mut |judge| self.judge(judge));
+        let mut judge = |judge: &Judge| self.judge(model, judge);
+        let rewards = Rewards::new(&config.reward_funcs, config.reward_weights.as_deref(), &mut judge);
         let rewards = rewards.map_err(TrainError::from)?;
         let name = spec.base.name.clone();
-        let rank = model.adapter(&name)?.max_rank();
+        let adapter = model.adapter(&name)?;
         let prompts = self.prompts.iter().chain(&self.held_out_prompts);
-        let longest = prompts.map(|prompt| prompt.tokens.len()).max().unwrap_or(1) + told.draw.max_tokens;
+        let prompt = prompts.map(|prompt| prompt.tokens.len()).max().unwrap_or(1);
         let sequences = told.group * told.prompts();
         let threads = Some(spec.threads).filter(|threads| *threads > 0);
-        let engine = engine_for(&spec.base.path, sequences, longest, rank, threads)?;
+        let batch = largest(prompt, &told, config.tokens_per_batch);
+        let valued: Vec<u32> = match told.advantages {
+            Advantages::Estimated { .. } => batch.labels.iter().map(|label| label.row).collect(),
+            _ => Vec::new(),
+        };
+        model.rehearse(&batch, &valued, Pass { dropout: config.dropout().then_some(0), ..Pass::TRAIN })?;
+        let options = sampling(&spec.base.path, sequences, prompt + told.draw.max_tokens, adapter.max_rank(), threads);
+        let engine = self.workplace.start(options, model, ADAPTERS * adapter.bytes())?;
+        let memory = engine.memory().clone();
         let sampler = EngineSampler::new(engine, move || model.adapter(&name));
-        Ok(Online::new(model, config, self.prompts.clone(), self.held_out_prompts.clone(), rewards, sampler)?)
+        let (prompts, held_out) = (self.prompts.clone(), self.held_out_prompts.clone());
+        Ok((Online::new(model, config, prompts, held_out, rewards, sampler)?, memory))
     }
 
     /// A judge that needs more than the answers' text.
-    fn judge(&self, judge: &Judge) -> Result<Box<dyn Score>, RewardError> {
+    fn judge(&self, model: &Model, judge: &Judge) -> Result<Box<dyn Score>, RewardError> {
         let options = ModelOptions { threads: self.spec.threads, precision: self.spec.precision, ..ModelOptions::default() };
-        judge_of(&self.files, judge, self.oracle.as_ref(), options, &self.spec.config)
+        judge_of(model, judge, self.oracle.as_ref(), options, &self.spec.config)
     }
 }
 
-/// A judge ready for work: a reward model must have been trained here, on the same base or whole, a grader may ask models through `oracle`.
+/// A batch of as many rows as they can have: answers of full length to prompts of `prompt` tokens, as many as a turn has and `budget` rows
+/// hold.
+fn largest(prompt: usize, told: &Reinforcement, budget: usize) -> Packed {
+    let answer = told.draw.max_tokens;
+    let beside = (budget.saturating_sub(prompt) / answer.max(1)).clamp(1, told.group);
+    let prompts = (budget / (prompt + beside * answer).max(1)).clamp(1, told.prompts() * told.group.div_ceil(beside));
+    let tokens = vec![0; prompt];
+    let completions = vec![Completion { tokens: vec![0; answer], learnt: None }; beside];
+    let item = |sample| Item { sample, prompt: &tokens, completions: &completions };
+    pack((0..prompts).map(item), Layout { share_prompt: true, last_row: false }).batch
+}
+
+/// A judge ready for work: a reward model must have been trained here, on the base of `model` or whole, and computes beside it; a grader may
+/// ask models through `oracle`.
 pub(crate) fn judge_of(
-    files: &Arc<ModelFiles>,
+    model: &Model,
     judge: &Judge,
     oracle: Option<&Arc<dyn Oracle>>,
     options: ModelOptions,
@@ -73,5 +97,5 @@ pub(crate) fn judge_of(
         other => return other.ready(),
     };
     let wrong = |error: JobError| RewardError::Model { path: folder.clone(), detail: error.to_string() };
-    Ok(Box::new(reward_model(files, folder, options, config).map_err(wrong)?))
+    Ok(Box::new(reward_model(model, folder, options, config).map_err(wrong)?))
 }

@@ -5,9 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use tidemill_engine::{Adapter, Device, ModelFiles};
+use tidemill_engine::{Adapter, ModelFiles};
 use tidemill_kernels::Format;
-use tidemill_kernels::cuda::driver::Card;
 use tidemill_kernels::train::Precision;
 
 use super::estimate::{self, Estimate};
@@ -15,9 +14,10 @@ use super::{FinetuningType, JobError, Rows, Spec, epochs, head, online};
 use crate::collate::{Encoded, Encoder};
 use crate::dataset::Row;
 use crate::durable;
-use crate::model::{Model, ModelError, ModelOptions};
+use crate::model::{Model, ModelOptions};
 use crate::reward::grader::Oracle;
 use crate::train::{self, Control, Ending, Head, LOG, Offline, Outcome, Progress, Prompt, Stage, Trainer, train};
+use crate::workplace::{Cards, DriverCards, Workplace};
 
 /// The folder of the finished adapter.
 pub const ADAPTER: &str = "adapter";
@@ -38,8 +38,7 @@ pub struct Job {
     pub(super) held_out_prompts: Vec<Prompt>,
     /// Asked by graders.
     pub(super) oracle: Option<Arc<dyn Oracle>>,
-    /// Where compiled kernels are kept.
-    kernel_cache: Option<PathBuf>,
+    pub(super) workplace: Workplace,
 }
 
 /// What a training will compute.
@@ -87,6 +86,7 @@ impl Job {
     /// Opens the model and turns the rows into tokens.
     pub fn open(spec: Spec, rows: Rows) -> Result<Self, JobError> {
         spec.check()?;
+        let workplace = Workplace::new(&spec.device, spec.device_memory, Arc::new(DriverCards::default()))?;
         let files = Arc::new(ModelFiles::open(&spec.base.path)?);
         let template = files.chat_template().ok_or_else(|| JobError::Template(spec.base.name.clone()))?;
         let encoder = Encoder::new(template, files.tokenizer(), spec.config.encoding());
@@ -96,12 +96,12 @@ impl Job {
             let (held_out_prompts, others) = train::encode(&encoder, rows.held_out_questions.clone(), Some(longest));
             dropped.extend(others);
             let (train, held_out) = (Encoded { dropped, ..Encoded::default() }, Encoded::default());
-            return Ok(Self { spec, files, rows, train, held_out, prompts, held_out_prompts, oracle: None, kernel_cache: None });
+            return Ok(Self { spec, files, rows, train, held_out, prompts, held_out_prompts, oracle: None, workplace });
         }
         let encode = |rows: &[Row]| encoder.rows(rows, spec.config.teaches());
         let (train, held_out) = (encode(&rows.train), encode(&rows.held_out));
         let (prompts, held_out_prompts) = (Vec::new(), Vec::new());
-        Ok(Self { spec, files, rows, train, held_out, prompts, held_out_prompts, oracle: None, kernel_cache: None })
+        Ok(Self { spec, files, rows, train, held_out, prompts, held_out_prompts, oracle: None, workplace })
     }
 
     /// With somebody whom graders ask that want a served model's opinion.
@@ -109,9 +109,10 @@ impl Job {
         Self { oracle: Some(oracle), ..self }
     }
 
-    /// With a folder where kernels that were compiled for a card are kept.
-    pub fn keeping_kernels(self, folder: &Path) -> Self {
-        Self { kernel_cache: Some(folder.to_owned()), ..self }
+    /// With the cards that its device is one of.
+    pub fn with_cards(self, cards: Arc<dyn Cards>) -> Result<Self, JobError> {
+        let workplace = Workplace::new(&self.spec.device, self.spec.device_memory, cards)?;
+        Ok(Self { workplace, ..self })
     }
 
     /// What it will compute.
@@ -137,11 +138,7 @@ impl Job {
     }
 
     pub(super) fn model(&self) -> Result<Model, JobError> {
-        let model = self.model_here()?;
-        let Device::Cuda(numbers) = &self.spec.device else { return Ok(model) };
-        let number = numbers.first().copied().unwrap_or(0);
-        let card = Card::open_for_training(number, self.kernel_cache.as_deref()).map_err(ModelError::from)?;
-        Ok(model.computing_on(Box::new(card))?)
+        Ok(self.workplace.take(self.model_here()?)?)
     }
 
     fn model_here(&self) -> Result<Model, JobError> {
@@ -166,10 +163,10 @@ impl Job {
     pub fn estimate(&self) -> Result<Estimate, JobError> {
         let model = self.model()?;
         if self.spec.config.method.samples() {
-            let mut trainer = self.online(&model)?;
-            return Ok(estimate::sampled(&model, &mut trainer)?);
+            let (mut trainer, engine) = self.online(&model)?;
+            return estimate::sampled(&model, &mut trainer, &engine);
         }
-        Ok(estimate::measure(&model, &self.spec.config, self.train.samples.clone())?)
+        estimate::measure(&model, &self.spec.config, self.train.samples.clone())
     }
 
     /// Trains in `folder`, from its last checkpoint where there is one. `prepare` hears how many reference log-probabilities are
@@ -194,7 +191,7 @@ impl Job {
             }
         };
         if config.method.samples() {
-            let mut trainer = self.online(&model)?;
+            let (mut trainer, _) = self.online(&model)?;
             let outcome = train(&model, &mut trainer, config, folder, &mut watch)?;
             unkept.map_or(Ok(()), Err)?;
             let told = Told { judges: trainer.judges(), ..Told::default() };

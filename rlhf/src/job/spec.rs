@@ -1,6 +1,7 @@
 //! What a training is made of, as `spec.json` holds it.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -9,6 +10,7 @@ use tidemill_kernels::train::Precision;
 
 use super::JobError;
 use crate::train::TrainConfig;
+use crate::workplace::{DriverCards, Workplace};
 
 /// The largest share of rows that is held out.
 const MOST_HELD_OUT: f64 = 0.5;
@@ -51,10 +53,13 @@ pub struct Spec {
     /// Threads; 0 is all that the process may use.
     #[serde(default)]
     pub threads: usize,
-    /// Where the model is trained: `cpu`, `cuda` or `cuda:N`. Parameters and the optimizer stay on the processor, and so do an engine
-    /// that samples and models that judge.
+    /// Where the model is trained, answers are sampled and reward models judge: `cpu`, `cuda` or `cuda:N`. Parameters and the optimizer
+    /// stay on the processor.
     #[serde(default, with = "device", skip_serializing_if = "is_cpu")]
     pub device: Device,
+    /// Bytes of the card's memory that it may hold; without it, what is free.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_memory: Option<usize>,
     /// `bf16` (where the machine multiplies it; f32 elsewhere) or `f32`.
     #[serde(default, with = "precision")]
     pub precision: Precision,
@@ -171,14 +176,7 @@ impl Spec {
     pub fn check(&self) -> Result<(), JobError> {
         self.config.check()?;
         self.lora.config()?;
-        if self.device == Device::Auto {
-            let fix = "auto may be another device when the training goes on; name cpu, cuda or cuda:N".to_owned();
-            return Err(JobError::Spec { field: "device", fix });
-        }
-        if matches!(&self.device, Device::Cuda(numbers) if numbers.len() > 1) {
-            let fix = format!("{} are several cards, and a training takes one; name it, as cuda:N", self.device);
-            return Err(JobError::Spec { field: "device", fix });
-        }
+        Workplace::new(&self.device, self.device_memory, Arc::new(DriverCards::default()))?;
         if self.finetuning_type == FinetuningType::Full {
             self.check_full()?;
         }

@@ -9,7 +9,7 @@ use tidemill_kernels::train::Precision;
 
 use super::*;
 use crate::dataset::{Example, Message, Origin, Row};
-use crate::model::ModelOptions;
+use crate::model::{Model, ModelOptions};
 use crate::reward::{Answer, Judge};
 use crate::train::{Control, Ending, Method, TrainConfig, TrainError};
 
@@ -174,7 +174,9 @@ async fn a_reward_model_that_is_trained_whole_judges_by_its_own_numbers() {
     let files = std::sync::Arc::new(before);
     let config = TrainConfig::new(Method::Grpo);
     let judge = Judge::RewardModel { path: finished.folder };
-    let judge = judge_of(&files, &judge, None, ModelOptions { threads: 1, ..ModelOptions::default() }, &config).unwrap();
+    let options = ModelOptions { threads: 1, ..ModelOptions::default() };
+    let trained = Model::untrained(files, options).unwrap();
+    let judge = judge_of(&trained, &judge, None, options, &config).unwrap();
     let asked = json!({ "role": "user", "content": "Question number 3 is which?" });
     let (prompt, columns) = ([serde_json::from_value::<Message>(asked).unwrap()], serde_json::Map::new());
     let answer = |text| Answer { prompt: &prompt, columns: &columns, text, tokens: 1, ended: true };

@@ -22,6 +22,7 @@ pub use tidemill_kernels::train::Precision;
 use tidemill_kernels::train::{Rotation, Span};
 use tidemill_kernels::{Format, KernelError, blocks};
 
+pub use self::device::DeviceMemory;
 use self::device::DeviceModel;
 use self::embedding::Embedding;
 use self::head::{FinalNorm, LogProbsOp};

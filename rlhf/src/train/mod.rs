@@ -27,7 +27,8 @@ pub use error::TrainError;
 pub use metrics::{Metrics, line};
 pub use offline::{Offline, OfflineBatch, Prepare};
 pub use online::{
-    Ask, Drawn, EngineSampler, Online, OnlineBatch, Prompt, Question, Sampler, encode, engine_for, questions, read_questions,
+    ADAPTERS, Ask, Drawn, EngineSampler, Online, OnlineBatch, Prompt, Question, Sampler, encode, questions, read_questions,
+    sampling,
 };
 pub use policy::{Head, Pass, Policy};
 pub(crate) use reference::sums;

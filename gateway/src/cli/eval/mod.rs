@@ -6,10 +6,11 @@ mod judge;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use tidemill_engine::{LoadError, ModelFiles};
+use tidemill_engine::{Device, LoadError, ModelFiles};
 use tidemill_rlhf::dataset::DatasetError;
 use tidemill_rlhf::evaluate::answers::Sampling;
 use tidemill_rlhf::evaluate::{EvaluateError, Evaluation, Gates, Referee, Rules, Trial, Work, evaluate};
@@ -18,14 +19,16 @@ use tidemill_rlhf::model::ModelOptions;
 use tidemill_rlhf::registry::{RegistryError, check_base};
 use tidemill_rlhf::reward::{RewardError, RewardFunction};
 use tidemill_rlhf::train::{questions, read_questions};
+use tidemill_rlhf::workplace::{DriverCards, Workplace};
 use tidemill_store::StoreError;
 
 use super::COMMAND_LINE;
 use super::adapter::base_of;
 use super::store_args::{DatasetStoreArgs, StoreCommandError, read_json};
 use crate::clock::now;
-use crate::config::{Config, ConfigError, ModelSpec, Origin, model_spec};
-use crate::fine_tuning::TrainingPriority;
+use crate::config::value::size;
+use crate::config::{Config, ConfigError, ModelSpec, Origin, kernel_cache, model_spec};
+use crate::fine_tuning::{TrainingPriority, take_turn};
 use contest::{Contest, Named};
 use judge::Judge;
 
@@ -93,6 +96,12 @@ pub struct EvalArgs {
     /// Threads that compute [default: one per core]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// Where models are measured, answer and judge: cpu, cuda, cuda:N with the number of a card [default: cpu]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<Device>,
+    /// Memory of the card that it may hold, such as 40GiB [default: what is free]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    device_memory: Option<usize>,
     /// How urgent it is beside a server: idle (what nobody else wants) or low [default: as urgent as any program]
     #[arg(long, value_enum)]
     priority: Option<TrainingPriority>,
@@ -100,6 +109,9 @@ pub struct EvalArgs {
     /// evaluations/NAME@GENERATION in the data directory]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// A file that is locked while the card is used: a server's jobs and evaluations have it one after the other
+    #[arg(long, value_name = "FILE", hide = true)]
+    turn: Option<PathBuf>,
     /// Whom the audit names; a loop says its own name
     #[arg(long, hide = true, default_value = COMMAND_LINE)]
     by: String,
@@ -152,6 +164,8 @@ pub fn run(args: &EvalArgs) -> Result<ExitCode, EvalCommandError> {
     }
     let config = args.place.config()?;
     // Before the hours of work.
+    let workplace = workplace(args, &config)?;
+    let _turn = args.turn.as_deref().map(take_turn).transpose().map_err(StoreCommandError::Runtime)?;
     let (gates, rules) = (args.gates.as_deref().map(gates).transpose()?, rules(args)?);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(StoreCommandError::Runtime)?;
     let Contest { adapters, rows, source } = runtime.block_on(contest::look_up(args, &config))?;
@@ -171,6 +185,7 @@ pub fn run(args: &EvalArgs) -> Result<ExitCode, EvalCommandError> {
         prompts: args.prompts,
         sampling: Sampling { temperature: args.temperature, max_tokens: args.max_tokens, seed: args.seed },
         model: ModelOptions { threads: args.threads.unwrap_or(0), ..ModelOptions::default() },
+        workplace,
     };
     let folder = match (&args.out, adapters.first()) {
         (Some(folder), _) => folder.clone(),
@@ -208,6 +223,12 @@ fn gates(text: &str) -> Result<Gates, EvalCommandError> {
     }
     Err(StoreCommandError::Usage(format!("--gates {text}: all gates are off, so there is nothing to pass; leave --gates out"))
         .into())
+}
+
+/// The card, or the processor.
+fn workplace(args: &EvalArgs, config: &Config) -> Result<Workplace, EvalCommandError> {
+    let cards = Arc::new(DriverCards { kernel_cache: Some(kernel_cache(&config.data)) });
+    Ok(Workplace::new(&args.device.clone().unwrap_or_default(), args.device_memory, cards)?)
 }
 
 fn rules(args: &EvalArgs) -> Result<Option<Rules>, EvalCommandError> {

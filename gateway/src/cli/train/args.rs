@@ -10,6 +10,7 @@ use tidemill_rlhf::train::{Method, TrainConfig};
 
 use super::TrainCommandError;
 use crate::cli::store_args::{DatasetStoreArgs, StoreCommandError, read_json};
+use crate::config::value::size;
 use crate::config::{Config, Origin, model_spec};
 use crate::fine_tuning::TrainingPriority;
 
@@ -70,9 +71,12 @@ pub struct TrainArgs {
     /// Threads that compute [default: one per core]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Where the model is trained: cpu, cuda, cuda:N with the number of a card [default: cpu]
+    /// Where the model is trained, answers are sampled and reward models judge: cpu, cuda, cuda:N with the number of a card [default: cpu]
     #[arg(long, value_name = "DEVICE")]
     device: Option<Device>,
+    /// Memory of the card that it may hold, such as 40GiB [default: what is free]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    device_memory: Option<usize>,
     /// What products round their operands to: bf16 (f32 on machines without it) or f32 [default: bf16]
     #[arg(long, value_parser = precision)]
     precision: Option<Precision>,
@@ -97,6 +101,9 @@ pub struct TrainArgs {
     /// Do what spec.json in this folder says, and tell it as lines of JSON
     #[arg(long, value_name = "DIR", conflicts_with_all = ["method", "dataset", "file", "out", "dry_run"])]
     pub job: Option<PathBuf>,
+    /// A file that is locked while the card is used: a server's jobs and evaluations have it one after the other
+    #[arg(long, value_name = "FILE", requires = "job", hide = true)]
+    pub turn: Option<PathBuf>,
     /// How urgent it is, as a job: idle (what nobody else wants) or low
     #[arg(long, value_enum, default_value_t, requires = "job", hide_default_value = true)]
     pub priority: TrainingPriority,
@@ -144,6 +151,7 @@ impl TrainArgs {
             epoch_adapters: None,
             threads: self.threads.unwrap_or(0),
             device: self.device.clone().unwrap_or_default(),
+            device_memory: self.device_memory,
             precision: self.precision.unwrap_or_default(),
             recompute: self.recompute,
             shuffled_labels: self.shuffled_labels,

@@ -33,7 +33,7 @@ impl Bar {
 
     /// What a dry run says.
     pub fn estimated(&self, spec: &Spec, estimate: &Estimate) {
-        let Estimate { parameters, steps, step, preparation, training, peak_memory, card_memory, checkpoint } = estimate;
+        let Estimate { parameters, steps, step, preparation, training, peak_memory, device_memory, checkpoint } = estimate;
         self.line(&format!("base       {} ({})", spec.base.name, spec.base.path.display()));
         let what = match spec.finetuning_type {
             FinetuningType::Lora => "adapter  ",
@@ -47,8 +47,12 @@ impl Bar {
         self.line(&format!(
             "memory     {step} MiB at the most in that step, and up to {saving} MiB more while a checkpoint is written"
         ));
-        if let Some(card) = card_memory {
-            self.line(&format!("card       {} MiB of its memory at the most, beside what its driver takes", card >> 20));
+        if *device_memory > 0 {
+            self.line(&format!(
+                "card       {} MiB of {}'s memory at the most, beside what its driver takes",
+                device_memory >> 20,
+                spec.device
+            ));
         }
         self.line(&format!("disk       {saving} MiB for each checkpoint"));
     }

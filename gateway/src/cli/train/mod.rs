@@ -15,12 +15,13 @@ use tidemill_engine::Device;
 use tidemill_rlhf::dataset::Datasets;
 use tidemill_rlhf::job::{Finished, Job, JobError, Rows, Spec};
 use tidemill_rlhf::train::{Control, Ending, Outcome, Progress, TrainError};
+use tidemill_rlhf::workplace::DriverCards;
 use tidemill_store::{DataDir, Store, StoreError};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::store_args::StoreCommandError;
 use crate::config::{Config, ConfigError, kernel_cache};
-use crate::fine_tuning::sign_in;
+use crate::fine_tuning::{sign_in, take_turn};
 use crate::graders::DeskOracle;
 pub use args::TrainArgs;
 
@@ -93,6 +94,8 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode, TrainCommandError> {
 fn by_specification(args: &TrainArgs, folder: &Path, audience: &mut dyn Audience) -> Result<ExitCode, TrainCommandError> {
     sign_in(folder).map_err(StoreCommandError::file(folder))?;
     let spec = Spec::read(&folder.join(SPEC))?;
+    let turn = args.turn.as_deref().filter(|_| spec.device != Device::Cpu);
+    let _turn = turn.map(take_turn).transpose().map_err(StoreCommandError::file(folder))?;
     // A server's job names its rows itself, and needs nothing of what the server was told.
     let needed = spec.dataset.is_some() || spec.device != Device::Cpu;
     let config = needed.then(|| args.place.config()).transpose()?;
@@ -121,7 +124,7 @@ fn open(config: Option<&Config>, spec: &Spec) -> Result<Job, TrainCommandError> 
     })?;
     let job = Job::open(spec.clone(), rows)?;
     Ok(match config {
-        Some(config) => job.keeping_kernels(&kernel_cache(&config.data)),
+        Some(config) => job.with_cards(Arc::new(DriverCards { kernel_cache: Some(kernel_cache(&config.data)) }))?,
         None => job,
     })
 }

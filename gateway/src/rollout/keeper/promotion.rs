@@ -3,8 +3,18 @@
 use crate::rollout::decision::{AliasMove, State, Status};
 use crate::rollout::keeper::{Keeper, KeeperError};
 use crate::rollout::spec::Spec;
-use crate::rollout::table::{Tables, Variant};
-use tidemill_store::{Actor, Rollout, StoreError};
+use crate::rollout::table::{self, Tables, Variant};
+use std::collections::HashMap;
+use std::sync::PoisonError;
+use tidemill_store::{Actor, Alias, Rollout, StoreError};
+use uuid::Uuid;
+
+/// How long a promotion has been seen without its alias before nobody can be on the way to lead it, or to take the promotion back, any more.
+/// Microseconds.
+const ABANDONED: i64 = 10_000_000;
+
+/// Promotions by what was seen of their aliases: since when they are not led, or that somebody has led them. Microseconds since 1970.
+pub(super) type Followed = HashMap<Uuid, Option<i64>>;
 
 impl Keeper {
     /// Where the public name is an alias and the promoted variant a registered adapter as it is, the alias is to lead there: then
@@ -39,6 +49,36 @@ impl Keeper {
             // The rollout's row says what the name serves.
             Err(error) => tracing::info!(alias = model, %error, "the alias stays where it is"),
         }
+    }
+
+    /// Leads aliases to what was promoted where a server wrote the promotion and was killed before it did. For the leader, again and again:
+    /// only what stays undone for ten seconds is done here, as another server may be about to.
+    pub async fn finish_promotions(&self, now: i64) -> Result<(), StoreError> {
+        let promoted = self.0.rollouts.promotions().await?;
+        let unseen: Vec<(&Rollout, AliasMove)> = {
+            let mut followed = self.0.followed.lock().unwrap_or_else(PoisonError::into_inner);
+            followed.retain(|id, _| promoted.iter().any(|row| row.id == *id));
+            let waits = |row: &&Rollout| followed.get(&row.id).is_none_or(Option::is_some);
+            let moved = |row| Some((row, table::read(row).ok()?.1.alias?));
+            promoted.iter().filter(waits).filter_map(moved).collect()
+        };
+        if unseen.is_empty() {
+            return Ok(());
+        }
+        let aliases = self.0.adapters.registry().aliases().await?;
+        for (row, moved) in unseen {
+            let as_before = |alias: &Alias| (&alias.name, alias.adapter, alias.updated) == (&row.model, moved.from, moved.since);
+            let undone = aliases.iter().any(as_before);
+            let since = {
+                let mut followed = self.0.followed.lock().unwrap_or_else(PoisonError::into_inner);
+                *followed.entry(row.id).and_modify(|since| *since = since.filter(|_| undone)).or_insert(undone.then_some(now))
+            };
+            if since.is_some_and(|since| now.saturating_sub(since) >= ABANDONED) {
+                tracing::info!(rollout = row.name, alias = row.model, "a promotion that was broken off is finished");
+                self.lead_alias(&row.model, moved).await;
+            }
+        }
+        Ok(())
     }
 
     /// Leads the public name's alias back to where it led before a promotion. Refused where something newer stands on the promotion, or

@@ -158,7 +158,7 @@ impl DeviceCompute {
     }
 
     fn reserve(&mut self, bytes: usize) -> Result<Address, KernelError> {
-        let at = match self.device.alloc("a training's numbers", bytes) {
+        let at = match self.alloc(bytes) {
             // What nobody uses may be of other sizes.
             Err(KernelError::Memory { .. }) => {
                 for (bytes, at) in self.pool.drain() {
@@ -166,16 +166,19 @@ impl DeviceCompute {
                     self.held -= bytes;
                     self.device.free(at);
                 }
-                self.device.alloc("a training's numbers", bytes)
+                self.alloc(bytes)
             }
             other => other,
         };
         let at = at.map_err(|error| match error {
-            KernelError::Memory { bytes, .. } => KernelError::Device(format!(
-                "no memory for {bytes} bytes beside the {} that this training holds; lower per_device_train_batch_size or \
-                 max_length, or keep less with --recompute",
-                self.held
-            )),
+            KernelError::Memory { bytes, .. } => {
+                let bound = if self.most == usize::MAX { String::new() } else { format!(", of {} that it may", self.most) };
+                KernelError::Device(format!(
+                    "no memory for {bytes} bytes beside the {} that this training holds{bound}; lower tokens_per_batch, max_length \
+                     or per_device_train_batch_size, or keep less with --recompute",
+                    self.held
+                ))
+            }
             other => other,
         })?;
         self.owned.push(at);
@@ -184,10 +187,27 @@ impl DeviceCompute {
         Ok(at)
     }
 
+    fn alloc(&mut self, bytes: usize) -> Result<Address, KernelError> {
+        let what = "a training's numbers";
+        if bytes > self.most.saturating_sub(self.held) {
+            return Err(KernelError::Memory { what, bytes });
+        }
+        self.device.alloc(what, bytes)
+    }
+
     /// Numbers on the device.
     pub fn upload(&mut self, values: &[f32]) -> Result<Region, KernelError> {
         let region = self.region(values.len())?;
         self.write(&region, &values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
+        Ok(region)
+    }
+
+    /// Zeros, made on the device.
+    pub fn zeros(&mut self, len: usize) -> Result<Region, KernelError> {
+        let region = self.region(len)?;
+        if len > 0 {
+            self.device.clear(region.at, len * 4)?;
+        }
         Ok(region)
     }
 

@@ -35,6 +35,8 @@ pub struct DeviceCompute {
     owned: Vec<Address>,
     held: usize,
     most_held: usize,
+    /// Bytes that may be held.
+    most: usize,
     most_logits: usize,
 }
 
@@ -46,7 +48,13 @@ impl DeviceCompute {
     /// On `device`, rounding products' operands as `precision` says.
     pub fn new(device: Box<dyn Device>, precision: Precision) -> Self {
         let (pool, owned) = (Arc::new(Pool::default()), Vec::new());
-        Self { device, precision, pool, owned, held: 0, most_held: 0, most_logits: LOGITS }
+        Self { device, precision, pool, owned, held: 0, most_held: 0, most: usize::MAX, most_logits: LOGITS }
+    }
+
+    /// Holding so many bytes of the device's memory, at most.
+    pub fn within(mut self, most: usize) -> Self {
+        self.most = most;
+        self
     }
 
     /// With so many logits at once, at most (one row's of 128 tokens at the least).
@@ -68,6 +76,21 @@ impl DeviceCompute {
     /// The most that were held at once.
     pub fn most_bytes(&self) -> usize {
         self.most_held
+    }
+
+    /// Bytes that may still be taken: what is free on the device, and within the bound.
+    pub fn left(&self) -> Result<usize, KernelError> {
+        Ok(self.free()?.min(self.most.saturating_sub(self.held)))
+    }
+
+    /// Bytes that are free on the device.
+    pub fn free(&self) -> Result<usize, KernelError> {
+        Ok(self.device.memory()?.0)
+    }
+
+    /// What products round their operands to.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     fn launch<P: Params>(&mut self, kernel: Kernel, launch: Launch, params: P) -> Result<(), KernelError> {

@@ -172,11 +172,6 @@ impl DeviceCompute {
         self.launch(COPY, Launch::blocks(from.len.div_ceil(THREADS)), params)
     }
 
-    /// Zeros.
-    pub fn zeros(&mut self, len: usize) -> Result<Region, KernelError> {
-        self.upload(&vec![0.0; len])
-    }
-
     /// `out[i] = x[picked[i]]`, rows of `width`.
     pub fn gather(&mut self, x: Values<'_>, picked: &[u32], width: usize, out: Values<'_>) -> Result<(), KernelError> {
         let sizes = out.len == picked.len() * width && picked.iter().all(|row| (*row as usize + 1) * width <= x.len);

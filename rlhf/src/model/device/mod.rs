@@ -26,13 +26,27 @@ use crate::batch::Packed;
 /// What of the model lies on the device.
 pub(super) struct DeviceModel {
     files: Arc<ModelFiles>,
-    compute: Mutex<DeviceCompute>,
+    /// The device, which several models may share.
+    compute: Arc<Mutex<DeviceCompute>>,
     /// By layer; loaded when a pass first needs them.
     layers: Mutex<Vec<Option<Arc<Frozen>>>>,
     norm: Region,
     head: Mutex<Option<Arc<Matrix>>>,
     /// With the processor's tables that they were made of.
     turns: Mutex<Option<(Arc<Rotation>, Arc<Turns>)>>,
+}
+
+/// Of a device's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// Bytes held, for passes to come among them.
+    pub held: usize,
+    /// The most bytes that were held at once.
+    pub most: usize,
+    /// Bytes that may still be taken.
+    pub left: usize,
+    /// Bytes that are free on the device.
+    pub free: usize,
 }
 
 /// A layer's numbers as the files hold them.
@@ -69,6 +83,19 @@ impl DevicePass {
 }
 
 impl DeviceModel {
+    /// `files` on a device. Heads that no kernel is made for are refused here, and not in the first pass.
+    fn new(files: &Arc<ModelFiles>, compute: Arc<Mutex<DeviceCompute>>, final_norm: &[f32]) -> Result<Self, ModelError> {
+        let config = files.config();
+        let shape = HeadShape { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
+        let norm = {
+            let mut compute = compute.lock().unwrap_or_else(PoisonError::into_inner);
+            compute.seen(&[], &[], shape)?;
+            compute.upload(final_norm)?
+        };
+        let files = Arc::clone(files);
+        Ok(Self { files, compute, layers: Mutex::default(), norm, head: Mutex::default(), turns: Mutex::default() })
+    }
+
     fn compute(&self) -> MutexGuard<'_, DeviceCompute> {
         self.compute.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -140,24 +167,32 @@ impl DeviceModel {
 
 impl Model {
     /// The same, whose layers and log-probabilities compute on `device`; the base's weights are copied there. Parameters, the optimizer and
-    /// losses stay on the processor. [`ModelError::Kernel`] where the device has no memory for it, or cannot compute such heads.
-    pub fn computing_on(mut self, device: Box<dyn Device>) -> Result<Self, ModelError> {
+    /// losses stay on the processor. At most `memory` bytes of the device's memory are held, where that is given.
+    ///
+    /// [`ModelError::Kernel`] where there is no memory for it, or such heads cannot be computed.
+    pub fn computing_on(self, device: Box<dyn Device>, memory: Option<usize>) -> Result<Self, ModelError> {
+        let compute = DeviceCompute::new(device, self.options.precision).within(memory.unwrap_or(usize::MAX));
+        let device = DeviceModel::new(&self.files, Arc::new(Mutex::new(compute)), &self.final_norm)?;
+        self.computing(Arc::new(device))
+    }
+
+    /// The same, which computes where `other` does: on its device, and on its copy of the weights where both are of the same files.
+    pub fn computing_beside(self, other: &Model) -> Result<Self, ModelError> {
+        let Some(device) = &other.device else { return Ok(self) };
+        if other.options.precision != self.options.precision {
+            return Err(ModelError::Kind("models that share a device round alike"));
+        }
+        if Arc::ptr_eq(&self.files, &device.files) {
+            return self.computing(Arc::clone(device));
+        }
+        let own = DeviceModel::new(&self.files, Arc::clone(&device.compute), &self.final_norm)?;
+        self.computing(Arc::new(own))
+    }
+
+    fn computing(mut self, device: Arc<DeviceModel>) -> Result<Self, ModelError> {
         if self.options.frozen_gradients {
             return Err(ModelError::Kind("gradients of frozen weights are computed, to measure them, on the processor only"));
         }
-        let mut compute = DeviceCompute::new(device, self.options.precision);
-        let config = self.files.config();
-        // Heads that no kernel is made for are refused here, and not in the first pass.
-        compute.seen(&[], &[], HeadShape { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim })?;
-        let norm = compute.upload(&self.final_norm)?;
-        let device = DeviceModel {
-            files: Arc::clone(&self.files),
-            compute: Mutex::new(compute),
-            layers: Mutex::default(),
-            norm,
-            head: Mutex::default(),
-            turns: Mutex::default(),
-        };
         // A model that is trained whole needs the files' numbers in a pass of the reference only.
         if let super::Kind::Adapter(_) = &self.kind {
             let mut compute = device.compute();
@@ -166,18 +201,35 @@ impl Model {
             }
             device.head(&mut compute)?;
         }
-        self.device = Some(Arc::new(device));
+        self.device = Some(device);
         Ok(self)
+    }
+
+    /// What is held of the device's memory, by all models that share it, and what is left. None on the processor.
+    pub fn device_memory(&self) -> Result<Option<DeviceMemory>, ModelError> {
+        let Some(device) = &self.device else { return Ok(None) };
+        let compute = device.compute();
+        let (held, most) = (compute.bytes(), compute.most_bytes());
+        Ok(Some(DeviceMemory { held, most, left: compute.left()?, free: compute.free()? }))
+    }
+
+    /// Computes a batch as large as they come and forgets it. From then on the device holds what such batches need, so that what is left
+    /// may be given to others. Nothing on the processor.
+    pub fn rehearse(&self, batch: &Packed, rows: &[u32], pass: Pass) -> Result<(), ModelError> {
+        if self.device.is_none() {
+            return Ok(());
+        }
+        let (log_probs, hidden) = self.log_probs_and_hidden(batch, rows, pass)?;
+        if pass.gradient {
+            let values = if rows.is_empty() { log_probs.sum_all()? } else { (log_probs.sum_all()? + hidden.sum_all()?)? };
+            values.backward()?;
+        }
+        Ok(())
     }
 
     /// Where a model computes that does not do so on the processor.
     pub fn device(&self) -> Option<String> {
         self.device.as_ref().map(|device| device.compute().describe())
-    }
-
-    /// The most of that device's memory that has been held at once, in bytes.
-    pub fn device_memory(&self) -> Option<u64> {
-        self.device.as_ref().map(|device| device.compute().most_bytes() as u64)
     }
 
     /// From embedded tokens to the states behind the final norm of `picked` rows.

@@ -41,7 +41,7 @@ use crate::{
 };
 
 pub use prompt::{Prompt, Question, encode, questions, read_questions};
-pub use sampler::{Ask, Drawn, EngineSampler, Sampler, engine_for};
+pub use sampler::{ADAPTERS, Ask, Drawn, EngineSampler, Sampler, sampling};
 
 /// Streams of the seed: draws while training, draws of evaluations, the order of mini-batches.
 const TRAINING: u64 = 0x7261_6977;

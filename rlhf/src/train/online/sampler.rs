@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use tidemill_engine::{
-    Adapter, AdapterLease, Engine, EngineOptions, Event, FinishReason, Request, RequestId, SamplingParams, StartError, Tenant,
+    Adapter, AdapterLease, Engine, EngineOptions, Event, FinishReason, Request, RequestId, SamplingParams, Tenant,
 };
 
 use crate::{
@@ -17,6 +17,8 @@ use crate::{
 
 /// Sequences that the engine runs at once at most; more are no faster.
 const SEQUENCES: usize = 64;
+/// Adapters in the engine: the one that samples, and the one that it replaces.
+pub const ADAPTERS: usize = 2;
 /// The adapter's name in the engine.
 const NAME: &str = "policy";
 
@@ -59,25 +61,17 @@ pub struct EngineSampler<'a> {
     source: Source<'a>,
 }
 
-/// Starts an engine for sampling: the base at `model`, room for `sequences` answers at once and for `longest` tokens of prompt and
-/// answer together, and for adapters of `rank`.
-pub fn engine_for(
-    model: &std::path::Path,
-    sequences: usize,
-    longest: usize,
-    rank: usize,
-    threads: Option<usize>,
-) -> Result<Engine, StartError> {
-    let options = EngineOptions {
+/// What an engine for sampling is started with: the base at `model`, room for `sequences` answers at once and for `longest` tokens of
+/// prompt and answer together, and for [`ADAPTERS`] of `rank`.
+pub fn sampling(model: &std::path::Path, sequences: usize, longest: usize, rank: usize, threads: Option<usize>) -> EngineOptions {
+    EngineOptions {
         threads,
         max_seqs: sequences.clamp(1, SEQUENCES),
         max_model_len: Some(longest.max(2)),
-        // The one that samples, and the one that it replaces.
-        max_adapters: 2,
+        max_adapters: ADAPTERS,
         max_adapter_rank: rank.max(1),
         ..EngineOptions::new(model)
-    };
-    Engine::start(options, &mut |_, _| {})
+    }
 }
 
 impl<'a> EngineSampler<'a> {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use serde_json::{Map, Value, json};
-use tidemill_engine::{LoraConfig, ModelFiles};
+use tidemill_engine::{Engine, LoraConfig, ModelFiles};
 
 use super::*;
 use crate::{
@@ -25,6 +25,10 @@ fn model() -> Model {
     let files = Arc::new(ModelFiles::open(&golden("llama")).unwrap());
     let lora = LoraConfig { r: 4, alpha: 8.0, dropout: 0.0, ..LoraConfig::default() };
     Model::new(files, &lora, 3, ModelOptions { threads: 2, precision: Precision::F32, ..ModelOptions::default() }).unwrap()
+}
+
+fn engine(sequences: usize, threads: usize) -> Engine {
+    Engine::start(sampling(&golden("llama"), sequences, LONGEST, 4, Some(threads)), &mut |_, _| {}).unwrap()
 }
 
 fn prompts(count: u32) -> Vec<Prompt> {
@@ -74,7 +78,7 @@ impl Run {
 
 fn run(config: &TrainConfig, folder: &Path, stop_after: Option<usize>) -> Run {
     let model = model();
-    let engine = engine_for(&golden("llama"), 16, LONGEST, 4, Some(2)).unwrap();
+    let engine = engine(16, 2);
     let sampler = EngineSampler::new(engine, || model.adapter("tiny"));
     let mut online = Online::new(&model, config, prompts(6), prompts(2), capitals(), sampler).unwrap();
     let mut heard = 0;
@@ -193,16 +197,15 @@ fn every_method_measures_under_trls_names() {
 fn the_engine_gives_the_same_answers_whatever_is_beside_them_and_others_for_other_parameters() {
     let model = model();
     let draw = config(Method::Grpo, json!({})).reinforcement().unwrap().draw;
-    let engine = || engine_for(&golden("llama"), 8, LONGEST, 4, Some(2)).unwrap();
     let prompts = prompts(3);
     let ask = |prompt: usize, answers: usize| Ask { prompt: &prompts[prompt].tokens, answers, seed: 11 + prompt as u64 };
-    let mut sampler = EngineSampler::new(engine(), || model.adapter("tiny"));
+    let mut sampler = EngineSampler::new(engine(8, 2), || model.adapter("tiny"));
     let alone = sampler.sample(&[ask(1, 10)], &draw).unwrap();
     assert_eq!((alone[0].len(), alone[0].iter().filter(|drawn| drawn.tokens.is_empty()).count()), (10, 0));
     assert!(alone[0].iter().all(|drawn| drawn.tokens.len() == drawn.log_probs.len()));
     let beside = sampler.sample(&[ask(0, 5), ask(1, 10), ask(2, 8)], &draw).unwrap();
     assert_eq!(beside[1], alone[0]);
-    let mut another = EngineSampler::new(engine(), || model.adapter("tiny"));
+    let mut another = EngineSampler::new(engine(8, 2), || model.adapter("tiny"));
     assert_eq!(another.sample(&[ask(1, 10)], &draw).unwrap(), alone);
     // What was trained meanwhile is what samples next.
     for parameter in model.parameters().iter() {
@@ -240,8 +243,7 @@ fn what_is_skipped_counts_as_an_answer_without_tokens() {
             Method::Grpo,
             json!({"mask_truncated_completions": skip, "loss_type": "grpo", "beta": 0.02, "max_completion_length": 40}),
         );
-        let sampler =
-            EngineSampler::new(engine_for(&golden("llama"), 16, LONGEST, 4, Some(2)).unwrap(), || model.adapter("tiny"));
+        let sampler = EngineSampler::new(engine(16, 2), || model.adapter("tiny"));
         let mut online = Online::new(&model, &config, prompts(6), Vec::new(), capitals(), sampler).unwrap();
         let batches = online.step(0, &model).unwrap();
         let turn = online.turn.as_ref().unwrap();
@@ -282,7 +284,7 @@ fn what_cannot_be_trained_is_refused() {
     }
     let config = config(Method::Grpo, json!({}));
     let model = model();
-    let engine = engine_for(&golden("llama"), 2, LONGEST, 4, Some(1)).unwrap();
+    let engine = engine(2, 1);
     let sampler = EngineSampler::new(engine, || model.adapter("tiny"));
     let error = Online::new(&model, &config, Vec::new(), Vec::new(), capitals(), sampler).err().unwrap().to_string();
     assert!(error.contains("there is no prompt to ask"), "{error}");
