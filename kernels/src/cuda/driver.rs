@@ -77,6 +77,8 @@ pub struct Card<C: Calls = Cuda> {
     /// Of the driver: 1000 · major + 10 · minor of CUDA.
     version: i32,
     processors: usize,
+    /// Compute capability.
+    capability: (i32, i32),
 }
 
 /// A copy back that is under way.
@@ -176,6 +178,7 @@ impl<C: Calls> Card<C> {
             architecture,
             version,
             processors: processors as usize,
+            capability: (major, minor),
         };
         card.current()?;
         // SAFETY: of the context that is current; given back when this is dropped.
@@ -335,6 +338,10 @@ impl<C: Calls> Device for Card<C> {
             dotted(self.version),
             self.choice.words()
         )
+    }
+
+    fn multiplies_fp8(&self) -> bool {
+        self.capability >= (8, 9)
     }
 
     fn prefill(&self, head_dim: usize) -> Prefill {

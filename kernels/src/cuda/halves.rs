@@ -1,6 +1,6 @@
 //! Products with weights, and the bf16 copies of activations that they read.
 
-use super::device::{Address, Device, Launch, Product};
+use super::device::{Address, Device, Launch, Operands, Product};
 use super::holdings::{Half, HeldMatrix, few_rows};
 use super::params as p;
 use super::weights::{self, Form};
@@ -70,6 +70,10 @@ impl<D: Device> CudaBackend<D> {
         if rows == 0 {
             return Ok(());
         }
+        let many = few_rows(form).iter().all(|(most, _)| rows > *most);
+        if form == Form::Fp8 && many && self.rounds(n) {
+            return self.multiply_fp8(x, weights, bias, out, store == Store::Add);
+        }
         let half = self.halved(x)?;
         let out = self.at(out);
         if let Some((most, kernel)) = few_rows(form).iter().find(|(most, _)| rows <= *most) {
@@ -85,7 +89,16 @@ impl<D: Device> CudaBackend<D> {
                 to
             }
         };
-        self.device.product(Product { x: half, w: wide, out, rows, n, stride, add: store == Store::Add })?;
+        self.device.product(Product {
+            operands: Operands::Bf16,
+            x: half,
+            w: wide,
+            out,
+            rows,
+            n,
+            stride,
+            add: store == Store::Add,
+        })?;
         if bias != Address::NONE {
             self.launch(ADD_BIAS, Launch::blocks(rows), p::AddBias { bias, out, width: n as u32, unused: 0 })?;
         }

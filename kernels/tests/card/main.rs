@@ -21,11 +21,12 @@ use clock::Clock;
 use rates::{Ceilings, Sizes};
 use support::emulation::Emulated;
 use support::exchange;
-use tidemill_kernels::Limits;
 use tidemill_kernels::collective::Member;
-use tidemill_kernels::cuda::device::Device;
+use tidemill_kernels::cuda::device::{Device, Prefill};
 use tidemill_kernels::cuda::driver::{Card, prepare};
+use tidemill_kernels::cuda::trial::Trial;
 use tidemill_kernels::cuda::{CudaBackend, nccl};
+use tidemill_kernels::{Activations, KernelError, Limits};
 
 /// Cards that kernels are compiled for ahead.
 const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_89", "sm_90a"];
@@ -40,11 +41,13 @@ card part FOLDER NAME [COPY PRODUCT]     one part of it
 card part FOLDER NAME brief              with a sample of its cases";
 
 /// A part of the check: its name, the section of the table it belongs to, and how long it may take.
-const PARTS: [(&str, Section, u64); 21] = [
+const PARTS: [(&str, Section, u64); 25] = [
     ("parity rows", Section::Parity, 20),
     ("parity linears", Section::Parity, 20),
     ("parity attention", Section::Parity, 40),
+    ("parity attention wgmma", Section::Parity, 60),
     ("parity fp8", Section::Parity, 40),
+    ("parity fp8 activations", Section::Parity, 20),
     ("parity low-rank", Section::Parity, 20),
     ("parity sampling", Section::Parity, 20),
     ("parity company", Section::Parity, 20),
@@ -57,10 +60,12 @@ const PARTS: [(&str, Section, u64); 21] = [
     ("rates int8", Section::Rates, 60),
     ("rates int4", Section::Rates, 60),
     ("rates fp8", Section::Rates, 60),
+    ("rates fp8 activations", Section::Rates, 60),
     ("rates low-rank", Section::Rates, 30),
     ("rates decode", Section::Rates, 60),
     ("rates decode fp8", Section::Rates, 60),
     ("rates prefill", Section::Rates, 30),
+    ("rates prefill wgmma", Section::Rates, 30),
     ("rates sampling", Section::Rates, 30),
 ];
 
@@ -227,13 +232,47 @@ fn part(place: &Place<'_>, name: &str, rest: &[&str]) -> ExitCode {
         exchanges(place);
         return ExitCode::SUCCESS;
     }
+    let by_warpgroups = name.ends_with("wgmma");
+    let activations = if name.ends_with("activations") { Activations::Fp8 } else { Activations::Bf16 };
     match place {
         Place::Card(images) => {
-            let open = |limits: Limits| CudaBackend::new(Card::open(Some(images)).unwrap(), limits);
+            if by_warpgroups && let Err(why) = chooses(images) {
+                println!("| {name} | not run: {why} |");
+                return ExitCode::SUCCESS;
+            }
+            let one = Limits { max_tokens: 1, max_samples: 1, max_positions: 1 };
+            let opened = CudaBackend::new(Card::open(Some(images)).unwrap(), one).with_activations(activations);
+            if let Some(why) = opened.err() {
+                println!("| {name} | not run: {why} |");
+                return ExitCode::SUCCESS;
+            }
+            let open = |limits: Limits| {
+                let mut card = Card::open(Some(images)).unwrap();
+                let prefill = if by_warpgroups { Prefill::Wgmma } else { Prefill::Mma };
+                card.choose_prefill(Some(prefill), &Trial::serving(), None).unwrap();
+                CudaBackend::new(card, limits).with_activations(activations).unwrap()
+            };
             on(open, name, &Sizes::serving(), ceilings, rest.contains(&"brief"))
         }
-        Place::Emulated => on(|limits| CudaBackend::new(Emulated::default(), limits), name, &Sizes::tiny(), ceilings, true),
+        Place::Emulated => {
+            let open = |limits| {
+                let mut device = Emulated::default();
+                device.prefill = if by_warpgroups { Prefill::Wgmma } else { Prefill::Mma };
+                CudaBackend::new(device, limits).with_activations(activations).unwrap()
+            };
+            on(open, name, &Sizes::tiny(), ceilings, true)
+        }
     }
+}
+
+/// A row of what a server would choose on this card, if it knows both ways.
+fn chooses(images: &Path) -> Result<(), KernelError> {
+    let mut card = Card::open(Some(images))?;
+    card.choose_prefill(Some(Prefill::Wgmma), &Trial::serving(), None)?;
+    card.choose_prefill(None, &Trial::serving(), None)?;
+    let words = [64, 128].map(|width| format!("heads of {width} by {:?}", card.prefill(width)));
+    println!("| a server's own trial: prompts with {} {} | | | | | |", words.join(", "), card.warnings().join("; "));
+    Ok(())
 }
 
 /// Steps with exchanges, captured where they can be, on as many cards as there are, four at most; on two emulated ones.

@@ -289,8 +289,8 @@ impl State {
                 }
             }
             Work::Product(p) => {
-                self.assert_held(p.x.0, p.rows * p.stride * 2);
-                self.assert_held(p.w.0, p.n * p.stride * 2);
+                self.assert_held(p.x.0, p.rows * p.stride * p.operands.bytes());
+                self.assert_held(p.w.0, p.n * p.stride * p.operands.bytes());
                 self.assert_held(p.out.0, p.rows * p.n * 4);
             }
             Work::Graph(list) => list.iter().for_each(|work| self.assert_sound(work)),
