@@ -135,6 +135,8 @@ impl Engine {
             threads: options.threads,
             limits,
             cache: options.kernel_cache.as_deref(),
+            attention: options.attention_backend,
+            activations: options.activations,
             needs: Needs { weights: files.packed_bytes(format)?, degrees: shard::degrees_of(&files)? },
         };
         let model: Box<dyn Model> = match opening.open()? {
