@@ -6,7 +6,7 @@ use super::params as p;
 use super::weights::{self, Form};
 use super::{ADD_BIAS, CudaBackend, HALVE, LINEAR_F32, WIDEN};
 use crate::error::KernelError;
-use crate::ops::{Buf, Matrix, Store, Vector};
+use crate::ops::{Buf, Matrix, Rows, Store, Vector};
 
 impl<D: Device> CudaBackend<D> {
     /// Where a producer of a whole buffer is to leave a bf16 copy, if anywhere, and its stride. From here on the copy counts as fresh.
@@ -71,7 +71,9 @@ impl<D: Device> CudaBackend<D> {
             return Ok(());
         }
         let many = few_rows(form).iter().all(|(most, _)| rows > *most);
-        if form == Form::Fp8 && many && self.rounds(n) {
+        // What logits are made of is not rounded: they are sampled from as they are.
+        let inside = self.buffers[x.0 as usize].rows == Rows::Tokens;
+        if form == Form::Fp8 && many && inside && self.rounds(n) {
             return self.multiply_fp8(x, weights, bias, out, store == Store::Add);
         }
         let half = self.halved(x)?;
