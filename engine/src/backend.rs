@@ -6,10 +6,11 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
-use tidemill_kernels::cuda::device::Device as _;
+use tidemill_kernels::cuda::device::{Device as _, Prefill};
 use tidemill_kernels::cuda::driver::Card;
+use tidemill_kernels::cuda::trial::Trial;
 use tidemill_kernels::cuda::{CudaBackend, nccl};
-use tidemill_kernels::{Abort, KernelError, Limits, Ops};
+use tidemill_kernels::{Abort, Activations, KernelError, Limits, Ops};
 
 use crate::model::tensor_parallel::RankOps;
 use crate::options::{CardShare, StartError};
@@ -117,10 +118,14 @@ pub(crate) struct Opening<'a> {
     pub threads: Option<usize>,
     /// The largest step.
     pub limits: Limits,
-    /// Keeps compiled kernels.
+    /// Keeps compiled kernels, and what cards were found to do faster.
     pub cache: Option<&'a Path>,
     /// What the cache leaves of a card.
     pub left: Option<CardShare>,
+    /// How attention of prompts is computed, where somebody says.
+    pub attention: Option<Prefill>,
+    /// What activations are where weights of 8-bit floats are multiplied.
+    pub activations: Activations,
     pub needs: Needs,
 }
 
@@ -168,7 +173,7 @@ impl Opening<'_> {
             )));
         }
         let number = named.first().copied().unwrap_or(0);
-        let first = Card::open_number(number, self.cache)?;
+        let first = self.card(number)?;
         let visible = first.visible()?;
         let count = match asked {
             Some(cards) if named.is_empty() && cards > visible => {
@@ -179,14 +184,14 @@ impl Opening<'_> {
             None => self.needs.cards(first.memory()?.0.saturating_sub(self.left_on(number)), visible),
         };
         if count == 1 {
-            return Ok(Backend::One(self.backend(number, first)));
+            return Ok(Backend::One(self.backend(number, first)?));
         }
         let numbers: Vec<usize> = if named.is_empty() { (0..count).collect() } else { named.to_vec() };
         tracing::info!(cards = ?numbers, "the model is shared out among several cards");
         let others: Vec<Result<Card, KernelError>> = std::thread::scope(|scope| {
             let open = |number: &usize| {
-                let (number, cache) = (*number, self.cache);
-                scope.spawn(move || Card::open_number(number, cache))
+                let number = *number;
+                scope.spawn(move || self.card(number))
             };
             let threads: Vec<_> = numbers[1..].iter().map(open).collect();
             let panicked = |_| Err(KernelError::Device("a thread that opens a card panicked".to_owned()));
@@ -200,12 +205,23 @@ impl Opening<'_> {
             }
         }
         let (cards, abort) = nccl::join(cards)?;
-        let rank = |(number, card)| (format!("cuda:{number}"), self.backend(number, card));
-        Ok(Backend::Several { ranks: numbers.into_iter().zip(cards).map(rank).collect(), abort })
+        let rank = |(number, card)| Ok((format!("cuda:{number}"), self.backend(number, card)?));
+        let ranks = numbers.into_iter().zip(cards).map(rank).collect::<Result<_, KernelError>>()?;
+        Ok(Backend::Several { ranks, abort })
     }
 
-    fn backend(&self, number: usize, card: Card) -> Box<dyn Ops> {
-        Box::new(CudaBackend::new(card, self.limits).capturing().leaving(self.left_on(number)))
+    fn card(&self, number: usize) -> Result<Card, KernelError> {
+        let mut card = Card::open_number(number, self.cache)?;
+        card.choose_prefill(self.attention, &Trial::serving(), self.cache)?;
+        for warning in card.warnings() {
+            tracing::warn!(card = number, "{warning}");
+        }
+        Ok(card)
+    }
+
+    fn backend(&self, number: usize, card: Card) -> Result<Box<dyn Ops>, KernelError> {
+        let backend = CudaBackend::new(card, self.limits).with_activations(self.activations)?;
+        Ok(Box::new(backend.capturing().leaving(self.left_on(number))))
     }
 
     /// Bytes of a card that are somebody else's.
@@ -239,7 +255,17 @@ mod tests {
     fn opening(device: &Device, tensor_parallel: Option<usize>) -> Opening<'_> {
         let limits = Limits { max_tokens: 4, max_samples: 4, max_positions: 16 };
         let needs = Needs { weights: 1 << 30, degrees: vec![1, 2, 4], routes: false };
-        Opening { device, tensor_parallel, threads: Some(1), limits, cache: None, left: None, needs }
+        Opening {
+            device,
+            tensor_parallel,
+            threads: Some(1),
+            limits,
+            cache: None,
+            left: None,
+            attention: None,
+            activations: Activations::Bf16,
+            needs,
+        }
     }
 
     #[test]

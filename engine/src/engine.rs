@@ -141,6 +141,8 @@ impl Engine {
                 degrees: shard::degrees_of(&files)?,
                 routes: files.config().experts.is_some(),
             },
+            attention: options.attention_backend,
+            activations: options.activations,
         };
         let model: Box<dyn Model> = match opening.open()? {
             Backend::One(ops) => Box::new(Decoder::load(&files, ops, format, progress)?),

@@ -2,7 +2,8 @@
 
 use crate::backend::Device;
 use std::path::PathBuf;
-use tidemill_kernels::{KvDtype, WeightFormat};
+use tidemill_kernels::cuda::device::Prefill;
+use tidemill_kernels::{Activations, KvDtype, WeightFormat};
 
 /// A part of a card's memory that is somebody else's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,8 +48,12 @@ pub struct EngineOptions {
     pub max_waiting: usize,
     /// Packing of the weights.
     pub weight_format: WeightFormat,
+    /// What activations are where weights of 8-bit floats are multiplied.
+    pub activations: Activations,
     /// Storage of keys and values.
     pub kv_dtype: KvDtype,
+    /// How a card computes the attention of prompts; `None` is what it does faster, where it knows two ways.
+    pub attention_backend: Option<Prefill>,
     /// Reuse of computed blocks between requests with equal prefixes.
     pub prefix_caching: bool,
     /// Most adapters that can be asked for at once; 0 takes none.
@@ -80,7 +85,9 @@ impl EngineOptions {
             max_batch_tokens: 512,
             max_waiting: 1024,
             weight_format: WeightFormat::Auto,
+            activations: Activations::Bf16,
             kv_dtype: KvDtype::Bf16,
+            attention_backend: None,
             prefix_caching: true,
             max_adapters: 16,
             max_adapter_rank: 64,
@@ -117,6 +124,18 @@ impl EngineOptions {
             let message =
                 "is for keys and values in a card's memory; the processor's are in the machine's already, so leave it out";
             return bad("--swap-memory", message.into());
+        }
+        if self.device == Device::Cpu && self.attention_backend.is_some() {
+            let message = "chooses among the ways of a card; with --device cpu there is one, so leave it out";
+            return bad("--attention-backend", message.into());
+        }
+        if self.activations == Activations::Fp8 {
+            if self.device == Device::Cpu {
+                return bad("--activations", "fp8 is for cards; use bf16 with --device cpu".into());
+            }
+            if self.weight_format != WeightFormat::Fp8 {
+                return bad("--activations", "fp8 multiplies with weights of 8-bit floats: add --weights fp8".into());
+            }
         }
         if self.threads == Some(0) {
             return bad("--threads", "must be at least 1".into());
@@ -179,7 +198,7 @@ mod tests {
         assert!(good.check().is_ok());
         assert_eq!(good.served_name, "tiny");
         type Spoil = fn(&mut EngineOptions);
-        let cases: [(&str, Spoil); 10] = [
+        let cases: [(&str, Spoil); 13] = [
             ("--max-seqs", |o| o.max_seqs = 0),
             ("--max-batch-tokens", |o| o.max_batch_tokens = o.max_seqs - 1),
             ("--max-loras", |o| o.max_adapters = 4097),
@@ -187,6 +206,11 @@ mod tests {
             ("--max-waiting", |o| o.max_waiting = 0),
             ("--max-model-len", |o| o.max_model_len = Some(1)),
             ("--swap-memory", |o| o.swap_memory = Some(1 << 30)),
+            ("--attention-backend", |o| o.attention_backend = Some(Prefill::Mma)),
+            ("--activations fp8 is for cards", |o| {
+                (o.activations, o.weight_format) = (Activations::Fp8, WeightFormat::Fp8);
+            }),
+            ("--activations fp8 multiplies", |o| (o.activations, o.device) = (Activations::Fp8, Device::Auto)),
             ("--threads", |o| o.threads = Some(0)),
             ("--tensor-parallel", |o| o.tensor_parallel = Some(2)),
             ("--tensor-parallel", |o| (o.device, o.tensor_parallel) = (Device::Auto, Some(0))),

@@ -114,6 +114,16 @@ pub enum WeightFormat {
     Fp8,
 }
 
+/// What activations are when they are multiplied with weights of 8-bit floats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum Activations {
+    /// Rounded to bfloat16, as with any other weights.
+    #[default]
+    Bf16,
+    /// Where there are many rows, rounded to 8-bit floats ([`crate::e4m3`]), too, with a scale for each row.
+    Fp8,
+}
+
 /// A weight as it lies in a file: `n` rows of `k` weights.
 #[derive(Clone, Copy, Debug)]
 pub struct MatrixSource<'a> {

@@ -8,7 +8,7 @@ use support::backend::Backend;
 use support::emulation::Emulated;
 use support::low_rank::{Factors, mixed_step};
 use support::scenarios::{self, LIMITS, Scenario, rows_in_company};
-use support::{Noise, Weight, mistakes, sampling};
+use support::{Noise, Weight, error, mistakes, sampling};
 use tidemill_kernels::cuda::CudaBackend;
 use tidemill_kernels::cuda::device::Prefill;
 use tidemill_kernels::*;
@@ -71,6 +71,83 @@ fn warpgroups_give_the_same_attention() {
 #[test]
 fn weights_and_caches_of_8_bit_floats() {
     agree(scenarios::only_on_cards());
+}
+
+/// Rows of 8-bit floats with a scale of each, and their numbers.
+fn rounded(values: &[f32], width: usize) -> Vec<f64> {
+    let row = |row: &[f32]| {
+        let scale = row.iter().fold(0.0f32, |most, v| most.max(v.abs())) / e4m3::LARGEST;
+        let number = move |v: &f32| f64::from(e4m3::decode(e4m3::encode(v * (1.0 / scale)))) * f64::from(scale);
+        row.iter().map(number).collect::<Vec<f64>>()
+    };
+    values.chunks(width).flat_map(row).collect()
+}
+
+/// More rows than our kernels multiply: both sides are rounded as the scalar code rounds them; with fewer, or where the library could not,
+/// activations stay as they are.
+#[test]
+fn rows_of_8_bit_floats_are_multiplied_with_weights_of_8_bit_floats() {
+    for (rows, n, rounds) in [(65, 48, true), (70, 160, true), (64, 48, false), (70, 50, false)] {
+        let (k, noise) = (200, &mut Noise::new(21));
+        let table: Vec<f32> =
+            noise.values(50 * k, 1.0).iter().enumerate().map(|(i, v)| v * 10f32.powi((i / k % 7) as i32 - 3)).collect();
+        let (weights, bias, start) = (noise.values(n * k, 0.3), noise.values(n, 1.0), noise.values(50 * n, 1.0));
+        let mut ops = cuda(rows % 2 == 1, LIMITS).with_activations(Activations::Fp8).unwrap();
+        let source = |width, values: &[f32]| Weight::from_f32(width, values);
+        let inputs = ops.load_matrix(&[source(k, &table).source()], WeightFormat::F32).unwrap();
+        let starts = ops.load_matrix(&[source(n, &start).source()], WeightFormat::F32).unwrap();
+        let w = ops.load_matrix(&[source(k, &weights).source()], WeightFormat::Fp8).unwrap();
+        let held = ops.load_vector(&bias).unwrap();
+        let x = ops.alloc_poisoned(Rows::Tokens, k);
+        let [replaced, added] = [0; 2].map(|_| ops.alloc_poisoned(Rows::Tokens, n));
+        let step = scenarios::plain_step(noise, rows, 50);
+        ops.begin(&step).unwrap();
+        ops.embedding(inputs, x);
+        ops.embedding(starts, added);
+        ops.linear(x, w, Some(held), replaced, Store::Replace);
+        ops.linear(x, w, None, added, Store::Add);
+        ops.run();
+        let (from, by) = (rounded(&table, k), rounded(&weights, k));
+        let exact: Vec<f64> = table.iter().map(|v| f64::from(*v)).collect();
+        let products = |from: &[f64], token: usize, feature: usize| -> f64 {
+            from[token * k..][..k].iter().zip(&by[feature * k..][..k]).map(|(a, b)| a * b).sum()
+        };
+        for (buf, adds) in [(replaced, false), (added, true)] {
+            // Each row against its own magnitude: they differ by powers of ten.
+            for (row, got) in ops.read(buf).unwrap().chunks(n).enumerate() {
+                let token = step.tokens[row] as usize;
+                let want = |from: &[f64]| -> Vec<f32> {
+                    let rest = |feature: usize| f64::from(if adds { start[token * n + feature] } else { bias[feature] });
+                    (0..n).map(|feature| (products(from, token, feature) + rest(feature)) as f32).collect()
+                };
+                let (alike, whole) = (error(got, &want(&from)), error(got, &want(&exact)));
+                match rounds {
+                    true => assert!(alike < 2e-6 && whole < 6e-2, "{rows} × {n}, row {row}: {alike:e} {whole:e}"),
+                    false => assert!(whole < 1e-2, "{rows} × {n}, row {row}: {whole:e}"),
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_of_zeros_and_one_of_next_to_nothing_round_to_numbers() {
+    let mut ops = cuda(false, LIMITS).with_activations(Activations::Fp8).unwrap();
+    let noise = &mut Noise::new(2);
+    let values: Vec<f32> =
+        (0..64).map(|_| 0.0).chain((0..64).map(|i| 1e-42 * i as f32)).chain((0..64).map(|i| i as f32)).collect();
+    let inputs = ops.load_matrix(&[Weight::from_f32(64, &values).source()], WeightFormat::F32).unwrap();
+    let w = ops.load_matrix(&[Weight::from_f32(64, &[0.5; 64 * 16]).source()], WeightFormat::Fp8).unwrap();
+    let (x, out) = (ops.alloc_poisoned(Rows::Tokens, 64), ops.alloc_poisoned(Rows::Tokens, 16));
+    let step = scenarios::plain_step(noise, 70, 3);
+    ops.begin(&step).unwrap();
+    ops.embedding(inputs, x);
+    ops.linear(x, w, None, out, Store::Replace);
+    ops.run();
+    for (row, token) in ops.read(out).unwrap().chunks(16).zip(&step.tokens) {
+        let want = if *token == 2 { 0.5 * (0..64).sum::<i32>() as f32 } else { 0.0 };
+        assert!(row.iter().all(|v| (v - want).abs() <= want * 0.02 + 1e-30), "{token}: {row:?}");
+    }
 }
 
 #[test]

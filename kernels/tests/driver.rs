@@ -105,6 +105,18 @@ fn an_image_that_the_driver_refuses_is_made_anew_once() {
     driver.assert_empty();
 }
 
+#[test]
+fn products_of_8_bit_floats_are_refused_by_a_card_that_has_none() {
+    let backend = |capability| {
+        let driver = FakeDriver::recording(Machine { capability, ..Machine::default() });
+        let card = open(&driver).unwrap();
+        CudaBackend::new(card, LIMITS).with_activations(Activations::Fp8).map(|_| ()).map_err(|e| e.to_string())
+    };
+    assert_eq!((backend((8, 9)), backend((9, 0)), backend((12, 0))), (Ok(()), Ok(()), Ok(())));
+    let refused = backend((8, 6)).unwrap_err();
+    assert!(refused.contains("sm_86") && refused.contains("8.9") && refused.contains("--activations"), "{refused}");
+}
+
 const RMS_NORM: Kernel = Kernel::new(Source::Rows, "rms_norm", 256);
 
 #[test]

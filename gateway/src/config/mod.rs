@@ -29,7 +29,8 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tidemill_engine::{Device, EngineOptions};
-use tidemill_kernels::{KvDtype, WeightFormat};
+use tidemill_kernels::cuda::device::Prefill;
+use tidemill_kernels::{Activations, KvDtype, WeightFormat};
 use tidemill_rlhf::flywheel::Policy;
 use tidemill_rlhf::workplace::one_card;
 use tidemill_store::Limits;
@@ -51,7 +52,9 @@ pub const KEYS: &[&str] = &[
     "max_waiting",
     "max_batch_tokens",
     "weights",
+    "activations",
     "kv_dtype",
+    "attention_backend",
     "prefix_caching",
     "max_loras",
     "max_lora_rank",
@@ -180,8 +183,12 @@ pub struct Config {
     pub max_batch_tokens: usize,
     /// Packing of weights.
     pub weights: WeightFormat,
+    /// What activations are where weights of 8-bit floats are multiplied.
+    pub activations: Activations,
     /// Storage of keys and values.
     pub kv_dtype: KvDtype,
+    /// How a card computes attention of prompts.
+    pub attention_backend: Option<Prefill>,
     /// Reuse of computed prefixes.
     pub prefix_caching: bool,
     /// Adapters at once.
@@ -316,8 +323,16 @@ impl Config {
                     )
                 })
             })?,
+            activations: get("activations").map_or(Ok(Activations::Bf16), |s| {
+                s.parse(|text| value::choice(text, &[("bf16", Activations::Bf16), ("fp8", Activations::Fp8)]))
+            })?,
             kv_dtype: get("kv_dtype").map_or(Ok(KvDtype::Bf16), |s| {
                 s.parse(|text| value::choice(text, &[("bf16", KvDtype::Bf16), ("f32", KvDtype::F32), ("fp8", KvDtype::Fp8)]))
+            })?,
+            attention_backend: get("attention_backend").map_or(Ok(None), |s| {
+                s.parse(|text| {
+                    value::choice(text, &[("auto", None), ("mma", Some(Prefill::Mma)), ("wgmma", Some(Prefill::Wgmma))])
+                })
             })?,
             prefix_caching: get("prefix_caching").map_or(Ok(true), |s| s.parse(value::switch))?,
             max_loras: count("max_loras", 0)?.unwrap_or(base.max_adapters),
@@ -413,7 +428,9 @@ impl Config {
             max_batch_tokens: self.max_batch_tokens,
             max_waiting: self.max_waiting,
             weight_format: self.weights,
+            activations: self.activations,
             kv_dtype: self.kv_dtype,
+            attention_backend: self.attention_backend,
             prefix_caching: self.prefix_caching,
             max_adapters: self.max_loras,
             max_adapter_rank: self.max_lora_rank,

@@ -38,10 +38,11 @@ impl LocalModel {
         let options = engine.options();
         // Whatever changes the answers: the weights, their form, the form of keys and values, this program.
         let configuration = format!(
-            "{} {} {:?} {:?} {}",
+            "{} {} {:?} {:?} {:?} {}",
             engine.description(),
             engine.memory().backend,
             options.weight_format,
+            options.activations,
             options.kv_dtype,
             env!("CARGO_PKG_VERSION")
         );

@@ -2,6 +2,7 @@
 
 use super::CudaBackend;
 use super::device::Device;
+use super::fp8::Fp8Rooms;
 use super::weights::{Form, PADDING};
 use crate::error::KernelError;
 use crate::ops::Rows;
@@ -32,13 +33,17 @@ impl<D: Device> CudaBackend<D> {
     fn still_to_reserve(&self) -> usize {
         let copies = self.buffers.iter().filter(|buffer| buffer.half.is_none());
         let copies = copies.map(|b| self.shapes.capacity(b.rows) * b.width.next_multiple_of(PADDING) * 2).sum::<usize>();
+        let rounded = self.matrices.iter().filter(|m| m.form == Form::Fp8 && self.rounds(m.weights.n as usize));
+        // What is added to has the width of the residual stream, which no input of a layer's first product exceeds.
+        let widest = rounded.map(|m| m.weights.stride as usize).max();
+        let rounded = widest.map_or(0, |widest| Fp8Rooms::needed(self.shapes.capacity(Rows::Tokens), widest, widest));
         let quantised = self.matrices.iter().filter(|m| matches!(m.form, Form::Int8 | Form::Int4 | Form::Fp8));
         let widened = quantised.map(|m| m.weights.n as usize * m.weights.stride as usize * 2).max().unwrap_or(0);
         let sampled = self.buffers.iter().filter(|buffer| buffer.rows == Rows::Samples);
         let values = sampled.map(|b| self.shapes.capacity(b.rows) * b.width * 4).max().unwrap_or(0);
         // Rooms grow to powers of 2.
         let collected = if self.device.place().is_alone() { 0 } else { values };
-        copies + [widened, values, collected].map(usize::next_power_of_two).iter().sum::<usize>()
+        copies + rounded + [widened, values, collected].map(usize::next_power_of_two).iter().sum::<usize>()
     }
 }
 

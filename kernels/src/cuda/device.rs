@@ -34,6 +34,8 @@ pub enum Source {
     Sampling,
     /// A mixture of experts.
     Moe,
+    /// What is around products of 8-bit floats.
+    Fp8,
     /// Products and attention of training.
     Train,
     /// Training, row by row.
@@ -52,13 +54,14 @@ macro_rules! with {
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 8] = [
+    pub const ALL: [Source; 9] = [
         Source::Rows,
         Source::Linear,
         Source::Attention,
         Source::AttentionHopper,
         Source::Sampling,
         Source::Moe,
+        Source::Fp8,
         Source::Train,
         Source::TrainRows,
     ];
@@ -82,6 +85,7 @@ impl Source {
             Source::AttentionHopper => "attention_hopper.cu",
             Source::Sampling => "sampling.cu",
             Source::Moe => "moe.cu",
+            Source::Fp8 => "fp8.cu",
             Source::Train => "train.cu",
             Source::TrainRows => "train_rows.cu",
         }
@@ -96,6 +100,7 @@ impl Source {
             Source::AttentionHopper => with!("hopper.cuh", "attention.cuh", "attention_hopper.cu"),
             Source::Sampling => include_str!("../../cuda/sampling.cu"),
             Source::Moe => with!("few_rows.cuh", "moe.cu"),
+            Source::Fp8 => include_str!("../../cuda/fp8.cu"),
             Source::Train => include_str!("../../cuda/train.cu"),
             Source::TrainRows => include_str!("../../cuda/train_rows.cu"),
         }
@@ -146,12 +151,34 @@ impl Launch {
     }
 }
 
-/// `out [rows, n] = x [rows, k] · w [n, k]ᵀ` (or added to `out`); bf16 operands with rows of `stride` elements, f32 sums and result.
+/// What a library multiplies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Operands {
+    /// bfloat16.
+    #[default]
+    Bf16,
+    /// 8-bit floats ([`crate::e4m3`]); `n` and `stride` are multiples of 16.
+    Fp8,
+}
+
+impl Operands {
+    /// Bytes of an element.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Operands::Bf16 => 2,
+            Operands::Fp8 => 1,
+        }
+    }
+}
+
+/// `out [rows, n] = x [rows, k] · w [n, k]ᵀ` (or added to `out`); operands with rows of `stride` elements, f32 sums and result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Product {
-    /// bf16 `[rows, stride]`.
+    /// What x and w hold.
+    pub operands: Operands,
+    /// `[rows, stride]`.
     pub x: Address,
-    /// bf16 `[n, stride]`.
+    /// `[n, stride]`.
     pub w: Address,
     /// f32 `[rows, n]`.
     pub out: Address,
@@ -255,6 +282,10 @@ pub trait Device: Send {
     /// How it computes the attention of many rows with heads of this width.
     fn prefill(&self, _head_dim: usize) -> Prefill {
         Prefill::Mma
+    }
+    /// Whether it has products of [`Operands::Fp8`].
+    fn multiplies_fp8(&self) -> bool {
+        false
     }
     /// Which of the devices it is that compute a model together.
     fn place(&self) -> Place {

@@ -105,6 +105,8 @@ pub struct Card<C: Calls = Cuda> {
     /// Of the driver: 1000 · major + 10 · minor of CUDA.
     version: i32,
     processors: usize,
+    /// Compute capability.
+    capability: (i32, i32),
 }
 
 /// A card that the kernels run on, and that nothing was reserved on yet.
@@ -227,6 +229,7 @@ impl<C: Calls> Card<C> {
             architecture,
             version,
             processors: processors as usize,
+            capability: (major, minor),
         };
         card.current()?;
         // SAFETY: of the context that is current; given back when this is dropped.
@@ -393,6 +396,10 @@ impl<C: Calls> Device for Card<C> {
     fn describe(&self) -> String {
         let total = self.memory().map_or(String::new(), |(_, total)| format!(", {:.0} GiB", total as f64 / f64::from(1 << 30)));
         format!("{}{total}, CUDA {}{}", self.kind(), dotted(self.version), self.choice.words())
+    }
+
+    fn multiplies_fp8(&self) -> bool {
+        self.capability >= (8, 9)
     }
 
     fn prefill(&self, head_dim: usize) -> Prefill {

@@ -1,12 +1,12 @@
 //! Products with weights, and the bf16 copies of activations that they read.
 
-use super::device::{Address, Device, Launch, Product};
+use super::device::{Address, Device, Launch, Operands, Product};
 use super::holdings::{Half, HeldMatrix, few_rows};
 use super::params as p;
 use super::weights::{self, Form};
 use super::{ADD_BIAS, CudaBackend, HALVE, LINEAR_F32, WIDEN};
 use crate::error::KernelError;
-use crate::ops::{Buf, Matrix, Store, Vector};
+use crate::ops::{Buf, Matrix, Rows, Store, Vector};
 
 impl<D: Device> CudaBackend<D> {
     /// Where a producer of a whole buffer is to leave a bf16 copy, if anywhere, and its stride. From here on the copy counts as fresh.
@@ -70,6 +70,12 @@ impl<D: Device> CudaBackend<D> {
         if rows == 0 {
             return Ok(());
         }
+        let many = few_rows(form).iter().all(|(most, _)| rows > *most);
+        // What logits are made of is not rounded: they are sampled from as they are.
+        let inside = self.buffers[x.0 as usize].rows == Rows::Tokens;
+        if form == Form::Fp8 && many && inside && self.rounds(n) {
+            return self.multiply_fp8(x, weights, bias, out, store == Store::Add);
+        }
         let half = self.halved(x)?;
         let out = self.at(out);
         if let Some((most, kernel)) = few_rows(form).iter().find(|(most, _)| rows <= *most) {
@@ -85,7 +91,16 @@ impl<D: Device> CudaBackend<D> {
                 to
             }
         };
-        self.device.product(Product { x: half, w: wide, out, rows, n, stride, add: store == Store::Add })?;
+        self.device.product(Product {
+            operands: Operands::Bf16,
+            x: half,
+            w: wide,
+            out,
+            rows,
+            n,
+            stride,
+            add: store == Store::Add,
+        })?;
         if bias != Address::NONE {
             self.launch(ADD_BIAS, Launch::blocks(rows), p::AddBias { bias, out, width: n as u32, unused: 0 })?;
         }

@@ -16,6 +16,7 @@ pub mod compile;
 pub mod device;
 pub mod driver;
 mod experts;
+mod fp8;
 mod graphs;
 mod halves;
 mod holdings;
@@ -41,6 +42,7 @@ use self::attention::{Plans, cache_form};
 use self::collectives::Collected;
 use self::device::{Address, Device, Kernel, Launch, Params, Source};
 use self::experts::{HeldExperts, HeldRouting};
+use self::fp8::Fp8Rooms;
 use self::graphs::Op;
 use self::holdings::{Buffer, HeldCache, HeldMatrix, HeldRope};
 use self::lists::{StepLists, Swap};
@@ -90,6 +92,8 @@ pub struct CudaBackend<D: Device> {
     partials: Room,
     /// A quantised matrix as bf16, for products of many rows.
     widened: Room,
+    activations: Activations,
+    fp8: Fp8Rooms,
     sampling: SamplingRoom,
     collected: Collected,
     captures: Captures,
@@ -121,6 +125,8 @@ impl<D: Device> CudaBackend<D> {
             plans: Plans::default(),
             partials: Room::default(),
             widened: Room::default(),
+            activations: Activations::default(),
+            fp8: Fp8Rooms::default(),
             sampling: SamplingRoom::default(),
             collected: Collected::default(),
             captures: Captures::default(),
@@ -214,7 +220,7 @@ impl<D: Device> Drop for CudaBackend<D> {
         self.hand_back();
         let rooms =
             [self.lists.room, self.partials, self.widened].into_iter().chain(self.plans.rooms()).chain(self.sampling.rooms());
-        let rooms = rooms.chain(self.collected.rooms());
+        let rooms = rooms.chain(self.collected.rooms()).chain(self.fp8.rooms());
         let halves = self.buffers.iter().filter_map(|b| b.half.map(|half| half.at));
         let all = rooms.filter(|room| room.bytes > 0).map(|room| room.at).chain(halves).chain(self.adapters.addresses());
         let all: Vec<Address> = all.chain(self.owned.iter().copied()).collect();
@@ -240,7 +246,7 @@ impl<D: Device> Ops for CudaBackend<D> {
 
     fn memory(&self) -> MemoryUse {
         let rooms = [self.lists.room, self.partials, self.widened].into_iter().chain(self.sampling.rooms());
-        let rooms = rooms.chain(self.collected.rooms());
+        let rooms = rooms.chain(self.collected.rooms()).chain(self.fp8.rooms());
         let activations = self.memory.activations + rooms.map(|room| room.bytes).sum::<usize>();
         MemoryUse { activations, adapters: self.adapters.bytes(), ..self.memory }
     }

@@ -59,6 +59,10 @@ params! {
         x: Address, weights: Address, places: Address, tokens: Address, out: Address, width: u32, each: u32, add: u32, unused: u32,
     }
     GateRows { gate: Address, x: Address, half: Address, width: u32, half_stride: u32 }
+    Round { x: Address, to: Address, scales: Address, width: u32, stride: u32 }
+    Rescale {
+        products: Address, row_scales: Address, scales: Address, bias: Address, out: Address, n: u32, add: u32,
+    }
     Linear { x: Address, w: Weights, bias: Address, out: Address, rows: u32, add: u32 }
     Tile { first_row: u32, rows: u32, context: u32, first_block: u32, packed: u32, from: u32, to: u32, partial: u32 }
     Attention {

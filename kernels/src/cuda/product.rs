@@ -8,7 +8,7 @@ use cudarc::cublaslt::{result, sys};
 use cudarc::driver::sys::CUstream;
 
 use super::calls::Multiplier;
-use super::device::{Address, Product};
+use super::device::{Address, Operands, Product};
 use super::libraries::Library;
 use crate::error::KernelError;
 
@@ -21,12 +21,15 @@ struct Plan {
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
-/// The library, and its plans by rows, features and input features.
+/// Operands, rows, output features, input features.
+type Shape = (Operands, usize, usize, usize);
+
+/// The library, and its plans.
 pub(super) struct Products {
     handle: sys::cublasLtHandle_t,
     /// Memory that the library may use for a product.
     workspace: (Address, usize),
-    plans: HashMap<(usize, usize, usize), Plan>,
+    plans: HashMap<Shape, Plan>,
 }
 
 fn failed(what: &str, e: result::CublasError) -> KernelError {
@@ -44,15 +47,21 @@ impl Products {
         Ok(Products { handle, workspace: (workspace, bytes), plans: HashMap::new() })
     }
 
-    fn plan(&self, (rows, n, stride): (usize, usize, usize)) -> Result<Plan, KernelError> {
-        let (bf16, f32) = (sys::cudaDataType_t::CUDA_R_16BF, sys::cudaDataType_t::CUDA_R_32F);
+    fn plan(&self, (operands, rows, n, stride): Shape) -> Result<Plan, KernelError> {
+        let f32 = sys::cudaDataType_t::CUDA_R_32F;
+        // Of 8-bit floats the library multiplies a transposed matrix with one that is not, in f32: what this does of bf16 as well. Their
+        // scales are 1 where nobody sets them.
+        let kind = match operands {
+            Operands::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
+            Operands::Fp8 => sys::cudaDataType_t::CUDA_R_8F_E4M3,
+        };
         let [rows, n, k] = [rows, n, stride].map(|v| v as u64);
         let describes = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, f32)
             .map_err(|e| failed("describes nothing", e))?;
         let layout = |kind, rows: u64, columns| {
             result::create_matrix_layout(kind, rows, columns, rows as i64).map_err(|e| failed("has no layout", e))
         };
-        let (w, x, out) = (layout(bf16, k, n)?, layout(bf16, k, rows)?, layout(f32, n, rows)?);
+        let (w, x, out) = (layout(kind, k, n)?, layout(kind, k, rows)?, layout(f32, n, rows)?);
         let transposed = cublasOperation_t::CUBLAS_OP_T;
         let preference = result::create_matmul_pref().map_err(|e| failed("has no preferences", e))?;
         let size = self.workspace.1;
@@ -66,7 +75,10 @@ impl Products {
         };
         // SAFETY: made above, destroyed once.
         let _ = unsafe { result::destroy_matmul_pref(preference) };
-        let found = found.map_err(|e| failed("knows no way to multiply", e))?;
+        let found = found.map_err(|e| match operands {
+            Operands::Bf16 => failed("knows no way to multiply", e),
+            Operands::Fp8 => failed("knows no way to multiply 8-bit floats; leave --activations at bf16", e),
+        })?;
         Ok(Plan { describes, w, x, out, algorithm: found.algo })
     }
 }
@@ -74,7 +86,7 @@ impl Products {
 impl Multiplier for Products {
     /// `out = x wᵀ`, which is `outᵀ = w xᵀ` for a library that counts by columns: w is transposed there, x and out lie as they should.
     fn run(&mut self, p: Product, stream: CUstream) -> Result<(), KernelError> {
-        let shape = (p.rows, p.n, p.stride);
+        let shape = (p.operands, p.rows, p.n, p.stride);
         if !self.plans.contains_key(&shape) {
             let plan = self.plan(shape)?;
             self.plans.insert(shape, plan);

@@ -167,7 +167,7 @@ impl<D: Device> CudaBackend<D> {
     /// How often memory that captured steps read has moved.
     fn moves(&self) -> usize {
         let rooms = [self.lists.room, self.partials, self.widened].into_iter().chain(self.plans.rooms());
-        rooms.map(|room| room.moves).sum::<usize>() + self.adapters.moves() + self.collected.moves()
+        rooms.chain(self.fp8.rooms()).map(|room| room.moves).sum::<usize>() + self.adapters.moves() + self.collected.moves()
     }
 
     /// Gives captured steps that are not used any more back to the device.

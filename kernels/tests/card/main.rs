@@ -25,11 +25,12 @@ use clock::Clock;
 use rates::{Ceilings, Sizes};
 use support::emulation::Emulated;
 use support::exchange;
-use tidemill_kernels::Limits;
 use tidemill_kernels::collective::Member;
-use tidemill_kernels::cuda::device::Device;
+use tidemill_kernels::cuda::device::{Device, Prefill};
 use tidemill_kernels::cuda::driver::{Card, prepare};
+use tidemill_kernels::cuda::trial::Trial;
 use tidemill_kernels::cuda::{CudaBackend, nccl};
+use tidemill_kernels::{Activations, KernelError, Limits};
 
 /// Cards that kernels are compiled for ahead.
 const ARCHITECTURES: [&str; 7] = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_103", "sm_120"];
@@ -48,13 +49,15 @@ card part FOLDER NAME from=N [only]      from its Nth case on, or that alone
 Exit status: 1 where something is wrong, 2 where there is no card, 3 where there is one that cannot be used";
 
 /// A part of the check: its name, the section of the table it belongs to, and how long it may take.
-const PARTS: [(&str, Section, u64); 26] = [
+const PARTS: [(&str, Section, u64); 29] = [
     ("machine", Section::Machine, 20),
     ("open", Section::Machine, 60),
     ("parity rows", Section::Parity, 20),
     ("parity linears", Section::Parity, 20),
     ("parity attention", Section::Parity, 40),
+    ("parity attention wgmma", Section::Parity, 60),
     ("parity fp8", Section::Parity, 40),
+    ("parity fp8 activations", Section::Parity, 20),
     ("parity low-rank", Section::Parity, 20),
     ("parity experts", Section::Parity, 30),
     ("parity sampling", Section::Parity, 20),
@@ -69,10 +72,12 @@ const PARTS: [(&str, Section, u64); 26] = [
     ("rates int8", Section::Rates, 60),
     ("rates int4", Section::Rates, 60),
     ("rates fp8", Section::Rates, 60),
+    ("rates fp8 activations", Section::Rates, 60),
     ("rates low-rank", Section::Rates, 30),
     ("rates decode", Section::Rates, 60),
     ("rates decode fp8", Section::Rates, 60),
     ("rates prefill", Section::Rates, 30),
+    ("rates prefill wgmma", Section::Rates, 30),
     ("rates sampling", Section::Rates, 30),
     // Last: the processor takes its time.
     ("parity large", Section::Parity, 60),
@@ -180,6 +185,8 @@ fn part(place: &Place<'_>, name: &str, rest: &[&str]) -> ExitCode {
         ("rehearsal", _) => return machine::rehearsal(cases),
         _ => {}
     }
+    let by_warpgroups = name.ends_with("wgmma");
+    let activations = if name.ends_with("activations") { Activations::Fp8 } else { Activations::Bf16 };
     // While it is open the driver keeps what a card has for this process, so that those opened for a case are opened fast.
     let _kept = match place {
         Place::Card(images) => Some(Card::open(Some(images)).unwrap()),
@@ -192,14 +199,44 @@ fn part(place: &Place<'_>, name: &str, rest: &[&str]) -> ExitCode {
         }
         ("parity training", Place::Emulated) => parity::training(&|| Box::new(Emulated::default()), cases),
         (_, Place::Card(images)) => {
-            let open = |limits: Limits| CudaBackend::new(Card::open(Some(images)).unwrap(), limits);
+            if by_warpgroups && let Err(why) = chooses(images) {
+                println!("| {name} | not run: {why} |");
+                return ExitCode::SUCCESS;
+            }
+            let one = Limits { max_tokens: 1, max_samples: 1, max_positions: 1 };
+            let opened = CudaBackend::new(Card::open(Some(images)).unwrap(), one).with_activations(activations);
+            if let Some(why) = opened.err() {
+                println!("| {name} | not run: {why} |");
+                return ExitCode::SUCCESS;
+            }
+            let open = |limits: Limits| {
+                let mut card = Card::open(Some(images)).unwrap();
+                let prefill = if by_warpgroups { Prefill::Wgmma } else { Prefill::Mma };
+                card.choose_prefill(Some(prefill), &Trial::serving(), None).unwrap();
+                CudaBackend::new(card, limits).with_activations(activations).unwrap()
+            };
             return on(open, name, &Sizes::serving(), ceilings, rest.contains(&"brief"), cases);
         }
         (_, Place::Emulated) => {
-            return on(|limits| CudaBackend::new(Emulated::default(), limits), name, &Sizes::tiny(), ceilings, true, cases);
+            let open = |limits| {
+                let mut device = Emulated::default();
+                device.prefill = if by_warpgroups { Prefill::Wgmma } else { Prefill::Mma };
+                CudaBackend::new(device, limits).with_activations(activations).unwrap()
+            };
+            return on(open, name, &Sizes::tiny(), ceilings, true, cases);
         }
     }
     ExitCode::SUCCESS
+}
+
+/// A row of what a server would choose on this card, if it knows both ways.
+fn chooses(images: &Path) -> Result<(), KernelError> {
+    let mut card = Card::open(Some(images))?;
+    card.choose_prefill(Some(Prefill::Wgmma), &Trial::serving(), None)?;
+    card.choose_prefill(None, &Trial::serving(), None)?;
+    let words = [64, 128].map(|width| format!("heads of {width} by {:?}", card.prefill(width)));
+    println!("| a server's own trial: prompts with {} {} | | | | | |", words.join(", "), card.warnings().join("; "));
+    Ok(())
 }
 
 /// Steps with exchanges, captured where they can be, on as many cards as there are, four at most; on two emulated ones.

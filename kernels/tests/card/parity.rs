@@ -29,7 +29,17 @@ pub fn part<D: Clock>(open: impl Fn(Limits) -> CudaBackend<D>, what: &str, sizes
     match what {
         "rows" => agree(scenarios::rows()),
         "linears" => agree(scenarios::linears()),
-        "attention" => [scenarios::attention(), scenarios::copies(), scenarios::long_contexts()].into_iter().for_each(agree),
+        "attention" => {
+            let all = [scenarios::attention(), scenarios::copies(), scenarios::long_contexts(), scenarios::prompts()];
+            all.into_iter().for_each(agree);
+        }
+        "attention wgmma" => {
+            let mut all: Vec<Scenario> =
+                scenarios::prompts().into_iter().chain(scenarios::attention_in(KvDtype::Bf16, 2e-2)).collect();
+            all.iter_mut().for_each(|scenario| scenario.operation.push_str(", wgmma"));
+            agree(all);
+        }
+        "fp8 activations" => agree(scenarios::fp8_activations()),
         "fp8" => agree(scenarios::only_on_cards()),
         "low-rank" => agree(low_rank::scenarios()),
         "experts" => [experts::scenarios(), experts::gates()].into_iter().for_each(agree),

@@ -282,10 +282,12 @@ pub fn part<D: Clock>(
         // Nibbles, and a scale and a minimum for 32.
         "int4" => linears(bench, Format::Q4_0, WeightFormat::Auto, "int4", 0.625),
         "fp8" => linears(bench, Format::Bf16, WeightFormat::Fp8, "fp8", 1.0),
+        "fp8 activations" => linears(bench, Format::Bf16, WeightFormat::Fp8, "fp8, activations too", 1.0),
         "low-rank" => low_rank(bench),
         "decode" => decode(bench, KvDtype::Bf16),
         "decode fp8" => decode(bench, KvDtype::Fp8),
-        "prefill" => prefill(bench),
+        "prefill" => prefill(bench, "prefill"),
+        "prefill wgmma" => prefill(bench, "prefill by wgmma"),
         _ => sampling(bench),
     }
 }
@@ -411,9 +413,9 @@ fn decode<D: Clock>(bench: Bench<'_, D>, dtype: KvDtype) {
     });
 }
 
-fn prefill<D: Clock>(bench: Bench<'_, D>) {
+fn prefill<D: Clock>(bench: Bench<'_, D>, name: &str) {
     let (rows, longest) = (bench.sizes.chunk, bench.sizes.contexts[2]);
-    attention(bench, "prefill", KvDtype::Bf16, vec![(rows, rows), (rows, longest)], |bench, rows, context| {
+    attention(bench, name, KvDtype::Bf16, vec![(rows, rows), (rows, longest)], |bench, rows, context| {
         // Pairs of a query and a key that it sees.
         let seen = (context - rows) * rows + rows * (rows + 1) / 2;
         (bench.prefill(rows, context), context, seen as f64)

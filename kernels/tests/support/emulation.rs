@@ -14,9 +14,9 @@ use std::sync::{Arc, OnceLock};
 use half::bf16;
 use tidemill_kernels::collective::Member;
 use tidemill_kernels::cuda::device::{
-    Address, Device, FETCHES, Fetch, Graph, HEADER, HostAddress, Kernel, Launch, Pieces, Prefill, Product, Source,
+    Address, Device, FETCHES, Fetch, Graph, HEADER, HostAddress, Kernel, Launch, Operands, Pieces, Prefill, Product, Source,
 };
-use tidemill_kernels::{KernelError, Place};
+use tidemill_kernels::{KernelError, Place, e4m3};
 
 const HOST: &str =
     concat!(include_str!("../../emulation/host.h"), "\n#line 1 \"hopper.h\"\n", include_str!("../../emulation/hopper.h"));
@@ -436,12 +436,19 @@ impl Device for Emulated {
             work.push(Work::Product(product));
             return Ok(());
         }
-        let Product { x, w, out, rows, n, stride, add } = product;
+        let Product { operands, x, w, out, rows, n, stride, add } = product;
         let load = |at: Address, count: usize| {
-            let mut bytes = vec![0; count * 2];
-            self.read(at, &mut bytes)
-                .map(|()| bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect::<Vec<f32>>())
+            let mut bytes = vec![0; count * operands.bytes()];
+            self.read(at, &mut bytes).map(|()| match operands {
+                Operands::Bf16 => bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect::<Vec<f32>>(),
+                Operands::Fp8 => bytes.iter().map(|b| e4m3::decode(*b)).collect(),
+            })
         };
+        if operands == Operands::Fp8 {
+            // What the library asks for.
+            let places = [x.0, w.0, out.0];
+            assert!(n % 16 == 0 && stride % 16 == 0 && places.iter().all(|at| at % 16 == 0), "{product:?}");
+        }
         let (x, w) = (load(x, rows * stride)?, load(w, n * stride)?);
         let mut bytes = vec![0; rows * n * 4];
         self.read(out, &mut bytes)?;
@@ -453,6 +460,10 @@ impl Device for Emulated {
             *value = ((before + products.sum::<f64>()) as f32).to_le_bytes();
         }
         self.write(out, &bytes)
+    }
+
+    fn multiplies_fp8(&self) -> bool {
+        true
     }
 
     fn prefill(&self, _head_dim: usize) -> Prefill {

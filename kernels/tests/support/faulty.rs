@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use tidemill_kernels::cuda::device::{Address, Device, Fetch, Graph, HostAddress, Kernel, Launch, Pieces, Product};
+use tidemill_kernels::cuda::device::{Address, Device, Fetch, Graph, HostAddress, Kernel, Launch, Pieces, Prefill, Product};
 use tidemill_kernels::{KernelError, Place};
 
 /// Calls that go well before the one that fails; `None` when none is to fail. Shared with whoever lights it.
@@ -125,6 +125,14 @@ impl<D: Device> Device for Faulty<D> {
     fn product(&mut self, product: Product) -> Result<(), KernelError> {
         self.turn(failure)?;
         self.inner.product(product)
+    }
+
+    fn multiplies_fp8(&self) -> bool {
+        self.inner.multiplies_fp8()
+    }
+
+    fn prefill(&self, head_dim: usize) -> Prefill {
+        self.inner.prefill(head_dim)
     }
 
     fn place(&self) -> Place {

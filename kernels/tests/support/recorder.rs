@@ -110,8 +110,8 @@ impl Recorder {
                 }
             }
             Call::Product(p) => {
-                self.assert_held(p.x, p.rows * p.stride * 2, p);
-                self.assert_held(p.w, p.n * p.stride * 2, p);
+                self.assert_held(p.x, p.rows * p.stride * p.operands.bytes(), p);
+                self.assert_held(p.w, p.n * p.stride * p.operands.bytes(), p);
                 self.assert_held(p.out, p.rows * p.n * 4, p);
             }
             Call::AllReduce(at, count) | Call::Broadcast(at, count) => self.assert_held(*at, count * 4, call),

@@ -193,6 +193,29 @@ pub fn linear(seed: u64, format: Format, packed: WeightFormat, tolerance: f64) -
     sizes.into_iter().map(one).collect()
 }
 
+/// Weights and rows of 8-bit floats, for a backend that rounds activations: against products of what was not rounded.
+pub fn fp8_activations() -> Vec<Scenario> {
+    let one = |(rows, k, n): (usize, usize, usize)| {
+        Scenario::new("linear, weights and activations as Fp8", format!("{rows} × {k} × {n}"), 6e-2, move |ops| {
+            let noise = &mut Noise::new(31);
+            let table = ops.load_table(noise, 50, k);
+            let w = Weight::random(noise, n, k, Format::Bf16, 0.5);
+            let w = ops.load_matrix(&[w.source()], WeightFormat::Fp8).unwrap();
+            let bias = ops.load_vector(&noise.values(n, 1.0)).unwrap();
+            let x = ops.alloc_poisoned(Rows::Tokens, k);
+            let [plain, sum] = [0; 2].map(|_| ops.alloc_poisoned(Rows::Tokens, n));
+            ops.begin(&plain_step(noise, rows, 50)).unwrap();
+            ops.embedding(table, x);
+            ops.linear(x, w, None, plain, Store::Replace);
+            ops.linear(x, w, Some(bias), sum, Store::Replace);
+            ops.linear(x, w, None, sum, Store::Add);
+            ops.run();
+            vec![plain, sum]
+        })
+    };
+    [(65, 64, 48), (70, 576, 160), (69, 1000, 64)].map(one).into()
+}
+
 /// What only cards have: weights and caches of 8-bit floats.
 pub fn only_on_cards() -> Vec<Scenario> {
     let linears = [Format::F32, Format::Bf16].map(|format| linear(9, format, WeightFormat::Fp8, 6e-2));

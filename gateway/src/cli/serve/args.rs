@@ -44,9 +44,15 @@ pub struct ServeArgs {
     /// Form of the weights in memory: auto, f32, bf16, int8, fp8 (on cards) [default: auto]
     #[arg(long, value_name = "FORMAT")]
     weights: Option<String>,
-    /// Form of keys and values: bf16, f32 [default: bf16]
+    /// What activations are where `--weights fp8` are multiplied: bf16, fp8 (of many rows, on cards that can) [default: bf16]
+    #[arg(long, value_name = "FORMAT")]
+    activations: Option<String>,
+    /// Form of keys and values: bf16, f32, fp8 (on cards) [default: bf16]
     #[arg(long, value_name = "FORMAT")]
     kv_dtype: Option<String>,
+    /// How a card computes the attention of prompts: auto (what it does faster), mma, wgmma [default: auto]
+    #[arg(long, value_name = "NAME")]
+    attention_backend: Option<String>,
     /// Reuse what was computed for equal beginnings of prompts: true, false [default: true]
     #[arg(long, value_name = "BOOL")]
     prefix_caching: Option<String>,
@@ -207,7 +213,9 @@ impl ServeArgs {
             ("max_waiting", &self.max_waiting),
             ("max_batch_tokens", &self.max_batch_tokens),
             ("weights", &self.weights),
+            ("activations", &self.activations),
             ("kv_dtype", &self.kv_dtype),
+            ("attention_backend", &self.attention_backend),
             ("prefix_caching", &self.prefix_caching),
             ("max_loras", &self.max_loras),
             ("max_lora_rank", &self.max_lora_rank),

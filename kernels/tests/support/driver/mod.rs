@@ -3,6 +3,7 @@
 //! were given back, or never are; calls on a thread that made no context current; anything but launches during a capture; copies from
 //! memory that nobody locked, and to it.
 
+mod controls;
 mod library;
 mod work;
 
@@ -161,61 +162,6 @@ impl FakeDriver {
         })))
     }
 
-    /// The calls since the last time.
-    pub fn take_log(&self) -> Vec<&'static str> {
-        std::mem::take(&mut self.state().log)
-    }
-
-    /// A kernel takes so many milliseconds.
-    pub fn set_cost(&self, kernel: &'static str, milliseconds: f64) {
-        self.state().costs.insert(kernel, milliseconds);
-    }
-
-    /// A kernel does nothing.
-    pub fn leave_out(&self, kernel: &'static str) {
-        self.state().idle.push(kernel);
-    }
-
-    /// The call after so many fails, once; with what a card says that is lost, all behind it, too.
-    pub fn fail_after(&self, calls: usize, code: CUresult) {
-        self.state().fails = Some((calls, code));
-    }
-
-    /// The next call of this name fails.
-    pub fn fail_next(&self, call: &'static str, code: CUresult) {
-        self.state().fails_named = Some((call, code));
-    }
-
-    /// Whether the failure that was asked for is behind; if not, it does not come any more.
-    pub fn has_failed(&self) -> bool {
-        let mut state = self.state();
-        let (left, named) = (state.fails.take(), state.fails_named.take());
-        left.is_none() && named.is_none()
-    }
-
-    /// Everything was given back, as after the last card of a driver is closed; a card that is lost has taken all with it.
-    pub fn assert_empty(&self) {
-        let mut state = self.state();
-        assert_eq!(state.context, None, "the context is held");
-        if state.lost.is_some() {
-            let held: Vec<u64> = state.held.keys().copied().collect();
-            held.into_iter().for_each(|at| state.memory.free(Address(at)));
-            state.held.clear();
-            return;
-        }
-        let counts = [
-            ("allocations", state.held.len()),
-            ("locked allocations", state.locked.len()),
-            ("streams", state.stream.iter().len()),
-            ("events", state.events.len()),
-            ("modules", state.modules.len()),
-            ("graphs", state.graphs.len()),
-            ("executable graphs", state.executables.len()),
-            ("libraries", state.libraries),
-        ];
-        assert!(counts.iter().all(|(_, count)| *count == 0), "never given back: {counts:?}");
-    }
-
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap()
     }
@@ -301,8 +247,8 @@ impl State {
                 }
             }
             Work::Product(p) => {
-                self.assert_held(p.x.0, p.rows * p.stride * 2);
-                self.assert_held(p.w.0, p.n * p.stride * 2);
+                self.assert_held(p.x.0, p.rows * p.stride * p.operands.bytes());
+                self.assert_held(p.w.0, p.n * p.stride * p.operands.bytes());
                 self.assert_held(p.out.0, p.rows * p.n * 4);
             }
             Work::Graph(list) => list.iter().for_each(|work| self.assert_sound(work)),
