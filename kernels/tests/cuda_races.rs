@@ -28,6 +28,12 @@ fn of_scenario(scenario: Scenario) -> Work {
     Work { what, run: Box::new(move |device| scenario.bits(&mut CudaBackend::new(device, scenario.limits))) }
 }
 
+fn rounding(scenario: Scenario) -> Work {
+    let what = format!("{}, {}", scenario.operation, scenario.sizes);
+    let ops = |device, limits| CudaBackend::new(device, limits).with_activations(Activations::Fp8).unwrap();
+    Work { what, run: Box::new(move |device| scenario.bits(&mut ops(device, scenario.limits))) }
+}
+
 fn training(what: &str, precision: Precision, run: impl Fn(&mut DeviceCompute) -> Vec<Region> + 'static) -> Work {
     let what = format!("{what}, {precision:?}");
     let all = move |device| {
@@ -57,6 +63,9 @@ fn works(source: Source) -> Vec<Work> {
         .collect(),
         Source::Linear => some(scenarios::linears(), &[0, 5, 10, 14, 20]),
         Source::Attention => some(scenarios::brief_attention(), &[0, 1, 2, 3, 4]),
+        // Its copies and products are done by whoever waits for them, with checks of their own (`kernels/emulation/hopper.h`).
+        Source::AttentionHopper => Vec::new(),
+        Source::Fp8 => scenarios::fp8_activations().into_iter().map(rounding).collect(),
         Source::Sampling => (0..6).map(sampled).collect(),
         Source::Moe => some(experts::scenarios(), &[0, 7, 10, 13, 24]),
         Source::Train => {
@@ -234,5 +243,5 @@ macro_rules! for_each_file {
 }
 
 for_each_file! {
-    of_rows Rows of_linear Linear of_attention Attention of_sampling Sampling of_moe Moe of_train Train of_train_rows TrainRows
+    of_rows Rows of_linear Linear of_attention Attention of_sampling Sampling of_moe Moe of_fp8 Fp8 of_train Train of_train_rows TrainRows
 }

@@ -106,7 +106,7 @@ pub struct Card<C: Calls = Cuda> {
     version: i32,
     processors: usize,
     /// Compute capability.
-    capability: (i32, i32),
+    capability: (u32, u32),
 }
 
 /// A card that the kernels run on, and that nothing was reserved on yet.
@@ -229,7 +229,7 @@ impl<C: Calls> Card<C> {
             architecture,
             version,
             processors: processors as usize,
-            capability: (major, minor),
+            capability,
         };
         card.current()?;
         // SAFETY: of the context that is current; given back when this is dropped.
@@ -349,7 +349,7 @@ impl<C: Calls> Card<C> {
     }
 
     /// Waits for all work so far, and makes room for more copies.
-    fn wait_for_copies(&self) -> Result<(), KernelError> {
+    fn synchronize(&self) -> Result<(), KernelError> {
         // SAFETY: a stream of our own.
         unsafe { self.calls.synchronize(self.stream) }.map_err(|e| failed("the card stopped", e))?;
         self.staged.all_done();
@@ -434,7 +434,7 @@ impl<C: Calls> Device for Card<C> {
             let staged = match self.staged.put(piece) {
                 Some(staged) => staged,
                 None => {
-                    self.wait_for_copies()?;
+                    self.synchronize()?;
                     self.staged.put(piece).ok_or_else(|| KernelError::Device("no place for what is copied to the card".into()))?
                 }
             };
@@ -457,7 +457,7 @@ impl<C: Calls> Device for Card<C> {
             // As in `write`, and nothing comes late to memory that its owner has given back.
             let through = self.staged.bring_back(piece.len(), |locked| {
                 self.copy_back(locked, from.plus(index * MOST_RETURNED))?;
-                self.wait_for_copies()?;
+                self.synchronize()?;
                 piece.copy_from_slice(locked);
                 Ok(())
             });

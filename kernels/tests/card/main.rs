@@ -49,7 +49,7 @@ card part FOLDER NAME from=N [only]      from its Nth case on, or that alone
 Exit status: 1 where something is wrong, 2 where there is no card, 3 where there is one that cannot be used";
 
 /// A part of the check: its name, the section of the table it belongs to, and how long it may take.
-const PARTS: [(&str, Section, u64); 29] = [
+const PARTS: [(&str, Section, u64); 30] = [
     ("machine", Section::Machine, 20),
     ("open", Section::Machine, 60),
     ("parity rows", Section::Parity, 20),

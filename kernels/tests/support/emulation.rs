@@ -253,6 +253,7 @@ impl Emulated {
     }
 
     /// How often a kernel was run.
+    #[allow(dead_code, reason = "each test binary uses a part")]
     pub fn launches(&self, kernel: &str) -> usize {
         self.launched.get(kernel).copied().unwrap_or(0)
     }

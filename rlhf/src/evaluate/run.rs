@@ -379,13 +379,16 @@ impl<'a> Arbiter<'a> {
     }
 }
 
+/// A verdict for each prompt, and for each contender what it earns by rule.
+type ByRules = (Vec<Verdict>, Vec<BTreeMap<String, f64>>);
+
 /// Of the first two, whose answer earns the larger weighted sum of rewards; and what each contender earns in the mean, by rule.
 fn by_rules(
     rules: &Rewards,
     prompts: &[Prompt],
     said: &[Vec<Answer>],
     watch: &mut dyn FnMut(Work, &str, usize, usize),
-) -> Result<(Vec<Verdict>, Vec<BTreeMap<String, f64>>), EvaluateError> {
+) -> Result<ByRules, EvaluateError> {
     let (mut totals, mut rewards) = (Vec::new(), Vec::new());
     for (done, answers) in said.iter().enumerate() {
         watch(Work::Duel, "rules", done, said.len());
