@@ -1,5 +1,6 @@
 //! How much memory the KV cache gets.
 
+use crate::backend::Device;
 use crate::block_pool::BLOCK_SIZE;
 use crate::options::{EngineOptions, StartError};
 use std::path::Path;
@@ -43,9 +44,20 @@ pub fn plan(options: &EngineOptions, context: usize, block_bytes: usize, free: F
     let fit = (available / block_bytes.max(1)).min(i32::MAX as usize / BLOCK_SIZE);
     let blocks = if options.kv_memory.is_some() { fit } else { fit.min(useful) };
     if blocks == 0 || (options.max_model_len.is_some() && blocks < blocks_each) {
-        return Err(StartError::KvMemory { available, blocks, block_bytes, needed: blocks_each });
+        let sized = options.kv_memory.is_none() && matches!(free, Free::Card(_));
+        let left = options.left.filter(|left| sized && may_compute_on(&options.device, left.card));
+        return Err(StartError::KvMemory { available, blocks, block_bytes, needed: blocks_each, left });
     }
     Ok(KvPlan { blocks, max_model_len: wanted.min(blocks * BLOCK_SIZE) })
+}
+
+/// Whether a card of this number may be one of the device's; who names none may get any.
+fn may_compute_on(device: &Device, card: usize) -> bool {
+    match device {
+        Device::Cpu => false,
+        Device::Cuda(numbers) => numbers.is_empty() || numbers.contains(&card),
+        Device::Auto => true,
+    }
 }
 
 /// Swap memory when nobody says how much.
@@ -112,6 +124,7 @@ fn meminfo(text: &str) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::options::CardShare;
 
     fn options() -> EngineOptions {
         EngineOptions { max_seqs: 4, ..EngineOptions::new("m") }
@@ -164,6 +177,22 @@ mod tests {
         let beyond = EngineOptions { max_model_len: Some(101), ..small.clone() };
         assert!(plan(&beyond, 100, 1000, Free::Machine(None)).unwrap_err().to_string().contains("at most 100"));
         assert!(plan(&EngineOptions { kv_memory: Some(999), ..small }, 100, 1000, Free::Machine(None)).is_err());
+    }
+
+    #[test]
+    fn who_leaves_too_much_of_its_card_hears_of_it() {
+        let refused = |device: &str, kv_memory| {
+            let left = Some(CardShare { card: 1, bytes: 77 });
+            let options = EngineOptions { device: device.parse().unwrap(), left, kv_memory, ..options() };
+            plan(&options, 100, 1000, Free::Card(0)).unwrap_err().to_string()
+        };
+        let hint = "or lower --training-memory, which leaves 77 bytes of card 1 to trainings";
+        for device in ["auto", "cuda", "cuda:0,1"] {
+            assert!(refused(device, None).ends_with(hint), "{}", refused(device, None));
+        }
+        for other in [refused("cuda:0", None), refused("cuda:1", Some(0))] {
+            assert!(other.ends_with("raise --kv-memory or free memory"), "{other}");
+        }
     }
 
     #[test]

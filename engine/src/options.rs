@@ -171,7 +171,8 @@ pub enum StartError {
     Backend(#[from] tidemill_kernels::KernelError),
     /// The KV cache does not fit.
     #[error(
-        "{available} bytes for the KV cache hold {blocks} blocks of {block_bytes} bytes, too few for one sequence; raise --kv-memory or free memory"
+        "{available} bytes for the KV cache hold {blocks} blocks of {block_bytes} bytes, too few for one sequence; raise --kv-memory or free memory{}",
+        share(left)
     )]
     KvMemory {
         /// Bytes that could be used.
@@ -182,10 +183,18 @@ pub enum StartError {
         block_bytes: usize,
         /// Blocks of one sequence of full length.
         needed: usize,
+        /// What of a card's memory was left to somebody else.
+        left: Option<CardShare>,
     },
     /// The system gave no thread.
     #[error("cannot start the engine's thread: {0}")]
     Thread(std::io::Error),
+}
+
+/// What more can be done where a card is shared.
+fn share(left: &Option<CardShare>) -> String {
+    let Some(CardShare { card, bytes }) = left else { return String::new() };
+    format!(", or lower --training-memory, which leaves {bytes} bytes of card {card} to trainings")
 }
 
 #[cfg(test)]

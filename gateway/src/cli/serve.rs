@@ -209,6 +209,8 @@ fn tester_secret(config: &Config) -> Result<Option<Arc<str>>, ServeError> {
 fn training_card(config: &Config) -> Result<(), ServeError> {
     let Some(card) = config.training_device.card() else { return Ok(()) };
     driver::check_card(card).map_err(|error| {
+        // The driver speaks of the device that serves, which has no part in this.
+        let error = error.to_string().replace("--device", "--training-device");
         let fix = "for trainings on the processor leave `training_device` out";
         ServeError::Config(ConfigError::Value { place: "`training_device`".to_owned(), message: format!("{error}; {fix}") })
     })
@@ -392,5 +394,6 @@ mod tests {
         let refused = checked("cuda:4095").unwrap_err().to_string();
         assert!(refused.starts_with("`training_device`: no "), "{refused}");
         assert!(refused.contains("NVIDIA driver") && refused.contains("leave `training_device` out"), "{refused}");
+        assert!(!refused.contains("--device"), "{refused}");
     }
 }

@@ -28,35 +28,37 @@ impl TrainingDevice {
         Some(CardShare { card: self.card()?, bytes: self.memory? })
     }
 
-    /// The file that is locked by whoever has the card.
-    fn turn(&self, data: &Path) -> Option<PathBuf> {
-        Some(data.join(format!("cuda-{}.turn", self.card()?)))
-    }
-
-    /// What a process is told that finds all else in its specification.
-    pub fn turn_arguments(&self, data: &Path) -> Vec<OsString> {
-        let Some(turn) = self.turn(data) else { return Vec::new() };
-        // The data directory is where compiled kernels are kept; a file that somebody is editing has no say.
-        let data = [OsString::from("--data"), data.into(), "--config".into(), "/dev/null".into()];
-        [OsString::from("--turn"), turn.into()].into_iter().chain(data).collect()
-    }
-
     /// What a process is told that knows no specification.
     pub fn arguments(&self, data: &Path) -> Vec<OsString> {
-        let Some(turn) = self.turn(data) else { return Vec::new() };
-        let mut told: Vec<OsString> = vec!["--turn".into(), turn.into(), "--device".into(), self.device.to_string().into()];
+        if self.card().is_none() {
+            return Vec::new();
+        }
+        let mut told: Vec<OsString> = vec!["--turn".into(), data.into(), "--device".into(), self.device.to_string().into()];
         told.extend(self.memory.into_iter().flat_map(|bytes| [OsString::from("--device-memory"), bytes.to_string().into()]));
         told
     }
 }
 
-/// Waits until nobody else has the card, and has it for as long as the file is open.
-pub fn take_turn(turn: &Path) -> io::Result<File> {
+/// What a process is told that finds all else in its specification, its card, too: a job keeps the device that it was made with.
+pub fn job_arguments(data: &Path) -> Vec<OsString> {
+    // The data directory is where compiled kernels are kept, too; a file that somebody is editing has no say.
+    ["--turn".into(), data.into(), "--data".into(), data.into(), "--config".into(), "/dev/null".into()].into()
+}
+
+/// The file in the data directory that is locked by whoever has the card; none for the processor.
+pub fn turn_file(data: &Path, device: &Device) -> Option<PathBuf> {
+    let card = one_card(device).ok().flatten()?;
+    Some(data.join(format!("cuda-{card}.turn")))
+}
+
+/// Waits until nobody else has the card, and has it for as long as the file is open. `waits` is called where somebody has it.
+pub fn take_turn(turn: &Path, waits: impl FnOnce()) -> io::Result<File> {
     let file = OpenOptions::new().create(true).truncate(false).write(true).open(turn)?;
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
             let _ = writeln!(io::stderr(), "another training or evaluation has the card ({}); waiting for it", turn.display());
+            waits();
             file.lock()?;
         }
         Err(TryLockError::Error(error)) => return Err(error),
@@ -75,14 +77,12 @@ mod tests {
     #[test]
     fn the_processor_needs_no_turn_and_a_card_is_named_with_its_share() {
         let data = Path::new("/data");
-        let nothing: [OsString; 0] = [];
-        assert_eq!(
-            (told("cpu", None).arguments(data), told("cpu", None).turn_arguments(data)),
-            (nothing.to_vec(), nothing.to_vec())
-        );
+        assert_eq!(told("cpu", None).arguments(data), [] as [OsString; 0]);
         let card = told("cuda:2", Some(7));
-        assert_eq!(card.arguments(data), ["--turn", "/data/cuda-2.turn", "--device", "cuda:2", "--device-memory", "7"]);
-        assert_eq!(card.turn_arguments(data), ["--turn", "/data/cuda-2.turn", "--data", "/data", "--config", "/dev/null"]);
+        assert_eq!(card.arguments(data), ["--turn", "/data", "--device", "cuda:2", "--device-memory", "7"]);
+        assert_eq!(job_arguments(data), ["--turn", "/data", "--data", "/data", "--config", "/dev/null"]);
+        let turns = ["cpu", "cuda", "cuda:2"].map(|device| turn_file(data, &device.parse().unwrap()));
+        assert_eq!(turns, [None, Some("/data/cuda-0.turn".into()), Some("/data/cuda-2.turn".into())]);
         assert_eq!(card.share(), Some(CardShare { card: 2, bytes: 7 }));
         assert_eq!((told("cuda", None).card(), told("cuda", None).share()), (Some(0), None));
     }
@@ -91,18 +91,21 @@ mod tests {
     fn whoever_comes_second_waits_for_the_first_to_go() {
         let folder = tempfile::tempdir().unwrap();
         let turn = folder.path().join("cuda-0.turn");
-        let first = take_turn(&turn).unwrap();
-        let (done, second) = std::sync::mpsc::channel();
+        let nobody = || panic!("nobody else has it");
+        let first = take_turn(&turn, nobody).unwrap();
+        let (say, second) = std::sync::mpsc::channel();
         let path = turn.clone();
         let waiting = std::thread::spawn(move || {
-            let file = take_turn(&path).unwrap();
-            done.send(()).unwrap();
+            let file = take_turn(&path, || say.send("waits").unwrap()).unwrap();
+            say.send("has it").unwrap();
             drop(file);
         });
+        let minute = std::time::Duration::from_secs(60);
+        assert_eq!(second.recv_timeout(minute), Ok("waits"));
         assert!(second.recv_timeout(std::time::Duration::from_millis(100)).is_err());
         drop(first);
-        second.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
+        assert_eq!(second.recv_timeout(minute), Ok("has it"));
         waiting.join().unwrap();
-        drop(take_turn(&turn).unwrap());
+        drop(take_turn(&turn, nobody).unwrap());
     }
 }

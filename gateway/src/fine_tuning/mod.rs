@@ -18,7 +18,7 @@ mod stand_in;
 mod trainings;
 mod wish;
 
-pub use device::{TrainingDevice, take_turn};
+pub use device::{TrainingDevice, take_turn, turn_file};
 pub use method::{Kind, Method};
 pub use priority::TrainingPriority;
 pub use process::sign_in;

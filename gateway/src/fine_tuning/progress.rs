@@ -132,6 +132,8 @@ fn take(heard: &mut Heard, line: &Line, now: i64) {
             let loss = loss.map_or_else(String::new, |loss| format!(": full validation loss={loss:.4}"));
             heard.news.push(News::metrics(format!("Step {}/{}{loss}", line.step, heard.steps), metrics(line.step, found())));
         }
+        "waits" => heard.news.push(News::info("Another training or evaluation has the card; the training waits for it.")),
+        "waited" => heard.news.push(News::info("The training has the card now.")),
         // Said again by every process, and told once: before the first step.
         "prepared" if heard.tokens.is_none() => {
             heard.steps = line.steps;
@@ -272,6 +274,17 @@ mod tests {
         let again = listen(file.path(), &heard, 7).unwrap().unwrap();
         assert_eq!(again.news.iter().map(|news| news.message.as_str()).collect::<Vec<_>>(), ["Step 3/4: training loss=0.1250"]);
         assert_eq!(listen(Path::new("/nowhere"), &heard, 7).unwrap(), None);
+    }
+
+    #[test]
+    fn who_waits_for_the_card_says_so_until_it_has_it() {
+        let file = said("{\"event\":\"waits\"}\n");
+        let heard = listen(file.path(), &Heard::default(), 0).unwrap().unwrap();
+        assert!(matches!(&heard.news[..], [waits] if waits.message.ends_with("waits for it.")), "{:?}", heard.news);
+        assert_eq!((heard.tokens, last(file.path()).unwrap()), (None, None));
+        std::fs::write(file.path(), "{\"event\":\"waits\"}\n{\"event\":\"waited\"}\n").unwrap();
+        let heard = listen(file.path(), &heard, 0).unwrap().unwrap();
+        assert!(matches!(&heard.news[..], [has] if has.message == "The training has the card now."), "{:?}", heard.news);
     }
 
     #[test]

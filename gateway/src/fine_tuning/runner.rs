@@ -1,6 +1,7 @@
 //! One job, from its files to its model.
 
 use crate::clock::now;
+use crate::fine_tuning::device::job_arguments;
 use crate::fine_tuning::method::Method;
 use crate::fine_tuning::process::{LOG, Process, SAID};
 use crate::fine_tuning::progress::{self, Last, csv, listen};
@@ -164,8 +165,8 @@ impl Runner {
 
     /// Starts the process that trains in a folder; `None` when somebody is at work there.
     fn start(&self, folder: &Path) -> io::Result<Option<Process>> {
-        let FineTuningOptions { program, priority, device, data, .. } = &self.options;
-        Process::start(program, folder, *priority, &device.turn_arguments(&std::path::absolute(data)?))
+        let FineTuningOptions { program, priority, data, .. } = &self.options;
+        Process::start(program, folder, *priority, &job_arguments(&std::path::absolute(data)?))
     }
 
     /// Writes everything that the process needs.

@@ -70,7 +70,8 @@ pub enum JobError {
     /// The engine does not fit on the card beside the model.
     #[error(
         "the engine that samples does not fit on the card: the model and its largest batch hold {held} bytes, {left} were left, and {what}; \
-         lower tokens_per_batch or the longest answer, keep less with --recompute, or give it more of the card"
+         give it more of the card (--device-memory; a server's training_memory), ask for shorter answers (max_completion_length; --max-tokens of \
+         an evaluation), or, where `tidemill train` is told so, lower tokens_per_batch or keep less with --recompute"
     )]
     Beside {
         /// Bytes that the model holds.

@@ -283,6 +283,7 @@ async fn an_evaluation_gives_the_processors_numbers() {
     };
     assert_eq!(found.contenders.len(), 3);
     for (found, want) in found.contenders.iter().zip(&want.contenders) {
+        assert_eq!(found.preferences.is_some(), want.preferences.is_some());
         if let (Some(found), Some(want)) = (found.preferences, want.preferences) {
             assert_eq!(found.accuracy, want.accuracy);
             alike(found.margin, want.margin, "margin");
@@ -290,6 +291,7 @@ async fn an_evaluation_gives_the_processors_numbers() {
         alike(found.text.unwrap().loss, want.text.unwrap().loss, "loss");
         let (answers, expected) = (found.answers.unwrap(), want.answers.unwrap());
         assert_eq!((answers.answers, answers.median_words), (expected.answers, expected.median_words));
+        assert_eq!(answers.kl_per_token.is_some(), expected.kl_per_token.is_some());
         if let (Some(found), Some(want)) = (answers.kl_per_token, expected.kl_per_token) {
             alike(found, want, "divergence");
         }

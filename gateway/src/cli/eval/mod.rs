@@ -28,7 +28,7 @@ use super::store_args::{DatasetStoreArgs, StoreCommandError, read_json};
 use crate::clock::now;
 use crate::config::value::size;
 use crate::config::{Config, ConfigError, ModelSpec, Origin, kernel_cache, model_spec};
-use crate::fine_tuning::{TrainingPriority, take_turn};
+use crate::fine_tuning::{TrainingPriority, take_turn, turn_file};
 use contest::{Contest, Named};
 use judge::Judge;
 
@@ -109,8 +109,8 @@ pub struct EvalArgs {
     /// evaluations/NAME@GENERATION in the data directory]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// A file that is locked while the card is used: a server's jobs and evaluations have it one after the other
-    #[arg(long, value_name = "FILE", hide = true)]
+    /// Folder of a file that is locked while the card is used: a server's jobs and evaluations have it one after the other
+    #[arg(long, value_name = "DIR", hide = true)]
     turn: Option<PathBuf>,
     /// Whom the audit names; a loop says its own name
     #[arg(long, hide = true, default_value = COMMAND_LINE)]
@@ -165,7 +165,10 @@ pub fn run(args: &EvalArgs) -> Result<ExitCode, EvalCommandError> {
     let config = args.place.config()?;
     // Before the hours of work.
     let workplace = workplace(args, &config)?;
-    let _turn = args.turn.as_deref().map(take_turn).transpose().map_err(StoreCommandError::Runtime)?;
+    let device = args.device.clone().unwrap_or_default();
+    let turn = args.turn.as_deref().and_then(|data| turn_file(data, &device));
+    let take = |turn: PathBuf| take_turn(&turn, || {}).map_err(StoreCommandError::file(&turn));
+    let _turn = turn.map(take).transpose()?;
     let (gates, rules) = (args.gates.as_deref().map(gates).transpose()?, rules(args)?);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(StoreCommandError::Runtime)?;
     let Contest { adapters, rows, source } = runtime.block_on(contest::look_up(args, &config))?;

@@ -101,8 +101,8 @@ pub struct TrainArgs {
     /// Do what spec.json in this folder says, and tell it as lines of JSON
     #[arg(long, value_name = "DIR", conflicts_with_all = ["method", "dataset", "file", "out", "dry_run"])]
     pub job: Option<PathBuf>,
-    /// A file that is locked while the card is used: a server's jobs and evaluations have it one after the other
-    #[arg(long, value_name = "FILE", requires = "job", hide = true)]
+    /// Folder of a file that is locked while the card is used: a server's jobs and evaluations have it one after the other
+    #[arg(long, value_name = "DIR", requires = "job", hide = true)]
     pub turn: Option<PathBuf>,
     /// How urgent it is, as a job: idle (what nobody else wants) or low
     #[arg(long, value_enum, default_value_t, requires = "job", hide_default_value = true)]

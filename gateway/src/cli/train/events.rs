@@ -20,6 +20,14 @@ fn say(value: &Value) {
 }
 
 impl Audience for Lines {
+    fn waits(&mut self) {
+        say(&json!({ "event": "waits" }));
+    }
+
+    fn waited(&mut self) {
+        say(&json!({ "event": "waited" }));
+    }
+
     fn prepared(&mut self, job: &Job) {
         let prepared = job.prepared();
         let left_out: Vec<Value> =

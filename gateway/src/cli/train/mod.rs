@@ -6,7 +6,7 @@ mod events;
 mod register;
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +21,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::store_args::StoreCommandError;
 use crate::config::{Config, ConfigError, kernel_cache};
-use crate::fine_tuning::{sign_in, take_turn};
+use crate::fine_tuning::{sign_in, take_turn, turn_file};
 use crate::graders::DeskOracle;
 pub use args::TrainArgs;
 
@@ -55,6 +55,10 @@ impl From<ConfigError> for TrainCommandError {
 
 /// Who hears how a training goes.
 trait Audience: Send {
+    /// Another process has the card.
+    fn waits(&mut self) {}
+    /// The card was waited for, and is had.
+    fn waited(&mut self) {}
     fn prepared(&mut self, job: &Job);
     fn preparing(&mut self, done: usize, all: usize);
     fn progress(&mut self, progress: &Progress<'_>);
@@ -94,8 +98,17 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode, TrainCommandError> {
 fn by_specification(args: &TrainArgs, folder: &Path, audience: &mut dyn Audience) -> Result<ExitCode, TrainCommandError> {
     sign_in(folder).map_err(StoreCommandError::file(folder))?;
     let spec = Spec::read(&folder.join(SPEC))?;
-    let turn = args.turn.as_deref().filter(|_| spec.device != Device::Cpu);
-    let _turn = turn.map(take_turn).transpose().map_err(StoreCommandError::file(folder))?;
+    let turn = args.turn.as_deref().and_then(|data| turn_file(data, &spec.device));
+    let mut waited = false;
+    let mut waits = || {
+        waited = true;
+        audience.waits();
+    };
+    let take = |turn: PathBuf| take_turn(&turn, &mut waits).map_err(StoreCommandError::file(&turn));
+    let _turn = turn.map(take).transpose()?;
+    if waited {
+        audience.waited();
+    }
     // A server's job names its rows itself, and needs nothing of what the server was told.
     let needed = spec.dataset.is_some() || spec.device != Device::Cpu;
     let config = needed.then(|| args.place.config()).transpose()?;
@@ -241,5 +254,51 @@ mod tests {
         fs::remove_file(out.join(SPEC)).unwrap();
         train("2").unwrap();
         assert_eq!(fs::read_to_string(out.join(SPEC)).unwrap(), spec);
+    }
+
+    #[test]
+    fn a_job_waits_for_the_card_of_its_specification_and_says_so() {
+        #[derive(Default)]
+        struct Heard(Vec<&'static str>, Option<std::sync::mpsc::Sender<()>>);
+        impl Audience for Heard {
+            fn waits(&mut self) {
+                self.0.push("waits");
+                self.1.take().unwrap().send(()).unwrap();
+            }
+            fn waited(&mut self) {
+                self.0.push("waited");
+            }
+            fn prepared(&mut self, _: &Job) {}
+            fn preparing(&mut self, _: usize, _: usize) {}
+            fn progress(&mut self, _: &Progress<'_>) {}
+            fn ended(&mut self, _: &Path, _: &Outcome, _: Option<&Finished>) {}
+            fn failed(&mut self, _: &TrainCommandError) {}
+        }
+        let place = tempfile::tempdir().unwrap();
+        let (job, data) = (place.path().join("job"), place.path().join("data"));
+        fs::create_dir(&job).unwrap();
+        let spec = r#"{"base": {"name": "m", "path": "/nowhere"}, "train_file": "/nowhere", "config": {"method": "sft"}, "device": "cuda:2"}"#;
+        fs::write(job.join(SPEC), spec).unwrap();
+        let paths = [("--job", &job), ("--turn", &data), ("--data", &data)];
+        let told = paths.map(|(flag, path)| format!("{flag}={}", path.display()));
+        let line = ["train".to_owned()].into_iter().chain(told).chain(["--config=/dev/null".to_owned()]);
+        let args = Line::parse_from(line).train;
+        let refused = by_specification(&args, &job, &mut Heard::default()).unwrap_err().to_string();
+        let turn = data.join("cuda-2.turn");
+        assert!(refused.starts_with(&turn.display().to_string()), "{refused}");
+
+        fs::create_dir(&data).unwrap();
+        let other = take_turn(&turn, || panic!("nobody has it")).unwrap();
+        let (say, said) = std::sync::mpsc::channel();
+        let waiting = std::thread::spawn(move || {
+            let mut heard = Heard(Vec::new(), Some(say));
+            let refused = by_specification(&args, &job, &mut heard).unwrap_err().to_string();
+            (heard.0, refused)
+        });
+        said.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
+        drop(other);
+        let (heard, refused) = waiting.join().unwrap();
+        assert_eq!(heard, ["waits", "waited"]);
+        assert!(refused.contains("/nowhere"), "{refused}");
     }
 }

@@ -174,8 +174,9 @@ impl DeviceCompute {
             KernelError::Memory { bytes, .. } => {
                 let bound = if self.most == usize::MAX { String::new() } else { format!(", of {} that it may", self.most) };
                 KernelError::Device(format!(
-                    "no memory for {bytes} bytes beside the {} that this training holds{bound}; lower tokens_per_batch, max_length \
-                     or per_device_train_batch_size, or keep less with --recompute",
+                    "no memory for {bytes} bytes beside the {} that the model and its batch hold{bound}; give it more of the card \
+                     (--device-memory; a server's training_memory), ask for shorter answers (--max-tokens of an evaluation), or, in a \
+                     training, lower the batch's size, tokens_per_batch or max_length, or keep less with --recompute",
                     self.held
                 ))
             }
