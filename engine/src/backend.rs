@@ -137,7 +137,10 @@ impl Opening<'_> {
             Device::Cuda(numbers) => self.cards(numbers),
             Device::Auto => match self.cards(&[]) {
                 Err(StartError::Backend(KernelError::Unsupported(why)))
-                    if self.tensor_parallel.is_none_or(|cards| cards == 1) =>
+                    // The processor does not do what was asked of a card.
+                    if self.tensor_parallel.is_none_or(|cards| cards == 1)
+                        && self.attention.is_none()
+                        && self.activations == Activations::Bf16 =>
                 {
                     tracing::info!(why, "no card can serve; computing on the processor");
                     self.processor()
@@ -201,6 +204,12 @@ impl Opening<'_> {
         if self.needs.routes {
             let kinds: Vec<(usize, String)> = numbers.iter().copied().zip(cards.iter().map(Card::kind)).collect();
             if let Some(message) = unlike(&kinds) {
+                if asked.is_none()
+                    && let Some(first) = cards.into_iter().next()
+                {
+                    tracing::info!(message, "one card computes the model");
+                    return Ok(Backend::One(self.backend(number, first)?));
+                }
                 return Err(StartError::Option { option: "--device", message });
             }
         }

@@ -125,6 +125,9 @@ impl EngineOptions {
                 "is for keys and values in a card's memory; the processor's are in the machine's already, so leave it out";
             return bad("--swap-memory", message.into());
         }
+        if self.attention_backend == Some(Prefill::Wgmma) && self.kv_dtype != KvDtype::Bf16 {
+            return bad("--attention-backend", "wgmma reads keys and values in bf16: leave --kv-dtype at bf16".into());
+        }
         if self.device == Device::Cpu && self.attention_backend.is_some() {
             let message = "chooses among the ways of a card; with --device cpu there is one, so leave it out";
             return bad("--attention-backend", message.into());

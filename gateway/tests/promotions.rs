@@ -16,7 +16,7 @@ use tidemill::clock::now;
 use tidemill::http::{App, router};
 use tidemill::rollout::decision::Act;
 use tidemill::rollout::keeper::Keeper;
-use tidemill_store::DataDir;
+use tidemill_store::{DataDir, Rollouts};
 
 /// The adapters `a`, `b` and `c`, which are served, and the alias `champion`, which leads to `a`.
 async fn server() -> (TempDir, App, Router) {
@@ -170,12 +170,19 @@ async fn a_promotion_whose_server_was_killed_before_it_led_the_alias_is_finished
         next.finish_promotions(at + after * 1_000_000).await.unwrap();
         assert_eq!(registry.aliases().await.unwrap(), before);
     }
-    app.adapters.follow().await.unwrap();
+    next.follow().await.unwrap();
+    assert_eq!(next.stable("champion").name, "b");
+    // Who begins on what was promoted is not disturbed.
     app.rollouts.follow().await.unwrap();
-    assert_eq!(served(&router, "champion").await, served(&router, "b").await);
+    started(&router, "later", json!({"variant": "c"})).await;
+    let [later] = &Rollouts::new(&app.store).running().await.unwrap()[..] else { panic!("one runs") };
     next.finish_promotions(at + 10_000_000).await.unwrap();
     let led = registry.aliases().await.unwrap();
     assert_eq!((led[0].adapter, led.len()), (after[0].adapter, 1));
+    assert!(!Rollouts::new(&app.store).is_displaced(later).await.unwrap());
+    app.adapters.follow().await.unwrap();
+    assert_eq!(undo(&router, "later").await.status, 200);
+    assert_eq!(served(&router, "champion").await, served(&router, "b").await);
     // Once; and an alias that somebody leads elsewhere afterwards stays there.
     next.finish_promotions(at + 20_000_000).await.unwrap();
     assert_eq!(registry.aliases().await.unwrap(), led);

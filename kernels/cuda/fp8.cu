@@ -42,12 +42,12 @@ struct Rescale {
     u32 add;
 };
 
-// Grid [ceil(n / 256), rows].
+// Grid [rows, ceil(n / 256)].
 KERNEL(rescale, 256, Rescale) {
-    const u32 feature = blockIdx.x * 256 + threadIdx.x;
+    const u32 feature = blockIdx.y * 256 + threadIdx.x;
     if (feature >= p.n) return;
-    const u64 at = (u64)blockIdx.y * p.n + feature;
-    float value = p.products[at] * p.row_scales[blockIdx.y] * p.scales[feature];
+    const u64 at = (u64)blockIdx.x * p.n + feature;
+    float value = p.products[at] * p.row_scales[blockIdx.x] * p.scales[feature];
     if (p.bias) value += p.bias[feature];
     p.out[at] = p.add ? p.out[at] + value : value;
 }

@@ -76,11 +76,11 @@ struct Clamp {
     float limit;
 };
 
-// x = max(-limit, min(x, limit)); what is no number stays none.
+// x = max(-limit, min(x, limit)); what is no number stays none. Grid [rows, ceil(width / 256)].
 KERNEL(clamp, 256, Clamp) {
-    const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    const u32 i = blockIdx.y * blockDim.x + threadIdx.x;
     if (i >= p.width) return;
-    float* const x = p.x + (u64)blockIdx.y * p.width + i;
+    float* const x = p.x + (u64)blockIdx.x * p.width + i;
     if (*x > p.limit) *x = p.limit;
     if (*x < -p.limit) *x = -p.limit;
 }

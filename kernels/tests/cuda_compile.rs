@@ -71,7 +71,7 @@ fn kernels_compile_for_every_card_without_warnings_or_spills() {
 /// What a later kind of card does not have must not be asked of it.
 #[test]
 fn kernels_compile_for_cards_that_came_later() {
-    for source in Source::ALL {
+    for source in Source::ALL.into_iter().filter(|source| source.is_for("sm_120")) {
         let compiled = compile(source, "sm_120", false).unwrap();
         assert!(compiled.cubin.starts_with(b"\x7fELF") && !compiled.log.contains("warning"), "{source:?}: {}", compiled.log);
     }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use tidemill_engine::{CardShare, Device, Engine, EngineOptions, LoadError, StartError};
 use tidemill_kernels::KernelError;
-use tidemill_kernels::cuda::device::Device as Computer;
+use tidemill_kernels::cuda::device::{Device as Computer, Prefill};
 use tidemill_kernels::cuda::driver::Card;
 
 use crate::job::JobError;
@@ -99,6 +99,8 @@ impl Workplace {
             left: Some(CardShare { card, bytes: outside.saturating_add(adapters) }),
             // Whoever is set back is computed again: the machine's memory has the optimizer in it.
             swap_memory: Some(0),
+            // Without a trial, which would be of a card that others use.
+            attention_backend: Some(Prefill::Mma),
             ..options
         };
         self.cards.start(options).map_err(|error| match too_large(&error) {

@@ -41,7 +41,7 @@ words() { tail -n 3 "$errors" 2>/dev/null | tr '\n|' ' /' | cut -c 1-400; }
 keep() { tee -a "$log" <"$errors" >&2; }
 
 # A program of another processor or a newer glibc says so itself, and nothing of ours runs then.
-if ! ours "$folder/card" part - machine >/dev/null 2>"$errors"; then
+if ! ours timeout -k 5 30 "$folder/card" part - machine >/dev/null 2>"$errors"; then
     keep
     {
         printf '### The machine\n\n| what | |\n|---|---|\n'

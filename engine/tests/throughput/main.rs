@@ -18,6 +18,7 @@ use tidemill_engine::{
 use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
 use tidemill_kernels::cuda::CudaBackend;
 use tidemill_kernels::cuda::driver::Card;
+use tidemill_kernels::cuda::trial::Trial;
 use tidemill_kernels::{Limits, Ops, WeightFormat};
 
 const USAGE: &str = "throughput: without arguments, a tiny model on the CPU
@@ -74,8 +75,12 @@ fn main() -> ExitCode {
                 product: number(product),
             };
             let images = PathBuf::from(images);
-            let open =
-                |limits| -> Box<dyn Ops> { Box::new(CudaBackend::new(Card::open(Some(&images)).unwrap(), limits).capturing()) };
+            // As a server does.
+            let open = |limits| -> Box<dyn Ops> {
+                let mut card = Card::open(Some(&images)).unwrap();
+                card.choose_prefill(None, &Trial::serving(), Some(&images)).unwrap();
+                Box::new(CudaBackend::new(card, limits).capturing())
+            };
             measure(&plan, Path::new(folder), &open)
         }
         // As the test harness is called: a filter of names, or flags.

@@ -366,8 +366,10 @@ impl Keeper {
         if !self.0.leadership.lock().await.is_mine().await? {
             return Ok(false);
         }
-        self.finish_promotions(now()).await?;
-        self.measure_due(now()).await.map(|()| true)
+        // What cannot be finished keeps nobody from being measured.
+        let finished = self.finish_promotions(now()).await;
+        self.measure_due(now()).await?;
+        finished.map(|()| true)
     }
 
     /// Measures every rollout whose interval is over at this moment, in microseconds since 1970, and does what follows. For the leader: where

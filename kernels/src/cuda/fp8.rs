@@ -77,6 +77,6 @@ impl<D: Device> CudaBackend<D> {
         let operands = Operands::Fp8;
         self.device.product(Product { operands, x: to, w: weights.data, out: products, rows, n, stride, add: false })?;
         let rescale = p::Rescale { products, row_scales, scales: weights.scales, bias, out, n: n as u32, add: add.into() };
-        self.launch(RESCALE, Launch::grid(n.div_ceil(256), rows), rescale)
+        self.launch(RESCALE, Launch::grid(rows, n.div_ceil(256)), rescale)
     }
 }

@@ -417,7 +417,7 @@ impl<D: Device> Ops for CudaBackend<D> {
             b.stale(x);
             let width = b.buffers[x.0 as usize].width;
             let params = p::Clamp { x: b.at(x), width: width as u32, limit };
-            b.launch(CLAMP, Launch::grid(width.div_ceil(256), b.rows(x)), params)
+            b.launch(CLAMP, Launch::grid(b.rows(x), width.div_ceil(256)), params)
         });
     }
 

@@ -22,10 +22,13 @@ impl Room {
     ) -> Result<Address, KernelError> {
         if bytes > self.bytes {
             let grown = bytes.next_power_of_two();
-            let old = std::mem::replace(self, Room { at: device.alloc(what, grown)?, bytes: grown, moves: self.moves + 1 });
+            let moves = self.moves + 1;
+            // Before there is more, so that there need not be room for both.
+            let old = std::mem::replace(self, Room { moves, ..Room::default() });
             if old.bytes > 0 {
                 device.free(old.at);
             }
+            *self = Room { at: device.alloc(what, grown)?, bytes: grown, moves };
         }
         Ok(self.at)
     }

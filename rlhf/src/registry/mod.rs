@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use tidemill_engine::{Adapter, ModelConfig, ModelFiles};
 use tidemill_store::{
-    Actor, AdapterFilter, AdapterRefusal, AdapterState, Adapters, Alias, DataDir, RegisteredAdapter, ServedAdapter, Snapshots,
-    Store, StoreError,
+    Actor, AdapterFilter, AdapterRefusal, AdapterState, Adapters, Alias, DataDir, RegisteredAdapter, Rollout, ServedAdapter,
+    Snapshots, Store, StoreError,
 };
 use uuid::Uuid;
 
@@ -326,6 +326,11 @@ impl Registry {
     /// Leads an alias back to the adapter that it led to from `since` on, in microseconds since 1970.
     pub async fn alias_back(&self, alias: &str, adapter: Uuid, since: i64) -> Result<RegisteredAdapter, RegistryError> {
         Ok(self.adapters.lead_alias_back(alias, adapter, since, &self.actor).await?.0)
+    }
+
+    /// Leads the alias of a rollout's public name to what it promoted, where that was broken off: [`Adapters::finish_promotion`].
+    pub async fn finish_promotion(&self, promoted: &Rollout, before: (Uuid, i64), to: Uuid) -> Result<bool, RegistryError> {
+        Ok(self.adapters.finish_promotion(promoted, before, to, &self.actor).await?)
     }
 
     /// Removes an alias; `base` is needed where several base models have one of this name. Returns what it was.

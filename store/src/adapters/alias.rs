@@ -6,9 +6,17 @@ use uuid::Uuid;
 use super::{AdapterRefusal, AdapterState, Adapters, RegisteredAdapter, exists, row};
 use crate::audit::Actor;
 use crate::patience::patiently;
-use crate::rollouts::moment;
+use crate::rollouts::{Rollout, moment};
 use crate::statement::clean;
 use crate::store::now_us;
+
+fn is_served(adapter: &RegisteredAdapter) -> Result<(), AdapterRefusal> {
+    match adapter.state {
+        AdapterState::Serving => Ok(()),
+        AdapterState::Revoked => Err(AdapterRefusal::Revoked(adapter.reference())),
+        state => Err(AdapterRefusal::NotServed { adapter: adapter.reference(), state }),
+    }
+}
 
 impl Adapters {
     /// Leads an alias of the adapter's base to an adapter that is served: after all that has happened to the name, whatever the clocks of
@@ -33,6 +41,47 @@ impl Adapters {
         self.lead_alias(name, id, Some(since), &actor.into()).await
     }
 
+    /// Leads the alias of a rollout's public name from the adapter that it has led to since a moment to what the rollout promoted, as if that
+    /// had been done when it was promoted. Returns whether the promotion and the alias were still as they were read; if not, nothing changed.
+    pub async fn finish_promotion(
+        &self,
+        promoted: &Rollout,
+        (from, since): (Uuid, i64),
+        to: Uuid,
+        actor: impl Into<Actor>,
+    ) -> Result<bool, AdapterRefusal> {
+        let actor = actor.into();
+        patiently(async {
+            let mut transaction = self.store.database().write().begin().await?;
+            let adapter = row::hold(&mut transaction, to).await?.ok_or(AdapterRefusal::Unknown(to))?;
+            is_served(&adapter)?;
+            // Another version: who is about to take the promotion back has seen the alias as it was, and looks again.
+            let stands = "UPDATE rollouts SET version = version + 1 WHERE id = $1 AND version = $2 AND promoted IS NOT NULL";
+            let stands = sqlx::query(stands).bind(promoted.id.to_string()).bind(promoted.version);
+            if stands.execute(&mut *transaction).await?.rows_affected() == 0 {
+                return Ok(false);
+            }
+            let name = clean(&promoted.model).into_owned();
+            let led = "UPDATE adapter_aliases SET adapter_id = $3, updated = $4 \
+                       WHERE base = $1 AND name = $2 AND adapter_id = $5 AND updated = $6";
+            let led = sqlx::query(led)
+                .bind(clean(&adapter.base).into_owned())
+                .bind(name.clone())
+                .bind(to.to_string())
+                .bind(promoted.ended.unwrap_or(since))
+                .bind(from.to_string())
+                .bind(since);
+            if led.execute(&mut *transaction).await?.rows_affected() == 0 {
+                return Ok(false);
+            }
+            let detail = json!({"base": adapter.base, "adapter": adapter.reference(), "before": from});
+            self.audit_subject(&mut transaction, &actor, "adapter.alias", &name, detail).await?;
+            transaction.commit().await?;
+            Ok(true)
+        })
+        .await
+    }
+
     async fn lead_alias(
         &self,
         name: &str,
@@ -43,11 +92,7 @@ impl Adapters {
         patiently(async {
             let mut transaction = self.store.database().write().begin().await?;
             let adapter = row::hold(&mut transaction, id).await?.ok_or(AdapterRefusal::Unknown(id))?;
-            match adapter.state {
-                AdapterState::Serving => {}
-                AdapterState::Revoked => return Err(AdapterRefusal::Revoked(adapter.reference())),
-                state => return Err(AdapterRefusal::NotServed { adapter: adapter.reference(), state }),
-            }
+            is_served(&adapter)?;
             let taken = "SELECT 1 FROM adapters WHERE base = $1 AND name = $2 LIMIT 1";
             let taken_by = match name == adapter.base {
                 true => Some("the base model itself"),

@@ -6,7 +6,8 @@ use crate::rollout::spec::Spec;
 use crate::rollout::table::{self, Tables, Variant};
 use std::collections::HashMap;
 use std::sync::PoisonError;
-use tidemill_store::{Actor, Alias, Rollout, StoreError};
+use tidemill_rlhf::registry::RegistryError;
+use tidemill_store::{Actor, AdapterRefusal, Alias, Rollout, StoreError};
 use uuid::Uuid;
 
 /// How long a promotion has been seen without its alias before nobody can be on the way to lead it, or to take the promotion back, any more.
@@ -73,9 +74,22 @@ impl Keeper {
                 let mut followed = self.0.followed.lock().unwrap_or_else(PoisonError::into_inner);
                 *followed.entry(row.id).and_modify(|since| *since = since.filter(|_| undone)).or_insert(undone.then_some(now))
             };
-            if since.is_some_and(|since| now.saturating_sub(since) >= ABANDONED) {
-                tracing::info!(rollout = row.name, alias = row.model, "a promotion that was broken off is finished");
-                self.lead_alias(&row.model, moved).await;
+            if since.is_none_or(|since| now.saturating_sub(since) < ABANDONED) {
+                continue;
+            }
+            let registry = self.0.adapters.registry().acting_as("rollouts");
+            match registry.finish_promotion(row, (moved.from, moved.since), moved.to).await {
+                // The next look sees what has changed.
+                Ok(false) => {}
+                Ok(true) => {
+                    tracing::info!(rollout = row.name, alias = row.model, "a promotion that was broken off is finished");
+                    self.0.adapters.follow().await?;
+                }
+                Err(RegistryError::Store(error) | RegistryError::Refused(AdapterRefusal::Store(error))) => return Err(error),
+                Err(error) => {
+                    tracing::info!(alias = row.model, %error, "the alias stays where it is");
+                    self.0.followed.lock().unwrap_or_else(PoisonError::into_inner).insert(row.id, None);
+                }
             }
         }
         Ok(())
