@@ -104,3 +104,23 @@ fn a_bound_on_memory_is_held_to_and_named() {
     drop(first);
     compute.region(2000).unwrap();
 }
+
+#[test]
+fn what_was_enough_once_is_kept_to_and_the_rest_is_for_others() {
+    let mut compute = device(Precision::F32, false).within(100_000);
+    // As many bytes in one piece or in several, which none of the others fits.
+    let largest = [4000, 2000, 1000].map(|len| compute.region(len).unwrap());
+    compute.settle();
+    let needed = compute.bytes();
+    assert_eq!(compute.left().unwrap(), 100_000 - needed);
+    drop(largest);
+    for len in (300..=1000).step_by(10) {
+        let smaller = [4 * len, 2 * len, len].map(|len| compute.region(len).unwrap());
+        assert_eq!((compute.most_bytes(), compute.left().unwrap()), (needed, 100_000 - needed), "{len}");
+        drop(smaller);
+    }
+    let refused = compute.region(needed / 4 + 1).err().unwrap().to_string();
+    assert!(refused.contains(&format!("of {needed} that it may")), "{refused}");
+    // What was given back stays its own.
+    assert_eq!((compute.bytes(), compute.left().unwrap()), (needed, 100_000 - needed));
+}

@@ -43,6 +43,16 @@ impl Packed {
         self.segments.len() - 1
     }
 
+    /// So many rows, in texts of `longest` tokens of any kind, and labels for the first `labels` of them: to see what batches need.
+    pub fn of_size(rows: usize, longest: usize, labels: usize) -> Self {
+        let mut batch = Self::default();
+        while batch.rows() < rows {
+            batch.push(&vec![0; longest.max(1).min(rows - batch.rows())], None);
+        }
+        batch.labels = (0..rows.min(labels)).map(|row| Label { row: row as u32, token: 0 }).collect();
+        batch
+    }
+
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.tokens.len()

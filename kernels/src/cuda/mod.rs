@@ -208,6 +208,10 @@ impl<D: Device> CudaBackend<D> {
     /// Reserves memory and keeps count of it.
     fn hold(&mut self, what: &'static str, bytes: Option<usize>) -> Result<Address, KernelError> {
         let bytes = bytes.filter(|b| *b <= isize::MAX as usize).ok_or(KernelError::Memory { what, bytes: usize::MAX })?;
+        // What is left to others is not taken for a while, either.
+        if self.left > 0 && bytes > self.device.memory()?.0.saturating_sub(self.left) {
+            return Err(KernelError::Memory { what, bytes });
+        }
         let at = self.device.alloc(what, bytes)?;
         self.owned.push(at);
         Ok(at)

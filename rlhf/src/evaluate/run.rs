@@ -11,7 +11,7 @@ use super::duel::{self, Verdict};
 use super::preferences;
 use super::report::{Contender, Evaluation, Example, TrainedOn};
 use super::text;
-use crate::batch::{Label, Packed};
+use crate::batch::Packed;
 use crate::collate::{Encoder, Sample, Teaches};
 use crate::dataset::{Message, Row};
 use crate::job::{JobError, judge_of, measured_model};
@@ -290,13 +290,7 @@ fn largest(comparisons: &[Sample], text: &[u32], prompts: &[Vec<u32>], trial: &T
     let sizes = comparisons.iter().map(Sample::tokens).chain(answered).chain([text.len().min(text::WINDOW)]);
     let (longest, all) = sizes.fold((1, text.len()), |(longest, all), size| (longest.max(size), all + size));
     let rows = all.min(preferences::BUDGET.max(answers::BUDGET)).max(longest);
-    let mut batch = Packed::default();
-    while batch.rows() < rows {
-        let first = batch.rows();
-        batch.push(&vec![0; longest.min(rows - first)], None);
-    }
-    batch.labels = (0..batch.rows()).map(|row| Label { row: row as u32, token: 0 }).collect();
-    batch
+    Packed::of_size(rows, longest, rows)
 }
 
 /// An engine that answers `prompts`, beside a model that was rehearsed.
@@ -346,7 +340,7 @@ impl<'a> Arbiter<'a> {
             Referee::Rules(rules) => (rules.name(), rules),
         };
         let config = TrainConfig::new(crate::train::Method::Grpo);
-        let mut open = |judge: &reward::Judge| judge_of(model, judge, None, trial.model, &config);
+        let mut open = |judge: &reward::Judge| judge_of(model, judge, None, trial.model, &config, None);
         Ok(Self::Rules(name, Rewards::new(&rules.functions, rules.weights.as_deref(), &mut open)?))
     }
 

@@ -170,7 +170,7 @@ async fn an_adapter_is_measured_beside_another_and_its_base() {
     let files = Arc::new(ModelFiles::open(&tiny().path).unwrap());
     let rule = Rule::RewardModel { path: reward };
     let beside = Model::untrained(files, trial.model).unwrap();
-    let judge = judge_of(&beside, &rule, None, trial.model, &TrainConfig::new(Method::Grpo)).unwrap();
+    let judge = judge_of(&beside, &rule, None, trial.model, &TrainConfig::new(Method::Grpo), None).unwrap();
     let columns = Map::new();
     let mut said = Vec::new();
     for row in &trial.rows {

@@ -7,8 +7,9 @@ use candle_core::{Device, Var};
 use tidemill_engine::{Adapter, ModelFiles};
 
 use super::JobError;
+use crate::batch::Packed;
 use crate::durable;
-use crate::model::{Model, ModelOptions};
+use crate::model::{Model, ModelOptions, Pass};
 use crate::parameters::Parameter;
 use crate::reward::model::RewardModel;
 use crate::tensors::{self, Lists};
@@ -41,12 +42,14 @@ pub(crate) fn measured_model(
 }
 
 /// A reward model as a training leaves it in `folder`: an adapter on the base of `beside`, or a model of its own. It computes where `beside`
-/// does. `config` says how conversations become tokens.
+/// does. `config` says how conversations become tokens; where `longest` says how many of `beside`'s a prompt and its answer have at most, its
+/// largest batch is rehearsed.
 pub(super) fn reward_model(
     beside: &Model,
     folder: &Path,
     options: ModelOptions,
     config: &TrainConfig,
+    longest: Option<usize>,
 ) -> Result<RewardModel, JobError> {
     let whole = folder.join(MODEL_CONFIG).is_file();
     let files = if whole { Arc::new(ModelFiles::open(folder)?) } else { Arc::clone(beside.files()) };
@@ -60,6 +63,13 @@ pub(super) fn reward_model(
         Model::with_adapter(Arc::clone(&files), &adapter, options)?
     };
     let model = model.computing_beside(beside)?;
+    if let Some(longest) = longest {
+        // Twice as many tokens: a judge has a tokenizer and a template of its own.
+        let longest = longest.saturating_mul(2).min(config.encoding().max_length.unwrap_or(usize::MAX));
+        let rows = config.tokens_per_batch.max(longest);
+        let read: Vec<u32> = (0..rows as u32).collect();
+        model.rehearse(&Packed::of_size(rows, longest, 0), &read, Pass::EVALUATE)?;
+    }
     hasher.update(model.base().as_bytes());
     for value in head.weight.values().map_err(TrainError::from)? {
         hasher.update(&value.to_le_bytes());

@@ -7,7 +7,7 @@ use tidemill_engine::MemoryReport;
 use super::head::reward_model;
 use super::{Job, JobError};
 use crate::batch::Packed;
-use crate::collate::{Completion, Item, Layout, Plan, pack};
+use crate::collate::Plan;
 use crate::model::{Model, ModelOptions, Pass};
 use crate::reward::grader::{Grading, Oracle};
 use crate::reward::{Judge, RewardError, Rewards, Score};
@@ -38,13 +38,14 @@ impl Job {
     pub(super) fn online<'a>(&self, model: &'a Model) -> Result<(Online<'a>, MemoryReport), JobError> {
         let (config, spec) = (&self.spec.config, &self.spec);
         let told = config.reinforcement()?;
-        let mut judge = |judge: &Judge| self.judge(model, judge);
+        let prompts = self.prompts.iter().chain(&self.held_out_prompts);
+        let prompt = prompts.map(|prompt| prompt.tokens.len()).max().unwrap_or(1);
+        let longest = prompt + told.draw.max_tokens;
+        let mut judge = |judge: &Judge| self.judge(model, judge, longest);
         let rewards = Rewards::new(&config.reward_funcs, config.reward_weights.as_deref(), &mut judge);
         let rewards = rewards.map_err(TrainError::from)?;
         let name = spec.base.name.clone();
         let adapter = model.adapter(&name)?;
-        let prompts = self.prompts.iter().chain(&self.held_out_prompts);
-        let prompt = prompts.map(|prompt| prompt.tokens.len()).max().unwrap_or(1);
         let sequences = told.group * told.prompts();
         let threads = Some(spec.threads).filter(|threads| *threads > 0);
         let batch = largest(prompt, &told, config.tokens_per_batch);
@@ -53,7 +54,8 @@ impl Job {
             _ => Vec::new(),
         };
         model.rehearse(&batch, &valued, Pass { dropout: config.dropout().then_some(0), ..Pass::TRAIN })?;
-        let options = sampling(&spec.base.path, sequences, prompt + told.draw.max_tokens, adapter.max_rank(), threads);
+        model.settle();
+        let options = sampling(&spec.base.path, sequences, longest, adapter.max_rank(), threads);
         let engine = self.workplace.start(options, model, ADAPTERS * adapter.bytes())?;
         let memory = engine.memory().clone();
         let sampler = EngineSampler::new(engine, move || model.adapter(&name));
@@ -61,33 +63,31 @@ impl Job {
         Ok((Online::new(model, config, prompts, held_out, rewards, sampler)?, memory))
     }
 
-    /// A judge that needs more than the answers' text.
-    fn judge(&self, model: &Model, judge: &Judge) -> Result<Box<dyn Score>, RewardError> {
+    /// A judge that needs more than the answers' text; the model has at most `longest` tokens of prompt and answer.
+    fn judge(&self, model: &Model, judge: &Judge, longest: usize) -> Result<Box<dyn Score>, RewardError> {
         let options = ModelOptions { threads: self.spec.threads, precision: self.spec.precision, ..ModelOptions::default() };
-        judge_of(model, judge, self.oracle.as_ref(), options, &self.spec.config)
+        judge_of(model, judge, self.oracle.as_ref(), options, &self.spec.config, Some(longest))
     }
 }
 
-/// A batch of as many rows as they can have: answers of full length to prompts of `prompt` tokens, as many as a turn has and `budget` rows
-/// hold.
+/// A batch of as many rows and labels as they can have: answers to prompts of at most `prompt` tokens, as many as a turn has and `budget`
+/// rows hold. Short answers fill a batch better than those of full length do.
 fn largest(prompt: usize, told: &Reinforcement, budget: usize) -> Packed {
-    let answer = told.draw.max_tokens;
-    let beside = (budget.saturating_sub(prompt) / answer.max(1)).clamp(1, told.group);
-    let prompts = (budget / (prompt + beside * answer).max(1)).clamp(1, told.prompts() * told.group.div_ceil(beside));
-    let tokens = vec![0; prompt];
-    let completions = vec![Completion { tokens: vec![0; answer], learnt: None }; beside];
-    let item = |sample| Item { sample, prompt: &tokens, completions: &completions };
-    pack((0..prompts).map(item), Layout { share_prompt: true, last_row: false }).batch
+    let (answer, sequences) = (told.draw.max_tokens, told.group * told.prompts());
+    let longest = prompt + answer;
+    let rows = budget.max(longest).min(sequences.saturating_mul(longest));
+    Packed::of_size(rows, longest, sequences.saturating_mul(answer))
 }
 
 /// A judge ready for work: a reward model must have been trained here, on the base of `model` or whole, and computes beside it; a grader may
-/// ask models through `oracle`.
+/// ask models through `oracle`. A reward model is rehearsed where `longest` tells how many tokens a prompt and its answer have at most.
 pub(crate) fn judge_of(
     model: &Model,
     judge: &Judge,
     oracle: Option<&Arc<dyn Oracle>>,
     options: ModelOptions,
     config: &TrainConfig,
+    longest: Option<usize>,
 ) -> Result<Box<dyn Score>, RewardError> {
     let folder = match judge {
         Judge::RewardModel { path } => path,
@@ -97,5 +97,5 @@ pub(crate) fn judge_of(
         other => return other.ready(),
     };
     let wrong = |error: JobError| RewardError::Model { path: folder.clone(), detail: error.to_string() };
-    Ok(Box::new(reward_model(model, folder, options, config).map_err(wrong)?))
+    Ok(Box::new(reward_model(model, folder, options, config, longest).map_err(wrong)?))
 }

@@ -176,7 +176,7 @@ async fn a_reward_model_that_is_trained_whole_judges_by_its_own_numbers() {
     let judge = Judge::RewardModel { path: finished.folder };
     let options = ModelOptions { threads: 1, ..ModelOptions::default() };
     let trained = Model::untrained(files, options).unwrap();
-    let judge = judge_of(&trained, &judge, None, options, &config).unwrap();
+    let judge = judge_of(&trained, &judge, None, options, &config, None).unwrap();
     let asked = json!({ "role": "user", "content": "Question number 3 is which?" });
     let (prompt, columns) = ([serde_json::from_value::<Message>(asked).unwrap()], serde_json::Map::new());
     let answer = |text| Answer { prompt: &prompt, columns: &columns, text, tokens: 1, ended: true };

@@ -241,6 +241,8 @@ async fn model_judge_and_engine_share_one_card_and_its_memory() {
     let bounded = EmulatedCards::new(PLENTY);
     estimate(share(enough), Arc::clone(&bounded)).await.unwrap();
     assert_eq!(bounded.engine().report.unwrap().kv_blocks, fewer);
+    run(&share(enough), &bounded, "bounded").await.unwrap();
+    assert!(bounded.memory.most() <= enough, "{} bytes, of {enough}", bounded.memory.most());
 }
 
 async fn evaluated(adapters: &[PathBuf], referee: Referee<'_>, workplace: Workplace) -> Evaluation {

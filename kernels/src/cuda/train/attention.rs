@@ -7,6 +7,9 @@ use crate::error::KernelError;
 use crate::ops::HeadShape;
 use crate::train::{Attention, Precision, Span};
 
+/// Most words of the lists for a row: its position, and where it is a segment alone, two tiles of 4 and four runs of 2.
+const WORDS: usize = 1 + 2 * 4 + 4 * 2;
+
 const INNER: Kernel = Kernel::new(Source::TrainRows, "train_inner", 256);
 
 /// Which rows of a pass see which, on the device.
@@ -95,6 +98,9 @@ impl DeviceCompute {
         let mut runs: Vec<u32> = Vec::new();
         let (mut queries, mut keys): (Vec<u32>, Vec<u32>) = (Vec::new(), Vec::new());
         let mut add = |span: &Span, met: &mut dyn Iterator<Item = &Span>, tiles: &mut Vec<u32>| {
+            if span.len == 0 {
+                return;
+            }
             let from = runs.len() / 2;
             met.filter(|met| met.len > 0).for_each(|met| runs.extend([met.first as u32, met.len as u32]));
             let to = runs.len() / 2;
@@ -109,7 +115,9 @@ impl DeviceCompute {
             add(span, &mut [span].into_iter().chain(dependants), &mut keys);
         }
         let starts = [positions.len(), runs.len(), queries.len()];
-        let words = [positions, &runs, &queries, &keys].concat();
+        let mut words = [positions, &runs, &queries, &keys].concat();
+        // As much for many short segments as for a long one, so that what a pass needs is a matter of its rows.
+        words.resize(words.len().max(WORDS * positions.len()), 0);
         let lists = self.upload_words(&words)?;
         let [runs_at, queries_at, keys_at] = [starts[0], starts[0] + starts[1], starts.iter().sum()];
         let (tiles, rows) = (queries.len() / 4, positions.len());

@@ -164,7 +164,8 @@ impl DeviceCompute {
             let most = call.vocabulary.next_multiple_of(TOKENS);
             let each = (self.most_logits / rows / TOKENS * TOKENS).clamp(TOKENS, most.max(TOKENS));
             let tokens = self.upload_words(&call.tokens[range.clone()])?;
-            let logits = self.region(rows * each)?;
+            // Never less for more rows, as `rows * each` would be at times.
+            let logits = self.region((rows * most).min(self.most_logits.max(rows * TOKENS)))?;
             let hidden = call.hidden.part(range.start * call.width..range.end * call.width);
             work(self, Walk { call, rows, hidden, tokens: &tokens, logits: &logits, each }, range)?;
         }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 
@@ -23,21 +23,41 @@ const PIECE: usize = 1 << 24;
 
 /// What was given back and may be used again, by its size. Reserving memory makes a card wait.
 #[derive(Default)]
-pub(super) struct Pool(Mutex<HashMap<usize, Vec<Address>>>);
+pub(super) struct Pool(Mutex<Unused>);
+
+#[derive(Default)]
+struct Unused {
+    by_size: HashMap<usize, Vec<Address>>,
+    /// Of all of it.
+    bytes: usize,
+}
 
 impl Pool {
+    fn unused(&self) -> MutexGuard<'_, Unused> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn take(&self, bytes: usize) -> Option<Address> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_mut(&bytes)?.pop()
+        let mut unused = self.unused();
+        let found = unused.by_size.get_mut(&bytes)?.pop()?;
+        unused.bytes -= bytes;
+        Some(found)
     }
 
     fn put(&self, bytes: usize, at: Address) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(bytes).or_default().push(at);
+        let mut unused = self.unused();
+        unused.by_size.entry(bytes).or_default().push(at);
+        unused.bytes += bytes;
+    }
+
+    fn bytes(&self) -> usize {
+        self.unused().bytes
     }
 
     /// All of it, with its sizes.
     fn drain(&self) -> Vec<(usize, Address)> {
-        let free = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
-        free.into_iter().flat_map(|(bytes, list)| list.into_iter().map(move |at| (bytes, at))).collect()
+        let unused = std::mem::take(&mut *self.unused());
+        unused.by_size.into_iter().flat_map(|(bytes, list)| list.into_iter().map(move |at| (bytes, at))).collect()
     }
 }
 
@@ -154,6 +174,7 @@ impl DeviceCompute {
             Some(at) => at,
             None => self.reserve(bytes)?,
         };
+        self.most_used = self.most_used.max(self.held.saturating_sub(self.pool.bytes()));
         Ok(Region { at, len, bytes, pool: Arc::clone(&self.pool) })
     }
 
@@ -172,7 +193,8 @@ impl DeviceCompute {
         };
         let at = at.map_err(|error| match error {
             KernelError::Memory { bytes, .. } => {
-                let bound = if self.most == usize::MAX { String::new() } else { format!(", of {} that it may", self.most) };
+                let bound = self.bound();
+                let bound = if bound == usize::MAX { String::new() } else { format!(", of {bound} that it may") };
                 KernelError::Device(format!(
                     "no memory for {bytes} bytes beside the {} that the model and its batch hold{bound}; give it more of the card \
                      (--device-memory; a server's training_memory), ask for shorter answers (--max-tokens of an evaluation), or, in a \
@@ -190,7 +212,7 @@ impl DeviceCompute {
 
     fn alloc(&mut self, bytes: usize) -> Result<Address, KernelError> {
         let what = "a training's numbers";
-        if bytes > self.most.saturating_sub(self.held) {
+        if bytes > self.bound().saturating_sub(self.held) {
             return Err(KernelError::Memory { what, bytes });
         }
         self.device.alloc(what, bytes)

@@ -35,8 +35,12 @@ pub struct DeviceCompute {
     owned: Vec<Address>,
     held: usize,
     most_held: usize,
+    /// The most bytes that were in use at once; what is held beyond them is unused.
+    most_used: usize,
     /// Bytes that may be held.
     most: usize,
+    /// What this keeps to of them, once that is known.
+    settled: Option<usize>,
     most_logits: usize,
 }
 
@@ -48,13 +52,26 @@ impl DeviceCompute {
     /// On `device`, rounding products' operands as `precision` says.
     pub fn new(device: Box<dyn Device>, precision: Precision) -> Self {
         let (pool, owned) = (Arc::new(Pool::default()), Vec::new());
-        Self { device, precision, pool, owned, held: 0, most_held: 0, most: usize::MAX, most_logits: LOGITS }
+        let (held, most_held, most_used, most, settled) = (0, 0, 0, usize::MAX, None);
+        Self { device, precision, pool, owned, held, most_held, most_used, most, settled, most_logits: LOGITS }
     }
 
     /// Holding so many bytes of the device's memory, at most.
     pub fn within(mut self, most: usize) -> Self {
         self.most = most;
         self
+    }
+
+    /// Keeps to what is held now, or was in use at once: the rest is for others. Passes over no more rows than the largest that has been
+    /// fit, whatever their sizes: each of their regions is no larger than that pass's, and what is unused is given back before more than
+    /// this is held.
+    pub fn settle(&mut self) {
+        self.settled = Some(self.held.max(self.most_used));
+    }
+
+    /// Bytes that may be held.
+    fn bound(&self) -> usize {
+        self.settled.unwrap_or(self.most).min(self.most)
     }
 
     /// With so many logits at once, at most (one row's of 128 tokens at the least).
@@ -68,9 +85,9 @@ impl DeviceCompute {
         self.device.describe()
     }
 
-    /// Bytes of the device's memory that are held.
+    /// Bytes of the device's memory that are held, or may be again: see [`Self::settle`].
     pub fn bytes(&self) -> usize {
-        self.held
+        self.held.max(self.settled.unwrap_or(0))
     }
 
     /// The most that were held at once.
@@ -78,9 +95,10 @@ impl DeviceCompute {
         self.most_held
     }
 
-    /// Bytes that may still be taken: what is free on the device, and within the bound.
+    /// Bytes that may still be taken beside [these](Self::bytes): what is free on the device, and within the bound that was given.
     pub fn left(&self) -> Result<usize, KernelError> {
-        Ok(self.free()?.min(self.most.saturating_sub(self.held)))
+        let bytes = self.bytes();
+        Ok(self.free()?.saturating_sub(bytes - self.held).min(self.most.saturating_sub(bytes)))
     }
 
     /// Bytes that are free on the device.

@@ -150,6 +150,8 @@ impl DeviceModel {
         {
             return Ok(Arc::clone(turns));
         }
+        // Two models on one device take turns with it, and there is never room for both.
+        *held = None;
         let turns = Arc::new(compute.turns(rotation)?);
         *held = Some((Arc::clone(rotation), Arc::clone(&turns)));
         Ok(turns)
@@ -225,6 +227,14 @@ impl Model {
             values.backward()?;
         }
         Ok(())
+    }
+
+    /// Holds this model, and those that compute beside it, to the memory that their [rehearsals](Self::rehearse) needed: what is left is for
+    /// others from now on. Nothing on the processor.
+    pub fn settle(&self) {
+        if let Some(device) = &self.device {
+            device.compute().settle();
+        }
     }
 
     /// Where a model computes that does not do so on the processor.
