@@ -76,7 +76,7 @@ fn memory_is_used_again_and_sizes_are_checked() {
     // What no device has is refused in words that help; what nobody used was given back first.
     drop(more);
     let refused = compute.region(1 << 31).err().unwrap().to_string();
-    assert!(refused.contains("per_device_train_batch_size") && refused.contains("--recompute"), "{refused}");
+    assert!(refused.contains("--device-memory") && refused.contains("--recompute"), "{refused}");
     assert_eq!(compute.bytes(), held);
     assert!(compute.most_bytes() > held);
 }

@@ -129,6 +129,8 @@ export function signIn(place = LABELING, words = "Your key opens the queues that
       const value = field.value.trim();
       if (!value || asking) return;
       asking = true;
+      // Of the try before.
+      $("door-wrong").textContent = "";
       try {
         if (session.keyed && !looksLikeKey(value)) throw new Error("This is no key: one has letters, digits and signs of ASCII only, such as tm-….");
         if (session.keyed) session.setKey(value);
