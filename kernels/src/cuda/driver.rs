@@ -4,16 +4,18 @@ use std::collections::{HashMap, VecDeque};
 use std::ffi::CString;
 use std::path::Path;
 
-use cudarc::driver::sys::{self, CUresult};
+use cudarc::driver::sys;
 
 pub use super::calls::Cuda;
-use super::calls::{CallError, Calls, Multiplier, failed, not_reserved};
+use super::calls::{Calls, Multiplier, failed, not_reserved};
 use super::compile::architecture;
 use super::device::{Address, Device, FETCHES, Fetch, Graph, HostAddress, Kernel, Launch, Pieces, Prefill, Product, Source};
 pub use super::images::prepare;
 use super::images::{Compiled, Images};
-use super::libraries::{Library, check_driver, dotted};
+use super::libraries::dotted;
 use super::nccl::Communicator;
+pub use super::sought::check_card;
+use super::sought::{Sought, no_context};
 use super::staging::{MOST_RETURNED, MOST_STAGED, StagedMemory};
 use super::trial::Choice;
 use crate::collective::Place;
@@ -23,57 +25,6 @@ use crate::error::KernelError;
 const SHARED_UNASKED: u32 = 48 << 10;
 /// Memory that the library of matrix products may use for one.
 const WORKSPACE: usize = 32 << 20;
-
-fn no_card(number: usize, count: i32) -> KernelError {
-    let seen = match count {
-        0 => "none".to_owned(),
-        1 => "card 0 only".to_owned(),
-        count => format!("cards 0 to {}", count - 1),
-    };
-    KernelError::Unsupported(format!(
-        "no card {number}: the NVIDIA driver shows {seen} (CUDA_VISIBLE_DEVICES hides the others); choose another with --device \
-         cuda:N, or use --device cpu"
-    ))
-}
-
-fn does_not_start(number: usize, e: CallError) -> KernelError {
-    match e.code {
-        CUresult::CUDA_ERROR_NO_DEVICE => no_card(number, 0),
-        CUresult::CUDA_ERROR_STUB_LIBRARY => KernelError::Unsupported(
-            "the libcuda.so that was found is the toolkit's stand-in for linking, and no driver; see to it that the driver's comes \
-             first on the loader's path, or use --device cpu"
-                .into(),
-        ),
-        // Whatever it is, nothing was begun: who may compute elsewhere does.
-        code => {
-            let hint = match code {
-                CUresult::CUDA_ERROR_SYSTEM_NOT_READY => "where cards are joined by NVSwitch, the service nvidia-fabricmanager must run",
-                CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => {
-                    "libcuda.so.1 and the kernel's module are of different versions: restart the machine, or give the container the \
-                     library of the machine"
-                }
-                CUresult::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE => {
-                    "the libcuda.so.1 that was found is of a package cuda-compat, which this card does not take: take it off the \
-                     loader's path"
-                }
-                _ => "nvidia-smi says whether the driver works, and a container needs the devices /dev/nvidia*, nvidia-uvm among them",
-            };
-            let CallError { words, .. } = e;
-            KernelError::Unsupported(format!("the driver does not start: {code:?} {words}; {hint}; or use --device cpu"))
-        }
-    }
-}
-
-fn no_context(name: &str, e: CallError) -> KernelError {
-    match e.code {
-        CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE => KernelError::Unsupported(format!(
-            "{name} is not to be had: {:?} {}; another process has it for itself, or its compute mode forbids it (nvidia-smi -q -d \
-             COMPUTE); choose another with --device cuda:N, or use --device cpu",
-            e.code, e.words
-        )),
-        _ => failed("no context", e),
-    }
-}
 
 /// One card (`CUDA_VISIBLE_DEVICES` chooses among those of the machine).
 pub struct Card<C: Calls = Cuda> {
@@ -107,47 +58,6 @@ pub struct Card<C: Calls = Cuda> {
     processors: usize,
     /// Compute capability.
     capability: (u32, u32),
-}
-
-/// A card that the kernels run on, and that nothing was reserved on yet.
-struct Sought {
-    device: sys::CUdevice,
-    name: String,
-    capability: (u32, u32),
-    processors: i32,
-    version: i32,
-}
-
-impl Sought {
-    fn card<C: Calls>(calls: &C, number: usize) -> Result<Self, KernelError> {
-        let version = calls.driver_version().map_err(|e| failed("the driver has no version", e))?;
-        check_driver(version)?;
-        calls.init().map_err(|e| does_not_start(number, e))?;
-        let count = calls.device_count().map_err(|e| failed("the driver counts no cards", e))?;
-        let ordinal = i32::try_from(number).ok().filter(|ordinal| *ordinal < count).ok_or_else(|| no_card(number, count))?;
-        let device = calls.device(ordinal).map_err(|e| failed("the card is not to be had", e))?;
-        let name = calls.device_name(device).map_err(|e| failed("the card has no name", e))?;
-        let attribute = |which| {
-            // SAFETY: a device that the driver has just given.
-            unsafe { calls.device_attribute(device, which) }.map_err(|e| failed("the card says nothing of itself", e))
-        };
-        let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-        if major < 8 {
-            return Err(KernelError::Unsupported(format!(
-                "{name} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or later. Use --device cpu"
-            )));
-        }
-        Ok(Self { device, name, capability: (major as u32, minor as u32), processors, version })
-    }
-}
-
-/// Whether there is a card of this number for a training to be opened on later, and all that this needs. Nothing is reserved on the card.
-pub fn check_card(number: usize) -> Result<(), KernelError> {
-    Sought::card(&Cuda::find()?, number)?;
-    Library::Nvrtc.require()?;
-    Library::CublasLt.require()
 }
 
 /// A copy back that is under way.
@@ -276,7 +186,7 @@ impl<C: Calls> Card<C> {
     pub(super) fn fill(&self, at: Address, value: u8, bytes: usize) -> Result<(), KernelError> {
         self.current()?;
         // SAFETY: memory that was reserved.
-        unsafe { self.calls.fill(at.0, value, bytes, self.stream) }.map_err(|e| failed("memory cannot be set", e))
+        unsafe { self.calls.fill(at.0, value, bytes, self.stream) }.map_err(|e| failed("memory cannot be set or cleared", e))
     }
 
     /// How many cards the driver shows.
@@ -414,9 +324,7 @@ impl<C: Calls> Device for Card<C> {
     fn alloc(&mut self, what: &'static str, bytes: usize) -> Result<Address, KernelError> {
         self.current()?;
         let at = self.reserve(what, bytes)?;
-        // SAFETY: all of the memory that was just reserved.
-        let cleared = unsafe { self.calls.fill(at.0, 0, bytes.max(1), self.stream) };
-        cleared.map_err(|e| failed("memory cannot be cleared", e)).inspect_err(|_| self.free(at))?;
+        self.fill(at, 0, bytes.max(1)).inspect_err(|_| self.free(at))?;
         Ok(at)
     }
 
@@ -446,9 +354,7 @@ impl<C: Calls> Device for Card<C> {
     }
 
     fn clear(&mut self, at: Address, bytes: usize) -> Result<(), KernelError> {
-        self.current()?;
-        // SAFETY: whoever asks clears what it reserved.
-        unsafe { self.calls.fill(at.0, 0, bytes, self.stream) }.map_err(|e| failed("memory cannot be cleared", e))
+        self.fill(at, 0, bytes)
     }
 
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<(), KernelError> {
@@ -632,15 +538,8 @@ impl<C: Calls> Drop for Card<C> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::libraries::Library;
     use super::*;
-
-    #[test]
-    fn who_asks_for_a_card_that_is_not_there_is_told_which_are() {
-        assert!(no_card(0, 0).to_string().contains("shows none"));
-        assert!(no_card(3, 1).to_string().contains("card 0 only"));
-        let text = no_card(9, 8).to_string();
-        assert!(text.contains("no card 9") && text.contains("cards 0 to 7") && text.contains("--device cpu"), "{text}");
-    }
 
     #[test]
     fn without_a_driver_opening_is_an_error_that_says_so() {

@@ -30,6 +30,7 @@ mod product;
 mod replay;
 mod room;
 mod sampling;
+mod sought;
 mod staging;
 mod steps;
 pub mod stopwatch;
