@@ -31,7 +31,7 @@ GPU_NVRTC  := $(CACHE)/nvrtc-12
 TEST_DATA  := $(CACHE)/test-data
 TEST_MODEL := $(TEST_DATA)/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: gpu-build gpu-check tour chromium c++ help serve build test lint test-build test-rust test-e2e demo demo-short demo-word demo-json demo-loop bench bench-store bench-train bench-beside oracle clean
+.PHONY: gpu-build gpu-check tour chromium c++ help serve build test lint environments test-build test-rust test-e2e demo demo-short demo-word demo-json demo-loop bench bench-store bench-train bench-beside oracle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,7 +43,13 @@ serve: build ## build, fetch the default model once, serve on 127.0.0.1:8080 (AR
 build: ## the release binary
 	$(CARGO) build --release --locked
 
-test: lint test-rust test-e2e ## everything: lints, unit and property tests, the real model, real clients
+# What the tests need is fetched while the compiler works.
+test: ## everything: lints, unit and property tests, the real model, real clients
+	$(MAKE) environments & fetching=$$!; $(MAKE) lint || { kill $$fetching; exit 1; }; wait $$fetching
+	$(MAKE) test-rust
+	$(MAKE) test-e2e
+
+environments: c++ chromium $(NVRTC)/ready $(VENV)/ready $(NODE)/ready $(LABEL_STUDIO)/ready $(ARGILLA)/ready
 
 lint:
 	$(CARGO) fmt --all --check
@@ -80,8 +86,8 @@ $(GPU_NVRTC)/ready: $(VENV)/ready
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(GPU_NVRTC) nvidia-cuda-nvrtc-cu12==12.9.86
 	touch $@
 
-# The labeling page is tested in a real browser.
-chromium:
+# The labeling page is tested in a real browser. Two installations at once would be in each other's way.
+chromium: | c++
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } \
 		|| { echo "install chromium (Debian: apt-get install chromium)"; exit 1; }
 
