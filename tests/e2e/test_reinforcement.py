@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from server import binary, default_model
+from trainings import content, killed_until_it_ends
 
 JUDGE = """
 import json, sys
@@ -43,15 +44,6 @@ def command(prompts: Path, out: Path, rewards: str, **settings) -> list[str]:
     return [str(binary()), "train", "grpo", "--file", str(prompts), *base, *fields]
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    names = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl", "lineage.json"]
-    return {name: (folder / name).read_bytes() for name in names}
-
-
-def checkpoints(folder: Path) -> int:
-    return len([path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()])
-
-
 def test_a_training_on_its_own_answers_that_is_killed_gives_the_same_bytes(prompts, rewards, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "killed"
     done = subprocess.run(command(prompts, whole, rewards), check=True, capture_output=True, text=True, timeout=300)
@@ -59,22 +51,8 @@ def test_a_training_on_its_own_answers_that_is_killed_gives_the_same_bytes(promp
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     for name in ["reward", "rewards/short/mean", "rewards/length/mean", "completions/mean_length", "frac_reward_zero_std"]:
         assert name in lines[0], lines[0]
-    killed = 0
-    for _ in range(6):
-        process = subprocess.Popen(command(prompts, out, rewards), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = checkpoints(out)
-        # After one step more: half of the kills fall between two steps that learn from the same answers.
-        while process.poll() is None and checkpoints(out) < before + 1:
-            try:
-                process.wait(0.02)
-            except subprocess.TimeoutExpired:
-                pass
-        if process.poll() is not None:
-            break
-        process.kill()
-        process.wait()
-        killed += 1
-    assert process.returncode == 0 and killed >= 2, (process.returncode, killed)
+    # Half of the kills fall between two steps that learn from the same answers.
+    killed_until_it_ends(command(prompts, out, rewards), out, 6, lambda _: 1)
     assert content(out) == content(whole)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from conftest import GOLDENS, running
 from server import binary, default_model
+from trainings import content, killed_until_it_ends, steps
 
 NOUNS = "river mountain bread engine music cat winter computer book garden ocean train doctor school coffee moon".split()
 UNSEEN = "city tree bridge window paper fire".split()
@@ -50,11 +51,6 @@ def train(rows: Path, out: Path, *more: str, **settings) -> str:
     return subprocess.run(command(rows, out, *more, **settings), check=True, capture_output=True, text=True, timeout=300).stdout
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    names = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl", "lineage.json"]
-    return {name: (folder / name).read_bytes() for name in names}
-
-
 @pytest.fixture(scope="module")
 def whole(rows, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "short"
@@ -62,30 +58,10 @@ def whole(rows, tmp_path_factory) -> Path:
     return out
 
 
-def steps(folder: Path) -> int:
-    """How many checkpoints there were."""
-    numbers = [int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return max(numbers, default=0)
-
-
 def test_a_training_that_is_killed_again_and_again_gives_the_same_bytes(rows, whole, tmp_path):
     out = tmp_path / "short"
-    killed = 0
-    for _ in range(8):
-        process = subprocess.Popen(command(rows, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = steps(out)
-        # Killed as soon as it has got on by one step, wherever it is then; one in three is left alone for two.
-        while process.poll() is None and steps(out) < before + 1 + killed % 2:
-            try:
-                process.wait(0.02)
-            except subprocess.TimeoutExpired:
-                pass
-        if process.poll() is not None:
-            break
-        process.kill()
-        process.wait()
-        killed += 1
-    assert process.returncode == 0 and killed >= 2, (process.returncode, killed)
+    # Wherever it is then; every other one is left alone for two steps.
+    killed_until_it_ends(command(rows, out), out, 8, lambda killed: 1 + killed % 2)
     assert content(out) == content(whole)
 
 
