@@ -490,8 +490,8 @@ pub trait Ops: Send {
     /// What is held now.
     fn memory(&self) -> MemoryUse;
     /// Bytes that the cache may take of a memory that is the backend's own; `None` when it computes in the machine's. Asked for when
-    /// everything but the cache is loaded.
-    fn spare_memory(&self) -> Result<Option<usize>, KernelError> {
+    /// everything but the cache is loaded. `heads`: those of the attention over it.
+    fn spare_memory(&self, _heads: HeadShape) -> Result<Option<usize>, KernelError> {
         Ok(None)
     }
     /// Which of the devices it is that compute the model together.
