@@ -17,6 +17,7 @@ pub mod device;
 pub mod driver;
 mod experts;
 mod fp8;
+mod functions;
 mod graphs;
 mod halves;
 mod holdings;
