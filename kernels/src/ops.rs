@@ -466,6 +466,9 @@ pub struct Sampled {
 pub struct StepOutput {
     /// In the order of the samples.
     pub samples: Vec<Sampled>,
+    /// Why a card did not take a step like this one as a whole (a captured step), where it was asked to and did not. Such steps are done
+    /// operation by operation, which gives the same numbers and is slower.
+    pub refused_capture: Option<String>,
 }
 
 /// Bytes a backend holds.
