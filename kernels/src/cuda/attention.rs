@@ -7,7 +7,10 @@ use super::plan::{FEW, MANY, MANY_HOPPER, Plan, parts_of};
 use super::room::Room;
 use super::{ATTENTION_JOIN, ATTENTION_PLAIN, CudaBackend};
 use crate::error::KernelError;
-use crate::ops::{AttentionSpec, Buf, HeadShape, KvCache, KvDtype, Limits, StepBatch};
+use crate::ops::{AttentionSpec, Buf, HeadShape, KvCache, KvDtype, KvSpec, Limits, StepBatch};
+
+/// Keys that the kernels with matrix units take at once.
+const STRETCH: usize = 16;
 
 /// The kernels with matrix units.
 #[derive(Clone, Copy)]
@@ -159,8 +162,10 @@ impl Plans {
 impl<D: Device> CudaBackend<D> {
     /// The kernels with matrix units for a shape, the step's tiles, and memory for its partial results; once per step.
     pub(super) fn plan(&mut self, shape: HeadShape, kv: KvCache) -> Result<(Option<Fast>, Planned, Address), KernelError> {
-        let dtype = self.caches[kv.0 as usize].spec.dtype;
-        let kernels = fast_attention(shape.head_dim, dtype, self.device.prefill(shape.head_dim));
+        let KvSpec { dtype, block_size, .. } = self.caches[kv.0 as usize].spec;
+        // Matrix units take stretches of keys, each of one block.
+        let whole = block_size.is_multiple_of(STRETCH);
+        let kernels = fast_attention(shape.head_dim, dtype, self.device.prefill(shape.head_dim)).filter(|_| whole);
         let many_rows = kernels.map(|fast| fast.many_rows);
         let planned = self.plans.get(&mut self.device, &self.batch, self.captures.size, shape, many_rows)?;
         let bytes = partial_bytes(planned.partials, shape);
