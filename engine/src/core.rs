@@ -238,6 +238,7 @@ impl Core {
         match computed {
             Ok(()) => {
                 *lock(&self.status.short) = None;
+                self.note_refused();
                 match self.scheduler.apply(&mut self.flow.out, &mut self.flow.outcomes) {
                     Ok(()) => self.emit(now),
                     Err(error) => self.fail_requests(&error.to_string()),
@@ -252,6 +253,19 @@ impl Core {
         self.flow.stats.overhead += now.elapsed();
         self.publish(flight.tokens);
         Ok(())
+    }
+
+    /// Counts what a card did not take as a whole, and says so once: each kind of step is refused for itself.
+    fn note_refused(&mut self) {
+        let Some(why) = self.flow.out.refused_capture.take() else { return };
+        let refused = &mut self.flow.stats.refused_captures;
+        *refused += 1;
+        if *refused == 1 {
+            tracing::warn!(
+                why,
+                "the card does not take a step as a whole (CUDA graph); such steps are launched operation by operation, which is slower"
+            );
+        }
     }
 
     /// Waits for all steps under way.

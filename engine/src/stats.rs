@@ -33,6 +33,8 @@ pub struct Stats {
     pub finished: u64,
     /// Steps.
     pub steps: u64,
+    /// Kinds of steps that a card was to take as a whole (captured) and did not take: they go on, operation by operation.
+    pub refused_captures: u64,
     /// Time inside the model. Where steps run ahead: that the engine waited for it.
     pub model_time: Duration,
     /// Time of the steps outside the model: scheduling, text, events. Where steps run ahead, most of it is beside the model's.
@@ -71,6 +73,7 @@ pub(crate) struct Metrics {
     kv_usage: Gauge,
     preemptions: Counter,
     restored: Counter,
+    refused_captures: Counter,
     prefix_queries: Counter,
     prefix_hits: Counter,
     prompt_tokens: Counter,
@@ -112,6 +115,7 @@ impl Metrics {
             kv_usage: gauge!("tidemill:kv_cache_usage_perc", "model_name" => name.clone()),
             preemptions: counter!("tidemill:num_preemptions_total", "model_name" => name.clone()),
             restored: counter!("tidemill:num_preemptions_restored_total", "model_name" => name.clone()),
+            refused_captures: counter!("tidemill:num_captures_refused_total", "model_name" => name.clone()),
             prefix_queries: counter!("tidemill:prefix_cache_queries_total", "model_name" => name.clone()),
             prefix_hits: counter!("tidemill:prefix_cache_hits_total", "model_name" => name.clone()),
             prompt_tokens: counter!("tidemill:prompt_tokens_total", "model_name" => name.clone()),
@@ -139,6 +143,7 @@ impl Metrics {
         self.kv_usage.set(stats.blocks_used as f64 / stats.blocks_total.max(1) as f64);
         self.preemptions.absolute(stats.preemptions);
         self.restored.absolute(stats.restored);
+        self.refused_captures.absolute(stats.refused_captures);
         self.prefix_queries.absolute(stats.prefix_queries);
         self.prefix_hits.absolute(stats.prefix_hits);
         self.prompt_tokens.absolute(stats.prompt_tokens);

@@ -13,6 +13,9 @@
     reason = "the kernels' own, whose crate may"
 )]
 mod emulation;
+#[path = "../../kernels/tests/support/faulty.rs"]
+#[allow(dead_code, clippy::unwrap_used, reason = "the kernels' own")]
+mod faulty;
 #[path = "throughput/model.rs"]
 #[allow(dead_code, reason = "shared with the measurement of speed")]
 mod llama;
@@ -23,6 +26,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use emulation::Emulated;
+use faulty::Faulty;
 use llama::Llama;
 use tidemill_engine::model::Model;
 use tidemill_engine::{
@@ -97,6 +101,15 @@ impl Model for Watched {
     }
 }
 
+/// The model on a card that takes no step as a whole.
+fn load_refusing(files: &ModelFiles) -> Box<dyn Model> {
+    let limits = Limits { max_tokens: STEP, max_samples: SEQUENCES, max_positions: Llama::tiny().positions };
+    let mut device = Faulty::new(Emulated::new(false));
+    device.refuses = true;
+    let ops = Box::new(CudaBackend::new(device, limits).capturing());
+    Box::new(Decoder::load(files, ops, WeightFormat::Auto, &mut |_, _| {}).unwrap())
+}
+
 /// The model, on so many ranks.
 fn load(files: &ModelFiles, ranks: usize) -> Box<dyn Model> {
     let limits = Limits { max_tokens: STEP, max_samples: SEQUENCES, max_positions: Llama::tiny().positions };
@@ -115,6 +128,18 @@ fn load(files: &ModelFiles, ranks: usize) -> Box<dyn Model> {
 fn start(folder: &Path, ranks: usize, ahead: bool, blocks: usize, swap: usize, caching: bool) -> (Engine, Arc<Counts>) {
     let files = ModelFiles::open(folder).unwrap();
     let model = load(&files, ranks);
+    over(&files, model, ahead, blocks, swap, caching)
+}
+
+/// The same over a model that is loaded.
+fn over(
+    files: &ModelFiles,
+    model: Box<dyn Model>,
+    ahead: bool,
+    blocks: usize,
+    swap: usize,
+    caching: bool,
+) -> (Engine, Arc<Counts>) {
     let block = 32 * Llama::tiny().kv_bytes();
     let frontend = Frontend {
         tokenizer: files.tokenizer().clone(),
@@ -132,7 +157,7 @@ fn start(folder: &Path, ranks: usize, ahead: bool, blocks: usize, swap: usize, c
         kv_memory: Some(blocks * block),
         swap_memory: Some(swap * block),
         prefix_caching: caching,
-        ..EngineOptions::new(folder)
+        ..EngineOptions::new("tiny")
     };
     let served = ServedModel { model, frontend, context: Llama::tiny().positions, description: "tiny".into() };
     (Engine::with_model(served, options).unwrap(), counts)
@@ -191,6 +216,21 @@ fn serve(engine: &Engine) -> Vec<Vec<(usize, TokenRecord)>> {
     let first = answer(&receivers[0]);
     drop(given_up);
     std::iter::once(first).chain(receivers[1..].iter().map(answer)).collect()
+}
+
+#[test]
+fn steps_that_a_card_does_not_take_as_a_whole_are_counted_and_change_no_token() {
+    let folder = tempfile::tempdir().unwrap();
+    Llama::tiny().write(folder.path()).unwrap();
+    let (engine, _) = start(folder.path(), 1, true, 16, 0, false);
+    let want = serve(&engine);
+    assert_eq!(engine.stats().refused_captures, 0);
+    let files = ModelFiles::open(folder.path()).unwrap();
+    let (engine, _) = over(&files, load_refusing(&files), true, 16, 0, false);
+    assert!(serve(&engine) == want);
+    let stats = engine.stats();
+    // Each kind once, of many steps.
+    assert!((1..10).contains(&stats.refused_captures) && stats.steps > 30, "{stats:?}");
 }
 
 #[test]

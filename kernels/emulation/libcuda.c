@@ -8,13 +8,22 @@ typedef unsigned long long u64;
 #define CALL __attribute__((visibility("default"))) int
 
 #ifdef CUBLAS_LT
+#ifndef TOO_NEW
+#define TOO_NEW 0
+#endif
 
+// What was made and not destroyed, and the most of it that there may be.
+enum { MOST_ALIVE = 5000 };
 static int alive;
-CALL cublasLtCreate(void** handle) { *handle = malloc(8); return 0; }
+// One of a later version than the driver starts and does not work.
+CALL cublasLtCreate(void** handle) { *handle = malloc(8); return TOO_NEW; }
+size_t __attribute__((visibility("default"))) cublasLtGetVersion(void) { return 120000; }
+const char* __attribute__((visibility("default"))) cublasLtGetStatusName(int status) { return status == 4242 ? "unknown" : "CUBLAS_STATUS_OF_A_STAND_IN"; }
 CALL cublasLtDestroy(void* handle) { free(handle); return alive != 0; }
 CALL cublasLtMatmulDescCreate(void** made, int compute, int scale) {
     // 32-bit floats, also for the factors.
     if (compute != 68 || scale != 0) return 15;
+    if (alive > MOST_ALIVE) return 3;
     alive++, *made = malloc(8);
     return 0;
 }
@@ -37,11 +46,14 @@ CALL cublasLtMatrixLayoutDestroy(void* made) { alive--, free(made); return 0; }
 CALL cublasLtMatmulAlgoGetHeuristic(void* handle, void* what, void* a, void* b, void* c, void* d, void* preference, int most, void* found, int* count) {
     // 64 bytes of an algorithm, a size, a status, a number and four more.
     memset(found, 0, 96);
+    ((int*)found)[18] = 4242;
     *count = most;
     return 0;
 }
 CALL cublasLtMatmul(void* handle, void* what, const void* alpha, const void* a, void* la, const void* b, void* lb, const void* beta,
     const void* c, void* lc, void* d, void* ld, const void* algorithm, void* workspace, size_t bytes, void* stream) {
+    // A number of a later version.
+    if (beta != NULL && ((const float*)beta)[0] == 0 && alpha != NULL && a == NULL) return 4242;
     // What a library of a later version asks of its workspace.
     return (size_t)workspace % 256 != 0 || stream == NULL ? 7 : 0;
 }
@@ -60,7 +72,10 @@ static char context;
 
 CALL cuDriverGetVersion(int* version) { *version = 12000; return 0; }
 CALL cuInit(unsigned flags) { ready = flags == 0; return 0; }
-CALL cuGetErrorString(int code, const char** words) { *words = "as the stand-in has it"; return 0; }
+// A number that no version that we know has.
+enum { OF_A_LATER_VERSION = 4242 };
+CALL cuGetErrorName(int code, const char** name) { *name = code == OF_A_LATER_VERSION ? NULL : "CUDA_ERROR_OF_A_STAND_IN"; return 0; }
+CALL cuGetErrorString(int code, const char** words) { *words = code == OF_A_LATER_VERSION ? NULL : "as the stand-in has it"; return 0; }
 CALL cuDeviceGetCount(int* count) { *count = 1; return ready ? 0 : NOT_INITIALIZED; }
 CALL cuDeviceGet(int* device, int ordinal) { *device = 0; return !ready ? NOT_INITIALIZED : ordinal == 0 ? 0 : 101; }
 CALL cuDeviceGetName(char* name, int bytes, int device) { strncpy(name, "a stand-in", bytes); return 0; }
@@ -76,7 +91,7 @@ CALL cuCtxSetCurrent(void* made) { current = made; return retained > 0 ? 0 : INV
 CALL cuMemGetInfo_v2(size_t* free, size_t* total) { NEEDS_CONTEXT; *free = 30ull << 30, *total = 1ull << 36; return 0; }
 CALL cuMemAlloc_v2(u64* at, size_t bytes) { NOT_CAPTURED; *at = bytes ? (u64)aligned_alloc(512, (bytes + 511) / 512 * 512) : 0; return *at ? 0 : INVALID_VALUE; }
 CALL cuMemFree_v2(u64 at) { NOT_CAPTURED; free((void*)at); return 0; }
-CALL cuMemHostAlloc(void** at, size_t bytes, unsigned flags) { NOT_CAPTURED; *at = malloc(bytes); return 0; }
+CALL cuMemHostAlloc(void** at, size_t bytes, unsigned flags) { NOT_CAPTURED; if (bytes == OF_A_LATER_VERSION) return OF_A_LATER_VERSION; *at = malloc(bytes); return 0; }
 CALL cuMemFreeHost(void* at) { NOT_CAPTURED; free(at); return 0; }
 CALL cuMemsetD8Async(u64 at, unsigned char value, size_t bytes, void* stream) { NOT_CAPTURED; memset((void*)at, value, bytes); return 0; }
 CALL cuMemcpyHtoDAsync_v2(u64 to, const void* from, size_t bytes, void* stream) { NOT_CAPTURED; memcpy((void*)to, from, bytes); return 0; }

@@ -466,6 +466,9 @@ pub struct Sampled {
 pub struct StepOutput {
     /// In the order of the samples.
     pub samples: Vec<Sampled>,
+    /// Why a card did not take a step like this one as a whole (a captured step), where it was asked to and did not. Such steps are done
+    /// operation by operation, which gives the same numbers and is slower.
+    pub refused_capture: Option<String>,
 }
 
 /// Bytes a backend holds.
@@ -490,8 +493,8 @@ pub trait Ops: Send {
     /// What is held now.
     fn memory(&self) -> MemoryUse;
     /// Bytes that the cache may take of a memory that is the backend's own; `None` when it computes in the machine's. Asked for when
-    /// everything but the cache is loaded.
-    fn spare_memory(&self) -> Result<Option<usize>, KernelError> {
+    /// everything but the cache is loaded. `heads`: those of the attention over it.
+    fn spare_memory(&self, _heads: HeadShape) -> Result<Option<usize>, KernelError> {
         Ok(None)
     }
     /// Which of the devices it is that compute the model together.

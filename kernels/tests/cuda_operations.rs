@@ -220,3 +220,38 @@ fn sampling_gives_the_same_tokens_and_log_probabilities() {
         assert_eq!(sampling::difference(&got, &sampling::wanted(case), 2e-5), None, "case {case}");
     }
 }
+
+/// Stretches of 16 keys would go over the ends of such blocks.
+#[test]
+fn blocks_that_are_no_multiple_of_16_keys_are_attended_to() {
+    const BLOCK: usize = 24;
+    let heads = HeadShape { heads: 4, kv_heads: 2, head_dim: 64 };
+    let scenario = Scenario::new("attention over blocks of 24", format!("{heads:?}"), 2e-2, move |ops| {
+        let noise = &mut Noise::new(6);
+        let HeadShape { kv_heads, head_dim, .. } = heads;
+        let width = (heads.heads + 2 * kv_heads) * head_dim;
+        let table = ops.load_table(noise, 64, width);
+        let rope = ops.load_rope(&[1.0, 0.5, 0.1], 1.0).unwrap();
+        let spec = AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None };
+        let (qkv, out) = (ops.alloc_poisoned(Rows::Tokens, width), ops.alloc_poisoned(Rows::Tokens, heads.heads * head_dim));
+        let spec_kv = KvSpec { layers: 1, blocks: 5, block_size: BLOCK, kv_heads, head_dim, dtype: KvDtype::Bf16 };
+        let kv = ops.alloc_kv(spec_kv).unwrap();
+        let blocks = vec![3u32, 0, 4];
+        for (first, rows) in [(0usize, 50usize), (50, 1)] {
+            let mut step = scenarios::plain_step(noise, rows, 64);
+            let context_len = (first + rows) as u32;
+            step.sequences = vec![SequenceSpan { first_row: 0, rows: rows as u32, context_len, first_block: 0 }];
+            step.positions = (first as u32..context_len).collect();
+            step.slots = (first..first + rows).map(|p| (blocks[p / BLOCK] as usize * BLOCK + p % BLOCK) as i64).collect();
+            step.blocks = blocks.clone();
+            [qkv, out].into_iter().for_each(|buf| ops.poison(buf));
+            ops.begin(&step).unwrap();
+            ops.embedding(table, qkv);
+            ops.rope_cache(qkv, heads, None, rope, kv, 0);
+            ops.paged_attention(qkv, heads, spec, kv, 0, out);
+            ops.run();
+        }
+        vec![out]
+    });
+    agree(vec![scenario]);
+}

@@ -8,7 +8,7 @@ mod support;
 use support::Noise;
 use support::backend::Backend;
 use support::emulation::Emulated;
-use support::exchange::{LIMITS, Table, sequence, step, steps_and_logits, worst_of};
+use support::exchange::{LIMITS, Table, ahead, sequence, step, steps_and_logits, worst_of};
 use support::faulty::Faulty;
 use tidemill_kernels::collective::Member;
 use tidemill_kernels::cuda::CudaBackend;
@@ -36,6 +36,15 @@ fn captured_exchanges_are_replayed_on_every_rank() {
         let backends = agree(ranks, |member| CudaBackend::new(Emulated::of_group(member), LIMITS).capturing());
         let replays: Vec<usize> = backends.iter().map(|backend| backend.device().replays).collect();
         assert!(replays.iter().all(|count| *count >= 4 && *count == replays[0]), "{replays:?}");
+    }
+}
+
+#[test]
+fn ranks_that_run_ahead_compute_the_tokens_that_the_first_draws() {
+    for ranks in [2, 3] {
+        let open = |member| CudaBackend::new(Emulated::of_group(member), LIMITS).capturing();
+        let (drawn, wanted) = ahead(Member::group(ranks).into_iter().map(open).collect());
+        assert_eq!(drawn, wanted, "{ranks} ranks");
     }
 }
 

@@ -11,7 +11,7 @@ use std::process::Command;
 use support::driver::NamedImages;
 use support::serving::{LIMITS, decoder, serve};
 use tidemill_kernels::cuda::CudaBackend;
-use tidemill_kernels::cuda::device::{Device, Pieces};
+use tidemill_kernels::cuda::device::{Address, Device, Operands, Pieces, Product};
 use tidemill_kernels::cuda::driver::{Card, Cuda};
 
 const STAND_INS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/emulation/libcuda.c");
@@ -27,8 +27,10 @@ fn build(library: &Path, flags: &[&str]) {
 #[test]
 fn a_driver_of_the_oldest_version_has_what_is_called() {
     let folder = tempfile::tempdir().unwrap();
-    build(&folder.path().join("libcuda.so"), &[]);
-    build(&folder.path().join("libcublasLt.so"), &["-DCUBLAS_LT"]);
+    build(&folder.path().join("libcuda.so.1"), &[]);
+    build(&folder.path().join("libcublasLt.so.12"), &["-DCUBLAS_LT"]);
+    // One that the driver does not take is left alone.
+    build(&folder.path().join("libcublasLt.so.13"), &["-DCUBLAS_LT", "-DTOO_NEW=1"]);
     // Libraries are opened once for a process, so this is another.
     let own = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "over_the_stand_ins", "--ignored", "--nocapture"])
@@ -62,6 +64,17 @@ fn over_the_stand_ins() {
     card.read(at, &mut back[..3000]).unwrap();
     (0..3).for_each(|i| assert!(back[i * 1000 + 500..][..100] == bytes[i * 1000..][..100]));
     card.free_host(host);
+
+    // Numbers that later versions may have are told as they are.
+    let later = card.alloc_host("a test", 4242).unwrap_err().to_string();
+    assert!(later.contains("error 4242"), "{later}");
+    let product = |rows| Product { operands: Operands::Bf16, x: at, w: at, out: at, rows, n: 64, stride: 64, add: false };
+    let later = card.product(Product { w: Address::NONE, ..product(1) }).unwrap_err().to_string();
+    assert!(later.contains("refuses a product: unknown (4242)"), "{later}");
+    // The stand-in makes room for so many plans alone.
+    (1..3000).for_each(|rows| card.product(product(rows)).unwrap());
+    (1..3000).for_each(|rows| card.product(product(rows)).unwrap());
+
     card.free(at);
     drop((before, after, card));
 

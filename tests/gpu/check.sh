@@ -32,8 +32,10 @@ ours() { LD_LIBRARY_PATH=$libraries "$@"; }
 export PATH=$PATH:/usr/local/cuda/bin RUST_BACKTRACE=0
 
 left() { echo $((limit > SECONDS ? limit - SECONDS : 0)); }
-# `seconds most`: what is left, and no more than this.
-seconds() { local left; left=$(left); echo $((left < $1 ? left : $1)); }
+# `seconds most keep`: what is left when so many seconds are kept for what is behind, and no more than this.
+seconds() { local left; left=$(($(left) - ${2:-0})); echo $((left < 0 ? 0 : left < $1 ? left : $1)); }
+# What the last part has in any case.
+SANITIZE=70
 add() { tee -a "$report"; }
 # What a program complained last, as words of a row.
 words() { tail -n 3 "$errors" 2>/dev/null | tr '\n|' ' /' | cut -c 1-400; }
@@ -124,7 +126,7 @@ fi
     printf '\n### Beside transformers, counted in the same way\n\n'
     printf '%s\n' '| server | batch | what | tokens/s | |' '|---|--:|---|--:|---|'
 } | add
-most=$(seconds 110)
+most=$(seconds 110 $SANITIZE)
 if [ "$most" -le 20 ]; then
     echo '| transformers | | not run: the limit was reached | | |' | add
 elif [ -z "$python" ]; then
@@ -151,9 +153,15 @@ sanitize() {
         echo '| | | not run: there is no compute-sanitizer on this machine |'
         return
     fi
+    # Each has an equal share of what is left, so that a slow one costs none of those behind it; what it leaves is theirs.
+    parts=('parity rows' 'parity linears' 'parity attention' 'parity attention wgmma' 'parity fp8' 'parity fp8 activations' 'parity low-rank'
+        'parity experts' 'parity sampling' 'parity training')
+    runs=$((2 * ${#parts[@]}))
     for tool in memcheck racecheck; do
-        for part in 'parity rows' 'parity linears' 'parity attention' 'parity sampling'; do
-            most=$(seconds 15)
+        for part in "${parts[@]}"; do
+            share=$(($(left) / runs)) runs=$((runs - 1))
+            # A program needs some seconds to begin: few runs are better than none that comes to anything.
+            most=$(seconds $((share < 8 ? 8 : share > 20 ? 20 : share)))
             [ "$most" -gt 3 ] || { echo "| $tool | $part | not run: the limit was reached |"; continue; }
             rm -f "$report.$tool"
             ours timeout -k 5 "$most" compute-sanitizer --tool "$tool" --error-exitcode 9 --log-file "$report.$tool" \

@@ -309,7 +309,7 @@ impl Model for Decoder {
     }
 
     fn spare_memory(&self) -> Result<Option<usize>, KernelError> {
-        self.ops.spare_memory()
+        self.ops.spare_memory(self.shape)
     }
 
     fn memory(&self) -> MemoryUse {

@@ -3,11 +3,14 @@
 use super::device::{Address, Device, Kernel, Launch, Prefill, Source};
 use super::graphs::Padded;
 use super::params::{self as p, Tile, all_bytes};
-use super::plan::{MANY, MANY_HOPPER, Plan};
+use super::plan::{FEW, MANY, MANY_HOPPER, Plan, parts_of};
 use super::room::Room;
 use super::{ATTENTION_JOIN, ATTENTION_PLAIN, CudaBackend};
 use crate::error::KernelError;
-use crate::ops::{AttentionSpec, Buf, HeadShape, KvCache, KvDtype, StepBatch};
+use crate::ops::{AttentionSpec, Buf, HeadShape, KvCache, KvDtype, KvSpec, Limits, StepBatch};
+
+/// Keys that the kernels with matrix units take at once.
+const STRETCH: usize = 16;
 
 /// The kernels with matrix units.
 #[derive(Clone, Copy)]
@@ -45,6 +48,26 @@ pub(super) fn fast_attention(head_dim: usize, dtype: KvDtype, prefill: Prefill) 
         (Prefill::Wgmma, KvDtype::Bf16, 128) => on_hopper("attention_hopper_128"),
         _ => fast,
     })
+}
+
+/// Bytes of so many partial results: of each packed row its sums, their largest score and their weight.
+fn partial_bytes(partials: usize, shape: HeadShape) -> usize {
+    partials * shape.kv_heads * FEW * (shape.head_dim + 2) * 4
+}
+
+/// Bytes that a step's attention reserves for its partial results and its tiles, in the worst case: every sequence that runs has the
+/// longest context.
+pub(super) fn most_bytes(limits: Limits, shape: HeadShape) -> usize {
+    let Limits { max_tokens, max_samples, max_positions } = limits;
+    let fast = fast_attention(shape.head_dim, KvDtype::Bf16, Prefill::Mma).is_some();
+    // Sequences run that are sampled from, and are padded to a size of a ladder, as their tiles are.
+    let partials = match parts_of(max_positions) {
+        parts if fast && parts > 1 => (max_samples.next_power_of_two() * parts).next_power_of_two(),
+        _ => 0,
+    };
+    // At most a tile for each of those that are sampled, one that joins, and the tiles of prompts.
+    let tiles = partials + 2 * max_samples.next_power_of_two() + max_tokens * (shape.heads / shape.kv_heads).div_ceil(MANY);
+    Room::size(partial_bytes(partials, shape)) + Room::size(tiles * size_of::<Tile>())
 }
 
 /// The number that kernels know a cache's type by.
@@ -139,11 +162,13 @@ impl Plans {
 impl<D: Device> CudaBackend<D> {
     /// The kernels with matrix units for a shape, the step's tiles, and memory for its partial results; once per step.
     pub(super) fn plan(&mut self, shape: HeadShape, kv: KvCache) -> Result<(Option<Fast>, Planned, Address), KernelError> {
-        let dtype = self.caches[kv.0 as usize].spec.dtype;
-        let kernels = fast_attention(shape.head_dim, dtype, self.device.prefill(shape.head_dim));
+        let KvSpec { dtype, block_size, .. } = self.caches[kv.0 as usize].spec;
+        // Matrix units take stretches of keys, each of one block.
+        let whole = block_size.is_multiple_of(STRETCH);
+        let kernels = fast_attention(shape.head_dim, dtype, self.device.prefill(shape.head_dim)).filter(|_| whole);
         let many_rows = kernels.map(|fast| fast.many_rows);
         let planned = self.plans.get(&mut self.device, &self.batch, self.captures.size, shape, many_rows)?;
-        let bytes = planned.partials * shape.kv_heads * 16 * (shape.head_dim + 2) * 4;
+        let bytes = partial_bytes(planned.partials, shape);
         Ok((kernels, planned, self.partials.reserve(&mut self.device, "attention", bytes)?))
     }
 

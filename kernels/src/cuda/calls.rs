@@ -1,42 +1,39 @@
 //! The calls of NVIDIA's driver that we make, one method for each, and nothing else in them: so that all that is behind them, a card with
 //! its captures, copies and memory, runs in tests over a driver that is not there.
 
-use std::ffi::{CString, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::ptr::null_mut;
 
-use cudarc::driver::result::{self as cuda, DriverError};
 use cudarc::driver::sys::{
     self, CUcontext, CUdevice, CUdevice_attribute, CUevent, CUfunction, CUgraph, CUgraphExec, CUmodule, CUresult, CUstream,
 };
 
 use super::device::{Address, Pieces, Product};
-use super::libraries::Library;
+use super::functions::{DriverFunctions, Outcome, words};
 use super::product::Products;
 use crate::error::KernelError;
 
 /// A call that was not done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CallError {
-    /// The driver's number of the reason.
-    pub code: CUresult,
-    /// The driver's own words; empty for a code that it does not know.
+    /// The driver's number of the reason, as it comes: a later driver has more of them than the bindings' enumeration.
+    pub code: u32,
+    /// The driver's name for it.
+    pub name: String,
+    /// The driver's own words.
     pub words: String,
 }
 
-impl From<DriverError> for CallError {
-    fn from(e: DriverError) -> Self {
-        let words = e.error_string().map(|text| text.to_string_lossy().into_owned()).unwrap_or_default();
-        CallError { code: e.0, words }
-    }
-}
+const OUT_OF_MEMORY: u32 = CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32;
 
 pub(super) fn failed(what: &str, e: CallError) -> KernelError {
-    KernelError::Device(format!("{what}: {:?} {}", e.code, e.words))
+    KernelError::Device(format!("{what}: {} {}", e.name, e.words))
 }
 
 /// The same for a call that reserves memory: where there is none, the card is none the worse.
 pub(super) fn not_reserved(what: &'static str, bytes: usize, e: CallError) -> KernelError {
     match e.code {
-        CUresult::CUDA_ERROR_OUT_OF_MEMORY => KernelError::Memory { what, bytes },
+        OUT_OF_MEMORY => KernelError::Memory { what, bytes },
         _ => failed("memory is not to be had", e),
     }
 }
@@ -151,13 +148,31 @@ pub trait Calls: Send {
 }
 
 /// NVIDIA's driver.
-pub struct Cuda(());
+pub struct Cuda(&'static DriverFunctions);
 
 impl Cuda {
     /// Finds the library, or says what was looked for and what to install.
     pub fn find() -> Result<Self, KernelError> {
-        Library::Driver.require()?;
-        Ok(Cuda(()))
+        DriverFunctions::find().map(Cuda)
+    }
+
+    /// What the driver says of a call's outcome.
+    fn told(&self, outcome: Outcome) -> Called {
+        type Text = unsafe extern "C" fn(Outcome, *mut *const c_char) -> Outcome;
+        if outcome == 0 {
+            return Ok(());
+        }
+        let text = |call: Text| {
+            let mut text = std::ptr::null();
+            // SAFETY: a place to write to; the text stays. For a number that it does not know the driver writes null.
+            unsafe {
+                let _ = call(outcome, &raw mut text);
+                words(text)
+            }
+        };
+        let (name, words) = (text(self.0.error_name), text(self.0.error_string));
+        let name = if name.is_empty() { format!("error {outcome}") } else { name };
+        Err(CallError { code: outcome as u32, name, words })
     }
 }
 
@@ -170,7 +185,7 @@ fn pieces(at: *const c_void, pieces: Pieces, to_device: bool) -> sys::CUDA_MEMCP
     let Pieces { at: card, bytes, count, stride } = pieces;
     let ends = |is_device| if is_device { (device, stride) } else { (host, bytes) };
     let ((from, from_pitch), (to, to_pitch)) = (ends(!to_device), ends(to_device));
-    let null = std::ptr::null_mut();
+    let null = null_mut();
     sys::CUDA_MEMCPY2D {
         srcXInBytes: 0,
         srcY: 0,
@@ -203,92 +218,113 @@ fn in_copies(all: Pieces) -> impl Iterator<Item = (usize, Pieces)> {
 // The contracts are those of the trait.
 impl Calls for Cuda {
     fn init(&self) -> Called {
-        Ok(cuda::init()?)
+        // SAFETY: it may be called at any time.
+        self.told(unsafe { (self.0.init)(0) })
     }
 
     fn driver_version(&self) -> Called<i32> {
         let mut version = 0;
         // SAFETY: a number to write to.
-        unsafe { sys::cuDriverGetVersion(&raw mut version) }.result()?;
+        self.told(unsafe { (self.0.version)(&raw mut version) })?;
         Ok(version)
     }
 
     fn device_count(&self) -> Called<i32> {
-        Ok(cuda::device::get_count()?)
+        let mut count = 0;
+        // SAFETY: a number to write to.
+        self.told(unsafe { (self.0.device_count)(&raw mut count) })?;
+        Ok(count)
     }
 
     fn device(&self, ordinal: i32) -> Called<CUdevice> {
-        Ok(cuda::device::get(ordinal)?)
+        let mut device = 0;
+        // SAFETY: a number to write to.
+        self.told(unsafe { (self.0.device)(&raw mut device, ordinal) })?;
+        Ok(device)
     }
 
     fn device_name(&self, device: CUdevice) -> Called<String> {
-        Ok(cuda::device::get_name(device)?)
+        let mut name = [0u8; 256];
+        // SAFETY: as many bytes to write to; the driver ends what it writes.
+        self.told(unsafe { (self.0.device_name)(name.as_mut_ptr().cast(), name.len() as c_int, device) })?;
+        Ok(CStr::from_bytes_until_nul(&name).map(|name| name.to_string_lossy().into_owned()).unwrap_or_default())
     }
 
     unsafe fn device_attribute(&self, device: CUdevice, which: CUdevice_attribute) -> Called<i32> {
-        // SAFETY: the caller's.
-        Ok(unsafe { cuda::device::get_attribute(device, which) }?)
+        let mut made = 0;
+        // SAFETY: the caller's; a place to write to.
+        self.told(unsafe { (self.0.device_attribute)(&raw mut made, which, device) })?;
+        Ok(made)
     }
 
     unsafe fn retain_context(&self, device: CUdevice) -> Called<CUcontext> {
-        // SAFETY: the caller's.
-        Ok(unsafe { cuda::primary_ctx::retain(device) }?)
+        let mut made = null_mut();
+        // SAFETY: the caller's; a place to write to.
+        self.told(unsafe { (self.0.retain_context)(&raw mut made, device) })?;
+        Ok(made)
     }
 
     unsafe fn release_context(&self, device: CUdevice) -> Called {
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::primary_ctx::release(device) }?)
+        self.told(unsafe { (self.0.release_context)(device) })
     }
 
     unsafe fn set_current(&self, context: CUcontext) -> Called {
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::ctx::set_current(context) }?)
+        self.told(unsafe { (self.0.set_current)(context) })
     }
 
     fn memory_info(&self) -> Called<(usize, usize)> {
-        Ok(cuda::mem_get_info()?)
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: numbers to write to.
+        self.told(unsafe { (self.0.memory_info)(&raw mut free, &raw mut total) })?;
+        Ok((free, total))
     }
 
     unsafe fn alloc(&self, bytes: usize) -> Called<u64> {
-        // SAFETY: the caller's.
-        Ok(unsafe { cuda::malloc_sync(bytes) }?)
+        let mut made = 0;
+        // SAFETY: the caller's; a place to write to.
+        self.told(unsafe { (self.0.alloc)(&raw mut made, bytes) })?;
+        Ok(made)
     }
 
     unsafe fn free(&self, at: u64) -> Called {
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::free_sync(at) }?)
+        self.told(unsafe { (self.0.free)(at) })
     }
 
     unsafe fn alloc_host(&self, bytes: usize) -> Called<*mut c_void> {
-        // SAFETY: the caller's.
-        Ok(unsafe { cuda::malloc_host(bytes, 0) }?)
+        let mut made = null_mut();
+        // SAFETY: the caller's; a place to write to.
+        self.told(unsafe { (self.0.alloc_host)(&raw mut made, bytes, 0) })?;
+        Ok(made)
     }
 
     unsafe fn free_host(&self, at: *mut c_void) -> Called {
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::free_host(at) }?)
+        self.told(unsafe { (self.0.free_host)(at) })
     }
 
     unsafe fn fill(&self, at: u64, value: u8, bytes: usize, stream: CUstream) -> Called {
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::memset_d8_async(at, value, bytes, stream) }?)
+        self.told(unsafe { (self.0.fill)(at, value, bytes, stream) })
     }
 
     unsafe fn copy_to_device(&self, to: u64, from: &[u8], stream: CUstream) -> Called {
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::memcpy_htod_async(to, from, stream) }?)
+        self.told(unsafe { (self.0.copy_to_device)(to, from.as_ptr().cast(), from.len(), stream) })
     }
 
     unsafe fn copy_from_device(&self, to: &mut [u8], from: u64, stream: CUstream) -> Called {
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::memcpy_dtoh_async(to, from, stream) }?)
+        self.told(unsafe { (self.0.copy_from_device)(to.as_mut_ptr().cast(), from, to.len(), stream) })
     }
 
     unsafe fn copy_pieces_from_device(&self, to: *mut c_void, from: Pieces, stream: CUstream) -> Called {
         for (offset, part) in in_copies(from) {
             let copy = pieces(to.wrapping_byte_add(offset), part, false);
             // SAFETY: the caller's.
-            unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, stream) }.result()?;
+            self.told(unsafe { (self.0.copy_pieces)(&raw const copy, stream) })?;
         }
         Ok(())
     }
@@ -297,81 +333,87 @@ impl Calls for Cuda {
         for (offset, part) in in_copies(to) {
             let copy = pieces(from.wrapping_byte_add(offset), part, true);
             // SAFETY: the caller's.
-            unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, stream) }.result()?;
+            self.told(unsafe { (self.0.copy_pieces)(&raw const copy, stream) })?;
         }
         Ok(())
     }
 
     unsafe fn create_stream(&self) -> Called<CUstream> {
-        Ok(cuda::stream::create(cuda::stream::StreamKind::NonBlocking)?)
+        let mut made = null_mut();
+        // SAFETY: the caller's; a place to write to.
+        self.told(unsafe { (self.0.create_stream)(&raw mut made, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint) })?;
+        Ok(made)
     }
 
     unsafe fn synchronize(&self, stream: CUstream) -> Called {
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::stream::synchronize(stream) }?)
+        self.told(unsafe { (self.0.synchronize)(stream) })
     }
 
     unsafe fn destroy_stream(&self, stream: CUstream) -> Called {
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::stream::destroy(stream) }?)
+        self.told(unsafe { (self.0.destroy_stream)(stream) })
     }
 
     unsafe fn create_event(&self) -> Called<CUevent> {
-        Ok(cuda::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?)
+        let mut made = null_mut();
+        // SAFETY: the caller's; a place to write to.
+        self.told(unsafe { (self.0.create_event)(&raw mut made, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint) })?;
+        Ok(made)
     }
 
     unsafe fn create_timer(&self) -> Called<CUevent> {
-        Ok(cuda::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)?)
+        let mut made = null_mut();
+        // SAFETY: the caller's; a place to write to.
+        self.told(unsafe { (self.0.create_event)(&raw mut made, sys::CUevent_flags::CU_EVENT_DEFAULT as c_uint) })?;
+        Ok(made)
     }
 
     unsafe fn elapsed(&self, from: CUevent, to: CUevent) -> Called<f32> {
-        // By the name that every driver knows; the bindings know the one of later drivers alone.
-        type Elapsed = unsafe extern "C" fn(*mut f32, CUevent, CUevent) -> CUresult;
-        let mut milliseconds = 0.0;
-        // SAFETY: the driver was found to have it; a number to write to; the caller's.
-        unsafe {
-            let elapsed = sys::culib()
-                .get::<Elapsed>(b"cuEventElapsedTime")
-                .map_err(|_| CallError { code: CUresult::CUDA_ERROR_NOT_FOUND, words: "no cuEventElapsedTime".into() })?;
-            elapsed(&raw mut milliseconds, from, to).result()?;
-        }
-        Ok(milliseconds)
+        let mut made = 0.0;
+        // SAFETY: the caller's; a place to write to.
+        self.told(unsafe { (self.0.elapsed)(&raw mut made, from, to) })?;
+        Ok(made)
     }
 
     unsafe fn record_event(&self, event: CUevent, stream: CUstream) -> Called {
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::event::record(event, stream) }?)
+        self.told(unsafe { (self.0.record_event)(event, stream) })
     }
 
     unsafe fn synchronize_event(&self, event: CUevent) -> Called {
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::event::synchronize(event) }?)
+        self.told(unsafe { (self.0.synchronize_event)(event) })
     }
 
     unsafe fn destroy_event(&self, event: CUevent) -> Called {
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::event::destroy(event) }?)
+        self.told(unsafe { (self.0.destroy_event)(event) })
     }
 
     unsafe fn load_module(&self, image: &[u8]) -> Called<CUmodule> {
-        // SAFETY: the caller's.
-        Ok(unsafe { cuda::module::load_data(image.as_ptr().cast()) }?)
+        let mut made = null_mut();
+        // SAFETY: the caller's; a place to write to.
+        self.told(unsafe { (self.0.load_module)(&raw mut made, image.as_ptr().cast()) })?;
+        Ok(made)
     }
 
     unsafe fn unload_module(&self, module: CUmodule) -> Called {
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::module::unload(module) }?)
+        self.told(unsafe { (self.0.unload_module)(module) })
     }
 
     unsafe fn function(&self, module: CUmodule, name: CString) -> Called<CUfunction> {
-        // SAFETY: the caller's.
-        Ok(unsafe { cuda::module::get_function(module, name) }?)
+        let mut made = null_mut();
+        // SAFETY: the caller's; a place to write to.
+        self.told(unsafe { (self.0.function)(&raw mut made, module, name.as_ptr()) })?;
+        Ok(made)
     }
 
     unsafe fn allow_shared(&self, function: CUfunction, bytes: u32) -> Called {
         let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::function::set_function_attribute(function, most, bytes as i32) }?)
+        self.told(unsafe { (self.0.set_function_attribute)(function, most, bytes as c_int) })
     }
 
     unsafe fn launch(
@@ -386,39 +428,43 @@ impl Calls for Cuda {
         let [x, y, z] = grid;
         let mut list = [params.as_ptr() as *mut c_void];
         // SAFETY: the caller's; the driver copies the structure before it returns.
-        Ok(unsafe { cuda::launch_kernel(function, (x, y, z), (threads, 1, 1), shared, stream, &mut list) }?)
+        self.told(unsafe { (self.0.launch)(function, x, y, z, threads, 1, 1, shared, stream, list.as_mut_ptr(), null_mut()) })
     }
 
     unsafe fn begin_capture(&self, stream: CUstream) -> Called {
         // Other threads may have cards' memory to reserve meanwhile.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::stream::begin_capture(stream, mode) }?)
+        self.told(unsafe { (self.0.begin_capture)(stream, mode) })
     }
 
     unsafe fn end_capture(&self, stream: CUstream) -> Called<CUgraph> {
-        // SAFETY: the caller's.
-        Ok(unsafe { cuda::stream::end_capture(stream) }?)
+        let mut made = null_mut();
+        // SAFETY: the caller's; a place to write to.
+        self.told(unsafe { (self.0.end_capture)(stream, &raw mut made) })?;
+        Ok(made)
     }
 
     unsafe fn instantiate(&self, graph: CUgraph) -> Called<CUgraphExec> {
-        // SAFETY: the caller's.
-        Ok(unsafe { cuda::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) }?)
+        let mut made = null_mut();
+        // SAFETY: the caller's; a place to write to.
+        self.told(unsafe { (self.0.instantiate)(&raw mut made, graph, 0) })?;
+        Ok(made)
     }
 
     unsafe fn destroy_graph(&self, graph: CUgraph) -> Called {
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::graph::destroy(graph) }?)
+        self.told(unsafe { (self.0.destroy_graph)(graph) })
     }
 
     unsafe fn launch_graph(&self, graph: CUgraphExec, stream: CUstream) -> Called {
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::graph::launch(graph, stream) }?)
+        self.told(unsafe { (self.0.launch_graph)(graph, stream) })
     }
 
     unsafe fn destroy_executable(&self, graph: CUgraphExec) -> Called {
         // SAFETY: the caller's.
-        Ok(unsafe { cuda::graph::exec_destroy(graph) }?)
+        self.told(unsafe { (self.0.destroy_executable)(graph) })
     }
 
     fn multiplier(&self, workspace: Address, bytes: usize) -> Result<Box<dyn Multiplier>, KernelError> {
@@ -452,7 +498,7 @@ mod tests {
 
     #[test]
     fn only_a_call_that_reserves_may_run_short() {
-        let e = |code| CallError { code, words: "words".into() };
+        let e = |code: CUresult| CallError { code: code as u32, name: format!("{code:?}"), words: "words".into() };
         let short = not_reserved("weights", 7, e(CUresult::CUDA_ERROR_OUT_OF_MEMORY));
         assert!(matches!(short, KernelError::Memory { what: "weights", bytes: 7 }));
         let lost = not_reserved("weights", 7, e(CUresult::CUDA_ERROR_ILLEGAL_ADDRESS));

@@ -1,11 +1,12 @@
 //! Kernel files to machine code, by NVRTC, which is a library that a driver's machine has and that needs no card.
 
-use std::ffi::{CStr, CString, c_char};
+use std::ffi::{CStr, CString, c_char, c_int};
 
-use cudarc::nvrtc::{result, sys};
+use cudarc::nvrtc::sys::nvrtcProgram;
 
 use super::device::{HEADER, Source};
-use super::libraries::{Library, check_architecture, check_compiler, compiler_version, known_architectures};
+use super::functions::{NvrtcFunctions, Outcome};
+use super::libraries::{check_architecture, check_compiler, compiled, compiler_version, known_architectures};
 use crate::error::KernelError;
 
 /// What a compiler made of a kernel file.
@@ -36,51 +37,63 @@ pub fn text(source: Source) -> String {
 ///
 /// Errors: NVRTC is missing, or does not know the architecture; what it says of the text.
 pub fn compile(source: Source, architecture: &str, report: bool) -> Result<Compiled, KernelError> {
-    Library::Nvrtc.require()?;
+    let nvrtc = NvrtcFunctions::find()?;
     let version = compiler_version()?;
     check_compiler(version, None)?;
     check_architecture(version, &known_architectures()?, architecture)?;
-    let wrong =
-        |what: &str, e: result::NvrtcError| KernelError::Unsupported(format!("NVRTC cannot {what} {}: {e}", source.name()));
-    let text = CString::new(text(source)).map_err(|_| KernelError::Unsupported("a kernel file holds a zero byte".into()))?;
-    let name =
-        CString::new(source.name()).map_err(|_| KernelError::Unsupported("a kernel file's name holds a zero byte".into()))?;
+    let wrong = |what: &str, e: String| KernelError::Unsupported(format!("NVRTC cannot {what} {}: {e}", source.name()));
+    let zero = |_| KernelError::Unsupported(format!("{} or an option holds a zero byte", source.name()));
+    let (text, name) = (CString::new(text(source)).map_err(zero)?, CString::new(source.name()).map_err(zero)?);
     let mut options = vec![format!("--gpu-architecture={architecture}"), OPTIONS.into()];
     if report {
         options.push("--ptxas-options=-v".into());
     }
-    let program = Program(result::create_program(&text, Some(&name)).map_err(|e| wrong("read", e))?);
-    // SAFETY: the program is alive until the end of this function.
-    let outcome = unsafe { result::compile_program(program.0, &options) };
+    let options = options.into_iter().map(CString::new).collect::<Result<Vec<_>, _>>().map_err(zero)?;
+    let list: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
+    let mut program = Program(nvrtc, std::ptr::null_mut());
+    let none = std::ptr::null();
+    // SAFETY: texts that end, and no headers; a program to write to.
+    let made = unsafe { (nvrtc.create)(&raw mut program.1, text.as_ptr(), name.as_ptr(), 0, none, none) };
+    compiled(nvrtc, made).map_err(|e| wrong("read", e))?;
+    // SAFETY: the program and the options are alive until the end of this function.
+    let outcome = unsafe { (nvrtc.compile)(program.1, list.len() as c_int, list.as_ptr()) };
     // SAFETY: as above.
-    let log = unsafe { result::get_program_log(program.0) }.map_err(|e| wrong("report on", e))?;
-    let log = log_text(&log);
-    if let Err(e) = outcome {
+    let log = unsafe { fetch(nvrtc, program.1, nvrtc.log_size, nvrtc.log) }.map_err(|e| wrong("report on", e))?;
+    let log = CStr::from_bytes_until_nul(&log).map(|text| text.to_string_lossy().trim().to_string()).unwrap_or_default();
+    if let Err(e) = compiled(nvrtc, outcome) {
         return Err(KernelError::Unsupported(format!("NVRTC cannot compile {} for {architecture}: {e}\n{log}", source.name())));
     }
-    let mut bytes = 0;
-    // SAFETY: as above; the buffer has the size that was asked for.
-    let cubin = unsafe {
-        sys::nvrtcGetCUBINSize(program.0, &mut bytes).result().map_err(|e| wrong("assemble", e))?;
-        let mut cubin = vec![0u8; bytes];
-        sys::nvrtcGetCUBIN(program.0, cubin.as_mut_ptr().cast()).result().map_err(|e| wrong("assemble", e))?;
-        cubin
-    };
+    // SAFETY: as above.
+    let cubin = unsafe { fetch(nvrtc, program.1, nvrtc.cubin_size, nvrtc.cubin) }.map_err(|e| wrong("assemble", e))?;
     Ok(Compiled { cubin, log })
 }
 
-fn log_text(log: &[c_char]) -> String {
-    let bytes: Vec<u8> = log.iter().map(|c| *c as u8).collect();
-    CStr::from_bytes_until_nul(&bytes).map(|text| text.to_string_lossy().trim().to_string()).unwrap_or_default()
+type SizeOf = unsafe extern "C" fn(nvrtcProgram, *mut usize) -> Outcome;
+type BytesOf = unsafe extern "C" fn(nvrtcProgram, *mut c_char) -> Outcome;
+
+/// What the compiler has of a program, by the call that says how much it is and the one that gives it.
+///
+/// # Safety
+/// The program is alive, and the two calls belong together.
+unsafe fn fetch(nvrtc: &NvrtcFunctions, program: nvrtcProgram, size: SizeOf, get: BytesOf) -> Result<Vec<u8>, String> {
+    let mut bytes = 0;
+    // SAFETY: the caller's; a number to write to.
+    compiled(nvrtc, unsafe { size(program, &raw mut bytes) })?;
+    let mut found = vec![0u8; bytes];
+    // SAFETY: the caller's; as many bytes as were asked for.
+    compiled(nvrtc, unsafe { get(program, found.as_mut_ptr().cast()) })?;
+    Ok(found)
 }
 
 /// A program that is destroyed with its owner.
-struct Program(sys::nvrtcProgram);
+struct Program(&'static NvrtcFunctions, nvrtcProgram);
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // SAFETY: created once, destroyed once. Nothing can be done about a failure.
-        let _ = unsafe { result::destroy_program(self.0) };
+        if !self.1.is_null() {
+            // SAFETY: created once, destroyed once. Nothing can be done about a failure.
+            let _ = unsafe { (self.0.destroy)(&raw mut self.1) };
+        }
     }
 }
 

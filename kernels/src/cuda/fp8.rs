@@ -30,7 +30,7 @@ impl Fp8Rooms {
 
     /// Bytes that steps of so many rows will need. `stride`, `added`: most input features, most output features of what is added up.
     pub(super) fn needed(rows: usize, stride: usize, added: usize) -> usize {
-        [rows * (stride + 4), rows * added * 4].map(usize::next_power_of_two).iter().sum()
+        [rows * (stride + 4), rows * added * 4].map(Room::size).iter().sum()
     }
 }
 

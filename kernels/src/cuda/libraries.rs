@@ -1,9 +1,10 @@
 //! NVIDIA's libraries, opened at run time. A function is only called after its library was found to be there, to have it, and to be
-//! new enough: the bindings panic where one is missing.
+//! new enough.
 
-use cudarc::nvrtc;
+use std::ffi::{CString, c_void};
+use std::sync::OnceLock;
 
-use super::nccl;
+use super::functions::{CublasLtFunctions, DriverFunctions, NcclFunctions, NvrtcFunctions, Outcome, words};
 use crate::error::KernelError;
 
 /// A library that serving on a card needs.
@@ -24,73 +25,28 @@ const OLDEST_DRIVER: i32 = 12_000;
 /// `sm_90a` came with it.
 const OLDEST_NVRTC: (i32, i32) = (12, 0);
 
-/// What we call of each library.
-const DRIVER: [&str; 38] = [
-    "cuCtxSetCurrent",
-    "cuDeviceGet",
-    "cuDeviceGetAttribute",
-    "cuDeviceGetCount",
-    "cuDeviceGetName",
-    "cuDevicePrimaryCtxRelease_v2",
-    "cuDevicePrimaryCtxRetain",
-    "cuDriverGetVersion",
-    "cuEventCreate",
-    "cuEventDestroy_v2",
-    "cuEventElapsedTime",
-    "cuEventRecord",
-    "cuEventSynchronize",
-    "cuFuncSetAttribute",
-    "cuGetErrorString",
-    "cuGraphDestroy",
-    "cuGraphExecDestroy",
-    "cuGraphInstantiateWithFlags",
-    "cuGraphLaunch",
-    "cuInit",
-    "cuLaunchKernel",
-    "cuMemAlloc_v2",
-    "cuMemFreeHost",
-    "cuMemFree_v2",
-    "cuMemGetInfo_v2",
-    "cuMemHostAlloc",
-    "cuMemcpy2DAsync_v2",
-    "cuMemcpyDtoHAsync_v2",
-    "cuMemcpyHtoDAsync_v2",
-    "cuMemsetD8Async",
-    "cuModuleGetFunction",
-    "cuModuleLoadData",
-    "cuModuleUnload",
-    "cuStreamBeginCapture_v2",
-    "cuStreamCreate",
-    "cuStreamDestroy_v2",
-    "cuStreamEndCapture",
-    "cuStreamSynchronize",
-];
-const NVRTC: [&str; 10] = [
-    "nvrtcCompileProgram",
-    "nvrtcCreateProgram",
-    "nvrtcDestroyProgram",
-    "nvrtcGetCUBIN",
-    "nvrtcGetCUBINSize",
-    "nvrtcGetNumSupportedArchs",
-    "nvrtcGetProgramLog",
-    "nvrtcGetProgramLogSize",
-    "nvrtcGetSupportedArchs",
-    "nvrtcVersion",
-];
-const CUBLAS_LT: [&str; 12] = [
-    "cublasLtCreate",
-    "cublasLtDestroy",
-    "cublasLtMatmul",
-    "cublasLtMatmulAlgoGetHeuristic",
-    "cublasLtMatmulDescCreate",
-    "cublasLtMatmulDescDestroy",
-    "cublasLtMatmulDescSetAttribute",
-    "cublasLtMatmulPreferenceCreate",
-    "cublasLtMatmulPreferenceDestroy",
-    "cublasLtMatmulPreferenceSetAttribute",
-    "cublasLtMatrixLayoutCreate",
-    "cublasLtMatrixLayoutDestroy",
-];
+/// What each library is called, the system's name before those of its versions.
+const NCCL: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
+// A toolkit has a `libcuda.so`, too, which is none.
+const DRIVER: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
+/// Versions of CUDA that are looked for beside the driver's own.
+const VERSIONS: [i32; 2] = [13, 12];
+
+/// Names of a library that comes in versions of CUDA, those first that a driver of this version takes: of its own version, then of
+/// older ones, then the one that the system has without a number.
+fn versioned(name: &str, driver: Option<i32>) -> Vec<String> {
+    let newest = driver.unwrap_or(VERSIONS[0]);
+    let (mut taken, mut newer) = (vec![newest], Vec::new());
+    for version in VERSIONS {
+        if version > newest {
+            newer.push(version);
+        } else if version != newest {
+            taken.push(version);
+        }
+    }
+    let numbered = |version: i32| format!("{name}.{version}");
+    taken.into_iter().map(numbered).chain([name.to_owned()]).chain(newer.into_iter().map(numbered)).collect()
+}
 
 impl Library {
     /// Finds the library and what we call in it, or says what was looked for and what to install.
@@ -104,39 +60,78 @@ impl Library {
 
     /// What the library lacks of what we call; `None` where there is no library.
     fn absent(self) -> Option<Vec<&'static str>> {
-        macro_rules! look {
-            ($library:ident, $names:expr) => {{
-                use cudarc::$library::sys;
-                // SAFETY: opening a library of NVIDIA's runs its initialisers and nothing else; names are looked up, and not called.
-                unsafe {
-                    if !sys::is_culib_present() {
-                        return None;
-                    }
-                    let library = sys::culib();
-                    $names.into_iter().filter(|name| library.get::<*const ()>(name.as_bytes()).is_err()).collect()
-                }
-            }};
+        self.opened()?;
+        let names = match self {
+            Library::Driver => DriverFunctions::NAMES,
+            Library::Nvrtc => NvrtcFunctions::NAMES,
+            Library::CublasLt => CublasLtFunctions::NAMES,
+            Library::Nccl => NcclFunctions::NAMES,
+        };
+        Some(names.iter().copied().filter(|name| self.symbol(name).is_none()).collect())
+    }
+
+    /// Its file names, in the order in which they are looked for.
+    fn files(self) -> Vec<String> {
+        let plain = |names: [&str; 2]| names.map(str::to_owned).to_vec();
+        match self {
+            Library::Driver => plain(DRIVER),
+            Library::Nccl => plain(NCCL),
+            Library::Nvrtc => versioned("libnvrtc.so", driver_major()),
+            Library::CublasLt => versioned("libcublasLt.so", driver_major()),
         }
-        Some(match self {
-            Library::Driver => look!(driver, DRIVER),
-            Library::Nvrtc => look!(nvrtc, NVRTC),
-            Library::CublasLt => look!(cublaslt, CUBLAS_LT),
-            Library::Nccl => return nccl::absent(),
+    }
+
+    /// The library, where there is one. It is never closed.
+    fn opened(self) -> Option<usize> {
+        static OPENED: [OnceLock<Option<usize>>; 4] = [const { OnceLock::new() }; 4];
+        *OPENED[self as usize].get_or_init(|| {
+            let open = |file: String| {
+                let file = CString::new(file).ok()?;
+                // SAFETY: opening a library of NVIDIA's runs its initialisers and nothing else.
+                let handle = unsafe { libc::dlopen(file.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) } as usize;
+                (handle != 0).then_some(handle)
+            };
+            self.files().into_iter().find_map(open)
+        })
+    }
+
+    pub(super) fn symbol(self, name: &str) -> Option<*mut c_void> {
+        let (library, name) = (self.opened()?, CString::new(name).ok()?);
+        // SAFETY: a library that is never closed; the name is looked up, and not called.
+        Some(unsafe { libc::dlsym(library as *mut c_void, name.as_ptr()) }).filter(|found| !found.is_null())
+    }
+
+    /// What a version that is found says of itself, for whoever reads the report of a machine.
+    pub fn version(self) -> Result<String, KernelError> {
+        Ok(match self {
+            Library::Driver => driver_version()?.to_string(),
+            Library::Nvrtc => {
+                let (major, minor) = compiler_version()?;
+                format!("{major}.{minor}, for {:?}", known_architectures()?)
+            }
+            // SAFETY: it only returns a number.
+            Library::CublasLt => unsafe { (CublasLtFunctions::find()?.version)() }.to_string(),
+            Library::Nccl => {
+                let mut version = 0;
+                // SAFETY: a number to write to.
+                let outcome = unsafe { (NcclFunctions::find()?.version)(&raw mut version) };
+                if outcome == 0 { version.to_string() } else { format!("ncclGetVersion: {outcome}") }
+            }
         })
     }
 
     /// What it is, what file was looked for, and what brings it.
     const fn words(self) -> (&'static str, &'static str, &'static str) {
         match self {
-            Library::Driver => ("NVIDIA driver", "libcuda.so and libcuda.so.1", "NVIDIA's driver, version 525 or later"),
+            Library::Driver => ("NVIDIA driver", "libcuda.so.1 and libcuda.so", "NVIDIA's driver, version 525 or later"),
             Library::Nvrtc => (
                 "NVRTC, the compiler of the kernels,",
-                "libnvrtc.so, libnvrtc.so.13 and libnvrtc.so.12",
+                "libnvrtc.so.13, libnvrtc.so.12 and libnvrtc.so",
                 "the CUDA toolkit, or the Python package nvidia-cuda-nvrtc with its folder lib in LD_LIBRARY_PATH",
             ),
             Library::CublasLt => (
                 "cuBLASLt, for large matrix products,",
-                "libcublasLt.so, libcublasLt.so.13 and libcublasLt.so.12",
+                "libcublasLt.so.13, libcublasLt.so.12 and libcublasLt.so",
                 "the CUDA toolkit, or the Python package nvidia-cublas with its folder lib in LD_LIBRARY_PATH",
             ),
             Library::Nccl => (
@@ -210,16 +205,42 @@ pub(super) fn check_architecture((major, minor): (i32, i32), known: &[i32], arch
     Err(Library::Nvrtc.too_old(&what))
 }
 
-/// The architectures that the compiler makes code for. The library must be there.
+/// What the compiler says of a call that was not done.
+pub(super) fn compiled(nvrtc: &NvrtcFunctions, outcome: Outcome) -> Result<(), String> {
+    if outcome == 0 {
+        return Ok(());
+    }
+    // SAFETY: the library has a text that stays for every number, its own or one that says that it does not know it.
+    Err(unsafe { words((nvrtc.error_string)(outcome)) })
+}
+
+/// The architectures that the compiler makes code for.
 pub(super) fn known_architectures() -> Result<Vec<i32>, KernelError> {
+    let nvrtc = NvrtcFunctions::find()?;
     let unknown = |e| KernelError::Unsupported(format!("NVRTC does not say what it makes code for: {e}"));
     let mut count = 0;
     // SAFETY: a number to write to.
-    unsafe { nvrtc::sys::nvrtcGetNumSupportedArchs(&raw mut count) }.result().map_err(unknown)?;
+    compiled(nvrtc, unsafe { (nvrtc.count_architectures)(&raw mut count) }).map_err(unknown)?;
     let mut known = vec![0; usize::try_from(count).unwrap_or(0)];
     // SAFETY: as many numbers as were asked for.
-    unsafe { nvrtc::sys::nvrtcGetSupportedArchs(known.as_mut_ptr()) }.result().map_err(unknown)?;
+    compiled(nvrtc, unsafe { (nvrtc.architectures)(known.as_mut_ptr()) }).map_err(unknown)?;
     Ok(known)
+}
+
+/// Of the driver, which need not have been started: 1000 · major + 10 · minor of CUDA.
+fn driver_version() -> Result<i32, KernelError> {
+    let driver = DriverFunctions::find()?;
+    let mut version = 0;
+    // SAFETY: a number to write to.
+    match unsafe { (driver.version)(&raw mut version) } {
+        0 => Ok(version),
+        outcome => Err(KernelError::Unsupported(format!("the driver has no version: error {outcome}"))),
+    }
+}
+
+/// The major version of CUDA that the driver is for; `None` where there is no driver.
+fn driver_major() -> Option<i32> {
+    driver_version().ok().map(|version| version / 1000)
 }
 
 /// As people write it.
@@ -227,11 +248,12 @@ pub(super) fn dotted(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
-/// The compiler's version. The library must be there.
+/// The compiler's version.
 pub(super) fn compiler_version() -> Result<(i32, i32), KernelError> {
+    let nvrtc = NvrtcFunctions::find()?;
     let (mut major, mut minor) = (0, 0);
     // SAFETY: numbers to write to.
-    let asked = unsafe { nvrtc::sys::nvrtcVersion(&raw mut major, &raw mut minor) }.result();
+    let asked = compiled(nvrtc, unsafe { (nvrtc.version)(&raw mut major, &raw mut minor) });
     asked.map_err(|e| KernelError::Unsupported(format!("NVRTC has no version: {e}")))?;
     Ok((major, minor))
 }
@@ -252,6 +274,15 @@ mod tests {
             assert!(words.iter().all(|word| text.contains(word)), "{text}");
         }
         assert!(Library::Nvrtc.too_old("it has no nvrtcGetCUBIN").to_string().contains("too old: it has no nvrtcGetCUBIN"));
+    }
+
+    #[test]
+    fn what_the_driver_takes_is_looked_for_first() {
+        let names = |driver| versioned("lib.so", driver).join(" ");
+        assert_eq!(names(None), "lib.so.13 lib.so.12 lib.so");
+        assert_eq!(names(Some(13)), "lib.so.13 lib.so.12 lib.so");
+        assert_eq!(names(Some(12)), "lib.so.12 lib.so lib.so.13");
+        assert_eq!(names(Some(14)), "lib.so.14 lib.so.13 lib.so.12 lib.so");
     }
 
     #[test]

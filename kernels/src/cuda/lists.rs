@@ -7,7 +7,7 @@ use super::params as p;
 use super::room::Room;
 use super::{COPY_BLOCK, CudaBackend};
 use crate::error::KernelError;
-use crate::ops::{KvCache, NO_ADAPTER, StepBatch};
+use crate::ops::{KvCache, Limits, NO_ADAPTER, StepBatch};
 
 const CARRY: Kernel = Kernel::new(Source::Rows, "carry", 256);
 
@@ -33,6 +33,18 @@ pub(super) struct StepLists {
 pub(super) struct Swap {
     pub kv: KvCache,
     pub at: HostAddress,
+}
+
+/// Keys of a block at least, so far as memory is planned for.
+const LEAST_BLOCK: usize = 16;
+
+impl StepLists {
+    /// Bytes that the lists of the largest step reserve.
+    pub(super) fn most_bytes(limits: Limits) -> usize {
+        let Limits { max_tokens, max_samples, max_positions } = limits;
+        let of_samples = 4 + 2 * 4 + max_positions.div_ceil(LEAST_BLOCK) * 4;
+        Room::size(max_tokens * (8 + 3 * 4) + max_samples * of_samples + 4)
+    }
 }
 
 impl<D: Device> CudaBackend<D> {

@@ -17,6 +17,7 @@ pub mod device;
 pub mod driver;
 mod experts;
 mod fp8;
+mod functions;
 mod graphs;
 mod halves;
 mod holdings;
@@ -256,8 +257,8 @@ impl<D: Device> Ops for CudaBackend<D> {
         MemoryUse { activations, adapters: self.adapters.bytes(), ..self.memory }
     }
 
-    fn spare_memory(&self) -> Result<Option<usize>, KernelError> {
-        CudaBackend::spare_memory(self).map(Some)
+    fn spare_memory(&self, heads: HeadShape) -> Result<Option<usize>, KernelError> {
+        CudaBackend::spare_memory(self, heads).map(Some)
     }
 
     fn place(&self) -> Place {

@@ -1,24 +1,22 @@
 //! NCCL: how the cards of a machine exchange what they compute, each from a thread of its own.
 //!
-//! Exchanges are asked for on a card's stream like everything else, and are captured with it. The library is opened by the names that
-//! packages install (`libnccl.so.2` first, a name that the bindings' own loader does not know); types and constants are the bindings'.
+//! Exchanges are asked for on a card's stream like everything else, and are captured with it.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{c_int, c_void};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::CUstream;
-use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
+use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 
 use super::device::Address;
 use super::driver::Card;
+use super::functions::{NcclFunctions, Outcome, words};
 use super::libraries::Library;
 use crate::collective::{Abort, Place};
 use crate::error::KernelError;
 
-/// What the library is called, in the order in which it is looked for.
-const FILES: [&CStr; 2] = [c"libnccl.so.2", c"libnccl.so"];
 /// The first for CUDA 12: 10,000 · major + 100 · minor + patch.
 const OLDEST: c_int = 21_600;
 /// How long cards may take to find each other.
@@ -26,94 +24,10 @@ const JOINING: Duration = Duration::from_secs(180);
 /// How long a card that is given back waits for its part in the exchanges to end. Others may have to end theirs first.
 const LEAVING: Duration = Duration::from_secs(2);
 
-/// A result as it comes: the bindings' enumeration does not know what later versions may say.
-type Outcome = c_int;
-
-/// What we call of the library.
-struct Functions {
-    version: unsafe extern "C" fn(*mut c_int) -> Outcome,
-    unique_id: unsafe extern "C" fn(*mut ncclUniqueId) -> Outcome,
-    init_rank: unsafe extern "C" fn(*mut ncclComm_t, c_int, ncclUniqueId, c_int) -> Outcome,
-    all_reduce: AllReduce,
-    all_gather: AllGather,
-    broadcast: Broadcast,
-    abort: unsafe extern "C" fn(ncclComm_t) -> Outcome,
-    error_string: unsafe extern "C" fn(Outcome) -> *const c_char,
-}
-
-type AllReduce =
-    unsafe extern "C" fn(*const c_void, *mut c_void, usize, ncclDataType_t, ncclRedOp_t, ncclComm_t, cudaStream_t) -> Outcome;
-type AllGather = unsafe extern "C" fn(*const c_void, *mut c_void, usize, ncclDataType_t, ncclComm_t, cudaStream_t) -> Outcome;
-type Broadcast =
-    unsafe extern "C" fn(*const c_void, *mut c_void, usize, ncclDataType_t, c_int, ncclComm_t, cudaStream_t) -> Outcome;
-
-const NAMES: [&str; 8] = [
-    "ncclAllGather",
-    "ncclAllReduce",
-    "ncclBroadcast",
-    "ncclCommAbort",
-    "ncclCommInitRank",
-    "ncclGetErrorString",
-    "ncclGetUniqueId",
-    "ncclGetVersion",
-];
-
-/// The opened library, where there is one. It is never closed.
-fn library() -> Option<usize> {
-    static LIBRARY: OnceLock<Option<usize>> = OnceLock::new();
-    *LIBRARY.get_or_init(|| {
-        // SAFETY: opening a library of NVIDIA's runs its initialisers and nothing else.
-        let opened = FILES.iter().map(|file| unsafe { libc::dlopen(file.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) } as usize);
-        opened.into_iter().find(|handle| *handle != 0)
-    })
-}
-
-fn symbol(library: usize, name: &str) -> Option<*mut c_void> {
-    let name = CString::new(name).ok()?;
-    // SAFETY: a library that is never closed; the name is looked up, and not called.
-    Some(unsafe { libc::dlsym(library as *mut c_void, name.as_ptr()) }).filter(|found| !found.is_null())
-}
-
-/// What the library lacks of what we call; `None` where there is no library.
-pub(super) fn absent() -> Option<Vec<&'static str>> {
-    let library = library()?;
-    Some(NAMES.into_iter().filter(|name| symbol(library, name).is_none()).collect())
-}
-
-impl Functions {
+impl NcclFunctions {
     /// Errors say what is missing or too old, and what to install.
-    fn find() -> Result<&'static Functions, KernelError> {
-        static FUNCTIONS: OnceLock<Option<Functions>> = OnceLock::new();
-        Library::Nccl.require()?;
-        let found = FUNCTIONS.get_or_init(|| {
-            let library = library()?;
-            let find = |name| symbol(library, name);
-            // SAFETY: the functions of these names have these types since the library's second version.
-            unsafe {
-                Some(Functions {
-                    version: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut c_int) -> Outcome>(find(
-                        "ncclGetVersion",
-                    )?),
-                    unique_id: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut ncclUniqueId) -> Outcome>(find(
-                        "ncclGetUniqueId",
-                    )?),
-                    init_rank: std::mem::transmute::<
-                        *mut c_void,
-                        unsafe extern "C" fn(*mut ncclComm_t, c_int, ncclUniqueId, c_int) -> Outcome,
-                    >(find("ncclCommInitRank")?),
-                    all_reduce: std::mem::transmute::<*mut c_void, AllReduce>(find("ncclAllReduce")?),
-                    all_gather: std::mem::transmute::<*mut c_void, AllGather>(find("ncclAllGather")?),
-                    broadcast: std::mem::transmute::<*mut c_void, Broadcast>(find("ncclBroadcast")?),
-                    abort: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(ncclComm_t) -> Outcome>(find(
-                        "ncclCommAbort",
-                    )?),
-                    error_string: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(Outcome) -> *const c_char>(find(
-                        "ncclGetErrorString",
-                    )?),
-                })
-            }
-        });
-        let Some(functions) = found else { return Err(KernelError::Unsupported("NCCL lacks what it had a moment ago".into())) };
+    fn of_today() -> Result<&'static Self, KernelError> {
+        let functions = Self::find()?;
         let version = functions.number()?;
         if version < OLDEST {
             return Err(Library::Nccl.too_old(&format!("it is {}, cards need {}", dotted(version), dotted(OLDEST))));
@@ -133,13 +47,8 @@ impl Functions {
         if outcome == 0 {
             return Ok(());
         }
-        // SAFETY: the library has a text for every number, its own or "unknown".
-        let text = unsafe { (self.error_string)(outcome) };
-        let words = match text.is_null() {
-            true => String::new(),
-            // SAFETY: a text of the library's that stays.
-            false => unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned(),
-        };
+        // SAFETY: the library has a text that stays for every number, its own or "unknown".
+        let words = unsafe { words((self.error_string)(outcome)) };
         Err(KernelError::Device(format!("NCCL {what}: {words} ({outcome})")))
     }
 }
@@ -157,7 +66,7 @@ unsafe impl Send for Comm {}
 
 /// What the cards that compute a model together share.
 struct Group {
-    functions: &'static Functions,
+    functions: &'static NcclFunctions,
     comms: Vec<Mutex<Option<Comm>>>,
     aborted: OnceLock<String>,
 }
@@ -235,7 +144,7 @@ impl Communicator {
         self.exchange("broadcast", |nccl, comm| unsafe { (nccl.broadcast)(place, place, count, numbers, 0, comm, stream.cast()) })
     }
 
-    fn exchange(&self, what: &str, call: impl FnOnce(&Functions, ncclComm_t) -> Outcome) -> Result<(), KernelError> {
+    fn exchange(&self, what: &str, call: impl FnOnce(&NcclFunctions, ncclComm_t) -> Outcome) -> Result<(), KernelError> {
         let Group { functions, aborted, .. } = &*self.group;
         match &*self.group.lock(self.place.rank) {
             Some(comm) => functions.check(what, call(functions, comm.0)),
@@ -257,7 +166,7 @@ impl Communicator {
 ///
 /// Errors: NCCL is missing or too old, or does not bring the cards together.
 pub fn join(cards: Vec<Card>) -> Result<(Vec<Card>, Arc<dyn Abort>), KernelError> {
-    let functions = Functions::find()?;
+    let functions = NcclFunctions::of_today()?;
     let mut id = ncclUniqueId { internal: [0; 128] };
     // SAFETY: a structure to write to.
     functions.check("names no group", unsafe { (functions.unique_id)(&raw mut id) })?;
@@ -322,7 +231,7 @@ mod tests {
 
     #[test]
     fn where_it_is_there_it_says_its_version_and_where_not_what_to_install() {
-        match Functions::find() {
+        match NcclFunctions::of_today() {
             Ok(functions) => assert!(functions.number().unwrap() >= OLDEST),
             Err(error) => {
                 let text = error.to_string();

@@ -21,6 +21,8 @@ pub(super) struct Captures {
     pub replayed: usize,
     /// Why the device did not take the last that it did not take.
     pub refused: Option<KernelError>,
+    /// The same, until somebody was told.
+    pub untold: Option<String>,
 }
 
 impl<D: Device> CudaBackend<D> {
@@ -100,8 +102,17 @@ impl<D: Device> CudaBackend<D> {
                 Ok(())
             }
             Way::Capture(index) => {
-                let captured = self.capture(program).map_err(|why| self.captures.refused = Some(why)).ok();
-                let captured = self.captured_by_all(captured)?;
+                let captured = self.capture(program);
+                let captured = match (self.captured_by_all(captured.as_ref().ok().copied())?, captured) {
+                    (Some(graph), _) => Some(graph),
+                    (None, captured) => {
+                        let by_another = || KernelError::Device("another card did not capture its part".into());
+                        let why = captured.err().unwrap_or_else(by_another);
+                        self.captures.untold = Some(why.to_string());
+                        self.captures.refused = Some(why);
+                        None
+                    }
+                };
                 self.captures.graphs.keep(index, captured);
                 if let Some(graph) = captured {
                     return self.replay(graph);

@@ -13,6 +13,11 @@ pub(super) struct Room {
 }
 
 impl Room {
+    /// What is reserved for so many bytes, so that it need not grow often.
+    pub(super) fn size(bytes: usize) -> usize {
+        if bytes == 0 { 0 } else { bytes.next_power_of_two() }
+    }
+
     /// Sees to it that there are `bytes`; what was there is lost when it grows.
     pub(super) fn reserve<D: Device>(
         &mut self,
@@ -21,7 +26,7 @@ impl Room {
         bytes: usize,
     ) -> Result<Address, KernelError> {
         if bytes > self.bytes {
-            let grown = bytes.next_power_of_two();
+            let grown = Room::size(bytes);
             let moves = self.moves + 1;
             // Before there is more, so that there need not be room for both.
             let old = std::mem::replace(self, Room { moves, ..Room::default() });

@@ -60,9 +60,14 @@ fn no_card(number: usize, count: i32) -> KernelError {
 }
 
 fn does_not_start(number: usize, e: CallError) -> KernelError {
+    const NO_DEVICE: u32 = CUresult::CUDA_ERROR_NO_DEVICE as u32;
+    const STUB_LIBRARY: u32 = CUresult::CUDA_ERROR_STUB_LIBRARY as u32;
+    const NOT_READY: u32 = CUresult::CUDA_ERROR_SYSTEM_NOT_READY as u32;
+    const MISMATCH: u32 = CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH as u32;
+    const COMPAT: u32 = CUresult::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE as u32;
     match e.code {
-        CUresult::CUDA_ERROR_NO_DEVICE => no_card(number, 0),
-        CUresult::CUDA_ERROR_STUB_LIBRARY => KernelError::Unsupported(
+        NO_DEVICE => no_card(number, 0),
+        STUB_LIBRARY => KernelError::Unsupported(
             "the libcuda.so that was found is the toolkit's stand-in for linking, and no driver; see to it that the driver's comes \
              first on the loader's path, or use --device cpu"
                 .into(),
@@ -70,29 +75,30 @@ fn does_not_start(number: usize, e: CallError) -> KernelError {
         // Whatever it is, nothing was begun: who may compute elsewhere does.
         code => {
             let hint = match code {
-                CUresult::CUDA_ERROR_SYSTEM_NOT_READY => "where cards are joined by NVSwitch, the service nvidia-fabricmanager must run",
-                CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => {
+                NOT_READY => "where cards are joined by NVSwitch, the service nvidia-fabricmanager must run",
+                MISMATCH => {
                     "libcuda.so.1 and the kernel's module are of different versions: restart the machine, or give the container the \
                      library of the machine"
                 }
-                CUresult::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE => {
+                COMPAT => {
                     "the libcuda.so.1 that was found is of a package cuda-compat, which this card does not take: take it off the \
                      loader's path"
                 }
                 _ => "nvidia-smi says whether the driver works, and a container needs the devices /dev/nvidia*, nvidia-uvm among them",
             };
-            let CallError { words, .. } = e;
-            KernelError::Unsupported(format!("the driver does not start: {code:?} {words}; {hint}; or use --device cpu"))
+            let CallError { name, words, .. } = e;
+            KernelError::Unsupported(format!("the driver does not start: {name} {words}; {hint}; or use --device cpu"))
         }
     }
 }
 
-pub(super) fn no_context(name: &str, e: CallError) -> KernelError {
+pub(super) fn no_context(card: &str, e: CallError) -> KernelError {
+    const UNAVAILABLE: u32 = CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE as u32;
     match e.code {
-        CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE => KernelError::Unsupported(format!(
-            "{name} is not to be had: {:?} {}; another process has it for itself, or its compute mode forbids it (nvidia-smi -q -d \
+        UNAVAILABLE => KernelError::Unsupported(format!(
+            "{card} is not to be had: {} {}; another process has it for itself, or its compute mode forbids it (nvidia-smi -q -d \
              COMPUTE); choose another with --device cuda:N, or use --device cpu",
-            e.code, e.words
+            e.name, e.words
         )),
         _ => failed("no context", e),
     }

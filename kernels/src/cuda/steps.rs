@@ -60,6 +60,7 @@ impl<D: Device> CudaBackend<D> {
         let returned = &mut self.steps.returned;
         returned.resize(drew.bytes(), 0);
         self.device.fetched(fetch, returned)?;
+        out.refused_capture = self.captures.untold.take();
         drew.read(returned, &mut out.samples);
         Ok(())
     }

@@ -1,22 +1,22 @@
 //! How long a card's work takes, by the card's own clock.
 
-use cudarc::driver::result::event;
-use cudarc::driver::sys::{self, CUevent, CUresult};
+use cudarc::driver::sys::CUevent;
 
-use super::calls::{CallError, failed};
+use super::calls::{Calls, Cuda, failed};
 use super::driver::Card;
 use crate::error::KernelError;
 
 /// A moment in a card's work.
-pub struct Mark(sys::CUevent);
+pub struct Mark(CUevent);
 
 impl Card {
     /// The moment when all work before is done and none after has begun.
     pub fn mark(&self) -> Result<Mark, KernelError> {
         self.current()?;
-        let mark = event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map(Mark).map_err(|e| failed("no event", e.into()))?;
+        // SAFETY: of the context that is current; given back with its owner.
+        let mark = unsafe { self.calls.create_timer() }.map(Mark).map_err(|e| failed("no event", e))?;
         // SAFETY: an event and a stream that were just made or are held.
-        unsafe { event::record(mark.0, self.stream) }.map_err(|e| failed("an event is not recorded", e.into()))?;
+        unsafe { self.calls.record_event(mark.0, self.stream) }.map_err(|e| failed("an event is not recorded", e))?;
         Ok(mark)
     }
 
@@ -24,29 +24,18 @@ impl Card {
     pub fn seconds(&self, from: &Mark, to: &Mark) -> Result<f64, KernelError> {
         self.current()?;
         // SAFETY: an event that was recorded on this card's stream and is destroyed with its owner only.
-        unsafe { event::synchronize(to.0) }.map_err(|e| failed("the card stopped", e.into()))?;
-        let (elapsed, mut milliseconds) = (elapsed()?, 0.0);
-        // SAFETY: both were recorded, and are destroyed with their owners only; a number to write to.
-        unsafe { elapsed(&raw mut milliseconds, from.0, to.0) }
-            .result()
-            .map_err(|e| failed("no time between two events", CallError::from(e)))?;
+        unsafe { self.calls.synchronize_event(to.0) }.map_err(|e| failed("the card stopped", e))?;
+        // SAFETY: both were recorded, and are destroyed with their owners only.
+        let milliseconds = unsafe { self.calls.elapsed(from.0, to.0) }.map_err(|e| failed("no time between two events", e))?;
         Ok(f64::from(milliseconds) / 1e3)
     }
 }
 
-type Elapsed = unsafe extern "C" fn(*mut f32, CUevent, CUevent) -> CUresult;
-
-/// The call in its first form, which every driver has. The bindings know its second alone, and end the program where a driver older than
-/// CUDA 12.8 has none.
-fn elapsed() -> Result<Elapsed, KernelError> {
-    // SAFETY: a card is open, so its library is; the function of this name has this type.
-    let found = unsafe { sys::culib().get::<Elapsed>(b"cuEventElapsedTime") };
-    found.map(|call| *call).map_err(|e| KernelError::Device(format!("the driver has no clock: {e}")))
-}
-
 impl Drop for Mark {
     fn drop(&mut self) {
-        // SAFETY: made once, destroyed once. Nothing can be done about a failure.
-        let _ = unsafe { event::destroy(self.0) };
+        if let Ok(calls) = Cuda::find() {
+            // SAFETY: made once, destroyed once. Nothing can be done about a failure.
+            let _ = unsafe { calls.destroy_event(self.0) };
+        }
     }
 }

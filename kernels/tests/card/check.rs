@@ -14,6 +14,8 @@ use super::{CANNOT_OPEN, NO_CARD, PARTS, Place};
 
 /// How long a case may be silent on a card: one that hangs must not cost those behind it.
 pub const SILENCE: Duration = Duration::from_secs(20);
+/// What each part has in any case, however slow those before it are.
+const LEAST: Duration = Duration::from_secs(4);
 /// Cases that may fail before the rest of a part is given up.
 const MOST_FAILURES: usize = 6;
 /// Of them, those that are done once more, each launch waited for, so that the error names the kernel.
@@ -31,7 +33,7 @@ pub fn check(place: &Place<'_>, report: Option<&Path>, limit: Duration) -> ExitC
         check.table.line("Emulated, in tiny sizes: the numbers say nothing.");
     }
     let mut section = None;
-    for (name, own, seconds) in PARTS {
+    for (index, (name, own, seconds)) in PARTS.into_iter().enumerate() {
         if section.replace(own) != Some(own) {
             check.table.line(own.heading());
         }
@@ -41,7 +43,10 @@ pub fn check(place: &Place<'_>, report: Option<&Path>, limit: Duration) -> ExitC
             continue;
         }
         // An emulated thread is slow, and tests share their processors: only the whole is limited.
-        let most = if matches!(place, Place::Emulated) { left } else { left.min(Duration::from_secs(seconds)) };
+        let most = match place {
+            Place::Emulated => left,
+            Place::Card(_) => time_of_part(left, Duration::from_secs(seconds), PARTS.len() - 1 - index),
+        };
         // There the processor has far more to do than the card.
         let silence = place.silence().filter(|_| name != "parity large");
         let status = check.run(name, &[], most, silence);
@@ -56,6 +61,11 @@ pub fn check(place: &Place<'_>, report: Option<&Path>, limit: Duration) -> ExitC
     }
     check.table.line(&format!("\n{:.0} s in all.", start.elapsed().as_secs_f64()));
     if check.table.failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+/// How long a part may take, of what is left for it and those behind it.
+fn time_of_part(left: Duration, most: Duration, behind: usize) -> Duration {
+    left.saturating_sub(LEAST * behind as u32).max(LEAST).min(left).min(most)
 }
 
 /// What was printed so far, also kept in a file: a run that is killed leaves what it had.
@@ -293,6 +303,17 @@ fn said(complaints: &VecDeque<String>, status: Option<ExitStatus>) -> String {
 
 /// A part whose cases fail in every way that a card may fail in is told as it should be; for tests of this program.
 pub fn rehearse() -> ExitCode {
+    // However long each takes, all have their turn.
+    let (mut left, mut turns) = (Duration::from_secs(240), 0);
+    for (index, (_, _, seconds)) in PARTS.into_iter().enumerate() {
+        let time = time_of_part(left, Duration::from_secs(seconds), PARTS.len() - 1 - index);
+        left -= time;
+        turns += usize::from(time >= LEAST);
+    }
+    if turns < PARTS.len() {
+        eprintln!("only {turns} parts have their turn");
+        return ExitCode::FAILURE;
+    }
     let mut check = Check { place: &Place::Emulated, table: Table::to(None), ceilings: Ceilings::default() };
     let status = check.run("rehearsal", &[], Duration::from_secs(60), Some(Duration::from_secs(3)));
     let lines = check.table.lines.join("\n");

@@ -6,9 +6,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use cudarc::driver::result;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
-use cudarc::{cublaslt, nvrtc};
 use tidemill_kernels::cuda::calls::{CallError, Calls};
 use tidemill_kernels::cuda::device::Device;
 use tidemill_kernels::cuda::driver::{Card, Cuda};
@@ -56,9 +54,9 @@ pub fn tell() {
     if let Err(error) = cards() {
         row("cards", &error);
     }
-    row("NVRTC", &compiler().unwrap_or_else(|error| error));
-    row("cuBLASLt", &products().unwrap_or_else(|error| error));
-    row("NCCL", &exchanges().unwrap_or_else(|error| error));
+    for (what, library) in [("NVRTC", Library::Nvrtc), ("cuBLASLt", Library::CublasLt), ("NCCL", Library::Nccl)] {
+        row(what, &library.version().unwrap_or_else(|error| error.to_string()));
+    }
     let maps = read_to_string("/proc/self/maps").unwrap_or_default();
     let mut files: Vec<&str> = maps.lines().filter_map(|line| Some(&line[line.find('/')?..])).collect();
     files.retain(|file| ["libcuda", "libnvrtc", "libcublasLt", "libnccl"].iter().any(|name| file.contains(name)));
@@ -69,7 +67,7 @@ pub fn tell() {
 
 fn cards() -> Result<(), String> {
     let calls = Cuda::find().map_err(|error| error.to_string())?;
-    let failed = |call: &str, e: CallError| format!("{call}: {:?} {}", e.code, e.words);
+    let failed = |call: &str, e: CallError| format!("{call}: {} {}", e.name, e.words);
     let version = calls.driver_version().map_err(|e| failed("cuDriverGetVersion", e))?;
     row("the driver's CUDA", &version.to_string());
     calls.init().map_err(|e| failed("cuInit", e))?;
@@ -101,51 +99,9 @@ fn cards() -> Result<(), String> {
             let value = unsafe { calls.device_attribute(device, which) };
             words.push(value.map_or_else(|e| failed(what, e), |value| format!("{what} {value}")));
         }
-        // SAFETY: as above.
-        let total = unsafe { result::device::total_mem(device) };
-        words.push(total.map_or_else(|e| failed("cuDeviceTotalMem", e.into()), |total| format!("bytes {total}")));
         row(&format!("card {number}"), &words.join(", "));
     }
     Ok(())
-}
-
-fn compiler() -> Result<String, String> {
-    Library::Nvrtc.require().map_err(|error| error.to_string())?;
-    let (mut major, mut minor, mut count) = (0, 0, 0);
-    // SAFETY: numbers to write to; the library is there and has what we call.
-    unsafe {
-        nvrtc::sys::nvrtcVersion(&raw mut major, &raw mut minor).result().map_err(|e| format!("nvrtcVersion: {e}"))?;
-        nvrtc::sys::nvrtcGetNumSupportedArchs(&raw mut count).result().map_err(|e| format!("nvrtcGetNumSupportedArchs: {e}"))?;
-    }
-    let mut known = vec![0; usize::try_from(count).unwrap_or(0)];
-    // SAFETY: as many numbers as were asked for.
-    unsafe { nvrtc::sys::nvrtcGetSupportedArchs(known.as_mut_ptr()) }
-        .result()
-        .map_err(|e| format!("nvrtcGetSupportedArchs: {e}"))?;
-    Ok(format!("{major}.{minor}, for {known:?}"))
-}
-
-fn products() -> Result<String, String> {
-    Library::CublasLt.require().map_err(|error| error.to_string())?;
-    // SAFETY: the library is there, and the function of this name has this type and only returns a number.
-    unsafe {
-        let version = cublaslt::sys::culib().get::<unsafe extern "C" fn() -> usize>(b"cublasLtGetVersion");
-        Ok(version.map_or("without a version".to_owned(), |version| version().to_string()))
-    }
-}
-
-fn exchanges() -> Result<String, String> {
-    Library::Nccl.require().map_err(|error| error.to_string())?;
-    // SAFETY: a library of NVIDIA's that was opened before; the function of this name has this type.
-    unsafe {
-        let library = [c"libnccl.so.2", c"libnccl.so"].map(|file| libc::dlopen(file.as_ptr(), libc::RTLD_NOW));
-        let Some(library) = library.into_iter().find(|library| !library.is_null()) else { return Ok("gone".into()) };
-        let version = libc::dlsym(library, c"ncclGetVersion".as_ptr());
-        let version = std::mem::transmute::<*mut libc::c_void, unsafe extern "C" fn(*mut i32) -> i32>(version);
-        let mut number = 0;
-        let outcome = version(&raw mut number);
-        Ok(if outcome == 0 { number.to_string() } else { format!("ncclGetVersion: {outcome}") })
-    }
 }
 
 /// Opens the first card twice and copies there and back. The exit status says whether there is one, and whether it opens.

@@ -199,7 +199,7 @@ fn part(place: &Place<'_>, name: &str, rest: &[&str]) -> ExitCode {
         }
         ("parity training", Place::Emulated) => parity::training(&|| Box::new(Emulated::default()), cases),
         (_, Place::Card(images)) => {
-            if by_warpgroups && let Err(why) = chooses(images) {
+            if by_warpgroups && let Err(why) = chooses(images, rest.contains(&"brief")) {
                 assert!(matches!(why, KernelError::Unsupported(_)), "{why}");
                 println!("| {name} | not run: {why} |");
                 return ExitCode::SUCCESS;
@@ -230,10 +230,13 @@ fn part(place: &Place<'_>, name: &str, rest: &[&str]) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// A row of what a server would choose on this card, if it knows both ways.
-fn chooses(images: &Path) -> Result<(), KernelError> {
+/// A row of what a server would choose on this card, if it knows both ways; `briefly`: only whether it does.
+fn chooses(images: &Path, briefly: bool) -> Result<(), KernelError> {
     let mut card = Card::open(Some(images))?;
     card.choose_prefill(Some(Prefill::Wgmma), &Trial::serving(), None)?;
+    if briefly {
+        return Ok(());
+    }
     card.choose_prefill(None, &Trial::serving(), None)?;
     let words = [64, 128].map(|width| format!("heads of {width} by {:?}", card.prefill(width)));
     println!("| a server's own trial: prompts with {} {} | | | | | |", words.join(", "), card.warnings().join("; "));
@@ -242,28 +245,39 @@ fn chooses(images: &Path) -> Result<(), KernelError> {
 
 /// Steps with exchanges, captured where they can be, on as many cards as there are, four at most; on two emulated ones.
 fn exchanges(place: &Place<'_>, cases: &mut Cases) {
-    let off = match place {
+    let group = || Member::group(2).into_iter().map(Emulated::of_group);
+    let joined = |images: &Path| {
+        let open = |number| Card::open_number(number, Some(images)).unwrap();
+        let first = open(0);
+        let visible = first.visible().unwrap().min(4);
+        (visible > 1).then(|| nccl::join(std::iter::once(first).chain((1..visible).map(open)).collect()).unwrap().0)
+    };
+    let mut take = |what: &str, ranks: usize| cases.take(&format!("{what}, {ranks} cards"));
+    let (mut off, mut ahead) = (None, None);
+    let same = |(drawn, wanted)| if drawn == wanted { 0.0 } else { f64::INFINITY };
+    match place {
         Place::Emulated => {
-            cases.take("2 emulated cards");
-            exchange::worst_of(on_devices(Member::group(2).into_iter().map(Emulated::of_group))).0
+            off = take("exchanges", 2).then(|| exchange::worst_of(on_devices(group())).0);
+            ahead = take("exchanges, one step ahead", 2).then(|| same(exchange::ahead(on_devices(group()))));
         }
         Place::Card(images) => {
-            let open = |number| Card::open_number(number, Some(images)).unwrap();
-            let first = open(0);
-            let visible = first.visible().unwrap().min(4);
-            if visible < 2 {
+            let Some(cards) = joined(images) else {
                 say("| exchanges between cards | not run: the driver shows one card |");
                 return;
+            };
+            let ranks = cards.len();
+            if take("exchanges", ranks) {
+                off = Some(exchange::worst_of(on_devices(cards.into_iter())).0);
             }
-            let cards = std::iter::once(first).chain((1..visible).map(open)).collect();
-            let (cards, _) = nccl::join(cards).unwrap();
-            if !cases.take(&format!("{visible} cards")) {
-                return;
+            if take("exchanges, one step ahead", ranks) {
+                // Those of before are given back first.
+                ahead = joined(images).map(|cards| same(exchange::ahead(on_devices(cards.into_iter()))));
             }
-            exchange::worst_of(on_devices(cards.into_iter())).0
         }
-    };
-    cases.seen("exchanges between cards", "reference", off, 1e-6);
+    }
+    for (what, off) in [("exchanges between cards", off), ("exchanges between cards, one step ahead", ahead)] {
+        off.into_iter().for_each(|off| cases.seen(what, "reference", off, 1e-6));
+    }
 }
 
 fn on_devices<D: Device>(devices: impl Iterator<Item = D>) -> Vec<CudaBackend<D>> {

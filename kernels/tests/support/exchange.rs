@@ -54,6 +54,12 @@ impl<O: Backend> Table<O> {
     }
 
     pub fn forward(&mut self, batch: &StepBatch) -> Result<Vec<f32>, KernelError> {
+        self.enqueue(batch)?;
+        self.ops.finish(&mut StepOutput::default())?;
+        self.ops.read(self.logits)
+    }
+
+    fn enqueue(&mut self, batch: &StepBatch) -> Result<(), KernelError> {
         let ops = &mut self.ops;
         ops.begin(batch)?;
         ops.embedding_shard(self.table, (ops.place().rank * PART) as u32, self.hidden);
@@ -61,8 +67,15 @@ impl<O: Backend> Table<O> {
         ops.gather(self.hidden, self.last);
         ops.linear(self.last, self.table, None, self.part, Store::Replace);
         ops.all_gather(self.part, self.logits);
-        ops.finish(&mut StepOutput::default())?;
-        ops.read(self.logits)
+        Ok(())
+    }
+
+    /// A step that draws the likeliest token of each row, set going.
+    fn submit(&mut self, batch: &StepBatch) -> Result<(), KernelError> {
+        self.enqueue(batch)?;
+        let vocabulary = self.ops.place().ranks * PART;
+        self.ops.sample(self.logits, vocabulary);
+        self.ops.submit()
     }
 }
 
@@ -93,16 +106,72 @@ pub fn steps_and_logits(ranks: usize) -> (Weight, Vec<StepBatch>, Vec<Vec<f32>>)
 /// The largest error of any rank in any step; each backend runs on a thread of its own.
 pub fn worst_of<O: Backend>(ranks: Vec<O>) -> (f64, Vec<O>) {
     let (weight, steps, wanted) = steps_and_logits(ranks.len());
-    let run = |ops: O| {
+    let outcomes = on_threads(ranks, |ops| {
         let mut table = Table::new(ops, &weight);
         let off = |(step, wanted): (&StepBatch, &Vec<f32>)| error(&table.forward(step).unwrap(), wanted);
         let worst = steps.iter().zip(&wanted).map(off).fold(0.0, f64::max);
         (worst, table.ops)
-    };
-    let outcomes: Vec<(f64, O)> = std::thread::scope(|scope| {
-        let threads: Vec<_> = ranks.into_iter().map(|ops| scope.spawn(|| run(ops))).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     let worst = outcomes.iter().map(|(worst, _)| *worst).fold(0.0, f64::max);
     (worst, outcomes.into_iter().map(|(_, ops)| ops).collect())
+}
+
+/// What each rank makes of its backend, on a thread of its own.
+fn on_threads<O: Send, T: Send>(ranks: Vec<O>, run: impl Fn(O) -> T + Sync) -> Vec<T> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = ranks.into_iter().map(|ops| scope.spawn(|| run(ops))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// Steps that are begun while the one before them runs, so that the first rank draws tokens and tells them to the others: the tokens
+/// that it draws, and those that steps one after the other give.
+pub fn ahead<O: Backend>(ranks: Vec<O>) -> (Vec<Vec<u32>>, Vec<Vec<u32>>) {
+    const STEPS: usize = 8;
+    let noise = &mut Noise::new(77);
+    let weight = Weight::random(noise, ranks.len() * PART, WIDTH, Format::F32, 1.0);
+    let list: Vec<_> = (0..4).map(|block| sequence(noise, block, weight.n, BLOCK)).collect();
+    let tokens = |out: &StepOutput| out.samples.iter().map(|sampled| sampled.token).collect::<Vec<u32>>();
+    let batch = |list: &mut Vec<Sequence>, number: usize, known: Option<&Vec<u32>>| {
+        if let Some(known) = known {
+            list.iter_mut().zip(known).for_each(|(sequence, token)| sequence.tokens[sequence.computed] = *token);
+        }
+        // A prompt at first, then one token of each.
+        self::step(list, if number == 0 { 5 } else { 1 })
+    };
+    let drawn = on_threads(ranks, |ops| {
+        let (mut table, mut list) = (Table::new(ops, &weight), list.clone());
+        let (mut out, mut all) = (StepOutput::default(), Vec::new());
+        for number in 0..STEPS {
+            let mut next = batch(&mut list, number, None);
+            if number > 0 {
+                // Whatever stands there is not what the row computes.
+                next.tokens.fill(0);
+                next.carried = (0..4).map(|row| (row, row)).collect();
+            }
+            table.submit(&next).unwrap();
+            if number > 0 {
+                table.ops.collect(&mut out).unwrap();
+                all.push(tokens(&out));
+            }
+        }
+        table.ops.collect(&mut out).unwrap();
+        all.push(tokens(&out));
+        all
+    });
+    let mut ops = Reference::new(LIMITS);
+    let table = ops.load_matrix(&[weight.source()], WeightFormat::F32).unwrap();
+    let (hidden, last) = (ops.alloc(Rows::Tokens, WIDTH).unwrap(), ops.alloc(Rows::Samples, WIDTH).unwrap());
+    let logits = ops.alloc(Rows::Samples, weight.n).unwrap();
+    let (mut list, mut out, mut wanted) = (list.clone(), StepOutput::default(), Vec::new());
+    for number in 0..STEPS {
+        ops.begin(&batch(&mut list, number, wanted.last())).unwrap();
+        ops.embedding(table, hidden);
+        ops.gather(hidden, last);
+        ops.linear(last, table, None, logits, Store::Replace);
+        ops.sample(logits, weight.n);
+        ops.finish(&mut out).unwrap();
+        wanted.push(tokens(&out));
+    }
+    (drawn.into_iter().next().unwrap(), wanted)
 }

@@ -19,7 +19,7 @@ pub(super) struct FakeProducts {
 impl Multiplier for FakeProducts {
     fn run(&mut self, product: Product, stream: CUstream) -> Result<(), KernelError> {
         let called = self.driver.captured_call("product");
-        let mut state = called.map_err(|e| KernelError::Device(format!("cuBLASLt refuses a product: {:?}", e.code)))?;
+        let mut state = called.map_err(|e| KernelError::Device(format!("cuBLASLt refuses a product: {}", e.name)))?;
         state.assert_held(self.workspace.0, self.bytes);
         let work = Work::Product(product);
         state.assert_sound(&work);

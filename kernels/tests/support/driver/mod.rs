@@ -115,7 +115,7 @@ fn is_sticky(code: CUresult) -> bool {
 }
 
 fn refused(code: CUresult) -> CallError {
-    CallError { code, words: "as the test wants it".into() }
+    CallError { code: code as u32, name: format!("{code:?}"), words: "as the test wants it".into() }
 }
 
 impl FakeDriver {
@@ -577,7 +577,7 @@ impl Calls for FakeDriver {
 
     fn multiplier(&self, workspace: Address, bytes: usize) -> Result<Box<dyn Multiplier>, KernelError> {
         let opened = self.call("multiplier");
-        let mut state = opened.map_err(|e| KernelError::Device(format!("cuBLASLt does not start: {:?}", e.code)))?;
+        let mut state = opened.map_err(|e| KernelError::Device(format!("cuBLASLt does not start: {}", e.name)))?;
         state.assert_held(workspace.0, bytes);
         state.libraries += 1;
         drop(state);
