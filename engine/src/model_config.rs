@@ -1,6 +1,7 @@
 //! What kind of decoder a model is.
 
 mod dbrx;
+mod gemma;
 mod gguf;
 mod json;
 mod refused;
@@ -11,7 +12,10 @@ use tidemill_kernels::MAX_EXPERTS;
 
 use crate::load_error::LoadError;
 
-const SUPPORTED_FAMILIES: &str = "supported are Llama, Mistral, Mixtral, DBRX, Qwen2, Qwen2-MoE, Qwen3 and Qwen3-MoE models";
+pub use gemma::Gemma;
+
+const SUPPORTED_FAMILIES: &str =
+    "supported are Llama, Mistral, Mixtral, DBRX, Qwen2, Qwen2-MoE, Qwen3, Qwen3-MoE, Gemma 2 and Gemma 3 models";
 
 /// Families of decoders that share one description (`model/decoder.rs`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -32,6 +36,10 @@ pub enum Family {
     Qwen3Moe,
     /// DBRX: experts, layer norms, limits of q, k and v.
     Dbrx,
+    /// Gemma 2: see [`Gemma`].
+    Gemma2,
+    /// Gemma 3, the text part: see [`Gemma`].
+    Gemma3,
 }
 
 /// Sizes and switches of a decoder.
@@ -67,7 +75,7 @@ pub struct ModelConfig {
     pub rope_theta: f64,
     /// How the frequencies are stretched.
     pub rope_scaling: RopeScaling,
-    /// A query sees the last this many positions only.
+    /// A query sees the last this many positions only; in layers with a window, where not all have one ([`ModelConfig::window`]).
     pub sliding_window: Option<usize>,
     /// The output matrix is the embedding table.
     pub tied_embeddings: bool,
@@ -79,6 +87,8 @@ pub struct ModelConfig {
     pub mlp_bias: bool,
     /// RMS norms on the heads of q and k.
     pub qk_norm: bool,
+    /// What Gemma models have of their own.
+    pub gemma: Option<Gemma>,
 }
 
 /// A mixture of experts: each token goes through some of many feed-forward parts.
@@ -169,6 +179,9 @@ impl ModelConfig {
         if self.sliding_window == Some(0) {
             return invalid("sliding_window", "is 0; leave it out for full attention".to_owned());
         }
+        if let Some(gemma) = &self.gemma {
+            gemma.check(self, path)?;
+        }
         if let RopeScaling::Factors(factors) = &self.rope_scaling {
             let usable = factors.iter().all(|factor| factor.is_finite() && *factor > 0.0);
             if factors.len() != self.head_dim / 2 || !usable {
@@ -176,6 +189,31 @@ impl ModelConfig {
             }
         }
         Ok(())
+    }
+
+    /// Whether a layer is one of those with a window in a model whose other layers have none.
+    pub fn is_local(&self, layer: usize) -> bool {
+        self.gemma.as_ref().is_some_and(|gemma| gemma.full_attention.get(layer) == Some(&false))
+    }
+
+    /// How many positions queries of a layer see; `None` is all.
+    pub fn window(&self, layer: usize) -> Option<usize> {
+        self.sliding_window.filter(|_| self.gemma.is_none() || self.is_local(layer))
+    }
+
+    /// What scores of attention are multiplied with.
+    pub fn attention_scale(&self) -> f32 {
+        match &self.gemma {
+            Some(gemma) => (1.0 / gemma.query_scalar.sqrt()) as f32,
+            None => 1.0 / (self.head_dim as f32).sqrt(),
+        }
+    }
+
+    /// `[head_dim / 2]` rotary frequencies of layers with a window, where they are others than [`ModelConfig::inverse_frequencies`].
+    pub fn local_inverse_frequencies(&self) -> Option<Vec<f32>> {
+        let theta = self.gemma.as_ref()?.local_rope_theta?;
+        let half = self.head_dim / 2;
+        Some((0..half).map(|i| theta.powf(-(i as f64) / half as f64) as f32).collect())
     }
 
     /// `[head_dim / 2]` rotary frequencies in radians per position, stretched as [`RopeScaling`] says.

@@ -32,9 +32,10 @@ struct Norm {
     u32 width;
     u32 half_stride;
     float eps;
+    u32 add;
 };
 
-// out = x / sqrt(mean(x²) + eps) * weight
+// out = x / sqrt(mean(x²) + eps) * weight, or added to it
 KERNEL(rms_norm, 256, Norm) {
     SHARED(scratch);
     const u64 row = blockIdx.x;
@@ -44,7 +45,8 @@ KERNEL(rms_norm, 256, Norm) {
     const float mean = block_sum(squares, (float*)scratch) / (float)p.width;
     const float scale = 1.0f / sqrtf(mean + p.eps);
     for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) {
-        const float value = x[i] * scale * p.weight[i];
+        float value = x[i] * scale * p.weight[i];
+        if (p.add) value += p.out[row * p.width + i];
         p.out[row * p.width + i] = value;
         if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
     }
@@ -85,6 +87,32 @@ KERNEL(clamp, 256, Clamp) {
     if (*x < -p.limit) *x = -p.limit;
 }
 
+struct Scale {
+    float* x;
+    u32 width;
+    float factor;
+};
+
+// x *= factor. Grid [rows, ceil(width / 256)].
+KERNEL(scale, 256, Scale) {
+    const u32 i = blockIdx.y * blockDim.x + threadIdx.x;
+    if (i < p.width) p.x[(u64)blockIdx.x * p.width + i] *= p.factor;
+}
+
+struct SoftCap {
+    float* x;
+    u32 width;
+    float cap;
+};
+
+// x = cap tanh(x / cap). Grid [rows, ceil(width / 256)].
+KERNEL(soft_cap, 256, SoftCap) {
+    const u32 i = blockIdx.y * blockDim.x + threadIdx.x;
+    if (i >= p.width) return;
+    float* const x = p.x + (u64)blockIdx.x * p.width + i;
+    *x = p.cap * tanhf(*x / p.cap);
+}
+
 struct SiluAndMul {
     const float* gate_up;
     float* out;
@@ -100,6 +128,18 @@ KERNEL(silu_and_mul, 256, SiluAndMul) {
     if (i >= p.width) return;
     const float gate = p.gate_up[row * 2 * p.width + i], up = p.gate_up[row * 2 * p.width + p.width + i];
     const float value = gate / (1.0f + expf(-gate)) * up;
+    p.out[row * p.width + i] = value;
+    if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
+}
+
+// out = gelu(gate) * up with gelu(g) = g / 2 (1 + tanh(√(2 / π) (g + 0.044715 g³))), by (1 + tanh(u)) / 2 = 1 / (1 + e^-2u). Grid as of
+// silu_and_mul.
+KERNEL(gelu_tanh_and_mul, 256, SiluAndMul) {
+    const u64 row = blockIdx.x;
+    const u32 i = blockIdx.y * blockDim.x + threadIdx.x;
+    if (i >= p.width) return;
+    const float gate = p.gate_up[row * 2 * p.width + i], up = p.gate_up[row * 2 * p.width + p.width + i];
+    const float value = gate / (1.0f + expf(-1.5957691f * (gate + 0.044715f * gate * gate * gate))) * up;
     p.out[row * p.width + i] = value;
     if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
 }

@@ -541,10 +541,16 @@ pub trait Ops: Send {
     fn all_gather(&mut self, x: Buf, out: Buf);
     /// `out = x / sqrt(mean(x²) + eps) * weight` (Zhang & Sennrich 2019).
     fn rms_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf);
+    /// `out += x / sqrt(mean(x²) + eps) * weight`: a norm of what a part of a layer adds to the residual stream.
+    fn rms_norm_add(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf);
     /// `out = (x - mean(x)) / sqrt(var(x) + eps) * weight` (Ba et al. 2016), without a bias.
     fn layer_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf);
     /// Each number of `x` becomes the nearest that is not below `-limit` and not above `limit`; what is no number stays none.
     fn clamp(&mut self, x: Buf, limit: f32);
+    /// Each number of `x` becomes `factor` times itself.
+    fn scale(&mut self, x: Buf, factor: f32);
+    /// Each number of `x` becomes `cap * tanh(x / cap)`; what is no number stays none.
+    fn soft_cap(&mut self, x: Buf, cap: f32);
     /// `out = x wᵀ + bias`, or added to `out`.
     fn linear(&mut self, x: Buf, w: Matrix, bias: Option<Vector>, out: Buf, store: Store);
     /// Adds to each row of `out` the update that the row's adapter has for `site`, computed from the same row of `x`. Nothing runs
@@ -556,6 +562,8 @@ pub trait Ops: Send {
     fn paged_attention(&mut self, qkv: Buf, shape: HeadShape, spec: AttentionSpec, kv: KvCache, layer: usize, out: Buf);
     /// `out = silu(x[.., ..w]) * x[.., w..]` with `w` the width of `out`.
     fn silu_and_mul(&mut self, gate_up: Buf, out: Buf);
+    /// The same with `gelu(g) = g / 2 * (1 + tanh(√(2 / π) * (g + 0.044715 g³)))` (Hendrycks & Gimpel 2016) in the place of silu.
+    fn gelu_tanh_and_mul(&mut self, gate_up: Buf, out: Buf);
     /// Sends each token to the experts with its largest `logits [tokens, experts]`, the smaller number first among equals. Their weights
     /// are the softmax over all experts, or over the chosen ones when `normalised`.
     fn route(&mut self, logits: Buf, normalised: bool, routing: Routing);

@@ -394,7 +394,7 @@ impl Shapes {
         equal(OP, "output width", out_width, ranks * x_width)
     }
 
-    /// See [`Ops::rms_norm`] and [`Ops::layer_norm`]; `op` is which of them.
+    /// See [`Ops::rms_norm`], [`Ops::rms_norm_add`] and [`Ops::layer_norm`]; `op` is which of them.
     pub fn norm(&self, op: &'static str, x: Buf, weight: Vector, out: Buf) -> Result<(), KernelError> {
         self.step(op)?;
         let (x_width, out_width) = self.pair(op, x, out)?;
@@ -409,6 +409,21 @@ impl Shapes {
         self.buffer(OP, x)?;
         // A limit that is no number, too.
         if limit >= 0.0 { Ok(()) } else { shape(OP, format!("the limit is {limit}, should not be below 0")) }
+    }
+
+    /// See [`Ops::scale`].
+    pub fn scale(&self, x: Buf) -> Result<(), KernelError> {
+        const OP: &str = "scale";
+        self.step(OP)?;
+        self.buffer(OP, x).map(|_| ())
+    }
+
+    /// See [`Ops::soft_cap`].
+    pub fn soft_cap(&self, x: Buf, cap: f32) -> Result<(), KernelError> {
+        const OP: &str = "soft_cap";
+        self.step(OP)?;
+        self.buffer(OP, x)?;
+        if cap > 0.0 { Ok(()) } else { shape(OP, format!("the cap is {cap}, should be above 0")) }
     }
 
     /// See [`Ops::linear`].
@@ -528,12 +543,11 @@ impl Shapes {
         Ok(())
     }
 
-    /// See [`Ops::silu_and_mul`].
-    pub fn silu_and_mul(&self, gate_up: Buf, out: Buf) -> Result<(), KernelError> {
-        const OP: &str = "silu_and_mul";
-        self.step(OP)?;
-        let (x_width, out_width) = self.pair(OP, gate_up, out)?;
-        equal(OP, "input width", x_width, 2 * out_width)
+    /// See [`Ops::silu_and_mul`] and [`Ops::gelu_tanh_and_mul`]; `op` is which of them.
+    pub fn gated(&self, op: &'static str, gate_up: Buf, out: Buf) -> Result<(), KernelError> {
+        self.step(op)?;
+        let (x_width, out_width) = self.pair(op, gate_up, out)?;
+        equal(op, "input width", x_width, 2 * out_width)
     }
 
     /// See [`Ops::gather`].

@@ -1,6 +1,6 @@
 """GGUF files of the tiny models: the same weights in float32 under GGUF's names, tokenizer and template as metadata.
 
-    python tiny_gguf.py GOLDENS
+    python tiny_gguf.py GOLDENS [family ...]
 
 Writes GOLDENS/<family>/<family>.gguf for the families below; the family's expected.json holds for it too. Rows of q and k of the
 llama architecture are permuted for interleaved rotary embedding, as llama.cpp's converter does.
@@ -14,14 +14,18 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
+from tiny_tokenizers import gemma_scores
+
 ARCHITECTURE = {
     "llama": "llama", "llama3": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
     "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "dbrx": "dbrx",
+    "gemma2": "gemma2", "gemma3": "gemma3",
 }
 # `tokenizer.ggml.pre`: which splitting the byte-level BPE has.
 PRE = {
     "llama": "smollm", "llama3": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2",
     "mixtral": "smollm", "qwen2_moe": "qwen2", "qwen3_moe": "qwen2", "dbrx": "dbrx",
+    "gemma2": "default", "gemma3": "default",
 }
 # Names of an expert's matrices: in Mixtral's files, in others.
 PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -110,6 +114,7 @@ def write(folder: Path) -> Path:
     if experts:
         tensors = dbrx_experts(tensors, experts) if is_dbrx else stacked(tensors, config["num_hidden_layers"], experts)
     architecture = ARCHITECTURE[folder.name]
+    is_gemma = architecture.startswith("gemma")
     path = folder / f"{folder.name}.gguf"
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(f"tiny {folder.name}")
@@ -134,13 +139,23 @@ def write(folder: Path) -> Path:
             writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
         if "shared_expert_intermediate_size" in config:
             writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
-    if architecture in ("qwen3", "qwen3moe"):
+    if is_gemma:
+        # As llama.cpp's converter; the scale it leaves out, because it is that of a head's width in published models.
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_attention_scale(config["query_pre_attn_scalar"] ** -0.5)
+        if architecture == "gemma2":
+            writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+            writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+        else:
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(config["rope_scaling"]["factor"])
+    if architecture in ("qwen3", "qwen3moe") or is_gemma:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     if architecture == "llama":
         writer.add_vocab_size(config["vocab_size"])
         writer.add_rope_dimension_count(head_dim)
-    if config["rope_scaling"]:
+    if config["rope_scaling"] and not is_gemma:
         writer.add_tensor("rope_freqs.weight", llama3_factors(config["rope_scaling"], config["rope_theta"], head_dim))
 
     ids = {token: index for token, index in tokenizer["model"]["vocab"].items()}
@@ -151,11 +166,27 @@ def write(folder: Path) -> Path:
     types = token_types(tokenizer, count)
     for index in range(len(names), count):
         types[index] = int(gguf.TokenType.UNUSED)
-    writer.add_tokenizer_model("gpt2")
+    tokens = [names.get(index, f"[PAD{index}]") for index in range(count)]
+    writer.add_tokenizer_model("llama" if is_gemma else "gpt2")
     writer.add_tokenizer_pre(PRE[folder.name])
-    writer.add_token_list([names.get(index, f"[PAD{index}]") for index in range(count)])
+    if is_gemma:
+        # Scores in the place of merges; runs of spaces are written as spaces.
+        scores = gemma_scores(tokenizer["model"]["vocab"])
+        for index, token in enumerate(tokens):
+            if types[index] == gguf.TokenType.USER_DEFINED:
+                tokens[index] = token.replace("▁", " ")
+            elif token.startswith("<0x"):
+                types[index] = int(gguf.TokenType.BYTE)
+            elif token == "<unk>":
+                types[index] = int(gguf.TokenType.UNKNOWN)
+        writer.add_token_scores([scores.get(names.get(index), -10000.0) for index in range(count)])
+        writer.add_add_space_prefix(False)
+        writer.add_unk_token_id(ids["<unk>"])
+        writer.add_eot_token_id(ids["<end_of_turn>"])
+    else:
+        writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
     if tokenizer_config["bos_token"]:
         writer.add_bos_token_id(ids[tokenizer_config["bos_token"]])
     writer.add_eos_token_id(ids[tokenizer_config["eos_token"]])
@@ -164,7 +195,7 @@ def write(folder: Path) -> Path:
     # Llama 3's files leave this out and its `pre` means true; the others say false. The tokenizer of the tiny DBRX is Llama 3's, so it
     # says true.
     if folder.name != "llama3":
-        writer.add_add_bos_token(is_dbrx)
+        writer.add_add_bos_token(is_dbrx or is_gemma)
     writer.add_chat_template(tokenizer_config["chat_template"])
 
     layer_map = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config["num_hidden_layers"])
@@ -176,6 +207,9 @@ def write(folder: Path) -> Path:
             tensor = interleaved(tensor, config["num_attention_heads"])
         if architecture == "llama" and ".k_proj." in name:
             tensor = interleaved(tensor, config["num_key_value_heads"])
+        # What norms multiply with, where the publisher has 1 less.
+        if is_gemma and name.endswith("norm.weight"):
+            tensor = tensor + 1
         writer.add_tensor(layer_map.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(tensor, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -190,7 +224,7 @@ def check_factors(folder: Path) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     raw = json.loads((folder / "config.json").read_text())
-    if not raw.get("rope_scaling"):
+    if (raw.get("rope_scaling") or {}).get("rope_type") != "llama3":
         return
     config = AutoConfig.from_pretrained(folder)
     scaled = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
@@ -218,7 +252,7 @@ def check(folder: Path, path: Path) -> None:
 
 
 def main() -> None:
-    for family in ARCHITECTURE:
+    for family in sys.argv[2:] or ARCHITECTURE:
         folder = Path(sys.argv[1]) / family
         path = write(folder)
         # transformers reads no Mixtral or DBRX out of GGUF; `engine/tests/parity.rs` compares the files with the same expected values.

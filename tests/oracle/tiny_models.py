@@ -20,6 +20,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DbrxConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -208,6 +210,39 @@ FAMILIES["dbrx"] = replace(
     ),
 )
 
+# Norms behind the parts of a layer, layers that see a window and others that see all, tied and scaled embeddings, GELU.
+GEMMA_TEXT = dict(
+    tokenizer=tiny_tokenizers.gemma, vocabulary=440, bos="<bos>", eos="<eos>", stops=["<eos>", "<end_of_turn>"], pad="<pad>",
+    template=chat_templates.GEMMA,
+    chats=[
+        {"messages": QUESTION},
+        {"messages": TURNS},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": " How deep?  "}]}]},
+        {"messages": [QUESTION[0], QUESTION[0]], "raises": "must alternate"},
+    ],
+)
+FAMILIES["gemma2"] = Family(
+    # Soft caps so near that they matter.
+    config=lambda vocab: Gemma2Config(
+        vocab_size=vocab, max_position_embeddings=512, sliding_window=24, head_dim=32, query_pre_attn_scalar=24,
+        attn_logit_softcapping=20.0, final_logit_softcapping=12.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, **{**SIZES, "intermediate_size": 96, "num_hidden_layers": 4},
+    ),
+    **GEMMA_TEXT,
+)
+FAMILIES["gemma3"] = Family(
+    # Of six layers the last sees all positions.
+    config=lambda vocab: Gemma3TextConfig(
+        vocab_size=vocab, max_position_embeddings=512, sliding_window=24, head_dim=24, query_pre_attn_scalar=20,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        **{**SIZES, "intermediate_size": 80, "num_hidden_layers": 6},
+    ),
+    **GEMMA_TEXT,
+)
+
 ENCODE_TEXTS = [
     "Hello, world!",
     "  leading,   inner   and trailing spaces   ",
@@ -227,10 +262,16 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
     """Weights that make attention sharp and logits spread over several units; norms and biases differ from 1 and 0."""
     generator = torch.Generator().manual_seed(seed)
     hidden = model.config.hidden_size
+    is_gemma = model.config.model_type.startswith("gemma")
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith(("norm.weight", "norm_1.weight", "norm_2.weight", "norm_f.weight")):
+            if is_gemma and name.endswith("norm.weight"):
+                # They multiply with 1 more. What layers add outweighs the embedding, or the tied output would repeat the last token.
+                # Sharp attention, whose part is the larger one, keeps the greedy path from going round in circles.
+                ends = {"post_attention_layernorm": 4.0, "post_feedforward_layernorm": 0.5, "q_norm": 1.5, "k_norm": 1.5}
+                parameter.copy_(ends.get(name.split(".")[-2], 0.0) + 0.3 * noise)
+            elif name.endswith(("norm.weight", "norm_1.weight", "norm_2.weight", "norm_f.weight")):
                 parameter.copy_(1.0 + 0.3 * noise)
             elif name.endswith(".bias"):
                 parameter.copy_(0.5 * noise)
@@ -243,7 +284,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 # A router whose choices do not hang on rounding.
                 parameter.copy_(noise * 3.0 / math.sqrt(hidden))
             elif "q_proj" in name or "k_proj" in name or "Wqkv" in name:
-                parameter.copy_(noise * 1.5 / math.sqrt(parameter.shape[1]))
+                parameter.copy_(noise * (2.5 if is_gemma else 1.5) / math.sqrt(parameter.shape[1]))
             elif name.endswith(".mlp.w2"):
                 # Stored with its input features as rows.
                 parameter.copy_(noise * 1.2 / math.sqrt(model.config.ffn_config.ffn_hidden_size))
@@ -264,6 +305,13 @@ def published_config(path: Path, style: int) -> None:
         ffn = config["ffn_config"]
         config["attn_config"] = {**{key: config["attn_config"][key] for key in ("clip_qkv", "kv_n_heads")}, "rope_theta": rope["rope_theta"]}
         config["ffn_config"] = {key: ffn[key] for key in ("ffn_hidden_size", "moe_loss_weight", "moe_num_experts", "moe_top_k")}
+    elif config["model_type"] == "gemma3_text":
+        # As the text models were published, before transformers listed the types of layers.
+        full, local = (config["rope_parameters"][kind] for kind in ("full_attention", "sliding_attention"))
+        del config["rope_parameters"], config["layer_types"]
+        config["sliding_window_pattern"] = config.pop("_sliding_window_pattern", 6)
+        config["rope_theta"], config["rope_local_base_freq"] = full.pop("rope_theta"), local["rope_theta"]
+        config["rope_scaling"], config["torch_dtype"] = full, config.pop("dtype")
     elif style == 4:
         rope = config.pop("rope_parameters")
         config["rope_theta"] = rope.pop("rope_theta")

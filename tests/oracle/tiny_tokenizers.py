@@ -129,3 +129,47 @@ def qwen2(vocabulary: int) -> Tokenizer:
     tokenizer = _byte_level(vocabulary, split, special, normalizers.NFC())
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     return tokenizer
+
+
+GEMMA_CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+# Runs that are one token each whatever is beside them.
+GEMMA_RUNS = ["\n", "\n\n", "▁▁", "▁▁▁", "▁▁▁▁"]
+
+
+def gemma_scores(vocab: dict[str, int]) -> dict[str, float]:
+    """The scores that SentencePiece gives: 0 for what is defined by hand, then the later a piece the lower."""
+    by_hand = len(GEMMA_CONTROL) + len(GEMMA_RUNS) + 256
+    return {piece: 0.0 if index < by_hand else -float(index) for piece, index in vocab.items()}
+
+
+def gemma(vocabulary: int) -> Tokenizer:
+    """Gemma 2 and 3: SentencePiece without a space before the text, runs of spaces and newlines defined by hand, merges by score."""
+    by_hand = GEMMA_CONTROL + GEMMA_RUNS + [f"<0x{byte:02X}>" for byte in range(256)]
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    words = [word if first else " " + word for line in TRAINING_LINES for first, word in zip([True] + [False] * 99, line.split(" "))]
+    trained.train_from_iterator(
+        words, trainers.BpeTrainer(vocab_size=vocabulary - len(by_hand), limit_alphabet=60, show_progress=False)
+    )
+    learned = sorted(trained.get_vocab().items(), key=lambda item: item[1])
+    pieces = by_hand + [piece for piece, _ in learned if piece not in by_hand]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    scores = gemma_scores(vocab)
+    ways = [
+        (scores[piece], len(piece[:at]), len(piece[at:]), piece[:at], piece[at:])
+        for piece in pieces
+        for at in sorted(range(1, len(piece)), key=lambda at: (vocab.get(piece[:at], 0), vocab.get(piece[at:], 0)))
+        if piece[:at] in vocab and piece[at:] in vocab
+    ]
+    # As transformers converts a SentencePiece model: sorting keeps the order of equals.
+    merges = [(left, right) for *_, left, right in sorted(ways, key=lambda way: way[:3], reverse=True)]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous", invert=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in GEMMA_CONTROL])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in GEMMA_RUNS])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+    )
+    return tokenizer

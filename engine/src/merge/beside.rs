@@ -61,6 +61,8 @@ fn configuration(model: &ModelFiles, storage: Format) -> Value {
         Family::Qwen2Moe => ("Qwen2MoeForCausalLM", "qwen2_moe"),
         Family::Qwen3Moe => ("Qwen3MoeForCausalLM", "qwen3_moe"),
         Family::Dbrx => ("DbrxForCausalLM", "dbrx"),
+        Family::Gemma2 => ("Gemma2ForCausalLM", "gemma2"),
+        Family::Gemma3 => ("Gemma3ForCausalLM", "gemma3_text"),
     };
     let scaling = match &config.rope_scaling {
         RopeScaling::None | RopeScaling::Factors(_) => Value::Null,
@@ -102,8 +104,8 @@ fn configuration(model: &ModelFiles, storage: Format) -> Value {
             value["attention_bias"] = json!(config.output_bias);
             value["use_sliding_window"] = json!(false);
         }
-        // Models with experts stay in their container, and so beside their own config.json.
-        Family::Dbrx => {}
+        // Models with experts stay in their container, and so beside their own config.json. No Gemma is written anew.
+        Family::Dbrx | Family::Gemma2 | Family::Gemma3 => {}
     }
     if let (Some(value), Value::Object(roles)) = (value.as_object_mut(), generation_configuration(model)) {
         value.extend(roles);

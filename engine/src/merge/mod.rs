@@ -21,7 +21,7 @@ use tidemill_kernels::Format;
 
 use crate::adapter::{Adapter, Pair, Projection};
 use crate::load_error::LoadError;
-use crate::model::weight_names::{Naming, Part, Weight};
+use crate::model::weight_names::{Part, Weight};
 use crate::model_config::ModelConfig;
 use crate::model_files::{FileMatrix, ModelFiles};
 
@@ -68,6 +68,13 @@ pub fn merge(base: &ModelFiles, adapter: &Adapter, to: &Path, options: &MergeOpt
                 .into(),
         ));
     }
+    if base.config().gemma.is_some() && options.container == Container::Gguf && !same_container {
+        return Err(MergeError::Unsupported(
+            "a Gemma model of safetensors is merged into safetensors: its tokenizer is SentencePiece's, which is not written into GGUF; \
+             convert the merged folder with llama.cpp's converter"
+                .into(),
+        ));
+    }
     whole_or_absent(to, |beside| {
         let merged = write(base, adapter, beside, options)?;
         same_model(base.config(), beside, options)?;
@@ -98,8 +105,8 @@ fn whole_or_absent<T>(to: &Path, write: impl FnOnce(&Path) -> Result<T, MergeErr
 
 fn write(base: &ModelFiles, adapter: &Adapter, beside: &Path, options: &MergeOptions) -> Result<Merged, MergeError> {
     match (options.container, base.naming()) {
-        (Container::Gguf, Naming::Gguf | Naming::GgufDbrx) => gguf::copy(base, adapter, beside, options.storage),
-        (Container::Gguf, Naming::HuggingFace | Naming::HuggingFaceBare | Naming::Dbrx) => {
+        (Container::Gguf, naming) if naming.is_gguf() => gguf::copy(base, adapter, beside, options.storage),
+        (Container::Gguf, _) => {
             let merged = gguf::from_safetensors(base, adapter, beside, options.storage)?;
             same_tokens(base, beside)?;
             Ok(merged)
@@ -110,9 +117,9 @@ fn write(base: &ModelFiles, adapter: &Adapter, beside: &Path, options: &MergeOpt
                 return Err(MergeError::Unsupported("safetensors hold f32, f16 or bf16; choose one of these".into()));
             }
             at("create", beside, fs::create_dir(beside))?;
-            match naming {
-                Naming::Gguf | Naming::GgufDbrx => safetensors::from_gguf(base, adapter, beside, options),
-                Naming::HuggingFace | Naming::HuggingFaceBare | Naming::Dbrx => safetensors::copy(base, adapter, beside, options),
+            match naming.is_gguf() {
+                true => safetensors::from_gguf(base, adapter, beside, options),
+                false => safetensors::copy(base, adapter, beside, options),
             }
         }
     }

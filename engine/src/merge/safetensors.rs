@@ -67,10 +67,15 @@ pub(super) fn from_gguf(base: &ModelFiles, adapter: &Adapter, to: &Path, options
     fs::remove_file(to.join("model.safetensors.index.json")).ok();
     let pairs: HashMap<Weight, &Pair> = adapter.pairs.iter().map(|pair| (weight(pair.layer, pair.projection), pair)).collect();
     let mut planned = Vec::new();
+    let naming = Naming::of_publisher(base.config().family);
     for weight in all_weights(base)? {
-        let name = Naming::HuggingFace.name(weight);
+        let name = naming.name(weight);
         if base.config().shape_of(weight).1 == 1 {
-            let values = base.vector(weight)?;
+            let mut values = base.vector(weight)?;
+            if base.config().gemma.is_some() && weight.is_norm() {
+                // The publisher's norms multiply with 1 more than what they hold.
+                values.iter_mut().for_each(|value| *value -= 1.0);
+            }
             planned.push(Planned {
                 name,
                 dtype: dtype(Format::F32),

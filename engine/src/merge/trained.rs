@@ -32,6 +32,9 @@ pub fn write_model(
             "a mixture of experts is not written anew; only a dense model is trained whole".into(),
         ));
     }
+    if base.config().gemma.is_some() {
+        return Err(MergeError::Unsupported("a Gemma model is not written anew; it is not trained whole".into()));
+    }
     whole_or_absent(to, |folder| {
         at("create", folder, fs::create_dir(folder))?;
         let own = if base.path().is_dir() { Some(base.path()) } else { base.path().parent() };
@@ -60,10 +63,7 @@ fn plan<'a>(
 ) -> Planned<'a> {
     let (n, k) = base.config().shape_of(weight);
     let (shape, storage) = if k == 1 { (vec![n], Format::F32) } else { (vec![n, k], storage) };
-    let naming = match base.naming() {
-        Naming::Gguf | Naming::GgufDbrx => Naming::HuggingFace,
-        own => own,
-    };
+    let naming = if base.naming().is_gguf() { Naming::HuggingFace } else { base.naming() };
     let name = naming.name(weight);
     let len = tensor_bytes(storage, &shape).unwrap_or(0);
     let made = {

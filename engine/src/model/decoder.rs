@@ -1,6 +1,6 @@
-//! The decoder that Llama, Mistral, Mixtral, DBRX, Qwen2 and Qwen3 share: pre-norm attention with rotary positions and grouped queries,
-//! then a gated feed-forward part, or experts. The families differ in kind of norm, biases, head norms, limits of q, k and v, window and
-//! frequencies, all of which are data here.
+//! The decoder that Llama, Mistral, Mixtral, DBRX, Qwen2, Qwen3 and Gemma share: pre-norm attention with rotary positions and grouped
+//! queries, then a gated feed-forward part, or experts. The families differ in kind of norm, biases, head norms, limits of q, k and v, window
+//! and frequencies, Gemma in more ([`crate::model_config::Gemma`]), all of which are data here.
 
 use tidemill_kernels::{
     AttentionSpec, Buf, Experts, HeadShape, KernelError, KvCache, KvDtype, KvSpec, LowRank, Matrix, MemoryUse, Ops, QkNorm, Rope,
@@ -30,10 +30,14 @@ pub struct Decoder {
 
 struct Weights {
     embedding: Matrix,
+    /// What its rows are multiplied with.
+    embedding_scale: Option<f32>,
     layers: Vec<Layer>,
     final_norm: Vector,
     output: Matrix,
     rope: Rope,
+    /// Of layers with a window, where they rotate otherwise.
+    local_rope: Option<Rope>,
 }
 
 struct Layer {
@@ -41,8 +45,12 @@ struct Layer {
     qkv: Linear,
     qk_norm: Option<QkNorm>,
     attention_output: Linear,
+    /// Of what attention adds to the residual stream.
+    post_attention_norm: Option<Vector>,
     feed_forward_norm: Vector,
     feed_forward: FeedForward,
+    /// Of what the feed-forward part adds.
+    post_feed_forward_norm: Option<Vector>,
 }
 
 enum FeedForward {
@@ -79,6 +87,8 @@ struct Buffers {
     hidden: Buf,
     /// `[tokens, hidden]`
     normed: Buf,
+    /// `[tokens, hidden]` what is normed before it is added to the residual stream, of models that do so.
+    branch: Option<Buf>,
     /// `[tokens, (heads + 2 kv_heads) * head_dim]`
     qkv: Buf,
     /// `[tokens, heads * head_dim]`
@@ -150,8 +160,9 @@ impl Decoder {
             what: "activations".to_owned(),
             source,
         })?;
-        let scale = 1.0 / (config.head_dim as f32).sqrt();
-        let attention = AttentionSpec { scale, sliding_window: config.sliding_window, soft_cap: None };
+        let soft_cap = config.gemma.as_ref().and_then(|gemma| gemma.attention_cap);
+        // Each layer has its own window.
+        let attention = AttentionSpec { scale: config.attention_scale(), sliding_window: None, soft_cap };
         Ok(Self { ops, config, shard, shape, attention, weights, buffers, kv: None })
     }
 
@@ -175,7 +186,10 @@ impl Decoder {
         let Self { ops, config, shard, shape, attention, weights, buffers: b, kv } = self;
         let kv = kv.ok_or_else(|| KernelError::Limit("the key-value cache was not reserved before the first step".to_owned()))?;
         let norm = Norm { eps: config.rms_eps, centred: config.layer_norm };
-        let (several, residual) = (!shard.place().is_alone(), shard.residual());
+        let several = !shard.place().is_alone();
+        // Where a part's result goes: to the residual stream, or to where it is normed first. Then the stream is whole on every rank.
+        let (sum, store) = b.branch.map_or((b.hidden, shard.residual()), |branch| (branch, Store::Replace));
+        let is_gelu = config.gemma.is_some();
 
         ops.begin(batch)?;
         if several {
@@ -184,6 +198,9 @@ impl Decoder {
         } else {
             ops.embedding(weights.embedding, b.hidden);
         }
+        if let Some(scale) = weights.embedding_scale {
+            ops.scale(b.hidden, scale);
+        }
         for (index, layer) in weights.layers.iter().enumerate() {
             norm.enqueue(ops.as_mut(), b.hidden, layer.attention_norm, b.normed);
             ops.linear(b.normed, layer.qkv.weight, layer.qkv.bias, b.qkv, Store::Replace);
@@ -191,12 +208,17 @@ impl Decoder {
             if let Some(limit) = config.clip_qkv {
                 ops.clamp(b.qkv, limit);
             }
-            ops.rope_cache(b.qkv, *shape, layer.qk_norm, weights.rope, kv, index);
-            ops.paged_attention(b.qkv, *shape, *attention, kv, index, b.attended);
-            ops.linear(b.attended, layer.attention_output.weight, layer.attention_output.bias, b.hidden, residual);
-            ops.lora(b.attended, Site::AttentionOutput.number(index), b.hidden);
+            let rope = weights.local_rope.filter(|_| config.is_local(index)).unwrap_or(weights.rope);
+            let attention = AttentionSpec { sliding_window: config.window(index), ..*attention };
+            ops.rope_cache(b.qkv, *shape, layer.qk_norm, rope, kv, index);
+            ops.paged_attention(b.qkv, *shape, attention, kv, index, b.attended);
+            ops.linear(b.attended, layer.attention_output.weight, layer.attention_output.bias, sum, store);
+            ops.lora(b.attended, Site::AttentionOutput.number(index), sum);
             if several {
-                ops.all_reduce(b.hidden);
+                ops.all_reduce(sum);
+            }
+            if let Some(weight) = layer.post_attention_norm {
+                ops.rms_norm_add(sum, weight, norm.eps, b.hidden);
             }
 
             norm.enqueue(ops.as_mut(), b.hidden, layer.feed_forward_norm, b.normed);
@@ -204,16 +226,22 @@ impl Decoder {
                 FeedForward::Dense { gate_up, down } => {
                     ops.linear(b.normed, gate_up.weight, gate_up.bias, b.gate_up, Store::Replace);
                     ops.lora(b.normed, Site::GateUp.number(index), b.gate_up);
-                    ops.silu_and_mul(b.gate_up, b.gated);
-                    ops.linear(b.gated, down.weight, down.bias, b.hidden, residual);
-                    ops.lora(b.gated, Site::Down.number(index), b.hidden);
+                    match is_gelu {
+                        true => ops.gelu_tanh_and_mul(b.gate_up, b.gated),
+                        false => ops.silu_and_mul(b.gate_up, b.gated),
+                    }
+                    ops.linear(b.gated, down.weight, down.bias, sum, store);
+                    ops.lora(b.gated, Site::Down.number(index), sum);
                 }
                 FeedForward::Experts(experts, buffers) => {
-                    experts.forward(ops.as_mut(), buffers, b.normed, b.hidden, residual);
+                    experts.forward(ops.as_mut(), buffers, b.normed, sum, store);
                 }
             }
             if several {
-                ops.all_reduce(b.hidden);
+                ops.all_reduce(sum);
+            }
+            if let Some(weight) = layer.post_feed_forward_norm {
+                ops.rms_norm_add(sum, weight, norm.eps, b.hidden);
             }
         }
         if all {
@@ -225,6 +253,9 @@ impl Decoder {
             ops.linear(b.last_normed, weights.output, None, b.part.unwrap_or(b.logits), Store::Replace);
             if let Some(part) = b.part {
                 ops.all_gather(part, b.logits);
+            }
+            if let Some(cap) = config.gemma.as_ref().and_then(|gemma| gemma.logit_cap) {
+                ops.soft_cap(b.logits, cap);
             }
             ops.sample(b.logits, config.vocabulary);
         }
@@ -329,6 +360,7 @@ impl Buffers {
         Ok(Self {
             hidden: ops.alloc(Rows::Tokens, hidden)?,
             normed: ops.alloc(Rows::Tokens, hidden)?,
+            branch: if shard.local().gemma.is_some() { Some(ops.alloc(Rows::Tokens, hidden)?) } else { None },
             qkv: ops.alloc(Rows::Tokens, (heads + 2 * kv_heads) * head_dim)?,
             attended: ops.alloc(Rows::Tokens, heads * head_dim)?,
             gate_up: ops.alloc(Rows::Tokens, 2 * intermediate)?,
@@ -363,7 +395,10 @@ impl<'a> Loader<'a> {
         let layers = (0..layers).map(|index| self.layer(index, buffers)).collect::<Result<_, _>>()?;
         let final_norm = self.vector(&[Weight::FinalNorm])?;
         let rope = self.ops.load_rope(&self.config.inverse_frequencies(), 1.0).map_err(|source| self.refused("rope", source))?;
-        Ok(Weights { embedding, layers, final_norm, output, rope })
+        let local_rope = self.config.local_inverse_frequencies().map(|frequencies| self.ops.load_rope(&frequencies, 1.0));
+        let local_rope = local_rope.transpose().map_err(|source| self.refused("rope", source))?;
+        let embedding_scale = self.files.embedding_scale()?;
+        Ok(Weights { embedding, embedding_scale, layers, final_norm, output, rope, local_rope })
     }
 
     fn layer(&mut self, index: usize, buffers: Option<ExpertBuffers>) -> Result<Layer, LoadError> {
@@ -386,7 +421,9 @@ impl<'a> Loader<'a> {
                 weight: self.matrix(&[at(Part::AttentionOutput)])?,
                 bias: self.bias(output_bias && self.shard.leads(), &[at(Part::AttentionOutputBias)])?,
             },
+            post_attention_norm: self.norm_behind(at(Part::PostAttentionNorm))?,
             feed_forward_norm: self.vector(&[at(Part::FeedForwardNorm)])?,
+            post_feed_forward_norm: self.norm_behind(at(Part::PostFeedForwardNorm))?,
             feed_forward: match (self.config.experts, buffers) {
                 (Some(experts), Some(buffers)) => FeedForward::Experts(ExpertLayer::load(self, index, experts)?, buffers),
                 _ => FeedForward::Dense {
@@ -454,6 +491,11 @@ impl<'a> Loader<'a> {
         let values = parts.iter().map(|part| Ok(self.shard.vector(*part, self.files.vector(*part)?)));
         let values = values.collect::<Result<Vec<_>, LoadError>>()?.concat();
         self.ops.load_vector(&values).map_err(|source| self.refused(&self.names(parts), source))
+    }
+
+    /// A norm behind a part of a layer, of models that have them.
+    fn norm_behind(&mut self, weight: Weight) -> Result<Option<Vector>, LoadError> {
+        if self.config.gemma.is_some() { self.vector(&[weight]).map(Some) } else { Ok(None) }
     }
 
     /// The stacked bias of a stacked matrix.

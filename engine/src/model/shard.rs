@@ -169,7 +169,9 @@ impl Shard {
                 Part::AttentionOutput => Cut::Columns(of_heads(&self.heads)),
                 Part::Down => Cut::Columns(self.intermediate.clone()),
                 Part::AttentionNorm
+                | Part::PostAttentionNorm
                 | Part::FeedForwardNorm
+                | Part::PostFeedForwardNorm
                 | Part::QueryNorm
                 | Part::KeyNorm
                 | Part::AttentionOutputBias
@@ -351,6 +353,7 @@ mod tests {
             output_bias: true,
             mlp_bias: true,
             qk_norm: false,
+            gemma: None,
         }
     }
 

@@ -40,6 +40,8 @@ pub enum Part {
     AttentionOutput,
     /// `[hidden]`
     AttentionOutputBias,
+    /// `[hidden]`: of Gemma, what attention gives is normed before it is added.
+    PostAttentionNorm,
     /// `[hidden]`
     FeedForwardNorm,
     /// `[intermediate, hidden]`
@@ -54,6 +56,27 @@ pub enum Part {
     UpBias,
     /// `[hidden]`
     DownBias,
+    /// `[hidden]`: of Gemma, what the feed-forward part gives is normed before it is added.
+    PostFeedForwardNorm,
+}
+
+impl Weight {
+    /// Whether a norm multiplies with it.
+    pub(crate) fn is_norm(self) -> bool {
+        match self {
+            Weight::FinalNorm => true,
+            Weight::Embedding | Weight::Output => false,
+            Weight::Layer(_, part) => matches!(
+                part,
+                Part::AttentionNorm
+                    | Part::QueryNorm
+                    | Part::KeyNorm
+                    | Part::PostAttentionNorm
+                    | Part::FeedForwardNorm
+                    | Part::PostFeedForwardNorm
+            ),
+        }
+    }
 }
 
 /// Whose names a file uses.
@@ -63,6 +86,8 @@ pub(crate) enum Naming {
     HuggingFace,
     /// `layers.0.self_attn.q_proj.weight`, as a model is saved that was trained to embed.
     HuggingFaceBare,
+    /// As Hugging Face's, but for the norms of a layer; the tensors of the decoder begin with a stem's name.
+    Gemma(Stem),
     /// `transformer.blocks.0.norm_attn_norm.attn.Wqkv.weight`, as DBRX's publisher has them. Query, key and value are rows of one matrix.
     Dbrx,
     /// `blk.0.attn_q.weight`
@@ -71,7 +96,49 @@ pub(crate) enum Naming {
     GgufDbrx,
 }
 
+/// Where in a publisher's files a Gemma decoder lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stem {
+    /// `model.`: a decoder alone.
+    Model,
+    /// Nothing: a decoder without its head.
+    Bare,
+    /// `language_model.model.`: beside a part that sees images.
+    LanguageModel,
+    /// `model.language_model.`: the same as transformers 5 holds it.
+    ModelLanguageModel,
+}
+
+impl Stem {
+    const ALL: [Stem; 4] = [Stem::Model, Stem::Bare, Stem::LanguageModel, Stem::ModelLanguageModel];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Stem::Model => "model.",
+            Stem::Bare => "",
+            Stem::LanguageModel => "language_model.model.",
+            Stem::ModelLanguageModel => "model.language_model.",
+        }
+    }
+
+    /// The one of files with these tensors.
+    fn of<'a>(tensors: impl Iterator<Item = &'a String>) -> Self {
+        let names: Vec<&String> = tensors.collect();
+        let is_there = |stem: &Stem| names.contains(&&Naming::Gemma(*stem).name(Weight::Embedding));
+        Stem::ALL.into_iter().find(is_there).unwrap_or(Stem::Model)
+    }
+}
+
 impl Naming {
+    /// What a folder of safetensors of a family uses that has nothing beside the decoder.
+    pub fn of_publisher(family: Family) -> Self {
+        match family {
+            Family::Dbrx => Naming::Dbrx,
+            Family::Gemma2 | Family::Gemma3 => Naming::Gemma(Stem::Model),
+            _ => Naming::HuggingFace,
+        }
+    }
+
     /// What GGUF files of a family use.
     pub fn of_gguf(family: Family) -> Self {
         if family == Family::Dbrx { Naming::GgufDbrx } else { Naming::Gguf }
@@ -87,8 +154,13 @@ impl Naming {
         matches!(self, Naming::Dbrx | Naming::GgufDbrx)
     }
 
-    /// What Hugging Face's files with these tensors use.
-    pub fn of<'a>(mut tensors: impl Iterator<Item = &'a String>) -> Self {
+    /// What Hugging Face's files of a family with these tensors use.
+    pub fn of<'a>(family: Family, mut tensors: impl Iterator<Item = &'a String>) -> Self {
+        match Self::of_publisher(family) {
+            Naming::Gemma(_) => return Naming::Gemma(Stem::of(tensors)),
+            Naming::HuggingFace => {}
+            own => return own,
+        }
         let bare = Naming::HuggingFaceBare.name(Weight::Embedding);
         if tensors.any(|name| *name == bare) { Naming::HuggingFaceBare } else { Naming::HuggingFace }
     }
@@ -100,9 +172,14 @@ impl Naming {
             (Naming::HuggingFace, Weight::FinalNorm) => "model.norm.weight".to_owned(),
             (Naming::HuggingFaceBare, Weight::Embedding) => "embed_tokens.weight".to_owned(),
             (Naming::HuggingFaceBare, Weight::FinalNorm) => "norm.weight".to_owned(),
+            (Naming::Gemma(stem), Weight::Embedding) => format!("{}embed_tokens.weight", stem.name()),
+            (Naming::Gemma(stem), Weight::FinalNorm) => format!("{}norm.weight", stem.name()),
+            (Naming::Gemma(Stem::LanguageModel), Weight::Output) => "language_model.lm_head.weight".to_owned(),
             (Naming::Dbrx, Weight::Embedding) => "transformer.wte.weight".to_owned(),
             (Naming::Dbrx, Weight::FinalNorm) => "transformer.norm_f.weight".to_owned(),
-            (Naming::HuggingFace | Naming::HuggingFaceBare | Naming::Dbrx, Weight::Output) => "lm_head.weight".to_owned(),
+            (Naming::HuggingFace | Naming::HuggingFaceBare | Naming::Gemma(_) | Naming::Dbrx, Weight::Output) => {
+                "lm_head.weight".to_owned()
+            }
             (Naming::Gguf | Naming::GgufDbrx, Weight::Embedding) => "token_embd.weight".to_owned(),
             (Naming::Gguf | Naming::GgufDbrx, Weight::FinalNorm) => "output_norm.weight".to_owned(),
             (Naming::Gguf | Naming::GgufDbrx, Weight::Output) => "output.weight".to_owned(),
@@ -111,6 +188,8 @@ impl Naming {
                 let mut name = self.layer(layer);
                 name.push_str(match self {
                     Naming::HuggingFace | Naming::HuggingFaceBare => hugging_face,
+                    Naming::Gemma(_) if part == Part::FeedForwardNorm => "pre_feedforward_layernorm.weight",
+                    Naming::Gemma(_) => hugging_face,
                     Naming::Gguf => gguf,
                     Naming::Dbrx => part.dbrx_names().map_or(hugging_face, |names| names.0),
                     Naming::GgufDbrx => part.dbrx_names().map_or(gguf, |names| names.1),
@@ -125,6 +204,7 @@ impl Naming {
         match self {
             Naming::HuggingFace => format!("model.layers.{layer}."),
             Naming::HuggingFaceBare => format!("layers.{layer}."),
+            Naming::Gemma(stem) => format!("{}layers.{layer}.", stem.name()),
             Naming::Dbrx => format!("transformer.blocks.{layer}."),
             Naming::Gguf | Naming::GgufDbrx => format!("blk.{layer}."),
         }
@@ -133,7 +213,7 @@ impl Naming {
 
 impl Part {
     /// All that a layer can have.
-    pub(crate) const ALL: [Part; 18] = [
+    pub(crate) const ALL: [Part; 20] = [
         Part::AttentionNorm,
         Part::Query,
         Part::Key,
@@ -145,6 +225,7 @@ impl Part {
         Part::KeyNorm,
         Part::AttentionOutput,
         Part::AttentionOutputBias,
+        Part::PostAttentionNorm,
         Part::FeedForwardNorm,
         Part::Gate,
         Part::Up,
@@ -152,6 +233,7 @@ impl Part {
         Part::GateBias,
         Part::UpBias,
         Part::DownBias,
+        Part::PostFeedForwardNorm,
     ];
 
     /// What DBRX calls it otherwise than everybody: in its publisher's files, and in GGUF.
@@ -178,7 +260,10 @@ impl Part {
             Part::KeyNorm => ("self_attn.k_norm.weight", "attn_k_norm.weight"),
             Part::AttentionOutput => ("self_attn.o_proj.weight", "attn_output.weight"),
             Part::AttentionOutputBias => ("self_attn.o_proj.bias", "attn_output.bias"),
+            // Of Gemma; the others have one norm there, before the feed-forward part, which they call so, too.
+            Part::PostAttentionNorm => ("post_attention_layernorm.weight", "post_attention_norm.weight"),
             Part::FeedForwardNorm => ("post_attention_layernorm.weight", "ffn_norm.weight"),
+            Part::PostFeedForwardNorm => ("post_feedforward_layernorm.weight", "post_ffw_norm.weight"),
             Part::Gate => ("mlp.gate_proj.weight", "ffn_gate.weight"),
             Part::Up => ("mlp.up_proj.weight", "ffn_up.weight"),
             Part::Down => ("mlp.down_proj.weight", "ffn_down.weight"),

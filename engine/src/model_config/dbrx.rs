@@ -115,6 +115,7 @@ impl Fields {
             output_bias: false,
             mlp_bias: false,
             qk_norm: false,
+            gemma: None,
         })
     }
 }

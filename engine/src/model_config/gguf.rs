@@ -1,6 +1,6 @@
 //! Configurations from GGUF metadata.
 
-use super::{ExpertConfig, Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES, refused};
+use super::{ExpertConfig, Family, Gemma, ModelConfig, RopeScaling, SUPPORTED_FAMILIES, refused};
 use crate::gguf::{Gguf, Pairs};
 use crate::load_error::LoadError;
 
@@ -28,15 +28,17 @@ impl ModelConfig {
             "qwen2moe" => Family::Qwen2Moe,
             "qwen3moe" => Family::Qwen3Moe,
             "dbrx" => Family::Dbrx,
+            "gemma2" => Family::Gemma2,
+            "gemma3" => Family::Gemma3,
             _ => {
                 let found = format!("\"{architecture}\"");
                 return Err(LoadError::unsupported(gguf.path(), ARCHITECTURE, found, SUPPORTED_FAMILIES));
             }
         };
-        refused::in_gguf(gguf, architecture)?;
+        refused::in_gguf(gguf, family, architecture)?;
         let experts = match (family, count) {
-            (Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3, None) => None,
-            (Family::Mistral | Family::Qwen2 | Family::Qwen3, Some(_)) => {
+            (Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 | Family::Gemma2 | Family::Gemma3, None) => None,
+            (Family::Mistral | Family::Qwen2 | Family::Qwen3 | Family::Gemma2 | Family::Gemma3, Some(_)) => {
                 return Err(LoadError::unsupported(gguf.path(), key("expert_count"), "a mixture of experts", SUPPORTED_FAMILIES));
             }
             (_, count) => Some(ExpertConfig {
@@ -104,7 +106,13 @@ impl ModelConfig {
             output_bias: has("blk.0.attn_output.bias"),
             mlp_bias: has("blk.0.ffn_down.bias"),
             qk_norm: has("blk.0.attn_q_norm.weight"),
+            gemma: None,
         };
+        let gemma = match family {
+            Family::Gemma2 | Family::Gemma3 => Some(Gemma::of_gguf(gguf, architecture, family, &config)?),
+            _ => None,
+        };
+        let config = ModelConfig { gemma, ..config };
         config.check(gguf.path())?;
         Ok(config)
     }
@@ -120,6 +128,8 @@ impl ModelConfig {
             Family::Qwen2Moe => "qwen2moe",
             Family::Qwen3Moe => "qwen3moe",
             Family::Dbrx => "dbrx",
+            Family::Gemma2 => "gemma2",
+            Family::Gemma3 => "gemma3",
         }
     }
 
@@ -174,6 +184,9 @@ fn window(gguf: &Gguf, architecture: &str, family: Family) -> Result<Option<usiz
     let window = gguf.integer(&key)?.filter(|&window| window > 0);
     match family {
         Family::Llama | Family::Mistral | Family::Mixtral => Ok(window),
+        // llama.cpp's, where an old file says nothing of it.
+        Family::Gemma2 => Ok(window.or(Some(4096))),
+        Family::Gemma3 => Ok(window),
         _ => match window.filter(|&window| window < context) {
             None => Ok(None),
             Some(window) => {

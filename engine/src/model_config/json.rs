@@ -4,9 +4,9 @@ use std::path::Path;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::{ExpertConfig, Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES, dbrx, refused};
+use super::{ExpertConfig, Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES, dbrx, gemma, refused};
 use crate::generation_defaults::one_or_many;
 use crate::load_error::LoadError;
 
@@ -83,13 +83,18 @@ impl ModelConfig {
         let text = std::fs::read(path).map_err(|error| LoadError::io(path, error))?;
         // Checked first, because another family's file may lack the fields below.
         let family = family(path, &text)?;
-        refused::in_json(path, &parsed(path, &text)?)?;
-        let (config, ends) = if family == Family::Dbrx {
-            let fields: dbrx::Fields = parsed(path, &text)?;
-            (fields.config(path)?, fields.eos_token_id)
-        } else {
-            let fields: Fields = parsed(path, &text)?;
-            (fields.config(path, family)?, fields.eos_token_id)
+        let all: Map<String, Value> = parsed(path, &text)?;
+        refused::in_json(path, family, &all)?;
+        let (config, ends) = match family {
+            Family::Dbrx => {
+                let fields: dbrx::Fields = parsed(path, &text)?;
+                (fields.config(path)?, fields.eos_token_id)
+            }
+            Family::Gemma2 | Family::Gemma3 => gemma(path, family, &text, &all)?,
+            _ => {
+                let fields: Fields = parsed(path, &text)?;
+                (fields.config(path, family)?, fields.eos_token_id)
+            }
         };
         config.check(path)?;
         Ok((config, ends))
@@ -99,6 +104,19 @@ impl ModelConfig {
 fn parsed<T: DeserializeOwned>(path: &Path, text: &[u8]) -> Result<T, LoadError> {
     serde_json::from_slice(text)
         .map_err(|error| LoadError::invalid(path, "configuration", format!("{error}; fetch the file again")))
+}
+
+/// Gemma 3 with a part that sees images has the decoder's fields inside; that part is not served.
+fn gemma(path: &Path, family: Family, text: &[u8], all: &Map<String, Value>) -> Result<(ModelConfig, Vec<u32>), LoadError> {
+    let outer: gemma::Fields = parsed(path, text)?;
+    let Some(inner) = all.get("text_config") else { return Ok((outer.config(path, family)?, outer.eos_token_id)) };
+    if outer.is_quantised() {
+        return outer.config(path, family).map(|config| (config, Vec::new()));
+    }
+    refused::in_json(path, family, &parsed(path, inner.to_string().as_bytes())?)?;
+    let fields: gemma::Fields = parsed(path, inner.to_string().as_bytes())?;
+    let ends = if outer.eos_token_id.is_empty() { fields.eos_token_id.clone() } else { outer.eos_token_id };
+    Ok((fields.config(path, family)?, ends))
 }
 
 fn family(path: &Path, text: &[u8]) -> Result<Family, LoadError> {
@@ -123,6 +141,9 @@ fn family(path: &Path, text: &[u8]) -> Result<Family, LoadError> {
         "Qwen2MoeForCausalLM" | "Qwen2MoeModel" | "qwen2_moe" => Family::Qwen2Moe,
         "Qwen3MoeForCausalLM" | "Qwen3MoeModel" | "qwen3_moe" => Family::Qwen3Moe,
         "DbrxForCausalLM" | "dbrx" => Family::Dbrx,
+        "Gemma2ForCausalLM" | "Gemma2Model" | "gemma2" => Family::Gemma2,
+        "Gemma3ForCausalLM" | "Gemma3TextModel" | "gemma3_text" => Family::Gemma3,
+        "Gemma3ForConditionalGeneration" | "Gemma3Model" | "gemma3" => Family::Gemma3,
         _ => return Err(LoadError::unsupported(path, field, format!("\"{name}\""), SUPPORTED_FAMILIES)),
     })
 }
@@ -144,7 +165,7 @@ impl Fields {
             Family::Llama => (10_000.0, 2048, 1e-6),
             Family::Mistral => (10_000.0, 4096 * 32, 1e-6),
             Family::Mixtral => (1_000_000.0, 4096 * 32, 1e-5),
-            Family::Qwen2 | Family::Qwen3 | Family::Qwen2Moe | Family::Qwen3Moe | Family::Dbrx => (10_000.0, 32_768, 1e-6),
+            _ => (10_000.0, 32_768, 1e-6),
         };
         let shared_out = self.hidden_size / self.num_attention_heads;
         let (default_head_dim, default_kv_heads) = match family {
@@ -152,7 +173,7 @@ impl Fields {
             Family::Mistral | Family::Mixtral => (shared_out, 8),
             Family::Qwen2Moe => (shared_out, 16),
             Family::Qwen3Moe => (shared_out, 4),
-            Family::Llama | Family::Qwen2 | Family::Dbrx => (shared_out, self.num_attention_heads),
+            _ => (shared_out, self.num_attention_heads),
         };
         let is_qwen2 = matches!(family, Family::Qwen2 | Family::Qwen2Moe);
         let experts = self.experts(path, family)?;
@@ -188,6 +209,7 @@ impl Fields {
             output_bias: !is_qwen2 && self.attention_bias.unwrap_or(false),
             mlp_bias: self.mlp_bias.unwrap_or(false),
             qk_norm: matches!(family, Family::Qwen3 | Family::Qwen3Moe),
+            gemma: None,
         })
     }
 
@@ -196,7 +218,7 @@ impl Fields {
             Family::Mixtral => (8, 2),
             Family::Qwen2Moe => (60, 4),
             Family::Qwen3Moe => (128, 8),
-            Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 | Family::Dbrx => return Ok(None),
+            _ => return Ok(None),
         };
         let instead = "only models whose layers all have experts are";
         if let Some(step) = self.decoder_sparse_step.filter(|&step| step != 1) {
@@ -224,7 +246,7 @@ impl Fields {
         }
         let listed = types.iter().filter(|name| *name == SLIDING).count();
         let (window, sliding, layers) = match family {
-            Family::Llama | Family::Dbrx => (None, listed, types.len()),
+            Family::Llama | Family::Dbrx | Family::Gemma2 | Family::Gemma3 => (None, listed, types.len()),
             // On all layers; the types of layers say nothing.
             Family::Mistral | Family::Mixtral if listed == 0 || listed == types.len() => {
                 let default = (family == Family::Mistral).then_some(4096);
@@ -277,6 +299,16 @@ impl Rope {
         Ok(rope)
     }
 
+    /// What it is called.
+    pub fn kind(&self) -> Option<&str> {
+        self.rope_type.as_deref().or(self.kind.as_deref())
+    }
+
+    /// Whether frequencies are as in pre-training.
+    pub fn is_plain(&self) -> bool {
+        matches!(self.kind(), None | Some("default"))
+    }
+
     /// Base of the frequencies.
     pub fn theta(&self) -> Option<f64> {
         self.rope_theta
@@ -291,7 +323,7 @@ impl Rope {
             }
             Err(LoadError::invalid(path, FIELD, format!("{name} is {value}, it must be above 0")))
         };
-        match self.rope_type.as_deref().or(self.kind.as_deref()) {
+        match self.kind() {
             None | Some("default") => Ok(RopeScaling::None),
             Some("linear") => Ok(RopeScaling::Linear { factor: need("factor", self.factor)? }),
             Some("llama3") => Ok(RopeScaling::Llama3 {

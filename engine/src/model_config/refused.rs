@@ -5,11 +5,12 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use super::Family;
 use crate::gguf::Gguf;
 use crate::load_error::LoadError;
 
 /// Fields of `config.json`, each with the number that leaves the result as it is; null, false, 0 and an empty list always do.
-const FIELDS: [(&str, f64); 18] = [
+const FIELDS: [(&str, f64); 19] = [
     ("attn_logit_softcapping", 0.0),
     ("final_logit_softcapping", 0.0),
     ("query_pre_attn_scalar", 0.0),
@@ -25,6 +26,7 @@ const FIELDS: [(&str, f64); 18] = [
     ("attention_chunk_size", 0.0),
     ("attn_temperature_tuning", 0.0),
     ("sliding_window_pattern", 0.0),
+    ("use_bidirectional_attention", 0.0),
     ("first_k_dense_replace", 0.0),
     ("n_shared_experts", 0.0),
     ("routed_scaling_factor", 1.0),
@@ -46,11 +48,25 @@ const KEYS: [(&str, f64); 11] = [
     ("expert_gating_func", 1.0),
 ];
 
+/// What of both lists a family computes with.
+fn computes(family: Family, name: &str) -> bool {
+    match family {
+        Family::Gemma2 => {
+            ["attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "attention.scale"].contains(&name)
+        }
+        Family::Gemma3 => {
+            let own = ["final_logit_softcapping", "query_pre_attn_scalar", "sliding_window_pattern", "attention.scale"];
+            own.contains(&name)
+        }
+        _ => false,
+    }
+}
+
 const INSTEAD: &str = "no model here computes with it";
 
 /// Looks through a `config.json`.
-pub(super) fn in_json(path: &Path, fields: &Map<String, Value>) -> Result<(), LoadError> {
-    for (name, neutral) in FIELDS {
+pub(super) fn in_json(path: &Path, family: Family, fields: &Map<String, Value>) -> Result<(), LoadError> {
+    for (name, neutral) in FIELDS.into_iter().filter(|(name, _)| !computes(family, name)) {
         let changes = match fields.get(name) {
             None | Some(Value::Null | Value::Bool(false)) => false,
             Some(Value::Number(number)) => number.as_f64().is_none_or(|number| number != 0.0 && number != neutral),
@@ -65,8 +81,8 @@ pub(super) fn in_json(path: &Path, fields: &Map<String, Value>) -> Result<(), Lo
 }
 
 /// Looks through the metadata of a GGUF file.
-pub(super) fn in_gguf(gguf: &Gguf, architecture: &str) -> Result<(), LoadError> {
-    for (name, neutral) in KEYS {
+pub(super) fn in_gguf(gguf: &Gguf, family: Family, architecture: &str) -> Result<(), LoadError> {
+    for (name, neutral) in KEYS.into_iter().filter(|(name, _)| !computes(family, name)) {
         let key = format!("{architecture}.{name}");
         if let Some(number) = gguf.number(&key)?.filter(|&number| number != 0.0 && number != neutral) {
             return Err(LoadError::unsupported(gguf.path(), key, number.to_string(), INSTEAD));

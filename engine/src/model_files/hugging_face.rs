@@ -11,7 +11,7 @@ use crate::chat_template::ChatTemplate;
 use crate::generation_defaults::GenerationDefaults;
 use crate::load_error::LoadError;
 use crate::model::weight_names::Naming;
-use crate::model_config::{Family, ModelConfig};
+use crate::model_config::ModelConfig;
 use crate::pooling::Pooling;
 use crate::safetensors_file;
 use crate::tensor_file::TensorFile;
@@ -41,10 +41,7 @@ pub(super) fn open(directory: &Path) -> Result<ModelFiles, LoadError> {
 
     let paths = weight_files(directory)?;
     let files: Vec<TensorFile> = paths.iter().map(|path| safetensors_file::open(path)).collect::<Result<_, _>>()?;
-    let naming = match config.family {
-        Family::Dbrx => Naming::Dbrx,
-        _ => Naming::of(files.iter().flat_map(|file| file.tensors.keys())),
-    };
+    let naming = Naming::of(config.family, files.iter().flat_map(|file| file.tensors.keys()));
     Ok(ModelFiles {
         path: directory.to_owned(),
         name: name_of(&std::path::absolute(directory).map_err(|error| LoadError::io(directory, error))?, false),

@@ -408,8 +408,8 @@ fn a_split_model_is_read_from_all_its_parts() {
 fn gguf_metadata_that_cannot_be_run_is_refused_by_name() {
     let directory = tempfile::tempdir().unwrap();
     let refused = |writer: Writer| failure(written(&directory, "tiny.gguf", &writer));
-    let other = Writer::new().text("general.architecture", "gemma3");
-    assert!(refused(other).contains("\"gemma3\" is not supported"));
+    let other = Writer::new().text("general.architecture", "gemma3n");
+    assert!(refused(other).contains("\"gemma3n\" is not supported"));
     assert!(refused(Writer::new()).contains("general.architecture"));
     assert!(refused(Writer::new().text("general.architecture", "llama")).contains("llama.embedding_length: missing"));
     assert!(refused(tiny().u32("llama.expert_count", 8)).contains("llama.expert_used_count"));

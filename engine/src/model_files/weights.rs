@@ -1,6 +1,6 @@
 //! Weights as they lie in the files: for a backend that packs them, and for training, which reads them where they are.
 
-use tidemill_kernels::blocks::is_four_bit;
+use tidemill_kernels::blocks::{dequantize_row, is_four_bit, quantize_row};
 use tidemill_kernels::{Format, MatrixSource, WeightFormat};
 
 use super::ModelFiles;
@@ -42,6 +42,7 @@ impl ModelConfig {
             Weight::FinalNorm => (hidden, 1),
             Weight::Layer(_, part) => match part {
                 Part::AttentionNorm | Part::FeedForwardNorm | Part::AttentionOutputBias | Part::DownBias => (hidden, 1),
+                Part::PostAttentionNorm | Part::PostFeedForwardNorm => (hidden, 1),
                 Part::Query => (queries, hidden),
                 Part::Key | Part::Value => (keys, hidden),
                 Part::QueryBias => (queries, 1),
@@ -78,6 +79,7 @@ impl ModelConfig {
             Part::GateBias | Part::UpBias | Part::DownBias => self.mlp_bias,
             Part::AttentionNorm | Part::FeedForwardNorm | Part::Query | Part::Key | Part::Value | Part::AttentionOutput => true,
             Part::Gate | Part::Up | Part::Down => self.experts.is_none(),
+            Part::PostAttentionNorm | Part::PostFeedForwardNorm => self.gemma.is_some(),
         }
     }
 
@@ -111,11 +113,41 @@ impl ModelFiles {
         let (width, _) = self.config.shape_of(weight);
         let tensor = self.need(weight)?;
         tensor.expect_shape(&[width])?;
-        let values = tensor.to_f32()?;
+        let mut values = tensor.to_f32()?;
+        if self.norms_are_offset() && weight.is_norm() {
+            values.iter_mut().for_each(|value| *value += 1.0);
+        }
         Ok(match self.row_order(weight, width) {
             None => values,
             Some(order) => order.iter().filter_map(|&row| values.get(row as usize).copied()).collect(),
         })
+    }
+
+    /// Whether the files hold what norms multiply with less 1: a publisher's files of Gemma do, llama.cpp's do not.
+    pub(crate) fn norms_are_offset(&self) -> bool {
+        self.config.gemma.is_some() && !self.naming().is_gguf()
+    }
+
+    /// What rows of the embedding table are multiplied with: in Gemma the root of the width, which transformers rounds to the table's
+    /// type and llama.cpp does not.
+    pub(crate) fn embedding_scale(&self) -> Result<Option<f32>, LoadError> {
+        if self.config.gemma.is_none() {
+            return Ok(None);
+        }
+        let mut scale = [(self.config.hidden as f64).sqrt() as f32];
+        let matrix = self.matrix(Weight::Embedding)?;
+        if !self.naming().is_gguf()
+            && let Some(bytes) = matrix.format.row_bytes(1)
+        {
+            let mut stored = vec![0; bytes];
+            let rounded = quantize_row(matrix.format, &scale, &mut stored);
+            rounded.and_then(|()| dequantize_row(matrix.format, &stored, &mut scale)).map_err(|source| LoadError::Kernel {
+                path: self.path.clone(),
+                what: "embedding scale".to_owned(),
+                source,
+            })?;
+        }
+        Ok(Some(scale[0]))
     }
 
     /// About how many bytes the weights take when a card has packed them.

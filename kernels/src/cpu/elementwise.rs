@@ -5,7 +5,7 @@
 //! neither on its neighbours nor on the thread.
 
 use super::attention::bf16;
-use super::math::silu;
+use super::math::{gelu_tanh, silu, tanh};
 
 /// Accumulators of a sum: four vectors of AVX-512, so that additions overlap.
 const LANES: usize = 64;
@@ -54,6 +54,14 @@ fn rms_norm_body<const FMA: bool>(x: &[f32], weight: &[f32], eps: f32, out: &mut
 }
 
 #[inline(always)]
+fn rms_norm_add_body<const FMA: bool>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let scale = 1.0 / (sum_of_squares::<FMA>(x) / x.len() as f32 + eps).sqrt();
+    for ((o, &v), &w) in out.iter_mut().zip(x).zip(weight) {
+        *o = mul_add::<FMA>(v * scale, w, *o);
+    }
+}
+
+#[inline(always)]
 fn layer_norm_body<const FMA: bool>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let mean = sum_by(x, |sum, v| sum + v) / x.len() as f32;
     // Squares of differences: those of the numbers themselves would cancel where the mean is large.
@@ -76,6 +84,22 @@ fn norm_in_place<const FMA: bool>(x: &mut [f32], weight: &[f32], eps: f32) {
 fn silu_and_mul_body(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
         *o = silu(g) * u;
+    }
+}
+
+#[inline(always)]
+fn gelu_tanh_and_mul_body(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+        *o = gelu_tanh(g) * u;
+    }
+}
+
+#[inline(always)]
+fn soft_cap_body(x: &mut [f32], cap: f32) {
+    for v in x {
+        // What is no number would come out as one.
+        let capped = cap * tanh(*v / cap);
+        *v = if v.is_nan() { *v } else { capped };
     }
 }
 
@@ -125,6 +149,11 @@ macro_rules! instantiate {
             }
             #[doc = $safety]
             $(#[target_feature(enable = $feature)])?
+            pub unsafe fn rms_norm_add(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+                super::rms_norm_add_body::<$fma>(x, weight, eps, out);
+            }
+            #[doc = $safety]
+            $(#[target_feature(enable = $feature)])?
             pub unsafe fn layer_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
                 super::layer_norm_body::<$fma>(x, weight, eps, out);
             }
@@ -132,6 +161,16 @@ macro_rules! instantiate {
             $(#[target_feature(enable = $feature)])?
             pub unsafe fn silu_and_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
                 super::silu_and_mul_body(gate, up, out);
+            }
+            #[doc = $safety]
+            $(#[target_feature(enable = $feature)])?
+            pub unsafe fn gelu_tanh_and_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+                super::gelu_tanh_and_mul_body(gate, up, out);
+            }
+            #[doc = $safety]
+            $(#[target_feature(enable = $feature)])?
+            pub unsafe fn soft_cap(x: &mut [f32], cap: f32) {
+                super::soft_cap_body(x, cap);
             }
             #[doc = $safety]
             $(#[target_feature(enable = $feature)])?
@@ -173,8 +212,11 @@ pub enum Level {
 #[derive(Clone, Copy)]
 pub struct Elementwise {
     rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    rms_norm_add: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     layer_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     silu_and_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
+    gelu_tanh_and_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
+    soft_cap: unsafe fn(&mut [f32], f32),
     rope: unsafe fn(&mut [f32], usize, HeadNorm<'_>, &[f32], &[f32]),
     round_bf16: unsafe fn(&[f32], &mut [u16]),
     add_scaled: unsafe fn(&[f32], f32, &mut [f32]),
@@ -184,8 +226,11 @@ macro_rules! operations {
     ($level:ident) => {
         Elementwise {
             rms_norm: $level::rms_norm,
+            rms_norm_add: $level::rms_norm_add,
             layer_norm: $level::layer_norm,
             silu_and_mul: $level::silu_and_mul,
+            gelu_tanh_and_mul: $level::gelu_tanh_and_mul,
+            soft_cap: $level::soft_cap,
             rope: $level::rope,
             round_bf16: $level::round_bf16,
             add_scaled: $level::add_scaled,
@@ -221,6 +266,13 @@ impl Elementwise {
         unsafe { (self.rms_norm)(x, weight, eps, out) }
     }
 
+    /// `out += x / sqrt(mean(x²) + eps) * weight`; all of one length.
+    #[inline]
+    pub fn rms_norm_add(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { (self.rms_norm_add)(x, weight, eps, out) }
+    }
+
     /// `out = (x - mean(x)) / sqrt(var(x) + eps) * weight`; all of one length.
     #[inline]
     pub fn layer_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
@@ -233,6 +285,20 @@ impl Elementwise {
     pub fn silu_and_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
         // SAFETY: as above.
         unsafe { (self.silu_and_mul)(gate, up, out) }
+    }
+
+    /// `out = gelu(gate) * up`, by the formula with tanh; all of one length.
+    #[inline]
+    pub fn gelu_tanh_and_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { (self.gelu_tanh_and_mul)(gate, up, out) }
+    }
+
+    /// `x = cap * tanh(x / cap)`
+    #[inline]
+    pub fn soft_cap(&self, x: &mut [f32], cap: f32) {
+        // SAFETY: as above.
+        unsafe { (self.soft_cap)(x, cap) }
     }
 
     /// `out += scale * x`; both of one length.
@@ -295,6 +361,26 @@ mod tests {
                     assert!((f64::from(out[i]) - exact).abs() <= 1e-6 * exact.abs() + 1e-9, "{level:?} {n} {i}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn gelu_and_the_soft_cap_hold_for_every_size_of_input() {
+        let inputs = [0.0, -0.0, 1e-6, 1.0, -1.0, -3.0, 20.0, -20.0, 200.0, -200.0, 3e38, -3e38, f32::NAN];
+        for level in LEVELS {
+            let rows = Elementwise::new(level);
+            let (mut gelu, mut capped) = ([f32::NAN; 13], inputs);
+            rows.gelu_tanh_and_mul(&inputs, &[1.0; 13], &mut gelu);
+            rows.soft_cap(&mut capped, 30.0);
+            for i in 0..12 {
+                let x = f64::from(inputs[i]);
+                let exact = x / (1.0 + (-2.0 * (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).exp());
+                let bound = 2e-6 * exact.abs() + 1e-30;
+                assert!((f64::from(gelu[i]) - exact).abs() <= bound, "{level:?} gelu({x}) = {}, not {exact}", gelu[i]);
+                let exact = 30.0 * (x / 30.0).tanh();
+                assert!((f64::from(capped[i]) - exact).abs() <= 1e-5, "{level:?} cap({x}) = {}, not {exact}", capped[i]);
+            }
+            assert!(gelu[12].is_nan() && capped[12].is_nan(), "a NaN must not be hidden");
         }
     }
 

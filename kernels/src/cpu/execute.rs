@@ -80,6 +80,13 @@ impl Holdings {
                         self.convert(planned.forms, out, r);
                     }
                 }
+                Entry::RmsNormAdd { x, weight, eps, out } => {
+                    let (x, out) = (&self.buffers[x as usize], &self.buffers[out as usize]);
+                    for r in tasks {
+                        self.rows.rms_norm_add(x.row(r), &self.vectors[weight as usize], eps, out.row_mut(r));
+                        self.convert(planned.forms, out, r);
+                    }
+                }
                 Entry::LayerNorm { x, weight, eps, out } => {
                     let (x, out) = (&self.buffers[x as usize], &self.buffers[out as usize]);
                     for r in tasks {
@@ -92,6 +99,28 @@ impl Holdings {
                     for r in tasks {
                         x.row_mut(r).iter_mut().for_each(|v| *v = v.clamp(-limit, limit));
                         self.convert(planned.forms, x, r);
+                    }
+                }
+                Entry::Scale { x, factor } => {
+                    let x = &self.buffers[x as usize];
+                    for r in tasks {
+                        x.row_mut(r).iter_mut().for_each(|v| *v *= factor);
+                        self.convert(planned.forms, x, r);
+                    }
+                }
+                Entry::SoftCap { x, cap } => {
+                    let x = &self.buffers[x as usize];
+                    for r in tasks {
+                        self.rows.soft_cap(x.row_mut(r), cap);
+                        self.convert(planned.forms, x, r);
+                    }
+                }
+                Entry::GeluTanhAndMul { gate_up, out } => {
+                    let (x, out) = (&self.buffers[gate_up as usize], &self.buffers[out as usize]);
+                    for r in tasks {
+                        let (gate, up) = x.row(r).split_at(out.width);
+                        self.rows.gelu_tanh_and_mul(gate, up, out.row_mut(r));
+                        self.convert(planned.forms, out, r);
                     }
                 }
                 Entry::SiluAndMul { gate_up, out } => {

@@ -53,6 +53,14 @@ pub fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
 }
 
+/// `x / 2 * (1 + tanh(√(2 / π) * (x + 0.044715 x³)))`, by `(1 + tanh(u)) / 2 = 1 / (1 + e^−2u)`; NaN stays NaN.
+#[inline(always)]
+pub fn gelu_tanh(x: f32) -> f32 {
+    /// `2 √(2 / π)`
+    const SLOPE: f32 = 1.595_769_1;
+    x / (1.0 + exp(-SLOPE * (x + 0.044_715 * x * x * x)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -455,6 +455,13 @@ impl Ops for CpuBackend {
         }
     }
 
+    fn rms_norm_add(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf) {
+        if self.admit(self.shapes.norm("rms_norm_add", x, weight, out)) {
+            let width = self.held.buffers[out.0 as usize].width;
+            self.push_rows(Entry::RmsNormAdd { x: x.0, weight: weight.0, eps, out: out.0 }, out, width);
+        }
+    }
+
     fn layer_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf) {
         if self.admit(self.shapes.norm("layer_norm", x, weight, out)) {
             let width = self.held.buffers[out.0 as usize].width;
@@ -466,6 +473,20 @@ impl Ops for CpuBackend {
         if self.admit(self.shapes.clamp(x, limit)) {
             let width = self.held.buffers[x.0 as usize].width;
             self.push_rows(Entry::Clamp { x: x.0, limit }, x, width);
+        }
+    }
+
+    fn scale(&mut self, x: Buf, factor: f32) {
+        if self.admit(self.shapes.scale(x)) {
+            let width = self.held.buffers[x.0 as usize].width;
+            self.push_rows(Entry::Scale { x: x.0, factor }, x, width);
+        }
+    }
+
+    fn soft_cap(&mut self, x: Buf, cap: f32) {
+        if self.admit(self.shapes.soft_cap(x, cap)) {
+            let width = self.held.buffers[x.0 as usize].width;
+            self.push_rows(Entry::SoftCap { x: x.0, cap }, x, width);
         }
     }
 
@@ -523,9 +544,16 @@ impl Ops for CpuBackend {
     }
 
     fn silu_and_mul(&mut self, gate_up: Buf, out: Buf) {
-        if self.admit(self.shapes.silu_and_mul(gate_up, out)) {
+        if self.admit(self.shapes.gated("silu_and_mul", gate_up, out)) {
             let width = self.held.buffers[gate_up.0 as usize].width;
             self.push_rows(Entry::SiluAndMul { gate_up: gate_up.0, out: out.0 }, out, width);
+        }
+    }
+
+    fn gelu_tanh_and_mul(&mut self, gate_up: Buf, out: Buf) {
+        if self.admit(self.shapes.gated("gelu_tanh_and_mul", gate_up, out)) {
+            let width = self.held.buffers[gate_up.0 as usize].width;
+            self.push_rows(Entry::GeluTanhAndMul { gate_up: gate_up.0, out: out.0 }, out, width);
         }
     }
 

@@ -11,9 +11,13 @@ use crate::ops::{AttentionSpec, HeadShape, QkNorm, Store};
 pub(super) enum Entry {
     Embedding { table: u32, out: u32 },
     RmsNorm { x: u32, weight: u32, eps: f32, out: u32 },
+    RmsNormAdd { x: u32, weight: u32, eps: f32, out: u32 },
     LayerNorm { x: u32, weight: u32, eps: f32, out: u32 },
     Clamp { x: u32, limit: f32 },
+    Scale { x: u32, factor: f32 },
+    SoftCap { x: u32, cap: f32 },
     SiluAndMul { gate_up: u32, out: u32 },
+    GeluTanhAndMul { gate_up: u32, out: u32 },
     GateRows { gate: u32, x: u32 },
     Route { logits: u32, normalised: bool, routing: u32 },
     Align { routing: u32 },
@@ -31,7 +35,7 @@ pub(super) enum Entry {
 }
 
 /// Kinds of entries, for the profile.
-pub(super) const KINDS: [&str; 19] = [
+pub(super) const KINDS: [&str; 23] = [
     "embedding",
     "rms_norm",
     "silu_and_mul",
@@ -51,6 +55,10 @@ pub(super) const KINDS: [&str; 19] = [
     "combine",
     "layer_norm",
     "clamp",
+    "rms_norm_add",
+    "scale",
+    "soft_cap",
+    "gelu_tanh_and_mul",
 ];
 
 impl Entry {
@@ -76,6 +84,10 @@ impl Entry {
             Entry::Combine { .. } => 16,
             Entry::LayerNorm { .. } => 17,
             Entry::Clamp { .. } => 18,
+            Entry::RmsNormAdd { .. } => 19,
+            Entry::Scale { .. } => 20,
+            Entry::SoftCap { .. } => 21,
+            Entry::GeluTanhAndMul { .. } => 22,
         }
     }
 
@@ -85,9 +97,13 @@ impl Entry {
             self,
             Entry::Embedding { .. }
                 | Entry::RmsNorm { .. }
+                | Entry::RmsNormAdd { .. }
                 | Entry::LayerNorm { .. }
                 | Entry::Clamp { .. }
+                | Entry::Scale { .. }
+                | Entry::SoftCap { .. }
                 | Entry::SiluAndMul { .. }
+                | Entry::GeluTanhAndMul { .. }
                 | Entry::GateRows { .. }
                 | Entry::Combine { .. }
                 | Entry::Gather { .. }

@@ -62,7 +62,10 @@ const EMBEDDING: Kernel = Kernel::new(Source::Rows, "embedding", 256);
 const RMS_NORM: Kernel = Kernel::new(Source::Rows, "rms_norm", 256);
 const LAYER_NORM: Kernel = Kernel::new(Source::Rows, "layer_norm", 256);
 const CLAMP: Kernel = Kernel::new(Source::Rows, "clamp", 256);
+const SCALE: Kernel = Kernel::new(Source::Rows, "scale", 256);
+const SOFT_CAP: Kernel = Kernel::new(Source::Rows, "soft_cap", 256);
 const SILU_AND_MUL: Kernel = Kernel::new(Source::Rows, "silu_and_mul", 256);
+const GELU_TANH_AND_MUL: Kernel = Kernel::new(Source::Rows, "gelu_tanh_and_mul", 256);
 const GATHER: Kernel = Kernel::new(Source::Rows, "gather", 256);
 const HALVE: Kernel = Kernel::new(Source::Rows, "halve", 256);
 const ADD_BIAS: Kernel = Kernel::new(Source::Rows, "add_bias", 256);
@@ -199,12 +202,20 @@ impl<D: Device> CudaBackend<D> {
         self.buffers[buf.0 as usize].at
     }
 
-    /// One of the two norms, which take the same.
-    fn norm(&mut self, kernel: Kernel, x: Buf, weight: Vector, eps: f32, out: Buf) -> Result<(), KernelError> {
+    /// One of the two norms, which take the same; with `add`, its result is added to what is in `out`.
+    fn norm(&mut self, kernel: Kernel, x: Buf, weight: Vector, eps: f32, out: Buf, add: bool) -> Result<(), KernelError> {
         let (half, half_stride) = self.produce(out);
         let (width, weight) = (self.buffers[x.0 as usize].width as u32, self.vectors[weight.0 as usize]);
-        let params = p::Norm { x: self.at(x), weight, out: self.at(out), half, width, half_stride, eps, unused: 0 };
+        let params = p::Norm { x: self.at(x), weight, out: self.at(out), half, width, half_stride, eps, add: add.into() };
         self.launch(kernel, Launch::blocks(self.rows(x)).with_shared(BLOCK_SUM), params)
+    }
+
+    /// One of the two gated activations, which take the same.
+    fn gate(&mut self, kernel: Kernel, gate_up: Buf, out: Buf) -> Result<(), KernelError> {
+        let (half, half_stride) = self.produce(out);
+        let width = self.buffers[out.0 as usize].width;
+        let params = p::SiluAndMul { gate_up: self.at(gate_up), out: self.at(out), half, width: width as u32, half_stride };
+        self.launch(kernel, Launch::grid(self.rows(out), width.div_ceil(256)), params)
     }
 
     /// Reserves memory and keeps count of it.
@@ -410,12 +421,17 @@ impl<D: Device> Ops for CudaBackend<D> {
 
     fn rms_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf) {
         let check = self.shapes.norm("rms_norm", x, weight, out);
-        self.enqueue(check, Op::RmsNorm { x, weight, eps, out }, |b| b.norm(RMS_NORM, x, weight, eps, out));
+        self.enqueue(check, Op::RmsNorm { x, weight, eps, out }, |b| b.norm(RMS_NORM, x, weight, eps, out, false));
+    }
+
+    fn rms_norm_add(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf) {
+        let check = self.shapes.norm("rms_norm_add", x, weight, out);
+        self.enqueue(check, Op::RmsNormAdd { x, weight, eps, out }, |b| b.norm(RMS_NORM, x, weight, eps, out, true));
     }
 
     fn layer_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf) {
         let check = self.shapes.norm("layer_norm", x, weight, out);
-        self.enqueue(check, Op::LayerNorm { x, weight, eps, out }, |b| b.norm(LAYER_NORM, x, weight, eps, out));
+        self.enqueue(check, Op::LayerNorm { x, weight, eps, out }, |b| b.norm(LAYER_NORM, x, weight, eps, out, false));
     }
 
     fn clamp(&mut self, x: Buf, limit: f32) {
@@ -424,6 +440,24 @@ impl<D: Device> Ops for CudaBackend<D> {
             let width = b.buffers[x.0 as usize].width;
             let params = p::Clamp { x: b.at(x), width: width as u32, limit };
             b.launch(CLAMP, Launch::grid(b.rows(x), width.div_ceil(256)), params)
+        });
+    }
+
+    fn scale(&mut self, x: Buf, factor: f32) {
+        self.enqueue(self.shapes.scale(x), Op::Scale { x, factor }, |b| {
+            b.stale(x);
+            let width = b.buffers[x.0 as usize].width;
+            let params = p::Scale { x: b.at(x), width: width as u32, factor };
+            b.launch(SCALE, Launch::grid(b.rows(x), width.div_ceil(256)), params)
+        });
+    }
+
+    fn soft_cap(&mut self, x: Buf, cap: f32) {
+        self.enqueue(self.shapes.soft_cap(x, cap), Op::SoftCap { x, cap }, |b| {
+            b.stale(x);
+            let width = b.buffers[x.0 as usize].width;
+            let params = p::SoftCap { x: b.at(x), width: width as u32, cap };
+            b.launch(SOFT_CAP, Launch::grid(b.rows(x), width.div_ceil(256)), params)
         });
     }
 
@@ -495,12 +529,13 @@ impl<D: Device> Ops for CudaBackend<D> {
     }
 
     fn silu_and_mul(&mut self, gate_up: Buf, out: Buf) {
-        self.enqueue(self.shapes.silu_and_mul(gate_up, out), Op::SiluAndMul { gate_up, out }, |b| {
-            let (half, half_stride) = b.produce(out);
-            let width = b.buffers[out.0 as usize].width;
-            let params = p::SiluAndMul { gate_up: b.at(gate_up), out: b.at(out), half, width: width as u32, half_stride };
-            b.launch(SILU_AND_MUL, Launch::grid(b.rows(out), width.div_ceil(256)), params)
-        });
+        let check = self.shapes.gated("silu_and_mul", gate_up, out);
+        self.enqueue(check, Op::SiluAndMul { gate_up, out }, |b| b.gate(SILU_AND_MUL, gate_up, out));
+    }
+
+    fn gelu_tanh_and_mul(&mut self, gate_up: Buf, out: Buf) {
+        let check = self.shapes.gated("gelu_tanh_and_mul", gate_up, out);
+        self.enqueue(check, Op::GeluTanhAndMul { gate_up, out }, |b| b.gate(GELU_TANH_AND_MUL, gate_up, out));
     }
 
     fn route(&mut self, logits: Buf, normalised: bool, routing: Routing) {

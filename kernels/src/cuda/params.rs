@@ -26,8 +26,10 @@ pub(super) use params;
 params! {
     Weights { data: Address, scales: Address, form: u32, n: u32, k: u32, stride: u32 }
     Embedding { table: Weights, tokens: Address, out: Address, half: Address, half_stride: u32, first: u32 }
-    Norm { x: Address, weight: Address, out: Address, half: Address, width: u32, half_stride: u32, eps: f32, unused: u32 }
+    Norm { x: Address, weight: Address, out: Address, half: Address, width: u32, half_stride: u32, eps: f32, add: u32 }
     Clamp { x: Address, width: u32, limit: f32 }
+    Scale { x: Address, width: u32, factor: f32 }
+    SoftCap { x: Address, width: u32, cap: f32 }
     SiluAndMul { gate_up: Address, out: Address, half: Address, width: u32, half_stride: u32 }
     Gather { x: Address, rows: Address, out: Address, half: Address, width: u32, half_stride: u32 }
     Halve { x: Address, half: Address, width: u32, half_stride: u32 }

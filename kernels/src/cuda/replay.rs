@@ -155,7 +155,10 @@ impl<D: Device> CudaBackend<D> {
                 Op::Embedding { table, out } => self.embedding(table, out),
                 Op::RmsNorm { x, weight, eps, out } => self.rms_norm(x, weight, eps, out),
                 Op::LayerNorm { x, weight, eps, out } => self.layer_norm(x, weight, eps, out),
+                Op::RmsNormAdd { x, weight, eps, out } => self.rms_norm_add(x, weight, eps, out),
                 Op::Clamp { x, limit } => self.clamp(x, limit),
+                Op::Scale { x, factor } => self.scale(x, factor),
+                Op::SoftCap { x, cap } => self.soft_cap(x, cap),
                 Op::Linear { x, w, bias, out, store } => self.linear(x, w, bias, out, store),
                 Op::Lora { x, site, out } => self.lora(x, site, out),
                 Op::RopeCache { qkv, shape, norm, rope, kv, layer } => self.rope_cache(qkv, shape, norm, rope, kv, layer),
@@ -163,6 +166,7 @@ impl<D: Device> CudaBackend<D> {
                     self.paged_attention(qkv, shape, spec, kv, layer, out);
                 }
                 Op::SiluAndMul { gate_up, out } => self.silu_and_mul(gate_up, out),
+                Op::GeluTanhAndMul { gate_up, out } => self.gelu_tanh_and_mul(gate_up, out),
                 Op::Route { logits, normalised, routing } => self.route(logits, normalised, routing),
                 Op::ExpertLinear { x, experts, routing, out } => self.expert_linear(x, experts, routing, out),
                 Op::Combine { x, routing, out, store } => self.combine(x, routing, out, store),

@@ -155,6 +155,15 @@ impl Reference {
         &mut b.data[row * b.width..(row + 1) * b.width]
     }
 
+    /// `out = activation(gate) * up`
+    fn gate(&mut self, gate_up: Buf, out: Buf, activation: impl Fn(f64) -> f64) {
+        for r in 0..self.rows(out) {
+            let (gate, up) = self.row(gate_up, r).split_at(self.buffers[out.0 as usize].width);
+            let row: Vec<f32> = gate.iter().zip(up).map(|(&g, &u)| (activation(f64::from(g)) * f64::from(u)) as f32).collect();
+            self.row_mut(out, r).copy_from_slice(&row);
+        }
+    }
+
     fn rows(&self, buf: Buf) -> usize {
         self.shapes.buffer("rows", buf).map_or(0, |(rows, _)| self.shapes.count(rows))
     }
@@ -352,6 +361,16 @@ impl Ops for Reference {
         }
     }
 
+    fn rms_norm_add(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf) {
+        if !self.admit(self.shapes.norm("rms_norm_add", x, weight, out)) {
+            return;
+        }
+        for r in 0..self.rows(x) {
+            let row = normed(self.row(x, r), &self.vectors[weight.0 as usize], eps);
+            self.row_mut(out, r).iter_mut().zip(row).for_each(|(o, v)| *o += v);
+        }
+    }
+
     fn layer_norm(&mut self, x: Buf, weight: Vector, eps: f32, out: Buf) {
         if !self.admit(self.shapes.norm("layer_norm", x, weight, out)) {
             return;
@@ -368,6 +387,25 @@ impl Ops for Reference {
         }
         for r in 0..self.rows(x) {
             self.row_mut(x, r).iter_mut().for_each(|v| *v = v.clamp(-limit, limit));
+        }
+    }
+
+    fn scale(&mut self, x: Buf, factor: f32) {
+        if !self.admit(self.shapes.scale(x)) {
+            return;
+        }
+        for r in 0..self.rows(x) {
+            self.row_mut(x, r).iter_mut().for_each(|v| *v *= factor);
+        }
+    }
+
+    fn soft_cap(&mut self, x: Buf, cap: f32) {
+        if !self.admit(self.shapes.soft_cap(x, cap)) {
+            return;
+        }
+        let capped = |v: f32| (f64::from(cap) * (f64::from(v) / f64::from(cap)).tanh()) as f32;
+        for r in 0..self.rows(x) {
+            self.row_mut(x, r).iter_mut().for_each(|v| *v = capped(*v));
         }
     }
 
@@ -459,14 +497,15 @@ impl Ops for Reference {
     }
 
     fn silu_and_mul(&mut self, gate_up: Buf, out: Buf) {
-        if !self.admit(self.shapes.silu_and_mul(gate_up, out)) {
-            return;
+        if self.admit(self.shapes.gated("silu_and_mul", gate_up, out)) {
+            self.gate(gate_up, out, |g| g / (1.0 + (-g).exp()));
         }
-        for r in 0..self.rows(out) {
-            let (gate, up) = self.row(gate_up, r).split_at(self.buffers[out.0 as usize].width);
-            let silu = |g: f64| g / (1.0 + (-g).exp());
-            let row: Vec<f32> = gate.iter().zip(up).map(|(&g, &u)| (silu(f64::from(g)) * f64::from(u)) as f32).collect();
-            self.row_mut(out, r).copy_from_slice(&row);
+    }
+
+    fn gelu_tanh_and_mul(&mut self, gate_up: Buf, out: Buf) {
+        if self.admit(self.shapes.gated("gelu_tanh_and_mul", gate_up, out)) {
+            let slope = (2.0 / std::f64::consts::PI).sqrt();
+            self.gate(gate_up, out, |g| 0.5 * g * (1.0 + (slope * (g + 0.044715 * g.powi(3))).tanh()));
         }
     }
 

@@ -47,6 +47,10 @@ pub fn come_back(ops: &mut dyn Backend) {
     attempt("layer_norm", &|ops| ops.layer_norm(a, weight, 1e-5, narrow));
     attempt("clamp", &|ops| ops.clamp(Buf(99), 1.0));
     attempt("clamp", &|ops| ops.clamp(a, -1.0));
+    attempt("rms_norm_add", &|ops| ops.rms_norm_add(a, weight, 1e-5, narrow));
+    attempt("scale", &|ops| ops.scale(Buf(99), 2.0));
+    attempt("soft_cap", &|ops| ops.soft_cap(a, 0.0));
+    attempt("gelu_tanh_and_mul", &|ops| ops.gelu_tanh_and_mul(narrow, a));
     attempt("linear", &|ops| ops.linear(a, table, None, b, Store::Replace));
     attempt("linear", &|ops| ops.linear(a, table, None, sampled, Store::Replace));
     attempt("silu_and_mul", &|ops| ops.silu_and_mul(narrow, a));

@@ -119,6 +119,49 @@ pub fn rows() -> Vec<Scenario> {
             ops.run();
             vec![x]
         }));
+        all.push(Scenario::new("scale, rms_norm_add", sizes.clone(), 6e-6, move |ops| {
+            let noise = &mut Noise::new(case as u64);
+            let [table, other] = [0; 2].map(|_| ops.load_table(noise, 50, width));
+            let weight = ops.load_vector(&noise.values(width, 1.0)).unwrap();
+            let matrix = Weight::random(noise, 24, width, Format::F32, 1.0);
+            let matrix = ops.load_matrix(&[matrix.source()], WeightFormat::F32).unwrap();
+            let [x, sum] = [0; 2].map(|_| ops.alloc_poisoned(Rows::Tokens, width));
+            let out = ops.alloc_poisoned(Rows::Tokens, 24);
+            ops.begin(&plain_step(noise, rows, 50)).unwrap();
+            ops.embedding(table, x);
+            ops.scale(x, 24.25);
+            ops.embedding(other, sum);
+            ops.rms_norm_add(x, weight, 1e-5, sum);
+            // What reads the sum must read it all.
+            ops.linear(sum, matrix, None, out, Store::Replace);
+            ops.run();
+            vec![x, sum, out]
+        }));
+        all.push(Scenario::new("soft_cap", sizes.clone(), 6e-6, move |ops| {
+            let noise = &mut Noise::new(case as u64);
+            let table = ops.load_table(noise, 50, width);
+            let x = ops.alloc_poisoned(Rows::Tokens, width);
+            let sampled = ops.alloc_poisoned(Rows::Samples, width);
+            ops.begin(&plain_step(noise, rows, 50)).unwrap();
+            ops.embedding(table, x);
+            ops.scale(x, 40.0);
+            ops.gather(x, sampled);
+            ops.soft_cap(sampled, 30.0);
+            ops.run();
+            vec![x, sampled]
+        }));
+        all.push(Scenario::new("gelu_tanh_and_mul", sizes.clone(), 2e-6, move |ops| {
+            let noise = &mut Noise::new(case as u64);
+            let table = ops.load_table(noise, 50, 2 * width);
+            let gate_up = ops.alloc_poisoned(Rows::Tokens, 2 * width);
+            let out = ops.alloc_poisoned(Rows::Tokens, width);
+            ops.begin(&plain_step(noise, rows, 50)).unwrap();
+            ops.embedding(table, gate_up);
+            ops.scale(gate_up, 3.0);
+            ops.gelu_tanh_and_mul(gate_up, out);
+            ops.run();
+            vec![out]
+        }));
         all.push(Scenario::new("silu_and_mul", sizes, 2e-6, move |ops| {
             let noise = &mut Noise::new(case as u64);
             let table = ops.load_table(noise, 50, 2 * width);

@@ -205,6 +205,11 @@ type Held = Option<(Arc<Trained>, Vec<Var>)>;
 
 /// Refuses what layers here do not compute.
 fn dense(files: &ModelFiles) -> Result<(), ModelError> {
+    if files.config().gemma.is_some() {
+        return Err(ModelError::Kind(
+            "Gemma models are served but neither trained nor evaluated here; choose a Llama, Mistral or Qwen model",
+        ));
+    }
     match files.config().experts {
         None => Ok(()),
         Some(_) => Err(ModelError::Kind(
