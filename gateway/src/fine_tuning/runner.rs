@@ -382,11 +382,19 @@ impl Runner {
         heard: &mut Heard,
     ) -> Result<End, Trouble> {
         let mut told: Option<(End, Instant)> = None;
-        let mut polls = 0_u32;
+        let (mut polls, mut queued) = (0_u32, false);
         loop {
             sleep(POLL).await;
             polls = polls.wrapping_add(1);
             let ended = process.ended()?;
+            let waits = ended.is_none() && progress::waits(said)?;
+            if waits != queued && told.is_none() {
+                if let Err(error) = self.rows.wait(id, waits, now()).await {
+                    tracing::warn!(job = %id, %error, "cannot write down whether a training waits for its card");
+                    continue;
+                }
+                queued = waits;
+            }
             // After it is gone, so that nothing that it said is missed.
             self.hear(id, said, heard).await;
             training.look(said, heard.read_bytes);
@@ -417,6 +425,7 @@ impl Runner {
                             continue;
                         }
                         Ok(Some(State::Running)) => continue,
+                        Ok(Some(State::Queued)) if queued => continue,
                         Ok(Some(State::Paused | State::Queued)) => PAUSING,
                         Ok(_) => CANCELLING,
                     };
