@@ -151,7 +151,7 @@ impl Decoder {
             source,
         })?;
         let scale = 1.0 / (config.head_dim as f32).sqrt();
-        let attention = AttentionSpec { scale, sliding_window: config.sliding_window, soft_cap: None };
+        let attention = AttentionSpec { scale, sliding_window: config.sliding_window, soft_cap: None, alibi: None };
         Ok(Self { ops, config, shard, shape, attention, weights, buffers, kv: None })
     }
 

@@ -1,11 +1,11 @@
-//! Operations on single rows: norms, the gated activation, the rotation of queries and keys.
+//! Operations on single rows: norms, the activations, the rotation of queries and keys.
 //!
 //! Each body is written once over slices, with a fixed number of accumulators, and compiled three times: for AVX-512, for AVX2
 //! with FMA, and for the baseline. A row is always computed by the same instructions in the same order, so its result depends
 //! neither on its neighbours nor on the thread.
 
 use super::attention::bf16;
-use super::math::silu;
+use super::math::{gelu, silu};
 
 /// Accumulators of a sum: four vectors of AVX-512, so that additions overlap.
 const LANES: usize = 64;
@@ -80,6 +80,13 @@ fn silu_and_mul_body(gate: &[f32], up: &[f32], out: &mut [f32]) {
 }
 
 #[inline(always)]
+fn gelu_body(x: &[f32], out: &mut [f32]) {
+    for (o, &v) in out.iter_mut().zip(x) {
+        *o = gelu(v);
+    }
+}
+
+#[inline(always)]
 fn add_scaled_body<const FMA: bool>(x: &[f32], scale: f32, out: &mut [f32]) {
     for (o, &v) in out.iter_mut().zip(x) {
         *o = mul_add::<FMA>(v, scale, *o);
@@ -135,6 +142,11 @@ macro_rules! instantiate {
             }
             #[doc = $safety]
             $(#[target_feature(enable = $feature)])?
+            pub unsafe fn gelu(x: &[f32], out: &mut [f32]) {
+                super::gelu_body(x, out);
+            }
+            #[doc = $safety]
+            $(#[target_feature(enable = $feature)])?
             pub unsafe fn add_scaled(x: &[f32], scale: f32, out: &mut [f32]) {
                 super::add_scaled_body::<$fma>(x, scale, out);
             }
@@ -175,6 +187,7 @@ pub struct Elementwise {
     rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     layer_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     silu_and_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
+    gelu: unsafe fn(&[f32], &mut [f32]),
     rope: unsafe fn(&mut [f32], usize, HeadNorm<'_>, &[f32], &[f32]),
     round_bf16: unsafe fn(&[f32], &mut [u16]),
     add_scaled: unsafe fn(&[f32], f32, &mut [f32]),
@@ -186,6 +199,7 @@ macro_rules! operations {
             rms_norm: $level::rms_norm,
             layer_norm: $level::layer_norm,
             silu_and_mul: $level::silu_and_mul,
+            gelu: $level::gelu,
             rope: $level::rope,
             round_bf16: $level::round_bf16,
             add_scaled: $level::add_scaled,
@@ -233,6 +247,13 @@ impl Elementwise {
     pub fn silu_and_mul(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
         // SAFETY: as above.
         unsafe { (self.silu_and_mul)(gate, up, out) }
+    }
+
+    /// `out = x Φ(x)`; both of one length.
+    #[inline]
+    pub fn gelu(&self, x: &[f32], out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { (self.gelu)(x, out) }
     }
 
     /// `out += scale * x`; both of one length.

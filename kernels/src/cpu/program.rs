@@ -14,6 +14,7 @@ pub(super) enum Entry {
     LayerNorm { x: u32, weight: u32, eps: f32, out: u32 },
     Clamp { x: u32, limit: f32 },
     SiluAndMul { gate_up: u32, out: u32 },
+    Gelu { x: u32, out: u32 },
     GateRows { gate: u32, x: u32 },
     Route { logits: u32, normalised: bool, routing: u32 },
     Align { routing: u32 },
@@ -31,7 +32,7 @@ pub(super) enum Entry {
 }
 
 /// Kinds of entries, for the profile.
-pub(super) const KINDS: [&str; 19] = [
+pub(super) const KINDS: [&str; 20] = [
     "embedding",
     "rms_norm",
     "silu_and_mul",
@@ -51,6 +52,7 @@ pub(super) const KINDS: [&str; 19] = [
     "combine",
     "layer_norm",
     "clamp",
+    "gelu",
 ];
 
 impl Entry {
@@ -76,6 +78,7 @@ impl Entry {
             Entry::Combine { .. } => 16,
             Entry::LayerNorm { .. } => 17,
             Entry::Clamp { .. } => 18,
+            Entry::Gelu { .. } => 19,
         }
     }
 
@@ -88,6 +91,7 @@ impl Entry {
                 | Entry::LayerNorm { .. }
                 | Entry::Clamp { .. }
                 | Entry::SiluAndMul { .. }
+                | Entry::Gelu { .. }
                 | Entry::GateRows { .. }
                 | Entry::Combine { .. }
                 | Entry::Gather { .. }

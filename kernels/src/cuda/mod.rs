@@ -61,6 +61,7 @@ const EMBEDDING: Kernel = Kernel::new(Source::Rows, "embedding", 256);
 const RMS_NORM: Kernel = Kernel::new(Source::Rows, "rms_norm", 256);
 const LAYER_NORM: Kernel = Kernel::new(Source::Rows, "layer_norm", 256);
 const CLAMP: Kernel = Kernel::new(Source::Rows, "clamp", 256);
+const GELU: Kernel = Kernel::new(Source::Rows, "gelu", 256);
 const SILU_AND_MUL: Kernel = Kernel::new(Source::Rows, "silu_and_mul", 256);
 const GATHER: Kernel = Kernel::new(Source::Rows, "gather", 256);
 const HALVE: Kernel = Kernel::new(Source::Rows, "halve", 256);
@@ -487,7 +488,7 @@ impl<D: Device> Ops for CudaBackend<D> {
     }
 
     fn paged_attention(&mut self, qkv: Buf, shape: HeadShape, spec: AttentionSpec, kv: KvCache, layer: usize, out: Buf) {
-        let check = self.shapes.paged_attention(qkv, shape, kv, layer, out, &self.batch);
+        let check = self.shapes.paged_attention(qkv, shape, spec, kv, layer, out, &self.batch);
         self.enqueue(check, Op::PagedAttention { qkv, shape, spec, kv, layer, out }, |b| {
             b.attend(qkv, shape, spec, kv, layer, out)
         });
@@ -499,6 +500,15 @@ impl<D: Device> Ops for CudaBackend<D> {
             let width = b.buffers[out.0 as usize].width;
             let params = p::SiluAndMul { gate_up: b.at(gate_up), out: b.at(out), half, width: width as u32, half_stride };
             b.launch(SILU_AND_MUL, Launch::grid(b.rows(out), width.div_ceil(256)), params)
+        });
+    }
+
+    fn gelu(&mut self, x: Buf, out: Buf) {
+        self.enqueue(self.shapes.gelu(x, out), Op::Gelu { x, out }, |b| {
+            let (half, half_stride) = b.produce(out);
+            let width = b.buffers[out.0 as usize].width;
+            let params = p::Gelu { x: b.at(x), out: b.at(out), half, width: width as u32, half_stride };
+            b.launch(GELU, Launch::grid(b.rows(out), width.div_ceil(256)), params)
         });
     }
 

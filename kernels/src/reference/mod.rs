@@ -6,6 +6,7 @@
 
 mod attention;
 mod experts;
+pub(crate) mod normal;
 mod sampling;
 
 use half::bf16;
@@ -441,7 +442,7 @@ impl Ops for Reference {
     }
 
     fn paged_attention(&mut self, qkv: Buf, shape: HeadShape, spec: AttentionSpec, kv: KvCache, layer: usize, out: Buf) {
-        let check = self.shapes.paged_attention(qkv, shape, kv, layer, out, &self.batch);
+        let check = self.shapes.paged_attention(qkv, shape, spec, kv, layer, out, &self.batch);
         if !self.admit(check) {
             return;
         }
@@ -452,7 +453,8 @@ impl Ops for Reference {
                 let position = (sequence.context_len - sequence.rows + r) as usize;
                 let table = &self.batch.blocks[sequence.first_block as usize..];
                 let cache = &self.caches[kv.0 as usize];
-                let result = attention::attend(self.row(qkv, row), shape, spec, cache, layer, table, position);
+                let slopes = spec.alibi.map(|slopes| &self.vectors[slopes.0 as usize][..]);
+                let result = attention::attend(self.row(qkv, row), shape, spec, slopes, cache, layer, table, position);
                 self.row_mut(out, row).copy_from_slice(&result);
             }
         }
@@ -466,6 +468,17 @@ impl Ops for Reference {
             let (gate, up) = self.row(gate_up, r).split_at(self.buffers[out.0 as usize].width);
             let silu = |g: f64| g / (1.0 + (-g).exp());
             let row: Vec<f32> = gate.iter().zip(up).map(|(&g, &u)| (silu(f64::from(g)) * f64::from(u)) as f32).collect();
+            self.row_mut(out, r).copy_from_slice(&row);
+        }
+    }
+
+    fn gelu(&mut self, x: Buf, out: Buf) {
+        if !self.admit(self.shapes.gelu(x, out)) {
+            return;
+        }
+        for r in 0..self.rows(out) {
+            let row: Vec<f32> =
+                self.row(x, r).iter().map(|&v| (f64::from(v) * normal::cumulative(f64::from(v))) as f32).collect();
             self.row_mut(out, r).copy_from_slice(&row);
         }
     }
