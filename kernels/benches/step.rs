@@ -32,7 +32,7 @@ fn shape() -> DecoderShape {
         vocabulary: 49152,
         qk_norm: false,
         qkv_bias: false,
-        spec: AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None },
+        spec: AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None, alibi: None },
     }
 }
 

@@ -195,7 +195,7 @@ fn attention(bench: &mut Bench) {
         spans: &spans,
         positions: &positions,
         shape,
-        spec: AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None },
+        spec: AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None, alibi: None },
     };
     let rows = positions.len();
     let (qkv, dout) = (noise(rows * QKV), noise(rows * HIDDEN));

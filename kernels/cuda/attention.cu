@@ -69,8 +69,8 @@ DEVICE u32 block_of(const Attention& p, const Tile& tile, u32 key, u32 to) {
 
 // 16 keys, from `key` on, which is a multiple of 16 and in `block`; so are blocks' sizes, and all 16 lie in this one.
 template <u32 HEAD, u32 CACHE>
-DEVICE void attend(const Attention& p, const Tile& tile, u32 kv_head, const u16* queries, const u32 (&positions)[2], u32 key, u32 block,
-                   Running<HEAD>& running) {
+DEVICE void attend(const Attention& p, const Tile& tile, u32 kv_head, const u16* queries, const u32 (&positions)[2],
+                   const float (&slopes)[2], u32 key, u32 block, Running<HEAD>& running) {
     const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const u64 start = (((u64)block * p.kv_heads + kv_head) * p.block_size + key % p.block_size) * HEAD;
 
@@ -114,7 +114,8 @@ DEVICE void attend(const Attention& p, const Tile& tile, u32 kv_head, const u16*
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
             const u32 at = key + half * 8 + 2 * t + i % 2;
-            const float value = score(p, s[half][i]);
+            float value = score(p, s[half][i]);
+            if (p.slopes) value += slopes[i / 2] * behind(positions[i / 2], at);
             // The comparison also drops what unwritten keys gave.
             s[half][i] = at < tile.to && sees(p, positions[i / 2], at) ? value : -INFINITE;
             most[i / 2] = fmaxf(most[i / 2], s[half][i]);
@@ -181,10 +182,12 @@ DEVICE void attention_few(const Attention& p) {
 
     u32 positions[2];
     positions_of(p, tile, tile.packed, positions);
+    float slopes[2];
+    slopes_of(p, tile.packed, kv_head, slopes);
     Running<HEAD> running;
     u32 key = first_key(p, tile, tile.packed) + warp * 16, block = block_of(p, tile, key, tile.to);
     while (key < tile.to) {
-        attend<HEAD, CACHE>(p, tile, kv_head, queries, positions, key, block, running);
+        attend<HEAD, CACHE>(p, tile, kv_head, queries, positions, slopes, key, block, running);
         key += 64;
         block = block_of(p, tile, key, tile.to);
     }
@@ -246,12 +249,14 @@ DEVICE void attention_many(const Attention& p) {
 
     u32 positions[2];
     positions_of(p, tile, packed, positions);
+    float slopes[2];
+    slopes_of(p, packed, kv_head, slopes);
     Running<HEAD> running;
     const u32 last = smaller((packed + 15) / group, tile.rows - 1), to = smaller(tile.to, tile.context - tile.rows + last + 1);
     u32 key = first_key(p, tile, packed), block = block_of(p, tile, key, to);
     while (key < to) {
         const u32 next = block_of(p, tile, key + 16, to);
-        attend<HEAD, CACHE>(p, tile, kv_head, queries, positions, key, block, running);
+        attend<HEAD, CACHE>(p, tile, kv_head, queries, positions, slopes, key, block, running);
         key += 16;
         block = next;
     }
@@ -340,6 +345,7 @@ KERNEL(attention_plain, 32, Attention) {
     const u64 row = tile.first_row + tile.packed;
     const float* const query = p.qkv + row * (p.heads + 2 * p.kv_heads) * p.head_dim + head * p.head_dim;
     for (u32 c = lane; c < p.head_dim; c += 32) out[c] = 0;
+    const float own = slope(p, head);
     float most = -INFINITE, sum = 0;
     const u32 first = p.window != 0 && position >= p.window ? position - p.window + 1 : 0;
     for (u32 key = first; key <= position; key++) {
@@ -347,7 +353,7 @@ KERNEL(attention_plain, 32, Attention) {
         const u64 at = ((block * p.kv_heads + head / group) * p.block_size + key % p.block_size) * p.head_dim;
         float product = 0;
         for (u32 c = lane; c < p.head_dim; c += 32) product += query[c] * cached(p, p.keys, at + c);
-        const float s = score(p, warp_sum(product)), now = fmaxf(most, s);
+        const float s = score(p, warp_sum(product)) + own * behind(position, key), now = fmaxf(most, s);
         const float shrink = power_of_2(most - now), weight = power_of_2(s - now);
         sum = sum * shrink + weight;
         for (u32 c = lane; c < p.head_dim; c += 32) out[c] = out[c] * shrink + weight * cached(p, p.values, at + c);

@@ -29,6 +29,8 @@ struct Attention {
     u16* half;
     // [partial, kv_head, 16, HEAD + 2]: outputs not divided, then the maximum and the sum.
     float* partials;
+    // Of ALiBi, one for each query head; null: none.
+    const float* slopes;
     u32 half_stride;
     u32 heads;
     u32 kv_heads;
@@ -51,6 +53,18 @@ DEVICE float score(const Attention& p, float product) {
     const float s = product * p.scale;
     return p.soft_cap > 0 ? p.soft_cap * tanhf(s / p.soft_cap) * LOG2_E : s * LOG2_E;
 }
+
+// What a query head adds to its scores for each position that a key lies behind the query, in powers of 2.
+DEVICE float slope(const Attention& p, u32 head) { return p.slopes ? p.slopes[head] * LOG2_E : 0; }
+
+// The same of packed rows g and g + 8 from `packed` on.
+DEVICE void slopes_of(const Attention& p, u32 packed, u32 kv_head, float (&slopes)[2]) {
+    const u32 group = p.heads / p.kv_heads, g = threadIdx.x % 32 / 4;
+    for (u32 r = 0; r < 2; r++) slopes[r] = slope(p, kv_head * group + (packed + g + 8 * r) % group);
+}
+
+// Positions from the query to a key before it: 0 or less, and more for keys that it does not see.
+DEVICE float behind(u32 position, u32 key) { return (float)(i32)(key - position); }
 
 // Whether the query at a position sees a key.
 DEVICE bool sees(const Attention& p, u32 position, u32 key) { return key <= position && (p.window == 0 || position - key < p.window); }

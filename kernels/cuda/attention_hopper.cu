@@ -45,8 +45,8 @@ DEVICE void load_stretch(const Attention& p, const Tile& tile, u32 kv_head, u32 
     }
 }
 
-// Products of 64 queries with KEYS keys to powers, sums and what is left of earlier sums. `from`: the first key.
-DEVICE void soften(const Attention& p, const u32 (&positions)[2], u32 from, bool all_seen, float (&s)[KEYS / 2], float (&most)[2],
+// Products of 64 queries with KEYS keys to powers, sums and what is left of earlier sums. `from`: the first key; `packed`: the warp's first row.
+DEVICE void soften(const Attention& p, u32 packed, u32 kv_head, const u32 (&positions)[2], u32 from, bool all_seen, float (&s)[KEYS / 2], float (&most)[2],
                    float (&sum)[2], float (&shrink)[2]) {
     const u32 t = threadIdx.x % 4;
     if (p.soft_cap > 0) {
@@ -56,6 +56,14 @@ DEVICE void soften(const Attention& p, const u32 (&positions)[2], u32 from, bool
         const float factor = p.scale * LOG2_E;
 #pragma unroll
         for (u32 i = 0; i < KEYS / 2; i++) s[i] *= factor;
+    }
+    if (p.slopes) {
+        // Read for each stretch: registers are scarce here.
+        float slopes[2];
+        slopes_of(p, packed, kv_head, slopes);
+        const float first[2] = {behind(positions[0], from + 2 * t), behind(positions[1], from + 2 * t)};
+#pragma unroll
+        for (u32 i = 0; i < KEYS / 2; i++) s[i] += slopes[i % 4 / 2] * (first[i % 4 / 2] + (float)(i / 4 * 8 + i % 2));
     }
     if (!all_seen) {
 #pragma unroll
@@ -135,7 +143,7 @@ DEVICE void attention_hopper(const Attention& p) {
             const u32 last = end_of(warp + 15) - 1;
             const bool all_seen = key + KEYS <= end_of(warp) && (p.window == 0 || last - key < p.window);
             float shrink[2];
-            soften(p, positions, key, all_seen, s, most, sum, shrink);
+            soften(p, warp, kv_head, positions, key, all_seen, s, most, sum, shrink);
             u32 weights[KEYS / 16][4];
 #pragma unroll
             for (u32 i = 0; i < KEYS / 16; i++) {

@@ -144,6 +144,25 @@ KERNEL(gelu_tanh_and_mul, 256, SiluAndMul) {
     if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
 }
 
+struct Gelu {
+    const float* x;
+    float* out;
+    u16* half;
+    u32 width;
+    u32 half_stride;
+};
+
+// out = x Φ(x), by the complement of the error function: where x is far below 0, 1 + erf(x) would be what rounding leaves of it.
+// Grid [rows, ceil(width / 256)].
+KERNEL(gelu, 256, Gelu) {
+    const u64 row = blockIdx.x;
+    const u32 i = blockIdx.y * blockDim.x + threadIdx.x;
+    if (i >= p.width) return;
+    const float x = p.x[row * p.width + i], value = 0.5f * x * erfcf(x * -0.707106781f);
+    p.out[row * p.width + i] = value;
+    if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
+}
+
 struct Gather {
     const float* x;
     const u32* rows;

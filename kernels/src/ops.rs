@@ -255,6 +255,8 @@ pub struct AttentionSpec {
     pub sliding_window: Option<usize>,
     /// `c * tanh(score / c)` when set.
     pub soft_cap: Option<f32>,
+    /// `[heads]` slopes m of ALiBi (Press et al. 2022): after a soft cap, m · (key's position − query's) is added to a score.
+    pub alibi: Option<Vector>,
 }
 
 /// Whether a linear replaces its output or adds to it (the residual stream).
@@ -564,6 +566,8 @@ pub trait Ops: Send {
     fn silu_and_mul(&mut self, gate_up: Buf, out: Buf);
     /// The same with `gelu(g) = g / 2 * (1 + tanh(√(2 / π) * (g + 0.044715 g³)))` (Hendrycks & Gimpel 2016) in the place of silu.
     fn gelu_tanh_and_mul(&mut self, gate_up: Buf, out: Buf);
+    /// `out = x Φ(x)` with the normal distribution's function Φ itself (Hendrycks & Gimpel 2016), not its approximation by tanh.
+    fn gelu(&mut self, x: Buf, out: Buf);
     /// Sends each token to the experts with its largest `logits [tokens, experts]`, the smaller number first among equals. Their weights
     /// are the softmax over all experts, or over the chosen ones when `normalised`.
     fn route(&mut self, logits: Buf, normalised: bool, routing: Routing);

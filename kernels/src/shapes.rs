@@ -515,6 +515,7 @@ impl Shapes {
         &mut self,
         qkv: Buf,
         shape_: HeadShape,
+        spec: AttentionSpec,
         kv: KvCache,
         layer: usize,
         out: Buf,
@@ -524,6 +525,9 @@ impl Shapes {
         self.heads(OP, qkv, shape_, kv, layer)?;
         let (_, width) = self.pair(OP, qkv, out)?;
         equal(OP, "output width", width, shape_.heads * shape_.head_dim)?;
+        if let Some(slopes) = spec.alibi {
+            equal(OP, "slopes", find(OP, "vector", &self.vectors, slopes.0)?, shape_.heads)?;
+        }
         let cache = find(OP, "cache", &self.caches, kv.0)?;
         let Some(step) = &mut self.step else { return Ok(()) };
         if step.checked & 1 << kv.0 != 0 {
@@ -548,6 +552,14 @@ impl Shapes {
         self.step(op)?;
         let (x_width, out_width) = self.pair(op, gate_up, out)?;
         equal(op, "input width", x_width, 2 * out_width)
+    }
+
+    /// See [`Ops::gelu`].
+    pub fn gelu(&self, x: Buf, out: Buf) -> Result<(), KernelError> {
+        const OP: &str = "gelu";
+        self.step(OP)?;
+        let (x_width, out_width) = self.pair(OP, x, out)?;
+        equal(OP, "output width", out_width, x_width)
     }
 
     /// See [`Ops::gather`].

@@ -31,7 +31,7 @@ fn decoder<O: Ops>(ops: O, dtype: KvDtype) -> Decoder<O> {
         vocabulary: VOCABULARY,
         qk_norm: false,
         qkv_bias: false,
-        spec: AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None },
+        spec: AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None, alibi: None },
     };
     let weights = DecoderWeights::random(3, shape, Format::Bf16, Format::Bf16);
     Decoder::new(ops, &weights, WeightFormat::Auto, BLOCKS, dtype)

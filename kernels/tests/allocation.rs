@@ -52,7 +52,7 @@ fn steps_allocate_nothing_after_the_first_round() {
         vocabulary: 301,
         qk_norm: false,
         qkv_bias: true,
-        spec: AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None },
+        spec: AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None, alibi: None },
     };
     for isa in Isa::available() {
         let weights = DecoderWeights::random(7, shape, Format::Q4_0, Format::Q8_0);

@@ -53,7 +53,7 @@ fn works(source: Source) -> Vec<Work> {
     match source {
         // Heads of 80 and 6 elements: lanes read what others rotate.
         Source::Rows => [
-            some(scenarios::rows(), &[0, 1, 2]),
+            some(scenarios::rows(), &[0, 1, 2, 3]),
             some(low_rank::scenarios(), &[1]),
             some(scenarios::copies(), &[0]),
             some(scenarios::brief_attention(), &[1, 2]),
@@ -107,7 +107,7 @@ fn attended(precision: Precision) -> Work {
         let shape = HeadShape { heads: 2, kv_heads: 1, head_dim: 40 };
         let spans = [Span { first: 0, len: 40, prefix: None }, Span { first: 40, len: 9, prefix: Some(0) }];
         let positions: Vec<u32> = (0..49).collect();
-        let spec = AttentionSpec { scale: 0.2, sliding_window: Some(30), soft_cap: None };
+        let spec = AttentionSpec { scale: 0.2, sliding_window: Some(30), soft_cap: None, alibi: None };
         let call = Attention { spans: &spans, positions: &positions, shape, spec };
         let seen = compute.seen(&spans, &positions, shape).unwrap();
         let [qkv, dout] = [160, 80].map(|width| compute.upload(&noise.values(49 * width, 1.0)).unwrap());

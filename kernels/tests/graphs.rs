@@ -31,7 +31,7 @@ fn shape() -> DecoderShape {
         vocabulary: VOCABULARY,
         qk_norm: false,
         qkv_bias: false,
-        spec: AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None },
+        spec: AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None, alibi: None },
     }
 }
 

@@ -162,7 +162,7 @@ impl Decoder {
         })?;
         let soft_cap = config.gemma.as_ref().and_then(|gemma| gemma.attention_cap);
         // Each layer has its own window.
-        let attention = AttentionSpec { scale: config.attention_scale(), sliding_window: None, soft_cap };
+        let attention = AttentionSpec { scale: config.attention_scale(), sliding_window: None, soft_cap, alibi: None };
         Ok(Self { ops, config, shard, shape, attention, weights, buffers, kv: None })
     }
 

@@ -1,11 +1,11 @@
-//! Operations on single rows: norms, the gated activation, the rotation of queries and keys.
+//! Operations on single rows: norms, the activations, the rotation of queries and keys.
 //!
 //! Each body is written once over slices, with a fixed number of accumulators, and compiled three times: for AVX-512, for AVX2
 //! with FMA, and for the baseline. A row is always computed by the same instructions in the same order, so its result depends
 //! neither on its neighbours nor on the thread.
 
 use super::attention::bf16;
-use super::math::{gelu_tanh, silu, tanh};
+use super::math::{gelu, gelu_tanh, silu, tanh};
 
 /// Accumulators of a sum: four vectors of AVX-512, so that additions overlap.
 const LANES: usize = 64;
@@ -104,6 +104,13 @@ fn soft_cap_body(x: &mut [f32], cap: f32) {
 }
 
 #[inline(always)]
+fn gelu_body(x: &[f32], out: &mut [f32]) {
+    for (o, &v) in out.iter_mut().zip(x) {
+        *o = gelu(v);
+    }
+}
+
+#[inline(always)]
 fn add_scaled_body<const FMA: bool>(x: &[f32], scale: f32, out: &mut [f32]) {
     for (o, &v) in out.iter_mut().zip(x) {
         *o = mul_add::<FMA>(v, scale, *o);
@@ -174,6 +181,11 @@ macro_rules! instantiate {
             }
             #[doc = $safety]
             $(#[target_feature(enable = $feature)])?
+            pub unsafe fn gelu(x: &[f32], out: &mut [f32]) {
+                super::gelu_body(x, out);
+            }
+            #[doc = $safety]
+            $(#[target_feature(enable = $feature)])?
             pub unsafe fn add_scaled(x: &[f32], scale: f32, out: &mut [f32]) {
                 super::add_scaled_body::<$fma>(x, scale, out);
             }
@@ -217,6 +229,7 @@ pub struct Elementwise {
     silu_and_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
     gelu_tanh_and_mul: unsafe fn(&[f32], &[f32], &mut [f32]),
     soft_cap: unsafe fn(&mut [f32], f32),
+    gelu: unsafe fn(&[f32], &mut [f32]),
     rope: unsafe fn(&mut [f32], usize, HeadNorm<'_>, &[f32], &[f32]),
     round_bf16: unsafe fn(&[f32], &mut [u16]),
     add_scaled: unsafe fn(&[f32], f32, &mut [f32]),
@@ -231,6 +244,7 @@ macro_rules! operations {
             silu_and_mul: $level::silu_and_mul,
             gelu_tanh_and_mul: $level::gelu_tanh_and_mul,
             soft_cap: $level::soft_cap,
+            gelu: $level::gelu,
             rope: $level::rope,
             round_bf16: $level::round_bf16,
             add_scaled: $level::add_scaled,
@@ -299,6 +313,13 @@ impl Elementwise {
     pub fn soft_cap(&self, x: &mut [f32], cap: f32) {
         // SAFETY: as above.
         unsafe { (self.soft_cap)(x, cap) }
+    }
+
+    /// `out = x Φ(x)`; both of one length.
+    #[inline]
+    pub fn gelu(&self, x: &[f32], out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { (self.gelu)(x, out) }
     }
 
     /// `out += scale * x`; both of one length.

@@ -131,6 +131,13 @@ impl Holdings {
                         self.convert(planned.forms, out, r);
                     }
                 }
+                Entry::Gelu { x, out } => {
+                    let (x, out) = (&self.buffers[x as usize], &self.buffers[out as usize]);
+                    for r in tasks {
+                        self.rows.gelu(x.row(r), out.row_mut(r));
+                        self.convert(planned.forms, out, r);
+                    }
+                }
                 Entry::GateRows { gate, x } => {
                     let (gate, x) = (&self.buffers[gate as usize], &self.buffers[x as usize]);
                     for r in tasks {
@@ -238,6 +245,7 @@ impl Holdings {
             layer: layer as usize,
             shape,
             spec,
+            slopes: spec.alibi.map(|slopes| &self.vectors[slopes.0 as usize][..]),
             qkv: qkv.start(),
             qkv_stride: qkv.stride,
             out: out.start(),

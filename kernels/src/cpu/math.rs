@@ -61,9 +61,33 @@ pub fn gelu_tanh(x: f32) -> f32 {
     x / (1.0 + exp(-SLOPE * (x + 0.044_715 * x * x * x)))
 }
 
+/// Φ(−z√2) is `t e^(−z²) p(t) / 2` with t = 1 / (1 + z/2), for z from 0 on: coefficients of p from the lowest on. Interpolated at the
+/// Chebyshev nodes of t from 0.17 to 1 (z up to 9.7, where the power is 0), relative error 6·10⁻⁸.
+const NORMAL_TAIL: [f32; 9] = [
+    0.282_083_4,
+    0.282_431_27,
+    0.242_680_65,
+    0.204_399_5,
+    -0.030_707_021,
+    0.283_969_37,
+    -0.492_289_1,
+    0.286_980_35,
+    -0.059_548_393,
+];
+
+/// `x Φ(x)` with the normal distribution's Φ, to 4·10⁻⁷ and, above −9, 3·10⁻⁶ of itself; NaN stays NaN.
+#[inline(always)]
+pub fn gelu(x: f32) -> f32 {
+    let t = 1.0 / (1.0 + x.abs() * (0.5 * std::f32::consts::FRAC_1_SQRT_2));
+    let p = NORMAL_TAIL.iter().rev().fold(0.0, |p, &c| p * t + c);
+    let tail = 0.5 * t * p * exp(-0.5 * x * x);
+    x * if x < 0.0 { tail } else { 1.0 - tail }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reference::normal;
 
     #[test]
     fn exp_is_within_two_ulp() {
@@ -87,6 +111,21 @@ mod tests {
         assert_eq!(exp(f32::INFINITY), f32::INFINITY);
         assert_eq!(exp(1e30), f32::INFINITY);
         assert!(exp(88.7).is_finite());
+    }
+
+    #[test]
+    fn gelu_follows_the_normal_distribution() {
+        let mut x = -12.0f32;
+        while x < 12.0 {
+            let exact = f64::from(x) * normal::cumulative(f64::from(x));
+            assert!((f64::from(gelu(x)) - exact).abs() <= 4e-7, "gelu({x}) = {}, not {exact}", gelu(x));
+            if x > -4.0 {
+                assert!((f64::from(gelu(x)) - exact).abs() <= 6e-7 * exact.abs() + 1e-30, "gelu({x}) = {}, not {exact}", gelu(x));
+            }
+            x += 0.0037;
+        }
+        assert_eq!((gelu(0.0), gelu(3e38), gelu(-3e38), gelu(40.0)), (0.0, 3e38, 0.0, 40.0));
+        assert!(gelu(f32::NAN).is_nan());
     }
 
     #[test]

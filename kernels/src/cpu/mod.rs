@@ -530,7 +530,7 @@ impl Ops for CpuBackend {
     }
 
     fn paged_attention(&mut self, qkv: Buf, shape: HeadShape, spec: AttentionSpec, kv: KvCache, layer: usize, out: Buf) {
-        let check = self.shapes.paged_attention(qkv, shape, kv, layer, out, &self.held.batch);
+        let check = self.shapes.paged_attention(qkv, shape, spec, kv, layer, out, &self.held.batch);
         if !self.admit(check) {
             return;
         }
@@ -554,6 +554,13 @@ impl Ops for CpuBackend {
         if self.admit(self.shapes.gated("gelu_tanh_and_mul", gate_up, out)) {
             let width = self.held.buffers[gate_up.0 as usize].width;
             self.push_rows(Entry::GeluTanhAndMul { gate_up: gate_up.0, out: out.0 }, out, width);
+        }
+    }
+
+    fn gelu(&mut self, x: Buf, out: Buf) {
+        if self.admit(self.shapes.gelu(x, out)) {
+            let width = self.held.buffers[x.0 as usize].width;
+            self.push_rows(Entry::Gelu { x: x.0, out: out.0 }, out, width);
         }
     }
 

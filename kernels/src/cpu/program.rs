@@ -18,6 +18,7 @@ pub(super) enum Entry {
     SoftCap { x: u32, cap: f32 },
     SiluAndMul { gate_up: u32, out: u32 },
     GeluTanhAndMul { gate_up: u32, out: u32 },
+    Gelu { x: u32, out: u32 },
     GateRows { gate: u32, x: u32 },
     Route { logits: u32, normalised: bool, routing: u32 },
     Align { routing: u32 },
@@ -35,7 +36,7 @@ pub(super) enum Entry {
 }
 
 /// Kinds of entries, for the profile.
-pub(super) const KINDS: [&str; 23] = [
+pub(super) const KINDS: [&str; 24] = [
     "embedding",
     "rms_norm",
     "silu_and_mul",
@@ -59,6 +60,7 @@ pub(super) const KINDS: [&str; 23] = [
     "scale",
     "soft_cap",
     "gelu_tanh_and_mul",
+    "gelu",
 ];
 
 impl Entry {
@@ -88,6 +90,7 @@ impl Entry {
             Entry::Scale { .. } => 20,
             Entry::SoftCap { .. } => 21,
             Entry::GeluTanhAndMul { .. } => 22,
+            Entry::Gelu { .. } => 23,
         }
     }
 
@@ -104,6 +107,7 @@ impl Entry {
                 | Entry::SoftCap { .. }
                 | Entry::SiluAndMul { .. }
                 | Entry::GeluTanhAndMul { .. }
+                | Entry::Gelu { .. }
                 | Entry::GateRows { .. }
                 | Entry::Combine { .. }
                 | Entry::Gather { .. }

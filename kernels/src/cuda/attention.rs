@@ -196,6 +196,7 @@ impl<D: Device> CudaBackend<D> {
             out: self.buffers[out.0 as usize].at,
             half,
             partials,
+            slopes: spec.alibi.map_or(Address::NONE, |slopes| self.vectors[slopes.0 as usize]),
             half_stride,
             heads: heads as u32,
             kv_heads: kv_heads as u32,

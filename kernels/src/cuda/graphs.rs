@@ -71,6 +71,7 @@ pub(super) enum Op {
     PagedAttention { qkv: Buf, shape: HeadShape, spec: AttentionSpec, kv: KvCache, layer: usize, out: Buf },
     SiluAndMul { gate_up: Buf, out: Buf },
     GeluTanhAndMul { gate_up: Buf, out: Buf },
+    Gelu { x: Buf, out: Buf },
     Route { logits: Buf, normalised: bool, routing: Routing },
     ExpertLinear { x: Buf, experts: Experts, routing: Routing, out: Buf },
     Combine { x: Buf, routing: Routing, out: Buf, store: Store },

@@ -64,6 +64,7 @@ const LAYER_NORM: Kernel = Kernel::new(Source::Rows, "layer_norm", 256);
 const CLAMP: Kernel = Kernel::new(Source::Rows, "clamp", 256);
 const SCALE: Kernel = Kernel::new(Source::Rows, "scale", 256);
 const SOFT_CAP: Kernel = Kernel::new(Source::Rows, "soft_cap", 256);
+const GELU: Kernel = Kernel::new(Source::Rows, "gelu", 256);
 const SILU_AND_MUL: Kernel = Kernel::new(Source::Rows, "silu_and_mul", 256);
 const GELU_TANH_AND_MUL: Kernel = Kernel::new(Source::Rows, "gelu_tanh_and_mul", 256);
 const GATHER: Kernel = Kernel::new(Source::Rows, "gather", 256);
@@ -522,7 +523,7 @@ impl<D: Device> Ops for CudaBackend<D> {
     }
 
     fn paged_attention(&mut self, qkv: Buf, shape: HeadShape, spec: AttentionSpec, kv: KvCache, layer: usize, out: Buf) {
-        let check = self.shapes.paged_attention(qkv, shape, kv, layer, out, &self.batch);
+        let check = self.shapes.paged_attention(qkv, shape, spec, kv, layer, out, &self.batch);
         self.enqueue(check, Op::PagedAttention { qkv, shape, spec, kv, layer, out }, |b| {
             b.attend(qkv, shape, spec, kv, layer, out)
         });
@@ -536,6 +537,15 @@ impl<D: Device> Ops for CudaBackend<D> {
     fn gelu_tanh_and_mul(&mut self, gate_up: Buf, out: Buf) {
         let check = self.shapes.gated("gelu_tanh_and_mul", gate_up, out);
         self.enqueue(check, Op::GeluTanhAndMul { gate_up, out }, |b| b.gate(GELU_TANH_AND_MUL, gate_up, out));
+    }
+
+    fn gelu(&mut self, x: Buf, out: Buf) {
+        self.enqueue(self.shapes.gelu(x, out), Op::Gelu { x, out }, |b| {
+            let (half, half_stride) = b.produce(out);
+            let width = b.buffers[out.0 as usize].width;
+            let params = p::Gelu { x: b.at(x), out: b.at(out), half, width: width as u32, half_stride };
+            b.launch(GELU, Launch::grid(b.rows(out), width.div_ceil(256)), params)
+        });
     }
 
     fn route(&mut self, logits: Buf, normalised: bool, routing: Routing) {

@@ -31,6 +31,7 @@ params! {
     Scale { x: Address, width: u32, factor: f32 }
     SoftCap { x: Address, width: u32, cap: f32 }
     SiluAndMul { gate_up: Address, out: Address, half: Address, width: u32, half_stride: u32 }
+    Gelu { x: Address, out: Address, half: Address, width: u32, half_stride: u32 }
     Gather { x: Address, rows: Address, out: Address, half: Address, width: u32, half_stride: u32 }
     Halve { x: Address, half: Address, width: u32, half_stride: u32 }
     AddBias { bias: Address, out: Address, width: u32, unused: u32 }
@@ -69,6 +70,7 @@ params! {
     Tile { first_row: u32, rows: u32, context: u32, first_block: u32, packed: u32, from: u32, to: u32, partial: u32 }
     Attention {
         qkv: Address, keys: Address, values: Address, blocks: Address, tiles: Address, out: Address, half: Address, partials: Address,
+        slopes: Address,
         half_stride: u32, heads: u32, kv_heads: u32, head_dim: u32, block_size: u32, cache_form: u32, window: u32, scale: f32,
         soft_cap: f32, unused: u32,
     }

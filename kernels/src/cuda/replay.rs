@@ -167,6 +167,7 @@ impl<D: Device> CudaBackend<D> {
                 }
                 Op::SiluAndMul { gate_up, out } => self.silu_and_mul(gate_up, out),
                 Op::GeluTanhAndMul { gate_up, out } => self.gelu_tanh_and_mul(gate_up, out),
+                Op::Gelu { x, out } => self.gelu(x, out),
                 Op::Route { logits, normalised, routing } => self.route(logits, normalised, routing),
                 Op::ExpertLinear { x, experts, routing, out } => self.expert_linear(x, experts, routing, out),
                 Op::Combine { x, routing, out, store } => self.combine(x, routing, out, store),

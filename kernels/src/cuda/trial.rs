@@ -212,6 +212,7 @@ impl<C: Calls> Card<C> {
                 out,
                 half: Address::NONE,
                 partials: Address::NONE,
+                slopes: Address::NONE,
                 half_stride: 0,
                 heads: shape.heads as u32,
                 kv_heads: kv_heads as u32,

@@ -3,11 +3,12 @@
 use super::{Cache, dot};
 use crate::ops::{AttentionSpec, HeadShape};
 
-/// `[heads * head_dim]`: the attention of the query row `qkv` at `position` over the blocks of `table`.
+/// `[heads * head_dim]`: the attention of the query row `qkv` at `position` over the blocks of `table`; `slopes`: those of `spec.alibi`.
 pub(super) fn attend(
     qkv: &[f32],
     shape: HeadShape,
     spec: AttentionSpec,
+    slopes: Option<&[f32]>,
     cache: &Cache,
     layer: usize,
     table: &[u32],
@@ -22,11 +23,13 @@ pub(super) fn attend(
         let places: Vec<usize> = (first..=position)
             .map(|p| cache.at(layer, table[p / block_size] as usize * block_size + p % block_size, kv_head))
             .collect();
-        let scores: Vec<f64> = places
-            .iter()
-            .map(|&at| {
+        let slope = slopes.map_or(0.0, |slopes| f64::from(slopes[h]));
+        let scores: Vec<f64> = (first..=position)
+            .zip(&places)
+            .map(|(p, &at)| {
                 let score = dot(query, &cache.keys[at..at + head_dim]) * f64::from(spec.scale);
-                spec.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+                let capped = spec.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
+                capped - slope * (position - p) as f64
             })
             .collect();
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);

@@ -6,6 +6,7 @@
 
 mod attention;
 mod experts;
+pub(crate) mod normal;
 mod sampling;
 
 use half::bf16;
@@ -479,7 +480,7 @@ impl Ops for Reference {
     }
 
     fn paged_attention(&mut self, qkv: Buf, shape: HeadShape, spec: AttentionSpec, kv: KvCache, layer: usize, out: Buf) {
-        let check = self.shapes.paged_attention(qkv, shape, kv, layer, out, &self.batch);
+        let check = self.shapes.paged_attention(qkv, shape, spec, kv, layer, out, &self.batch);
         if !self.admit(check) {
             return;
         }
@@ -490,7 +491,8 @@ impl Ops for Reference {
                 let position = (sequence.context_len - sequence.rows + r) as usize;
                 let table = &self.batch.blocks[sequence.first_block as usize..];
                 let cache = &self.caches[kv.0 as usize];
-                let result = attention::attend(self.row(qkv, row), shape, spec, cache, layer, table, position);
+                let slopes = spec.alibi.map(|slopes| &self.vectors[slopes.0 as usize][..]);
+                let result = attention::attend(self.row(qkv, row), shape, spec, slopes, cache, layer, table, position);
                 self.row_mut(out, row).copy_from_slice(&result);
             }
         }
@@ -506,6 +508,17 @@ impl Ops for Reference {
         if self.admit(self.shapes.gated("gelu_tanh_and_mul", gate_up, out)) {
             let slope = (2.0 / std::f64::consts::PI).sqrt();
             self.gate(gate_up, out, |g| 0.5 * g * (1.0 + (slope * (g + 0.044715 * g.powi(3))).tanh()));
+        }
+    }
+
+    fn gelu(&mut self, x: Buf, out: Buf) {
+        if !self.admit(self.shapes.gelu(x, out)) {
+            return;
+        }
+        for r in 0..self.rows(out) {
+            let row: Vec<f32> =
+                self.row(x, r).iter().map(|&v| (f64::from(v) * normal::cumulative(f64::from(v))) as f32).collect();
+            self.row_mut(out, r).copy_from_slice(&row);
         }
     }
 

@@ -525,7 +525,7 @@ fn attention_over_segments_that_share_prompts() {
             spans: &spans,
             positions: &positions,
             shape,
-            spec: AttentionSpec { scale: 0.4, sliding_window, soft_cap: None },
+            spec: AttentionSpec { scale: 0.4, sliding_window, soft_cap: None, alibi: None },
         };
         let want = attention_in_doubles(call, &double(&qkv));
         let along_qkv = derivative(&qkv, &dout, &|qkv| attention_in_doubles(call, qkv));
@@ -554,7 +554,7 @@ fn attention_over_blocks_of_queries() {
             spans: &spans,
             positions: &positions,
             shape,
-            spec: AttentionSpec { scale: 0.25, sliding_window, soft_cap: None },
+            spec: AttentionSpec { scale: 0.25, sliding_window, soft_cap: None, alibi: None },
         };
         let want = attention_in_doubles(call, &double(&qkv));
         let mut results = Vec::new();

@@ -72,7 +72,7 @@ impl Sizes {
     }
 
     pub fn spec(&self) -> AttentionSpec {
-        AttentionSpec { scale: 1.0 / (self.heads.head_dim as f32).sqrt(), sliding_window: None, soft_cap: None }
+        AttentionSpec { scale: 1.0 / (self.heads.head_dim as f32).sqrt(), sliding_window: None, soft_cap: None, alibi: None }
     }
 
     fn qkv(&self) -> usize {

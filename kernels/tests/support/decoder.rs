@@ -244,7 +244,12 @@ pub const LIMITS: Limits = Limits { max_tokens: 96, max_samples: 8, max_position
 const BLOCKS: usize = 48;
 
 fn small_shapes() -> [DecoderShape; 3] {
-    let spec = |head_dim: usize| AttentionSpec { scale: 1.0 / (head_dim as f32).sqrt(), sliding_window: None, soft_cap: None };
+    let spec = |head_dim: usize| AttentionSpec {
+        scale: 1.0 / (head_dim as f32).sqrt(),
+        sliding_window: None,
+        soft_cap: None,
+        alibi: None,
+    };
     [
         DecoderShape {
             layers: 2,

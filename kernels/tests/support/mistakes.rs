@@ -24,6 +24,9 @@ pub fn come_back(ops: &mut dyn Backend) {
     let routed = ops.alloc(Rows::Routed { each: 2 }, 8).unwrap();
     assert!(ops.alloc_routing(RoutingShape { experts: 2, each: 3 }).is_err());
     let routing = ops.alloc_routing(RoutingShape { experts: 32, each: 2 }).unwrap();
+    let (qkv, attended) = (ops.alloc(Rows::Tokens, 24).unwrap(), ops.alloc(Rows::Tokens, 8).unwrap());
+    let kv =
+        ops.alloc_kv(KvSpec { layers: 1, blocks: 1, block_size: 32, kv_heads: 1, head_dim: 8, dtype: KvDtype::F32 }).unwrap();
     let step = plain_step(noise, 5, 50);
     let mut attempt = |op: &'static str, run: &dyn Fn(&mut dyn Backend)| {
         ops.begin(&step).unwrap();
@@ -54,6 +57,7 @@ pub fn come_back(ops: &mut dyn Backend) {
     attempt("linear", &|ops| ops.linear(a, table, None, b, Store::Replace));
     attempt("linear", &|ops| ops.linear(a, table, None, sampled, Store::Replace));
     attempt("silu_and_mul", &|ops| ops.silu_and_mul(narrow, a));
+    attempt("gelu", &|ops| ops.gelu(a, narrow));
     attempt("expert_linear", &|ops| ops.expert_linear(a, experts, routing, routed));
     attempt("combine", &|ops| ops.combine(routed, routing, a, Store::Add));
     attempt("route", &|ops| ops.route(narrow, true, routing));
@@ -73,6 +77,8 @@ pub fn come_back(ops: &mut dyn Backend) {
     attempt("sample", &|ops| ops.sample(Buf(99), 33));
     let heads = HeadShape { heads: 1, kv_heads: 1, head_dim: 8 };
     attempt("rope_cache", &|ops| ops.rope_cache(a, heads, None, Rope(0), KvCache(0), 0));
+    let spec = AttentionSpec { scale: 1.0, sliding_window: None, soft_cap: None, alibi: Some(weight) };
+    attempt("paged_attention", &|ops| ops.paged_attention(qkv, heads, spec, kv, 0, attended));
 
     let mut wrong = step.clone();
     wrong.positions[2] = 77;

@@ -162,6 +162,21 @@ pub fn rows() -> Vec<Scenario> {
             ops.run();
             vec![out]
         }));
+        all.push(Scenario::new("gelu", sizes.clone(), 4e-6, move |ops| {
+            let noise = &mut Noise::new(case as u64);
+            let table = Weight::random(noise, 50, width, Format::F32, 4.0);
+            let table = ops.load_matrix(&[table.source()], WeightFormat::F32).unwrap();
+            let matrix = Weight::random(noise, 24, width, Format::F32, 1.0);
+            let matrix = ops.load_matrix(&[matrix.source()], WeightFormat::F32).unwrap();
+            let [x, curved] = [0; 2].map(|_| ops.alloc_poisoned(Rows::Tokens, width));
+            let out = ops.alloc_poisoned(Rows::Tokens, 24);
+            ops.begin(&plain_step(noise, rows, 50)).unwrap();
+            ops.embedding(table, x);
+            ops.gelu(x, curved);
+            ops.linear(curved, matrix, None, out, Store::Replace);
+            ops.run();
+            vec![curved, out]
+        }));
         all.push(Scenario::new("silu_and_mul", sizes, 2e-6, move |ops| {
             let noise = &mut Noise::new(case as u64);
             let table = ops.load_table(noise, 50, 2 * width);
@@ -263,8 +278,8 @@ pub fn fp8_activations() -> Vec<Scenario> {
 pub fn only_on_cards() -> Vec<Scenario> {
     let linears = [Format::F32, Format::Bf16].map(|format| linear(9, format, WeightFormat::Fp8, 6e-2));
     let attention = attention_in(KvDtype::Fp8, 4e-2);
-    let spec = AttentionSpec { scale: 0.3, sliding_window: None, soft_cap: None };
-    let rest = [copies_in(KvDtype::Fp8), long_context(spec, KvDtype::Fp8)];
+    let spec = AttentionSpec { scale: 0.3, sliding_window: None, soft_cap: None, alibi: None };
+    let rest = [copies_in(KvDtype::Fp8), long_context(spec, false, KvDtype::Fp8), long_context(spec, true, KvDtype::Fp8)];
     let experts = experts::in_form(Format::Bf16, WeightFormat::Fp8, 8e-2);
     linears.into_iter().flatten().chain(attention).chain(rest).chain(experts).collect()
 }
@@ -285,6 +300,13 @@ pub fn attention() -> Vec<Scenario> {
         .collect()
 }
 
+/// How scores are made: as `spec` says, with a slope of ALiBi for each head if they are `inclined`.
+fn with_slopes(ops: &mut dyn Backend, heads: HeadShape, spec: AttentionSpec, inclined: bool) -> AttentionSpec {
+    // From steep to flat, as models have them.
+    let slopes: Vec<f32> = (0..heads.heads).map(|h| 0.6f32.powi(h as i32 + 1)).collect();
+    AttentionSpec { alibi: inclined.then(|| ops.load_vector(&slopes).unwrap()), ..spec }
+}
+
 /// Attention over a cache of one type.
 pub fn attention_in(dtype: KvDtype, tolerance: f64) -> Vec<Scenario> {
     let mut all = Vec::new();
@@ -295,10 +317,15 @@ pub fn attention_in(dtype: KvDtype, tolerance: f64) -> Vec<Scenario> {
         }
         // Emulated threads are slow.
         let longest = if heads.head_dim == 256 { 80 } else { 300 };
-        let plain = AttentionSpec { scale: 1.0 / (heads.head_dim as f32).sqrt(), sliding_window: None, soft_cap: None };
-        for spec in [plain, AttentionSpec { sliding_window: Some(37), soft_cap: Some(2.0), ..plain }] {
+        let plain =
+            AttentionSpec { scale: 1.0 / (heads.head_dim as f32).sqrt(), sliding_window: None, soft_cap: None, alibi: None };
+        let capped = AttentionSpec { sliding_window: Some(37), soft_cap: Some(2.0), ..plain };
+        // With slopes alone, or with everything.
+        let inclined = if case % 2 == 0 { plain } else { capped };
+        for (spec, alibi) in [(plain, false), (capped, false), (inclined, true)] {
             let operation = format!("rope_cache, paged_attention, {dtype:?}");
-            all.push(Scenario::new(operation, format!("{heads:?} {spec:?}"), tolerance, move |ops| {
+            all.push(Scenario::new(operation, format!("{heads:?} {spec:?} slopes {alibi}"), tolerance, move |ops| {
+                let spec = with_slopes(ops, heads, spec, alibi);
                 let noise = &mut Noise::new(case as u64);
                 let (width, half) = ((heads.heads + 2 * heads.kv_heads) * heads.head_dim, heads.head_dim / 2 - case % 2);
                 let table = ops.load_table(noise, 64, width);
@@ -328,7 +355,7 @@ pub fn attention_in(dtype: KvDtype, tolerance: f64) -> Vec<Scenario> {
 
 /// Attention where every access to memory is watched: few rows and many, heads of every kind, a context in parts.
 pub fn brief_attention() -> Vec<Scenario> {
-    let plain = AttentionSpec { scale: 0.2, sliding_window: None, soft_cap: None };
+    let plain = AttentionSpec { scale: 0.2, sliding_window: None, soft_cap: None, alibi: None };
     let cases = [
         (HeadShape { heads: 4, kv_heads: 2, head_dim: 64 }, KvDtype::Bf16, 270),
         (HeadShape { heads: 2, kv_heads: 1, head_dim: 80 }, KvDtype::F32, 35),
@@ -345,6 +372,7 @@ pub fn brief_attention() -> Vec<Scenario> {
             let rope = ops.load_rope(&[1.0, 0.1, 0.01], 1.0).unwrap();
             let [q, k] = [0; 2].map(|_| ops.load_vector(&noise.values(head_dim, 1.0)).unwrap());
             let norm = (head_dim != 64).then_some(QkNorm { q, k, eps: 1e-6 });
+            let spec = with_slopes(ops, heads, plain, dtype == KvDtype::Bf16);
             let (qkv, whole) =
                 (ops.alloc_poisoned(Rows::Tokens, width), ops.alloc_poisoned(Rows::Tokens, heads.heads * head_dim));
             let kv = ops.alloc_kv(KvSpec { layers: 1, blocks: 10, block_size: 32, kv_heads, head_dim, dtype }).unwrap();
@@ -361,7 +389,7 @@ pub fn brief_attention() -> Vec<Scenario> {
                 ops.rope_cache(qkv, heads, norm, rope, kv, 0);
                 // Prompts of many rows are as slow as they are alike.
                 if more < 100 {
-                    ops.paged_attention(qkv, heads, plain, kv, 0, whole);
+                    ops.paged_attention(qkv, heads, spec, kv, 0, whole);
                 }
                 ops.run();
             }
@@ -379,7 +407,7 @@ pub fn copies() -> Vec<Scenario> {
 
 pub fn copies_in(dtype: KvDtype) -> Scenario {
     let heads = HeadShape { heads: 2, kv_heads: 1, head_dim: 64 };
-    let spec = AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None };
+    let spec = AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None, alibi: None };
     Scenario::new("copied blocks", format!("two forks, {dtype:?}"), 2e-2, move |ops| {
         let noise = &mut Noise::new(5);
         let table = ops.load_table(noise, 64, 256);
@@ -419,13 +447,16 @@ pub fn copies_in(dtype: KvDtype) -> Scenario {
 
 /// Few rows after a long context: where it is cut into parts, two parts and a bit, and a window that leaves the first part out.
 pub fn long_contexts() -> Vec<Scenario> {
-    let plain = AttentionSpec { scale: 0.3, sliding_window: None, soft_cap: None };
-    [plain, AttentionSpec { sliding_window: Some(300), ..plain }].map(|spec| long_context(spec, KvDtype::Bf16)).into()
+    let plain = AttentionSpec { scale: 0.3, sliding_window: None, soft_cap: None, alibi: None };
+    let narrow = AttentionSpec { sliding_window: Some(300), ..plain };
+    [(plain, false), (narrow, false), (plain, true)].map(|(spec, alibi)| long_context(spec, alibi, KvDtype::Bf16)).into()
 }
 
-pub fn long_context(spec: AttentionSpec, dtype: KvDtype) -> Scenario {
+pub fn long_context(spec: AttentionSpec, alibi: bool, dtype: KvDtype) -> Scenario {
     let heads = HeadShape { heads: 4, kv_heads: 2, head_dim: 64 };
-    let scenario = Scenario::new(format!("paged_attention in parts, {dtype:?}"), format!("{spec:?}"), 2e-2, move |ops| {
+    let sizes = format!("{spec:?} slopes {alibi}");
+    let scenario = Scenario::new(format!("paged_attention in parts, {dtype:?}"), sizes, 2e-2, move |ops| {
+        let spec = with_slopes(ops, heads, spec, alibi);
         let noise = &mut Noise::new(3);
         let table = ops.load_table(noise, 64, 512);
         let rope = ops.load_rope(&[1.0, 0.1], 1.0).unwrap();
@@ -454,16 +485,22 @@ pub fn long_context(spec: AttentionSpec, dtype: KvDtype) -> Scenario {
 /// was there before must not matter. Widths and a cache that `wgmma` takes, too.
 pub fn prompts() -> Vec<Scenario> {
     let shapes = [(9, 3, 64, 16), (4, 2, 128, 32), (24, 1, 64, 32), (2, 2, 128, 48)];
-    let cases = shapes.into_iter().flat_map(|shape| [(None, None), (Some(140), Some(3.0))].map(|rest| (shape, rest)));
-    cases.map(|((heads, kv_heads, head_dim, block), rest)| prompt(HeadShape { heads, kv_heads, head_dim }, block, rest)).collect()
+    let specs = [(None, None, false), (Some(140), Some(3.0), false), (None, None, true), (Some(140), Some(3.0), true)];
+    let cases = shapes.into_iter().flat_map(|shape| specs.map(|spec| (shape, spec)));
+    cases.map(|((heads, kv_heads, head_dim, block), spec)| prompt(HeadShape { heads, kv_heads, head_dim }, block, spec)).collect()
 }
 
-fn prompt(heads: HeadShape, block_size: usize, (sliding_window, soft_cap): (Option<usize>, Option<f32>)) -> Scenario {
+fn prompt(
+    heads: HeadShape,
+    block_size: usize,
+    (sliding_window, soft_cap, alibi): (Option<usize>, Option<f32>, bool),
+) -> Scenario {
     const TOKENS: usize = 64;
     let HeadShape { kv_heads, head_dim, .. } = heads;
-    let spec = AttentionSpec { scale: 0.5 / (head_dim as f32).sqrt(), sliding_window, soft_cap };
-    let sizes = format!("{heads:?} {spec:?}, blocks of {block_size}");
+    let spec = AttentionSpec { scale: 0.5 / (head_dim as f32).sqrt(), sliding_window, soft_cap, alibi: None };
+    let sizes = format!("{heads:?} {spec:?} slopes {alibi}, blocks of {block_size}");
     let scenario = Scenario::new("paged_attention of prompts, Bf16", sizes, 2e-2, move |ops| {
+        let spec = with_slopes(ops, heads, spec, alibi);
         let noise = &mut Noise::new(head_dim as u64);
         let width = (heads.heads + 2 * kv_heads) * head_dim;
         let values = noise.values(TOKENS * width, 1.0).into_iter().chain(vec![f32::NAN; width]).collect::<Vec<_>>();
@@ -513,7 +550,7 @@ fn prompt(heads: HeadShape, block_size: usize, (sliding_window, soft_cap): (Opti
 /// Rows of one sequence of 64 tokens, taken in steps of these sizes, with `neighbours` and one more in each step (none: with nobody).
 pub fn rows_in_company(ops: &mut dyn Backend, weight: &Weight, takes: &[usize], neighbours: usize) -> Vec<f32> {
     let heads = HeadShape { heads: 6, kv_heads: 2, head_dim: 64 };
-    let spec = AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None };
+    let spec = AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None, alibi: None };
     let table = ops.load_table(&mut Noise::new(12), 64, 128);
     let w = ops.load_matrix(&[weight.source()], WeightFormat::Auto).unwrap();
     let rope = ops.load_rope(&[1.0, 0.1], 1.0).unwrap();

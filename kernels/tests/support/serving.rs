@@ -20,7 +20,7 @@ pub fn decoder<O: Ops>(ops: O) -> Decoder<O> {
         vocabulary: VOCABULARY,
         qk_norm: false,
         qkv_bias: false,
-        spec: AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None },
+        spec: AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None, alibi: None },
     };
     let weights = DecoderWeights::random(3, shape, Format::Bf16, Format::Bf16);
     let mut decoder = Decoder::new(ops, &weights, WeightFormat::Auto, 12, KvDtype::Bf16);

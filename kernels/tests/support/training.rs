@@ -318,7 +318,7 @@ pub fn attention_over_packed_segments_with_its_derivative(device: Open<'_>) {
             let (spans, positions) = packed(&mut noise, most);
             let rows = positions.len();
             let shape = HeadShape { heads, kv_heads, head_dim };
-            let spec = AttentionSpec { scale: 1.0 / (head_dim as f32).sqrt(), sliding_window, soft_cap: None };
+            let spec = AttentionSpec { scale: 1.0 / (head_dim as f32).sqrt(), sliding_window, soft_cap: None, alibi: None };
             let call = Attention { spans: &spans, positions: &positions, shape, spec };
             let qkv = noise.values(rows * (heads + 2 * kv_heads) * head_dim, 1.0);
             let dout = noise.values(rows * heads * head_dim, 1.0);
@@ -352,7 +352,7 @@ pub fn attentions_derivative_is_that_of_differences(device: Open<'_>) {
     let mut noise = Noise::new(6);
     let (spans, positions) = packed(&mut noise, 9);
     let (rows, shape) = (positions.len(), HeadShape { heads: 2, kv_heads: 1, head_dim: 12 });
-    let spec = AttentionSpec { scale: 0.4, sliding_window: Some(7), soft_cap: None };
+    let spec = AttentionSpec { scale: 0.4, sliding_window: Some(7), soft_cap: None, alibi: None };
     let call = Attention { spans: &spans, positions: &positions, shape, spec };
     let qkv = noise.values(rows * 4 * 12, 1.0);
     let dout = noise.values(rows * 2 * 12, 1.0);

@@ -102,7 +102,7 @@ impl LayerOp {
             spans: &self.rows.spans,
             positions: &self.rows.positions,
             shape: HeadShape { heads, kv_heads, head_dim },
-            spec: AttentionSpec { scale: 1.0 / (head_dim as f32).sqrt(), sliding_window, soft_cap: None },
+            spec: AttentionSpec { scale: 1.0 / (head_dim as f32).sqrt(), sliding_window, soft_cap: None, alibi: None },
         }
     }
 

@@ -126,6 +126,8 @@ pub struct AttentionCall<'a> {
     pub shape: HeadShape,
     /// How scores are made.
     pub spec: AttentionSpec,
+    /// The slopes of `spec.alibi`, one for each query head.
+    pub slopes: Option<&'a [f32]>,
     /// `[tokens][qkv_stride]`, queries first.
     pub qkv: *const f32,
     /// Floats from one row of `qkv` to the next.

@@ -33,6 +33,8 @@ pub(super) fn paths(dtype: KvDtype, head_dim: usize) -> Vec<AttentionPath> {
 struct Case {
     shape: HeadShape,
     spec: AttentionSpec,
+    /// ALiBi's.
+    slopes: Option<Vec<f32>>,
     dtype: KvDtype,
     storage: KvStorage,
     sequences: Vec<SequenceSpan>,
@@ -102,7 +104,13 @@ impl Case {
         }
         let stride = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
         let qkv = (0..tokens * stride).map(|_| noise.float() * 1.5).collect();
-        Case { shape, spec, dtype, storage, sequences, blocks, qkv, stride, keys, values }
+        Case { shape, spec, slopes: None, dtype, storage, sequences, blocks, qkv, stride, keys, values }
+    }
+
+    /// With slopes of ALiBi, of which the largest is 1/2.
+    fn inclined(self) -> Case {
+        let slopes = (0..self.shape.heads).map(|h| 0.5f32.powi(h as i32 + 1)).collect();
+        Case { slopes: Some(slopes), ..self }
     }
 
     fn call<'a>(&'a self, path: AttentionPath, plan: &'a AttentionPlan, out: &mut [f32]) -> AttentionCall<'a> {
@@ -115,6 +123,7 @@ impl Case {
             layer: LAYER,
             shape: self.shape,
             spec: self.spec,
+            slopes: self.slopes.as_deref(),
             qkv: self.qkv.as_ptr(),
             qkv_stride: self.stride,
             out: out.as_mut_ptr(),
@@ -160,7 +169,8 @@ impl Case {
                             let k = &self.keys[s][p][at..at + head_dim];
                             let dot: f64 = q.iter().zip(k).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
                             let score = dot * f64::from(self.spec.scale);
-                            self.spec.soft_cap.map_or(score, |c| f64::from(c) * (score / f64::from(c)).tanh())
+                            let capped = self.spec.soft_cap.map_or(score, |c| f64::from(c) * (score / f64::from(c)).tanh());
+                            capped - self.slopes.as_ref().map_or(0.0, |slopes| f64::from(slopes[head])) * (position - p) as f64
                         })
                         .collect();
                     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -197,7 +207,7 @@ impl Case {
 }
 
 fn plain(head_dim: usize) -> AttentionSpec {
-    AttentionSpec { scale: 1.0 / (head_dim as f32).sqrt(), sliding_window: None, soft_cap: None }
+    AttentionSpec { scale: 1.0 / (head_dim as f32).sqrt(), sliding_window: None, soft_cap: None, alibi: None }
 }
 
 fn shape(heads: usize, kv_heads: usize, head_dim: usize) -> HeadShape {
@@ -220,7 +230,7 @@ fn every_path_agrees_with_the_definition_on_ragged_steps() {
 }
 
 #[test]
-fn windows_and_soft_caps_agree_with_the_definition() {
+fn windows_soft_caps_and_slopes_agree_with_the_definition() {
     for dtype in [KvDtype::F32, KvDtype::Bf16] {
         for (window, soft_cap) in [
             (Some(1), None),
@@ -229,9 +239,11 @@ fn windows_and_soft_caps_agree_with_the_definition() {
             (Some(100), None),
             (Some(290), Some(30.0)),
             (None, Some(1.5)),
+            (None, None),
         ] {
             let spec = AttentionSpec { sliding_window: window, soft_cap, ..plain(64) };
             Case::new(7, shape(6, 2, 64), spec, dtype, &RAGGED).check();
+            Case::new(8, shape(6, 2, 64), spec, dtype, &RAGGED).inclined().check();
         }
     }
 }
@@ -242,8 +254,9 @@ fn a_row_is_bitwise_the_same_in_any_chunk_and_any_split() {
         for (head_dim, window) in [(64, None), (80, Some(150)), (64, Some(700))] {
             let spec = AttentionSpec { sliding_window: window, ..plain(head_dim) };
             // A chunk of 300 rows that crosses two segments, after a long context.
-            let case = Case::new(3, shape(6, 2, head_dim), spec, dtype, &[(1100, 300), (40, 40)]);
-            for path in paths(dtype, head_dim) {
+            let case = || Case::new(3, shape(6, 2, head_dim), spec, dtype, &[(1100, 300), (40, 40)]);
+            let cases = [case(), case().inclined()];
+            for (case, path) in cases.iter().flat_map(|case| paths(dtype, head_dim).into_iter().map(move |path| (case, path))) {
                 let whole = case.run(path);
                 for chunk in [1, 13, 128] {
                     let mut pieces = Vec::new();
@@ -293,6 +306,9 @@ fn a_shared_prefix_is_read_together_and_changes_no_bit() {
             })
             .collect();
         let mut case = Case::new(seed as u64, shape(6, 2, 64), spec, dtype, &spans);
+        if seed % 4 > 1 {
+            case = case.inclined();
+        }
         // Every sequence takes its first blocks from one before it, which may have them from another.
         for later in 1..case.sequences.len() {
             let (from, to) = (case.sequences[noise.below(later)], case.sequences[later]);

@@ -187,6 +187,10 @@ unsafe fn tile<X: Products>(
                     if let Some(cap) = call.spec.soft_cap {
                         soft_cap::<<X::P as Pairs>::L>(row_scores, count * BLOCK, cap);
                     }
+                    if let Some(slopes) = call.slopes {
+                        let nearness = start as f32 - p as f32;
+                        alibi::<<X::P as Pairs>::L>(row_scores, count * BLOCK, slopes[head(row)], nearness);
+                    }
                     let visible = lowest(p).saturating_sub(start)..(p + 1).saturating_sub(start);
                     mask(row_scores, count * BLOCK, visible);
                     (softmax.max[row], softmax.sum[row]) =
@@ -307,6 +311,20 @@ unsafe fn soft_cap<L: Lanes>(scores: *mut f32, n: usize, cap: f32) {
             let x = L::sub(L::splat(0.0), L::max(L::sub(L::splat(0.0), L::max(x, low)), L::sub(L::splat(0.0), high)));
             let tanh = L::sub(one, L::div(two, L::add(L::exp2(x), one)));
             L::store(scores.add(i), L::mul(tanh, caps));
+        }
+    }
+}
+
+/// `score[i] += slope * (first + i)`, with `first` how far the first key lies behind the query (negative: before it).
+#[inline(always)]
+unsafe fn alibi<L: Lanes>(scores: *mut f32, n: usize, slope: f32, first: f32) {
+    const STEPS: [f32; 16] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];
+    // SAFETY: `n` is a multiple of 32; no vector has more lanes than there are steps.
+    unsafe {
+        let (slopes, steps) = (L::splat(slope), L::load(STEPS.as_ptr()));
+        for i in (0..n).step_by(L::N) {
+            let distance = L::add(steps, L::splat(first + i as f32));
+            L::store(scores.add(i), L::fma(slopes, distance, L::load(scores.add(i))));
         }
     }
 }

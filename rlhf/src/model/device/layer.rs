@@ -309,7 +309,7 @@ impl<'a> LayerPass<'a> {
             spans: &rows.spans,
             positions: &rows.positions,
             shape: HeadShape { heads, kv_heads, head_dim },
-            spec: AttentionSpec { scale: 1.0 / (head_dim as f32).sqrt(), sliding_window, soft_cap: None },
+            spec: AttentionSpec { scale: 1.0 / (head_dim as f32).sqrt(), sliding_window, soft_cap: None, alibi: None },
         }
     }
 
