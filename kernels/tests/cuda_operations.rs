@@ -232,7 +232,7 @@ fn blocks_that_are_no_multiple_of_16_keys_are_attended_to() {
         let width = (heads.heads + 2 * kv_heads) * head_dim;
         let table = ops.load_table(noise, 64, width);
         let rope = ops.load_rope(&[1.0, 0.5, 0.1], 1.0).unwrap();
-        let spec = AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None };
+        let spec = AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None, alibi: None };
         let (qkv, out) = (ops.alloc_poisoned(Rows::Tokens, width), ops.alloc_poisoned(Rows::Tokens, heads.heads * head_dim));
         let spec_kv = KvSpec { layers: 1, blocks: 5, block_size: BLOCK, kv_heads, head_dim, dtype: KvDtype::Bf16 };
         let kv = ops.alloc_kv(spec_kv).unwrap();
