@@ -27,6 +27,17 @@ pub enum Device {
     Auto,
 }
 
+impl Device {
+    /// Whether it may be the card of this number, or have it among its own: who names none may get any.
+    pub fn may_be(&self, card: usize) -> bool {
+        match self {
+            Device::Cpu => false,
+            Device::Cuda(numbers) => numbers.is_empty() || numbers.contains(&card),
+            Device::Auto => true,
+        }
+    }
+}
+
 impl FromStr for Device {
     type Err = String;
 

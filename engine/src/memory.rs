@@ -1,6 +1,5 @@
 //! How much memory the KV cache gets.
 
-use crate::backend::Device;
 use crate::block_pool::BLOCK_SIZE;
 use crate::options::{EngineOptions, StartError};
 use std::path::Path;
@@ -45,19 +44,10 @@ pub fn plan(options: &EngineOptions, context: usize, block_bytes: usize, free: F
     let blocks = if options.kv_memory.is_some() { fit } else { fit.min(useful) };
     if blocks == 0 || (options.max_model_len.is_some() && blocks < blocks_each) {
         let sized = options.kv_memory.is_none() && matches!(free, Free::Card(_));
-        let left = options.left.filter(|left| sized && may_compute_on(&options.device, left.card));
+        let left = options.left.filter(|left| sized && options.device.may_be(left.card));
         return Err(StartError::KvMemory { available, blocks, block_bytes, needed: blocks_each, left });
     }
     Ok(KvPlan { blocks, max_model_len: wanted.min(blocks * BLOCK_SIZE) })
-}
-
-/// Whether a card of this number may be one of the device's; who names none may get any.
-fn may_compute_on(device: &Device, card: usize) -> bool {
-    match device {
-        Device::Cpu => false,
-        Device::Cuda(numbers) => numbers.is_empty() || numbers.contains(&card),
-        Device::Auto => true,
-    }
 }
 
 /// Swap memory when nobody says how much.

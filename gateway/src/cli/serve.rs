@@ -9,7 +9,7 @@ use crate::cli::shutdown::{Ended, leave_in_good_order};
 use crate::clock;
 use crate::config::{Config, ConfigError, ModelSpec};
 use crate::datasets::DatasetJobs;
-use crate::fine_tuning::{FineTuning, FineTuningOptions};
+use crate::fine_tuning::{FineTuning, FineTuningOptions, take_back};
 use crate::flywheel::{FlywheelOptions, Flywheels, planned_rollout};
 use crate::http::drain::Drain;
 use crate::http::limits::BodyLimits;
@@ -77,6 +77,14 @@ pub enum ServeError {
     Listen {
         /// Where.
         address: SocketAddr,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A card cannot be had back from a training.
+    #[error("cannot see in {} whether a training of an earlier server has a card: {source}", folder.display())]
+    Turn {
+        /// The data directory.
+        folder: PathBuf,
         /// Why not.
         source: std::io::Error,
     },
@@ -352,6 +360,8 @@ fn load_all(
     address: SocketAddr,
     runtime: &tokio::runtime::Handle,
 ) -> Result<(), ServeError> {
+    let _turns =
+        take_back(&config.data, &config.device).map_err(|source| ServeError::Turn { folder: config.data.clone(), source })?;
     for model in models {
         let start = Instant::now();
         let engine = Engine::start(config.engine_options(model, models.len()), &mut |_, _| {})

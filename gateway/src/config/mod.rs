@@ -461,12 +461,7 @@ fn training_device(device: Option<&Setting>, memory: Option<&Setting>, serving: 
             None => Ok(TrainingDevice::default()),
         };
     };
-    let shared = match serving {
-        Device::Cpu => false,
-        Device::Cuda(cards) if !cards.is_empty() => cards.contains(&card),
-        Device::Cuda(_) | Device::Auto => true,
-    };
-    if let (true, None, Some(setting)) = (shared, bytes, device) {
+    if let (true, None, Some(setting)) = (serving.may_be(card), bytes, device) {
         let message = format!(
             "serving may have that card, too (`device` is {serving}); say with `training_memory`, such as 40GiB, how much of it trainings get, \
              or name another card here or there, as cuda:N"

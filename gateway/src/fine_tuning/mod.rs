@@ -16,9 +16,10 @@ mod spec;
 #[cfg(test)]
 mod stand_in;
 mod trainings;
+mod turn;
 mod wish;
 
-pub use device::{TrainingDevice, take_turn, turn_file};
+pub use device::TrainingDevice;
 pub use method::{Kind, Method};
 pub use priority::TrainingPriority;
 pub use process::sign_in;
@@ -26,6 +27,7 @@ pub use progress::own_names;
 pub use served::withdraw;
 pub use spec::last_name;
 pub(crate) use trainings::escaped;
+pub use turn::{take_back, take_turn, turn_file};
 pub use wish::Wish;
 
 use crate::fine_tuning::process::Process;
