@@ -15,7 +15,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 use support::{MODEL, Reply, Setup, ask, get, no_training, post, says};
 use tempfile::TempDir;
-use tidemill::fine_tuning::FineTuningOptions;
+use tidemill::fine_tuning::{FineTuningOptions, TrainingDevice};
 use tidemill::graders::desk::Petitioner;
 use tidemill::graders::{Desk, DeskOracle};
 use tidemill::http::inside::Inside;
@@ -248,6 +248,60 @@ while :; do sleep 0.05; done"#;
     tokio::spawn(next.clone().run(app.clone()));
     settled(&router, &id, |job| job["status"] == "succeeded").await;
     next.close().await;
+}
+
+#[tokio::test]
+async fn a_job_takes_the_device_of_today_and_begins_anew_where_its_card_is_gone() {
+    // Takes a step and keeps it; whoever finds it goes on.
+    let script = r#"
+trap 'exit 75' TERM
+echo "$(grep -c cuda "$3/spec.json") $(ls -d "$3"/checkpoint-1 2>/dev/null | wc -l)" >> "$3/log.txt"
+mkdir -p "$3/checkpoint-1" "$3/epochs/step-1"
+echo '{"event":"progress","step":1,"steps":2,"tokens":1,"metrics":{"loss":1.0}}'
+while :; do sleep 0.05; done"#;
+    let (app, router, _folder) = start(script);
+    let id = make(&app, &router).await;
+    let folder = app.fine_tuning.options().root.join(id.strip_prefix("ftjob-").unwrap());
+    let seen = || std::fs::read_to_string(folder.join("log.txt")).unwrap_or_default();
+    let saw = async |lines: &str| {
+        let begin = Instant::now();
+        while seen() != lines {
+            assert!(begin.elapsed() < Duration::from_secs(60), "{:?}, not {lines:?}", seen());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let mut server = app.fine_tuning.clone();
+    // Leaves the job to a server that has another device for it.
+    let next = async |server: &mut tidemill::fine_tuning::FineTuning, card: Option<&str>| {
+        server.close().await;
+        if let Some(card) = card {
+            let path = folder.join("spec.json");
+            let mut spec: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+            spec["device"] = card.into();
+            std::fs::write(&path, spec.to_string()).unwrap();
+        }
+        *server = tidemill::fine_tuning::FineTuning::new(&app.store, app.fine_tuning.options().clone());
+        tokio::spawn(server.clone().run(app.clone()));
+    };
+    saw("0 0\n").await;
+    settled(&router, &id, |job| job["tidemill"]["step"] == 1).await;
+    next(&mut server, None).await;
+    saw("0 0\n0 1\n").await;
+    // No machine has it.
+    next(&mut server, Some("cuda:4095")).await;
+    saw("0 0\n0 1\n0 0\n").await;
+    server.close().await;
+    let told = told(&router, &id).await;
+    let anew = "The card that the training began on (cuda:4095) is not there any more; it begins anew on the processor.";
+    assert_eq!(told.iter().filter(|message| *message == anew).count(), 1, "{told:?}");
+    // One that has not begun goes where trainings are now.
+    let device = TrainingDevice { device: "cuda:1".parse().unwrap(), memory: None };
+    let options = FineTuningOptions { device, ..app.fine_tuning.options().clone() };
+    std::fs::remove_dir_all(folder.join("checkpoint-1")).unwrap();
+    let other = tidemill::fine_tuning::FineTuning::new(&app.store, options);
+    tokio::spawn(other.clone().run(app.clone()));
+    saw("0 0\n0 1\n0 0\n1 0\n").await;
+    other.close().await;
 }
 
 #[tokio::test]

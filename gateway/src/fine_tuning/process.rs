@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 
 /// The locked file, which holds the process's number.
-const LOCK: &str = "process";
+pub const LOCK: &str = "process";
 /// What the process says.
 pub const SAID: &str = "progress.jsonl";
 /// Its log.

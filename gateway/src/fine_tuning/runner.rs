@@ -1,9 +1,9 @@
 //! One job, from its files to its model.
 
 use crate::clock::now;
-use crate::fine_tuning::device::job_arguments;
+use crate::fine_tuning::device::{Move, TrainingDevice, job_arguments};
 use crate::fine_tuning::method::Method;
-use crate::fine_tuning::process::{LOG, Process, SAID};
+use crate::fine_tuning::process::{LOCK, LOG, Process, SAID};
 use crate::fine_tuning::progress::{self, Last, csv, listen};
 use crate::fine_tuning::rows::convert;
 use crate::fine_tuning::served;
@@ -20,7 +20,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
-use tidemill_rlhf::job::{ADAPTER, LINEAGE};
+use tidemill_kernels::cuda::driver;
+use tidemill_rlhf::job::{ADAPTER, LINEAGE, Spec};
 use tidemill_store::{
     FileRecord, FineTuningCheckpoint, FineTuningJob, FineTuningState as State, FineTunings, Heard, Made, News, StoreError,
     Viewer, write_atomically,
@@ -51,6 +52,10 @@ const HELD_OUT: &str = "held_out.jsonl";
 const METRICS: &str = "metrics.jsonl";
 const REPORT: &str = "report.html";
 const SPEC: &str = "spec.json";
+/// Begins the names of its checkpoints.
+const CHECKPOINT: &str = "checkpoint-";
+/// What a job has that takes no step yet.
+const UNBEGUN: [&str; 6] = [TRAIN, HELD_OUT, SPEC, LOCK, SAID, LOG];
 
 /// What is to be done about a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -253,6 +258,14 @@ impl Runner {
             (_, 0) => News::info("The training has begun."),
             (_, step) => News::info(format!("The training goes on after step {step}.")),
         }];
+        let unfinished = progress::last(&said)? != Some(Last::Finished);
+        if unfinished && Process::left(&folder)?.is_none() {
+            let (moved, told) = self.place(&folder)?;
+            news.extend(told);
+            if moved == Move::BeginsAnew {
+                heard = Heard { step: 0, evaluated: 0, tokens: None, ..heard };
+            }
+        }
         let _desk = self.desk(&job, &folder)?;
         let training = self.trainings.begin(&job, &job_name(id));
         loop {
@@ -312,6 +325,40 @@ impl Runner {
             }
             sleep(POLL).await;
         }
+    }
+
+    /// Writes down where the job's next process computes, by today's settings; what is to be told of it.
+    fn place(&self, folder: &Path) -> Result<(Move, Option<News>), Trouble> {
+        let path = folder.join(SPEC);
+        // What is wrong with it the process says, and ends the job.
+        let Ok(mut spec) = Spec::read(&path) else { return Ok((Move::Stays, None)) };
+        let mut entries = std::fs::read_dir(folder)?.flatten();
+        let begun = entries.any(|entry| entry.file_name().to_string_lossy().starts_with(CHECKPOINT));
+        let (told, now) = (TrainingDevice { device: spec.device.clone(), memory: spec.device_memory }, &self.options.device);
+        if told == *now {
+            return Ok((Move::Stays, None));
+        }
+        let moved = Move::of(&told, begun, now, |card| driver::check_card(card).is_ok());
+        let news = match moved {
+            Move::Stays => return Ok((moved, None)),
+            Move::Follows => (begun && told.card() != now.card()).then(|| {
+                News::info(format!(
+                    "The training goes on on {}, where trainings are now; it began on {}.",
+                    now.device, told.device
+                ))
+            }),
+            Move::BeginsAnew => {
+                clear_but(folder, &UNBEGUN)?;
+                Some(News::warn(format!(
+                    "The card that the training began on ({}) is not there any more; it begins anew on the processor.",
+                    told.device
+                )))
+            }
+        };
+        (spec.device, spec.device_memory) = (now.device.clone(), now.memory);
+        let text = serde_json::to_vec_pretty(&spec).map_err(io::Error::other)?;
+        write_atomically(&path, &text)?;
+        Ok((moved, news))
     }
 
     /// Where the job's process asks models, if its grader names any.
@@ -496,30 +543,32 @@ impl Runner {
         };
         let folder = self.folder(id);
         if kept.is_empty() {
-            return absent_is_fine(std::fs::remove_dir_all(&folder));
+            return Ok(absent_is_fine(std::fs::remove_dir_all(&folder))?);
         }
-        let Ok(entries) = std::fs::read_dir(&folder) else { return Ok(()) };
-        for entry in entries {
-            let entry = entry?;
-            if kept.iter().any(|name| entry.file_name() == *name) {
-                continue;
-            }
-            let path = entry.path();
-            absent_is_fine(if entry.file_type()?.is_dir() {
-                std::fs::remove_dir_all(&path)
-            } else {
-                std::fs::remove_file(&path)
-            })?;
-        }
+        clear_but(&folder, kept)?;
         // Of one that never trained nothing is left; a folder with something in it stays.
         let _ = std::fs::remove_dir(&folder);
         Ok(())
     }
 }
 
-fn absent_is_fine(removed: io::Result<()>) -> Result<(), Trouble> {
+/// Removes what is in a folder, if there is one, but what has these names.
+fn clear_but(folder: &Path, kept: &[&str]) -> io::Result<()> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Ok(()) };
+    for entry in entries {
+        let entry = entry?;
+        if kept.iter().any(|name| entry.file_name() == *name) {
+            continue;
+        }
+        let path = entry.path();
+        absent_is_fine(if entry.file_type()?.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) })?;
+    }
+    Ok(())
+}
+
+fn absent_is_fine(removed: io::Result<()>) -> io::Result<()> {
     match removed {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
 }
