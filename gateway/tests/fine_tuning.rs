@@ -305,6 +305,55 @@ while :; do sleep 0.05; done"#;
 }
 
 #[tokio::test]
+async fn a_training_that_waits_for_its_card_is_queued_until_it_has_it() {
+    let script = r#"
+trap 'exit 75' TERM
+echo run >> "$3/runs"
+echo '{"event":"waits"}'
+while [ ! -e "$3/free" ]; do sleep 0.05; done
+echo '{"event":"waited"}'
+echo '{"event":"progress","step":1,"steps":2,"tokens":1,"metrics":{"loss":1.0}}'
+while [ ! -e "$3/end" ]; do sleep 0.05; done
+MAKES
+echo '{"event":"finished"}'"#;
+    let (app, router, _folder) = start(&script.replace("MAKES", &makes("adapter")));
+    let id = make(&app, &router).await;
+    let folder = app.fine_tuning.options().root.join(id.strip_prefix("ftjob-").unwrap());
+    let begin = Instant::now();
+    while !told(&router, &id).await.iter().any(|message| message.ends_with("waits for it.")) {
+        assert!(begin.elapsed() < Duration::from_secs(60));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    settled(&router, &id, |job| job["status"] == "queued").await;
+    // It is not taken for one that was paused and resumed.
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    let job = settled(&router, &id, |_| true).await;
+    assert_eq!((&job["status"], &job["tidemill"]["state"]), (&json!("queued"), &json!("queued")));
+    assert_eq!(std::fs::read_to_string(folder.join("runs")).unwrap(), "run\n");
+    // Paused and resumed, another process waits.
+    post(&router, &format!("{JOBS}/{id}/pause"), json!({})).await.json();
+    settled(&router, &id, |job| job["tidemill"]["state"] == "paused").await;
+    let begin = Instant::now();
+    while app.fine_tuning.gauges() != "" {
+        assert!(begin.elapsed() < Duration::from_secs(60));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    post(&router, &format!("{JOBS}/{id}/resume"), json!({})).await.json();
+    let begin = Instant::now();
+    while std::fs::read_to_string(folder.join("runs")).unwrap() != "run\nrun\n" {
+        assert!(begin.elapsed() < Duration::from_secs(60));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    std::fs::write(folder.join("free"), "").unwrap();
+    settled(&router, &id, |job| job["status"] == "running" && job["tidemill"]["step"] == 1).await;
+    std::fs::write(folder.join("end"), "").unwrap();
+    settled(&router, &id, |job| job["status"] == "succeeded").await;
+    let told = told(&router, &id).await;
+    assert!(told.iter().any(|message| message == "The training has the card now."), "{told:?}");
+    app.fine_tuning.close().await;
+}
+
+#[tokio::test]
 async fn a_server_that_is_started_often_does_not_fail_a_training_that_needs_long_for_its_first_step() {
     let script = r#"
 trap 'exit 75' TERM

@@ -59,6 +59,12 @@ fn a_job_goes_its_way_and_tells_of_it_in_order() {
         assert_eq!(rows.begin(id, 1, &[], 7).await.unwrap(), Some(1));
         assert_eq!(rows.begin(id, 1, &[], 7).await.unwrap(), Some(2));
         assert!(rows.forgive(id, 7).await.unwrap());
+        // For its card, and no longer where somebody wants something else.
+        let state = async || rows.state(id).await.unwrap().unwrap();
+        assert!(!rows.wait(id, false, 7).await.unwrap());
+        assert!(rows.wait(id, true, 7).await.unwrap() && state().await == State::Queued);
+        assert!(!rows.wait(id, true, 7).await.unwrap() && rows.forgive(id, 7).await.unwrap());
+        assert!(rows.wait(id, false, 7).await.unwrap() && state().await == State::Running);
         assert_eq!(rows.begin(id, 1, &[], 7).await.unwrap(), Some(1));
         let heard = Heard {
             read_bytes: 100,

@@ -195,12 +195,20 @@ fn tail(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Whether the last that was said behind the first `before` bytes is that the training waits for its card.
+pub fn waits(path: &Path, before: u64) -> io::Result<bool> {
+    let last = last_line(&tail(path)?).is_some_and(|line| line.event == "waits");
+    Ok(last && std::fs::metadata(path)?.len() > before)
+}
+
+fn last_line(bytes: &[u8]) -> Option<Line> {
+    let line = bytes.strip_suffix(b"\n")?.rsplit(|byte| *byte == b'\n').next()?;
+    serde_json::from_slice(line).ok()
+}
+
 /// How the training ended that said this last; `None` when it did not say.
 pub fn last(path: &Path) -> io::Result<Option<Last>> {
-    let bytes = tail(path)?;
-    let line = bytes.strip_suffix(b"\n").and_then(|lines| lines.rsplit(|byte| *byte == b'\n').next());
-    let line: Option<Line> = line.and_then(|line| serde_json::from_slice(line).ok());
-    Ok(line.and_then(|line| match line.event.as_str() {
+    Ok(last_line(&tail(path)?).and_then(|line| match line.event.as_str() {
         "finished" => Some(Last::Finished),
         "stopped" => Some(Last::Stopped),
         "failed" => Some(Last::Failed(line.message.unwrap_or_else(|| "the training failed without a reason".to_owned()))),
@@ -281,10 +289,13 @@ mod tests {
         let file = said("{\"event\":\"waits\"}\n");
         let heard = listen(file.path(), &Heard::default(), 0).unwrap().unwrap();
         assert!(matches!(&heard.news[..], [waits] if waits.message.ends_with("waits for it.")), "{:?}", heard.news);
-        assert_eq!((heard.tokens, last(file.path()).unwrap()), (None, None));
+        assert_eq!((heard.tokens, last(file.path()).unwrap(), waits(file.path(), 0).unwrap()), (None, None, true));
+        // An earlier process, which was ended while it waited.
+        assert!(!waits(file.path(), heard.read_bytes).unwrap());
         std::fs::write(file.path(), "{\"event\":\"waits\"}\n{\"event\":\"waited\"}\n").unwrap();
         let heard = listen(file.path(), &heard, 0).unwrap().unwrap();
         assert!(matches!(&heard.news[..], [has] if has.message == "The training has the card now."), "{:?}", heard.news);
+        assert!(!waits(file.path(), 0).unwrap());
     }
 
     #[test]

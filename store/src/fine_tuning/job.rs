@@ -17,7 +17,7 @@ pub(super) const COLUMNS: &str = "id, created, key_id, model, base, method, suff
 pub enum FineTuningState {
     /// Its files are looked through.
     ValidatingFiles,
-    /// Waits for its turn.
+    /// Waits for its turn, or its process for the card.
     Queued,
     /// Trains.
     Running,

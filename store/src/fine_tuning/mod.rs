@@ -249,9 +249,19 @@ impl FineTunings {
         row.map(|row| Ok(row.try_get::<i64, _>("attempts")?.unsigned_abs())).transpose()
     }
 
-    /// The process of a job that runs was told to stop: that it took no step counts for nothing.
+    /// The process of a job that runs waits for its card, or has it after it waited; `false` where somebody wants something else of the job.
+    pub async fn wait(&self, id: Uuid, waits: bool, now: i64) -> Result<bool, StoreError> {
+        let (from, set) = match waits {
+            true => (FineTuningState::Running, "state = 'queued'"),
+            false => (FineTuningState::Queued, "state = 'running'"),
+        };
+        Ok(self.change(id, Change { from: &[from], set, values: Vec::new(), news: &[], act: None }, None, now).await?.is_some())
+    }
+
+    /// The process of a job that runs, or waits for its card, was told to stop: that it took no step counts for nothing.
     pub async fn forgive(&self, id: Uuid, now: i64) -> Result<bool, StoreError> {
-        let change = Change { from: &[FineTuningState::Running], set: "attempts = 0", values: Vec::new(), news: &[], act: None };
+        let from = [FineTuningState::Queued, FineTuningState::Running];
+        let change = Change { from: &from, set: "attempts = 0", values: Vec::new(), news: &[], act: None };
         Ok(self.change(id, change, None, now).await?.is_some())
     }
 
@@ -267,7 +277,7 @@ impl FineTunings {
             Bind::Integer(heard.estimated_finish),
             Bind::count(heard.evaluated),
         ];
-        let from = [FineTuningState::Running, FineTuningState::Paused];
+        let from = [FineTuningState::Queued, FineTuningState::Running, FineTuningState::Paused];
         let change = Change { from: &from, set, values, news: &heard.news, act: None };
         Ok(self.change(id, change, None, now).await?.is_some())
     }
