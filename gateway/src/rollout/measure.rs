@@ -59,9 +59,10 @@ pub async fn measured(
     Ok(Measured { exposures, ended, metrics, displaced: false })
 }
 
-/// From when on all servers assign by the shares that a state has since then. Before a rollout began nobody was assigned by it.
+/// From when on all servers assign by the shares that a state has since then. Before a rollout began nobody was assigned by it, whatever the
+/// clock says of a server whose answers count.
 fn settled(state: &State, since: i64) -> i64 {
-    if since > state.started { since.saturating_add(LAG) } else { since }
+    if since > state.started { since.saturating_add(LAG) } else { 0 }
 }
 
 /// What there is of each arm, in the arms' order.
@@ -210,7 +211,7 @@ mod tests {
             "metrics": [{"metric": "feedback.thumb", "goal": {"min": 0}}],
         }));
         let (state, _) = crate::rollout::decision::start(&spec.unwrap(), "ann", 7);
-        assert_eq!((settled(&state, 7), settled(&state, 8)), (7, 8 + LAG));
+        assert_eq!((settled(&state, 7), settled(&state, 8)), (0, 8 + LAG));
     }
 
     #[test]
