@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use support::{adapter, answer, each, thumb};
 use tidemill_store::records::{Exposure, Feedback, Inference, Kind, Status, TargetKind};
 use tidemill_store::{
-    Actor, Adapters, ArmCounts, Dialect, Exposures, FirstTokens, Leadership, Readers, Rollout, RolloutChange, RolloutDecision,
-    RolloutFilter, RolloutReader, RolloutRefusal, Rollouts, Store, UnitSums, UnitValue,
+    Actor, Adapters, ArmCounts, Dialect, Each, Exposures, FirstTokens, Leadership, Readers, Rollout, RolloutChange,
+    RolloutDecision, RolloutFilter, RolloutReader, RolloutRefusal, Rollouts, Store, UnitSums, UnitValue,
 };
 use uuid::Uuid;
 
@@ -310,7 +310,7 @@ fn exposures_are_summed_up_by_arm() {
         let store = place.open().await;
         let exposures = Exposures::new(store.database());
         assert_eq!(exposures.counts(ROLLOUT, 0).await.unwrap(), []);
-        assert_eq!(exposures.first_tokens(ROLLOUT, 0, 0, 0.99, 5).await.unwrap(), FirstTokens::default());
+        assert_eq!(exposures.first_tokens(ROLLOUT, 0, 0, 0.99, 5, Each::Unit).await.unwrap(), FirstTokens::default());
         let ok = Served {
             arm: 0,
             unit: 1,
@@ -343,17 +343,24 @@ fn exposures_are_summed_up_by_arm() {
                 ArmCounts { arm: 1, units: 1, answers: 1, complete: 1, read: 1, tokens: 2, ..ArmCounts::default() },
             ]
         );
-        let at = async |quantile: f64| exposures.first_tokens(ROLLOUT, 0, 10, quantile, 150).await.unwrap();
+        let at = async |quantile: f64| exposures.first_tokens(ROLLOUT, 0, 10, quantile, 150, Each::Answer).await.unwrap();
         // The one that failed had none in 5,000 µs.
         assert_eq!(at(0.5).await, FirstTokens { count: 4, value_us: Some(200), above: 3 });
         assert_eq!((at(0.99).await.value_us, at(0.0).await.value_us), (Some(5000), Some(100)));
-        let places = [0, 1, 2, 4, 5].map(|rank| exposures.first_token_at(ROLLOUT, 0, 10, rank, 150));
-        let mut waited = Vec::new();
-        for place in places {
-            waited.push(place.await.unwrap());
-        }
-        assert_eq!(waited, [Some(100), Some(100), Some(200), Some(5000), None]);
-        let patient = exposures.first_tokens(ROLLOUT, 0, 10, 0.99, 5000).await.unwrap();
+        let waited = async |each: Each, weights: &[f64]| {
+            let mut found = Vec::new();
+            for weight in weights {
+                found.push(exposures.first_token_above(ROLLOUT, 0, 10, *weight, 150, each).await.unwrap());
+            }
+            found
+        };
+        let (first, last) = (Some(100), Some(5000));
+        assert_eq!(waited(Each::Answer, &[0.0, 0.9, 1.0, 3.0, 4.0]).await, [first, first, Some(200), last, None]);
+        // The answers of 100 and of 300 µs are one unit's.
+        assert_eq!(waited(Each::Unit, &[0.0, 0.4, 0.5, 1.6, 2.1, 3.0]).await, [first, first, Some(200), Some(300), last, None]);
+        let of_units = exposures.first_tokens(ROLLOUT, 0, 10, 0.5, 150, Each::Unit).await.unwrap();
+        assert_eq!(of_units, FirstTokens { count: 3, value_us: Some(200), above: 3 });
+        let patient = exposures.first_tokens(ROLLOUT, 0, 10, 0.99, 5000, Each::Answer).await.unwrap();
         assert_eq!(patient, FirstTokens { count: 3, value_us: Some(300), above: 0 });
         // A unit that answered twice counts once, by its mean; what the client broke off says nothing.
         let means = async |value| exposures.unit_means(ROLLOUT, 10, value).await.unwrap();
