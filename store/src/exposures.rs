@@ -236,7 +236,7 @@ impl Exposures {
     }
 
     /// What people said of the answers since then, by arm: thumbs, ratings, or a metric by its name. Of a conversation, what was said
-    /// counts for the unit once.
+    /// counts for the unit once. Two applications may call conversations alike: what came with a key is about that key's, where it has any.
     pub async fn judgements(
         &self,
         rollout: Uuid,
@@ -255,7 +255,9 @@ impl Exposures {
                              WHERE i.rollout_id = $1 AND i.created >= $2 AND {SAID} \
                          UNION SELECT i.arm, i.unit, f.id, f.number FROM inferences i \
                              JOIN feedback f ON f.target = i.conversation AND f.target_kind = 'conversation' \
-                             WHERE i.rollout_id = $1 AND i.created >= $2 AND {SAID}\
+                             WHERE i.rollout_id = $1 AND i.created >= $2 AND {SAID} AND (\
+                                 COALESCE(f.key_id, '') = COALESCE(i.key_id, '') OR NOT EXISTS (SELECT 1 FROM inferences own \
+                                     WHERE own.conversation = f.target AND COALESCE(own.key_id, '') = COALESCE(f.key_id, '')))\
                      ) AS said GROUP BY arm, unit\
                  ) AS units GROUP BY arm ORDER BY arm"
             );

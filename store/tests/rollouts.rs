@@ -426,3 +426,37 @@ fn each_unit_has_one_voice_in_what_is_said_of_an_arm() {
         assert_eq!(exposures.judgements(ROLLOUT, 10, Kind::Metric, Some("other")).await.unwrap(), []);
     });
 }
+
+#[test]
+fn what_an_application_says_of_a_conversation_is_not_about_anothers_of_the_same_name() {
+    each(async |place| {
+        let store = place.open().await;
+        let exposures = Exposures::new(store.database());
+        let ok =
+            Served { arm: 0, unit: 1, status: Status::Ok, finish: "stop", tokens: 1, first_token_us: Some(1), refused: None };
+        for (arm, key) in [(0, "shop"), (1, "desk")] {
+            let row = served(&store, 20, &Served { arm, unit: i64::from(arm), ..ok });
+            store.record(Inference { conversation: Some("1".into()), key_id: Some(key.into()), ..row }).unwrap();
+        }
+        store.flush().await;
+        let said = async |number: f64, key: Option<&str>| {
+            let target = "1".to_owned();
+            let feedback = Feedback {
+                target_kind: TargetKind::Conversation,
+                targets: vec![target.clone()],
+                target,
+                value: Value::Bool(number > 0.5),
+                number: Some(number),
+                key_id: key.map(str::to_owned),
+                ..thumb(&store, ROLLOUT, "ann")
+            };
+            store.add_feedback(vec![feedback]).await.unwrap();
+            let sums = exposures.judgements(ROLLOUT, 10, Kind::Thumb, None).await.unwrap();
+            sums.iter().map(|sums| (sums.arm, sums.sum)).collect::<Vec<_>>()
+        };
+        assert_eq!(said(1.0, Some("shop")).await, [(0, 1.0)]);
+        assert_eq!(said(0.0, Some("desk")).await, [(0, 1.0), (1, 0.0)]);
+        // A key that asks nothing, and only says what people thought.
+        assert_eq!(said(1.0, Some("ratings")).await, [(0, 1.0), (1, 0.5)]);
+    });
+}
