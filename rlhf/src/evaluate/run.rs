@@ -14,7 +14,7 @@ use super::text;
 use crate::batch::Packed;
 use crate::collate::{Encoder, Sample, Teaches};
 use crate::dataset::{Message, Row};
-use crate::job::{JobError, judge_of, measured_model};
+use crate::job::{Asked, JobError, judge_of, measured_model};
 use crate::model::{Model, ModelOptions};
 use crate::reward::{self, RewardError, RewardFunction, Rewards};
 use crate::train::{Head, Pass, Prompt, Question, TrainConfig};
@@ -163,7 +163,7 @@ pub fn evaluate(
     // All others compute beside the first, on one copy of the base's weights.
     let mut first = opened(&files, &trial.adapters[0], trial)?;
     first.model = trial.workplace.take(first.model).map_err(JobError::from)?;
-    let arbiter = Arbiter::ready(referee, &first.model, trial)?;
+    let arbiter = Arbiter::ready(referee, &first.model, &prompts, trial)?;
     let engine = if prompts.is_empty() {
         None
     } else {
@@ -328,7 +328,7 @@ enum Arbiter<'a> {
 
 impl<'a> Arbiter<'a> {
     /// Models that judge compute beside `model`.
-    fn ready(referee: Referee<'a>, model: &Model, trial: &Trial) -> Result<Self, EvaluateError> {
+    fn ready(referee: Referee<'a>, model: &Model, prompts: &[Prompt], trial: &Trial) -> Result<Self, EvaluateError> {
         let (name, rules) = match referee {
             Referee::None => return Ok(Self::Nobody),
             Referee::Judge(name, judge) => return Ok(Self::Judge(name, judge)),
@@ -340,7 +340,8 @@ impl<'a> Arbiter<'a> {
             Referee::Rules(rules) => (rules.name(), rules),
         };
         let config = TrainConfig::new(crate::train::Method::Grpo);
-        let mut open = |judge: &reward::Judge| judge_of(model, judge, None, trial.model, &config, None);
+        let asked = Asked { prompts, held_out: &[], answer: trial.sampling.max_tokens };
+        let mut open = |judge: &reward::Judge| judge_of(model, judge, None, trial.model, &config, asked);
         Ok(Self::Rules(name, Rewards::new(&rules.functions, rules.weights.as_deref(), &mut open)?))
     }
 
