@@ -307,6 +307,29 @@ async fn an_evaluation_gives_the_processors_numbers() {
     assert!(started.report.unwrap().kv < started.spare, "{:?}", started.options);
 }
 
+#[tokio::test]
+async fn an_evaluation_keeps_from_the_engine_what_its_largest_adapter_needs() {
+    let place = tempfile::tempdir().unwrap();
+    let adapter = |rank: usize| {
+        let lora = LoraConfig { r: rank, alpha: 8.0, ..LoraConfig::default() };
+        let folder = place.path().join(rank.to_string());
+        Model::new(open("qwen2"), &lora, 1, EXACT).unwrap().adapter("tiny").unwrap().write(&folder).unwrap();
+        folder
+    };
+    let entered = [adapter(1), adapter(64)];
+    let on_card = |cards: &Arc<EmulatedCards>| {
+        Workplace::new(&"cuda:1".parse().unwrap(), None, Arc::clone(cards) as Arc<dyn Cards>).unwrap()
+    };
+    let plenty = EmulatedCards::new(PLENTY);
+    evaluated(&entered, Referee::None, on_card(&plenty)).await;
+    let started = plenty.engine();
+    let kv = started.report.unwrap().kv;
+    // Keys and values have what is left, and all the rest still fits.
+    let tight = EmulatedCards::new(PLENTY - started.spare + kv / 2);
+    evaluated(&entered, Referee::None, on_card(&tight)).await;
+    assert!(tight.engine().report.unwrap().kv < kv);
+}
+
 #[test]
 fn a_card_that_is_not_there_is_named_before_anything_is_measured() {
     let workplace = Workplace::new(&"cuda:4095".parse().unwrap(), None, Arc::new(DriverCards::default())).unwrap();
