@@ -66,11 +66,20 @@ pub enum UnitValue {
     LogprobToBase,
 }
 
+/// What counts once in a quantile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Each {
+    /// Every answer.
+    Answer,
+    /// Every unit: its answers share its weight.
+    Unit,
+}
+
 /// The time to the first token in an arm. Who broke off, or was told of a failure, after waiting longer than the bound without one has
 /// waited too long as well.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FirstTokens {
-    /// Answers that have one, or were waited for too long.
+    /// Answers that have one, or were waited for too long; or the units that asked for them.
     pub count: u64,
     /// The quantile's value, in microseconds; `None` without any.
     pub value_us: Option<i64>,
@@ -80,7 +89,7 @@ pub struct FirstTokens {
 
 /// How long an arm's answers were waited for. A stall has no first token: without those who gave up on it, it would look like nothing at
 /// all.
-const WAITED: &str = "FROM (SELECT CASE WHEN first_token_us IS NULL AND status <> 'ok' AND duration_us > $4 THEN duration_us \
+const WAITED: &str = "FROM (SELECT unit, CASE WHEN first_token_us IS NULL AND status <> 'ok' AND duration_us > $4 THEN duration_us \
      ELSE first_token_us END AS waited FROM inferences WHERE rollout_id = $1 AND arm = $2 AND created >= $3) AS answers \
      WHERE waited IS NOT NULL";
 
@@ -156,36 +165,48 @@ impl Exposures {
         since: i64,
         quantile: f64,
         bound: i64,
+        each: Each,
     ) -> Result<FirstTokens, StoreError> {
         at_length(async {
+            let count = match each {
+                Each::Answer => "COUNT(*)",
+                Each::Unit => "COUNT(DISTINCT unit)",
+            };
             let text =
-                format!("SELECT COUNT(*), CAST(COALESCE(SUM(CASE WHEN waited > $4 THEN 1 ELSE 0 END), 0) AS BIGINT) {WAITED}");
+                format!("SELECT {count}, CAST(COALESCE(SUM(CASE WHEN waited > $4 THEN 1 ELSE 0 END), 0) AS BIGINT) {WAITED}");
             let query = sqlx::query(AssertSqlSafe(text)).bind(rollout.to_string()).bind(i64::from(arm)).bind(since).bind(bound);
             let counted = query.fetch_one(self.database.read()).await?;
             let (count, above) = (counted.try_get::<i64, _>(0)?.unsigned_abs(), counted.try_get::<i64, _>(1)?.unsigned_abs());
-            // The smallest value that so large a share does not exceed.
-            let rank = (quantile.clamp(0.0, 1.0) * count as f64).ceil().max(1.0) as u64;
-            Ok(FirstTokens { count, value_us: self.first_token_at(rollout, arm, since, rank, bound).await?, above })
+            // The smallest value that so large a share does not exceed; weights are added up with rounding.
+            let share = quantile.clamp(0.0, 1.0) * count as f64 * (1.0 - 1e-9);
+            Ok(FirstTokens { count, value_us: self.first_token_above(rollout, arm, since, share, bound, each).await?, above })
         })
         .await
     }
 
-    /// The time to the first token of the answer of an arm that has this place among those of [`Exposures::first_tokens`] when they are in
-    /// order, counted from 1; `None` where there are not so many.
-    pub async fn first_token_at(
+    /// The shortest time to the first token, among those of [`Exposures::first_tokens`], that more than `weight` of an arm's answers or units
+    /// do not exceed; of a unit that part of its answers counts which does not. `None` where all of them are not more.
+    pub async fn first_token_above(
         &self,
         rollout: Uuid,
         arm: u32,
         since: i64,
-        rank: u64,
+        weight: f64,
         bound: i64,
+        each: Each,
     ) -> Result<Option<i64>, StoreError> {
         at_length(async {
-            let text = format!("SELECT waited {WAITED} ORDER BY waited LIMIT 1 OFFSET $5");
+            let one = match each {
+                Each::Answer => "1",
+                Each::Unit => "1.0 / COUNT(*) OVER (PARTITION BY unit)",
+            };
+            let text = format!(
+                "SELECT MIN(waited) FROM (SELECT waited, SUM(weight) OVER (ORDER BY waited) AS reached FROM (\
+                     SELECT waited, CAST({one} AS DOUBLE PRECISION) AS weight {WAITED}) AS weighed) AS added WHERE reached > $5"
+            );
             let query = sqlx::query(AssertSqlSafe(text)).bind(rollout.to_string()).bind(i64::from(arm)).bind(since).bind(bound);
-            let query = query.bind(i64::try_from(rank.saturating_sub(1)).unwrap_or(i64::MAX));
-            let found = query.fetch_optional(self.database.read()).await?;
-            Ok(found.map(|row| row.try_get(0)).transpose()?)
+            let found = query.bind(weight).fetch_one(self.database.read()).await?;
+            Ok(found.try_get(0)?)
         })
         .await
     }
@@ -215,7 +236,7 @@ impl Exposures {
     }
 
     /// What people said of the answers since then, by arm: thumbs, ratings, or a metric by its name. Of a conversation, what was said
-    /// counts for the unit once.
+    /// counts for the unit once. Two applications may call conversations alike: what came with a key is about that key's, where it has any.
     pub async fn judgements(
         &self,
         rollout: Uuid,
@@ -234,7 +255,9 @@ impl Exposures {
                              WHERE i.rollout_id = $1 AND i.created >= $2 AND {SAID} \
                          UNION SELECT i.arm, i.unit, f.id, f.number FROM inferences i \
                              JOIN feedback f ON f.target = i.conversation AND f.target_kind = 'conversation' \
-                             WHERE i.rollout_id = $1 AND i.created >= $2 AND {SAID}\
+                             WHERE i.rollout_id = $1 AND i.created >= $2 AND {SAID} AND (\
+                                 COALESCE(f.key_id, '') = COALESCE(i.key_id, '') OR NOT EXISTS (SELECT 1 FROM inferences own \
+                                     WHERE own.conversation = f.target AND COALESCE(own.key_id, '') = COALESCE(f.key_id, '')))\
                      ) AS said GROUP BY arm, unit\
                  ) AS units GROUP BY arm ORDER BY arm"
             );

@@ -61,7 +61,7 @@ pub use data_dir::{DataDir, DataDirLock, write_atomically};
 pub use database::{Database, Dialect};
 pub use erasure::Erasure;
 pub use error::{Full, StoreError};
-pub use exposures::{ArmCounts, Exposures, FirstTokens, UnitSums, UnitValue};
+pub use exposures::{ArmCounts, Each, Exposures, FirstTokens, UnitSums, UnitValue};
 pub use files::{FileDraft, FileRecord, Files, Incoming, Viewer};
 pub use fine_tuning::{
     FineTuningCheckpoint, FineTuningDraft, FineTuningEvent, FineTuningJob, FineTuningState, FineTunings, Heard, Made, News,

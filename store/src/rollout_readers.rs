@@ -43,6 +43,19 @@ impl RolloutReader {
         self.store.database().dialect() == Dialect::Sqlite
     }
 
+    /// What time it is for all servers on the database, in microseconds since 1970: the database's clock, and `own` where one server has the
+    /// database for itself.
+    pub async fn now(&self, own: i64) -> Result<i64, StoreError> {
+        if self.is_alone() {
+            return Ok(own);
+        }
+        patiently(async {
+            let row = sqlx::query(AssertSqlSafe(format!("SELECT {NOW}"))).fetch_one(self.store.database().read()).await?;
+            Ok(row.try_get(0)?)
+        })
+        .await
+    }
+
     /// Says that this server assigns by the rollouts of this clock, or by newer ones, and when the oldest of its answers began that will count
     /// in one and has not ended (microseconds since 1970). To be said again within some seconds.
     pub async fn serves(&self, clock: i64, under_way: i64) -> Result<(), StoreError> {

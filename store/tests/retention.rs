@@ -8,7 +8,9 @@ use std::time::Duration;
 use serde_json::json;
 use support::{answer, each, thumb};
 use tidemill_store::records::{Exposure, Feedback, Inference, Kind, TargetKind};
-use tidemill_store::{Exposures, Retention, Rollout, RolloutChange, RolloutDecision, Rollouts, Store, UnitValue, retention};
+use tidemill_store::{
+    Each, Exposures, Retention, Rollout, RolloutChange, RolloutDecision, Rollouts, Store, UnitValue, retention,
+};
 use uuid::Uuid;
 
 const HOUR: i64 = 3_600_000_000;
@@ -49,7 +51,7 @@ async fn sums(store: &Store, rollout: Uuid) -> String {
         means.push(exposures.unit_means(rollout, 0, value).await.unwrap());
     }
     let thumbs = exposures.judgements(rollout, 0, Kind::Thumb, None).await.unwrap();
-    let first = exposures.first_tokens(rollout, 1, 0, 0.5, 1_000).await.unwrap();
+    let first = exposures.first_tokens(rollout, 1, 0, 0.5, 1_000, Each::Answer).await.unwrap();
     format!("{counts:?} {means:?} {thumbs:?} {first:?}")
 }
 

@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use support::{adapter, answer, each, thumb};
 use tidemill_store::records::{Exposure, Feedback, Inference, Kind, Status, TargetKind};
 use tidemill_store::{
-    Actor, Adapters, ArmCounts, Dialect, Exposures, FirstTokens, Leadership, Readers, Rollout, RolloutChange, RolloutDecision,
-    RolloutFilter, RolloutReader, RolloutRefusal, Rollouts, Store, UnitSums, UnitValue,
+    Actor, Adapters, ArmCounts, Dialect, Each, Exposures, FirstTokens, Leadership, Readers, Rollout, RolloutChange,
+    RolloutDecision, RolloutFilter, RolloutReader, RolloutRefusal, Rollouts, Store, UnitSums, UnitValue,
 };
 use uuid::Uuid;
 
@@ -243,6 +243,17 @@ fn who_ends_a_rollout_knows_when_all_servers_do() {
 }
 
 #[test]
+fn servers_on_one_database_have_its_clock_and_one_alone_its_own() {
+    each(async |place| {
+        let store = place.open().await;
+        let now = RolloutReader::new(&store).now(7).await.unwrap();
+        let alone = place.dialect == Dialect::Sqlite;
+        // Some day of this century.
+        assert!(if alone { now == 7 } else { now > 1_700_000_000_000_000 }, "{now}");
+    });
+}
+
+#[test]
 fn one_server_leads_and_another_one_when_it_is_gone() {
     each(async |place| {
         let store = place.open().await;
@@ -299,7 +310,7 @@ fn exposures_are_summed_up_by_arm() {
         let store = place.open().await;
         let exposures = Exposures::new(store.database());
         assert_eq!(exposures.counts(ROLLOUT, 0).await.unwrap(), []);
-        assert_eq!(exposures.first_tokens(ROLLOUT, 0, 0, 0.99, 5).await.unwrap(), FirstTokens::default());
+        assert_eq!(exposures.first_tokens(ROLLOUT, 0, 0, 0.99, 5, Each::Unit).await.unwrap(), FirstTokens::default());
         let ok = Served {
             arm: 0,
             unit: 1,
@@ -332,17 +343,24 @@ fn exposures_are_summed_up_by_arm() {
                 ArmCounts { arm: 1, units: 1, answers: 1, complete: 1, read: 1, tokens: 2, ..ArmCounts::default() },
             ]
         );
-        let at = async |quantile: f64| exposures.first_tokens(ROLLOUT, 0, 10, quantile, 150).await.unwrap();
+        let at = async |quantile: f64| exposures.first_tokens(ROLLOUT, 0, 10, quantile, 150, Each::Answer).await.unwrap();
         // The one that failed had none in 5,000 µs.
         assert_eq!(at(0.5).await, FirstTokens { count: 4, value_us: Some(200), above: 3 });
         assert_eq!((at(0.99).await.value_us, at(0.0).await.value_us), (Some(5000), Some(100)));
-        let places = [0, 1, 2, 4, 5].map(|rank| exposures.first_token_at(ROLLOUT, 0, 10, rank, 150));
-        let mut waited = Vec::new();
-        for place in places {
-            waited.push(place.await.unwrap());
-        }
-        assert_eq!(waited, [Some(100), Some(100), Some(200), Some(5000), None]);
-        let patient = exposures.first_tokens(ROLLOUT, 0, 10, 0.99, 5000).await.unwrap();
+        let waited = async |each: Each, weights: &[f64]| {
+            let mut found = Vec::new();
+            for weight in weights {
+                found.push(exposures.first_token_above(ROLLOUT, 0, 10, *weight, 150, each).await.unwrap());
+            }
+            found
+        };
+        let (first, last) = (Some(100), Some(5000));
+        assert_eq!(waited(Each::Answer, &[0.0, 0.9, 1.0, 3.0, 4.0]).await, [first, first, Some(200), last, None]);
+        // The answers of 100 and of 300 µs are one unit's.
+        assert_eq!(waited(Each::Unit, &[0.0, 0.4, 0.5, 1.6, 2.1, 3.0]).await, [first, first, Some(200), Some(300), last, None]);
+        let of_units = exposures.first_tokens(ROLLOUT, 0, 10, 0.5, 150, Each::Unit).await.unwrap();
+        assert_eq!(of_units, FirstTokens { count: 3, value_us: Some(200), above: 3 });
+        let patient = exposures.first_tokens(ROLLOUT, 0, 10, 0.99, 5000, Each::Answer).await.unwrap();
         assert_eq!(patient, FirstTokens { count: 3, value_us: Some(300), above: 0 });
         // A unit that answered twice counts once, by its mean; what the client broke off says nothing.
         let means = async |value| exposures.unit_means(ROLLOUT, 10, value).await.unwrap();
@@ -406,5 +424,39 @@ fn each_unit_has_one_voice_in_what_is_said_of_an_arm() {
         let solved = exposures.judgements(ROLLOUT, 10, Kind::Metric, Some("solved")).await.unwrap();
         assert_eq!(solved, [UnitSums { arm: 0, units: 1, sum: 0.25, squares: 0.0625 }]);
         assert_eq!(exposures.judgements(ROLLOUT, 10, Kind::Metric, Some("other")).await.unwrap(), []);
+    });
+}
+
+#[test]
+fn what_an_application_says_of_a_conversation_is_not_about_anothers_of_the_same_name() {
+    each(async |place| {
+        let store = place.open().await;
+        let exposures = Exposures::new(store.database());
+        let ok =
+            Served { arm: 0, unit: 1, status: Status::Ok, finish: "stop", tokens: 1, first_token_us: Some(1), refused: None };
+        for (arm, key) in [(0, "shop"), (1, "desk")] {
+            let row = served(&store, 20, &Served { arm, unit: i64::from(arm), ..ok });
+            store.record(Inference { conversation: Some("1".into()), key_id: Some(key.into()), ..row }).unwrap();
+        }
+        store.flush().await;
+        let said = async |number: f64, key: Option<&str>| {
+            let target = "1".to_owned();
+            let feedback = Feedback {
+                target_kind: TargetKind::Conversation,
+                targets: vec![target.clone()],
+                target,
+                value: Value::Bool(number > 0.5),
+                number: Some(number),
+                key_id: key.map(str::to_owned),
+                ..thumb(&store, ROLLOUT, "ann")
+            };
+            store.add_feedback(vec![feedback]).await.unwrap();
+            let sums = exposures.judgements(ROLLOUT, 10, Kind::Thumb, None).await.unwrap();
+            sums.iter().map(|sums| (sums.arm, sums.sum)).collect::<Vec<_>>()
+        };
+        assert_eq!(said(1.0, Some("shop")).await, [(0, 1.0)]);
+        assert_eq!(said(0.0, Some("desk")).await, [(0, 1.0), (1, 0.0)]);
+        // A key that asks nothing, and only says what people thought.
+        assert_eq!(said(1.0, Some("ratings")).await, [(0, 1.0), (1, 0.5)]);
     });
 }

@@ -195,9 +195,10 @@ fn tail(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Whether the last that was said is that the training waits for its card.
-pub fn waits(path: &Path) -> io::Result<bool> {
-    Ok(last_line(&tail(path)?).is_some_and(|line| line.event == "waits"))
+/// Whether the last that was said behind the first `before` bytes is that the training waits for its card.
+pub fn waits(path: &Path, before: u64) -> io::Result<bool> {
+    let last = last_line(&tail(path)?).is_some_and(|line| line.event == "waits");
+    Ok(last && std::fs::metadata(path)?.len() > before)
 }
 
 fn last_line(bytes: &[u8]) -> Option<Line> {
@@ -288,11 +289,13 @@ mod tests {
         let file = said("{\"event\":\"waits\"}\n");
         let heard = listen(file.path(), &Heard::default(), 0).unwrap().unwrap();
         assert!(matches!(&heard.news[..], [waits] if waits.message.ends_with("waits for it.")), "{:?}", heard.news);
-        assert_eq!((heard.tokens, last(file.path()).unwrap(), waits(file.path()).unwrap()), (None, None, true));
+        assert_eq!((heard.tokens, last(file.path()).unwrap(), waits(file.path(), 0).unwrap()), (None, None, true));
+        // An earlier process, which was ended while it waited.
+        assert!(!waits(file.path(), heard.read_bytes).unwrap());
         std::fs::write(file.path(), "{\"event\":\"waits\"}\n{\"event\":\"waited\"}\n").unwrap();
         let heard = listen(file.path(), &heard, 0).unwrap().unwrap();
         assert!(matches!(&heard.news[..], [has] if has.message == "The training has the card now."), "{:?}", heard.news);
-        assert!(!waits(file.path()).unwrap());
+        assert!(!waits(file.path(), 0).unwrap());
     }
 
     #[test]

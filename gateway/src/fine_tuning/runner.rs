@@ -299,7 +299,9 @@ impl Runner {
                 },
             };
             tracing::info!(job = %id, adopted = more == 0, "training");
-            let status = match self.watch(&training, id, &mut process, &said, &mut heard).await? {
+            // What one says that was found at work may have been heard by the server before.
+            let before = if more == 0 { 0 } else { heard.read_bytes };
+            let status = match self.watch(&training, id, &mut process, (&said, before), &mut heard).await? {
                 End::Leaving => {
                     self.rows.forgive(id, now()).await?;
                     return Ok(());
@@ -372,13 +374,13 @@ impl Runner {
         Ok(Some(Desk::open(folder, self.inside.clone(), self.app.store.clone(), petitioner)?))
     }
 
-    /// Follows a process until it is gone.
+    /// Follows a process until it is gone. It speaks behind the first `before` bytes of what was said.
     async fn watch(
         &self,
         training: &Training,
         id: Uuid,
         process: &mut Process,
-        said: &Path,
+        (said, before): (&Path, u64),
         heard: &mut Heard,
     ) -> Result<End, Trouble> {
         let mut told: Option<(End, Instant)> = None;
@@ -387,7 +389,7 @@ impl Runner {
             sleep(POLL).await;
             polls = polls.wrapping_add(1);
             let ended = process.ended()?;
-            let waits = ended.is_none() && progress::waits(said)?;
+            let waits = ended.is_none() && progress::waits(said, before)?;
             if waits != queued && told.is_none() {
                 if let Err(error) = self.rows.wait(id, waits, now()).await {
                     tracing::warn!(job = %id, %error, "cannot write down whether a training waits for its card");

@@ -109,8 +109,9 @@ fn take_from(turn: &Path, patience: Duration) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read;
     use std::os::unix::process::ExitStatusExt;
-    use std::process::{Child, Command};
+    use std::process::{Child, Command, Stdio};
 
     #[test]
     fn the_processor_needs_no_turn() {
@@ -144,7 +145,10 @@ mod tests {
     fn holder(turn: &Path, script: &str) -> Child {
         let file = open(turn).unwrap();
         file.try_lock().unwrap();
-        let child = Command::new("/bin/sh").args(["-c", script]).stdin(file.try_clone().unwrap()).spawn().unwrap();
+        let mut shell = Command::new("/bin/sh");
+        let mut child = shell.args(["-c", script]).stdin(file.try_clone().unwrap()).stdout(Stdio::piped()).spawn().unwrap();
+        // Its first line says that it is ready.
+        child.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
         file.set_len(0).unwrap();
         file.write_all_at(child.id().to_string().as_bytes(), 0).unwrap();
         child
@@ -155,7 +159,7 @@ mod tests {
         let data = tempfile::tempdir().unwrap();
         let turn = |card: usize| data.path().join(format!("cuda-{card}.turn"));
         assert_eq!(take_back(data.path(), &Device::Auto).unwrap().len(), 0);
-        let [mut first, mut other] = [0, 1].map(|card| holder(&turn(card), "exec sleep 600"));
+        let [mut first, mut other] = [0, 1].map(|card| holder(&turn(card), "echo; exec sleep 600"));
         std::fs::write(data.path().join("cuda-x.turn"), "").unwrap();
         assert_eq!(take_back(data.path(), &Device::Cpu).unwrap().len(), 0);
         let waiting = open(&turn(0)).unwrap();
@@ -174,7 +178,7 @@ mod tests {
     fn who_does_not_go_in_time_is_killed() {
         let data = tempfile::tempdir().unwrap();
         let turn = data.path().join("cuda-0.turn");
-        let mut deaf = holder(&turn, "trap '' TERM; while :; do sleep 1 < /dev/null; done");
+        let mut deaf = holder(&turn, "trap '' TERM; echo; while :; do sleep 1 < /dev/null; done");
         drop(take_from(&turn, Duration::from_millis(200)).unwrap());
         assert_eq!(deaf.wait().unwrap().signal(), Some(9));
         assert_eq!(signed(&open(&turn).unwrap()).unwrap(), Pid::from_raw(std::process::id().cast_signed()));

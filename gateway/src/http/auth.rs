@@ -262,14 +262,14 @@ pub fn lacking(scopes: &[Scope]) -> ApiError {
 }
 
 /// Why a server without keys refuses a request: a page of some website has the visitor's browser send it. Such a page reaches whatever
-/// listens on the visitor's machine, either across sites, or under a name of its own that it had resolve to this machine. An API key
+/// listens on the visitor's machine, either across origins, or under a name of its own that it had resolve to this machine. An API key
 /// keeps both out; here only the headers do that a page cannot set.
 ///
 /// `authority` is the host that HTTP/2 names instead of the header. `welcome`: the configuration names the page's origin.
 fn foreign(method: &Method, authority: Option<&str>, headers: &HeaderMap, welcome: bool) -> Option<ApiError> {
     let text = |name| headers.get(name).map(|value: &HeaderValue| value.to_str().unwrap_or("?"));
-    let host = text(HOST).or(authority).map(host_of);
-    if let Some(host) = host.filter(|host| !names_this_network(host)) {
+    let address = text(HOST).or(authority);
+    if let Some(host) = address.map(host_of).filter(|host| !names_this_network(host)) {
         let shown: String = host.chars().take(100).collect();
         let message = format!(
             "This server has no API keys, so it answers only under an address or a local name, not as '{shown}'; `tidemill key create` makes a key."
@@ -277,12 +277,17 @@ fn foreign(method: &Method, authority: Option<&str>, headers: &HeaderMap, welcom
         return Some(ApiError::client(StatusCode::FORBIDDEN, Some("foreign_host"), message));
     }
     let across = match (text(SEC_FETCH_SITE), text(ORIGIN)) {
-        (Some(site), _) => site == "cross-site",
-        (None, Some(origin)) => Some(host_of(origin.split_once("://").map_or(origin, |(_, host)| host))) != host,
+        // Also of another port of this machine: browsers call that the same site.
+        (Some(site), _) => !matches!(site, "same-origin" | "none"),
+        (None, Some(origin)) => {
+            let own = origin.split_once("://").map(|(_, own)| own);
+            !own.zip(address).is_some_and(|(own, address)| own.eq_ignore_ascii_case(address))
+        }
         (None, None) => false,
     };
-    // What is only read, a page of another site does not get to see.
-    let message = "This server has no API keys, so pages of other sites may not use it; `tidemill key create` makes a key.";
+    // What is only read, a page of another origin does not get to see.
+    let message = "This server has no API keys, so pages of other origins may not use it; name theirs with --cors-origins, or make a key with \
+                   `tidemill key create`.";
     (across && !welcome && !method.is_safe()).then(|| ApiError::client(StatusCode::FORBIDDEN, Some("foreign_origin"), message))
 }
 
@@ -323,17 +328,19 @@ mod tests {
     }
 
     #[test]
-    fn without_keys_pages_of_other_sites_change_nothing() {
+    fn without_keys_pages_of_other_origins_change_nothing() {
         let host = (HOST, "localhost:8080");
         for (header, across) in [
             ((SEC_FETCH_SITE, "cross-site"), true),
             ((SEC_FETCH_SITE, "same-origin"), false),
-            ((SEC_FETCH_SITE, "same-site"), false),
+            ((SEC_FETCH_SITE, "same-site"), true),
             ((SEC_FETCH_SITE, "none"), false),
             ((ORIGIN, "https://evil.example"), true),
             ((ORIGIN, "http://localhost.evil.example:8080"), true),
             ((ORIGIN, "null"), true),
-            ((ORIGIN, "http://localhost:3000"), false),
+            ((ORIGIN, "http://localhost:3000"), true),
+            ((ORIGIN, "http://localhost"), true),
+            ((ORIGIN, "http://LOCALHOST:8080"), false),
         ] {
             let expected = across.then_some("foreign_origin");
             assert_eq!(refused(Method::POST, &[host.clone(), header.clone()]).as_deref(), expected, "{header:?}");

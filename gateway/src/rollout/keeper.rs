@@ -172,7 +172,7 @@ impl Keeper {
         // What another server has promoted a moment ago is the control, too.
         self.follow().await?;
         let spec = self.checked(spec).await?;
-        let (state, decision) = decision::start(&spec, &by, now());
+        let (state, decision) = decision::start(&spec, &by, self.0.reader.now(now()).await?);
         let row = Rollout {
             id: self.0.store.issue_id(),
             created: decision.at,
@@ -245,7 +245,7 @@ impl Keeper {
         let (spec, row) = loop {
             let read = self.0.rollouts.find(id_or_name).await?;
             let (spec, state) = table::read(&read)?;
-            let (mut next, decision) = decision::act(&spec, &state, act, &by, now())?;
+            let (mut next, decision) = decision::act(&spec, &state, act, &by, self.0.reader.now(now()).await?)?;
             let written = if matches!(state.status, Status::Promoted { .. }) {
                 self.clear_way_back(&read, &state, &by).await?;
                 self.0.rollouts.take_back(&read, &change(&next, &decision, true), &by).await
@@ -367,8 +367,10 @@ impl Keeper {
             return Ok(false);
         }
         // What cannot be finished keeps nobody from being measured.
-        let finished = self.finish_promotions(now()).await;
-        self.measure_due(now()).await?;
+        // Whoever led before may have had another clock: pauses and deadlines are by one.
+        let now = self.0.reader.now(now()).await?;
+        let finished = self.finish_promotions(now).await;
+        self.measure_due(now).await?;
         finished.map(|()| true)
     }
 

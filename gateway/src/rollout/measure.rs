@@ -5,11 +5,11 @@ use crate::feedback::Metrics;
 use crate::rollout::contest::verdicts;
 use crate::rollout::decision::{Measure, Measured, State};
 use crate::rollout::spec::{Condition, Kind as RolloutKind, Metric, Of, Quantity, Role, Spec};
-use crate::rollout::statistics::quantile_ranks;
+use crate::rollout::statistics::quantile_weights;
 use std::collections::BTreeMap;
 use tidemill_rlhf::statistics::Interval;
 use tidemill_store::records::Kind;
-use tidemill_store::{ArmCounts, Comparisons, Exposures, StoreError, UnitSums, UnitValue};
+use tidemill_store::{ArmCounts, Comparisons, Each, Exposures, StoreError, UnitSums, UnitValue};
 use uuid::Uuid;
 
 /// Waiting for a first token for longer than this is a stall, where the condition has no bound of its own. Microseconds.
@@ -59,9 +59,10 @@ pub async fn measured(
     Ok(Measured { exposures, ended, metrics, displaced: false })
 }
 
-/// From when on all servers assign by the shares that a state has since then. Before a rollout began nobody was assigned by it.
+/// From when on all servers assign by the shares that a state has since then. Before a rollout began nobody was assigned by it, whatever the
+/// clock says of a server whose answers count.
 fn settled(state: &State, since: i64) -> i64 {
-    if since > state.started { since.saturating_add(LAG) } else { since }
+    if since > state.started { since.saturating_add(LAG) } else { 0 }
 }
 
 /// What there is of each arm, in the arms' order.
@@ -129,16 +130,17 @@ async fn source(
             let bound = max.filter(|_| of == Of::Value && min.is_none());
             let bound_us = bound.map_or(STALL, |seconds| (seconds * 1e6) as i64);
             let seconds = |us: i64| us as f64 / 1e6;
+            let each = if of == Of::Value { Each::Answer } else { Each::Unit };
             let mut arms = Vec::with_capacity(spec.arms.len());
             for arm in 0..spec.arms.len() {
                 let arm = u32::try_from(arm).unwrap_or(u32::MAX);
-                let times = exposures.first_tokens(id, arm, since, *quantile, bound_us).await?;
+                let times = exposures.first_tokens(id, arm, since, *quantile, bound_us, each).await?;
                 let mut between = None;
                 if bound.is_none() {
                     // Two arms share the chance of a wrong alarm.
-                    let (low, high) = quantile_ranks(*quantile, times.count, 0.5 * spec.alpha);
-                    let at = async |rank: Option<u64>| match rank {
-                        Some(rank) => exposures.first_token_at(id, arm, since, rank, bound_us).await,
+                    let (low, high) = quantile_weights(*quantile, times.count, 0.5 * spec.alpha);
+                    let at = async |weight: Option<f64>| match weight {
+                        Some(weight) => exposures.first_token_above(id, arm, since, weight, bound_us, each).await,
                         None => Ok(None),
                     };
                     let (low, high) = (at(low).await?.map_or(0.0, seconds), at(high).await?.map_or(f64::INFINITY, seconds));
@@ -210,7 +212,7 @@ mod tests {
             "metrics": [{"metric": "feedback.thumb", "goal": {"min": 0}}],
         }));
         let (state, _) = crate::rollout::decision::start(&spec.unwrap(), "ann", 7);
-        assert_eq!((settled(&state, 7), settled(&state, 8)), (7, 8 + LAG));
+        assert_eq!((settled(&state, 7), settled(&state, 8)), (0, 8 + LAG));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::text;
 use crate::batch::Packed;
 use crate::collate::{Encoder, Sample, Teaches};
 use crate::dataset::{Message, Row};
-use crate::job::{JobError, judge_of, measured_model};
+use crate::job::{Asked, JobError, judge_of, measured_model};
 use crate::model::{Model, ModelOptions};
 use crate::reward::{self, RewardError, RewardFunction, Rewards};
 use crate::train::{Head, Pass, Prompt, Question, TrainConfig};
@@ -163,11 +163,18 @@ pub fn evaluate(
     // All others compute beside the first, on one copy of the base's weights.
     let mut first = opened(&files, &trial.adapters[0], trial)?;
     first.model = trial.workplace.take(first.model).map_err(JobError::from)?;
-    let arbiter = Arbiter::ready(referee, &first.model, trial)?;
+    let others = trial.adapters[1..].iter().map(|entrant| opened(&files, entrant, trial)?.beside(&first));
+    let others = others.collect::<Result<Vec<_>, EvaluateError>>()?;
+    let arbiter = Arbiter::ready(referee, &first.model, &prompts, trial)?;
     let engine = if prompts.is_empty() {
         None
     } else {
-        first.model.rehearse(&largest(&comparisons, &text_tokens, &ids, trial), &[], Pass::EVALUATE).map_err(JobError::from)?;
+        // Of each, as adapters are of several sizes; with that the engine has the rest.
+        let batch = largest(&comparisons, &text_tokens, &ids, trial);
+        for Opened { model, .. } in std::iter::once(&first).chain(&others) {
+            model.rehearse(&batch, &[], Pass::EVALUATE).map_err(JobError::from)?;
+        }
+        first.model.settle();
         Some(engine(&files, trial, &ids, &first.model)?)
     };
 
@@ -180,10 +187,9 @@ pub fn evaluate(
         Ok(answers::draw(engine, lease.as_ref(), &ids, trial.sampling, |done| watch(Work::Answers, name, done, total))?)
     };
     let mut base_text = None;
-    for (index, entrant) in trial.adapters.iter().enumerate() {
+    for (entrant, opened) in trial.adapters.iter().zip(std::iter::once(&first).chain(&others)) {
         let Entrant { name, folder, trained_on } = entrant;
-        let other = if index == 0 { None } else { Some(opened(&files, entrant, trial)?.beside(&first)?) };
-        let Opened { adapter, model, head } = other.as_ref().unwrap_or(&first);
+        let Opened { adapter, model, head } = opened;
         let total = 2 * comparisons.len();
         let watching = |done| watch(Work::Comparisons, name, done, total);
         let margins = match head {
@@ -328,7 +334,7 @@ enum Arbiter<'a> {
 
 impl<'a> Arbiter<'a> {
     /// Models that judge compute beside `model`.
-    fn ready(referee: Referee<'a>, model: &Model, trial: &Trial) -> Result<Self, EvaluateError> {
+    fn ready(referee: Referee<'a>, model: &Model, prompts: &[Prompt], trial: &Trial) -> Result<Self, EvaluateError> {
         let (name, rules) = match referee {
             Referee::None => return Ok(Self::Nobody),
             Referee::Judge(name, judge) => return Ok(Self::Judge(name, judge)),
@@ -340,7 +346,8 @@ impl<'a> Arbiter<'a> {
             Referee::Rules(rules) => (rules.name(), rules),
         };
         let config = TrainConfig::new(crate::train::Method::Grpo);
-        let mut open = |judge: &reward::Judge| judge_of(model, judge, None, trial.model, &config, None);
+        let asked = Asked { prompts, held_out: &[], answer: trial.sampling.max_tokens };
+        let mut open = |judge: &reward::Judge| judge_of(model, judge, None, trial.model, &config, asked);
         Ok(Self::Rules(name, Rewards::new(&rules.functions, rules.weights.as_deref(), &mut open)?))
     }
 

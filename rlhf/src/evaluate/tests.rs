@@ -12,7 +12,7 @@ use super::preferences::agreement;
 use super::*;
 use crate::dataset::control::shuffle_labels;
 use crate::dataset::{Row, format};
-use crate::job::{ADAPTER, Base, Job, LINEAGE, Rows, Spec, judge_of};
+use crate::job::{ADAPTER, Asked, Base, Job, LINEAGE, Rows, Spec, judge_of};
 use crate::model::{Model, ModelOptions, Precision};
 use crate::reward::{Answer as Said, Judge as Rule, LengthUnit, RewardFunction};
 use crate::train::{Control, Method, TrainConfig, questions};
@@ -170,7 +170,7 @@ async fn an_adapter_is_measured_beside_another_and_its_base() {
     let files = Arc::new(ModelFiles::open(&tiny().path).unwrap());
     let rule = Rule::RewardModel { path: reward };
     let beside = Model::untrained(files, trial.model).unwrap();
-    let judge = judge_of(&beside, &rule, None, trial.model, &TrainConfig::new(Method::Grpo), None).unwrap();
+    let judge = judge_of(&beside, &rule, None, trial.model, &TrainConfig::new(Method::Grpo), Asked::default()).unwrap();
     let columns = Map::new();
     let mut said = Vec::new();
     for row in &trial.rows {

@@ -19,7 +19,7 @@ mod tests;
 pub use epochs::{EpochAdapter, epoch_adapters};
 pub use error::JobError;
 pub use estimate::Estimate;
-pub(crate) use head::measured_model;
+pub(crate) use head::{Asked, measured_model};
 pub(crate) use online::judge_of;
 pub use rows::Rows;
 pub use run::{ADAPTER, Finished, Job, LINEAGE, MODEL, Prepared};

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tidemill_engine::MemoryReport;
 
-use super::head::reward_model;
+use super::head::{Asked, reward_model};
 use super::{Job, JobError};
 use crate::batch::Packed;
 use crate::collate::Plan;
@@ -41,7 +41,7 @@ impl Job {
         let prompts = self.prompts.iter().chain(&self.held_out_prompts);
         let prompt = prompts.map(|prompt| prompt.tokens.len()).max().unwrap_or(1);
         let longest = prompt + told.draw.max_tokens;
-        let mut judge = |judge: &Judge| self.judge(model, judge, longest);
+        let mut judge = |judge: &Judge| self.judge(model, judge, told.draw.max_tokens);
         let rewards = Rewards::new(&config.reward_funcs, config.reward_weights.as_deref(), &mut judge);
         let rewards = rewards.map_err(TrainError::from)?;
         let name = spec.base.name.clone();
@@ -63,10 +63,11 @@ impl Job {
         Ok((Online::new(model, config, prompts, held_out, rewards, sampler)?, memory))
     }
 
-    /// A judge that needs more than the answers' text; the model has at most `longest` tokens of prompt and answer.
-    fn judge(&self, model: &Model, judge: &Judge, longest: usize) -> Result<Box<dyn Score>, RewardError> {
+    /// A judge that needs more than the answers' text, which have at most `answer` tokens.
+    fn judge(&self, model: &Model, judge: &Judge, answer: usize) -> Result<Box<dyn Score>, RewardError> {
         let options = ModelOptions { threads: self.spec.threads, precision: self.spec.precision, ..ModelOptions::default() };
-        judge_of(model, judge, self.oracle.as_ref(), options, &self.spec.config, Some(longest))
+        let asked = Asked { prompts: &self.prompts, held_out: &self.held_out_prompts, answer };
+        judge_of(model, judge, self.oracle.as_ref(), options, &self.spec.config, asked)
     }
 }
 
@@ -80,14 +81,14 @@ fn largest(prompt: usize, told: &Reinforcement, budget: usize) -> Packed {
 }
 
 /// A judge ready for work: a reward model must have been trained here, on the base of `model` or whole, and computes beside it; a grader may
-/// ask models through `oracle`. A reward model is rehearsed where `longest` tells how many tokens a prompt and its answer have at most.
+/// ask models through `oracle`. A reward model is rehearsed for what is `asked`.
 pub(crate) fn judge_of(
     model: &Model,
     judge: &Judge,
     oracle: Option<&Arc<dyn Oracle>>,
     options: ModelOptions,
     config: &TrainConfig,
-    longest: Option<usize>,
+    asked: Asked<'_>,
 ) -> Result<Box<dyn Score>, RewardError> {
     let folder = match judge {
         Judge::RewardModel { path } => path,
@@ -97,5 +98,5 @@ pub(crate) fn judge_of(
         other => return other.ready(),
     };
     let wrong = |error: JobError| RewardError::Model { path: folder.clone(), detail: error.to_string() };
-    Ok(Box::new(reward_model(model, folder, options, config, longest).map_err(wrong)?))
+    Ok(Box::new(reward_model(model, folder, options, config, asked).map_err(wrong)?))
 }

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use tidemill_engine::{Adapter, ModelFiles, Part, Weight};
 use tidemill_kernels::train::Precision;
 
+use super::head::Asked;
 use super::*;
 use crate::dataset::{Example, Message, Origin, Row};
 use crate::model::{Model, ModelOptions};
@@ -176,7 +177,7 @@ async fn a_reward_model_that_is_trained_whole_judges_by_its_own_numbers() {
     let judge = Judge::RewardModel { path: finished.folder };
     let options = ModelOptions { threads: 1, ..ModelOptions::default() };
     let trained = Model::untrained(files, options).unwrap();
-    let judge = judge_of(&trained, &judge, None, options, &config, None).unwrap();
+    let judge = judge_of(&trained, &judge, None, options, &config, Asked::default()).unwrap();
     let asked = json!({ "role": "user", "content": "Question number 3 is which?" });
     let (prompt, columns) = ([serde_json::from_value::<Message>(asked).unwrap()], serde_json::Map::new());
     let answer = |text| Answer { prompt: &prompt, columns: &columns, text, tokens: 1, ended: true };

@@ -6,11 +6,13 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Map, Value, json};
 use tidemill_engine::LoraConfig;
+use tidemill_rlhf::batch::{Label, Packed};
 use tidemill_rlhf::dataset::format;
 use tidemill_rlhf::evaluate::answers::Sampling;
 use tidemill_rlhf::evaluate::{Entrant, Evaluation, Referee, Trial, evaluate};
 use tidemill_rlhf::job::{ADAPTER, Base, Job, JobError, Rows, Spec};
 use tidemill_rlhf::model::{Model, ModelOptions, Pass};
+use tidemill_rlhf::random::Random;
 use tidemill_rlhf::reward::Rewards;
 use tidemill_rlhf::train::{
     Ask, Control, Draw, Drawn, EngineSampler, Method, Online, Prompt, Question, Sampler, Stage, TrainConfig, TrainError,
@@ -245,6 +247,53 @@ async fn model_judge_and_engine_share_one_card_and_its_memory() {
     assert!(bounded.memory.most() <= enough, "{} bytes, of {enough}", bounded.memory.most());
 }
 
+/// A batch of at most so many rows, in segments of 1 to `longest` rows of which some share a prompt, with labels for some rows.
+fn drawn(random: &mut Random, rows: usize, longest: usize) -> Packed {
+    let mut batch = Packed::default();
+    let mut prompt = None;
+    while batch.rows() < rows {
+        let len = (1 + random.below(longest)).min(rows - batch.rows());
+        let tokens: Vec<u32> = (0..len).map(|_| random.below(200) as u32).collect();
+        let alone = prompt.is_none() || random.below(3) == 0;
+        let index = batch.push(&tokens, prompt.filter(|_| !alone));
+        prompt = if alone { Some(index) } else { prompt };
+    }
+    let labels = 1 + random.below(rows);
+    batch.labels = (0..labels).map(|row| Label { row: row as u32, token: 3 }).collect();
+    batch
+}
+
+#[test]
+fn batches_of_all_lengths_fit_in_what_the_largest_needed() {
+    const ROWS: usize = 16;
+    let cards = EmulatedCards::new(PLENTY);
+    let place = Workplace::new(&"cuda:1".parse().unwrap(), None, Arc::clone(&cards) as Arc<dyn Cards>).unwrap();
+    let policy = place.take(model(ModelOptions { recompute: true, ..EXACT })).unwrap();
+    // A judge of other files, which reads more tokens than the model.
+    let judge = Model::untrained(open("qwen2"), EXACT).unwrap().computing_beside(&policy).unwrap();
+    let all: Vec<u32> = (0..2 * ROWS as u32).collect();
+    judge.rehearse(&Packed::of_size(2 * ROWS, 16, 0), &all, Pass::EVALUATE).unwrap();
+    policy.rehearse(&Packed::of_size(ROWS, 8, ROWS), &[], Pass { dropout: Some(0), ..Pass::TRAIN }).unwrap();
+    policy.settle();
+    let needed = policy.device_memory().unwrap().unwrap();
+    assert_eq!((needed.most, needed.left), (needed.held, PLENTY - needed.held));
+    let mut random = Random::new(5);
+    for (rows, longest) in [(ROWS, 1), (ROWS, 8), (5, 3), (11, 8)] {
+        let batch = drawn(&mut random, rows, longest);
+        policy.log_probs(&batch, Pass::REFERENCE).unwrap();
+        let loss = policy.log_probs(&batch, Pass { dropout: Some(7), ..Pass::TRAIN }).unwrap().sum_all().unwrap();
+        loss.backward().unwrap();
+        let judged = drawn(&mut random, 2 * rows, 2 * longest);
+        judge.hidden(&judged, &[0, 0], Pass::EVALUATE).unwrap();
+        let now = policy.device_memory().unwrap().unwrap();
+        assert_eq!((now.held, now.most, now.left), (needed.held, needed.most, needed.left), "{rows} rows, {longest} each");
+    }
+    assert_eq!(cards.memory.most(), needed.held);
+    // More than that is refused, whatever there is.
+    let refused = policy.log_probs(&drawn(&mut random, 12 * ROWS, 8), Pass::TRAIN).unwrap_err().to_string();
+    assert!(refused.contains(&format!("of {} that it may", needed.held)), "{refused}");
+}
+
 async fn evaluated(adapters: &[PathBuf], referee: Referee<'_>, workplace: Workplace) -> Evaluation {
     let parse = |index| format::parse(pair(index).as_object().unwrap().clone(), "rows").unwrap().row;
     let rows: Vec<_> = (0..5).map(parse).collect();
@@ -305,6 +354,29 @@ async fn an_evaluation_gives_the_processors_numbers() {
     // The engine has room for those that are asked at once, and no more.
     let started = cards.engine();
     assert!(started.report.unwrap().kv < started.spare, "{:?}", started.options);
+}
+
+#[tokio::test]
+async fn an_evaluation_keeps_from_the_engine_what_its_largest_adapter_needs() {
+    let place = tempfile::tempdir().unwrap();
+    let adapter = |rank: usize| {
+        let lora = LoraConfig { r: rank, alpha: 8.0, ..LoraConfig::default() };
+        let folder = place.path().join(rank.to_string());
+        Model::new(open("qwen2"), &lora, 1, EXACT).unwrap().adapter("tiny").unwrap().write(&folder).unwrap();
+        folder
+    };
+    let entered = [adapter(1), adapter(64)];
+    let on_card = |cards: &Arc<EmulatedCards>| {
+        Workplace::new(&"cuda:1".parse().unwrap(), None, Arc::clone(cards) as Arc<dyn Cards>).unwrap()
+    };
+    let plenty = EmulatedCards::new(PLENTY);
+    evaluated(&entered, Referee::None, on_card(&plenty)).await;
+    let started = plenty.engine();
+    let kv = started.report.unwrap().kv;
+    // Keys and values have what is left, and all the rest still fits.
+    let tight = EmulatedCards::new(PLENTY - started.spare + kv / 2);
+    evaluated(&entered, Referee::None, on_card(&tight)).await;
+    assert!(tight.engine().report.unwrap().kv < kv);
 }
 
 #[test]

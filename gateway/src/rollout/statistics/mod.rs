@@ -19,7 +19,7 @@ mod thompson;
 mod welch;
 
 pub use bayes::{Posterior, posterior};
-pub use binomial::{bounded_sequence, exact_sequence, quantile_ranks};
+pub use binomial::{bounded_sequence, exact_sequence, quantile_weights};
 pub use cuped::{Covariate, Cuped, cuped};
 pub use pairwise::{Pairwise, Verdicts, pairwise};
 pub use plan::{Outcome, Plan, Question, plan};
