@@ -65,6 +65,8 @@ fn adapters_compute_what_peft_computes_on_models_of_both_containers() {
         ("qwen3", &["all"], ["", "qwen3.gguf"]),
         ("mixtral", &["attention"], ["", "mixtral.gguf"]),
         ("dbrx", &["attention"], ["", "dbrx.gguf"]),
+        ("gemma2", &["all"], ["", "gemma2.gguf"]),
+        ("gemma3", &["all"], ["", "gemma3.gguf"]),
     ] {
         for container in containers {
             for (backend, ops) in [("reference", Box::new(Reference::new(LIMITS)) as Box<dyn Ops>), ("cpu", cpu())] {

@@ -59,7 +59,8 @@ fn answers_as_peft_did(merged: &Path, adapter: &Path, label: &str) {
 /// `TIDEMILL_WRITE_MERGED` names a folder where the merged models stay, for `tests/oracle/merged.py`.
 #[test]
 fn a_merged_model_computes_what_peft_computed_in_every_container() {
-    for (family, names) in [("llama", &["all", "some", "patterns"][..]), ("qwen3", &["all"])] {
+    let families = [("llama", &["all", "some", "patterns"][..]), ("qwen3", &["all"]), ("gemma2", &["all"]), ("gemma3", &["all"])];
+    for (family, names) in families {
         let folder = goldens(family);
         for name in names {
             let adapter = folder.join("adapters").join(name);
@@ -77,12 +78,18 @@ fn a_merged_model_computes_what_peft_computed_in_every_container() {
                 let to = out.join(to);
                 let files = ModelFiles::open(&base).unwrap();
                 let options = MergeOptions { container, storage: Some(Format::F32), files_from };
+                if family.starts_with("gemma") && to.ends_with("converted.gguf") {
+                    let why = merge(&files, &read, &to, &options).unwrap_err().to_string();
+                    assert!(why.contains("a Gemma model of safetensors is merged into safetensors"), "{why}");
+                    continue;
+                }
                 let merged = merge(&files, &read, &to, &options).unwrap();
                 assert_eq!(merged.matrices, read.pairs.len());
                 answers_as_peft_did(&to, &adapter, &format!("{family} {name} {}", to.display()));
             }
             read.write_gguf(ModelFiles::open(&folder).unwrap().config(), &out.join("adapter.gguf")).unwrap();
-            assert_eq!(fs::read_dir(out).unwrap().count(), 5, "nothing is left beside them");
+            let written = if family.starts_with("gemma") { 4 } else { 5 };
+            assert_eq!(fs::read_dir(out).unwrap().count(), written, "nothing is left beside them");
         }
     }
 }

@@ -153,14 +153,30 @@ fn dbrx_on_several_ranks_computes_what_transformers_computes() {
 }
 
 #[test]
+fn gemma2_on_several_ranks_computes_what_transformers_computes() {
+    computes_what_transformers_computes("gemma2");
+}
+
+#[test]
+fn gemma3_on_several_ranks_computes_what_transformers_computes() {
+    computes_what_transformers_computes("gemma3");
+}
+
+#[test]
 fn qwen3_moe_on_several_ranks_computes_what_transformers_computes() {
     computes_what_transformers_computes("qwen3_moe");
 }
 
 #[test]
 fn adapters_on_several_ranks_compute_what_peft_computes() {
-    let of_families =
-        [("llama", &["all", "some", "patterns"][..]), ("qwen3", &["all"]), ("mixtral", &["attention"]), ("dbrx", &["attention"])];
+    let of_families = [
+        ("llama", &["all", "some", "patterns"][..]),
+        ("qwen3", &["all"]),
+        ("mixtral", &["attention"]),
+        ("dbrx", &["attention"]),
+        ("gemma2", &["all"]),
+        ("gemma3", &["all"]),
+    ];
     for (family, names) in of_families {
         for path in containers(family) {
             let files = ModelFiles::open(&path).unwrap();
@@ -208,6 +224,8 @@ fn several_emulated_cards_compute_what_one_does() {
         ("qwen2_moe", WeightFormat::F32, 2),
         ("qwen3_moe", WeightFormat::F32, 2),
         ("dbrx", WeightFormat::F32, 2),
+        ("gemma2", WeightFormat::F32, 4),
+        ("gemma3", WeightFormat::F32, 2),
     ] {
         let label = format!("{family} as {format:?} on {ranks} ranks");
         let files = ModelFiles::open(&goldens(family)).unwrap();

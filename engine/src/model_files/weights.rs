@@ -1,7 +1,7 @@
 //! Weights as they lie in the files: for a backend that packs them, and for training, which reads them where they are.
 
 use tidemill_kernels::blocks::{dequantize_row, is_four_bit, quantize_row};
-use tidemill_kernels::{Format, MatrixSource, WeightFormat};
+use tidemill_kernels::{Format, KernelError, MatrixSource, WeightFormat};
 
 use super::ModelFiles;
 use super::experts::rows_of;
@@ -22,6 +22,15 @@ pub struct FileMatrix<'a> {
     pub data: &'a [u8],
     /// Output feature `i` is file row `row_order[i]`.
     pub row_order: Option<Vec<u32>>,
+}
+
+/// What a format holds of a number; block formats hold none alone, and leave it as it is.
+fn rounded(number: f32, format: Format) -> Result<f32, KernelError> {
+    let Some(bytes) = format.row_bytes(1) else { return Ok(number) };
+    let (mut stored, mut value) = (vec![0; bytes], [number]);
+    quantize_row(format, &value, &mut stored)?;
+    dequantize_row(format, &stored, &mut value)?;
+    Ok(value[0])
 }
 
 impl FileMatrix<'_> {
@@ -134,20 +143,12 @@ impl ModelFiles {
         if self.config.gemma.is_none() {
             return Ok(None);
         }
-        let mut scale = [(self.config.hidden as f64).sqrt() as f32];
-        let matrix = self.matrix(Weight::Embedding)?;
-        if !self.naming().is_gguf()
-            && let Some(bytes) = matrix.format.row_bytes(1)
-        {
-            let mut stored = vec![0; bytes];
-            let rounded = quantize_row(matrix.format, &scale, &mut stored);
-            rounded.and_then(|()| dequantize_row(matrix.format, &stored, &mut scale)).map_err(|source| LoadError::Kernel {
-                path: self.path.clone(),
-                what: "embedding scale".to_owned(),
-                source,
-            })?;
-        }
-        Ok(Some(scale[0]))
+        let format = if self.naming().is_gguf() { Format::F32 } else { self.need(Weight::Embedding)?.format };
+        let scale = rounded((self.config.hidden as f64).sqrt() as f32, format);
+        scale.map(Some).map_err(|source| {
+            let what = "embedding scale".to_owned();
+            LoadError::Kernel { path: self.path.clone(), what, source }
+        })
     }
 
     /// About how many bytes the weights take when a card has packed them.
@@ -200,5 +201,20 @@ impl ModelConfig {
             head * head_dim + within % half * 2 + within / half
         });
         order.map(|row| u32::try_from(row).ok()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_root_of_a_width_is_rounded_as_the_table_is() {
+        // What transformers says of 3072 in bfloat16.
+        let root = 3072f32.sqrt();
+        assert_eq!(rounded(root, Format::Bf16).unwrap(), 55.5);
+        assert_eq!(rounded(root, Format::F16).unwrap(), 55.4375);
+        assert_eq!(rounded(root, Format::F32).unwrap(), root);
+        assert_eq!(rounded(root, Format::Q8_0).unwrap(), root);
     }
 }

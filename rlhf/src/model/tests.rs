@@ -245,6 +245,23 @@ fn bad_input_is_refused() {
 }
 
 #[test]
+fn gemma_is_refused_by_name() {
+    for family in ["gemma2", "gemma3"] {
+        let files = open(family);
+        let adapter = Adapter::read(&goldens(&format!("{family}/adapters/all"))).unwrap();
+        let refused = [
+            Model::new(files.clone(), &LoraConfig::default(), 1, EXACT),
+            Model::with_adapter(files.clone(), &adapter, EXACT),
+            Model::untrained(files.clone(), EXACT),
+            Model::whole(files, EXACT),
+        ];
+        for model in refused {
+            assert!(model.map(|_| ()).unwrap_err().to_string().contains("Gemma models are served but neither trained"));
+        }
+    }
+}
+
+#[test]
 fn a_mixture_of_experts_is_refused_by_name() {
     for family in ["mixtral", "dbrx"] {
         let files = open(family);
