@@ -65,6 +65,7 @@ fn adapters_compute_what_peft_computes_on_models_of_both_containers() {
         ("qwen3", &["all"], ["", "qwen3.gguf"]),
         ("mixtral", &["attention"], ["", "mixtral.gguf"]),
         ("dbrx", &["attention"], ["", "dbrx.gguf"]),
+        ("mpt", &["all"], ["", "mpt.gguf"]),
     ] {
         for container in containers {
             for (backend, ops) in [("reference", Box::new(Reference::new(LIMITS)) as Box<dyn Ops>), ("cpu", cpu())] {

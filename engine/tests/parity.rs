@@ -14,7 +14,7 @@ use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
 use tidemill_kernels::reference::Reference;
 use tidemill_kernels::{Limits, Ops, WeightFormat};
 
-const FAMILIES: [&str; 9] = ["llama", "llama3", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "dbrx"];
+const FAMILIES: [&str; 10] = ["llama", "llama3", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "dbrx", "mpt"];
 const TOLERANCE: f32 = 1e-3;
 const LIMITS: Limits = Limits { max_tokens: 256, max_samples: 32, max_positions: 512 };
 
@@ -110,6 +110,11 @@ fn mixtral_computes_what_transformers_computes() {
 #[test]
 fn dbrx_computes_what_transformers_computes() {
     logits_and_greedy_tokens_equal("dbrx");
+}
+
+#[test]
+fn mpt_computes_what_transformers_computes() {
+    logits_and_greedy_tokens_equal("mpt");
 }
 
 #[test]

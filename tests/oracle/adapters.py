@@ -1,6 +1,6 @@
 """LoRA adapters made by PEFT for the tiny models, with what `transformers` + PEFT compute with them.
 
-    python adapters.py GOLDENS
+    python adapters.py GOLDENS [family ...]
 
 For each adapter: GOLDENS/<family>/adapters/<name>/ with adapter_config.json and adapter_model.safetensors as PEFT saves them, and
 expected.json. Expected values come from the files just written, read back by PEFT onto the model read from its files.
@@ -41,6 +41,9 @@ ADAPTERS = {
     "dbrx": {
         # Query, key and value in one matrix.
         "attention": dict(r=4, lora_alpha=8, target_modules=["Wqkv", "out_proj"]),
+    },
+    "mpt": {
+        "all": dict(r=4, lora_alpha=8, target_modules=["Wqkv", "out_proj", "up_proj", "down_proj"]),
     },
     "qwen3": {
         "all": dict(r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=["k_proj"]),
@@ -102,8 +105,8 @@ def expected(family: str, folder: Path, seed: int) -> dict | None:
 
 def main() -> None:
     goldens = Path(sys.argv[1])
-    for family, adapters in ADAPTERS.items():
-        for name in adapters:
+    for family in sys.argv[2:] or ADAPTERS:
+        for name in ADAPTERS[family]:
             folder = goldens / family / "adapters" / name
             for seed in range(1, 200):
                 build(family, name, folder, seed)

@@ -61,6 +61,7 @@ fn configuration(model: &ModelFiles, storage: Format) -> Value {
         Family::Qwen2Moe => ("Qwen2MoeForCausalLM", "qwen2_moe"),
         Family::Qwen3Moe => ("Qwen3MoeForCausalLM", "qwen3_moe"),
         Family::Dbrx => ("DbrxForCausalLM", "dbrx"),
+        Family::Mpt => ("MptForCausalLM", "mpt"),
     };
     let scaling = match &config.rope_scaling {
         RopeScaling::None | RopeScaling::Factors(_) => Value::Null,
@@ -102,8 +103,8 @@ fn configuration(model: &ModelFiles, storage: Format) -> Value {
             value["attention_bias"] = json!(config.output_bias);
             value["use_sliding_window"] = json!(false);
         }
-        // Models with experts stay in their container, and so beside their own config.json.
-        Family::Dbrx => {}
+        // Models with experts, or query, key and value in one matrix, stay in their container, and so beside their own config.json.
+        Family::Dbrx | Family::Mpt => {}
     }
     if let (Some(value), Value::Object(roles)) = (value.as_object_mut(), generation_configuration(model)) {
         value.extend(roles);

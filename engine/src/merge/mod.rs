@@ -68,6 +68,13 @@ pub fn merge(base: &ModelFiles, adapter: &Adapter, to: &Path, options: &MergeOpt
                 .into(),
         ));
     }
+    if base.naming().joins_qkv() && !same_container {
+        return Err(MergeError::Unsupported(
+            "a model with query, key and value in one matrix is merged into the container that its base has: safetensors into safetensors, \
+             GGUF into GGUF"
+                .into(),
+        ));
+    }
     whole_or_absent(to, |beside| {
         let merged = write(base, adapter, beside, options)?;
         same_model(base.config(), beside, options)?;
@@ -98,8 +105,10 @@ fn whole_or_absent<T>(to: &Path, write: impl FnOnce(&Path) -> Result<T, MergeErr
 
 fn write(base: &ModelFiles, adapter: &Adapter, beside: &Path, options: &MergeOptions) -> Result<Merged, MergeError> {
     match (options.container, base.naming()) {
-        (Container::Gguf, Naming::Gguf | Naming::GgufDbrx) => gguf::copy(base, adapter, beside, options.storage),
-        (Container::Gguf, Naming::HuggingFace | Naming::HuggingFaceBare | Naming::Dbrx) => {
+        (Container::Gguf, Naming::Gguf | Naming::GgufDbrx | Naming::GgufMpt) => {
+            gguf::copy(base, adapter, beside, options.storage)
+        }
+        (Container::Gguf, Naming::HuggingFace | Naming::HuggingFaceBare | Naming::Dbrx | Naming::Mpt) => {
             let merged = gguf::from_safetensors(base, adapter, beside, options.storage)?;
             same_tokens(base, beside)?;
             Ok(merged)
@@ -111,8 +120,10 @@ fn write(base: &ModelFiles, adapter: &Adapter, beside: &Path, options: &MergeOpt
             }
             at("create", beside, fs::create_dir(beside))?;
             match naming {
-                Naming::Gguf | Naming::GgufDbrx => safetensors::from_gguf(base, adapter, beside, options),
-                Naming::HuggingFace | Naming::HuggingFaceBare | Naming::Dbrx => safetensors::copy(base, adapter, beside, options),
+                Naming::Gguf | Naming::GgufDbrx | Naming::GgufMpt => safetensors::from_gguf(base, adapter, beside, options),
+                Naming::HuggingFace | Naming::HuggingFaceBare | Naming::Dbrx | Naming::Mpt => {
+                    safetensors::copy(base, adapter, beside, options)
+                }
             }
         }
     }
@@ -167,7 +178,7 @@ fn all_weights(base: &ModelFiles) -> Result<Vec<Weight>, MergeError> {
 /// The matrix that a pair adapts, as the base's files have it.
 fn adapted<'a>(base: &'a ModelFiles, pair: &Pair) -> Result<FileMatrix<'a>, LoadError> {
     match pair.projection {
-        Projection::DbrxQkv => base.joined_qkv(pair.layer),
+        Projection::DbrxQkv | Projection::MptQkv => base.joined_qkv(pair.layer),
         projection => base.matrix(weight(pair.layer, projection)),
     }
 }

@@ -61,7 +61,7 @@ fn plan<'a>(
     let (n, k) = base.config().shape_of(weight);
     let (shape, storage) = if k == 1 { (vec![n], Format::F32) } else { (vec![n, k], storage) };
     let naming = match base.naming() {
-        Naming::Gguf | Naming::GgufDbrx => Naming::HuggingFace,
+        Naming::Gguf | Naming::GgufDbrx | Naming::GgufMpt => Naming::HuggingFace,
         own => own,
     };
     let name = naming.name(weight);

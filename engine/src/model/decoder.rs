@@ -1,6 +1,6 @@
-//! The decoder that Llama, Mistral, Mixtral, DBRX, Qwen2 and Qwen3 share: pre-norm attention with rotary positions and grouped queries,
-//! then a gated feed-forward part, or experts. The families differ in kind of norm, biases, head norms, limits of q, k and v, window and
-//! frequencies, all of which are data here.
+//! The decoder that Llama, Mistral, Mixtral, DBRX, MPT, Qwen2 and Qwen3 share: pre-norm attention with rotary positions (or ALiBi) and grouped
+//! queries, then a feed-forward part, mostly gated, or experts. The families differ in kind of norm, biases, head norms, limits of q, k and v,
+//! window and frequencies, all of which are data here.
 
 use tidemill_kernels::{
     AttentionSpec, Buf, Experts, HeadShape, KernelError, KvCache, KvDtype, KvSpec, LowRank, Matrix, MemoryUse, Ops, QkNorm, Rope,
@@ -33,7 +33,10 @@ struct Weights {
     layers: Vec<Layer>,
     final_norm: Vector,
     output: Matrix,
+    /// Rotates nothing where there are slopes.
     rope: Rope,
+    /// Slopes of ALiBi, of the part's heads.
+    alibi: Option<Vector>,
 }
 
 struct Layer {
@@ -46,7 +49,15 @@ struct Layer {
 }
 
 enum FeedForward {
-    Dense { gate_up: Linear, down: Linear },
+    Dense {
+        gate_up: Linear,
+        down: Linear,
+    },
+    /// Without a gate.
+    Plain {
+        up: Linear,
+        down: Linear,
+    },
     Experts(ExpertLayer, ExpertBuffers),
 }
 
@@ -83,7 +94,7 @@ struct Buffers {
     qkv: Buf,
     /// `[tokens, heads * head_dim]`
     attended: Buf,
-    /// `[tokens, 2 * intermediate]`; as narrow as can be where experts have their own.
+    /// `[tokens, 2 * intermediate]`, without a gate half as wide; as narrow as can be where experts have their own.
     gate_up: Buf,
     /// `[tokens, intermediate]`
     gated: Buf,
@@ -118,13 +129,13 @@ impl Site {
     fn of(projection: Projection, config: &ModelConfig) -> (Site, usize) {
         let &ModelConfig { heads, kv_heads, head_dim, intermediate, .. } = config;
         match projection {
-            Projection::Query | Projection::DbrxQkv => (Site::Qkv, 0),
+            Projection::Query | Projection::DbrxQkv | Projection::MptQkv => (Site::Qkv, 0),
             Projection::Key => (Site::Qkv, heads * head_dim),
             Projection::Value => (Site::Qkv, (heads + kv_heads) * head_dim),
-            Projection::AttentionOutput | Projection::DbrxOutput => (Site::AttentionOutput, 0),
-            Projection::Gate => (Site::GateUp, 0),
+            Projection::AttentionOutput | Projection::DbrxOutput | Projection::MptOutput => (Site::AttentionOutput, 0),
+            Projection::Gate | Projection::MptUp => (Site::GateUp, 0),
             Projection::Up => (Site::GateUp, intermediate),
-            Projection::Down => (Site::Down, 0),
+            Projection::Down | Projection::MptDown => (Site::Down, 0),
         }
     }
 }
@@ -150,8 +161,8 @@ impl Decoder {
             what: "activations".to_owned(),
             source,
         })?;
-        let scale = 1.0 / (config.head_dim as f32).sqrt();
-        let attention = AttentionSpec { scale, sliding_window: config.sliding_window, soft_cap: None, alibi: None };
+        let scale = config.softmax_scale.unwrap_or(1.0 / (config.head_dim as f32).sqrt());
+        let attention = AttentionSpec { scale, sliding_window: config.sliding_window, soft_cap: None, alibi: weights.alibi };
         Ok(Self { ops, config, shard, shape, attention, weights, buffers, kv: None })
     }
 
@@ -205,6 +216,13 @@ impl Decoder {
                     ops.linear(b.normed, gate_up.weight, gate_up.bias, b.gate_up, Store::Replace);
                     ops.lora(b.normed, Site::GateUp.number(index), b.gate_up);
                     ops.silu_and_mul(b.gate_up, b.gated);
+                    ops.linear(b.gated, down.weight, down.bias, b.hidden, residual);
+                    ops.lora(b.gated, Site::Down.number(index), b.hidden);
+                }
+                FeedForward::Plain { up, down } => {
+                    ops.linear(b.normed, up.weight, up.bias, b.gate_up, Store::Replace);
+                    ops.lora(b.normed, Site::GateUp.number(index), b.gate_up);
+                    ops.gelu(b.gate_up, b.gated);
                     ops.linear(b.gated, down.weight, down.bias, b.hidden, residual);
                     ops.lora(b.gated, Site::Down.number(index), b.hidden);
                 }
@@ -331,7 +349,7 @@ impl Buffers {
             normed: ops.alloc(Rows::Tokens, hidden)?,
             qkv: ops.alloc(Rows::Tokens, (heads + 2 * kv_heads) * head_dim)?,
             attended: ops.alloc(Rows::Tokens, heads * head_dim)?,
-            gate_up: ops.alloc(Rows::Tokens, 2 * intermediate)?,
+            gate_up: ops.alloc(Rows::Tokens, if shard.local().gated { 2 * intermediate } else { intermediate })?,
             gated: ops.alloc(Rows::Tokens, intermediate)?,
             last: ops.alloc(Rows::Samples, hidden)?,
             last_normed: ops.alloc(Rows::Samples, hidden)?,
@@ -363,7 +381,9 @@ impl<'a> Loader<'a> {
         let layers = (0..layers).map(|index| self.layer(index, buffers)).collect::<Result<_, _>>()?;
         let final_norm = self.vector(&[Weight::FinalNorm])?;
         let rope = self.ops.load_rope(&self.config.inverse_frequencies(), 1.0).map_err(|source| self.refused("rope", source))?;
-        Ok(Weights { embedding, layers, final_norm, output, rope })
+        let slopes = self.config.alibi_slopes().map(|slopes| self.ops.load_vector(&slopes[self.shard.heads()]));
+        let alibi = slopes.transpose().map_err(|source| self.refused("slopes", source))?;
+        Ok(Weights { embedding, layers, final_norm, output, rope, alibi })
     }
 
     fn layer(&mut self, index: usize, buffers: Option<ExpertBuffers>) -> Result<Layer, LoadError> {
@@ -389,6 +409,13 @@ impl<'a> Loader<'a> {
             feed_forward_norm: self.vector(&[at(Part::FeedForwardNorm)])?,
             feed_forward: match (self.config.experts, buffers) {
                 (Some(experts), Some(buffers)) => FeedForward::Experts(ExpertLayer::load(self, index, experts)?, buffers),
+                _ if !self.config.gated => FeedForward::Plain {
+                    up: Linear { weight: self.matrix(&[at(Part::Up)])?, bias: self.bias(mlp_bias, &[at(Part::UpBias)])? },
+                    down: Linear {
+                        weight: self.matrix(&[at(Part::Down)])?,
+                        bias: self.bias(mlp_bias && self.shard.leads(), &[at(Part::DownBias)])?,
+                    },
+                },
                 _ => FeedForward::Dense {
                     gate_up: Linear {
                         weight: self.matrix(&[at(Part::Gate), at(Part::Up)])?,

@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use super::{ExpertConfig, Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES, dbrx, refused};
+use super::{ExpertConfig, Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES, dbrx, mpt, refused};
 use crate::generation_defaults::one_or_many;
 use crate::load_error::LoadError;
 
@@ -87,6 +87,9 @@ impl ModelConfig {
         let (config, ends) = if family == Family::Dbrx {
             let fields: dbrx::Fields = parsed(path, &text)?;
             (fields.config(path)?, fields.eos_token_id)
+        } else if family == Family::Mpt {
+            let fields: mpt::Fields = parsed(path, &text)?;
+            (fields.config(path)?, fields.eos_token_id)
         } else {
             let fields: Fields = parsed(path, &text)?;
             (fields.config(path, family)?, fields.eos_token_id)
@@ -123,6 +126,7 @@ fn family(path: &Path, text: &[u8]) -> Result<Family, LoadError> {
         "Qwen2MoeForCausalLM" | "Qwen2MoeModel" | "qwen2_moe" => Family::Qwen2Moe,
         "Qwen3MoeForCausalLM" | "Qwen3MoeModel" | "qwen3_moe" => Family::Qwen3Moe,
         "DbrxForCausalLM" | "dbrx" => Family::Dbrx,
+        "MptForCausalLM" | "MPTForCausalLM" | "mpt" => Family::Mpt,
         _ => return Err(LoadError::unsupported(path, field, format!("\"{name}\""), SUPPORTED_FAMILIES)),
     })
 }
@@ -144,7 +148,9 @@ impl Fields {
             Family::Llama => (10_000.0, 2048, 1e-6),
             Family::Mistral => (10_000.0, 4096 * 32, 1e-6),
             Family::Mixtral => (1_000_000.0, 4096 * 32, 1e-5),
-            Family::Qwen2 | Family::Qwen3 | Family::Qwen2Moe | Family::Qwen3Moe | Family::Dbrx => (10_000.0, 32_768, 1e-6),
+            Family::Qwen2 | Family::Qwen3 | Family::Qwen2Moe | Family::Qwen3Moe | Family::Dbrx | Family::Mpt => {
+                (10_000.0, 32_768, 1e-6)
+            }
         };
         let shared_out = self.hidden_size / self.num_attention_heads;
         let (default_head_dim, default_kv_heads) = match family {
@@ -152,7 +158,7 @@ impl Fields {
             Family::Mistral | Family::Mixtral => (shared_out, 8),
             Family::Qwen2Moe => (shared_out, 16),
             Family::Qwen3Moe => (shared_out, 4),
-            Family::Llama | Family::Qwen2 | Family::Dbrx => (shared_out, self.num_attention_heads),
+            Family::Llama | Family::Qwen2 | Family::Dbrx | Family::Mpt => (shared_out, self.num_attention_heads),
         };
         let is_qwen2 = matches!(family, Family::Qwen2 | Family::Qwen2Moe);
         let experts = self.experts(path, family)?;
@@ -180,6 +186,9 @@ impl Fields {
             rms_eps: self.rms_norm_eps.unwrap_or(eps) as f32,
             layer_norm: false,
             clip_qkv: None,
+            alibi: None,
+            softmax_scale: None,
+            gated: true,
             rope_theta: rope.rope_theta.or(self.rope_theta).unwrap_or(theta),
             rope_scaling: rope.scaling(path, max_positions)?,
             sliding_window: self.window(path, family)?,
@@ -196,7 +205,7 @@ impl Fields {
             Family::Mixtral => (8, 2),
             Family::Qwen2Moe => (60, 4),
             Family::Qwen3Moe => (128, 8),
-            Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 | Family::Dbrx => return Ok(None),
+            Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 | Family::Dbrx | Family::Mpt => return Ok(None),
         };
         let instead = "only models whose layers all have experts are";
         if let Some(step) = self.decoder_sparse_step.filter(|&step| step != 1) {
@@ -224,7 +233,7 @@ impl Fields {
         }
         let listed = types.iter().filter(|name| *name == SLIDING).count();
         let (window, sliding, layers) = match family {
-            Family::Llama | Family::Dbrx => (None, listed, types.len()),
+            Family::Llama | Family::Dbrx | Family::Mpt => (None, listed, types.len()),
             // On all layers; the types of layers say nothing.
             Family::Mistral | Family::Mixtral if listed == 0 || listed == types.len() => {
                 let default = (family == Family::Mistral).then_some(4096);

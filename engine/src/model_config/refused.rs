@@ -66,7 +66,8 @@ pub(super) fn in_json(path: &Path, fields: &Map<String, Value>) -> Result<(), Lo
 
 /// Looks through the metadata of a GGUF file.
 pub(super) fn in_gguf(gguf: &Gguf, architecture: &str) -> Result<(), LoadError> {
-    for (name, neutral) in KEYS {
+    // MPT's is computed.
+    for (name, neutral) in KEYS.into_iter().filter(|(name, _)| !(architecture == "mpt" && *name == "attention.max_alibi_bias")) {
         let key = format!("{architecture}.{name}");
         if let Some(number) = gguf.number(&key)?.filter(|&number| number != 0.0 && number != neutral) {
             return Err(LoadError::unsupported(gguf.path(), key, number.to_string(), INSTEAD));

@@ -43,6 +43,7 @@ pub(super) fn open(directory: &Path) -> Result<ModelFiles, LoadError> {
     let files: Vec<TensorFile> = paths.iter().map(|path| safetensors_file::open(path)).collect::<Result<_, _>>()?;
     let naming = match config.family {
         Family::Dbrx => Naming::Dbrx,
+        Family::Mpt => Naming::Mpt,
         _ => Naming::of(files.iter().flat_map(|file| file.tensors.keys())),
     };
     Ok(ModelFiles {

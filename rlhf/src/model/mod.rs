@@ -205,7 +205,14 @@ type Held = Option<(Arc<Trained>, Vec<Var>)>;
 
 /// Refuses what layers here do not compute.
 fn dense(files: &ModelFiles) -> Result<(), ModelError> {
-    match files.config().experts {
+    let config = files.config();
+    if config.alibi.is_some() || !config.gated {
+        return Err(ModelError::Kind(
+            "the model is an MPT, whose ALiBi and feed-forward part without a gate are served but neither trained nor evaluated here; \
+             choose another dense model",
+        ));
+    }
+    match config.experts {
         None => Ok(()),
         Some(_) => Err(ModelError::Kind(
             "the model is a mixture of experts, which is served but neither trained nor evaluated here; choose a dense model",
