@@ -4,6 +4,7 @@ mod dbrx;
 mod gemma;
 mod gguf;
 mod json;
+mod mpt;
 mod refused;
 
 use std::path::Path;
@@ -15,7 +16,7 @@ use crate::load_error::LoadError;
 pub use gemma::Gemma;
 
 const SUPPORTED_FAMILIES: &str =
-    "supported are Llama, Mistral, Mixtral, DBRX, Qwen2, Qwen2-MoE, Qwen3, Qwen3-MoE, Gemma 2 and Gemma 3 models";
+    "supported are Llama, Mistral, Mixtral, DBRX, Qwen2, Qwen2-MoE, Qwen3, Qwen3-MoE, MPT, Gemma 2 and Gemma 3 models";
 
 /// Families of decoders that share one description (`model/decoder.rs`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -40,6 +41,8 @@ pub enum Family {
     Gemma2,
     /// Gemma 3, the text part: see [`Gemma`].
     Gemma3,
+    /// MPT: ALiBi in the place of rotary positions, layer norms, a feed-forward part without a gate.
+    Mpt,
 }
 
 /// Sizes and switches of a decoder.
@@ -71,6 +74,12 @@ pub struct ModelConfig {
     pub layer_norm: bool,
     /// No number of q, k and v is farther from 0 than this.
     pub clip_qkv: Option<f32>,
+    /// ALiBi's largest exponent: biases on scores tell positions (see [`ModelConfig::alibi_slopes`]), and nothing is rotated.
+    pub alibi: Option<f64>,
+    /// What scores are multiplied by, where it is not `1 / sqrt(head_dim)`.
+    pub softmax_scale: Option<f32>,
+    /// The feed-forward part is `down(silu(gate(x)) * up(x))`; without a gate, `down(gelu(up(x)))`.
+    pub gated: bool,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
     /// How the frequencies are stretched.
@@ -176,6 +185,12 @@ impl ModelConfig {
         if let Some(limit) = self.clip_qkv.filter(|limit| !(limit.is_finite() && *limit > 0.0)) {
             return invalid("clip_qkv", format!("is {limit}; leave it out for no limit"));
         }
+        if let Some(most) = self.alibi.filter(|most| !(*most > 0.0 && *most <= 64.0)) {
+            return invalid("alibi_bias_max", format!("is {most}, but must lie above 0 and not above 64"));
+        }
+        if let Some(scale) = self.softmax_scale.filter(|scale| !(scale.is_finite() && *scale > 0.0)) {
+            return invalid("softmax_scale", format!("is {scale}; leave it out for 1 / sqrt(head_dim)"));
+        }
         if self.sliding_window == Some(0) {
             return invalid("sliding_window", "is 0; leave it out for full attention".to_owned());
         }
@@ -205,7 +220,7 @@ impl ModelConfig {
     pub fn attention_scale(&self) -> f32 {
         match &self.gemma {
             Some(gemma) => (1.0 / gemma.query_scalar.sqrt()) as f32,
-            None => 1.0 / (self.head_dim as f32).sqrt(),
+            None => self.softmax_scale.unwrap_or(1.0 / (self.head_dim as f32).sqrt()),
         }
     }
 
@@ -216,9 +231,22 @@ impl ModelConfig {
         Some((0..half).map(|i| theta.powf(-(i as f64) / half as f64) as f32).collect())
     }
 
-    /// `[head_dim / 2]` rotary frequencies in radians per position, stretched as [`RopeScaling`] says.
+    /// ALiBi's slopes `[heads]` (Press et al. 2022): of 2^n heads, head i has `2^(-most (i + 1) / 2^n)`. Heads beyond the last power of two have
+    /// every other slope of twice as many heads, from the first on; as transformers' `build_mpt_alibi_tensor` and llama.cpp.
+    pub fn alibi_slopes(&self) -> Option<Vec<f32>> {
+        let most = self.alibi?;
+        // The largest power of two that is not above the number of heads.
+        let whole = (self.heads + 1).next_power_of_two() / 2;
+        let exponent = |head: usize| match head.checked_sub(whole) {
+            None => (head + 1) as f64 / whole as f64,
+            Some(beyond) => (2 * beyond + 1) as f64 / (2 * whole) as f64,
+        };
+        Some((0..self.heads).map(|head| (-most * exponent(head)).exp2() as f32).collect())
+    }
+
+    /// `[head_dim / 2]` rotary frequencies in radians per position, stretched as [`RopeScaling`] says; none where ALiBi tells positions.
     pub fn inverse_frequencies(&self) -> Vec<f32> {
-        let half = self.head_dim / 2;
+        let half = if self.alibi.is_some() { 0 } else { self.head_dim / 2 };
         let plain = (0..half).map(|i| self.rope_theta.powf(-(i as f64) / half as f64));
         let stretched = plain.enumerate().map(|(i, frequency)| self.rope_scaling.stretch(i, frequency));
         stretched.map(|frequency| frequency as f32).collect()

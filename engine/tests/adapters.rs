@@ -67,6 +67,7 @@ fn adapters_compute_what_peft_computes_on_models_of_both_containers() {
         ("dbrx", &["attention"], ["", "dbrx.gguf"]),
         ("gemma2", &["all"], ["", "gemma2.gguf"]),
         ("gemma3", &["all"], ["", "gemma3.gguf"]),
+        ("mpt", &["all"], ["", "mpt.gguf"]),
     ] {
         for container in containers {
             for (backend, ops) in [("reference", Box::new(Reference::new(LIMITS)) as Box<dyn Ops>), ("cpu", cpu())] {

@@ -201,6 +201,7 @@ fn adapters_change_attention_and_are_refused_elsewhere() {
                 Projection::DbrxQkv | Projection::DbrxOutput if is_dbrx => None,
                 _ if is_dbrx => Some("adapt Wqkv and out_proj"),
                 Projection::DbrxQkv | Projection::DbrxOutput => Some("made for DBRX"),
+                _ if projection.is_of_mpt() => Some("made for MPT"),
                 Projection::Gate | Projection::Up | Projection::Down => Some("experts"),
                 _ => None,
             };

@@ -14,8 +14,8 @@ use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
 use tidemill_kernels::reference::Reference;
 use tidemill_kernels::{Limits, Ops, WeightFormat};
 
-const FAMILIES: [&str; 11] =
-    ["llama", "llama3", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "dbrx", "gemma2", "gemma3"];
+const FAMILIES: [&str; 12] =
+    ["llama", "llama3", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "dbrx", "mpt", "gemma2", "gemma3"];
 const TOLERANCE: f32 = 1e-3;
 const LIMITS: Limits = Limits { max_tokens: 256, max_samples: 32, max_positions: 512 };
 
@@ -121,6 +121,11 @@ fn gemma2_computes_what_transformers_computes() {
 #[test]
 fn gemma3_computes_what_transformers_computes() {
     logits_and_greedy_tokens_equal("gemma3");
+}
+
+#[test]
+fn mpt_computes_what_transformers_computes() {
+    logits_and_greedy_tokens_equal("mpt");
 }
 
 #[test]

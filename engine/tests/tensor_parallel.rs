@@ -96,11 +96,15 @@ fn containers(family: &str) -> Vec<PathBuf> {
 }
 
 fn computes_what_transformers_computes(family: &str) {
+    computes_on(family, [2, 4]);
+}
+
+fn computes_on(family: &str, degrees: [usize; 2]) {
     let expected = expected(&goldens(family));
     let tokens: Vec<u32> = expected.prompt.iter().chain(&expected.greedy).copied().collect();
     for path in containers(family) {
         let files = ModelFiles::open(&path).unwrap();
-        for ranks in [2, 4] {
+        for ranks in degrees {
             let label = format!("{} on {ranks} ranks", path.display());
             let mut stepper = Stepper::new(shared_out(&files, ranks, WeightFormat::F32, &reference));
             let got = stepper.log_probabilities(&tokens, &expected.positions);
@@ -150,6 +154,12 @@ fn qwen2_moe_on_several_ranks_computes_what_transformers_computes() {
 #[test]
 fn dbrx_on_several_ranks_computes_what_transformers_computes() {
     computes_what_transformers_computes("dbrx");
+}
+
+/// Of six heads with slopes of their own.
+#[test]
+fn mpt_on_several_ranks_computes_what_transformers_computes() {
+    computes_on("mpt", [2, 3]);
 }
 
 #[test]
@@ -226,6 +236,7 @@ fn several_emulated_cards_compute_what_one_does() {
         ("dbrx", WeightFormat::F32, 2),
         ("gemma2", WeightFormat::F32, 4),
         ("gemma3", WeightFormat::F32, 2),
+        ("mpt", WeightFormat::Bf16, 3),
     ] {
         let label = format!("{family} as {format:?} on {ranks} ranks");
         let files = ModelFiles::open(&goldens(family)).unwrap();

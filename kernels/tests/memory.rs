@@ -73,7 +73,7 @@ fn the_largest_steps_reserve_what_the_cache_left_them_and_no_more() {
             vocabulary: 67,
             qk_norm: false,
             qkv_bias: false,
-            spec: AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None },
+            spec: AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None, alibi: None },
         };
         let (device, log) = Recorder::new();
         let backend = CudaBackend::new(device, LIMITS).capturing();

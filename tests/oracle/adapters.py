@@ -48,6 +48,9 @@ ADAPTERS = {
     "gemma3": {
         "all": dict(r=4, lora_alpha=8, target_modules=ALL),
     },
+    "mpt": {
+        "all": dict(r=4, lora_alpha=8, target_modules=["Wqkv", "out_proj", "up_proj", "down_proj"]),
+    },
     "qwen3": {
         "all": dict(r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=["k_proj"]),
     },

@@ -20,12 +20,14 @@ ARCHITECTURE = {
     "llama": "llama", "llama3": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
     "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "dbrx": "dbrx",
     "gemma2": "gemma2", "gemma3": "gemma3",
+    "mpt": "mpt",
 }
 # `tokenizer.ggml.pre`: which splitting the byte-level BPE has.
 PRE = {
     "llama": "smollm", "llama3": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2",
     "mixtral": "smollm", "qwen2_moe": "qwen2", "qwen3_moe": "qwen2", "dbrx": "dbrx",
     "gemma2": "default", "gemma3": "default",
+    "mpt": "mpt",
 }
 # Names of an expert's matrices: in Mixtral's files, in others.
 PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -64,6 +66,15 @@ def plain_names(config: dict) -> dict:
         "max_position_embeddings": config["max_seq_len"], "intermediate_size": ffn["ffn_hidden_size"],
         "num_experts": ffn["moe_num_experts"], "num_experts_per_tok": ffn["moe_top_k"],
         "num_key_value_heads": attention["kv_n_heads"], "rope_theta": attention["rope_theta"], "rope_scaling": None,
+    }
+
+
+def plain_mpt_names(config: dict) -> dict:
+    """The same for MPT."""
+    return {
+        **config, "hidden_size": config["d_model"], "num_attention_heads": config["n_heads"], "num_hidden_layers": config["n_layers"],
+        "max_position_embeddings": config["max_seq_len"], "intermediate_size": config["expansion_ratio"] * config["d_model"],
+        "rope_scaling": None,
     }
 
 
@@ -110,6 +121,9 @@ def write(folder: Path) -> Path:
     is_dbrx = config["model_type"] == "dbrx"
     if is_dbrx:
         config = plain_names(config)
+    is_mpt = config["model_type"] == "mpt"
+    if is_mpt:
+        config = plain_mpt_names(config)
     experts = config.get("num_local_experts", config.get("num_experts"))
     if experts:
         tensors = dbrx_experts(tensors, experts) if is_dbrx else stacked(tensors, config["num_hidden_layers"], experts)
@@ -124,13 +138,16 @@ def write(folder: Path) -> Path:
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    if is_dbrx:
+    if not is_mpt:
+        writer.add_head_count_kv(config["num_key_value_heads"])
+        writer.add_rope_freq_base(config["rope_theta"])
+    if is_dbrx or is_mpt:
         writer.add_layer_norm_eps(1e-5)
         writer.add_clamp_kqv(config["attn_config"]["clip_qkv"])
     else:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
+    if is_mpt:
+        writer.add_max_alibi_bias(config["attn_config"]["alibi_bias_max"])
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     if experts:
         writer.add_expert_count(experts)
@@ -255,8 +272,8 @@ def main() -> None:
     for family in sys.argv[2:] or ARCHITECTURE:
         folder = Path(sys.argv[1]) / family
         path = write(folder)
-        # transformers reads no Mixtral or DBRX out of GGUF; `engine/tests/parity.rs` compares the files with the same expected values.
-        if family not in ("mixtral", "dbrx"):
+        # transformers reads no Mixtral, DBRX or MPT out of GGUF; `engine/tests/parity.rs` compares the files with the same expected values.
+        if family not in ("mixtral", "dbrx", "mpt"):
             check(folder, path)
         check_factors(folder)
 

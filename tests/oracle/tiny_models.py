@@ -25,6 +25,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    MptConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -243,6 +244,16 @@ FAMILIES["gemma3"] = Family(
     **GEMMA_TEXT,
 )
 
+# Heads that are no power of two, so that their slopes are those of two sequences. The feed-forward part has 4 times the width.
+FAMILIES["mpt"] = replace(
+    FAMILIES["llama"],
+    config=lambda vocab: MptConfig(
+        vocab_size=vocab, d_model=72, n_heads=6, n_layers=3, max_seq_len=512,
+        attn_config=dict(alibi=True, alibi_bias_max=8, clip_qkv=4.0),
+    ),
+    tokenizer=tiny_tokenizers.mpt, shards=1,
+)
+
 ENCODE_TEXTS = [
     "Hello, world!",
     "  leading,   inner   and trailing spaces   ",
@@ -275,6 +286,11 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 parameter.copy_(1.0 + 0.3 * noise)
             elif name.endswith(".bias"):
                 parameter.copy_(0.5 * noise)
+            elif model.config.model_type == "mpt":
+                # Without positions but in what is near, it soon says the same again, unless attention is sharp and what layers add
+                # outweighs the token's own embedding, which is the output matrix, too.
+                size = 3.0 if "Wqkv" in name else 4.0 if "wte" in name else 2.5
+                parameter.copy_(noise * size / math.sqrt(parameter.shape[1]))
             elif "embed_tokens" in name or name.endswith("wte.weight"):
                 # Tied, these are also the rows that the last hidden state (of about unit mean square) is multiplied with.
                 parameter.copy_(noise * 3.0 / math.sqrt(hidden))
@@ -312,6 +328,13 @@ def published_config(path: Path, style: int) -> None:
         config["sliding_window_pattern"] = config.pop("_sliding_window_pattern", 6)
         config["rope_theta"], config["rope_local_base_freq"] = full.pop("rope_theta"), local["rope_theta"]
         config["rope_scaling"], config["torch_dtype"] = full, config.pop("dtype")
+    elif config["model_type"] == "mpt":
+        # Its publisher's file has no other fields for attention.
+        config["torch_dtype"] = config.pop("dtype")
+        attention = config["attn_config"]
+        known = ("alibi", "alibi_bias_max", "attn_impl", "attn_pdrop", "attn_type", "attn_uses_sequence_id", "clip_qkv", "prefix_lm", "qk_ln", "softmax_scale")
+        config["attn_config"] = {key: attention[key] for key in known}
+        config["learned_pos_emb"] = True
     elif style == 4:
         rope = config.pop("rope_parameters")
         config["rope_theta"] = rope.pop("rope_theta")

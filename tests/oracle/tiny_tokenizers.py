@@ -65,6 +65,22 @@ def smollm2(vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
+def mpt(vocabulary: int) -> Tokenizer:
+    """GPT-2 splitting and nothing else, ChatML tokens at the start of the vocabulary."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=True, trim_offsets=True, use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken(token, normalized=False, special=True) for token in special],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TRAINING_LINES, trainer)
+    return tokenizer
+
+
 def llama3(vocabulary: int) -> Tokenizer:
     """Llama 3: regex split, digits in threes, a post-processor that adds the start token."""
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]

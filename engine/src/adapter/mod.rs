@@ -135,6 +135,8 @@ impl Adapter {
             if !model.adapts(*projection) {
                 let detail = match (model.family, projection) {
                     (Family::Dbrx, _) => "the model has no such matrix; adapt Wqkv and out_proj",
+                    (Family::Mpt, _) => "the model has no such matrix; adapt Wqkv, out_proj, up_proj and down_proj",
+                    (_, projection) if projection.is_of_mpt() => "the adapter was made for MPT, which the model is not",
                     (_, Projection::DbrxQkv | Projection::DbrxOutput) => "the adapter was made for DBRX, which the model is not",
                     _ => {
                         "the model has experts in its place, which no adapter changes here; adapt q_proj, k_proj, v_proj and o_proj"
@@ -185,7 +187,7 @@ impl Adapter {
 impl Pair {
     /// The matrices that a layer is loaded as, of which this pair adapts one or all, each with its rows of `b`.
     pub(crate) fn parts(&self, model: &ModelConfig) -> Vec<(Projection, &[f32])> {
-        if self.projection != Projection::DbrxQkv {
+        if !self.projection.joins_qkv() {
             return vec![(self.projection, &self.b)];
         }
         let mut rest = self.b.as_slice();
@@ -202,10 +204,10 @@ impl Pair {
 impl ModelConfig {
     /// Whether layers of the model have a matrix that adapters call so.
     pub(crate) fn adapts(&self, projection: Projection) -> bool {
-        let is_dbrx = self.family == Family::Dbrx;
-        match projection {
-            Projection::DbrxQkv | Projection::DbrxOutput => is_dbrx,
-            _ => !is_dbrx && self.has(projection.part()),
+        match (self.family, projection) {
+            (Family::Dbrx, _) => Projection::DBRX.contains(&projection),
+            (Family::Mpt, _) => projection.is_of_mpt(),
+            _ => Projection::ALL.contains(&projection) && self.has(projection.part()),
         }
     }
 }

@@ -24,13 +24,24 @@ pub enum Projection {
     DbrxQkv,
     /// DBRX's `norm_attn_norm.attn.out_proj`
     DbrxOutput,
+    /// MPT's `attn.Wqkv`: query, key and value in one.
+    MptQkv,
+    /// MPT's `attn.out_proj`
+    MptOutput,
+    /// MPT's `ffn.up_proj`
+    MptUp,
+    /// MPT's `ffn.down_proj`
+    MptDown,
 }
 
 impl Projection {
     /// What DBRX has in the place of the others. Its experts are adapted no more than those of other models.
     pub const DBRX: [Projection; 2] = [Projection::DbrxQkv, Projection::DbrxOutput];
 
-    /// All of a layer, in the order in which it uses them; DBRX has matrices of its own.
+    /// What MPT has in the place of the others.
+    pub const MPT: [Projection; 4] = [Projection::MptQkv, Projection::MptOutput, Projection::MptUp, Projection::MptDown];
+
+    /// All of a layer, in the order in which it uses them; DBRX and MPT have matrices of their own.
     pub const ALL: [Projection; 7] = [
         Projection::Query,
         Projection::Key,
@@ -49,23 +60,23 @@ impl Projection {
             Projection::Value => "v_proj",
             Projection::AttentionOutput => "o_proj",
             Projection::Gate => "gate_proj",
-            Projection::Up => "up_proj",
-            Projection::Down => "down_proj",
-            Projection::DbrxQkv => "Wqkv",
-            Projection::DbrxOutput => "out_proj",
+            Projection::Up | Projection::MptUp => "up_proj",
+            Projection::Down | Projection::MptDown => "down_proj",
+            Projection::DbrxQkv | Projection::MptQkv => "Wqkv",
+            Projection::DbrxOutput | Projection::MptOutput => "out_proj",
         }
     }
 
-    /// The layer's tensor that it adapts; of [`Projection::DbrxQkv`], that of the first rows.
+    /// The layer's tensor that it adapts; of those of query, key and value in one, that of the first rows.
     pub const fn part(self) -> Part {
         match self {
-            Projection::Query | Projection::DbrxQkv => Part::Query,
+            Projection::Query | Projection::DbrxQkv | Projection::MptQkv => Part::Query,
             Projection::Key => Part::Key,
             Projection::Value => Part::Value,
-            Projection::AttentionOutput | Projection::DbrxOutput => Part::AttentionOutput,
+            Projection::AttentionOutput | Projection::DbrxOutput | Projection::MptOutput => Part::AttentionOutput,
             Projection::Gate => Part::Gate,
-            Projection::Up => Part::Up,
-            Projection::Down => Part::Down,
+            Projection::Up | Projection::MptUp => Part::Up,
+            Projection::Down | Projection::MptDown => Part::Down,
         }
     }
 
@@ -75,20 +86,33 @@ impl Projection {
             Projection::Query | Projection::Key | Projection::Value | Projection::AttentionOutput => "self_attn",
             Projection::Gate | Projection::Up | Projection::Down => "mlp",
             Projection::DbrxQkv | Projection::DbrxOutput => "norm_attn_norm.attn",
+            Projection::MptQkv | Projection::MptOutput => "attn",
+            Projection::MptUp | Projection::MptDown => "ffn",
         }
     }
 
     /// Where a model has its layers.
     const fn layers(self) -> (&'static str, &'static str) {
         match self {
+            _ if self.is_of_mpt() => ("transformer.", "blocks."),
             Projection::DbrxQkv | Projection::DbrxOutput => ("transformer.", "blocks."),
             _ => ("model.", "layers."),
         }
     }
 
+    /// Whether it is one of MPT's.
+    pub const fn is_of_mpt(self) -> bool {
+        matches!(self, Projection::MptQkv | Projection::MptOutput | Projection::MptUp | Projection::MptDown)
+    }
+
+    /// Whether query, key and value are rows of the matrix.
+    pub const fn joins_qkv(self) -> bool {
+        matches!(self, Projection::DbrxQkv | Projection::MptQkv)
+    }
+
     /// Those of every model.
     pub fn every() -> impl Iterator<Item = Projection> {
-        Projection::ALL.into_iter().chain(Projection::DBRX)
+        Projection::ALL.into_iter().chain(Projection::DBRX).chain(Projection::MPT)
     }
 
     /// The module's full name: `model.layers.3.self_attn.q_proj`.
@@ -100,13 +124,15 @@ impl Projection {
     /// The layer and matrix that a full name means, with or without the `model.` in front.
     pub fn of_module(module: &str) -> Option<(usize, Projection)> {
         let (path, name) = module.rsplit_once('.')?;
-        let projection = Projection::every().find(|projection| projection.name() == name)?;
-        let (model, layers) = projection.layers();
-        let inside = path.strip_prefix(model).unwrap_or(path).strip_prefix(layers)?;
-        let layer = inside.strip_suffix(projection.parent())?.strip_suffix('.')?;
-        // "007" and "+7" parse as numbers but name nothing.
-        let number: usize = layer.parse().ok()?;
-        (number.to_string() == layer).then_some((number, projection))
+        // Several models have matrices of one name, each in a part of its own.
+        Projection::every().filter(|projection| projection.name() == name).find_map(|projection| {
+            let (model, layers) = projection.layers();
+            let inside = path.strip_prefix(model).unwrap_or(path).strip_prefix(layers)?;
+            let layer = inside.strip_suffix(projection.parent())?.strip_suffix('.')?;
+            // "007" and "+7" parse as numbers but name nothing.
+            let number: usize = layer.parse().ok()?;
+            (number.to_string() == layer).then_some((number, projection))
+        })
     }
 
     /// The matrix called `name`, as in [`Projection::name`].
@@ -120,10 +146,10 @@ impl Projection {
         match self {
             Projection::Query => (heads * head_dim, hidden),
             Projection::Key | Projection::Value => (kv_heads * head_dim, hidden),
-            Projection::DbrxQkv => ((heads + 2 * kv_heads) * head_dim, hidden),
-            Projection::AttentionOutput | Projection::DbrxOutput => (hidden, heads * head_dim),
-            Projection::Gate | Projection::Up => (intermediate, hidden),
-            Projection::Down => (hidden, intermediate),
+            Projection::DbrxQkv | Projection::MptQkv => ((heads + 2 * kv_heads) * head_dim, hidden),
+            Projection::AttentionOutput | Projection::DbrxOutput | Projection::MptOutput => (hidden, heads * head_dim),
+            Projection::Gate | Projection::Up | Projection::MptUp => (intermediate, hidden),
+            Projection::Down | Projection::MptDown => (hidden, intermediate),
         }
     }
 }
@@ -141,6 +167,7 @@ mod tests {
             assert_eq!(Projection::of_module(bare), Some((12, projection)));
         }
         assert_eq!(Projection::DbrxQkv.module(3), "transformer.blocks.3.norm_attn_norm.attn.Wqkv");
+        assert_eq!(Projection::MptUp.module(3), "transformer.blocks.3.ffn.up_proj");
         for other in [
             "lm_head",
             "model.embed_tokens",
@@ -153,6 +180,8 @@ mod tests {
             "model.layers.1.self_attn.Wqkv",
             "transformer.blocks.1.ffn.router.layer",
             "transformer.blocks.1.norm_attn_norm.attn.q_proj",
+            "transformer.blocks.1.mlp.up_proj",
+            "model.layers.1.ffn.up_proj",
         ] {
             assert_eq!(Projection::of_module(other), None, "{other}");
         }

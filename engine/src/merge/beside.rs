@@ -63,6 +63,7 @@ fn configuration(model: &ModelFiles, storage: Format) -> Value {
         Family::Dbrx => ("DbrxForCausalLM", "dbrx"),
         Family::Gemma2 => ("Gemma2ForCausalLM", "gemma2"),
         Family::Gemma3 => ("Gemma3ForCausalLM", "gemma3_text"),
+        Family::Mpt => ("MptForCausalLM", "mpt"),
     };
     let scaling = match &config.rope_scaling {
         RopeScaling::None | RopeScaling::Factors(_) => Value::Null,
@@ -104,8 +105,9 @@ fn configuration(model: &ModelFiles, storage: Format) -> Value {
             value["attention_bias"] = json!(config.output_bias);
             value["use_sliding_window"] = json!(false);
         }
-        // Models with experts stay in their container, and so beside their own config.json. No Gemma is written anew.
-        Family::Dbrx | Family::Gemma2 | Family::Gemma3 => {}
+        // Models with experts, or query, key and value in one matrix, stay in their container, and so beside their own config.json. No Gemma is
+        // written anew.
+        Family::Dbrx | Family::Mpt | Family::Gemma2 | Family::Gemma3 => {}
     }
     if let (Some(value), Value::Object(roles)) = (value.as_object_mut(), generation_configuration(model)) {
         value.extend(roles);

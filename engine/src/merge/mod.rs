@@ -75,6 +75,13 @@ pub fn merge(base: &ModelFiles, adapter: &Adapter, to: &Path, options: &MergeOpt
                 .into(),
         ));
     }
+    if base.naming().joins_qkv() && !same_container {
+        return Err(MergeError::Unsupported(
+            "a model with query, key and value in one matrix is merged into the container that its base has: safetensors into safetensors, \
+             GGUF into GGUF"
+                .into(),
+        ));
+    }
     whole_or_absent(to, |beside| {
         let merged = write(base, adapter, beside, options)?;
         same_model(base.config(), beside, options)?;
@@ -174,7 +181,7 @@ fn all_weights(base: &ModelFiles) -> Result<Vec<Weight>, MergeError> {
 /// The matrix that a pair adapts, as the base's files have it.
 fn adapted<'a>(base: &'a ModelFiles, pair: &Pair) -> Result<FileMatrix<'a>, LoadError> {
     match pair.projection {
-        Projection::DbrxQkv => base.joined_qkv(pair.layer),
+        Projection::DbrxQkv | Projection::MptQkv => base.joined_qkv(pair.layer),
         projection => base.matrix(weight(pair.layer, projection)),
     }
 }

@@ -1,6 +1,6 @@
-//! The decoder that Llama, Mistral, Mixtral, DBRX, Qwen2, Qwen3 and Gemma share: pre-norm attention with rotary positions and grouped
-//! queries, then a gated feed-forward part, or experts. The families differ in kind of norm, biases, head norms, limits of q, k and v, window
-//! and frequencies, Gemma in more ([`crate::model_config::Gemma`]), all of which are data here.
+//! The decoder that Llama, Mistral, Mixtral, DBRX, MPT, Qwen2, Qwen3 and Gemma share: pre-norm attention with rotary positions (or ALiBi) and
+//! grouped queries, then a feed-forward part, mostly gated, or experts. The families differ in kind of norm, biases, head norms, limits of q, k
+//! and v, window and frequencies, Gemma in more ([`crate::model_config::Gemma`]), all of which are data here.
 
 use tidemill_kernels::{
     AttentionSpec, Buf, Experts, HeadShape, KernelError, KvCache, KvDtype, KvSpec, LowRank, Matrix, MemoryUse, Ops, QkNorm, Rope,
@@ -35,9 +35,12 @@ struct Weights {
     layers: Vec<Layer>,
     final_norm: Vector,
     output: Matrix,
+    /// Rotates nothing where there are slopes.
     rope: Rope,
     /// Of layers with a window, where they rotate otherwise.
     local_rope: Option<Rope>,
+    /// Slopes of ALiBi, of the part's heads.
+    alibi: Option<Vector>,
 }
 
 struct Layer {
@@ -54,7 +57,15 @@ struct Layer {
 }
 
 enum FeedForward {
-    Dense { gate_up: Linear, down: Linear },
+    Dense {
+        gate_up: Linear,
+        down: Linear,
+    },
+    /// Without a gate.
+    Plain {
+        up: Linear,
+        down: Linear,
+    },
     Experts(ExpertLayer, ExpertBuffers),
 }
 
@@ -93,7 +104,7 @@ struct Buffers {
     qkv: Buf,
     /// `[tokens, heads * head_dim]`
     attended: Buf,
-    /// `[tokens, 2 * intermediate]`; as narrow as can be where experts have their own.
+    /// `[tokens, 2 * intermediate]`, without a gate half as wide; as narrow as can be where experts have their own.
     gate_up: Buf,
     /// `[tokens, intermediate]`
     gated: Buf,
@@ -128,13 +139,13 @@ impl Site {
     fn of(projection: Projection, config: &ModelConfig) -> (Site, usize) {
         let &ModelConfig { heads, kv_heads, head_dim, intermediate, .. } = config;
         match projection {
-            Projection::Query | Projection::DbrxQkv => (Site::Qkv, 0),
+            Projection::Query | Projection::DbrxQkv | Projection::MptQkv => (Site::Qkv, 0),
             Projection::Key => (Site::Qkv, heads * head_dim),
             Projection::Value => (Site::Qkv, (heads + kv_heads) * head_dim),
-            Projection::AttentionOutput | Projection::DbrxOutput => (Site::AttentionOutput, 0),
-            Projection::Gate => (Site::GateUp, 0),
+            Projection::AttentionOutput | Projection::DbrxOutput | Projection::MptOutput => (Site::AttentionOutput, 0),
+            Projection::Gate | Projection::MptUp => (Site::GateUp, 0),
             Projection::Up => (Site::GateUp, intermediate),
-            Projection::Down => (Site::Down, 0),
+            Projection::Down | Projection::MptDown => (Site::Down, 0),
         }
     }
 }
@@ -162,7 +173,7 @@ impl Decoder {
         })?;
         let soft_cap = config.gemma.as_ref().and_then(|gemma| gemma.attention_cap);
         // Each layer has its own window.
-        let attention = AttentionSpec { scale: config.attention_scale(), sliding_window: None, soft_cap, alibi: None };
+        let attention = AttentionSpec { scale: config.attention_scale(), sliding_window: None, soft_cap, alibi: weights.alibi };
         Ok(Self { ops, config, shard, shape, attention, weights, buffers, kv: None })
     }
 
@@ -230,6 +241,13 @@ impl Decoder {
                         true => ops.gelu_tanh_and_mul(b.gate_up, b.gated),
                         false => ops.silu_and_mul(b.gate_up, b.gated),
                     }
+                    ops.linear(b.gated, down.weight, down.bias, sum, store);
+                    ops.lora(b.gated, Site::Down.number(index), sum);
+                }
+                FeedForward::Plain { up, down } => {
+                    ops.linear(b.normed, up.weight, up.bias, b.gate_up, Store::Replace);
+                    ops.lora(b.normed, Site::GateUp.number(index), b.gate_up);
+                    ops.gelu(b.gate_up, b.gated);
                     ops.linear(b.gated, down.weight, down.bias, sum, store);
                     ops.lora(b.gated, Site::Down.number(index), sum);
                 }
@@ -363,7 +381,7 @@ impl Buffers {
             branch: if shard.local().gemma.is_some() { Some(ops.alloc(Rows::Tokens, hidden)?) } else { None },
             qkv: ops.alloc(Rows::Tokens, (heads + 2 * kv_heads) * head_dim)?,
             attended: ops.alloc(Rows::Tokens, heads * head_dim)?,
-            gate_up: ops.alloc(Rows::Tokens, 2 * intermediate)?,
+            gate_up: ops.alloc(Rows::Tokens, if shard.local().gated { 2 * intermediate } else { intermediate })?,
             gated: ops.alloc(Rows::Tokens, intermediate)?,
             last: ops.alloc(Rows::Samples, hidden)?,
             last_normed: ops.alloc(Rows::Samples, hidden)?,
@@ -398,7 +416,9 @@ impl<'a> Loader<'a> {
         let local_rope = self.config.local_inverse_frequencies().map(|frequencies| self.ops.load_rope(&frequencies, 1.0));
         let local_rope = local_rope.transpose().map_err(|source| self.refused("rope", source))?;
         let embedding_scale = self.files.embedding_scale()?;
-        Ok(Weights { embedding, embedding_scale, layers, final_norm, output, rope, local_rope })
+        let slopes = self.config.alibi_slopes().map(|slopes| self.ops.load_vector(&slopes[self.shard.heads()]));
+        let alibi = slopes.transpose().map_err(|source| self.refused("slopes", source))?;
+        Ok(Weights { embedding, embedding_scale, layers, final_norm, output, rope, local_rope, alibi })
     }
 
     fn layer(&mut self, index: usize, buffers: Option<ExpertBuffers>) -> Result<Layer, LoadError> {
@@ -426,6 +446,13 @@ impl<'a> Loader<'a> {
             post_feed_forward_norm: self.norm_behind(at(Part::PostFeedForwardNorm))?,
             feed_forward: match (self.config.experts, buffers) {
                 (Some(experts), Some(buffers)) => FeedForward::Experts(ExpertLayer::load(self, index, experts)?, buffers),
+                _ if !self.config.gated => FeedForward::Plain {
+                    up: Linear { weight: self.matrix(&[at(Part::Up)])?, bias: self.bias(mlp_bias, &[at(Part::UpBias)])? },
+                    down: Linear {
+                        weight: self.matrix(&[at(Part::Down)])?,
+                        bias: self.bias(mlp_bias && self.shard.leads(), &[at(Part::DownBias)])?,
+                    },
+                },
                 _ => FeedForward::Dense {
                     gate_up: Linear {
                         weight: self.matrix(&[at(Part::Gate), at(Part::Up)])?,

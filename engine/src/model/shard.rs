@@ -133,6 +133,11 @@ impl Shard {
         &self.local
     }
 
+    /// The part's query heads, as the whole model counts them.
+    pub fn heads(&self) -> Range<usize> {
+        self.heads.clone()
+    }
+
     /// The first token of the part of embedding and output.
     pub fn first_token(&self) -> usize {
         self.tokens.start
@@ -344,6 +349,9 @@ mod tests {
             rms_eps: 1e-5,
             layer_norm: false,
             clip_qkv: None,
+            alibi: None,
+            softmax_scale: None,
+            gated: true,
             rope_theta: 10_000.0,
             rope_scaling: RopeScaling::None,
             sliding_window: None,

@@ -90,10 +90,14 @@ pub(crate) enum Naming {
     Gemma(Stem),
     /// `transformer.blocks.0.norm_attn_norm.attn.Wqkv.weight`, as DBRX's publisher has them. Query, key and value are rows of one matrix.
     Dbrx,
+    /// `transformer.blocks.0.attn.Wqkv.weight`, as MPT's publisher has them. Query, key and value are rows of one matrix.
+    Mpt,
     /// `blk.0.attn_q.weight`
     Gguf,
     /// `blk.0.attn_qkv.weight`, DBRX in GGUF.
     GgufDbrx,
+    /// `blk.0.attn_qkv.weight` and everybody's other names, MPT in GGUF.
+    GgufMpt,
 }
 
 /// Where in a publisher's files a Gemma decoder lies.
@@ -134,6 +138,7 @@ impl Naming {
     pub fn of_publisher(family: Family) -> Self {
         match family {
             Family::Dbrx => Naming::Dbrx,
+            Family::Mpt => Naming::Mpt,
             Family::Gemma2 | Family::Gemma3 => Naming::Gemma(Stem::Model),
             _ => Naming::HuggingFace,
         }
@@ -141,17 +146,21 @@ impl Naming {
 
     /// What GGUF files of a family use.
     pub fn of_gguf(family: Family) -> Self {
-        if family == Family::Dbrx { Naming::GgufDbrx } else { Naming::Gguf }
+        match family {
+            Family::Dbrx => Naming::GgufDbrx,
+            Family::Mpt => Naming::GgufMpt,
+            _ => Naming::Gguf,
+        }
     }
 
     /// Whether it is GGUF's.
     pub fn is_gguf(self) -> bool {
-        matches!(self, Naming::Gguf | Naming::GgufDbrx)
+        matches!(self, Naming::Gguf | Naming::GgufDbrx | Naming::GgufMpt)
     }
 
     /// Whether query, key and value are rows of one matrix.
     pub fn joins_qkv(self) -> bool {
-        matches!(self, Naming::Dbrx | Naming::GgufDbrx)
+        matches!(self, Naming::Dbrx | Naming::GgufDbrx | Naming::Mpt | Naming::GgufMpt)
     }
 
     /// What Hugging Face's files of a family with these tensors use.
@@ -175,14 +184,14 @@ impl Naming {
             (Naming::Gemma(stem), Weight::Embedding) => format!("{}embed_tokens.weight", stem.name()),
             (Naming::Gemma(stem), Weight::FinalNorm) => format!("{}norm.weight", stem.name()),
             (Naming::Gemma(Stem::LanguageModel), Weight::Output) => "language_model.lm_head.weight".to_owned(),
-            (Naming::Dbrx, Weight::Embedding) => "transformer.wte.weight".to_owned(),
-            (Naming::Dbrx, Weight::FinalNorm) => "transformer.norm_f.weight".to_owned(),
-            (Naming::HuggingFace | Naming::HuggingFaceBare | Naming::Gemma(_) | Naming::Dbrx, Weight::Output) => {
+            (Naming::Dbrx | Naming::Mpt, Weight::Embedding) => "transformer.wte.weight".to_owned(),
+            (Naming::Dbrx | Naming::Mpt, Weight::FinalNorm) => "transformer.norm_f.weight".to_owned(),
+            (Naming::HuggingFace | Naming::HuggingFaceBare | Naming::Gemma(_) | Naming::Dbrx | Naming::Mpt, Weight::Output) => {
                 "lm_head.weight".to_owned()
             }
-            (Naming::Gguf | Naming::GgufDbrx, Weight::Embedding) => "token_embd.weight".to_owned(),
-            (Naming::Gguf | Naming::GgufDbrx, Weight::FinalNorm) => "output_norm.weight".to_owned(),
-            (Naming::Gguf | Naming::GgufDbrx, Weight::Output) => "output.weight".to_owned(),
+            (Naming::Gguf | Naming::GgufDbrx | Naming::GgufMpt, Weight::Embedding) => "token_embd.weight".to_owned(),
+            (Naming::Gguf | Naming::GgufDbrx | Naming::GgufMpt, Weight::FinalNorm) => "output_norm.weight".to_owned(),
+            (Naming::Gguf | Naming::GgufDbrx | Naming::GgufMpt, Weight::Output) => "output.weight".to_owned(),
             (_, Weight::Layer(layer, part)) => {
                 let (hugging_face, gguf) = part.names();
                 let mut name = self.layer(layer);
@@ -193,6 +202,8 @@ impl Naming {
                     Naming::Gguf => gguf,
                     Naming::Dbrx => part.dbrx_names().map_or(hugging_face, |names| names.0),
                     Naming::GgufDbrx => part.dbrx_names().map_or(gguf, |names| names.1),
+                    Naming::Mpt => part.mpt_names().map_or(hugging_face, |names| names.0),
+                    Naming::GgufMpt => part.mpt_names().map_or(gguf, |names| names.1),
                 });
                 name
             }
@@ -205,8 +216,8 @@ impl Naming {
             Naming::HuggingFace => format!("model.layers.{layer}."),
             Naming::HuggingFaceBare => format!("layers.{layer}."),
             Naming::Gemma(stem) => format!("{}layers.{layer}.", stem.name()),
-            Naming::Dbrx => format!("transformer.blocks.{layer}."),
-            Naming::Gguf | Naming::GgufDbrx => format!("blk.{layer}."),
+            Naming::Dbrx | Naming::Mpt => format!("transformer.blocks.{layer}."),
+            Naming::Gguf | Naming::GgufDbrx | Naming::GgufMpt => format!("blk.{layer}."),
         }
     }
 }
@@ -243,6 +254,19 @@ impl Part {
             Part::Query | Part::Key | Part::Value => ("norm_attn_norm.attn.Wqkv.weight", "attn_qkv.weight"),
             Part::AttentionOutput => ("norm_attn_norm.attn.out_proj.weight", "attn_output.weight"),
             Part::FeedForwardNorm => ("norm_attn_norm.norm_2.weight", "attn_output_norm.weight"),
+            _ => return None,
+        })
+    }
+
+    /// What MPT calls it otherwise than everybody: in its publisher's files, and in GGUF.
+    const fn mpt_names(self) -> Option<(&'static str, &'static str)> {
+        Some(match self {
+            Part::AttentionNorm => ("norm_1.weight", "attn_norm.weight"),
+            Part::Query | Part::Key | Part::Value => ("attn.Wqkv.weight", "attn_qkv.weight"),
+            Part::AttentionOutput => ("attn.out_proj.weight", "attn_output.weight"),
+            Part::FeedForwardNorm => ("norm_2.weight", "ffn_norm.weight"),
+            Part::Up => ("ffn.up_proj.weight", "ffn_up.weight"),
+            Part::Down => ("ffn.down_proj.weight", "ffn_down.weight"),
             _ => return None,
         })
     }

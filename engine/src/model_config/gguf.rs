@@ -30,6 +30,7 @@ impl ModelConfig {
             "dbrx" => Family::Dbrx,
             "gemma2" => Family::Gemma2,
             "gemma3" => Family::Gemma3,
+            "mpt" => Family::Mpt,
             _ => {
                 let found = format!("\"{architecture}\"");
                 return Err(LoadError::unsupported(gguf.path(), ARCHITECTURE, found, SUPPORTED_FAMILIES));
@@ -37,8 +38,11 @@ impl ModelConfig {
         };
         refused::in_gguf(gguf, family, architecture)?;
         let experts = match (family, count) {
-            (Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 | Family::Gemma2 | Family::Gemma3, None) => None,
-            (Family::Mistral | Family::Qwen2 | Family::Qwen3 | Family::Gemma2 | Family::Gemma3, Some(_)) => {
+            (
+                Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 | Family::Gemma2 | Family::Gemma3 | Family::Mpt,
+                None,
+            ) => None,
+            (Family::Mistral | Family::Qwen2 | Family::Qwen3 | Family::Gemma2 | Family::Gemma3 | Family::Mpt, Some(_)) => {
                 return Err(LoadError::unsupported(gguf.path(), key("expert_count"), "a mixture of experts", SUPPORTED_FAMILIES));
             }
             (_, count) => Some(ExpertConfig {
@@ -69,8 +73,12 @@ impl ModelConfig {
             None => need("vocab_size")?,
         };
         let has = |name: &str| shape(name).is_some();
-        let is_dbrx = family == Family::Dbrx;
-        let eps = key(if is_dbrx { "attention.layer_norm_epsilon" } else { "attention.layer_norm_rms_epsilon" });
+        let is_mpt = family == Family::Mpt;
+        let layer_norm = family == Family::Dbrx || is_mpt;
+        if is_mpt {
+            without(gguf, &has)?;
+        }
+        let eps = key(if layer_norm { "attention.layer_norm_epsilon" } else { "attention.layer_norm_rms_epsilon" });
         let eps = gguf.number(&eps)?.ok_or_else(|| gguf.missing(&eps))?;
         let config = ModelConfig {
             family,
@@ -87,9 +95,12 @@ impl ModelConfig {
             vocabulary,
             max_positions: need("context_length")?,
             rms_eps: eps as f32,
-            layer_norm: is_dbrx,
+            layer_norm,
             // 0 is none, as for llama.cpp.
             clip_qkv: gguf.number(&key("attention.clamp_kqv"))?.filter(|&limit| limit != 0.0).map(|limit| limit as f32),
+            alibi: if is_mpt { Some(alibi(gguf)?) } else { None },
+            softmax_scale: None,
+            gated: !is_mpt,
             rope_theta: gguf.number(&key("rope.freq_base"))?.unwrap_or(10_000.0),
             rope_scaling: match (scaling(gguf, architecture)?, rope_factors) {
                 (RopeScaling::None, Some(factors)) => RopeScaling::Factors(factors),
@@ -130,6 +141,7 @@ impl ModelConfig {
             Family::Dbrx => "dbrx",
             Family::Gemma2 => "gemma2",
             Family::Gemma3 => "gemma3",
+            Family::Mpt => "mpt",
         }
     }
 
@@ -174,6 +186,33 @@ impl ModelConfig {
                 Some(plain.enumerate().map(|(i, frequency)| (frequency / scaling.stretch(i, frequency)) as f32).collect())
             }
         }
+    }
+}
+
+/// The largest exponent of an MPT file's ALiBi.
+fn alibi(gguf: &Gguf) -> Result<f64, LoadError> {
+    const KEY: &str = "mpt.attention.max_alibi_bias";
+    // 0 is a model that learns a vector for each position.
+    gguf.number(KEY)?
+        .filter(|&most| most != 0.0)
+        .ok_or_else(|| LoadError::unsupported(gguf.path(), KEY, "no bias", "positions are told by ALiBi"))
+}
+
+/// Refuses tensors that some MPT files have and that nothing here computes with.
+fn without(gguf: &Gguf, has: &impl Fn(&str) -> bool) -> Result<(), LoadError> {
+    let names = [
+        "position_embd.weight",
+        "output_norm.bias",
+        "blk.0.attn_norm.bias",
+        "blk.0.attn_qkv.bias",
+        "blk.0.attn_q_norm.weight",
+        "blk.0.ffn_norm.bias",
+        "blk.0.ffn_up.bias",
+        "blk.0.ffn_act.scales",
+    ];
+    match names.into_iter().find(|name| has(name)) {
+        None => Ok(()),
+        Some(name) => Err(LoadError::unsupported(gguf.path(), name, "a tensor of this name", "models without it are")),
     }
 }
 

@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
-use super::{ExpertConfig, Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES, dbrx, gemma, refused};
+use super::{ExpertConfig, Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES, dbrx, gemma, mpt, refused};
 use crate::generation_defaults::one_or_many;
 use crate::load_error::LoadError;
 
@@ -90,6 +90,10 @@ impl ModelConfig {
                 let fields: dbrx::Fields = parsed(path, &text)?;
                 (fields.config(path)?, fields.eos_token_id)
             }
+            Family::Mpt => {
+                let fields: mpt::Fields = parsed(path, &text)?;
+                (fields.config(path)?, fields.eos_token_id)
+            }
             Family::Gemma2 | Family::Gemma3 => gemma(path, family, &text, &all)?,
             _ => {
                 let fields: Fields = parsed(path, &text)?;
@@ -144,6 +148,7 @@ fn family(path: &Path, text: &[u8]) -> Result<Family, LoadError> {
         "Gemma2ForCausalLM" | "Gemma2Model" | "gemma2" => Family::Gemma2,
         "Gemma3ForCausalLM" | "Gemma3TextModel" | "gemma3_text" => Family::Gemma3,
         "Gemma3ForConditionalGeneration" | "Gemma3Model" | "gemma3" => Family::Gemma3,
+        "MptForCausalLM" | "MPTForCausalLM" | "mpt" => Family::Mpt,
         _ => return Err(LoadError::unsupported(path, field, format!("\"{name}\""), SUPPORTED_FAMILIES)),
     })
 }
@@ -201,6 +206,9 @@ impl Fields {
             rms_eps: self.rms_norm_eps.unwrap_or(eps) as f32,
             layer_norm: false,
             clip_qkv: None,
+            alibi: None,
+            softmax_scale: None,
+            gated: true,
             rope_theta: rope.rope_theta.or(self.rope_theta).unwrap_or(theta),
             rope_scaling: rope.scaling(path, max_positions)?,
             sliding_window: self.window(path, family)?,
@@ -246,7 +254,7 @@ impl Fields {
         }
         let listed = types.iter().filter(|name| *name == SLIDING).count();
         let (window, sliding, layers) = match family {
-            Family::Llama | Family::Dbrx | Family::Gemma2 | Family::Gemma3 => (None, listed, types.len()),
+            Family::Llama | Family::Dbrx | Family::Mpt | Family::Gemma2 | Family::Gemma3 => (None, listed, types.len()),
             // On all layers; the types of layers say nothing.
             Family::Mistral | Family::Mixtral if listed == 0 || listed == types.len() => {
                 let default = (family == Family::Mistral).then_some(4096);

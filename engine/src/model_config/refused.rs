@@ -58,6 +58,7 @@ fn computes(family: Family, name: &str) -> bool {
             let own = ["final_logit_softcapping", "query_pre_attn_scalar", "sliding_window_pattern", "attention.scale"];
             own.contains(&name)
         }
+        Family::Mpt => name == "attention.max_alibi_bias",
         _ => false,
     }
 }

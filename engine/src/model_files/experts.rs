@@ -176,12 +176,14 @@ impl ModelFiles {
             (Naming::Dbrx, Mixture::Expert(expert, part)) => {
                 vec![at(format!("ffn.experts.mlp.{}", part.dbrx_name()), &[count * n], expert * n)]
             }
-            (Naming::Gguf | Naming::GgufDbrx, Mixture::Router) => vec![alone("ffn_gate_inp.weight".to_owned())],
-            (Naming::Gguf | Naming::GgufDbrx, Mixture::SharedGate) => vec![alone("ffn_gate_inp_shexp.weight".to_owned())],
-            (Naming::Gguf | Naming::GgufDbrx, Mixture::Shared(part)) => {
+            (Naming::Gguf | Naming::GgufDbrx | Naming::GgufMpt, Mixture::Router) => vec![alone("ffn_gate_inp.weight".to_owned())],
+            (Naming::Gguf | Naming::GgufDbrx | Naming::GgufMpt, Mixture::SharedGate) => {
+                vec![alone("ffn_gate_inp_shexp.weight".to_owned())]
+            }
+            (Naming::Gguf | Naming::GgufDbrx | Naming::GgufMpt, Mixture::Shared(part)) => {
                 vec![alone(format!("{}_shexp.weight", part.names().2))]
             }
-            (Naming::Gguf | Naming::GgufDbrx, Mixture::Expert(expert, part)) => {
+            (Naming::Gguf | Naming::GgufDbrx | Naming::GgufMpt, Mixture::Expert(expert, part)) => {
                 let name = part.names().2;
                 let mut places = vec![
                     at(format!("{name}_exps.weight"), &[count, n], expert * n),

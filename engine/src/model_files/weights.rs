@@ -85,9 +85,11 @@ impl ModelConfig {
             Part::QueryNorm | Part::KeyNorm => self.qk_norm,
             Part::QueryBias | Part::KeyBias | Part::ValueBias => self.qkv_bias,
             Part::AttentionOutputBias => self.output_bias,
-            Part::GateBias | Part::UpBias | Part::DownBias => self.mlp_bias,
+            Part::GateBias => self.mlp_bias && self.gated,
+            Part::UpBias | Part::DownBias => self.mlp_bias,
             Part::AttentionNorm | Part::FeedForwardNorm | Part::Query | Part::Key | Part::Value | Part::AttentionOutput => true,
-            Part::Gate | Part::Up | Part::Down => self.experts.is_none(),
+            Part::Gate => self.experts.is_none() && self.gated,
+            Part::Up | Part::Down => self.experts.is_none(),
             Part::PostAttentionNorm | Part::PostFeedForwardNorm => self.gemma.is_some(),
         }
     }

@@ -36,7 +36,7 @@ pub struct Attention<'a> {
     pub positions: &'a [u32],
     /// Heads.
     pub shape: HeadShape,
-    /// How scores are made; a soft cap is refused.
+    /// How scores are made; a soft cap and slopes of ALiBi are refused.
     pub spec: AttentionSpec,
 }
 
@@ -76,6 +76,9 @@ impl Attention<'_> {
         let HeadShape { heads, kv_heads, head_dim } = self.shape;
         if self.spec.soft_cap.is_some() {
             return Err(KernelError::Unsupported("training with a soft cap on attention scores is not supported".to_owned()));
+        }
+        if self.spec.alibi.is_some() {
+            return Err(KernelError::Unsupported("training with ALiBi's biases on attention scores is not supported".to_owned()));
         }
         if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
             return refuse(format!("{heads} heads on {kv_heads} key-value heads"));

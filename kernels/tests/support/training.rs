@@ -338,8 +338,12 @@ pub fn attention_over_packed_segments_with_its_derivative(device: Open<'_>) {
                 let given = [qkv.all(), room(&to), room(&sums), dout.all()];
                 compute.attention_back(&call, &seen, given, room(&back)).unwrap();
                 near(&result(compute, &back), &dqkv, 2.0 * tolerance(precision), &format!("back, {what}"));
-                let capped = Attention { spec: AttentionSpec { soft_cap: Some(30.0), ..spec }, ..call };
-                assert!(compute.attention(&capped, &seen, qkv.all(), room(&to), room(&sums)).is_err());
+                let capped = AttentionSpec { soft_cap: Some(30.0), ..spec };
+                let inclined = AttentionSpec { alibi: Some(Vector(0)), ..spec };
+                for spec in [capped, inclined] {
+                    let refused = Attention { spec, ..call };
+                    assert!(compute.attention(&refused, &seen, qkv.all(), room(&to), room(&sums)).is_err());
+                }
             }
         }
     }

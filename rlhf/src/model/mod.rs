@@ -205,12 +205,19 @@ type Held = Option<(Arc<Trained>, Vec<Var>)>;
 
 /// Refuses what layers here do not compute.
 fn dense(files: &ModelFiles) -> Result<(), ModelError> {
-    if files.config().gemma.is_some() {
+    let config = files.config();
+    if config.gemma.is_some() {
         return Err(ModelError::Kind(
             "Gemma models are served but neither trained nor evaluated here; choose a Llama, Mistral or Qwen model",
         ));
     }
-    match files.config().experts {
+    if config.alibi.is_some() || !config.gated {
+        return Err(ModelError::Kind(
+            "the model is an MPT, whose ALiBi and feed-forward part without a gate are served but neither trained nor evaluated here; \
+             choose another dense model",
+        ));
+    }
+    match config.experts {
         None => Ok(()),
         Some(_) => Err(ModelError::Kind(
             "the model is a mixture of experts, which is served but neither trained nor evaluated here; choose a dense model",

@@ -262,6 +262,21 @@ fn gemma_is_refused_by_name() {
 }
 
 #[test]
+fn mpt_is_refused_by_name() {
+    let files = open("mpt");
+    let adapter = Adapter::read(&goldens("mpt/adapters/all")).unwrap();
+    let refused = [
+        Model::new(files.clone(), &LoraConfig::default(), 1, EXACT),
+        Model::with_adapter(files.clone(), &adapter, EXACT),
+        Model::untrained(files.clone(), EXACT),
+        Model::whole(files, EXACT),
+    ];
+    for model in refused {
+        assert!(model.map(|_| ()).unwrap_err().to_string().contains("the model is an MPT"));
+    }
+}
+
+#[test]
 fn a_mixture_of_experts_is_refused_by_name() {
     for family in ["mixtral", "dbrx"] {
         let files = open(family);
