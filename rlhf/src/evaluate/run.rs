@@ -175,7 +175,8 @@ pub fn evaluate(
             model.rehearse(&batch, &[], Pass::EVALUATE).map_err(JobError::from)?;
         }
         first.model.settle();
-        Some(engine(&files, trial, &ids, &first.model)?)
+        let adapters: Vec<&Adapter> = std::iter::once(&first).chain(&others).map(|opened| &opened.adapter).collect();
+        Some(engine(&files, trial, &ids, &first.model, &adapters)?)
     };
 
     let mut contenders = Vec::new();
@@ -299,19 +300,24 @@ fn largest(comparisons: &[Sample], text: &[u32], prompts: &[Vec<u32>], trial: &T
     Packed::of_size(rows, longest, rows)
 }
 
-/// An engine that answers `prompts`, beside a model that was rehearsed.
-fn engine(files: &ModelFiles, trial: &Trial, prompts: &[Vec<u32>], model: &Model) -> Result<Engine, EvaluateError> {
+/// An engine that answers `prompts` with any of `adapters`, beside a model that was rehearsed.
+fn engine(
+    files: &ModelFiles,
+    trial: &Trial,
+    prompts: &[Vec<u32>],
+    model: &Model,
+    adapters: &[&Adapter],
+) -> Result<Engine, EvaluateError> {
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(1) + trial.sampling.max_tokens.max(1);
-    let adapters = trial.adapters.iter().map(|entrant| Adapter::read(&entrant.folder).map(|adapter| adapter.bytes()));
-    let adapters = adapters.sum::<Result<usize, _>>().map_err(JobError::from)?;
     let options = EngineOptions {
         threads: Some(trial.model.threads).filter(|threads| *threads > 0),
         max_seqs: answers::TOGETHER,
         max_model_len: Some(longest.min(files.config().max_positions)),
-        max_adapters: trial.adapters.len(),
+        max_adapters: adapters.len(),
+        max_adapter_rank: adapters.iter().map(|adapter| adapter.max_rank()).fold(1, usize::max),
         ..EngineOptions::new(&trial.base.path)
     };
-    Ok(trial.workplace.start(options, model, adapters)?)
+    Ok(trial.workplace.start(options, model, adapters.iter().map(|adapter| adapter.bytes()).sum())?)
 }
 
 /// Who decided the duel of the first two, and how.

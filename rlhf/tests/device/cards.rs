@@ -24,6 +24,8 @@ pub struct Started {
     pub options: EngineOptions,
     /// Bytes that keys and values could have had.
     pub spare: usize,
+    /// Bytes of the card that were used when it had.
+    pub used: usize,
     /// What it took; nothing where it did not start.
     pub report: Option<MemoryReport>,
 }
@@ -68,7 +70,7 @@ impl Cards for EmulatedCards {
         let served = ServedModel { model: Box::new(decoder), frontend: files.into_frontend(), context, description };
         let engine = Engine::with_model(served, options.clone());
         let report = engine.as_ref().ok().map(|engine| engine.memory().clone());
-        self.engines.lock().unwrap().push(Started { options, spare, report });
+        self.engines.lock().unwrap().push(Started { options, spare, used: self.memory.used(), report });
         engine
     }
 }

@@ -294,7 +294,7 @@ fn batches_of_all_lengths_fit_in_what_the_largest_needed() {
     assert!(refused.contains(&format!("of {} that it may", needed.held)), "{refused}");
 }
 
-async fn evaluated(adapters: &[PathBuf], referee: Referee<'_>, workplace: Workplace) -> Evaluation {
+fn trial(adapters: &[PathBuf], workplace: Workplace) -> Trial {
     let parse = |index| format::parse(pair(index).as_object().unwrap().clone(), "rows").unwrap().row;
     let rows: Vec<_> = (0..5).map(parse).collect();
     let entrant = |(index, folder): (usize, &PathBuf)| Entrant {
@@ -302,7 +302,7 @@ async fn evaluated(adapters: &[PathBuf], referee: Referee<'_>, workplace: Workpl
         folder: folder.clone(),
         trained_on: None,
     };
-    let trial = Trial {
+    Trial {
         base: Base { name: "tiny".to_owned(), path: golden("qwen2") },
         adapters: adapters.iter().enumerate().map(entrant).collect(),
         questions: questions(&rows),
@@ -314,8 +314,11 @@ async fn evaluated(adapters: &[PathBuf], referee: Referee<'_>, workplace: Workpl
         sampling: Sampling { temperature: 0.0, max_tokens: 5, seed: 7 },
         model: EXACT,
         workplace,
-    };
-    evaluate(&trial, referee, &mut |_, _, _, _| {}).unwrap()
+    }
+}
+
+fn evaluated(adapters: &[PathBuf], referee: Referee<'_>, workplace: Workplace) -> Evaluation {
+    evaluate(&trial(adapters, workplace), referee, &mut |_, _, _, _| {}).unwrap()
 }
 
 #[tokio::test]
@@ -323,10 +326,10 @@ async fn an_evaluation_gives_the_processors_numbers() {
     let place = tempfile::tempdir().unwrap();
     let (dpo, reward) = (adapter(place.path(), "dpo").await, adapter(place.path(), "reward").await);
     let entered = [dpo, reward.clone()];
-    let want = evaluated(&entered, Referee::RewardModel(reward.clone()), Workplace::default()).await;
+    let want = evaluated(&entered, Referee::RewardModel(reward.clone()), Workplace::default());
     let cards = EmulatedCards::new(PLENTY);
     let on_card = Workplace::new(&"cuda:1".parse().unwrap(), None, Arc::clone(&cards) as Arc<dyn Cards>).unwrap();
-    let found = evaluated(&entered, Referee::RewardModel(reward), on_card).await;
+    let found = evaluated(&entered, Referee::RewardModel(reward), on_card);
     cards.emptied();
 
     let alike = |found: f64, want: f64, what: &str| {
@@ -356,8 +359,8 @@ async fn an_evaluation_gives_the_processors_numbers() {
     assert!(started.report.unwrap().kv < started.spare, "{:?}", started.options);
 }
 
-#[tokio::test]
-async fn an_evaluation_keeps_from_the_engine_what_its_largest_adapter_needs() {
+#[test]
+fn an_evaluation_keeps_from_the_engine_what_its_largest_adapter_needs() {
     let place = tempfile::tempdir().unwrap();
     let adapter = |rank: usize| {
         let lora = LoraConfig { r: rank, alpha: 8.0, ..LoraConfig::default() };
@@ -365,18 +368,17 @@ async fn an_evaluation_keeps_from_the_engine_what_its_largest_adapter_needs() {
         Model::new(open("qwen2"), &lora, 1, EXACT).unwrap().adapter("tiny").unwrap().write(&folder).unwrap();
         folder
     };
-    let entered = [adapter(1), adapter(64)];
-    let on_card = |cards: &Arc<EmulatedCards>| {
-        Workplace::new(&"cuda:1".parse().unwrap(), None, Arc::clone(cards) as Arc<dyn Cards>).unwrap()
-    };
-    let plenty = EmulatedCards::new(PLENTY);
-    evaluated(&entered, Referee::None, on_card(&plenty)).await;
-    let started = plenty.engine();
-    let kv = started.report.unwrap().kv;
-    // Keys and values have what is left, and all the rest still fits.
-    let tight = EmulatedCards::new(PLENTY - started.spare + kv / 2);
-    evaluated(&entered, Referee::None, on_card(&tight)).await;
-    assert!(tight.engine().report.unwrap().kv < kv);
+    let cards = EmulatedCards::new(PLENTY);
+    let on_card = Workplace::new(&"cuda:1".parse().unwrap(), None, Arc::clone(&cards) as Arc<dyn Cards>).unwrap();
+    // The second of a rank that an engine takes only where it is told of it.
+    let whole = trial(&[adapter(1), adapter(100)], on_card);
+    let sampling = Sampling { max_tokens: 2, ..whole.sampling };
+    let trial = Trial { rows: Vec::new(), text: None, prompts: 1, sampling, ..whole };
+    evaluate(&trial, Referee::None, &mut |_, _, _, _| {}).unwrap();
+    let started = cards.engine();
+    // What came after it fits in what it was to leave, and needs nothing of the margin that cards have.
+    let (left, more) = (started.options.left.unwrap().bytes, cards.memory.most().saturating_sub(started.used));
+    assert!(more <= left, "{more} bytes, of {left}");
 }
 
 #[test]
