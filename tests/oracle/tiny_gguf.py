@@ -17,11 +17,13 @@ from safetensors.numpy import load_file
 ARCHITECTURE = {
     "llama": "llama", "llama3": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
     "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "dbrx": "dbrx",
+    "yarn": "llama",
 }
 # `tokenizer.ggml.pre`: which splitting the byte-level BPE has.
 PRE = {
     "llama": "smollm", "llama3": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2",
     "mixtral": "smollm", "qwen2_moe": "qwen2", "qwen3_moe": "qwen2", "dbrx": "dbrx",
+    "yarn": "smollm",
 }
 # Names of an expert's matrices: in Mixtral's files, in others.
 PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -140,7 +142,14 @@ def write(folder: Path) -> Path:
     if architecture == "llama":
         writer.add_vocab_size(config["vocab_size"])
         writer.add_rope_dimension_count(head_dim)
-    if config["rope_scaling"]:
+    if folder.name == "yarn":
+        # As llama.cpp's converter has them.
+        scaling = config["rope_scaling"]
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
+    elif config["rope_scaling"]:
         writer.add_tensor("rope_freqs.weight", llama3_factors(config["rope_scaling"], config["rope_theta"], head_dim))
 
     ids = {token: index for token, index in tokenizer["model"]["vocab"].items()}
@@ -190,7 +199,7 @@ def check_factors(folder: Path) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     raw = json.loads((folder / "config.json").read_text())
-    if not raw.get("rope_scaling"):
+    if (raw.get("rope_scaling") or {}).get("rope_type") != "llama3":
         return
     config = AutoConfig.from_pretrained(folder)
     scaled = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
