@@ -59,7 +59,7 @@ pub use load_error::LoadError;
 pub use merge::{Container, MergeError, MergeOptions, Merged, merge, write_model};
 pub use model::weight_names::{Part, Weight};
 pub use model::{Decoder, TensorParallel};
-pub use model_config::{ExpertConfig, Family, Gemma, ModelConfig, RopeScaling};
+pub use model_config::{ExpertConfig, Family, Gemma, ModelConfig, RopeScaling, Yarn};
 pub use model_files::{ExpertPart, FileMatrix, Frontend, Mixture, MixtureMatrix, ModelFiles};
 pub use options::{CardShare, EngineOptions, StartError};
 pub use pooling::{Cut, Pooling, PoolingMode};

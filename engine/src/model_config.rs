@@ -6,6 +6,7 @@ mod gguf;
 mod json;
 mod mpt;
 mod refused;
+mod yarn;
 
 use std::path::Path;
 
@@ -14,6 +15,7 @@ use tidemill_kernels::MAX_EXPERTS;
 use crate::load_error::LoadError;
 
 pub use gemma::Gemma;
+pub use yarn::Yarn;
 
 const SUPPORTED_FAMILIES: &str =
     "supported are Llama, Mistral, Mixtral, DBRX, Qwen2, Qwen2-MoE, Qwen3, Qwen3-MoE, MPT, Gemma 2 and Gemma 3 models";
@@ -134,6 +136,8 @@ pub enum RopeScaling {
         /// Positions in pre-training.
         original_positions: usize,
     },
+    /// YaRN.
+    Yarn(Yarn),
     /// A divisor for each frequency, as GGUF files carry it.
     Factors(Vec<f32>),
 }
@@ -248,15 +252,24 @@ impl ModelConfig {
     pub fn inverse_frequencies(&self) -> Vec<f32> {
         let half = if self.alibi.is_some() { 0 } else { self.head_dim / 2 };
         let plain = (0..half).map(|i| self.rope_theta.powf(-(i as f64) / half as f64));
-        let stretched = plain.enumerate().map(|(i, frequency)| self.rope_scaling.stretch(i, frequency));
+        let stretched = plain.enumerate().map(|(i, frequency)| self.rope_scaling.stretch(i, frequency, half, self.rope_theta));
         stretched.map(|frequency| frequency as f32).collect()
+    }
+
+    /// What cosines and sines of [`ModelConfig::inverse_frequencies`] are multiplied with.
+    pub fn rope_magnitude(&self) -> f32 {
+        match self.rope_scaling {
+            RopeScaling::Yarn(yarn) => yarn.attention as f32,
+            _ => 1.0,
+        }
     }
 }
 
 impl RopeScaling {
     /// Llama3: `transformers`' `_compute_llama3_parameters`.
-    fn stretch(&self, index: usize, frequency: f64) -> f64 {
+    fn stretch(&self, index: usize, frequency: f64, half: usize, theta: f64) -> f64 {
         match self {
+            RopeScaling::Yarn(yarn) => yarn.stretch(index, frequency, half, theta),
             RopeScaling::None => frequency,
             RopeScaling::Linear { factor } => frequency / factor,
             RopeScaling::Factors(factors) => frequency / factors.get(index).copied().map_or(1.0, f64::from),

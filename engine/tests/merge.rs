@@ -96,7 +96,7 @@ fn a_merged_model_computes_what_peft_computed_in_every_container() {
 
 #[test]
 fn a_gguf_file_of_a_base_in_safetensors_says_everything_that_its_folder_says() {
-    for family in ["llama", "llama3", "qwen2", "qwen3"] {
+    for family in ["llama", "llama3", "qwen2", "qwen3", "yarn"] {
         let folder = goldens(family);
         let base = ModelFiles::open(&folder).unwrap();
         let out = tempfile::tempdir().unwrap();

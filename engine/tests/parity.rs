@@ -14,8 +14,21 @@ use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
 use tidemill_kernels::reference::Reference;
 use tidemill_kernels::{Limits, Ops, WeightFormat};
 
-const FAMILIES: [&str; 12] =
-    ["llama", "llama3", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "dbrx", "mpt", "gemma2", "gemma3"];
+const FAMILIES: [&str; 13] = [
+    "llama",
+    "llama3",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "dbrx",
+    "yarn",
+    "mpt",
+    "gemma2",
+    "gemma3",
+];
 const TOLERANCE: f32 = 1e-3;
 const LIMITS: Limits = Limits { max_tokens: 256, max_samples: 32, max_positions: 512 };
 
@@ -86,6 +99,11 @@ fn llama_computes_what_transformers_computes() {
 #[test]
 fn llama3_computes_what_transformers_computes() {
     logits_and_greedy_tokens_equal("llama3");
+}
+
+#[test]
+fn yarn_computes_what_transformers_computes() {
+    logits_and_greedy_tokens_equal("yarn");
 }
 
 #[test]

@@ -28,13 +28,15 @@ fn build(library: &Path, flags: &[&str]) {
 fn a_driver_of_the_oldest_version_has_what_is_called() {
     let folder = tempfile::tempdir().unwrap();
     build(&folder.path().join("libcuda.so.1"), &[]);
-    build(&folder.path().join("libcublasLt.so.12"), &["-DCUBLAS_LT"]);
-    // One that the driver does not take is left alone.
+    // In a toolkit that is not on the loader's path. The one that is there is none that the driver takes.
+    std::fs::create_dir_all(folder.path().join("toolkit/lib64")).unwrap();
+    build(&folder.path().join("toolkit/lib64/libcublasLt.so.12"), &["-DCUBLAS_LT"]);
     build(&folder.path().join("libcublasLt.so.13"), &["-DCUBLAS_LT", "-DTOO_NEW=1"]);
     // Libraries are opened once for a process, so this is another.
     let own = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "over_the_stand_ins", "--ignored", "--nocapture"])
         .env("LD_LIBRARY_PATH", folder.path())
+        .env("CUDA_HOME", folder.path().join("toolkit"))
         .output()
         .unwrap();
     let said = [own.stdout, own.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();

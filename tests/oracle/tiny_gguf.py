@@ -21,6 +21,7 @@ ARCHITECTURE = {
     "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "dbrx": "dbrx",
     "gemma2": "gemma2", "gemma3": "gemma3",
     "mpt": "mpt",
+    "yarn": "llama",
 }
 # `tokenizer.ggml.pre`: which splitting the byte-level BPE has.
 PRE = {
@@ -28,6 +29,7 @@ PRE = {
     "mixtral": "smollm", "qwen2_moe": "qwen2", "qwen3_moe": "qwen2", "dbrx": "dbrx",
     "gemma2": "default", "gemma3": "default",
     "mpt": "mpt",
+    "yarn": "smollm",
 }
 # Names of an expert's matrices: in Mixtral's files, in others.
 PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -172,7 +174,14 @@ def write(folder: Path) -> Path:
     if architecture == "llama":
         writer.add_vocab_size(config["vocab_size"])
         writer.add_rope_dimension_count(head_dim)
-    if config["rope_scaling"] and not is_gemma:
+    if folder.name == "yarn":
+        # As llama.cpp's converter has them.
+        scaling = config["rope_scaling"]
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
+    elif config["rope_scaling"] and not is_gemma:
         writer.add_tensor("rope_freqs.weight", llama3_factors(config["rope_scaling"], config["rope_theta"], head_dim))
 
     ids = {token: index for token, index in tokenizer["model"]["vocab"].items()}

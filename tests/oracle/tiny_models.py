@@ -254,6 +254,20 @@ FAMILIES["mpt"] = replace(
     tokenizer=tiny_tokenizers.mpt, shards=1,
 )
 
+# YaRN: the prompt and its answer lie beyond the pre-trained 64 positions. `max_position_embeddings` still says those, as where a publisher's
+# file was only given `rope_scaling`.
+FAMILIES["yarn"] = replace(
+    FAMILIES["llama"],
+    config=lambda vocab: LlamaConfig(
+        vocab_size=vocab, max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0,
+        },
+        **SIZES,
+    ),
+    shards=1,
+)
+
 ENCODE_TEXTS = [
     "Hello, world!",
     "  leading,   inner   and trailing spaces   ",

@@ -75,6 +75,15 @@ fn configuration(model: &ModelFiles, storage: Format) -> Value {
             "high_freq_factor": high_freq_factor,
             "original_max_position_embeddings": original_positions,
         }),
+        RopeScaling::Yarn(yarn) => json!({
+            "rope_type": "yarn",
+            "factor": yarn.factor,
+            "attention_factor": yarn.attention,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "truncate": yarn.truncate,
+            "original_max_position_embeddings": yarn.original_positions,
+        }),
     };
     let mut value = json!({
         "architectures": [architecture],

@@ -14,6 +14,7 @@ use crate::adapter::{Adapter, Pair};
 use crate::gguf::{Description, Gguf, Pairs, Planned, padding, storage_number, tensor_bytes};
 use crate::load_error::LoadError;
 use crate::model::weight_names::{Naming, Weight};
+use crate::model_config::{RopeScaling, Yarn};
 use crate::model_files::ModelFiles;
 
 /// What says that a model lies in several files.
@@ -73,6 +74,12 @@ pub(super) fn from_safetensors(
     storage: Option<Format>,
 ) -> Result<Merged, MergeError> {
     let config = base.config();
+    if matches!(config.rope_scaling, RopeScaling::Yarn(Yarn { truncate: false, .. })) {
+        return Err(MergeError::Unsupported(format!(
+            "{}: GGUF has no rope_scaling.truncate false; merge into a folder of safetensors",
+            base.path().display()
+        )));
+    }
     let changed: HashMap<Weight, &Pair> = adapter.pairs.iter().map(|pair| (weight(pair.layer, pair.projection), pair)).collect();
     let mut tensors = Vec::new();
     tensors.extend(config.rope_factors().map(|factors| vector(ROPE_FACTORS.to_owned(), factors)));

@@ -412,7 +412,10 @@ impl<'a> Loader<'a> {
         let buffers = buffers.transpose().map_err(|source| self.refused("activations", source))?;
         let layers = (0..layers).map(|index| self.layer(index, buffers)).collect::<Result<_, _>>()?;
         let final_norm = self.vector(&[Weight::FinalNorm])?;
-        let rope = self.ops.load_rope(&self.config.inverse_frequencies(), 1.0).map_err(|source| self.refused("rope", source))?;
+        let rope = self
+            .ops
+            .load_rope(&self.config.inverse_frequencies(), self.config.rope_magnitude())
+            .map_err(|source| self.refused("rope", source))?;
         let local_rope = self.config.local_inverse_frequencies().map(|frequencies| self.ops.load_rope(&frequencies, 1.0));
         let local_rope = local_rope.transpose().map_err(|source| self.refused("rope", source))?;
         let embedding_scale = self.files.embedding_scale()?;

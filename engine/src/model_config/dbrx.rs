@@ -86,8 +86,8 @@ impl Fields {
                 return unsupported("ffn_config.moe_normalize_expert_weights", format!("the {other}-norm of weights"), instead);
             }
         };
-        let max_positions = self.max_seq_len.unwrap_or(2048);
         let rope = Rope::of(path, self.rope_parameters.as_ref(), self.rope_scaling.as_ref())?;
+        let max_positions = rope.positions(self.max_seq_len.unwrap_or(2048));
         Ok(ModelConfig {
             family: Family::Dbrx,
             hidden,

@@ -1,5 +1,6 @@
 //! Configurations from GGUF metadata.
 
+use super::yarn::{BETAS, Yarn};
 use super::{ExpertConfig, Family, Gemma, ModelConfig, RopeScaling, SUPPORTED_FAMILIES, refused};
 use crate::gguf::{Gguf, Pairs};
 use crate::load_error::LoadError;
@@ -93,7 +94,7 @@ impl ModelConfig {
             kv_heads: gguf.integer(&key("attention.head_count_kv"))?.unwrap_or(heads),
             head_dim,
             vocabulary,
-            max_positions: need("context_length")?,
+            max_positions: positions(gguf, architecture, need("context_length")?)?,
             rms_eps: eps as f32,
             layer_norm,
             // 0 is none, as for llama.cpp.
@@ -169,8 +170,27 @@ impl ModelConfig {
         }
         pairs =
             pairs.f32(&key("attention.layer_norm_rms_epsilon"), self.rms_eps).f32(&key("rope.freq_base"), self.rope_theta as f32);
-        if let RopeScaling::Linear { factor } = self.rope_scaling {
-            pairs = pairs.text(&key("rope.scaling.type"), "linear").f32(&key("rope.scaling.factor"), factor as f32);
+        match self.rope_scaling {
+            RopeScaling::Linear { factor } => {
+                pairs = pairs.text(&key("rope.scaling.type"), "linear").f32(&key("rope.scaling.factor"), factor as f32);
+            }
+            RopeScaling::Yarn(Yarn { factor, attention, beta_fast, beta_slow, original_positions, .. }) => {
+                let original = u32::try_from(original_positions).unwrap_or(u32::MAX);
+                pairs = pairs.text(&key("rope.scaling.type"), "yarn").f32(&key("rope.scaling.factor"), factor as f32);
+                pairs = pairs.u32(&key("rope.scaling.original_context_length"), original);
+                // What comes to what llama.cpp multiplies by itself.
+                let beyond = (attention / Yarn::attention(factor, None)) as f32;
+                for (name, value, default) in [
+                    ("attn_factor", beyond, 1.0),
+                    ("yarn_beta_fast", beta_fast as f32, BETAS.0 as f32),
+                    ("yarn_beta_slow", beta_slow as f32, BETAS.1 as f32),
+                ] {
+                    if value != default {
+                        pairs = pairs.f32(&key(&format!("rope.scaling.{name}")), value);
+                    }
+                }
+            }
+            _ => {}
         }
         pairs
     }
@@ -178,12 +198,17 @@ impl ModelConfig {
     /// `rope_freqs.weight` of a GGUF file: what each frequency is divided by, where that is not the same for all.
     pub(crate) fn rope_factors(&self) -> Option<Vec<f32>> {
         match &self.rope_scaling {
-            RopeScaling::None | RopeScaling::Linear { .. } => None,
+            RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Yarn(_) => None,
             RopeScaling::Factors(factors) => Some(factors.clone()),
             scaling @ RopeScaling::Llama3 { .. } => {
                 let half = self.head_dim / 2;
                 let plain = (0..half).map(|i| self.rope_theta.powf(-(i as f64) / half as f64));
-                Some(plain.enumerate().map(|(i, frequency)| (frequency / scaling.stretch(i, frequency)) as f32).collect())
+                Some(
+                    plain
+                        .enumerate()
+                        .map(|(i, frequency)| (frequency / scaling.stretch(i, frequency, half, self.rope_theta)) as f32)
+                        .collect(),
+                )
             }
         }
     }
@@ -236,6 +261,15 @@ fn window(gguf: &Gguf, architecture: &str, family: Family) -> Result<Option<usiz
     }
 }
 
+/// Positions of a model whose file says so many: see [`super::json::Rope::positions`].
+fn positions(gguf: &Gguf, architecture: &str, context: usize) -> Result<usize, LoadError> {
+    let original = gguf.integer(&format!("{architecture}.rope.scaling.original_context_length"))?;
+    match (scaling(gguf, architecture)?, original) {
+        (RopeScaling::Yarn(yarn), Some(_)) => Ok(context.max(yarn.positions())),
+        _ => Ok(context),
+    }
+}
+
 fn scaling(gguf: &Gguf, architecture: &str) -> Result<RopeScaling, LoadError> {
     let kind = format!("{architecture}.rope.scaling.type");
     let factor = format!("{architecture}.rope.scaling.factor");
@@ -244,8 +278,53 @@ fn scaling(gguf: &Gguf, architecture: &str) -> Result<RopeScaling, LoadError> {
         None => gguf.number(&format!("{architecture}.rope.scale_linear"))?,
         given => given,
     };
-    match gguf.text(&kind)? {
+    let number = |name: &str| gguf.number(&format!("{architecture}.rope.scaling.{name}"));
+    let attn_factor = number("attn_factor")?.unwrap_or(1.0);
+    let named = gguf.text(&kind)?;
+    if attn_factor != 1.0 && named != Some("yarn") {
+        let key = format!("{architecture}.rope.scaling.attn_factor");
+        return Err(LoadError::unsupported(
+            gguf.path(),
+            key,
+            attn_factor.to_string(),
+            "only beside rope.scaling.type yarn it is",
+        ));
+    }
+    match named {
         Some("none") => Ok(RopeScaling::None),
+        Some("yarn") => {
+            let above_0 = |name: &str, value: f64| match value.is_finite() && value > 0.0 {
+                true => Ok(value),
+                false => {
+                    let key = format!("{architecture}.rope.scaling.{name}");
+                    Err(LoadError::invalid(gguf.path(), key, format!("is {value}, but must be above 0")))
+                }
+            };
+            if let Some(other) = number("yarn_ext_factor")?.filter(|&other| other != 1.0) {
+                let key = format!("{architecture}.rope.scaling.yarn_ext_factor");
+                return Err(LoadError::unsupported(gguf.path(), key, other.to_string(), "1 is"));
+            }
+            let factor = above_0("factor", given.ok_or_else(|| gguf.missing(&factor))?)?;
+            // llama.cpp's converter writes the publisher's own under this name, and the second of its two weights under the other.
+            let attention = match number("yarn_attn_factor")? {
+                Some(own) => own,
+                None => Yarn::attention(factor, number("yarn_log_multiplier")?.filter(|&all| all != 0.0).map(|all| (1.0, all))),
+            };
+            let key = format!("{architecture}.rope.scaling.original_context_length");
+            let original = match gguf.integer(&key)? {
+                Some(original) => original,
+                None => gguf.integer(&format!("{architecture}.context_length"))?.unwrap_or(0),
+            };
+            above_0("original_context_length", original as f64)?;
+            Ok(RopeScaling::Yarn(Yarn {
+                factor,
+                attention: above_0("attn_factor", attention * attn_factor)?,
+                beta_fast: above_0("yarn_beta_fast", number("yarn_beta_fast")?.unwrap_or(BETAS.0))?,
+                beta_slow: above_0("yarn_beta_slow", number("yarn_beta_slow")?.unwrap_or(BETAS.1))?,
+                truncate: true,
+                original_positions: original,
+            }))
+        }
         // As llama.cpp reads it: a factor without a kind is a linear one.
         None if given.is_none_or(|value| value == 0.0 || value == 1.0) => Ok(RopeScaling::None),
         None | Some("linear") => {
@@ -255,8 +334,11 @@ fn scaling(gguf: &Gguf, architecture: &str) -> Result<RopeScaling, LoadError> {
             }
             Ok(RopeScaling::Linear { factor: value })
         }
-        Some(other) => {
-            Err(LoadError::unsupported(gguf.path(), kind, format!("\"{other}\""), "supported are none, linear and rope_freqs"))
-        }
+        Some(other) => Err(LoadError::unsupported(
+            gguf.path(),
+            kind,
+            format!("\"{other}\""),
+            "supported are none, linear, yarn and rope_freqs",
+        )),
     }
 }

@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
+use super::yarn::{BETAS, Yarn};
 use super::{ExpertConfig, Family, ModelConfig, RopeScaling, SUPPORTED_FAMILIES, dbrx, gemma, mpt, refused};
 use crate::generation_defaults::one_or_many;
 use crate::load_error::LoadError;
@@ -66,6 +67,12 @@ pub(super) struct Rope {
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
     original_max_position_embeddings: Option<usize>,
+    attention_factor: Option<f64>,
+    beta_fast: Option<f64>,
+    beta_slow: Option<f64>,
+    mscale: Option<f64>,
+    mscale_all_dim: Option<f64>,
+    truncate: Option<bool>,
     partial_rotary_factor: Option<f64>,
     /// Families with two kinds of layers have one of these for each.
     full_attention: Option<Value>,
@@ -187,7 +194,7 @@ impl Fields {
         if rotated != 1.0 {
             return Err(LoadError::unsupported(path, "partial_rotary_factor", rotated.to_string(), "only 1 is"));
         }
-        let max_positions = self.max_position_embeddings.unwrap_or(positions);
+        let max_positions = rope.positions(self.max_position_embeddings.unwrap_or(positions));
         Ok(ModelConfig {
             family,
             hidden: self.hidden_size,
@@ -322,6 +329,13 @@ impl Rope {
         self.rope_theta
     }
 
+    /// Positions of a model whose file says so many: publishers add YaRN to a file that keeps saying those of pre-training.
+    pub fn positions(&self, max_positions: usize) -> usize {
+        let kind = self.rope_type.as_deref().or(self.kind.as_deref());
+        let stretched = self.original_max_position_embeddings.zip(self.factor).filter(|_| kind == Some("yarn"));
+        stretched.map_or(max_positions, |(original, factor)| max_positions.max((original as f64 * factor) as usize))
+    }
+
     pub fn scaling(&self, path: &Path, max_positions: usize) -> Result<RopeScaling, LoadError> {
         const FIELD: &str = "rope_scaling";
         let need = |name: &str, value: Option<f64>| {
@@ -340,9 +354,26 @@ impl Rope {
                 high_freq_factor: need("high_freq_factor", self.high_freq_factor)?,
                 original_positions: self.original_max_position_embeddings.unwrap_or(max_positions),
             }),
+            Some("yarn") => {
+                let factor = need("factor", self.factor)?;
+                // 0 is as if it were not there, as in transformers.
+                let beta = |name, value: Option<f64>, other| need(name, value.filter(|&value| value != 0.0).or(Some(other)));
+                let scales = self.mscale.zip(self.mscale_all_dim).filter(|&(mscale, all)| mscale != 0.0 && all != 0.0);
+                let attention = self.attention_factor.unwrap_or_else(|| Yarn::attention(factor, scales));
+                let original_positions = self.original_max_position_embeddings.unwrap_or(max_positions);
+                need("original_max_position_embeddings", Some(original_positions as f64))?;
+                Ok(RopeScaling::Yarn(Yarn {
+                    factor,
+                    attention: need("attention_factor", Some(attention))?,
+                    beta_fast: beta("beta_fast", self.beta_fast, BETAS.0)?,
+                    beta_slow: beta("beta_slow", self.beta_slow, BETAS.1)?,
+                    truncate: self.truncate.unwrap_or(true),
+                    original_positions,
+                }))
+            }
             Some(other) => {
                 let instead =
-                    "supported are default, linear and llama3; without rope_scaling the model serves its original context";
+                    "supported are default, linear, llama3 and yarn; without rope_scaling the model serves its original context";
                 Err(LoadError::unsupported(path, FIELD, format!("\"{other}\""), instead))
             }
         }

@@ -33,7 +33,7 @@ const FIELDS: [(&str, f64); 19] = [
 ];
 
 /// The same of GGUF, behind the architecture's name.
-const KEYS: [(&str, f64); 11] = [
+const KEYS: [(&str, f64); 10] = [
     ("attn_logit_softcapping", 0.0),
     ("final_logit_softcapping", 0.0),
     ("attention.scale", 0.0),
@@ -41,7 +41,6 @@ const KEYS: [(&str, f64); 11] = [
     ("embedding_scale", 1.0),
     ("residual_scale", 1.0),
     ("logit_scale", 1.0),
-    ("rope.scaling.attn_factor", 1.0),
     ("leading_dense_block_count", 0.0),
     ("expert_weights_scale", 1.0),
     // Softmax.

@@ -139,7 +139,7 @@ fn configurations_that_cannot_be_run_are_refused_by_name() {
         ("quantization_config", json!({"quant_method": "gptq"}), &["quantised safetensors", "GGUF"]),
         ("layer_types", json!(["full_attention", "chunked_attention"]), &["layer_types: \"chunked_attention\" is not supported"]),
         ("layer_types", json!(["full_attention", "sliding_attention"]), &["layer_types", "no sliding_window in use"]),
-        ("rope_scaling", json!({"rope_type": "yarn", "factor": 4}), &["\"yarn\" is not supported"]),
+        ("rope_scaling", json!({"rope_type": "yarn"}), &["rope_scaling", "factor is missing"]),
         ("rope_parameters", json!({"full_attention": {"rope_theta": 1}}), &["a rotation for each type of layers"]),
         ("rope_parameters", json!({"rope_type": "linear", "factor": 2}), &["rope_scaling: differs from rope_parameters"]),
         ("final_logit_softcapping", json!(30.0), &["final_logit_softcapping: 30.0 is not supported"]),
@@ -181,6 +181,67 @@ fn a_kind_of_rotation_may_stand_there_under_both_of_its_names() {
     });
     let files = ModelFiles::open(directory.path()).unwrap();
     assert_eq!(files.config().rope_scaling, crate::RopeScaling::Linear { factor: 2.0 });
+}
+
+/// As of transformers 4 and 5, with what is left out and with what nobody leaves out; and the same of GGUF.
+#[test]
+fn yarn_is_read_in_all_its_spellings() {
+    use crate::{RopeScaling, Yarn};
+    let read = |field: &str, value: Value, positions: usize| {
+        let directory = copy("qwen2");
+        edit(&directory, "config.json", |config| {
+            config["max_position_embeddings"] = json!(positions);
+            config["rope_scaling"] = Value::Null;
+            config[field] = value.clone();
+        });
+        let files = ModelFiles::open(directory.path()).unwrap();
+        (files.config().rope_scaling.clone(), files.config().max_positions, files.config().rope_magnitude())
+    };
+    let plain = Yarn {
+        factor: 4.0,
+        attention: 1.0 + 0.1 * 4f64.ln(),
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        truncate: true,
+        original_positions: 256,
+    };
+    let wanted = (RopeScaling::Yarn(plain), 1024, plain.attention as f32);
+    let of_4 = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256});
+    assert_eq!(read("rope_scaling", of_4, 256), wanted);
+    let of_5 = json!({"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 256,
+        "beta_fast": 0, "mscale": 0.0, "truncate": null});
+    assert_eq!(read("rope_parameters", of_5.clone(), 1024), wanted);
+    // Whoever does not say what was before has all positions already.
+    let silent = read("rope_parameters", json!({"rope_type": "yarn", "factor": 4.0}), 256);
+    assert_eq!((silent.0, silent.1), (RopeScaling::Yarn(plain), 256));
+    let mut full = of_5;
+    for (name, value) in
+        [("attention_factor", json!(1.5)), ("beta_fast", json!(8.0)), ("beta_slow", json!(2.0)), ("truncate", json!(false))]
+    {
+        full[name] = value;
+    }
+    let own = Yarn { attention: 1.5, beta_fast: 8.0, beta_slow: 2.0, truncate: false, ..plain };
+    assert_eq!(read("rope_parameters", full, 1024).0, RopeScaling::Yarn(own));
+    let scaled = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "mscale": 1.0, "mscale_all_dim": 1.0});
+    assert_eq!(read("rope_scaling", scaled, 256).2, 1.0);
+
+    let directory = tempfile::tempdir().unwrap();
+    let read = |writer: Writer| {
+        let files = ModelFiles::open(&written(&directory, "tiny.gguf", &writer)).unwrap();
+        match files.config().rope_scaling {
+            RopeScaling::Yarn(yarn) => (yarn, files.config().max_positions),
+            ref other => panic!("{other:?}"),
+        }
+    };
+    let gguf = || {
+        let writer = tiny().text("llama.rope.scaling.type", "yarn").f32("llama.rope.scaling.factor", 4.0);
+        writer.u32("llama.rope.scaling.original_context_length", 256)
+    };
+    assert_eq!(read(gguf()), (plain, 1024));
+    let own = gguf().f32("llama.rope.scaling.yarn_attn_factor", 1.5).f32("llama.rope.scaling.yarn_beta_fast", 8.0);
+    assert_eq!(read(own).0, Yarn { attention: 1.5, beta_fast: 8.0, ..plain });
+    let scaled = gguf().f32("llama.rope.scaling.yarn_log_multiplier", 1.0).f32("llama.rope.scaling.attn_factor", 2.0);
+    assert_eq!(read(scaled).0.attention, 2.0);
 }
 
 /// What transformers' Qwen2 makes of the fields about windows.
@@ -414,7 +475,12 @@ fn gguf_metadata_that_cannot_be_run_is_refused_by_name() {
     assert!(refused(Writer::new().text("general.architecture", "llama")).contains("llama.embedding_length: missing"));
     assert!(refused(tiny().u32("llama.expert_count", 8)).contains("llama.expert_used_count"));
     assert!(refused(tiny().u32("llama.rope.dimension_count", 1)).contains("head dimension 2"));
-    assert!(refused(tiny().text("llama.rope.scaling.type", "yarn")).contains("\"yarn\" is not supported"));
+    assert!(refused(tiny().text("llama.rope.scaling.type", "longrope")).contains("\"longrope\" is not supported"));
+    assert!(refused(tiny().text("llama.rope.scaling.type", "yarn")).contains("llama.rope.scaling.factor"));
+    let yarn = || tiny().text("llama.rope.scaling.type", "yarn").f32("llama.rope.scaling.factor", 4.0);
+    assert!(refused(yarn().f32("llama.rope.scaling.yarn_ext_factor", 0.5)).contains("yarn_ext_factor: 0.5 is not supported"));
+    assert!(refused(yarn().f32("llama.rope.scaling.yarn_beta_slow", 0.0)).contains("yarn_beta_slow"));
+    assert!(refused(tiny().f32("llama.rope.scaling.attn_factor", 2.0)).contains("attn_factor: 2 is not supported"));
     assert!(refused(tiny().text("llama.rope.scaling.type", "linear")).contains("llama.rope.scaling.factor"));
     assert!(refused(tiny().f32_tensor("rope_freqs.weight", &[2], &[1.0; 2])).contains("rope_freqs.weight"));
     let both = tiny().text("llama.rope.scaling.type", "linear").f32("llama.rope.scaling.factor", 2.0);

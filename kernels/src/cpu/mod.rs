@@ -14,31 +14,28 @@ pub mod math;
 pub mod pool;
 mod program;
 pub mod sampling;
+mod step;
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use self::attention::{AttentionPath, AttentionPlan, AttentionScratch, KvStorage};
+use self::attention::{AttentionPath, AttentionScratch, KvStorage};
 use self::elementwise::{Elementwise, Level};
 use self::execute::Holdings;
 use self::experts::{ExpertSet, RoutingTables};
-use self::holdings::{Buffer, FORMS, RopeTable, Slots, form_index};
+use self::holdings::{Buffer, FORMS, RopeTable, Slots};
 use self::lora::{LoraPlan, PackedAdapter};
 use self::pool::{Pool, Stage, available_threads};
 use self::program::{Entry, KINDS, Program};
 use self::sampling::SamplingScratch;
-use crate::activations::Activations;
+use self::step::tile_scratch;
 use crate::aligned::{AlignedBuf, Arena};
 use crate::error::KernelError;
 use crate::isa::Isa;
-use crate::linear::TileScratch;
 use crate::ops::*;
 use crate::packed::PackedMatrix;
 use crate::shapes::Shapes;
-
-/// Floats that a claim of row tasks should cover: about a microsecond of work, so that claiming stays cheap beside it.
-const CLAIM_FLOATS: usize = 8192;
 
 /// Neighbouring slots whose keys share cache lines.
 const LINE_SLOTS: usize = 16;
@@ -176,115 +173,11 @@ impl CpuBackend {
         // SAFETY: rows within the capacity; no step is running while the backend is borrowed.
         (0..rows).flat_map(|r| unsafe { buffer.row(r) }).copied().collect()
     }
-
-    /// Notes the outcome of a check; `true` when the operation may be appended.
-    fn admit(&mut self, check: Result<(), KernelError>) -> bool {
-        if self.error.is_none() {
-            self.error = check.err();
-        }
-        self.error.is_none()
-    }
-
-    fn rows(&self, buf: Buf) -> usize {
-        self.held.count(self.held.buffers[buf.0 as usize].rows)
-    }
-
-    /// How many rows of this width to claim at once.
-    fn grain(&self, rows: usize, width: usize) -> usize {
-        (CLAIM_FLOATS / width.max(1)).clamp(1, rows.div_ceil(self.pool.threads()).max(1))
-    }
-
-    /// Appends an entry that makes whole rows of `out` from rows `width` floats wide.
-    fn push_rows(&mut self, entry: Entry, out: Buf, width: usize) {
-        let rows = self.rows(out);
-        let grain = self.grain(rows, width);
-        self.program.push(entry, Some(out.0), rows, grain);
-    }
-
-    /// A matrix in the form that is served, in the arena, with scratch for its products.
-    fn pack(&mut self, sources: &[MatrixSource<'_>], format: WeightFormat) -> Result<PackedMatrix, KernelError> {
-        let packed = PackedMatrix::pack(sources, format, self.held.isa, self.pool.threads())?.moved_to(&mut self.arena)?;
-        if packed.k() > self.max_k {
-            self.held.tile_scratch = tile_scratch(self.pool.threads(), packed.k())?;
-            self.max_k = packed.k();
-        }
-        Ok(packed)
-    }
-
-    /// Sees to it that `x` is converted to the form that `w` multiplies with. Returns the form's number.
-    fn convert_for(&mut self, x: Buf, w: Matrix) -> Result<u32, KernelError> {
-        let form = form_index(self.held.matrices[w.0 as usize].activation_kind());
-        let rows = self.rows(x);
-        let buffer = &mut self.held.buffers[x.0 as usize];
-        let width = buffer.width;
-        if buffer.converted[form].is_none() {
-            let capacity = self.shapes.capacity(buffer.rows);
-            buffer.converted[form] = Some(Activations::new(capacity, width)?);
-        }
-        let grain = self.grain(rows, width);
-        self.program.need(x.0, form as u32, rows, grain);
-        Ok(form as u32)
-    }
-
-    /// The plan of this step's attention for a head shape.
-    fn plan(&mut self, shape: HeadShape) -> usize {
-        let plans = &mut self.held.plans;
-        let index = plans.iter().position(|p| p.0 == shape).unwrap_or_else(|| {
-            plans.push((shape, AttentionPlan::new(), false));
-            plans.len() - 1
-        });
-        let (_, plan, built) = &mut plans[index];
-        if !*built {
-            plan.build(&self.held.batch.sequences, &self.held.batch.blocks, shape, self.pool.threads());
-            *built = true;
-        }
-        index
-    }
-
-    /// Runs the program.
-    fn execute(&mut self) -> Result<(), KernelError> {
-        let entries = self.program.entries();
-        if entries.is_empty() {
-            return Ok(());
-        }
-        if self.stages.len() < entries.len() {
-            self.stages.resize_with(entries.len().next_power_of_two(), Stage::default);
-        }
-        self.stages[..entries.len()].iter_mut().for_each(Stage::reset);
-        let (stages, held, profile) = (&self.stages, &self.held, self.profile.as_deref());
-        let outcome = self.pool.run(&|member| {
-            let mut clock = (member.index == 0).then_some(()).and(profile).map(|p| (p, Instant::now()));
-            for (planned, stage) in entries.iter().zip(stages) {
-                // SAFETY: entries were checked when they were appended; the stage hands each task out once and lets nobody go on
-                // before all are done; a member's index is its own.
-                let goes_on = member.share(stage, planned.tasks, planned.grain, |tasks| unsafe {
-                    held.run(planned, tasks, member.index);
-                });
-                if !goes_on {
-                    return;
-                }
-                if let Some((profile, start)) = &mut clock {
-                    let now = Instant::now();
-                    let (count, nanos) = &profile[planned.entry.kind()];
-                    count.fetch_add(1, Ordering::Relaxed);
-                    nanos.fetch_add((now - *start).as_nanos() as u64, Ordering::Relaxed);
-                    *start = now;
-                }
-            }
-        });
-        let internal = |text| KernelError::Unsupported(format!("a kernel failed: {text}; please report this as a bug"));
-        outcome.map_err(|panicked| internal(panicked.0))
-    }
 }
 
 /// One processor computes a whole model: its cores share the memory that the parts would be cut to fit.
 fn alone(op: &str) -> KernelError {
     KernelError::Unsupported(format!("{op}: the processor's backend computes alone"))
-}
-
-fn tile_scratch(threads: usize, max_k: usize) -> Result<Slots<TileScratch>, KernelError> {
-    let each: Result<Vec<_>, _> = (0..threads).map(|_| TileScratch::new(max_k)).collect();
-    Ok(Slots::new(each?))
 }
 
 impl Ops for CpuBackend {
@@ -660,63 +553,4 @@ impl Ops for CpuBackend {
 const _: () = assert!(FORMS.len() <= 32);
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn backend(threads: usize) -> (CpuBackend, Buf, StepBatch) {
-        let limits = Limits { max_tokens: 40, max_samples: 2, max_positions: 64 };
-        let mut backend = CpuBackend::new(CpuOptions { threads, isa: None, limits }).unwrap();
-        let values: Vec<u8> = (0..40 * 16).flat_map(|i| (i as f32).to_le_bytes()).collect();
-        let source = MatrixSource { n: 40, k: 16, format: Format::F32, data: &values, row_order: None };
-        backend.load_matrix(&[source], WeightFormat::F32).unwrap();
-        let buf = backend.alloc(Rows::Tokens, 16).unwrap();
-        let mut batch = StepBatch { tokens: (0..40).rev().collect(), positions: (0..40).collect(), ..StepBatch::default() };
-        batch.slots.resize(40, -1);
-        batch.sequences.push(SequenceSpan { first_row: 0, rows: 40, context_len: 40, first_block: 0 });
-        (backend, buf, batch)
-    }
-
-    #[test]
-    fn a_panic_in_a_kernel_is_an_error_of_that_step_only() {
-        for threads in 1..=4 {
-            let (mut backend, buf, batch) = backend(threads);
-            for _ in 0..20 {
-                backend.begin(&batch).unwrap();
-                backend.embedding(Matrix(0), buf);
-                // No operation appends this: the shapes are checked. It stands for a defect in a kernel.
-                backend.program.push(Entry::Embedding { table: 9, out: buf.0 }, Some(buf.0), 40, 1);
-                let error = backend.finish(&mut StepOutput::default()).unwrap_err().to_string();
-                assert!(error.contains("index out of bounds"), "{error}");
-                backend.begin(&batch).unwrap();
-                backend.embedding(Matrix(0), buf);
-                backend.finish(&mut StepOutput::default()).unwrap();
-                assert_eq!(backend.read(buf).unwrap()[..2], [39.0 * 16.0, 39.0 * 16.0 + 1.0]);
-            }
-        }
-    }
-
-    #[test]
-    fn thousands_of_steps_give_the_same_rows() {
-        for threads in 1..=4 {
-            let (mut backend, buf, mut batch) = backend(threads);
-            for round in 0..3000u32 {
-                batch.tokens.iter_mut().for_each(|t| *t = (*t + round) % 40);
-                backend.begin(&batch).unwrap();
-                backend.embedding(Matrix(0), buf);
-                backend.finish(&mut StepOutput::default()).unwrap();
-                let rows = backend.read(buf).unwrap();
-                assert!(rows.chunks(16).zip(&batch.tokens).all(|(row, &t)| row[3] == (t * 16 + 3) as f32), "round {round}");
-            }
-        }
-    }
-
-    #[test]
-    fn an_instruction_path_that_is_not_there_is_refused() {
-        let limits = Limits { max_tokens: 1, max_samples: 1, max_positions: 1 };
-        if Isa::detect() < Isa::Amx {
-            assert!(CpuBackend::new(CpuOptions { threads: 1, isa: Some(Isa::Amx), limits }).is_err());
-        }
-        let backend = CpuBackend::new(CpuOptions { threads: 2, isa: Some(Isa::Portable), limits }).unwrap();
-        assert_eq!(backend.describe(), "cpu, baseline instructions, 2 threads");
-    }
-}
+mod tests;

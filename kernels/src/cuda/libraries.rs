@@ -2,6 +2,8 @@
 //! new enough.
 
 use std::ffi::{CString, c_void};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use super::functions::{CublasLtFunctions, DriverFunctions, NcclFunctions, NvrtcFunctions, Outcome, words};
@@ -31,6 +33,29 @@ const NCCL: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 const DRIVER: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
 /// Versions of CUDA that are looked for beside the driver's own.
 const VERSIONS: [i32; 2] = [13, 12];
+
+/// Where a toolkit has its libraries, which need not be on the loader's path.
+fn toolkits() -> Vec<PathBuf> {
+    let named = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os);
+    named.chain(["/usr/local/cuda".into()]).map(|toolkit| PathBuf::from(toolkit).join("lib64")).collect()
+}
+
+/// A library by its name, looked for by the loader, or by its path.
+fn open(file: &Path) -> Option<usize> {
+    let file = CString::new(file.as_os_str().as_bytes()).ok()?;
+    // SAFETY: opening a library of NVIDIA's runs its initialisers and nothing else.
+    let handle = unsafe { libc::dlopen(file.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) } as usize;
+    (handle != 0).then_some(handle)
+}
+
+/// NVRTC asks the loader for its second library by name, which finds it where it is open already.
+fn open_builtins(folder: &Path) {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| entry.file_name().as_bytes().starts_with(b"libnvrtc-builtins.so")) {
+        // Without it NVRTC says what it misses.
+        let _ = open(&entry.path());
+    }
+}
 
 /// Names of a library that comes in versions of CUDA, those first that a driver of this version takes: of its own version, then of
 /// older ones, then the one that the system has without a number.
@@ -85,13 +110,21 @@ impl Library {
     fn opened(self) -> Option<usize> {
         static OPENED: [OnceLock<Option<usize>>; 4] = [const { OnceLock::new() }; 4];
         *OPENED[self as usize].get_or_init(|| {
-            let open = |file: String| {
-                let file = CString::new(file).ok()?;
-                // SAFETY: opening a library of NVIDIA's runs its initialisers and nothing else.
-                let handle = unsafe { libc::dlopen(file.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) } as usize;
-                (handle != 0).then_some(handle)
+            let folders = match self {
+                Library::Nvrtc | Library::CublasLt => toolkits(),
+                Library::Driver | Library::Nccl => Vec::new(),
             };
-            self.files().into_iter().find_map(open)
+            let in_toolkit = |file: &str, folder: &PathBuf| {
+                let path = Some(folder.join(file)).filter(|path| path.is_file())?;
+                if self == Library::Nvrtc {
+                    open_builtins(folder);
+                }
+                open(&path)
+            };
+            // A version that the driver takes is better than one that lies nearer.
+            self.files()
+                .iter()
+                .find_map(|file| open(Path::new(file)).or_else(|| folders.iter().find_map(|folder| in_toolkit(file, folder))))
         })
     }
 
@@ -153,9 +186,13 @@ impl Library {
 
     fn not_found(self) -> KernelError {
         let ((what, files, install), instead) = (self.words(), self.instead());
+        let toolkit = match self {
+            Library::Nvrtc | Library::CublasLt => " and in lib64 of CUDA_HOME, CUDA_PATH and /usr/local/cuda",
+            Library::Driver | Library::Nccl => "",
+        };
         KernelError::Unsupported(format!(
-            "no {what} found: looked for {files} on the loader's path (LD_LIBRARY_PATH and the system's folders); install {install}, \
-             or {instead}"
+            "no {what} found: looked for {files} on the loader's path (LD_LIBRARY_PATH and the system's folders){toolkit}; install \
+             {install}, or {instead}"
         ))
     }
 

@@ -17,7 +17,8 @@ pub(super) struct Sought {
 
 impl Sought {
     pub fn card<C: Calls>(calls: &C, number: usize) -> Result<Self, KernelError> {
-        let version = calls.driver_version().map_err(|e| failed("the driver has no version", e))?;
+        // The first call of all: what is no driver says so here.
+        let version = calls.driver_version().map_err(|e| does_not_start(number, e))?;
         check_driver(version)?;
         calls.init().map_err(|e| does_not_start(number, e))?;
         let count = calls.device_count().map_err(|e| failed("the driver counts no cards", e))?;

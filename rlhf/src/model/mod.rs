@@ -533,7 +533,9 @@ impl Model {
         let mut held = self.rotation.lock().unwrap_or_else(PoisonError::into_inner);
         if held.0 < positions {
             let positions = positions.next_power_of_two().max(512);
-            *held = (positions, Arc::new(Rotation::new(&self.files.config().inverse_frequencies(), 1.0, positions)));
+            let config = self.files.config();
+            let rotation = Rotation::new(&config.inverse_frequencies(), config.rope_magnitude(), positions);
+            *held = (positions, Arc::new(rotation));
         }
         Arc::clone(&held.1)
     }

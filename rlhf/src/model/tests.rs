@@ -73,7 +73,7 @@ fn adapted_models_agree_with_peft() {
 
 #[test]
 fn every_family_agrees_with_transformers() {
-    for path in ["llama", "llama3", "mistral", "qwen2", "qwen3"] {
+    for path in ["llama", "llama3", "mistral", "qwen2", "qwen3", "yarn"] {
         let model = Model::new(open(path), &LoraConfig::default(), 1, EXACT).unwrap();
         // A fresh adapter changes nothing: its B is zero.
         for pass in [Pass::REFERENCE, Pass::EVALUATE] {

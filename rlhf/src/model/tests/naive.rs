@@ -27,7 +27,7 @@ fn rotated(x: &Tensor, config: &ModelConfig, positions: &[u32]) -> Result<Tensor
         .flat_map(|position| config.inverse_frequencies().into_iter().map(|f| f64::from(*position) * f64::from(f)))
         .collect();
     let table = |f: fn(f64) -> f64| {
-        let values: Vec<f32> = angles.iter().map(|angle| f(*angle) as f32).collect();
+        let values: Vec<f32> = angles.iter().map(|angle| f(*angle) as f32 * config.rope_magnitude()).collect();
         Tensor::from_vec(values, (positions.len(), 1, half), &Device::Cpu)
     };
     let (cos, sin) = (table(f64::cos)?, table(f64::sin)?);

@@ -16,7 +16,7 @@ fn values(model: &Model, batch: &Packed, pass: Pass) -> Vec<f32> {
 
 #[test]
 fn before_training_a_whole_model_is_its_files_bit_for_bit() {
-    for path in ["llama", "llama/llama.gguf", "llama3", "mistral", "qwen2", "qwen3"] {
+    for path in ["llama", "llama/llama.gguf", "llama3", "mistral", "qwen2", "qwen3", "yarn"] {
         for precision in [Precision::F32, Precision::Bf16] {
             let model = Model::whole(open(path), ModelOptions { precision, ..EXACT }).unwrap();
             assert_eq!(model.parameters().elements() as u64, model.files().parameters(), "{path}");
