@@ -141,7 +141,7 @@ impl ModelFiles {
 
     /// What rows of the embedding table are multiplied with: in Gemma the root of the width, which transformers rounds to the table's
     /// type and llama.cpp does not.
-    pub(crate) fn embedding_scale(&self) -> Result<Option<f32>, LoadError> {
+    pub fn embedding_scale(&self) -> Result<Option<f32>, LoadError> {
         if self.config.gemma.is_none() {
             return Ok(None);
         }

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::Compute;
 use crate::cpu::elementwise::Level;
-use crate::cpu::math::{exp, silu};
+use crate::cpu::math::{exp, gelu_tanh, silu};
 use crate::error::KernelError;
 use crate::ops::Store;
 
@@ -166,6 +166,21 @@ fn silu_mul_back_body(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], d
     }
 }
 
+/// d gelu(g)·u: with s = σ(2v) and v = √(2/π) (g + 0.044715 g³), dg = dy u (s + g s (1 − s) 2v') and du = dy g s.
+#[inline(always)]
+fn gelu_mul_back_body(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
+    const SLOPE: f32 = 1.595_769;
+    let n = dy.len();
+    let (gate, up, dgate, dup) = (&gate[..n], &up[..n], &mut dgate[..n], &mut dup[..n]);
+    for i in 0..n {
+        // Beyond this s is 0 or 1, and g² would come to be infinite.
+        let g = gate[i].clamp(-30.0, 30.0);
+        let s = 1.0 / (1.0 + exp(-SLOPE * (g + 0.044_715 * g * g * g)));
+        dgate[i] = dy[i] * up[i] * (s + g * s * (1.0 - s) * SLOPE * (1.0 + 3.0 * 0.044_715 * g * g));
+        dup[i] = dy[i] * gelu_tanh(gate[i]);
+    }
+}
+
 #[inline(always)]
 fn largest(x: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
@@ -251,6 +266,8 @@ macro_rules! instantiate {
             instantiate!(@one $safety ($($feature)?) rms_norm_back = rms_norm_back_body(
                 x: &[f32], weight: &[f32], inverse: f32, dy: &[f32], add: bool, dx: &mut [f32]) -> ());
             instantiate!(@one $safety ($($feature)?) silu_mul_back = silu_mul_back_body(
+                gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) -> ());
+            instantiate!(@one $safety ($($feature)?) gelu_mul_back = gelu_mul_back_body(
                 gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) -> ());
             instantiate!(@one $safety ($($feature)?) softmax = softmax_body(scores: &mut [f32]) -> f32);
             instantiate!(@one $safety ($($feature)?) softmax_back = softmax_back_body(
@@ -451,6 +468,31 @@ impl Compute {
             let (gate, up) = gate_up[row * 2 * width..][..2 * width].split_at(width);
             // SAFETY: rows are disjoint.
             elementwise.silu_and_mul(gate, up, unsafe { out.range(row * width..(row + 1) * width) });
+        })
+    }
+
+    /// `out [rows, w] = gelu(gate) * up` of `gate_up [rows, 2w]`, by the formula with tanh.
+    pub fn gelu_mul(&mut self, gate_up: &[f32], width: usize, out: &mut [f32]) -> Result<(), KernelError> {
+        let rows = out.len() / width.max(1);
+        fits("gelu_mul", out.len() == rows * width && gate_up.len() == 2 * out.len())?;
+        let (elementwise, out) = (self.elementwise, Shared::new(out));
+        self.each_row(rows, |row| {
+            let (gate, up) = gate_up[row * 2 * width..][..2 * width].split_at(width);
+            // SAFETY: rows are disjoint.
+            elementwise.gelu_tanh_and_mul(gate, up, unsafe { out.range(row * width..(row + 1) * width) });
+        })
+    }
+
+    /// The derivative of [`Self::gelu_mul`]: `dgate_up [rows, 2w]` from `dy [rows, w]`.
+    pub fn gelu_mul_back(&mut self, gate_up: &[f32], width: usize, dy: &[f32], dgate_up: &mut [f32]) -> Result<(), KernelError> {
+        let rows = dy.len() / width.max(1);
+        fits("gelu_mul_back", dy.len() == rows * width && gate_up.len() == 2 * dy.len() && dgate_up.len() == 2 * dy.len())?;
+        let (level, out) = (self.rows.0, Shared::new(dgate_up));
+        self.each_row(rows, |row| {
+            let (gate, up) = gate_up[row * 2 * width..][..2 * width].split_at(width);
+            // SAFETY: rows are disjoint.
+            let (dgate, dup) = unsafe { out.range(row * 2 * width..(row + 1) * 2 * width) }.split_at_mut(width);
+            dispatch!(level, gelu_mul_back(gate, up, &dy[row * width..][..width], dgate, dup));
         })
     }
 

@@ -298,6 +298,26 @@ fn gated_activation() {
         compute.silu_mul_back(&x, width, &dy, &mut dx).unwrap();
         same(&dx, &along_x, 1e-4, "silu_mul_back");
     });
+    let forward = |x: &[f64]| {
+        let gelu = |g: f64| 0.5 * g * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3))).tanh());
+        let mut out = Vec::new();
+        for row in x.chunks(2 * width) {
+            out.extend((0..width).map(|i| gelu(row[i]) * row[width + i]));
+        }
+        out
+    };
+    let (want, along_x) = (forward(&double(&x)), derivative(&x, &dy, &forward));
+    each(|compute, _| {
+        let mut out = vec![f32::NAN; rows * width];
+        compute.gelu_mul(&x, width, &mut out).unwrap();
+        same(&out, &want, 1e-5, "gelu_mul");
+        let mut dx = vec![f32::NAN; x.len()];
+        compute.gelu_mul_back(&x, width, &dy, &mut dx).unwrap();
+        same(&dx, &along_x, 1e-4, "gelu_mul_back");
+        // The ends of what there is.
+        compute.gelu_mul_back(&[3e38, -3e38, 1.0, 1.0], 2, &[1.0, 1.0], &mut dx[..4]).unwrap();
+        assert_eq!(dx[..4], [1.0, 0.0, 3e38, 0.0]);
+    });
 }
 
 #[test]

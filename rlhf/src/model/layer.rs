@@ -30,6 +30,8 @@ pub(super) struct Rows {
     pub positions: Vec<u32>,
     pub spans: Vec<Span>,
     pub rotation: Arc<Rotation>,
+    /// Of layers with a window, where they rotate otherwise.
+    pub local_rotation: Option<Arc<Rotation>>,
 }
 
 /// A layer in one pass.
@@ -52,6 +54,9 @@ pub(super) struct LayerOp {
 /// Queries and keys before their norms (a `qkv` of its own), and the inverse roots, `[rows, heads]` and `[rows, kv_heads]`.
 type RawHeads = (Buffer, [Buffer; 2]);
 
+/// What a part of a layer gives before the norm behind it `[rows, hidden]`, and the inverse root `[rows]`.
+type Branch = [Buffer; 2];
+
 /// What the forward pass leaves for the backward one.
 pub(super) struct Saved {
     /// Inverse roots of the two norms, `[rows]`.
@@ -69,13 +74,16 @@ pub(super) struct Saved {
     gate_up: Buffer,
     /// `A x` of each group, `[rows, ranks]`.
     shrunk: [Buffer; 4],
+    /// Of attention and of the feed-forward part, where there are norms behind them.
+    branches: Option<[Branch; 2]>,
 }
 
 impl Saved {
     fn buffers(self) -> impl Iterator<Item = Buffer> {
-        let Self { inverse, qkv, raw, attended, lse, middle, gate_up, shrunk } = self;
+        let Self { inverse, qkv, raw, attended, lse, middle, gate_up, shrunk, branches } = self;
+        let branches = branches.into_iter().flatten().flatten();
         let raw = raw.into_iter().flat_map(|(raw, inverse)| std::iter::once(raw).chain(inverse));
-        inverse.into_iter().chain([qkv, attended, lse, middle, gate_up]).chain(shrunk).chain(raw)
+        inverse.into_iter().chain([qkv, attended, lse, middle, gate_up]).chain(shrunk).chain(raw).chain(branches)
     }
 }
 
@@ -96,13 +104,21 @@ impl LayerOp {
         Pass { op: self, config: self.files.config(), compute, params, vectors, rows: self.rows.positions.len() }
     }
 
+    /// The layer's.
+    fn rotation(&self) -> &Rotation {
+        let local = self.rows.local_rotation.as_ref().filter(|_| self.files.config().is_local(self.weights.index));
+        local.unwrap_or(&self.rows.rotation)
+    }
+
     fn attention(&self) -> Attention<'_> {
-        let &ModelConfig { heads, kv_heads, head_dim, sliding_window, .. } = self.files.config();
+        let config = self.files.config();
+        let &ModelConfig { heads, kv_heads, head_dim, .. } = config;
+        let sliding_window = config.window(self.weights.index);
         Attention {
             spans: &self.rows.spans,
             positions: &self.rows.positions,
             shape: HeadShape { heads, kv_heads, head_dim },
-            spec: AttentionSpec { scale: 1.0 / (head_dim as f32).sqrt(), sliding_window, soft_cap: None, alibi: None },
+            spec: AttentionSpec { scale: config.attention_scale(), sliding_window, soft_cap: None, alibi: None },
         }
     }
 
@@ -397,17 +413,17 @@ impl<'a> Pass<'a> {
             }
             raw = Some((before, inverses));
         }
-        let rows = &self.op.rows;
+        let (rows, rotation) = (&self.op.rows, self.op.rotation());
         for pieces in self.pieces() {
-            self.compute.rotate(qkv, pieces, &rows.rotation, &rows.positions, false)?;
+            self.compute.rotate(qkv, pieces, rotation, &rows.positions, false)?;
         }
         Ok(raw)
     }
 
     fn rotate_back(&mut self, raw: Option<&RawHeads>, dqkv: &mut [f32], slopes: &mut Slopes) -> Result<(), ModelError> {
-        let rows = &self.op.rows;
+        let (rows, rotation) = (&self.op.rows, self.op.rotation());
         for pieces in self.pieces() {
-            self.compute.rotate(dqkv, pieces, &rows.rotation, &rows.positions, true)?;
+            self.compute.rotate(dqkv, pieces, rotation, &rows.positions, true)?;
         }
         if let (Some((before, inverses)), Some(norms)) = (raw, self.norms().heads) {
             let mut along = self.op.workshop.buffer(dqkv.len());
@@ -438,6 +454,43 @@ impl<'a> Pass<'a> {
         Ok(())
     }
 
+    /// The gated activation.
+    fn gate(&mut self, gate_up: &[f32], gated: &mut [f32]) -> Result<(), ModelError> {
+        let width = self.config.intermediate;
+        match self.config.gemma {
+            Some(_) => self.compute.gelu_mul(gate_up, width, gated)?,
+            None => self.compute.silu_mul(gate_up, width, gated)?,
+        }
+        Ok(())
+    }
+
+    /// Adds what a part of the layer gives to the residual stream, through the norm behind it where there is one; returns `A x`, and what
+    /// that norm's derivative needs.
+    fn add(
+        &mut self,
+        group: Group,
+        x: &[f32],
+        norm: Option<&[f32]>,
+        stream: &mut [f32],
+    ) -> Result<(Buffer, Option<Branch>), ModelError> {
+        let Some(norm) = norm else { return Ok((self.linear(group, x, stream, Store::Add)?, None)) };
+        let (hidden, eps) = (self.config.hidden, self.config.rms_eps);
+        let (mut branch, mut normed, mut inverse) = (self.buffer(hidden), self.buffer(hidden), self.buffer(1));
+        let shrunk = self.linear(group, x, &mut branch, Store::Replace)?;
+        self.compute.rms_norm(&branch, Pieces::rows(hidden), norm, eps, &mut normed, &mut inverse)?;
+        stream.iter_mut().zip(&normed[..]).for_each(|(sum, value)| *sum += value);
+        self.give_back([normed]);
+        Ok((shrunk, Some([branch, inverse])))
+    }
+
+    /// The derivative along what a part of the layer gives, from that along the residual stream; none where they are the same.
+    fn add_back(&mut self, norm: Option<&[f32]>, branch: Option<&Branch>, dy: &[f32]) -> Result<Option<Buffer>, ModelError> {
+        let (Some(norm), Some([branch, inverse])) = (norm, branch) else { return Ok(None) };
+        let mut along = self.buffer(self.config.hidden);
+        self.compute.rms_norm_back(branch, Pieces::rows(self.config.hidden), norm, inverse, dy, &mut along, Store::Replace)?;
+        Ok(Some(along))
+    }
+
     fn forward(&mut self, x: &[f32], out: &mut [f32]) -> Result<Saved, ModelError> {
         let &ModelConfig { hidden, intermediate, heads, head_dim, rms_eps: eps, .. } = self.config;
         let norms = self.norms();
@@ -453,18 +506,19 @@ impl<'a> Pass<'a> {
         self.compute.attention(op.attention(), &qkv, &mut attended, &mut lse)?;
         let mut middle = self.buffer(hidden);
         middle.copy_from_slice(x);
-        let output_shrunk = self.linear(Group::AttentionOutput, &attended, &mut middle, Store::Add)?;
+        let (output_shrunk, first) = self.add(Group::AttentionOutput, &attended, norms.behind.map(|n| n[0]), &mut middle)?;
 
         self.compute.rms_norm(&middle, whole, norms.feed_forward, eps, &mut normed, &mut inverse[1])?;
         let mut gate_up = self.buffer(2 * intermediate);
         let gate_up_shrunk = self.linear(Group::GateUp, &normed, &mut gate_up, Store::Replace)?;
         let mut gated = self.buffer(intermediate);
-        self.compute.silu_mul(&gate_up, intermediate, &mut gated)?;
+        self.gate(&gate_up, &mut gated)?;
         out.copy_from_slice(&middle);
-        let down_shrunk = self.linear(Group::Down, &gated, out, Store::Add)?;
+        let (down_shrunk, second) = self.add(Group::Down, &gated, norms.behind.map(|n| n[1]), out)?;
         self.give_back([normed, gated]);
         let shrunk = [qkv_shrunk, output_shrunk, gate_up_shrunk, down_shrunk];
-        Ok(Saved { inverse, qkv, raw, attended, lse, middle, gate_up, shrunk })
+        let branches = first.zip(second).map(<[Branch; 2]>::from);
+        Ok(Saved { inverse, qkv, raw, attended, lse, middle, gate_up, shrunk, branches })
     }
 
     fn backward(
@@ -481,10 +535,15 @@ impl<'a> Pass<'a> {
         let [qkv_shrunk, output_shrunk, gate_up_shrunk, down_shrunk] = &saved.shrunk;
 
         let (mut gated, mut dgated) = (self.buffer(intermediate), self.buffer(intermediate));
-        self.compute.silu_mul(&saved.gate_up, intermediate, &mut gated)?;
-        self.linear_back(Group::Down, &gated, down_shrunk, dout, &mut dgated, slopes)?;
+        self.gate(&saved.gate_up, &mut gated)?;
+        let dbranch = self.add_back(norms.behind.map(|n| n[1]), saved.branches.as_ref().map(|b| &b[1]), dout)?;
+        self.linear_back(Group::Down, &gated, down_shrunk, dbranch.as_deref().unwrap_or(dout), &mut dgated, slopes)?;
+        self.give_back(dbranch);
         let mut dgate_up = self.buffer(2 * intermediate);
-        self.compute.silu_mul_back(&saved.gate_up, intermediate, &dgated, &mut dgate_up)?;
+        match self.config.gemma {
+            Some(_) => self.compute.gelu_mul_back(&saved.gate_up, intermediate, &dgated, &mut dgate_up)?,
+            None => self.compute.silu_mul_back(&saved.gate_up, intermediate, &dgated, &mut dgate_up)?,
+        }
         let (mut normed, mut dnormed, mut scratch) = (self.buffer(hidden), self.buffer(hidden), self.buffer(1));
         self.compute.rms_norm(&saved.middle, whole, norms.feed_forward, eps, &mut normed, &mut scratch)?;
         self.linear_back(Group::GateUp, &normed, gate_up_shrunk, &dgate_up, &mut dnormed, slopes)?;
@@ -496,7 +555,10 @@ impl<'a> Pass<'a> {
         self.norm_slope(Part::FeedForwardNorm, &saved.middle, whole, second, &dnormed, slopes)?;
 
         let mut dattended = self.buffer(heads * head_dim);
-        self.linear_back(Group::AttentionOutput, &saved.attended, output_shrunk, &dmiddle, &mut dattended, slopes)?;
+        let dbranch = self.add_back(norms.behind.map(|n| n[0]), saved.branches.as_ref().map(|b| &b[0]), &dmiddle)?;
+        let dy = dbranch.as_deref().unwrap_or(&dmiddle);
+        self.linear_back(Group::AttentionOutput, &saved.attended, output_shrunk, dy, &mut dattended, slopes)?;
+        self.give_back(dbranch);
         let mut dqkv = self.buffer(self.sizes(Group::Qkv).0);
         let op = self.op;
         self.compute.attention_back(op.attention(), &saved.qkv, &saved.attended, &saved.lse, &dattended, &mut dqkv)?;

@@ -13,6 +13,8 @@ pub(super) struct LayerWeights {
     feed_forward_norm: Vec<f32>,
     /// Per-head norms of queries and keys.
     head_norms: Option<[Vec<f32>; 2]>,
+    /// Norms behind attention and feed-forward part.
+    norms_behind: Option<[Vec<f32>; 2]>,
     /// By group; empty without.
     pub biases: [Vec<f32>; 4],
 }
@@ -36,6 +38,10 @@ impl LayerWeights {
             attention_norm: vector(Part::AttentionNorm)?,
             feed_forward_norm: vector(Part::FeedForwardNorm)?,
             head_norms: if config.qk_norm { Some([vector(Part::QueryNorm)?, vector(Part::KeyNorm)?]) } else { None },
+            norms_behind: match config.gemma {
+                Some(_) => Some([vector(Part::PostAttentionNorm)?, vector(Part::PostFeedForwardNorm)?]),
+                None => None,
+            },
             biases: [
                 bias(config.qkv_bias, &[Part::QueryBias, Part::KeyBias, Part::ValueBias])?,
                 bias(config.output_bias, &[Part::AttentionOutputBias])?,
@@ -48,11 +54,13 @@ impl LayerWeights {
     /// The norms of the files, or those among the numbers of a layer that is trained whole.
     pub fn norms<'a>(&'a self, whole: Option<&Whole>, vectors: &'a [f32]) -> Norms<'a> {
         let heads = self.head_norms.as_ref();
+        let behind = self.norms_behind.as_ref().map(|[attention, feed_forward]| [attention.as_slice(), feed_forward.as_slice()]);
         match whole {
             None => Norms {
                 attention: &self.attention_norm,
                 feed_forward: &self.feed_forward_norm,
                 heads: heads.map(|[queries, keys]| [queries.as_slice(), keys.as_slice()]),
+                behind,
             },
             Some(whole) => {
                 let of = |part: Part| &vectors[whole.vector(part)];
@@ -60,6 +68,8 @@ impl LayerWeights {
                     attention: of(Part::AttentionNorm),
                     feed_forward: of(Part::FeedForwardNorm),
                     heads: heads.map(|_| [of(Part::QueryNorm), of(Part::KeyNorm)]),
+                    // No model that has them is trained whole.
+                    behind,
                 }
             }
         }
@@ -104,4 +114,6 @@ pub(super) struct Norms<'a> {
     pub feed_forward: &'a [f32],
     /// Of queries and keys.
     pub heads: Option<[&'a [f32]; 2]>,
+    /// Behind attention and feed-forward part.
+    pub behind: Option<[&'a [f32]; 2]>,
 }

@@ -155,7 +155,7 @@ pub struct Model {
     parameters: Parameters,
     kind: Kind,
     /// With how many positions it has.
-    rotation: Mutex<(usize, Arc<Rotation>)>,
+    rotation: Mutex<(usize, Arc<Rotation>, Option<Arc<Rotation>>)>,
     base: String,
     /// The argument of an operation that has no number of that kind.
     none: Tensor,
@@ -206,9 +206,10 @@ type Held = Option<(Arc<Trained>, Vec<Var>)>;
 /// Refuses what layers here do not compute.
 fn dense(files: &ModelFiles) -> Result<(), ModelError> {
     let config = files.config();
-    if config.gemma.is_some() {
+    if config.gemma.as_ref().is_some_and(|gemma| gemma.attention_cap.is_some() || gemma.logit_cap.is_some()) {
         return Err(ModelError::Kind(
-            "Gemma models are served but neither trained nor evaluated here; choose a Llama, Mistral or Qwen model",
+            "the model has soft caps of scores or logits (Gemma 2), with which it is served but neither trained nor evaluated here; choose \
+             Gemma 3, a Llama, a Mistral or a Qwen model",
         ));
     }
     if config.alibi.is_some() || !config.gated {
@@ -255,6 +256,9 @@ impl Model {
     /// The model of `files` with every number of it to train: the files' numbers in f32, which products round as they round others.
     pub fn whole(files: Arc<ModelFiles>, options: ModelOptions) -> Result<Self, ModelError> {
         dense(&files)?;
+        if files.config().gemma.is_some() {
+            return Err(ModelError::Kind("of Gemma models adapters are trained, not the whole model; leave out --full"));
+        }
         let layout = Whole::new(files.config());
         let mut parameters = Parameters::default();
         let mut add = |name: String, values: Vec<f32>| -> Result<Var, ModelError> {
@@ -316,7 +320,7 @@ impl Model {
         let layers = trained.into_iter().enumerate().map(layer).collect::<Result<_, _>>()?;
         let workshop = Arc::new(Workshop::new(options.threads, options.precision)?);
         let final_norm = Arc::new(files.vector(Weight::FinalNorm)?);
-        let rotation = Mutex::new((0, Arc::new(Rotation::new(&[], 1.0, 0))));
+        let rotation = Mutex::new((0, Arc::new(Rotation::new(&[], 1.0, 0)), None));
         let (base, none) = (files.digest(), Tensor::zeros(0, DType::F32, &Device::Cpu)?);
         Ok(Self { files, options, workshop, layers, final_norm, parameters, kind, rotation, base, none, device: None })
     }
@@ -525,19 +529,21 @@ impl Model {
     fn rows(&self, batch: &Packed) -> Rows {
         let spans = batch.segments.iter().map(|segment| Span { first: segment.first, len: segment.len, prefix: segment.prefix });
         let needed = batch.positions.iter().map(|position| *position as usize + 1).max().unwrap_or(0);
-        Rows { positions: batch.positions.clone(), spans: spans.collect(), rotation: self.rotation(needed) }
+        let (rotation, local_rotation) = self.rotation(needed);
+        Rows { positions: batch.positions.clone(), spans: spans.collect(), rotation, local_rotation }
     }
 
-    /// Cosines and sines for at least `positions`.
-    fn rotation(&self, positions: usize) -> Arc<Rotation> {
+    /// Cosines and sines for at least `positions`, and those of layers with a window where they are others.
+    fn rotation(&self, positions: usize) -> (Arc<Rotation>, Option<Arc<Rotation>>) {
         let mut held = self.rotation.lock().unwrap_or_else(PoisonError::into_inner);
         if held.0 < positions {
             let positions = positions.next_power_of_two().max(512);
             let config = self.files.config();
-            let rotation = Rotation::new(&config.inverse_frequencies(), config.rope_magnitude(), positions);
-            *held = (positions, Arc::new(rotation));
+            let table = |frequencies: Vec<f32>, magnitude| Arc::new(Rotation::new(&frequencies, magnitude, positions));
+            let local = config.local_inverse_frequencies().map(|frequencies| table(frequencies, 1.0));
+            *held = (positions, table(config.inverse_frequencies(), config.rope_magnitude()), local);
         }
-        Arc::clone(&held.1)
+        (Arc::clone(&held.1), held.2.clone())
     }
 
     /// `[tokens, hidden]` rows of the embedding table.
@@ -549,6 +555,9 @@ impl Model {
             let start = *token as usize * row;
             let bytes = table.data.get(start..start + row).ok_or(ModelError::Token { token: *token, vocabulary: table.n })?;
             blocks::dequantize_row(table.format, bytes, out)?;
+        }
+        if let Some(scale) = self.files.embedding_scale()? {
+            out.iter_mut().for_each(|value| *value *= scale);
         }
         Ok(Tensor::from_vec(out, (tokens.len(), table.k), &Device::Cpu)?)
     }

@@ -51,18 +51,25 @@ fn distance(model: &Model, expected: &Value, pass: Pass) -> (f64, f64) {
     (differences.iter().copied().fold(0.0, f64::max), (squares / differences.len() as f64).sqrt())
 }
 
+/// For [`distance`] in f32, the largest, and in bf16, the root mean square. Attention of the tiny Gemma is so sharp that float32 itself is worth
+/// 2e-4 in it (`float32_error`), ten times as much as in the others.
+fn tolerances(family: &str) -> (f64, f64) {
+    if family == "gemma3" { (5e-4, 0.4) } else { (2e-4, 0.15) }
+}
+
 #[test]
 fn adapted_models_agree_with_peft() {
-    for (family, name) in [("llama", "all"), ("llama", "some"), ("llama", "patterns"), ("qwen3", "all")] {
+    for (family, name) in [("llama", "all"), ("llama", "some"), ("llama", "patterns"), ("qwen3", "all"), ("gemma3", "all")] {
         let folder = goldens(family).join("adapters").join(name);
         let adapter = Adapter::read(&folder).unwrap();
         let expected = json(folder.join("expected.json"));
         let model = Model::with_adapter(open(family), &adapter, EXACT).unwrap();
         let (exact, _) = distance(&model, &expected, Pass::EVALUATE);
-        assert!(exact < 2e-4, "{family} {name}: {exact}");
+        let (close, roughly) = tolerances(family);
+        assert!(exact < close, "{family} {name}: {exact}");
         let rounded = Model::with_adapter(open(family), &adapter, ModelOptions { precision: Precision::Bf16, ..EXACT }).unwrap();
         let (_, rounded) = distance(&rounded, &expected, Pass::EVALUATE);
-        assert!(rounded < 0.15, "{family} {name} in bf16: {rounded}");
+        assert!(rounded < roughly, "{family} {name} in bf16: {rounded}");
         // Without its adapter it is another model.
         assert!(distance(&model, &expected, Pass::REFERENCE).1 > 0.3, "{family} {name}");
         // And what is written is what was read.
@@ -73,12 +80,12 @@ fn adapted_models_agree_with_peft() {
 
 #[test]
 fn every_family_agrees_with_transformers() {
-    for path in ["llama", "llama3", "mistral", "qwen2", "qwen3", "yarn"] {
+    for path in ["llama", "llama3", "mistral", "qwen2", "qwen3", "yarn", "gemma3"] {
         let model = Model::new(open(path), &LoraConfig::default(), 1, EXACT).unwrap();
         // A fresh adapter changes nothing: its B is zero.
         for pass in [Pass::REFERENCE, Pass::EVALUATE] {
             let (distance, _) = distance(&model, &json(goldens(path).join("expected.json")), pass);
-            assert!(distance < 2e-4, "{path}: {distance}");
+            assert!(distance < tolerances(path).0, "{path}: {distance}");
         }
     }
     // The same weights in llama.cpp's container, whose queries and keys are permuted.
@@ -159,9 +166,13 @@ fn near(a: &[f32], b: &[f32], tolerance: f64, what: &str) {
 fn gradients_are_those_of_finite_differences() {
     let lora = LoraConfig { r: 3, alpha: 6.0, dropout: 0.3, ..LoraConfig::default() };
     let some = LoraConfig { targets: vec![Projection::Key, Projection::Up], layers: Some(vec![1]), ..lora.clone() };
-    for (family, lora, dropout) in
-        [("llama", &lora, None), ("llama", &lora, Some(7)), ("qwen3", &lora, None), ("qwen2", &some, None)]
-    {
+    for (family, lora, dropout) in [
+        ("llama", &lora, None),
+        ("llama", &lora, Some(7)),
+        ("qwen3", &lora, None),
+        ("qwen2", &some, None),
+        ("gemma3", &lora, None),
+    ] {
         let model = disturbed(open(family), lora, EXACT);
         let batch = pairs(true);
         let pass = Pass { dropout, ..Pass::TRAIN };
@@ -245,20 +256,20 @@ fn bad_input_is_refused() {
 }
 
 #[test]
-fn gemma_is_refused_by_name() {
-    for family in ["gemma2", "gemma3"] {
-        let files = open(family);
-        let adapter = Adapter::read(&goldens(&format!("{family}/adapters/all"))).unwrap();
-        let refused = [
-            Model::new(files.clone(), &LoraConfig::default(), 1, EXACT),
-            Model::with_adapter(files.clone(), &adapter, EXACT),
-            Model::untrained(files.clone(), EXACT),
-            Model::whole(files, EXACT),
-        ];
-        for model in refused {
-            assert!(model.map(|_| ()).unwrap_err().to_string().contains("Gemma models are served but neither trained"));
-        }
+fn what_of_gemma_is_not_computed_is_refused_by_name() {
+    let files = open("gemma2");
+    let adapter = Adapter::read(&goldens("gemma2/adapters/all")).unwrap();
+    let refused = [
+        Model::new(files.clone(), &LoraConfig::default(), 1, EXACT),
+        Model::with_adapter(files.clone(), &adapter, EXACT),
+        Model::untrained(files.clone(), EXACT),
+        Model::whole(files, EXACT),
+    ];
+    for model in refused {
+        assert!(model.map(|_| ()).unwrap_err().to_string().contains("soft caps of scores or logits (Gemma 2)"));
     }
+    let whole = Model::whole(open("gemma3"), EXACT).map(|_| ()).unwrap_err().to_string();
+    assert!(whole.contains("of Gemma models adapters are trained"), "{whole}");
 }
 
 #[test]

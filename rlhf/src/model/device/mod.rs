@@ -113,7 +113,7 @@ impl DeviceModel {
             Ok(compute.weight(&sources)?)
         };
         let [qkv, output, gate_up, down] = Group::ALL.map(&mut group);
-        let Norms { attention, feed_forward, heads } = weights.norms(None, &[]);
+        let Norms { attention, feed_forward, heads, behind: _ } = weights.norms(None, &[]);
         let [qkv_bias, output_bias, gate_up_bias, down_bias] = weights.biases.each_ref().map(|bias| compute.upload(bias));
         let head_norms = match heads {
             Some([queries, keys]) => Some([compute.upload(queries)?, compute.upload(keys)?]),
@@ -192,6 +192,9 @@ impl Model {
     }
 
     fn computing(mut self, device: Arc<DeviceModel>) -> Result<Self, ModelError> {
+        if self.files.config().gemma.is_some() {
+            return Err(ModelError::Kind("Gemma models are trained and evaluated on the processor; choose the device cpu"));
+        }
         if self.options.frozen_gradients {
             return Err(ModelError::Kind("gradients of frozen weights are computed, to measure them, on the processor only"));
         }
