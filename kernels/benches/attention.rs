@@ -101,6 +101,7 @@ fn attention(name: &str, spans: &[(usize, usize)], dtype: KvDtype, path: Attenti
         layer: 0,
         shape: SHAPE,
         spec: AttentionSpec { scale: 0.125, sliding_window: None, soft_cap: None, alibi: None },
+        slopes: None,
         qkv: qkv.as_ptr(),
         qkv_stride: stride,
         out: out.as_mut_ptr(),
