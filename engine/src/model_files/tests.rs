@@ -492,6 +492,52 @@ fn gguf_metadata_that_cannot_be_run_is_refused_by_name() {
     assert!(refused(tiny().text("tokenizer.chat_template", "{% if %}")).contains("chat_template"));
 }
 
+/// The smallest MPT that loads.
+fn tiny_mpt(most: f32) -> Writer {
+    Writer::new()
+        .text("general.architecture", "mpt")
+        .u32("mpt.block_count", 1)
+        .u32("mpt.context_length", 32)
+        .u32("mpt.embedding_length", 4)
+        .u32("mpt.feed_forward_length", 8)
+        .u32("mpt.attention.head_count", 2)
+        .f32("mpt.attention.layer_norm_epsilon", 1e-5)
+        .f32("mpt.attention.max_alibi_bias", most)
+        .text("tokenizer.ggml.model", "gpt2")
+        .text("tokenizer.ggml.pre", "mpt")
+        .texts("tokenizer.ggml.tokens", &["a", "b", "ab", "<|im_end|>", "<|endoftext|>"])
+        .i32s("tokenizer.ggml.token_type", &[1, 1, 1, 3, 3])
+        .texts("tokenizer.ggml.merges", &["a b"])
+        .u32("tokenizer.ggml.eos_token_id", 4)
+        .f32_tensor("token_embd.weight", &[5, 4], &[0.1; 20])
+        .f32_tensor("output_norm.weight", &[4], &[1.0; 4])
+        .f32_tensor("blk.0.attn_norm.weight", &[4], &[1.0; 4])
+        .f32_tensor("blk.0.attn_qkv.weight", &[12, 4], &[0.1; 48])
+        .f32_tensor("blk.0.attn_output.weight", &[4, 4], &[0.1; 16])
+        .f32_tensor("blk.0.ffn_norm.weight", &[4], &[1.0; 4])
+        .f32_tensor("blk.0.ffn_up.weight", &[8, 4], &[0.1; 32])
+        .f32_tensor("blk.0.ffn_down.weight", &[4, 8], &[0.1; 32])
+}
+
+#[test]
+fn an_mpt_file_is_read_and_what_it_may_have_besides_is_refused_by_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = written(&directory, "tiny.gguf", &tiny_mpt(16.0));
+    assert!(load(&path).is_ok());
+    let config = ModelFiles::open(&path).unwrap().config().clone();
+    assert_eq!((config.alibi, config.clip_qkv, config.gated, config.kv_heads), (Some(16.0), None, false, 2));
+    let refused = |writer: Writer| failure(written(&directory, "tiny.gguf", &writer));
+    assert!(refused(tiny_mpt(0.0)).contains("mpt.attention.max_alibi_bias: no bias is not supported"));
+    assert!(refused(tiny_mpt(-1.0)).contains("alibi_bias_max"));
+    assert!(refused(tiny_mpt(8.0).u32("mpt.expert_count", 4)).contains("mpt.expert_count"));
+    for name in ["position_embd.weight", "blk.0.attn_qkv.bias", "blk.0.attn_q_norm.weight", "blk.0.ffn_act.scales"] {
+        let why = refused(tiny_mpt(8.0).f32_tensor(name, &[4], &[1.0; 4]));
+        assert!(why.contains(&format!("{name}: a tensor of this name is not supported")), "{why}");
+    }
+    // Everybody else's biases are refused still.
+    assert!(refused(tiny().f32("llama.attention.max_alibi_bias", 8.0)).contains("llama.attention.max_alibi_bias"));
+}
+
 #[test]
 fn a_factor_without_a_kind_of_scaling_is_a_linear_one() {
     let directory = tempfile::tempdir().unwrap();
