@@ -45,7 +45,8 @@ build: ## the release binary
 
 # What the tests need is fetched while the compiler works.
 test: ## everything: lints, unit and property tests, the real model, real clients
-	$(MAKE) environments & fetching=$$!; $(MAKE) lint || { kill $$fetching; exit 1; }; wait $$fetching
+	$(MAKE) environments & fetching=$$!; trap 'kill $$fetching 2>/dev/null || true; wait $$fetching || true' EXIT; \
+	trap 'exit 130' INT; trap 'exit 143' TERM; $(MAKE) lint; wait $$fetching; trap - EXIT
 	$(MAKE) test-rust
 	$(MAKE) test-e2e
 

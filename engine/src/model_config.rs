@@ -17,6 +17,9 @@ use crate::load_error::LoadError;
 pub use gemma::Gemma;
 pub use yarn::Yarn;
 
+/// Of any size. No model comes near; products are bounded by the files, as every tensor's shape is compared with its bytes.
+const LARGEST: usize = 1 << 24;
+
 const SUPPORTED_FAMILIES: &str =
     "supported are Llama, Mistral, Mixtral, DBRX, Qwen2, Qwen2-MoE, Qwen3, Qwen3-MoE, MPT, Gemma 2 and Gemma 3 models";
 
@@ -157,9 +160,8 @@ impl ModelConfig {
             ("max_position_embeddings", self.max_positions),
         ];
         for (name, size) in sizes {
-            // No model comes near. Products are bounded by the files: every tensor's shape is compared with its bytes.
-            if size == 0 || size > 1 << 24 {
-                return invalid(name, format!("is {size}, but must lie between 1 and {}", 1 << 24));
+            if size == 0 || size > LARGEST {
+                return invalid(name, format!("is {size}, but must lie between 1 and {LARGEST}"));
             }
         }
         if let Some(ExpertConfig { count, each, shared, .. }) = self.experts {
@@ -169,8 +171,8 @@ impl ModelConfig {
             if each == 0 || each > count {
                 return invalid("num_experts_per_tok", format!("is {each}, but there are {count} experts"));
             }
-            if let Some(width) = shared.filter(|&width| width == 0 || width > 1 << 24) {
-                return invalid("shared_expert_intermediate_size", format!("is {width}, but must lie between 1 and {}", 1 << 24));
+            if let Some(width) = shared.filter(|&width| width == 0 || width > LARGEST) {
+                return invalid("shared_expert_intermediate_size", format!("is {width}, but must lie between 1 and {LARGEST}"));
             }
         }
         if !self.heads.is_multiple_of(self.kv_heads) {

@@ -271,11 +271,12 @@ fn what_files_leave_out_is_what_transformers_takes() {
 #[test]
 fn what_is_not_computed_is_refused_by_field() {
     let plain = json!({ "rope_type": "default", "rope_theta": 10_000.0 });
-    let cases: [(&str, &str, Value, &[&str]); 14] = [
+    let cases: [(&str, &str, Value, &[&str]); 15] = [
         ("gemma3", "use_bidirectional_attention", json!(true), &["use_bidirectional_attention: true"]),
         ("gemma3", "attn_logit_softcapping", json!(50.0), &["attn_logit_softcapping: 50.0"]),
         ("gemma3", "hidden_activation", json!("silu"), &["hidden_activation", "gelu_pytorch_tanh"]),
         ("gemma3", "quantization_config", json!({}), &["quantization_config"]),
+        ("gemma3", "num_hidden_layers", json!(1_u64 << 62), &["num_hidden_layers", "must lie between"]),
         ("gemma3", "layer_types", json!(["full_attention"]), &["layer_types: names 1 layers, the model has 6"]),
         ("gemma3", "layer_types", json!(vec!["chunked_attention"; 6]), &["layer_types: \"chunked_attention\""]),
         ("gemma3", "sliding_window", json!(null), &["sliding_window: is missing"]),
@@ -306,4 +307,20 @@ fn what_is_not_computed_is_refused_by_field() {
         };
         assert!(parts.iter().all(|part| error.contains(part)), "{family} {field}: {error}");
     }
+}
+
+#[test]
+fn a_context_that_is_stretched_is_as_long_as_that() {
+    let folder = copy_of("gemma3");
+    edit(folder.path(), |config| {
+        config.as_object_mut().unwrap().remove("rope_scaling");
+        config["max_position_embeddings"] = json!(128);
+        config["rope_parameters"] = json!({
+            "full_attention": {
+                "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128,
+            },
+            "sliding_attention": { "rope_type": "default", "rope_theta": 1e4 },
+        });
+    });
+    assert_eq!(ModelFiles::open(folder.path()).unwrap().config().max_positions, 512);
 }

@@ -134,6 +134,8 @@ fn what_mpt_does_not_compute_is_refused_by_field() {
         ("attn_config", "alibi_bias_max", json!(-8), "alibi_bias_max"),
         ("attn_config", "softmax_scale", json!(0), "softmax_scale"),
         ("attn_config", "clip_qkv", json!(-1), "clip_qkv"),
+        ("ffn_config", "ffn_act_fn", json!({ "name": "silu" }), "\"silu\" is not supported"),
+        ("ffn_config", "ffn_act_fn", json!({ "name": "gelu", "approximate": "tanh" }), "\"tanh\" is not supported"),
         ("ffn_config", "ffn_type", json!("mptglu"), "\"mptglu\" is not supported"),
         ("", "no_bias", json!(false), "no_bias: false is not supported"),
         ("", "norm_type", json!("rmsnorm"), "\"rmsnorm\" is not supported"),

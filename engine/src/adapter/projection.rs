@@ -91,6 +91,15 @@ impl Projection {
         }
     }
 
+    /// What may stand in front of the layers: a decoder beside a part that sees images has a longer path.
+    const fn stems(self) -> &'static [&'static str] {
+        match self {
+            Projection::DbrxQkv | Projection::DbrxOutput => &["transformer."],
+            _ if self.is_of_mpt() => &["transformer."],
+            _ => &["model.language_model.", "language_model.model.", "model."],
+        }
+    }
+
     /// Where a model has its layers.
     const fn layers(self) -> (&'static str, &'static str) {
         match self {
@@ -121,13 +130,13 @@ impl Projection {
         format!("{model}{layers}{layer}.{}.{}", self.parent(), self.name())
     }
 
-    /// The layer and matrix that a full name means, with or without the `model.` in front.
+    /// The layer and matrix that a full name means, with or without the `model.` in front; that of a decoder beside a part that sees images, too.
     pub fn of_module(module: &str) -> Option<(usize, Projection)> {
         let (path, name) = module.rsplit_once('.')?;
         // Several models have matrices of one name, each in a part of its own.
         Projection::every().filter(|projection| projection.name() == name).find_map(|projection| {
-            let (model, layers) = projection.layers();
-            let inside = path.strip_prefix(model).unwrap_or(path).strip_prefix(layers)?;
+            let bare = projection.stems().iter().find_map(|stem| path.strip_prefix(stem)).unwrap_or(path);
+            let inside = bare.strip_prefix(projection.layers().1)?;
             let layer = inside.strip_suffix(projection.parent())?.strip_suffix('.')?;
             // "007" and "+7" parse as numbers but name nothing.
             let number: usize = layer.parse().ok()?;
@@ -166,6 +175,9 @@ mod tests {
             let bare = module.trim_start_matches("model.").trim_start_matches("transformer.");
             assert_eq!(Projection::of_module(bare), Some((12, projection)));
         }
+        for stem in ["model.language_model", "language_model.model"] {
+            assert_eq!(Projection::of_module(&format!("{stem}.layers.3.mlp.up_proj")), Some((3, Projection::Up)));
+        }
         assert_eq!(Projection::DbrxQkv.module(3), "transformer.blocks.3.norm_attn_norm.attn.Wqkv");
         assert_eq!(Projection::MptUp.module(3), "transformer.blocks.3.ffn.up_proj");
         for other in [
@@ -177,6 +189,7 @@ mod tests {
             "model.layers.1.self_attn.q_norm",
             "model.layers.1.mlp.experts.0.up_proj",
             "vision.layers.1.mlp.up_proj",
+            "model.vision_tower.layers.1.self_attn.q_proj",
             "model.layers.1.self_attn.Wqkv",
             "transformer.blocks.1.ffn.router.layer",
             "transformer.blocks.1.norm_attn_norm.attn.q_proj",

@@ -62,6 +62,11 @@ pub(super) fn from_gguf(base: &ModelFiles, adapter: &Adapter, to: &Path, options
                 .into(),
         ));
     };
+    if base.config().gemma.is_some() && describes_images(&from.join("config.json"))? {
+        return Err(MergeError::Unsupported(
+            "config.json beside it describes a model that also sees images, whose other part a GGUF file has not; merge into GGUF".into(),
+        ));
+    }
     beside_the_weights(from, to)?;
     // Of the shards that the original has and this model has not.
     fs::remove_file(to.join("model.safetensors.index.json")).ok();
@@ -92,6 +97,12 @@ pub(super) fn from_gguf(base: &ModelFiles, adapter: &Adapter, to: &Path, options
     }
     let bytes = write(&to.join("model.safetensors"), &planned)?;
     Ok(Merged { matrices: pairs.len(), bytes })
+}
+
+/// Whether a `config.json` is of a decoder beside a part that sees images.
+fn describes_images(path: &Path) -> Result<bool, MergeError> {
+    let text = at("read", path, fs::read(path))?;
+    Ok(serde_json::from_slice::<Value>(&text).is_ok_and(|config| config.get("text_config").is_some()))
 }
 
 fn merged<'a>(name: &str, matrix: FileMatrix<'a>, pair: Option<&'a Pair>, storage: Format) -> Planned<'a> {

@@ -35,6 +35,11 @@ pub fn write_model(
     if base.config().gemma.is_some() {
         return Err(MergeError::Unsupported("a Gemma model is not written anew; it is not trained whole".into()));
     }
+    if base.naming().joins_qkv() {
+        return Err(MergeError::Unsupported(
+            "a model with query, key and value in one matrix is not written anew; it is not trained whole".into(),
+        ));
+    }
     whole_or_absent(to, |folder| {
         at("create", folder, fs::create_dir(folder))?;
         let own = if base.path().is_dir() { Some(base.path()) } else { base.path().parent() };

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::json::{Rope, present};
-use super::{Family, ModelConfig};
+use super::{Family, LARGEST, ModelConfig};
 use crate::generation_defaults::one_or_many;
 use crate::gguf::Gguf;
 use crate::load_error::LoadError;
@@ -33,7 +33,8 @@ pub struct Gemma {
 impl Gemma {
     /// Every `period`th layer sees all positions.
     fn every(period: usize, layers: usize) -> Vec<bool> {
-        (1..=layers).map(|layer| period > 0 && layer.is_multiple_of(period)).collect()
+        // A model of more is refused afterwards, and needs no list.
+        (1..=layers.min(LARGEST)).map(|layer| period > 0 && layer.is_multiple_of(period)).collect()
     }
 
     /// Refuses what contradicts itself.
@@ -150,12 +151,12 @@ impl Fields {
         }
         let is_second = family == Family::Gemma2;
         let layers = self.num_hidden_layers.unwrap_or(26);
-        let max_positions = self.max_position_embeddings.unwrap_or(if is_second { 8192 } else { 131_072 });
+        let (rope, local_rope_theta) = self.rotations(path, is_second)?;
+        let max_positions = rope.positions(self.max_position_embeddings.unwrap_or(if is_second { 8192 } else { 131_072 }));
         let cap = |value: Option<Option<f64>>, default: f64| match value {
             None => is_second.then_some(default as f32),
             Some(value) => value.map(|cap| cap as f32),
         };
-        let (rope, local_rope_theta) = self.rotations(path, is_second)?;
         let bias = self.attention_bias.unwrap_or(false);
         Ok(ModelConfig {
             family,

@@ -331,8 +331,7 @@ impl Rope {
 
     /// Positions of a model whose file says so many: publishers add YaRN to a file that keeps saying those of pre-training.
     pub fn positions(&self, max_positions: usize) -> usize {
-        let kind = self.rope_type.as_deref().or(self.kind.as_deref());
-        let stretched = self.original_max_position_embeddings.zip(self.factor).filter(|_| kind == Some("yarn"));
+        let stretched = self.original_max_position_embeddings.zip(self.factor).filter(|_| self.kind() == Some("yarn"));
         stretched.map_or(max_positions, |(original, factor)| max_positions.max((original as f64 * factor) as usize))
     }
 

@@ -54,6 +54,14 @@ struct Attention {
 #[derive(Default, Deserialize)]
 struct FeedForward {
     ffn_type: Option<String>,
+    ffn_act_fn: Option<Activation>,
+}
+
+#[derive(Deserialize)]
+struct Activation {
+    name: Option<String>,
+    /// Of gelu: "none" or "tanh".
+    approximate: Option<String>,
 }
 
 impl Fields {
@@ -128,6 +136,15 @@ impl Fields {
         }
         if let Some(name) = self.ffn_config.ffn_type.as_deref().filter(|&name| name != "mptmlp") {
             return unsupported("ffn_config.ffn_type", format!("\"{name}\""), "models use \"mptmlp\"");
+        }
+        if let Some(Activation { name, approximate }) = &self.ffn_config.ffn_act_fn {
+            const INSTEAD: &str = "models use \"gelu\", not approximated";
+            if let Some(name) = name.as_deref().filter(|&name| name != "gelu") {
+                return unsupported("ffn_config.ffn_act_fn", format!("\"{name}\""), INSTEAD);
+            }
+            if let Some(how) = approximate.as_deref().filter(|&how| how != "none") {
+                return unsupported("ffn_config.ffn_act_fn.approximate", format!("\"{how}\""), INSTEAD);
+            }
         }
         Ok(())
     }

@@ -210,9 +210,13 @@ impl FineTuning {
                     // Of those that wait the oldest goes first, also when its files take longer to look through than a younger one's.
                     let unread = open.iter().filter(|job| job.state == State::ValidatingFiles).map(|job| job.draft.id).min();
                     let waits = |job: &FineTuningJob| unread.is_some_and(|unread| unread < job.draft.id);
-                    open.retain(|job| job.state == State::Running || (job.state == State::Queued && !waits(job)));
-                    // What has begun goes before all others: after a restart, it goes on.
-                    open.sort_by_key(|job| (job.state != State::Running, job.draft.id));
+                    // What has begun goes before all others: after a restart, it goes on. One that waits for its card is queued and at work.
+                    let begun = |job: &FineTuningJob| {
+                        let at_work = || matches!(Process::left(&folder_of(&options.root, job.draft.id)), Ok(Some(_)));
+                        job.state == State::Running || (job.state == State::Queued && at_work())
+                    };
+                    open.retain(|job| begun(job) || (job.state == State::Queued && !waits(job)));
+                    open.sort_by_cached_key(|job| (!begun(job), job.draft.id));
                     for job in open {
                         if self.training() < options.jobs {
                             self.start(&runner, job.draft.id, Task::Train);

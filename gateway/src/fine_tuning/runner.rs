@@ -263,7 +263,9 @@ impl Runner {
             let (moved, told) = self.place(&folder)?;
             news.extend(told);
             if moved == Move::BeginsAnew {
-                heard = Heard { step: 0, evaluated: 0, tokens: None, ..heard };
+                // Of what the earlier training said that was not heard nothing is true any more.
+                let read_bytes = std::fs::metadata(&said).map_or(heard.read_bytes, |file| file.len());
+                heard = Heard { step: 0, evaluated: 0, tokens: None, read_bytes, ..heard };
             }
         }
         let _desk = self.desk(&job, &folder)?;
@@ -340,7 +342,7 @@ impl Runner {
         if told == *now {
             return Ok((Move::Stays, None));
         }
-        let moved = Move::of(&told, begun, now, |card| driver::check_card(card).is_ok());
+        let moved = Move::of(&told, begun, now, driver::has_card);
         let news = match moved {
             Move::Stays => return Ok((moved, None)),
             Move::Follows => (begun && told.card() != now.card()).then(|| {
@@ -389,13 +391,13 @@ impl Runner {
             sleep(POLL).await;
             polls = polls.wrapping_add(1);
             let ended = process.ended()?;
-            let waits = ended.is_none() && progress::waits(said, before)?;
+            let waits = ended.is_none() && progress::waits(said, before).unwrap_or(queued);
             if waits != queued && told.is_none() {
-                if let Err(error) = self.rows.wait(id, waits, now()).await {
-                    tracing::warn!(job = %id, %error, "cannot write down whether a training waits for its card");
-                    continue;
+                // Without a database it is still heard and asked to stop.
+                match self.rows.wait(id, waits, now()).await {
+                    Ok(_) => queued = waits,
+                    Err(error) => tracing::warn!(job = %id, %error, "cannot write down whether a training waits for its card"),
                 }
-                queued = waits;
             }
             // After it is gone, so that nothing that it said is missed.
             self.hear(id, said, heard).await;
@@ -427,7 +429,8 @@ impl Runner {
                             continue;
                         }
                         Ok(Some(State::Running)) => continue,
-                        Ok(Some(State::Queued)) if queued => continue,
+                        // Also where it was written and the answer did not come.
+                        Ok(Some(State::Queued)) if queued || waits => continue,
                         Ok(Some(State::Paused | State::Queued)) => PAUSING,
                         Ok(_) => CANCELLING,
                     };

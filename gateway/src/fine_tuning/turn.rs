@@ -3,7 +3,7 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -57,6 +57,16 @@ fn signed(turn: &File) -> io::Result<Option<Pid>> {
     Ok(number.filter(|number| *number > 1).and_then(Pid::from_raw))
 }
 
+/// Whether a process other than this one has the file open. A number may be of another machine's, or container's, process.
+fn has_open(process: Pid, turn: &File) -> bool {
+    let own = process.as_raw_nonzero().get().cast_unsigned() == std::process::id();
+    let Ok(turn) = turn.metadata() else { return false };
+    let files = std::fs::read_dir(format!("/proc/{}/fd", process.as_raw_nonzero()));
+    let is_turn = |file: std::fs::Metadata| (file.dev(), file.ino()) == (turn.dev(), turn.ino());
+    !own && files
+        .is_ok_and(|mut files| files.any(|file| file.is_ok_and(|file| std::fs::metadata(file.path()).is_ok_and(is_turn))))
+}
+
 /// The turns of all cards that `serving` may be on, for as long as the files are open. Whoever an earlier server left at work there is told
 /// to keep a checkpoint and stop: what it holds would be missing once as memory that is not free, and once more as what is left to trainings.
 /// Those who wait find the card taken, and nobody begins to fill it while models are loaded and caches are sized.
@@ -84,19 +94,27 @@ fn take_from(turn: &Path, patience: Duration) -> io::Result<File> {
             Err(TryLockError::Error(error)) => return Err(error),
         }
         // Who has just got it signs in a moment.
-        let holder = signed(&file)?;
+        let holder = signed(&file)?.filter(|holder| has_open(*holder, &file));
         let signal = match told {
             Some((before, since)) if before == holder => (since.elapsed() >= patience).then_some(Signal::KILL),
             _ => Some(Signal::TERM),
         };
         if let Some(signal) = signal {
-            tracing::warn!(
-                turn = %turn.display(), process = holder.map(Pid::as_raw_nonzero), ?signal,
-                "a training or an evaluation that an earlier server left has a card of this one's models; it is to end first, and goes on later"
-            );
-            // It may have ended by itself.
-            if let Some(Err(error)) = holder.map(|holder| kill_process(holder, signal)) {
-                tracing::debug!(%error, ?signal, "a process could not be signalled");
+            match holder {
+                Some(process) => {
+                    tracing::warn!(
+                        turn = %turn.display(), process = process.as_raw_nonzero(), ?signal,
+                        "a training or an evaluation that an earlier server left has a card of this one's models; it is to end first, and goes on later"
+                    );
+                    // It may have ended by itself.
+                    if let Err(error) = kill_process(process, signal) {
+                        tracing::debug!(%error, ?signal, "a process could not be signalled");
+                    }
+                }
+                None => tracing::warn!(
+                    turn = %turn.display(),
+                    "somebody has a card of this one's models whom it does not see (of another container, or of an older version); waiting"
+                ),
             }
             told = Some((holder, Instant::now()));
         }

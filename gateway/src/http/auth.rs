@@ -227,7 +227,12 @@ pub async fn authenticate(State((auth, origins)): State<(Auth, Origins)>, mut re
                 trail.key(caller.key_id());
             }
             let welcome = origins.name(request.headers().get(ORIGIN));
-            let refused = foreign(request.method(), request.uri().host(), request.headers(), welcome);
+            let refused = foreign(
+                request.method(),
+                request.uri().authority().map(|authority| authority.as_str()),
+                request.headers(),
+                welcome,
+            );
             if let Some(error) = refused.filter(|_| caller.open) {
                 return error.into_response();
             }
@@ -265,7 +270,7 @@ pub fn lacking(scopes: &[Scope]) -> ApiError {
 /// listens on the visitor's machine, either across origins, or under a name of its own that it had resolve to this machine. An API key
 /// keeps both out; here only the headers do that a page cannot set.
 ///
-/// `authority` is the host that HTTP/2 names instead of the header. `welcome`: the configuration names the page's origin.
+/// `authority` is the host, with its port, that HTTP/2 names instead of the header. `welcome`: the configuration names the page's origin.
 fn foreign(method: &Method, authority: Option<&str>, headers: &HeaderMap, welcome: bool) -> Option<ApiError> {
     let text = |name| headers.get(name).map(|value: &HeaderValue| value.to_str().unwrap_or("?"));
     let address = text(HOST).or(authority);
@@ -325,6 +330,14 @@ mod tests {
             assert_eq!(refused(Method::GET, &[(HOST, host)]).as_deref(), Some("foreign_host"), "{host}");
         }
         assert_eq!(refused(Method::POST, &[]), None);
+    }
+
+    #[test]
+    fn what_http_2_names_in_place_of_a_host_is_an_origins_with_its_port() {
+        let headers = HeaderMap::from_iter([(ORIGIN, HeaderValue::from_static("http://localhost:8443"))]);
+        for (authority, across) in [("localhost:8443", false), ("localhost", true), ("localhost:8080", true)] {
+            assert_eq!(foreign(&Method::POST, Some(authority), &headers, false).is_some(), across, "{authority}");
+        }
     }
 
     #[test]

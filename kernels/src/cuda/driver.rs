@@ -14,8 +14,8 @@ pub use super::images::prepare;
 use super::images::{Compiled, Images};
 use super::libraries::dotted;
 use super::nccl::Communicator;
-pub use super::sought::check_card;
 use super::sought::{Sought, no_context};
+pub use super::sought::{check_card, has_card};
 use super::staging::{MOST_RETURNED, MOST_STAGED, StagedMemory};
 use super::trial::Choice;
 use crate::collective::Place;
@@ -549,5 +549,6 @@ mod tests {
         let text = Card::open(None).err().map(|e| e.to_string()).unwrap_or_default();
         assert!(text.contains("no NVIDIA driver found") && text.contains("libcuda.so.1"), "{text}");
         assert_eq!(check_card(0).err().map(|e| e.to_string()), Some(text));
+        assert!(!has_card(0));
     }
 }

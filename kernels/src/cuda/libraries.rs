@@ -37,7 +37,9 @@ const VERSIONS: [i32; 2] = [13, 12];
 /// Where a toolkit has its libraries, which need not be on the loader's path.
 fn toolkits() -> Vec<PathBuf> {
     let named = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os);
-    named.chain(["/usr/local/cuda".into()]).map(|toolkit| PathBuf::from(toolkit).join("lib64")).collect()
+    let toolkits = named.chain(["/usr/local/cuda".into()]).map(PathBuf::from);
+    // An empty one would be the folder that the server was started in.
+    toolkits.filter(|toolkit| toolkit.is_absolute()).map(|toolkit| toolkit.join("lib64")).collect()
 }
 
 /// A library by its name, looked for by the loader, or by its path.
@@ -81,6 +83,11 @@ impl Library {
             Some(absent) if absent.is_empty() => Ok(()),
             Some(absent) => Err(self.too_old(&format!("it has no {}", absent.join(", ")))),
         }
+    }
+
+    /// Whether there is such a library, of whatever version.
+    pub fn is_there(self) -> bool {
+        self.opened().is_some()
     }
 
     /// What the library lacks of what we call; `None` where there is no library.

@@ -48,6 +48,20 @@ pub fn check_card(number: usize) -> Result<(), KernelError> {
     Library::CublasLt.require()
 }
 
+/// Whether the machine has a card of this number, also where something else is missing or wrong; only what says for certain that there is none
+/// is a no.
+pub fn has_card(number: usize) -> bool {
+    Library::Driver.is_there() && Cuda::find().map_or(true, |calls| counts(&calls, number))
+}
+
+fn counts<C: Calls>(calls: &C, number: usize) -> bool {
+    let counted = calls.driver_version().and_then(|_| calls.init()).and_then(|()| calls.device_count());
+    match counted {
+        Ok(count) => i32::try_from(number).is_ok_and(|ordinal| ordinal < count),
+        Err(error) => error.code != CUresult::CUDA_ERROR_NO_DEVICE as u32,
+    }
+}
+
 fn no_card(number: usize, count: i32) -> KernelError {
     let seen = match count {
         0 => "none".to_owned(),

@@ -15,7 +15,7 @@ use crate::ops::StepOutput;
 /// What was asked for and has not been handed over.
 #[derive(Default)]
 pub(super) struct Steps {
-    under_way: VecDeque<(Fetch, Drew)>,
+    under_way: VecDeque<(Fetch, Drew, Option<String>)>,
     /// Tokens that the step being enqueued draws from; 0 while it draws none.
     pub vocabulary: usize,
     returned: Vec<u8>,
@@ -47,20 +47,20 @@ impl<D: Device> CudaBackend<D> {
         let vocabulary = std::mem::take(&mut self.steps.vocabulary);
         let drew = if vocabulary > 0 { self.sampling.drew() } else { Drew::default() };
         let fetch = self.device.fetch(self.sampling.drawn().0, drew.bytes())?;
-        self.steps.under_way.push_back((fetch, drew));
+        self.steps.under_way.push_back((fetch, drew, self.captures.untold.take()));
         self.shapes.submitted(&self.batch, vocabulary);
         Ok(())
     }
 
     pub(super) fn collect_step(&mut self, out: &mut StepOutput) -> Result<(), KernelError> {
         out.samples.clear();
-        let Some((fetch, drew)) = self.steps.under_way.pop_front() else {
+        let Some((fetch, drew, refused)) = self.steps.under_way.pop_front() else {
             return Err(KernelError::Limit("no step is under way".into()));
         };
         let returned = &mut self.steps.returned;
         returned.resize(drew.bytes(), 0);
         self.device.fetched(fetch, returned)?;
-        out.refused_capture = self.captures.untold.take();
+        out.refused_capture = refused;
         drew.read(returned, &mut out.samples);
         Ok(())
     }

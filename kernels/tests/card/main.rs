@@ -268,6 +268,8 @@ fn exchanges(place: &Place<'_>, cases: &mut Cases) {
             let ranks = cards.len();
             if take("exchanges", ranks) {
                 off = Some(exchange::worst_of(on_devices(cards.into_iter())).0);
+            } else {
+                drop(cards);
             }
             if take("exchanges, one step ahead", ranks) {
                 // Those of before are given back first.

@@ -71,7 +71,8 @@ fn adapted_models_agree_with_peft() {
         let (_, rounded) = distance(&rounded, &expected, Pass::EVALUATE);
         assert!(rounded < roughly, "{family} {name} in bf16: {rounded}");
         // Without its adapter it is another model.
-        assert!(distance(&model, &expected, Pass::REFERENCE).1 > 0.3, "{family} {name}");
+        let (_, without) = distance(&model, &expected, Pass::REFERENCE);
+        assert!(without > 0.3 && rounded < without / 2.0, "{family} {name}: {rounded}, without the adapter {without}");
         // And what is written is what was read.
         let again = model.adapter(&adapter.base).unwrap();
         assert_eq!(again.pairs, adapter.pairs);
@@ -99,7 +100,8 @@ fn every_family_agrees_with_transformers() {
 fn pairs(shared: bool) -> Packed {
     let mut random = Random::new(3);
     let mut batch = Packed::default();
-    for lengths in [[7, 4, 6], [12, 5, 3]] {
+    // Some of it beyond a window of 24, which is Gemma 3's.
+    for lengths in [[7, 4, 6], [22, 5, 3]] {
         let text: Vec<Vec<u32>> = lengths.iter().map(|len| (0..*len).map(|_| random.below(250) as u32 + 3).collect()).collect();
         let prompt = shared.then(|| batch.push(&text[0], None));
         for completion in &text[1..] {
