@@ -3,6 +3,12 @@
 // Activations are f32. Where a linear reads a buffer next, its producer leaves a bf16 copy beside it (`half`, rows of `half_stride`
 // elements whose padding stays zero), so that no pass of its own converts it.
 
+// Leaves an element of `out [rows, width]`, and its copy where there are copies.
+template <class P> DEVICE void put(const P& p, u64 row, u32 i, float value) {
+    p.out[row * p.width + i] = value;
+    if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
+}
+
 struct Embedding {
     Weights table;
     const u32* tokens;
@@ -47,8 +53,7 @@ KERNEL(rms_norm, 256, Norm) {
     for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) {
         float value = x[i] * scale * p.weight[i];
         if (p.add) value += p.out[row * p.width + i];
-        p.out[row * p.width + i] = value;
-        if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
+        put(p, row, i, value);
     }
 }
 
@@ -67,8 +72,7 @@ KERNEL(layer_norm, 256, Norm) {
     const float scale = 1.0f / sqrtf(variance + p.eps);
     for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) {
         const float value = (x[i] - mean) * scale * p.weight[i];
-        p.out[row * p.width + i] = value;
-        if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
+        put(p, row, i, value);
     }
 }
 
@@ -128,8 +132,7 @@ KERNEL(silu_and_mul, 256, SiluAndMul) {
     if (i >= p.width) return;
     const float gate = p.gate_up[row * 2 * p.width + i], up = p.gate_up[row * 2 * p.width + p.width + i];
     const float value = gate / (1.0f + expf(-gate)) * up;
-    p.out[row * p.width + i] = value;
-    if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
+    put(p, row, i, value);
 }
 
 // out = gelu(gate) * up with gelu(g) = g / 2 (1 + tanh(√(2 / π) (g + 0.044715 g³))), by (1 + tanh(u)) / 2 = 1 / (1 + e^-2u). Grid as of
@@ -140,8 +143,7 @@ KERNEL(gelu_tanh_and_mul, 256, SiluAndMul) {
     if (i >= p.width) return;
     const float gate = p.gate_up[row * 2 * p.width + i], up = p.gate_up[row * 2 * p.width + p.width + i];
     const float value = gate / (1.0f + expf(-1.5957691f * (gate + 0.044715f * gate * gate * gate))) * up;
-    p.out[row * p.width + i] = value;
-    if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
+    put(p, row, i, value);
 }
 
 struct Gelu {
@@ -159,8 +161,7 @@ KERNEL(gelu, 256, Gelu) {
     const u32 i = blockIdx.y * blockDim.x + threadIdx.x;
     if (i >= p.width) return;
     const float x = p.x[row * p.width + i], value = 0.5f * x * erfcf(x * -0.707106781f);
-    p.out[row * p.width + i] = value;
-    if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
+    put(p, row, i, value);
 }
 
 struct Gather {
@@ -177,8 +178,7 @@ KERNEL(gather, 256, Gather) {
     const u64 row = blockIdx.x, from = p.rows[row];
     for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) {
         const float value = p.x[from * p.width + i];
-        p.out[row * p.width + i] = value;
-        if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
+        put(p, row, i, value);
     }
 }
 
