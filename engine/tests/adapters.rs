@@ -3,13 +3,11 @@
 
 #![cfg(test)]
 
-mod stepping;
-
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::stepping::Stepper;
 use serde_json::Value;
-use stepping::Stepper;
 use tidemill_engine::model::Model;
 use tidemill_engine::{
     Adapter, AdapterLease, AdapterRefused, Decoder, Engine, EngineOptions, Event, FinishReason, LoraConfig, ModelFiles, Pair,

@@ -3,31 +3,14 @@
 
 #![cfg(test)]
 
-#[path = "../../kernels/tests/support/emulation.rs"]
-#[allow(
-    dead_code,
-    unsafe_code,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "the kernels' own, whose crate may"
-)]
-mod emulation;
-#[path = "../../kernels/tests/support/faulty.rs"]
-#[allow(dead_code, clippy::unwrap_used, reason = "the kernels' own")]
-mod faulty;
-#[path = "throughput/model.rs"]
-#[allow(dead_code, reason = "shared with the measurement of speed")]
-mod llama;
-
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use emulation::Emulated;
-use faulty::Faulty;
-use llama::Llama;
+use crate::emulation::Emulated;
+use crate::faulty::Faulty;
+use crate::llama::Llama;
 use tidemill_engine::model::Model;
 use tidemill_engine::{
     Constraint, Decoder, Device, Engine, EngineOptions, Event, Frontend, ModelFiles, Request, RequestId, SamplingParams,

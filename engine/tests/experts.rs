@@ -2,19 +2,13 @@
 
 #![cfg(test)]
 
-#[path = "../../kernels/tests/support/emulation.rs"]
-#[allow(unsafe_code, reason = "it runs kernels that were compiled for the host")]
-#[allow(clippy::unwrap_used, clippy::expect_used, reason = "a test stops at the first error; the lint knows test functions only")]
-mod emulation;
-mod stepping;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use emulation::Emulated;
+use crate::emulation::Emulated;
+use crate::stepping::Stepper;
 use serde_json::{Value, json};
-use stepping::Stepper;
 use tidemill_engine::model::Model;
 use tidemill_engine::{Adapter, Container, Decoder, LoraConfig, MergeError, MergeOptions, ModelFiles, Pair, Projection, merge};
 use tidemill_kernels::cpu::{CpuBackend, CpuOptions};

@@ -3,19 +3,13 @@
 
 #![cfg(test)]
 
-#[path = "../../kernels/tests/support/emulation.rs"]
-#[allow(unsafe_code, reason = "it runs kernels that were compiled for the host")]
-#[allow(clippy::unwrap_used, clippy::expect_used, reason = "a test stops at the first error; the lint knows test functions only")]
-mod emulation;
-mod stepping;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use emulation::Emulated;
+use crate::emulation::Emulated;
+use crate::stepping::Stepper;
 use serde_json::{Value, json};
-use stepping::Stepper;
 use tidemill_engine::{
     Decoder, Engine, EngineOptions, Event, ModelFiles, Request, RequestId, RopeScaling, SamplingParams, Tenant, Usage,
 };

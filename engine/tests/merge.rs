@@ -2,13 +2,11 @@
 
 #![cfg(test)]
 
-mod stepping;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::stepping::Stepper;
 use serde_json::Value;
-use stepping::Stepper;
 use tidemill_engine::{
     Adapter, Container, Decoder, LoraConfig, MergeError, MergeOptions, ModelConfig, ModelFiles, Pair, Part, Projection, Weight,
     merge,

@@ -3,12 +3,10 @@
 
 #![cfg(test)]
 
-mod stepping;
-
 use std::path::{Path, PathBuf};
 
+use crate::stepping::Stepper;
 use serde_json::Value;
-use stepping::Stepper;
 use tidemill_engine::{ChatInput, Decoder, Detokenizer, ModelFiles, TemplateError};
 use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
 use tidemill_kernels::reference::Reference;

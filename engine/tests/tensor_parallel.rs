@@ -3,22 +3,13 @@
 
 #![cfg(test)]
 
-#[path = "../../kernels/tests/support/emulation.rs"]
-#[allow(unsafe_code, reason = "it runs kernels that were compiled for the host")]
-#[allow(clippy::unwrap_used, clippy::expect_used, reason = "a test stops at the first error; the lint knows test functions only")]
-mod emulation;
-#[path = "../../kernels/tests/support/faulty.rs"]
-#[allow(dead_code, reason = "each test binary uses a part")]
-mod faulty;
-mod stepping;
-
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use emulation::Emulated;
-use faulty::Faulty;
+use crate::emulation::Emulated;
+use crate::faulty::Faulty;
+use crate::stepping::Stepper;
 use serde_json::Value;
-use stepping::Stepper;
 use tidemill_engine::model::Model;
 use tidemill_engine::{
     Adapter, Decoder, Device, Engine, EngineOptions, Event, Frontend, Health, ModelFiles, Request, RequestId, SamplingParams,

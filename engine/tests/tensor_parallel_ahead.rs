@@ -3,24 +3,13 @@
 
 #![cfg(test)]
 
-#[path = "../../kernels/tests/support/emulation.rs"]
-#[allow(unsafe_code, reason = "it runs kernels that were compiled for the host")]
-#[allow(clippy::unwrap_used, clippy::expect_used, reason = "a test stops at the first error; the lint knows test functions only")]
-mod emulation;
-#[path = "../../kernels/tests/support/faulty.rs"]
-#[allow(dead_code, reason = "each test binary uses a part")]
-mod faulty;
-#[path = "throughput/model.rs"]
-#[allow(dead_code, reason = "shared with the measurement of speed")]
-mod llama;
-
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use emulation::Emulated;
-use faulty::{Faulty, Fuse};
-use llama::Llama;
+use crate::emulation::Emulated;
+use crate::faulty::{Faulty, Fuse};
+use crate::llama::Llama;
 use tidemill_engine::model::Model;
 use tidemill_engine::{ModelFiles, TensorParallel};
 use tidemill_kernels::collective::Member;

@@ -2,24 +2,21 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test stops at the first surprise")]
 
-mod support;
-#[path = "support/tiny.rs"]
-mod tiny;
-
+use crate::tiny;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::support::{Reply, Setup, send};
+use crate::tiny::golden;
 use axum::Router;
 use axum::body::Body;
 use hyper::{Request, StatusCode};
 use serde_json::{Value, json};
-use support::{Reply, Setup, send};
 use tempfile::TempDir;
 use tidemill::http::{App, router};
 use tidemill_engine::ModelFiles;
 use tidemill_rlhf::registry::{Base, Lineage};
 use tidemill_store::Scope;
-use tiny::golden;
 
 const TOKENS: usize = 16;
 

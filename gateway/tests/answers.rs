@@ -7,10 +7,8 @@
     reason = "a test fails by panicking; the lint knows test functions only"
 )]
 
-mod support;
-
+use crate::support::{END, MODEL, Setup, chat, completion, get, post, says};
 use serde_json::{Value, json};
-use support::{END, MODEL, Setup, chat, completion, get, post, says};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";

@@ -7,14 +7,11 @@
     reason = "a test fails by panicking; the lint knows test functions only"
 )]
 
-mod support;
-#[path = "support/tiny.rs"]
-mod tiny;
-
+use crate::support::{MODEL, Setup, ask, merged, post};
+use crate::tiny;
 use axum::Router;
 use serde_json::{Value, json};
 use std::time::Duration;
-use support::{MODEL, Setup, ask, merged, post};
 use tempfile::TempDir;
 use tidemill::clock::now;
 use tidemill::http::{App, router};

@@ -2,15 +2,13 @@
 
 #![cfg(test)]
 
-mod support;
-
+use crate::support::{MODEL, Setup, chat, get, post, says, send};
 use axum::Router;
 use axum::body::Body;
 use hyper::Request;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
-use support::{MODEL, Setup, chat, get, post, says, send};
 use tidemill::http::{App, router};
 use tidemill_store::{FileDraft, Scope};
 use uuid::Uuid;

@@ -7,8 +7,7 @@
     reason = "a test fails by panicking; the lint knows test functions only"
 )]
 
-mod support;
-
+use crate::support::{MODEL, Setup, chat};
 use axum::body::Body;
 use http_body_util::BodyExt;
 use hyper::{Request, StatusCode, Version};
@@ -17,7 +16,6 @@ use serde_json::{Value, json};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
-use support::{MODEL, Setup, chat};
 use tidemill::http::server::{Bounds, Server};
 use tidemill::http::{App, limits::BodyLimits};
 use tidemill::upstream::Registry;

@@ -1,13 +1,11 @@
 //! The parts of the operators' pages through the real router: who gets them, and that no name in them becomes markup.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
-mod support;
-
+use crate::support::{MODEL, Setup, TwoKeys, answered, ask, get};
 use axum::Router;
 use hyper::StatusCode;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use support::{MODEL, Setup, TwoKeys, answered, ask, get};
 use tidemill::clock::now;
 use tidemill::http::{App, Auth, router};
 use tidemill::rollout::decision::{Measure, Measured, measure, start};

@@ -1,13 +1,11 @@
 //! `/v1/datasets` over a real store and real tables.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
-mod support;
-
+use crate::support::{Setup, answered, ask, get, judged, post};
 use axum::Router;
 use hyper::StatusCode;
 use serde_json::{Value, json};
 use std::time::Duration;
-use support::{Setup, answered, ask, get, judged, post};
 use tidemill::http::{App, router};
 use tidemill_store::Scope;
 use tidemill_store::records::Kind;

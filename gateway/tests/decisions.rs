@@ -7,13 +7,10 @@
     reason = "a test fails by panicking; the lint knows test functions only"
 )]
 
-#[path = "support/rollout.rs"]
-mod rollout;
-mod support;
-
-use rollout::{SECOND, app, measured, setup, spec, started, thumb};
+use crate::rollout::{SECOND, app, measured, setup, spec, started, thumb};
+use crate::support;
+use crate::support::{MODEL, get, post};
 use serde_json::{Value, json};
-use support::{MODEL, get, post};
 use tidemill::clock::now;
 use tidemill::feedback::{Metric, MetricKind, Optimize};
 use tidemill::http::{App, router};

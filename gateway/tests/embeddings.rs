@@ -2,14 +2,12 @@
 
 #![cfg(test)]
 
-mod support;
-
+use crate::support::{MODEL, Setup, post};
 use opentelemetry::Value as Attribute;
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::trace::{SdkTracerProvider, SpanData, SpanExporter};
 use serde_json::json;
 use std::sync::{Arc, Mutex};
-use support::{MODEL, Setup, post};
 use tidemill::http::router;
 use tidemill::telemetry::Observer;
 

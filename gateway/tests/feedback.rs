@@ -7,14 +7,12 @@
     reason = "a test fails by panicking; the lint knows test functions only"
 )]
 
-mod support;
-
+use crate::support::{Reply, Setup, ask, chat, get, post, send};
 use axum::Router;
 use axum::body::Body;
 use hyper::Request;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
-use support::{Reply, Setup, ask, chat, get, post, send};
 use tidemill::feedback::{Metric, MetricKind, Optimize};
 use tidemill::http::{App, Auth, router};
 use tidemill_store::{Scope, Store};

@@ -2,13 +2,11 @@
 
 #![cfg(test)]
 
-mod support;
-
+use crate::support::{Reply, Setup, get, send};
 use axum::Router;
 use axum::body::Body;
 use hyper::Request;
 use serde_json::Value;
-use support::{Reply, Setup, get, send};
 use tidemill::http::router;
 use tidemill_store::Scope;
 

@@ -1,12 +1,10 @@
 //! Who may look, who did what, and where an answer comes from.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test stops at the first surprise")]
 
-mod support;
-
+use crate::support::{MODEL, Reply, Setup, answered, ask, judged};
 use axum::Router;
 use serde_json::{Value, json};
 use std::time::Duration;
-use support::{MODEL, Reply, Setup, answered, ask, judged};
 use tidemill::http::{App, Auth, router};
 use tidemill_store::records::{Exposure, Inference, Kind};
 use tidemill_store::{Adapters, FileDraft, RegisteredAdapter, Rollout, RolloutDecision, Rollouts, Scope, Snapshots};

@@ -2,11 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking; the lint knows test functions only")]
 
-mod support;
-
+use crate::support::{Reply, Setup, ask, get, post, post_bytes};
 use axum::Router;
 use serde_json::{Value, json};
-use support::{Reply, Setup, ask, get, post, post_bytes};
 use tidemill::http::{App, router};
 use tidemill_store::label::{Labels, NewQueue, NewTask, Task, TaskState};
 use tidemill_store::{FeedbackFilter, Scope};

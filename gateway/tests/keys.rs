@@ -2,13 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test stops at the first surprise")]
 
-mod support;
-
+use crate::support::{MODEL, Reply, Setup, chat, not_at_midnight, send};
 use axum::Router;
 use axum::body::Body;
 use hyper::Request;
 use serde_json::{Value, json};
-use support::{MODEL, Reply, Setup, chat, not_at_midnight, send};
 use tidemill::http::router;
 use tidemill_store::Scope;
 

@@ -1,12 +1,10 @@
 //! Labeling over HTTP: who may see what, and queues that fill themselves.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking; the lint knows test functions only")]
 
-mod support;
-
+use crate::support::{Setup, answered, ask, get, judged, post};
 use axum::Router;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
-use support::{Setup, answered, ask, get, judged, post};
 use tidemill::http::{App, router};
 use tidemill::labeling::filler::keep_filling;
 use tidemill_store::Scope;

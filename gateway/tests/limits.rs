@@ -2,8 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test stops at the first surprise")]
 
-mod support;
-
+use crate::support::{MODEL, Reply, Setup, chat, completion, merged, not_at_midnight, says, send};
 use axum::Router;
 use axum::body::Body;
 use http_body_util::BodyExt;
@@ -11,7 +10,6 @@ use hyper::Request;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use support::{MODEL, Reply, Setup, chat, completion, merged, not_at_midnight, says, send};
 use tidemill::http::{App, router};
 use tidemill::limits::{Limiter, Price, Subject};
 use tidemill_store::{ApiKey, KeyTerms, Limits, Money, Scope, Tier, Usage};

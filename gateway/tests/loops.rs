@@ -3,17 +3,13 @@
 
 #![cfg(test)]
 
-#[path = "../src/fine_tuning/stand_in.rs"]
-mod stand_in;
-mod support;
-
+use crate::stand_in::program;
+use crate::support::{MODEL, Setup, get, no_loops, no_training, post};
 use axum::Router;
 use serde_json::{Value, json};
-use stand_in::program;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
-use support::{MODEL, Setup, get, no_loops, no_training, post};
 use tempfile::TempDir;
 use tidemill::datasets::DatasetJobs;
 use tidemill::fine_tuning::FineTuningOptions;

@@ -7,12 +7,10 @@
     reason = "a test fails by panicking; the lint knows test functions only"
 )]
 
-mod support;
-
+use crate::support::{MODEL, Setup, get, merged, post, says, send};
 use axum::body::Body;
 use hyper::Request;
 use serde_json::{Value, json};
-use support::{MODEL, Setup, get, merged, post, says, send};
 use tidemill::http::{Auth, router};
 
 const MESSAGES: &str = "/v1/messages";

@@ -2,12 +2,10 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking; the lint knows test functions only")]
 
-mod support;
-
+use crate::support::{Setup, get, send};
 use axum::body::Body;
 use hyper::{Method, Request, StatusCode};
 use std::collections::{BTreeMap, BTreeSet};
-use support::{Setup, get, send};
 
 /// Paths of a router, which shows them only to people who debug.
 fn paths(router: &axum::Router) -> BTreeSet<String> {

@@ -2,14 +2,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test stops at the first surprise")]
 
-mod support;
-#[path = "support/tiny.rs"]
-mod tiny;
-
+use crate::support;
+use crate::support::{Reply, Setup, ask, post};
+use crate::tiny;
 use axum::Router;
 use serde_json::{Value, json};
 use std::sync::Arc;
-use support::{Reply, Setup, ask, post};
 use tempfile::TempDir;
 use tidemill::adapters::AdapterKeeper;
 use tidemill::clock::now;

@@ -7,11 +7,10 @@
     reason = "a test fails by panicking; the lint knows test functions only"
 )]
 
-mod support;
-
+use crate::support;
+use crate::support::{END, MODEL, Setup, chat, completion, post, says};
 use serde_json::{Value, json};
 use std::time::Duration;
-use support::{END, MODEL, Setup, chat, completion, post, says};
 use tidemill::http::{App, Auth, router};
 use tidemill::recording::{Level, Recording, Route};
 use tidemill_store::Store;

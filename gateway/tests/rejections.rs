@@ -7,12 +7,10 @@
     reason = "a test fails by panicking; the lint knows test functions only"
 )]
 
-mod support;
-
+use crate::support::{MODEL, Setup, chat, completion, get, post, post_bytes, send};
 use hyper::Request;
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use support::{MODEL, Setup, chat, completion, get, post, post_bytes, send};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";

@@ -7,12 +7,10 @@
     reason = "a test fails by panicking; the lint knows test functions only"
 )]
 
-mod support;
-
+use crate::support::{MODEL, Reply, Setup, TwoKeys, ask, get, merged, post, says};
 use axum::Router;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
-use support::{MODEL, Reply, Setup, TwoKeys, ask, get, merged, post, says};
 use tidemill::http::router;
 use tidemill::recording::{Level, Recording};
 use tidemill_store::{ResponseStatus, StoredResponse};

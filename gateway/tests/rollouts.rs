@@ -7,21 +7,16 @@
     reason = "a test fails by panicking; the lint knows test functions only"
 )]
 
-#[path = "support/far.rs"]
-mod far;
-#[path = "support/rollout.rs"]
-mod rollout;
-mod support;
-
-use far::{Conn, Far};
+use crate::far;
+use crate::far::{Conn, Far};
+use crate::rollout::{CHAT, answered, app, measured, question, recorded, setup, spec, started, thumb, variant};
+use crate::support::{MODEL, ask, get, merged, post, send};
 use hyper::Request;
-use rollout::{CHAT, answered, app, measured, question, recorded, setup, spec, started, thumb, variant};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use support::{MODEL, ask, get, merged, post, send};
 use tidemill::http::router;
 use tidemill::recording::{Level, Recording};
 use tidemill::rollout::decision::Act;

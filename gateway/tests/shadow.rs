@@ -7,15 +7,11 @@
     reason = "a test fails by panicking; the lint knows test functions only"
 )]
 
-#[path = "support/far.rs"]
-mod far;
-mod support;
-
+use crate::far::{Conn, Far};
+use crate::support::{MODEL, Setup, merged, post};
 use axum::Router;
-use far::{Conn, Far};
 use serde_json::{Value, json};
 use std::time::Duration;
-use support::{MODEL, Setup, merged, post};
 use tidemill::http::{App, router};
 use tidemill::upstream::remote::breaker::BreakerRule;
 use tidemill::upstream::remote::{RemoteSpec, Remotes, ServerSpec};

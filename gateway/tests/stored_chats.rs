@@ -7,10 +7,8 @@
     reason = "a test fails by panicking; the lint knows test functions only"
 )]
 
-mod support;
-
+use crate::support::{Setup, TwoKeys, ask, chat, get, post};
 use serde_json::{Value, json};
-use support::{Setup, TwoKeys, ask, chat, get, post};
 
 const CHAT: &str = "/v1/chat/completions";
 

@@ -7,10 +7,8 @@
     reason = "a test fails by panicking; the lint knows test functions only"
 )]
 
-mod support;
-
+use crate::support::{Setup, chat, post, says};
 use serde_json::{Value, json};
-use support::{Setup, chat, post, says};
 use tidemill::openai::parse::{CallFormat, OutputFormat, ReasoningTags};
 use tidemill::openai::response_format::Constrained;
 use tidemill::openai::tool_grammar::{Shape, Signature, lark};

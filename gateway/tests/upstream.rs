@@ -7,19 +7,16 @@
     reason = "a test fails by panicking; the lint knows test functions only"
 )]
 
-#[path = "support/far.rs"]
-mod far;
-mod support;
-
+use crate::far::{Conn, Far, delta, finish, usage, whole};
+use crate::support;
+use crate::support::{MODEL, Reply, Setup, get, merged, post};
 use axum::Router;
 use axum::body::Body;
-use far::{Conn, Far, delta, finish, usage, whole};
 use http_body_util::BodyExt;
 use hyper::Request;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::Duration;
-use support::{MODEL, Reply, Setup, get, merged, post};
 use tidemill::http::{App, router};
 use tidemill::limits::Price;
 use tidemill::upstream::remote::balance::Balance;

@@ -3,14 +3,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first error; the lint knows test functions only")]
 
-mod support;
-
-use support::Noise;
-use support::decoder::{Decoder, DecoderShape, DecoderWeights};
-use support::emulation::Emulated;
-use support::faulty::Faulty;
-use support::recorder::{Call, Recorder};
-use support::steps::{BLOCK, Sequence, append};
+use crate::support::Noise;
+use crate::support::decoder::{Decoder, DecoderShape, DecoderWeights};
+use crate::support::emulation::Emulated;
+use crate::support::faulty::Faulty;
+use crate::support::recorder::{Call, Recorder};
+use crate::support::steps::{BLOCK, Sequence, append};
 use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
 use tidemill_kernels::cuda::CudaBackend;
 use tidemill_kernels::cuda::device::Device;

@@ -2,13 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first error; the lint knows test functions only")]
 
-mod support;
-
-use support::backend::Backend;
-use support::emulation::Emulated;
-use support::low_rank::{Factors, mixed_step};
-use support::scenarios::{self, LIMITS, Scenario, rows_in_company};
-use support::{Noise, Weight, error, mistakes, sampling};
+use crate::support;
+use crate::support::backend::Backend;
+use crate::support::emulation::Emulated;
+use crate::support::low_rank::{Factors, mixed_step};
+use crate::support::scenarios::{self, LIMITS, Scenario, rows_in_company};
+use crate::support::{Noise, Weight, error, mistakes, sampling};
 use tidemill_kernels::cuda::CudaBackend;
 use tidemill_kernels::cuda::device::Prefill;
 use tidemill_kernels::*;

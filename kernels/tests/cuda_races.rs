@@ -3,14 +3,12 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first error; the lint knows test functions only")]
 
-mod support;
-
 use std::ffi::CString;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use support::emulation::Emulated;
-use support::scenarios::{self, LIMITS, Scenario};
-use support::{Noise, experts, low_rank, sampling};
+use crate::support::emulation::Emulated;
+use crate::support::scenarios::{self, LIMITS, Scenario};
+use crate::support::{Noise, experts, low_rank, sampling};
 use tidemill_kernels::cuda::CudaBackend;
 use tidemill_kernels::cuda::device::{HEADER, Source};
 use tidemill_kernels::cuda::train::{DeviceCompute, LogProbs, Product, Region};

@@ -2,10 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first error; the lint knows test functions only")]
 
-mod support;
-
-use support::emulation::Emulated;
-use support::training;
+use crate::support::emulation::Emulated;
+use crate::support::training;
 use tidemill_kernels::cuda::train::{DeviceCompute, Product};
 use tidemill_kernels::train::Precision;
 use tidemill_kernels::*;

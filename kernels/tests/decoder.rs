@@ -2,10 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first error; the lint knows test functions only")]
 
-mod support;
-
-use support::decoder::{LIMITS, Trial};
-use support::emulation::Emulated;
+use crate::support::decoder::{LIMITS, Trial};
+use crate::support::emulation::Emulated;
 use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
 use tidemill_kernels::cuda::CudaBackend;
 use tidemill_kernels::isa::Isa;

@@ -2,16 +2,14 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first error; the lint knows test functions only")]
 
-mod support;
-
 use std::path::Path;
 
+use crate::support::decoder::Decoder;
+use crate::support::driver::{FakeDriver, Machine, NamedImages};
+use crate::support::emulation::Emulated;
+use crate::support::serving::{LIMITS, decoder, serve};
+use crate::support::steps::{Sequence, append};
 use cudarc::driver::sys::CUresult;
-use support::decoder::Decoder;
-use support::driver::{FakeDriver, Machine, NamedImages};
-use support::emulation::Emulated;
-use support::serving::{LIMITS, decoder, serve};
-use support::steps::{Sequence, append};
 use tidemill_kernels::cuda::CudaBackend;
 use tidemill_kernels::cuda::device::{Address, Device, Kernel, Launch, Pieces, Prefill, Source};
 use tidemill_kernels::cuda::driver::Card;

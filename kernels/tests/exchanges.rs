@@ -3,13 +3,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first error; the lint knows test functions only")]
 
-mod support;
-
-use support::Noise;
-use support::backend::Backend;
-use support::emulation::Emulated;
-use support::exchange::{LIMITS, Table, ahead, sequence, step, steps_and_logits, worst_of};
-use support::faulty::Faulty;
+use crate::support::Noise;
+use crate::support::backend::Backend;
+use crate::support::emulation::Emulated;
+use crate::support::exchange::{LIMITS, Table, ahead, sequence, step, steps_and_logits, worst_of};
+use crate::support::faulty::Faulty;
 use tidemill_kernels::collective::Member;
 use tidemill_kernels::cuda::CudaBackend;
 use tidemill_kernels::reference::Reference;

@@ -3,16 +3,14 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first error; the lint knows test functions only")]
 
-mod support;
-
-use support::backend::Backend;
-use support::decoder::{Decoder, DecoderShape, DecoderWeights};
-use support::emulation::Emulated;
-use support::experts::{Mixture, MixtureWeights};
-use support::faulty::Faulty;
-use support::recorder::{Call, Log, Recorder};
-use support::steps::{BLOCK, Sequence, append, greedy};
-use support::{Noise, error};
+use crate::support::backend::Backend;
+use crate::support::decoder::{Decoder, DecoderShape, DecoderWeights};
+use crate::support::emulation::Emulated;
+use crate::support::experts::{Mixture, MixtureWeights};
+use crate::support::faulty::Faulty;
+use crate::support::recorder::{Call, Log, Recorder};
+use crate::support::steps::{BLOCK, Sequence, append, greedy};
+use crate::support::{Noise, error};
 use tidemill_kernels::cuda::CudaBackend;
 use tidemill_kernels::cuda::device::{Address, Device};
 use tidemill_kernels::*;

@@ -3,13 +3,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first error; the lint knows test functions only")]
 
-mod support;
-
 use std::path::Path;
 use std::process::Command;
 
-use support::driver::NamedImages;
-use support::serving::{LIMITS, decoder, serve};
+use crate::support::driver::NamedImages;
+use crate::support::serving::{LIMITS, decoder, serve};
 use tidemill_kernels::cuda::CudaBackend;
 use tidemill_kernels::cuda::device::{Address, Device, Operands, Pieces, Product};
 use tidemill_kernels::cuda::driver::{Card, Cuda};
@@ -34,7 +32,7 @@ fn a_driver_of_the_oldest_version_has_what_is_called() {
     build(&folder.path().join("libcublasLt.so.13"), &["-DCUBLAS_LT", "-DTOO_NEW=1"]);
     // Libraries are opened once for a process, so this is another.
     let own = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "over_the_stand_ins", "--ignored", "--nocapture"])
+        .args(["--exact", "loading::over_the_stand_ins", "--ignored", "--nocapture"])
         .env("LD_LIBRARY_PATH", folder.path())
         .env("CUDA_HOME", folder.path().join("toolkit"))
         .output()

@@ -2,13 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first error; the lint knows test functions only")]
 
-mod support;
-
 use std::collections::HashMap;
 
-use support::decoder::{Decoder, DecoderShape, DecoderWeights};
-use support::recorder::{Call, Log, Recorder};
-use support::steps::{BLOCK, Sequence, append, greedy};
+use crate::support::decoder::{Decoder, DecoderShape, DecoderWeights};
+use crate::support::recorder::{Call, Log, Recorder};
+use crate::support::steps::{BLOCK, Sequence, append, greedy};
 use tidemill_kernels::cuda::CudaBackend;
 use tidemill_kernels::*;
 

@@ -2,13 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first error; the lint knows test functions only")]
 
-mod support;
-
-use support::backend::Backend;
-use support::low_rank::{Factors, mixed_step};
-use support::scenarios::{self, LIMITS, Scenario, rows_in_company};
-use support::steps::{Sequence, append};
-use support::{Noise, Weight, experts, mistakes, sampling};
+use crate::support;
+use crate::support::backend::Backend;
+use crate::support::low_rank::{Factors, mixed_step};
+use crate::support::scenarios::{self, LIMITS, Scenario, rows_in_company};
+use crate::support::steps::{Sequence, append};
+use crate::support::{Noise, Weight, experts, mistakes, sampling};
 use tidemill_kernels::cpu::{CpuBackend, CpuOptions};
 use tidemill_kernels::isa::Isa;
 use tidemill_kernels::reference::Reference;

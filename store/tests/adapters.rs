@@ -1,10 +1,9 @@
 //! Adapters, their states and aliases, on every database.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
-mod support;
-
+use crate::support;
+use crate::support::{answer, each};
 use serde_json::json;
-use support::{answer, each};
 use tidemill_store::{
     AdapterFilter, AdapterRefusal, AdapterState, Adapters, RegisteredAdapter, Snapshot, Snapshots, Sources, Store,
 };

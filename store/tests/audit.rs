@@ -1,12 +1,10 @@
 //! The audit: written with what it tells of, or neither is; read by filters and in pages.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::{adapter, each, snapshot};
 use serde_json::json;
-use support::{adapter, each, snapshot};
 use tidemill_store::label::{Labels, NewQueue};
 use tidemill_store::{
     Actor, Adapters, Audit, AuditEntry, AuditFilter, FileDraft, FileRecord, Files, FineTuningDraft, FineTuningState as State,

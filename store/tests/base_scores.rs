@@ -1,9 +1,7 @@
 //! Answers that wait for the base model's word, on every database.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
-mod support;
-
-use support::{answer, each};
+use crate::support::{answer, each};
 use tidemill_store::records::{Exposure, Inference, Status};
 use tidemill_store::{BaseScore, BaseScores, Exposures, Store, UnitSums, UnitValue};
 use uuid::Uuid;

@@ -1,10 +1,8 @@
 //! Pairs of answers of a rollout and what was said of them, on every database.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
-mod support;
-
+use crate::support::{answer, each, thumb};
 use serde_json::json;
-use support::{answer, each, thumb};
 use tidemill_store::records::{Exposure, Feedback, Inference, Kind};
 use tidemill_store::{Candidate, Comparison, Comparisons, Store};
 use uuid::Uuid;

@@ -2,12 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
-mod support;
-
 use std::time::Duration;
 
-use support::proxy::{Proxy, Wire, eventually};
-use support::{Place, answer, each, on_postgres, on_sqlite, postgres, thumb};
+use crate::support::proxy::{Proxy, Wire, eventually};
+use crate::support::{Place, answer, each, on_postgres, on_sqlite, postgres, thumb};
 use tidemill_store::label::{Labels, NewDraft, NewQueue, NewTask, TaskState};
 use tidemill_store::records::{Feedback, Inference, TargetKind};
 use tidemill_store::{

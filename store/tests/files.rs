@@ -2,9 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
-mod support;
-
-use support::each;
+use crate::support::each;
 use tidemill_store::{DataDir, FileDraft, FileRecord, Files, Store, StoreOptions, Viewer};
 
 async fn uploaded(store: &Store, files: &Files) -> FileRecord {

@@ -2,10 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
-mod support;
-
+use crate::support::each;
 use serde_json::{Map, json};
-use support::each;
 use tidemill_store::{
     FileDraft, FileRecord, Files, FineTuningCheckpoint, FineTuningDraft, FineTuningState as State, FineTunings, Heard, Made,
     News, Store, Viewer,

@@ -2,10 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
-mod support;
-
+use crate::support::each;
 use std::time::Duration;
-use support::each;
 use tidemill_store::{KeyTerms, Limits, Money, Scope, Tier, Usage, UsageWriter};
 
 fn terms() -> KeyTerms {

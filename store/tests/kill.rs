@@ -1,15 +1,13 @@
 //! A process is killed while it writes.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
-mod support;
-
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use support::proxy::{Proxy, Wire, eventually};
-use support::{Place, answer, each, on_postgres, postgres, runtime, thumb};
+use crate::support::proxy::{Proxy, Wire, eventually};
+use crate::support::{Place, answer, each, on_postgres, postgres, runtime, thumb};
 use tidemill_store::{DataDir, Store, StoreOptions};
 use uuid::Uuid;
 
@@ -47,7 +45,7 @@ struct Writer {
 impl Writer {
     fn start(place: &Place, url: Option<&str>) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "writer", "--ignored", "--nocapture"]).env("TIDEMILL_TEST_FOLDER", place.folder.path());
+        command.args(["--exact", "kill::writer", "--ignored", "--nocapture"]).env("TIDEMILL_TEST_FOLDER", place.folder.path());
         if let Some(url) = url {
             command.env("TIDEMILL_TEST_URL", url);
         }

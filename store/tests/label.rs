@@ -1,14 +1,12 @@
 //! Queues of pairs: the rules, on both databases.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
-mod support;
-
+use crate::support::{Place, each};
 use serde_json::json;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
-use support::{Place, each};
 use tidemill_store::label::*;
 use tidemill_store::records::{Kind, TargetKind};
 use tidemill_store::{FeedbackFilter, Store};

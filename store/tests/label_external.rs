@@ -1,10 +1,8 @@
 //! What another tool's judgements do to tasks, assignments and feedback, on both databases.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
-mod support;
-
+use crate::support::{Place, each};
 use serde_json::{Value, json};
-use support::{Place, each};
 use tidemill_store::Store;
 use tidemill_store::label::*;
 use uuid::Uuid;

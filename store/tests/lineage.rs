@@ -1,9 +1,7 @@
 //! The ties between answers, snapshots and adapters, on every database.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
-mod support;
-
-use support::{adapter, answer, each, snapshot};
+use crate::support::{adapter, answer, each, snapshot};
 use tidemill_store::records::Inference;
 use tidemill_store::{AdapterOrigin, Adapters, AnswerSpan, RegisteredAdapter, Snapshots, Sources};
 use uuid::Uuid;

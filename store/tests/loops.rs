@@ -1,10 +1,8 @@
 //! Loops, what happened to them, and the feedback that they count, on every database.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
-mod support;
-
+use crate::support::{answer, each, thumb};
 use serde_json::json;
-use support::{answer, each, thumb};
 use tidemill_store::records::{Feedback, Kind};
 use tidemill_store::{LoopChange, LoopRefusal, Loops, Tally, TallyFilter};
 

@@ -2,16 +2,14 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
-mod support;
-
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::support::proxy::{Proxy, Wire, eventually};
+use crate::support::{Place, answer, each, on_postgres, postgres, thumb};
 use sqlx::Connection;
-use support::proxy::{Proxy, Wire, eventually};
-use support::{Place, answer, each, on_postgres, postgres, thumb};
 use tidemill_store::label::{LabelError, Labels};
 use tidemill_store::{Batches, Dialect, FileDraft, Files, Jobs, Snapshots, Store, StoreError, StoreOptions, Viewer};
 use uuid::Uuid;

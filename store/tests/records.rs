@@ -1,9 +1,7 @@
 //! What is written can be read back, on both databases.
 
-mod support;
-
+use crate::support::{answer, each, thumb};
 use serde_json::json;
-use support::{answer, each, thumb};
 use tidemill_store::records::{Feedback, Kind};
 use tidemill_store::{FeedbackChange, FeedbackFilter, InferenceFilter, Order, Scope, StoreError};
 

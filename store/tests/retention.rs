@@ -1,12 +1,10 @@
 //! What retention and erasure leave of answers that a rollout counts.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::{answer, each, thumb};
 use serde_json::json;
-use support::{answer, each, thumb};
 use tidemill_store::records::{Exposure, Feedback, Inference, Kind, TargetKind};
 use tidemill_store::{
     Each, Exposures, Retention, Rollout, RolloutChange, RolloutDecision, Rollouts, Store, UnitValue, retention,

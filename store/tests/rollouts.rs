@@ -1,10 +1,8 @@
 //! Rollouts, their decisions, and what answers count for in them, on every database.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
-mod support;
-
+use crate::support::{adapter, answer, each, thumb};
 use serde_json::{Value, json};
-use support::{adapter, answer, each, thumb};
 use tidemill_store::records::{Exposure, Feedback, Inference, Kind, Status, TargetKind};
 use tidemill_store::{
     Actor, Adapters, ArmCounts, Dialect, Each, Exposures, FirstTokens, Leadership, Readers, Rollout, RolloutChange,

@@ -1,10 +1,8 @@
 //! Snapshots and jobs, on every database.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
-mod support;
-
+use crate::support::each;
 use serde_json::json;
-use support::each;
 use tidemill_store::{JobState, Jobs, Snapshot, Snapshots, Sources};
 use uuid::Uuid;
 

@@ -2,12 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::each;
 use serde_json::{Map, Value, json};
-use support::each;
 use tidemill_store::{
     Chain, ChatFilter, MAX_CHAIN_BYTES, Order, ResponseStatus, Retention, Store, StoredChat, StoredResponse, retention,
 };

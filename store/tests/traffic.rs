@@ -1,9 +1,7 @@
 //! Sums of the traffic, on every database.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
-mod support;
-
-use support::{answer, each};
+use crate::support::{answer, each};
 use tidemill_store::records::{Inference, Status};
 use tidemill_store::{Latency, Retention, Store, Traffic, TrafficSum, retention};
 
