@@ -2,18 +2,14 @@
 
 #![cfg(test)]
 
-#[path = "../src/fine_tuning/stand_in.rs"]
-mod stand_in;
-mod support;
-
+use crate::stand_in::program;
+use crate::support::{MODEL, Reply, Setup, ask, get, no_training, post, says};
 use axum::Router;
 use serde_json::{Value, json};
-use stand_in::program;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
-use support::{MODEL, Reply, Setup, ask, get, no_training, post, says};
 use tempfile::TempDir;
 use tidemill::fine_tuning::{FineTuningOptions, TrainingDevice};
 use tidemill::graders::desk::Petitioner;
@@ -296,12 +292,14 @@ while :; do sleep 0.05; done"#;
     assert_eq!(told.iter().filter(|message| *message == anew).count(), 1, "{told:?}");
     // One that has not begun goes where trainings are now.
     let device = TrainingDevice { device: "cuda:1".parse().unwrap(), memory: None };
-    let options = FineTuningOptions { device, ..app.fine_tuning.options().clone() };
+    let options = FineTuningOptions { device, threads: 3, ..app.fine_tuning.options().clone() };
     std::fs::remove_dir_all(folder.join("checkpoint-1")).unwrap();
     let other = tidemill::fine_tuning::FineTuning::new(&app.store, options);
     tokio::spawn(other.clone().run(app.clone()));
     saw("0 0\n0 1\n0 0\n1 0\n").await;
     other.close().await;
+    let spec: Value = serde_json::from_slice(&std::fs::read(folder.join("spec.json")).unwrap()).unwrap();
+    assert_eq!(spec["threads"], 3);
 }
 
 #[tokio::test]

@@ -331,7 +331,7 @@ impl Runner {
         }
     }
 
-    /// Writes down where the job's next process computes, by today's settings; what is to be told of it.
+    /// Writes down where the job's next process computes and on how many threads, by today's settings; what is to be told of it.
     fn place(&self, folder: &Path) -> Result<(Move, Option<News>), Trouble> {
         let path = folder.join(SPEC);
         // What is wrong with it the process says, and ends the job.
@@ -339,12 +339,12 @@ impl Runner {
         let mut entries = std::fs::read_dir(folder)?.flatten();
         let begun = entries.any(|entry| entry.file_name().to_string_lossy().starts_with(CHECKPOINT));
         let (told, now) = (TrainingDevice { device: spec.device.clone(), memory: spec.device_memory }, &self.options.device);
-        if told == *now {
-            return Ok((Move::Stays, None));
+        let moved = if told == *now { Move::Stays } else { Move::of(&told, begun, now, driver::has_card) };
+        if moved == Move::Stays && spec.threads == self.options.threads {
+            return Ok((moved, None));
         }
-        let moved = Move::of(&told, begun, now, driver::has_card);
         let news = match moved {
-            Move::Stays => return Ok((moved, None)),
+            Move::Stays => None,
             Move::Follows => (begun && told.card() != now.card()).then(|| {
                 News::info(format!(
                     "The training goes on on {}, where trainings are now; it began on {}.",
@@ -359,7 +359,10 @@ impl Runner {
                 )))
             }
         };
-        (spec.device, spec.device_memory) = (now.device.clone(), now.memory);
+        if moved != Move::Stays {
+            (spec.device, spec.device_memory) = (now.device.clone(), now.memory);
+        }
+        spec.threads = self.options.threads;
         let text = serde_json::to_vec_pretty(&spec).map_err(io::Error::other)?;
         write_atomically(&path, &text)?;
         Ok((moved, news))
