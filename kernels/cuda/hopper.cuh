@@ -63,13 +63,13 @@ DEVICE void wait_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::
 // c[4 i + 3] row g + 8.
 DEVICE void multiply_shared(float (&c)[64], u64 a, u64 b, bool add) {
     asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.u32 add, %66, 0;\n"
+        "{\n.reg .pred sums;\nsetp.ne.u32 sums, %66, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "%64, %65, add, 1, 1, 0, 0;\n}"
+        "%64, %65, sums, 1, 1, 0, 0;\n}"
         : THIRTY_TWO(c, 0), THIRTY_TWO(c, 32)
         : "l"(a), "l"(b), "r"((u32)add)
         : "memory");
@@ -79,13 +79,13 @@ DEVICE void multiply_shared(float (&c)[64], u64 a, u64 b, bool add) {
 // beside each other.
 DEVICE void multiply_held(float (&c)[64], const u32 (&a)[4], u64 b) {
     asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.u32 add, 1, 0;\n"
+        "{\n.reg .pred sums;\nsetp.ne.u32 sums, 1, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "{%64, %65, %66, %67}, %68, add, 1, 1, 1;\n}"
+        "{%64, %65, %66, %67}, %68, sums, 1, 1, 1;\n}"
         : THIRTY_TWO(c, 0), THIRTY_TWO(c, 32)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
         : "memory");
@@ -93,11 +93,11 @@ DEVICE void multiply_held(float (&c)[64], const u32 (&a)[4], u64 b) {
 
 DEVICE void multiply_held(float (&c)[32], const u32 (&a)[4], u64 b) {
     asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.u32 add, 1, 0;\n"
+        "{\n.reg .pred sums;\nsetp.ne.u32 sums, 1, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}"
+        "{%32, %33, %34, %35}, %36, sums, 1, 1, 1;\n}"
         : THIRTY_TWO(c, 0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
         : "memory");

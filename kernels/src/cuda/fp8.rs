@@ -37,7 +37,7 @@ impl Fp8Rooms {
 impl<D: Device> CudaBackend<D> {
     /// Rounds activations to what is asked for where many rows are multiplied with weights of 8-bit floats.
     ///
-    /// Errors: the device has no such products.
+    /// Errors: the device has no such products, or the library refuses one.
     pub fn with_activations(mut self, activations: Activations) -> Result<Self, KernelError> {
         if activations == Activations::Fp8 && !self.device.multiplies_fp8() {
             return Err(KernelError::Unsupported(format!(
@@ -46,8 +46,34 @@ impl<D: Device> CudaBackend<D> {
                 self.device.describe()
             )));
         }
+        if activations == Activations::Fp8 {
+            self.try_fp8().map_err(|e| {
+                KernelError::Unsupported(format!(
+                    "{}: {e}, when one product of 8-bit floats was tried; leave --activations at bf16, which goes with --weights fp8, too",
+                    self.device.describe()
+                ))
+            })?;
+        }
         self.activations = activations;
         Ok(self)
+    }
+
+    /// One product of zeros: an older library, or one for other cards, refuses here and not in the first long prompt.
+    fn try_fp8(&mut self) -> Result<(), KernelError> {
+        let (rows, n, stride) = (128, FEATURES, 128);
+        let sizes = [rows * stride, n * stride, rows * n * 4];
+        let mut held = Vec::new();
+        let mut multiply = || {
+            for bytes in sizes {
+                held.push(self.device.alloc("a trial of 8-bit floats", bytes)?);
+            }
+            let (x, w, out) = (held[0], held[1], held[2]);
+            self.device.product(Product { operands: Operands::Fp8, x, w, out, rows, n, stride, add: false })?;
+            self.device.read(out, &mut vec![0; sizes[2]])
+        };
+        let done = multiply();
+        held.into_iter().for_each(|at| self.device.free(at));
+        done
     }
 
     /// Whether rows of activations are rounded for weights of 8-bit floats with so many output features.
