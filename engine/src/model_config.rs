@@ -185,6 +185,12 @@ impl ModelConfig {
         if !(self.rope_theta.is_finite() && self.rope_theta > 0.0) {
             return invalid("rope_theta", format!("is {}", self.rope_theta));
         }
+        if matches!(self.rope_scaling, RopeScaling::Yarn(_)) && self.rope_theta <= 1.0 {
+            return invalid(
+                "rope_theta",
+                format!("is {}, but must be above 1 with yarn, whose bounds are logarithms to it", self.rope_theta),
+            );
+        }
         if !(self.rms_eps.is_finite() && self.rms_eps >= 0.0) {
             return invalid("rms_norm_eps", format!("is {}", self.rms_eps));
         }

@@ -129,7 +129,7 @@ fn missing_parts_are_named_with_what_to_do() {
 
 #[test]
 fn configurations_that_cannot_be_run_are_refused_by_name() {
-    let cases: [(&str, Value, &[&str]); 21] = [
+    let cases: [(&str, Value, &[&str]); 22] = [
         ("architectures", json!(["GPT2LMHeadModel"]), &["\"GPT2LMHeadModel\" is not supported", "Qwen3"]),
         ("rope_scaling", json!({"rope_type": "longrope", "factor": 4}), &["\"longrope\" is not supported"]),
         ("rope_scaling", json!({"rope_type": "dynamic", "factor": 4}), &["\"dynamic\" is not supported"]),
@@ -140,6 +140,11 @@ fn configurations_that_cannot_be_run_are_refused_by_name() {
         ("layer_types", json!(["full_attention", "chunked_attention"]), &["layer_types: \"chunked_attention\" is not supported"]),
         ("layer_types", json!(["full_attention", "sliding_attention"]), &["layer_types", "no sliding_window in use"]),
         ("rope_scaling", json!({"rope_type": "yarn"}), &["rope_scaling", "factor is missing"]),
+        (
+            "rope_scaling",
+            json!({"rope_type": "yarn", "rope_theta": 1.0, "factor": 4.0}),
+            &["rope_theta: is 1, but must be above 1"],
+        ),
         ("rope_parameters", json!({"full_attention": {"rope_theta": 1}}), &["a rotation for each type of layers"]),
         ("rope_parameters", json!({"rope_type": "linear", "factor": 2}), &["rope_scaling: differs from rope_parameters"]),
         ("final_logit_softcapping", json!(30.0), &["final_logit_softcapping: 30.0 is not supported"]),
