@@ -130,15 +130,19 @@ struct TrainGate {
     // Forward [rows, width], else [rows, 2 width].
     float* out;
     u32 width;
-    u32 unused;
+    // 1: gelu by the formula with tanh, 0: silu. Both are g / (1 + e^-v(g)).
+    u32 gelu;
 };
 
-// silu(gate) up. Grid [rows].
+constexpr float GELU_SLOPE = 1.5957691f, GELU_CUBE = 0.044715f;
+
+// gelu(gate) up, or silu(gate) up. Grid [rows].
 KERNEL(train_gate, 256, TrainGate) {
     const u64 row = blockIdx.x;
     const float* const gate = p.gate_up + row * 2 * p.width;
     for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) {
-        p.out[row * p.width + i] = gate[i] / (1.0f + expf(-gate[i])) * gate[p.width + i];
+        const float g = gate[i], v = p.gelu ? GELU_SLOPE * (g + GELU_CUBE * g * g * g) : g;
+        p.out[row * p.width + i] = g / (1.0f + expf(-v)) * gate[p.width + i];
     }
 }
 
@@ -148,8 +152,15 @@ KERNEL(train_gate_back, 256, TrainGate) {
     const float* const gate = p.gate_up + row * 2 * p.width;
     float* const out = p.out + row * 2 * p.width;
     for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) {
-        const float s = 1.0f / (1.0f + expf(-gate[i])), dy = p.dy[row * p.width + i];
-        out[i] = dy * gate[p.width + i] * s * (1.0f + gate[i] * (1.0f - s));
+        float g = gate[i], v = g, slope = 1;
+        if (p.gelu) {
+            // Beyond this the sigmoid is 0 or 1, and g³ would come to be infinite.
+            g = fminf(fmaxf(g, -30.0f), 30.0f);
+            v = GELU_SLOPE * (g + GELU_CUBE * g * g * g);
+            slope = GELU_SLOPE * (1.0f + 3.0f * GELU_CUBE * g * g);
+        }
+        const float s = 1.0f / (1.0f + expf(-v)), dy = p.dy[row * p.width + i];
+        out[i] = dy * gate[p.width + i] * (s + g * s * (1.0f - s) * slope);
         out[p.width + i] = dy * gate[i] * s;
     }
 }
@@ -200,11 +211,14 @@ struct TrainCopy {
     const float* from;
     float* to;
     u64 count;
+    // 1 adds to `to`, 0 replaces it.
+    u32 add;
+    u32 unused;
 };
 
 KERNEL(train_copy, 256, TrainCopy) {
     const u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (at < p.count) p.to[at] = p.from[at];
+    if (at < p.count) p.to[at] = p.add ? p.to[at] + p.from[at] : p.from[at];
 }
 
 struct TrainScatter {

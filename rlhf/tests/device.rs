@@ -64,10 +64,11 @@ fn batch() -> Packed {
             }
         }
     }
-    let alone = text(9);
+    // Longer than Gemma 3's window of 24.
+    let alone = text(30);
     let index = batch.push(&alone, None);
     let first = batch.segments[index].first;
-    batch.labels.extend((1..9).map(|i| Label { row: (first + i - 1) as u32, token: alone[i] }));
+    batch.labels.extend((1..30).map(|i| Label { row: (first + i - 1) as u32, token: alone[i] }));
     batch
 }
 
@@ -109,13 +110,15 @@ fn near(got: &[f32], want: &[f32], tolerance: f64, what: &str) {
 fn an_adapters_gradient_is_the_processors() {
     let lora = LoraConfig { r: 3, alpha: 6.0, dropout: 0.3, ..LoraConfig::default() };
     let some = LoraConfig { targets: vec![Projection::Key, Projection::Up], layers: Some(vec![1]), ..lora.clone() };
-    // Plain, stretched frequencies and a window, biases, norms on heads; a file of another order of rows.
+    // Plain, stretched frequencies and a window, biases, norms on heads, norms behind and windows of some layers; a file of another order of
+    // rows.
     let cases = [
         ("llama", &lora, None),
         ("llama/llama.gguf", &lora, Some(7)),
         ("mistral", &lora, None),
         ("qwen2", &some, Some(5)),
         ("qwen3", &lora, Some(9)),
+        ("gemma3", &lora, Some(3)),
     ];
     for (index, (path, lora, dropout)) in cases.into_iter().enumerate() {
         for (options, tolerance) in [(EXACT, 1e-4), (ROUNDED, 6e-2)] {

@@ -237,17 +237,35 @@ pub fn rotation_gate_dropout_and_rows_that_are_moved(device: Open<'_>) {
     assert!(compute.rotate(on_card.all(), pieces, &turns, &beyond, false).is_err());
 
     let (rows, width) = (3, 300);
-    let (gate_up, dy) = (noise.values(rows * 2 * width, 3.0), noise.values(rows * width, 1.0));
-    let (mut gated, mut back) = (vec![0.0; rows * width], vec![0.0; rows * 2 * width]);
-    processor().silu_mul(&gate_up, width, &mut gated).unwrap();
-    processor().silu_mul_back(&gate_up, width, &dy, &mut back).unwrap();
-    let (gate_up, dy) = (compute.upload(&gate_up).unwrap(), compute.upload(&dy).unwrap());
-    let out = poisoned(compute, gated.len());
-    compute.silu_mul(gate_up.all(), width, room(&out)).unwrap();
-    near(&result(compute, &out), &gated, 1e-5, "silu_mul");
-    let out = poisoned(compute, back.len());
-    compute.silu_mul_back(gate_up.all(), width, dy.all(), room(&out)).unwrap();
-    near(&result(compute, &out), &back, 1e-5, "silu_mul_back");
+    let dy = noise.values(rows * width, 1.0);
+    let along = compute.upload(&dy).unwrap();
+    for (what, gelu) in [("silu", false), ("gelu", true)] {
+        let gate_up = noise.values(rows * 2 * width, 3.0);
+        let (mut gated, mut back) = (vec![0.0; rows * width], vec![0.0; rows * 2 * width]);
+        if gelu {
+            processor().gelu_mul(&gate_up, width, &mut gated).unwrap();
+            processor().gelu_mul_back(&gate_up, width, &dy, &mut back).unwrap();
+        } else {
+            processor().silu_mul(&gate_up, width, &mut gated).unwrap();
+            processor().silu_mul_back(&gate_up, width, &dy, &mut back).unwrap();
+        }
+        let gate_up = compute.upload(&gate_up).unwrap();
+        let out = poisoned(compute, gated.len());
+        let forward = if gelu { DeviceCompute::gelu_mul } else { DeviceCompute::silu_mul };
+        forward(compute, gate_up.all(), width, room(&out)).unwrap();
+        near(&result(compute, &out), &gated, 1e-5, what);
+        let out = poisoned(compute, back.len());
+        let backward = if gelu { DeviceCompute::gelu_mul_back } else { DeviceCompute::silu_mul_back };
+        backward(compute, gate_up.all(), width, along.all(), room(&out)).unwrap();
+        near(&result(compute, &out), &back, 1e-5, &format!("{what}, back"));
+        // The ends of what there is; gelu's cubes would be infinite.
+        let (ends, ones) = (compute.upload(&[3e38, -3e38, 1.0, 1.0]).unwrap(), compute.upload(&[1.0; 2]).unwrap());
+        let out = poisoned(compute, 4);
+        forward(compute, ends.all(), 2, out.part(0..2)).unwrap();
+        assert_eq!(compute.download(out.part(0..2)).unwrap(), [3e38, 0.0], "{what}");
+        backward(compute, ends.all(), 2, ones.all(), room(&out)).unwrap();
+        assert_eq!(result(compute, &out), [1.0, 0.0, 3e38, 0.0], "{what}, back");
+    }
 
     let x = noise.values(4_099, 1.0);
     for store in [Store::Replace, Store::Add] {
@@ -285,6 +303,9 @@ pub fn rotation_gate_dropout_and_rows_that_are_moved(device: Open<'_>) {
     compute.bias_back(room(&out), room(&along)).unwrap();
     let want: Vec<f32> = (0..33).map(|i| sums[i] + (0..5).map(|row| with[row * 33 + i]).sum::<f32>()).collect();
     near(&result(compute, &along), &want, 1e-6, "bias_back");
+    let twice = compute.upload(&[with.as_slice(), &[f32::NAN; 40]].concat()).unwrap();
+    compute.add(room(&out), room(&twice)).unwrap();
+    assert_eq!(result(compute, &twice), with.iter().map(|value| 2.0 * value).collect::<Vec<_>>());
     let factors = compute.upload(&[1.0, -2.0, 0.5, 0.0, 3.0]).unwrap();
     compute.scale_rows(room(&out), factors.all()).unwrap();
     let want: Vec<f32> = with.iter().enumerate().map(|(i, v)| v * [1.0, -2.0, 0.5, 0.0, 3.0][i / 33]).collect();

@@ -19,9 +19,9 @@ params! {
     TrainRotate {
         x: Address, cosines: Address, sines: Address, positions: Address, at: PiecesAt, half: u32, back: u32, unused: u32,
     }
-    TrainGate { gate_up: Address, dy: Address, out: Address, width: u32, unused: u32 }
+    TrainGate { gate_up: Address, dy: Address, out: Address, width: u32, gelu: u32 }
     TrainDropout { x: Address, out: Address, count: u64, key: u64, dropped: u32, scale: f32, add: u32, unused: u32 }
-    TrainCopy { from: Address, to: Address, count: u64 }
+    TrainCopy { from: Address, to: Address, count: u64, add: u32, unused: u32 }
     TrainScatter { x: Address, starts: Address, picks: Address, out: Address, width: u32, unused: u32 }
     TrainInner { a: Address, b: Address, out: Address, rows: u32, width: u32 }
     TrainLogSum {

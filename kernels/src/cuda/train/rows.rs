@@ -135,10 +135,7 @@ impl DeviceCompute {
 
     /// `out [rows, w] = silu(gate) * up` of `gate_up [rows, 2w]`.
     pub fn silu_mul(&mut self, gate_up: Values<'_>, width: usize, out: Values<'_>) -> Result<(), KernelError> {
-        let rows = out.len / width.max(1);
-        fits("silu_mul", out.len == rows * width && gate_up.len == 2 * out.len)?;
-        let params = TrainGate { gate_up: gate_up.at, dy: Address::NONE, out: out.at, width: width as u32, unused: 0 };
-        self.launch(GATE, Launch::blocks(rows), params)
+        self.gate("silu_mul", false, gate_up, width, out)
     }
 
     /// The derivative: `dgate_up [rows, 2w]` from `dy [rows, w]`.
@@ -149,9 +146,51 @@ impl DeviceCompute {
         dy: Values<'_>,
         dgate_up: Values<'_>,
     ) -> Result<(), KernelError> {
+        self.gate_back("silu_mul_back", false, gate_up, width, dy, dgate_up)
+    }
+
+    /// `out [rows, w] = gelu(gate) * up` of `gate_up [rows, 2w]`, by the formula with tanh.
+    pub fn gelu_mul(&mut self, gate_up: Values<'_>, width: usize, out: Values<'_>) -> Result<(), KernelError> {
+        self.gate("gelu_mul", true, gate_up, width, out)
+    }
+
+    /// The derivative: `dgate_up [rows, 2w]` from `dy [rows, w]`.
+    pub fn gelu_mul_back(
+        &mut self,
+        gate_up: Values<'_>,
+        width: usize,
+        dy: Values<'_>,
+        dgate_up: Values<'_>,
+    ) -> Result<(), KernelError> {
+        self.gate_back("gelu_mul_back", true, gate_up, width, dy, dgate_up)
+    }
+
+    fn gate(
+        &mut self,
+        op: &'static str,
+        gelu: bool,
+        gate_up: Values<'_>,
+        width: usize,
+        out: Values<'_>,
+    ) -> Result<(), KernelError> {
+        let rows = out.len / width.max(1);
+        fits(op, out.len == rows * width && gate_up.len == 2 * out.len)?;
+        let params = TrainGate { gate_up: gate_up.at, dy: Address::NONE, out: out.at, width: width as u32, gelu: gelu.into() };
+        self.launch(GATE, Launch::blocks(rows), params)
+    }
+
+    fn gate_back(
+        &mut self,
+        op: &'static str,
+        gelu: bool,
+        gate_up: Values<'_>,
+        width: usize,
+        dy: Values<'_>,
+        dgate_up: Values<'_>,
+    ) -> Result<(), KernelError> {
         let rows = dy.len / width.max(1);
-        fits("silu_mul_back", dy.len == rows * width && gate_up.len == 2 * dy.len && dgate_up.len == 2 * dy.len)?;
-        let params = TrainGate { gate_up: gate_up.at, dy: dy.at, out: dgate_up.at, width: width as u32, unused: 0 };
+        fits(op, dy.len == rows * width && gate_up.len == 2 * dy.len && dgate_up.len == 2 * dy.len)?;
+        let params = TrainGate { gate_up: gate_up.at, dy: dy.at, out: dgate_up.at, width: width as u32, gelu: gelu.into() };
         self.launch(GATE_BACK, Launch::blocks(rows), params)
     }
 
@@ -167,8 +206,17 @@ impl DeviceCompute {
 
     /// `to = from`
     pub fn copy(&mut self, from: Values<'_>, to: Values<'_>) -> Result<(), KernelError> {
-        fits("copy", from.len == to.len)?;
-        let params = TrainCopy { from: from.at, to: to.at, count: from.len as u64 };
+        self.put("copy", from, to, false)
+    }
+
+    /// `to += from`
+    pub fn add(&mut self, from: Values<'_>, to: Values<'_>) -> Result<(), KernelError> {
+        self.put("add", from, to, true)
+    }
+
+    fn put(&mut self, op: &'static str, from: Values<'_>, to: Values<'_>, add: bool) -> Result<(), KernelError> {
+        fits(op, from.len == to.len)?;
+        let params = TrainCopy { from: from.at, to: to.at, count: from.len as u64, add: add.into(), unused: 0 };
         self.launch(COPY, Launch::blocks(from.len.div_ceil(THREADS)), params)
     }
 

@@ -15,6 +15,9 @@ use crate::random::mix;
 /// Queries and keys before their norms, and the inverse roots.
 type RawHeads = (Region, [Region; 2]);
 
+/// What a part of a layer gives before the norm behind it, and the inverse roots.
+type Branch = [Region; 2];
+
 /// What the forward pass leaves for the backward one: as the processor's.
 pub(super) struct Saved {
     inverse: [Region; 2],
@@ -25,6 +28,7 @@ pub(super) struct Saved {
     middle: Region,
     gate_up: Region,
     shrunk: [Region; 4],
+    branches: Option<[Branch; 2]>,
 }
 
 /// A layer's numbers in this pass.
@@ -82,11 +86,14 @@ impl<'a> LayerPass<'a> {
         }
         let frozen = self.numbers.frozen;
         let heads = |index: usize| frozen.and_then(|frozen| frozen.head_norms.as_ref()).map(|norms| &norms[index]);
+        let behind = |index: usize| frozen.and_then(|frozen| frozen.norms_behind.as_ref()).map(|norms| &norms[index]);
         let found = match part {
             Part::AttentionNorm => frozen.map(|frozen| &frozen.attention_norm),
             Part::FeedForwardNorm => frozen.map(|frozen| &frozen.feed_forward_norm),
             Part::QueryNorm => heads(0),
             Part::KeyNorm => heads(1),
+            Part::PostAttentionNorm => behind(0),
+            Part::PostFeedForwardNorm => behind(1),
             _ => None,
         };
         found.map_or(Values::NONE, Region::all)
@@ -268,8 +275,10 @@ impl<'a> LayerPass<'a> {
 
     fn turn(&mut self, qkv: Values<'_>, back: bool) -> Result<(), ModelError> {
         let pass = self.pass();
+        let local = pass.local_turns.as_ref().filter(|_| self.config.is_local(self.op.weights.index));
+        let turns = local.unwrap_or(&pass.turns);
         for (pieces, _) in self.pieces() {
-            self.compute.rotate(qkv, pieces, &pass.turns, &pass.seen, back)?;
+            self.compute.rotate(qkv, pieces, turns, &pass.seen, back)?;
         }
         Ok(())
     }
@@ -303,14 +312,64 @@ impl<'a> LayerPass<'a> {
     }
 
     fn attention(&self) -> Attention<'a> {
-        let &ModelConfig { heads, kv_heads, head_dim, sliding_window, .. } = self.config;
+        let &ModelConfig { heads, kv_heads, head_dim, .. } = self.config;
+        let sliding_window = self.config.window(self.op.weights.index);
         let rows = &self.pass().rows;
         Attention {
             spans: &rows.spans,
             positions: &rows.positions,
             shape: HeadShape { heads, kv_heads, head_dim },
-            spec: AttentionSpec { scale: 1.0 / (head_dim as f32).sqrt(), sliding_window, soft_cap: None, alibi: None },
+            spec: AttentionSpec { scale: self.config.attention_scale(), sliding_window, soft_cap: None, alibi: None },
         }
+    }
+
+    /// The gated activation.
+    fn gate(&mut self, gate_up: Values<'_>, gated: Values<'_>) -> Result<(), ModelError> {
+        let width = self.config.intermediate;
+        match self.config.gemma {
+            Some(_) => self.compute.gelu_mul(gate_up, width, gated)?,
+            None => self.compute.silu_mul(gate_up, width, gated)?,
+        }
+        Ok(())
+    }
+
+    fn gate_back(&mut self, gate_up: Values<'_>, dgated: Values<'_>, dgate_up: Values<'_>) -> Result<(), ModelError> {
+        let width = self.config.intermediate;
+        match self.config.gemma {
+            Some(_) => self.compute.gelu_mul_back(gate_up, width, dgated, dgate_up)?,
+            None => self.compute.silu_mul_back(gate_up, width, dgated, dgate_up)?,
+        }
+        Ok(())
+    }
+
+    /// Adds what a part of the layer gives to the residual stream, through the norm behind it where there is one; returns `A x`, and what
+    /// that norm's derivative needs.
+    fn add(
+        &mut self,
+        group: Group,
+        x: Values<'_>,
+        norm: Part,
+        stream: Values<'_>,
+    ) -> Result<(Region, Option<Branch>), ModelError> {
+        let (weight, hidden) = (self.norm(norm), self.config.hidden);
+        if weight.is_empty() {
+            return Ok((self.linear(group, x, stream, Store::Add)?, None));
+        }
+        let (branch, normed, inverse) = (self.region(hidden)?, self.region(hidden)?, self.region(1)?);
+        let shrunk = self.linear(group, x, branch.all(), Store::Replace)?;
+        let eps = self.config.rms_eps;
+        self.compute.rms_norm(branch.all(), Pieces::rows(hidden), weight, eps, normed.all(), inverse.all())?;
+        self.compute.add(normed.all(), stream)?;
+        Ok((shrunk, Some([branch, inverse])))
+    }
+
+    /// The derivative along what a part of the layer gives, from that along the residual stream; none where they are the same.
+    fn add_back(&mut self, norm: Part, branch: Option<&Branch>, dy: Values<'_>) -> Result<Option<Region>, ModelError> {
+        let Some([branch, inverse]) = branch else { return Ok(None) };
+        let along = self.region(self.config.hidden)?;
+        let given = [branch.all(), self.norm(norm), inverse.all(), dy];
+        self.compute.rms_norm_back(given, Pieces::rows(self.config.hidden), along.all(), Store::Replace)?;
+        Ok(Some(along))
     }
 
     pub(super) fn forward(&mut self, x: Values<'_>, out: Values<'_>) -> Result<Saved, ModelError> {
@@ -328,18 +387,19 @@ impl<'a> LayerPass<'a> {
         self.compute.attention(&self.attention(), seen, qkv.all(), attended.all(), lse.all())?;
         let middle = self.region(hidden)?;
         self.compute.copy(x, middle.all())?;
-        let output_shrunk = self.linear(Group::AttentionOutput, attended.all(), middle.all(), Store::Add)?;
+        let (output_shrunk, first) = self.add(Group::AttentionOutput, attended.all(), Part::PostAttentionNorm, middle.all())?;
 
         let weight = self.norm(Part::FeedForwardNorm);
         self.compute.rms_norm(middle.all(), whole, weight, eps, normed.all(), inverse[1].all())?;
         let gate_up = self.region(2 * intermediate)?;
         let gate_up_shrunk = self.linear(Group::GateUp, normed.all(), gate_up.all(), Store::Replace)?;
         let gated = self.region(intermediate)?;
-        self.compute.silu_mul(gate_up.all(), intermediate, gated.all())?;
+        self.gate(gate_up.all(), gated.all())?;
         self.compute.copy(middle.all(), out)?;
-        let down_shrunk = self.linear(Group::Down, gated.all(), out, Store::Add)?;
+        let (down_shrunk, second) = self.add(Group::Down, gated.all(), Part::PostFeedForwardNorm, out)?;
         let shrunk = [qkv_shrunk, output_shrunk, gate_up_shrunk, down_shrunk];
-        Ok(Saved { inverse, qkv, raw, attended, lse, middle, gate_up, shrunk })
+        let branches = first.zip(second).map(<[Branch; 2]>::from);
+        Ok(Saved { inverse, qkv, raw, attended, lse, middle, gate_up, shrunk, branches })
     }
 
     /// The derivative along `x` for that along the layer's result; those along the parameters to `slopes`, which hold zeros.
@@ -352,14 +412,17 @@ impl<'a> LayerPass<'a> {
     ) -> Result<Region, ModelError> {
         let &ModelConfig { hidden, intermediate, heads, head_dim, rms_eps: eps, .. } = self.config;
         let whole = Pieces::rows(hidden);
-        let Saved { inverse: [first, second], qkv, raw, attended, lse, middle, gate_up, shrunk } = saved;
+        let Saved { inverse: [first, second], qkv, raw, attended, lse, middle, gate_up, shrunk, branches } = saved;
         let [qkv_shrunk, output_shrunk, gate_up_shrunk, down_shrunk] = shrunk.each_ref().map(Region::all);
 
         let (gated, dgated) = (self.region(intermediate)?, self.region(intermediate)?);
-        self.compute.silu_mul(gate_up.all(), intermediate, gated.all())?;
-        self.linear_back(Group::Down, [gated.all(), down_shrunk, dout], dgated.all(), slopes)?;
+        self.gate(gate_up.all(), gated.all())?;
+        let dbranch = self.add_back(Part::PostFeedForwardNorm, branches.as_ref().map(|b| &b[1]), dout)?;
+        let dy = dbranch.as_ref().map_or(dout, Region::all);
+        self.linear_back(Group::Down, [gated.all(), down_shrunk, dy], dgated.all(), slopes)?;
+        drop(dbranch);
         let dgate_up = self.region(2 * intermediate)?;
-        self.compute.silu_mul_back(gate_up.all(), intermediate, dgated.all(), dgate_up.all())?;
+        self.gate_back(gate_up.all(), dgated.all(), dgate_up.all())?;
         let (normed, dnormed, scratch) = (self.region(hidden)?, self.region(hidden)?, self.region(1)?);
         let weight = self.norm(Part::FeedForwardNorm);
         self.compute.rms_norm(middle.all(), whole, weight, eps, normed.all(), scratch.all())?;
@@ -372,7 +435,10 @@ impl<'a> LayerPass<'a> {
         self.norm_slope(Part::FeedForwardNorm, given, whole, slopes)?;
 
         let dattended = self.region(heads * head_dim)?;
-        self.linear_back(Group::AttentionOutput, [attended.all(), output_shrunk, dmiddle.all()], dattended.all(), slopes)?;
+        let dbranch = self.add_back(Part::PostAttentionNorm, branches.as_ref().map(|b| &b[0]), dmiddle.all())?;
+        let dy = dbranch.as_ref().map_or(dmiddle.all(), Region::all);
+        self.linear_back(Group::AttentionOutput, [attended.all(), output_shrunk, dy], dattended.all(), slopes)?;
+        drop(dbranch);
         let dqkv = self.compute.region(qkv.len())?;
         let given = [qkv.all(), attended.all(), lse.all(), dattended.all()];
         let seen = &self.pass().seen;

@@ -32,8 +32,8 @@ pub(super) struct DeviceModel {
     layers: Mutex<Vec<Option<Arc<Frozen>>>>,
     norm: Region,
     head: Mutex<Option<Arc<Matrix>>>,
-    /// With the processor's tables that they were made of.
-    turns: Mutex<Option<(Arc<Rotation>, Arc<Turns>)>>,
+    /// With the processor's tables that they were made of; those of layers with a window of their own behind.
+    turns: [Mutex<Option<(Arc<Rotation>, Arc<Turns>)>>; 2],
 }
 
 /// Of a device's memory.
@@ -55,6 +55,8 @@ struct Frozen {
     attention_norm: Region,
     feed_forward_norm: Region,
     head_norms: Option<[Region; 2]>,
+    /// Behind attention and feed-forward part.
+    norms_behind: Option<[Region; 2]>,
     /// By group; empty without.
     biases: [Region; 4],
 }
@@ -64,6 +66,8 @@ struct DevicePass {
     rows: Arc<Rows>,
     seen: Seen,
     turns: Arc<Turns>,
+    /// Of layers with a window, where they rotate otherwise.
+    local_turns: Option<Arc<Turns>>,
     stream: Mutex<Stream>,
 }
 
@@ -93,7 +97,7 @@ impl DeviceModel {
             compute.upload(final_norm)?
         };
         let files = Arc::clone(files);
-        Ok(Self { files, compute, layers: Mutex::default(), norm, head: Mutex::default(), turns: Mutex::default() })
+        Ok(Self { files, compute, layers: Mutex::default(), norm, head: Mutex::default(), turns: Default::default() })
     }
 
     fn compute(&self) -> MutexGuard<'_, DeviceCompute> {
@@ -113,17 +117,19 @@ impl DeviceModel {
             Ok(compute.weight(&sources)?)
         };
         let [qkv, output, gate_up, down] = Group::ALL.map(&mut group);
-        let Norms { attention, feed_forward, heads, behind: _ } = weights.norms(None, &[]);
+        let Norms { attention, feed_forward, heads, behind } = weights.norms(None, &[]);
         let [qkv_bias, output_bias, gate_up_bias, down_bias] = weights.biases.each_ref().map(|bias| compute.upload(bias));
-        let head_norms = match heads {
-            Some([queries, keys]) => Some([compute.upload(queries)?, compute.upload(keys)?]),
-            None => None,
+        let mut two = |norms: Option<[&[f32]; 2]>| -> Result<Option<[Region; 2]>, ModelError> {
+            let Some([first, second]) = norms else { return Ok(None) };
+            Ok(Some([compute.upload(first)?, compute.upload(second)?]))
         };
+        let (head_norms, norms_behind) = (two(heads)?, two(behind)?);
         let frozen = Arc::new(Frozen {
             matrices: [qkv?, output?, gate_up?, down?],
             attention_norm: compute.upload(attention)?,
             feed_forward_norm: compute.upload(feed_forward)?,
             head_norms,
+            norms_behind,
             biases: [qkv_bias?, output_bias?, gate_up_bias?, down_bias?],
         });
         if layers.len() <= weights.index {
@@ -143,8 +149,13 @@ impl DeviceModel {
         Ok(Arc::clone(head.insert(Arc::new(matrix))))
     }
 
-    fn turns(&self, compute: &mut DeviceCompute, rotation: &Arc<Rotation>) -> Result<Arc<Turns>, ModelError> {
-        let mut held = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+    fn turns(
+        &self,
+        compute: &mut DeviceCompute,
+        rotation: &Arc<Rotation>,
+        held: &Mutex<Option<(Arc<Rotation>, Arc<Turns>)>>,
+    ) -> Result<Arc<Turns>, ModelError> {
+        let mut held = held.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((of, turns)) = &*held
             && Arc::ptr_eq(of, rotation)
         {
@@ -162,8 +173,13 @@ impl DeviceModel {
         let shape = HeadShape { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
         let mut compute = self.compute();
         let seen = compute.seen(&rows.spans, &rows.positions, shape)?;
-        let turns = self.turns(&mut compute, &rows.rotation)?;
-        Ok(Arc::new(DevicePass { rows, seen, turns, stream: Mutex::default() }))
+        let [held, held_local] = &self.turns;
+        let turns = self.turns(&mut compute, &rows.rotation, held)?;
+        let local_turns = match &rows.local_rotation {
+            Some(rotation) => Some(self.turns(&mut compute, rotation, held_local)?),
+            None => None,
+        };
+        Ok(Arc::new(DevicePass { rows, seen, turns, local_turns, stream: Mutex::default() }))
     }
 }
 
@@ -192,9 +208,6 @@ impl Model {
     }
 
     fn computing(mut self, device: Arc<DeviceModel>) -> Result<Self, ModelError> {
-        if self.files.config().gemma.is_some() {
-            return Err(ModelError::Kind("Gemma models are trained and evaluated on the processor; choose the device cpu"));
-        }
         if self.options.frozen_gradients {
             return Err(ModelError::Kind("gradients of frozen weights are computed, to measure them, on the processor only"));
         }
