@@ -79,9 +79,7 @@ impl<D: Device> CudaBackend<D> {
                 Op::PagedAttention { shape, kv, .. } => {
                     self.plan(shape, kv)?;
                 }
-                Op::Lora { .. } => {
-                    self.adapters.tables(&mut self.device)?;
-                }
+                Op::Lora { x, site, .. } => self.prepare_update(x, site)?,
                 Op::AllGather { x, .. } => self.plan_gather(x)?,
                 _ => {}
             }
