@@ -16,7 +16,7 @@ use tidemill_kernels::cuda::driver::Card;
 use tidemill_kernels::cuda::trial::Trial;
 use tidemill_kernels::*;
 
-const IMAGES: NamedImages = NamedImages { stale: false, broken: false };
+const IMAGES: NamedImages = NamedImages::GOOD;
 
 fn open(driver: &FakeDriver) -> Result<Card<FakeDriver>, KernelError> {
     Card::over(driver.clone(), 0, &IMAGES)
@@ -48,8 +48,10 @@ fn whatever_call_fails_while_a_card_is_opened_it_says_so_and_nothing_is_left() {
                 assert!(after > 15 && opened.is_ok(), "{after} calls");
                 break;
             }
-            let call = *driver.take_log().iter().rev().find(|call| **call != "release_context").unwrap();
+            let call = driver.failed().unwrap();
             match opened.err() {
+                // A file that it can do without.
+                None => assert_eq!(call, "load_module"),
                 Some(KernelError::Memory { .. }) => assert_eq!(code, CUresult::CUDA_ERROR_OUT_OF_MEMORY),
                 Some(KernelError::Device(text)) => assert!(text.contains(&format!("{code:?}")), "{text}"),
                 // What does not even begin may be given up for the processor.
@@ -97,13 +99,47 @@ fn a_machine_that_will_not_do_is_named() {
 #[test]
 fn an_image_that_the_driver_refuses_is_made_anew_once() {
     let driver = FakeDriver::recording(Machine::default());
-    drop(Card::over(driver.clone(), 0, &NamedImages { stale: true, broken: false }).unwrap());
+    drop(Card::over(driver.clone(), 0, &NamedImages { stale: true, ..IMAGES }).unwrap());
     let files = Source::ALL.into_iter().filter(|source| !source.trains() && source.is_for("sm_90a")).count();
     assert_eq!(driver.take_log().iter().filter(|call| **call == "load_module").count(), 2 * files);
     driver.assert_empty();
-    let refused = Card::over(driver.clone(), 0, &NamedImages { stale: true, broken: true }).err().unwrap().to_string();
+    let refused = Card::over(driver.clone(), 0, &NamedImages { stale: true, broken: true, ..IMAGES }).err().unwrap().to_string();
     assert!(refused.contains("refuses a kernel file: CUDA_ERROR_INVALID_IMAGE"), "{refused}");
     driver.assert_empty();
+}
+
+#[test]
+fn a_card_does_without_a_file_that_only_makes_it_faster_and_says_why() {
+    const HOPPER: &[Source] = &[Source::AttentionHopper];
+    for (images, words) in [
+        (NamedImages { uncompiled: HOPPER, ..IMAGES }, "NVRTC cannot compile attention_hopper.cu"),
+        (NamedImages { refused: HOPPER, ..IMAGES }, "refuses a kernel file: CUDA_ERROR_INVALID_IMAGE"),
+    ] {
+        let driver = FakeDriver::recording(Machine::default());
+        let mut card = Card::over(driver.clone(), 0, &images).unwrap();
+        driver.take_log();
+        card.choose_prefill(None, &trial(), None).unwrap();
+        assert_eq!((card.prefill(64), card.prefill(128), driver.take_log().len()), (Prefill::Mma, Prefill::Mma, 0));
+        let [warning] = card.warnings() else { panic!("{:?}", card.warnings()) };
+        assert!(warning.starts_with("attention_hopper.cu is left out") && warning.contains(words), "{warning}");
+        // Who asked for the other kernel wants no news of this one; who asks for it hears why not.
+        card.choose_prefill(Some(Prefill::Mma), &trial(), None).unwrap();
+        assert_eq!(card.warnings(), &[] as &[String]);
+        let refused = card.choose_prefill(Some(Prefill::Wgmma), &trial(), None).unwrap_err().to_string();
+        assert!(refused.contains(words) && refused.contains("--attention-backend auto or mma"), "{refused}");
+        serve(&mut captured(card), false).unwrap();
+        driver.assert_empty();
+    }
+    // Without any other there is no card.
+    for images in [NamedImages { uncompiled: &[Source::Rows], ..IMAGES }, NamedImages { refused: &[Source::Rows], ..IMAGES }] {
+        let driver = FakeDriver::recording(Machine::default());
+        assert!(Card::over(driver.clone(), 0, &images).is_err());
+        if !images.uncompiled.is_empty() {
+            assert!(!driver.take_log().contains(&"retain_context"), "it was known before anything was reserved");
+            continue;
+        }
+        driver.assert_empty();
+    }
 }
 
 #[test]

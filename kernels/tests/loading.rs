@@ -44,7 +44,7 @@ fn a_driver_of_the_oldest_version_has_what_is_called() {
 #[test]
 #[ignore = "of the test above, in a process where the stand-ins are found"]
 fn over_the_stand_ins() {
-    let images = NamedImages { stale: false, broken: false };
+    let images = NamedImages::GOOD;
     let mut card = Card::over(Cuda::find().unwrap(), 0, &images).unwrap();
     assert_eq!(card.describe(), "a stand-in, sm_80, 100 multiprocessors, 64 GiB, CUDA 12.0");
     // More than lies ready at once.

@@ -35,6 +35,8 @@ pub struct Card<C: Calls = Cuda> {
     /// With the shared memory that each may ask for.
     functions: HashMap<Kernel, (sys::CUfunction, u32)>,
     modules: HashMap<Source, sys::CUmodule>,
+    /// Files that it does without, and why.
+    left_out: HashMap<Source, String>,
     workspace: Address,
     products: Option<Box<dyn Multiplier>>,
     graphs: HashMap<Graph, sys::CUgraphExec>,
@@ -113,7 +115,13 @@ impl<C: Calls> Card<C> {
         let Sought { device, name, capability, processors, version } = Sought::card(&calls, number)?;
         let architecture = architecture(capability);
         let sources: Vec<Source> = sources.iter().copied().filter(|source| source.is_for(&architecture)).collect();
-        let code = images.all(&sources, &architecture, version)?;
+        // What is missing is told before anything is reserved.
+        let of_source = |(image, source): (Result<_, _>, &Source)| match image {
+            Err(why) if !source.is_spare() => Err(why),
+            image => Ok((*source, image)),
+        };
+        let code: Vec<(Source, Result<Vec<u8>, KernelError>)> =
+            images.all(&sources, &architecture, version).into_iter().zip(&sources).map(of_source).collect::<Result<_, _>>()?;
 
         // SAFETY: a device that the driver has just given; released when this is dropped.
         let context = unsafe { calls.retain_context(device) }.map_err(|e| no_context(&name, e))?;
@@ -124,6 +132,7 @@ impl<C: Calls> Card<C> {
             stream: std::ptr::null_mut(),
             functions: HashMap::new(),
             modules: HashMap::new(),
+            left_out: HashMap::new(),
             workspace: Address::NONE,
             products: None,
             graphs: HashMap::new(),
@@ -144,12 +153,18 @@ impl<C: Calls> Card<C> {
         card.current()?;
         // SAFETY: of the context that is current; given back when this is dropped.
         card.stream = unsafe { card.calls.create_stream() }.map_err(|e| failed("no stream", e))?;
-        for (&source, image) in sources.iter().zip(code) {
-            let module = card.load(&image).or_else(|refused| {
-                let anew = images.anew(source, &card.architecture, version).unwrap_or(Err(refused))?;
-                card.load(&anew)
-            })?;
-            card.modules.insert(source, module);
+        for (source, image) in code {
+            let module = image.and_then(|image| {
+                card.load(&image).or_else(|refused| {
+                    let anew = images.anew(source, &card.architecture, version).unwrap_or(Err(refused))?;
+                    card.load(&anew)
+                })
+            });
+            match module {
+                Ok(module) => drop(card.modules.insert(source, module)),
+                Err(why) if source.is_spare() => drop(card.left_out.insert(source, why.to_string())),
+                Err(why) => return Err(why),
+            }
         }
         card.staged = StagedMemory::new(&card.calls)?;
         for _ in 0..FETCHES {
@@ -175,6 +190,11 @@ impl<C: Calls> Card<C> {
     /// Whether a kernel file was loaded.
     pub(super) fn has(&self, source: Source) -> bool {
         self.modules.contains_key(&source)
+    }
+
+    /// Why a kernel file that it can do without was not loaded, if it was to be.
+    pub(super) fn left_out(&self, source: Source) -> Option<&str> {
+        self.left_out.get(&source).map(String::as_str)
     }
 
     /// What measurements of it hold for: cards of the same make with the same driver.

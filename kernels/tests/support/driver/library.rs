@@ -39,17 +39,33 @@ impl Multiplier for FakeProducts {
 }
 
 /// Images that name their file, which is all that [`FakeDriver`] wants of one.
+#[derive(Clone, Copy)]
 pub struct NamedImages {
     /// Those that were kept are of another driver.
     pub stale: bool,
     /// What is compiled anew, too.
     pub broken: bool,
+    /// Files that no compiler takes, and that no driver takes.
+    pub uncompiled: &'static [Source],
+    pub refused: &'static [Source],
+}
+
+impl NamedImages {
+    /// Those that are as they should be.
+    pub const GOOD: Self = NamedImages { stale: false, broken: false, uncompiled: &[], refused: &[] };
 }
 
 impl Images for NamedImages {
-    fn all(&self, sources: &[Source], architecture: &str, _driver: i32) -> Result<Vec<Vec<u8>>, KernelError> {
+    fn all(&self, sources: &[Source], architecture: &str, _driver: i32) -> Vec<Result<Vec<u8>, KernelError>> {
         assert!(architecture.starts_with("sm_"));
-        Ok(sources.iter().map(|source| if self.stale { b"stale".to_vec() } else { source.name().into() }).collect())
+        let of = |source: &Source| match source {
+            source if self.uncompiled.contains(source) => {
+                Err(KernelError::Unsupported(format!("NVRTC cannot compile {}", source.name())))
+            }
+            source if self.stale || self.refused.contains(source) => Ok(b"stale".to_vec()),
+            source => Ok(source.name().into()),
+        };
+        sources.iter().map(of).collect()
     }
 
     fn anew(&self, source: Source, _architecture: &str, _driver: i32) -> Option<Result<Vec<u8>, KernelError>> {

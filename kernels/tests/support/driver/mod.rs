@@ -86,6 +86,8 @@ struct State {
     fails: Option<(usize, CUresult)>,
     /// The next call of this name does not go well.
     fails_named: Option<(&'static str, CUresult)>,
+    /// The call that was the first not to go well.
+    failed: Option<&'static str>,
     /// What every call says from now on.
     lost: Option<CUresult>,
 }
@@ -158,6 +160,7 @@ impl FakeDriver {
             log: Vec::new(),
             fails: None,
             fails_named: None,
+            failed: None,
             lost: None,
         })))
     }
@@ -205,6 +208,7 @@ impl FakeDriver {
         };
         match failing {
             Some(code) => {
+                state.failed.get_or_insert(name);
                 state.lost = Some(code).filter(|code| is_sticky(*code));
                 Err(refused(code))
             }
