@@ -11,7 +11,7 @@ use crate::support::serving::{LIMITS, decoder, serve};
 use crate::support::steps::{Sequence, append};
 use cudarc::driver::sys::CUresult;
 use tidemill_kernels::cuda::CudaBackend;
-use tidemill_kernels::cuda::device::{Address, Device, Kernel, Launch, Pieces, Prefill, Source};
+use tidemill_kernels::cuda::device::{Address, Device, Kernel, Launch, Operands, Pieces, Prefill, Product, Source};
 use tidemill_kernels::cuda::driver::Card;
 use tidemill_kernels::cuda::trial::Trial;
 use tidemill_kernels::*;
@@ -378,6 +378,72 @@ fn a_model_is_served_on_cards_that_share_less() {
         drop(decoder);
         driver.assert_empty();
     }
+}
+
+/// A step that computes a token of each of so many sequences that a library multiplies.
+fn library_step(decoder: &mut Decoder<CudaBackend<Card<FakeDriver>>>) {
+    let mut batch = StepBatch::default();
+    for i in 0..20 {
+        append(&mut batch, &mut Sequence { tokens: vec![i; 4], table: vec![i % 12], computed: i as usize / 12 }, 1);
+    }
+    batch.samples.push(SampleRow::greedy(0));
+    decoder.forward(&batch, &mut StepOutput::default()).unwrap();
+}
+
+#[test]
+fn how_a_library_multiplies_is_decided_before_a_capture_and_never_in_one() {
+    let driver = FakeDriver::recording(Machine::default());
+    let mut decoder = captured(open(&driver).unwrap());
+    let calls = |decoder: &mut _| {
+        driver.take_log();
+        library_step(decoder);
+        let log = driver.take_log();
+        ["plan", "begin_capture", "launch_graph"].map(|name| log.iter().filter(|call| **call == name).count())
+    };
+    let [plans, captures, _] = calls(&mut decoder);
+    assert!(plans > 2 && captures == 0);
+    // Its plans went to others meanwhile: the step is done plainly, which makes them, and captured the next time.
+    driver.forget_plans();
+    assert_eq!(calls(&mut decoder), [plans, 1, 0]);
+    let why = decoder.ops.captures().1.map_or(String::new(), ToString::to_string);
+    assert!(why.contains("no plan"), "{why}");
+    assert_eq!([calls(&mut decoder), calls(&mut decoder)], [[0, 1, 1], [0, 0, 1]]);
+    drop(decoder);
+    driver.assert_empty();
+}
+
+#[test]
+fn no_library_decides_starts_or_ends_while_another_card_captures() {
+    let (one, other) = (FakeDriver::recording(Machine::default()), FakeDriver::recording(Machine::default()));
+    let mut card = open(&one).unwrap();
+    let mut capturing = open(&other).unwrap();
+    let multiply = {
+        let at = card.alloc("a test", 1 << 12).unwrap();
+        move |rows| {
+            let product = Product { operands: Operands::Bf16, x: at, w: at, out: at, rows, n: 8, stride: 8, add: false };
+            card.product(product).map(|()| card.free(at)).unwrap();
+            card
+        }
+    };
+    capturing.capture().unwrap();
+    one.take_log();
+    let began = std::sync::Barrier::new(2);
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            began.wait();
+            drop(multiply(3));
+            drop(open(&one).unwrap());
+        });
+        began.wait();
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        assert_eq!((one.take_log(), worker.is_finished()), (vec!["set_current"], false), "it waits");
+        let graph = capturing.captured().unwrap();
+        worker.join().unwrap();
+        capturing.forget(graph);
+    });
+    let log = one.take_log();
+    assert!(log.contains(&"plan") && log.contains(&"multiplier") && log.contains(&"release_context"), "{log:?}");
+    one.assert_empty();
 }
 
 #[test]

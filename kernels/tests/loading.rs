@@ -75,6 +75,19 @@ fn over_the_stand_ins() {
     (1..3000).for_each(|rows| card.product(product(rows)).unwrap());
     (1..3000).for_each(|rows| card.product(product(rows)).unwrap());
 
+    // The library chooses before a capture, and not in one: what it was not asked for by then is told of, and can be asked for afterwards.
+    card.capture().unwrap();
+    card.product(product(2999)).unwrap();
+    let unplanned = card.product(product(3000)).unwrap_err().to_string();
+    assert!(unplanned.contains("no plan") && !unplanned.contains("(14)"), "{unplanned}");
+    let graph = card.captured().unwrap();
+    card.forget(graph);
+    card.product(product(3000)).unwrap();
+    card.capture().unwrap();
+    card.product(product(3000)).unwrap();
+    let graph = card.captured().unwrap();
+    card.forget(graph);
+
     card.free(at);
     drop((before, after, card));
 

@@ -43,7 +43,11 @@ pub type Called<T = ()> = Result<T, CallError>;
 
 /// Matrix products on a card's stream.
 pub trait Multiplier: Send {
-    /// Sets a product going.
+    /// Whether there is a plan for products of this shape.
+    fn has_plan(&mut self, product: Product) -> bool;
+    /// Makes one; never while a stream is captured.
+    fn plan(&mut self, product: Product) -> Result<(), KernelError>;
+    /// Sets a product going that there is a plan for.
     fn run(&mut self, product: Product, stream: CUstream) -> Result<(), KernelError>;
     /// Gives everything back; the context is current, and the stream done.
     fn close(&mut self);

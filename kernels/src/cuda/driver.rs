@@ -6,6 +6,7 @@ use std::path::Path;
 
 use cudarc::driver::sys;
 
+use super::apart::{self, Capturing};
 pub use super::calls::Cuda;
 use super::calls::{Calls, Multiplier, failed, not_reserved};
 use super::compile::architecture;
@@ -39,6 +40,7 @@ pub struct Card<C: Calls = Cuda> {
     left_out: HashMap<Source, String>,
     workspace: Address,
     products: Option<Box<dyn Multiplier>>,
+    capturing: Option<Capturing>,
     graphs: HashMap<Graph, sys::CUgraphExec>,
     made_graphs: u64,
     staged: StagedMemory,
@@ -135,6 +137,7 @@ impl<C: Calls> Card<C> {
             left_out: HashMap::new(),
             workspace: Address::NONE,
             products: None,
+            capturing: None,
             graphs: HashMap::new(),
             made_graphs: 0,
             staged: StagedMemory::default(),
@@ -173,7 +176,7 @@ impl<C: Calls> Card<C> {
             card.events.push(event);
         }
         card.workspace = card.reserve("workspace", WORKSPACE)?;
-        card.products = Some(card.calls.multiplier(card.workspace, WORKSPACE)?);
+        card.products = Some(apart::from_captures(|| card.calls.multiplier(card.workspace, WORKSPACE))?);
         Ok(card)
     }
 
@@ -299,8 +302,9 @@ impl<C: Calls> Card<C> {
                 let _ = self.calls.synchronize(self.stream);
             }
             self.free_unwanted();
+            self.capturing = None;
             if let Some(mut products) = self.products.take() {
-                products.close();
+                apart::from_captures(|| products.close());
             }
             for (_, graph) in self.graphs.drain() {
                 let _ = self.calls.destroy_executable(graph);
@@ -478,10 +482,16 @@ impl<C: Calls> Device for Card<C> {
 
     fn product(&mut self, product: Product) -> Result<(), KernelError> {
         self.current()?;
-        match &mut self.products {
-            Some(products) => products.run(product, self.stream),
-            None => Err(KernelError::Device("there is no library of matrix products".into())),
+        let none = || KernelError::Device("there is no library of matrix products".into());
+        let products = self.products.as_mut().ok_or_else(none)?;
+        if !products.has_plan(product) {
+            if self.capturing.is_some() {
+                // The step is done plainly, which makes one, and captured the next time.
+                return Err(KernelError::Device("a matrix product has no plan, and none is made during a capture".into()));
+            }
+            apart::from_captures(|| products.plan(product))?;
         }
+        products.run(product, self.stream)
     }
 
     fn place(&self) -> Place {
@@ -507,14 +517,19 @@ impl<C: Calls> Device for Card<C> {
 
     fn capture(&mut self) -> Result<(), KernelError> {
         self.current()?;
+        let capturing = Capturing::begin();
         // SAFETY: a stream of our own.
-        unsafe { self.calls.begin_capture(self.stream) }.map_err(|e| failed("a capture does not begin", e))
+        unsafe { self.calls.begin_capture(self.stream) }.map_err(|e| failed("a capture does not begin", e))?;
+        self.capturing = Some(capturing);
+        Ok(())
     }
 
     fn captured(&mut self) -> Result<Graph, KernelError> {
+        let capturing = self.capturing.take();
         self.current()?;
         // SAFETY: a stream of our own.
         let graph = unsafe { self.calls.end_capture(self.stream) }.map_err(|e| failed("a capture was broken off", e))?;
+        drop(capturing);
         // SAFETY: the graph was just made; what is made of it does not need it any more.
         let made = unsafe {
             let made = self.calls.instantiate(graph);

@@ -103,20 +103,17 @@ impl<D: Device> CudaBackend<D> {
             }
             Way::Capture(index) => {
                 let captured = self.capture(program);
-                let captured = match (self.captured_by_all(captured.as_ref().ok().copied())?, captured) {
-                    (Some(graph), _) => Some(graph),
-                    (None, captured) => {
-                        let by_another = || KernelError::Device("another card did not capture its part".into());
-                        let why = captured.err().unwrap_or_else(by_another);
-                        self.captures.untold = Some(why.to_string());
-                        self.captures.refused = Some(why);
-                        None
-                    }
-                };
-                self.captures.graphs.keep(index, captured);
-                if let Some(graph) = captured {
+                let by_all = self.captured_by_all(captured.as_ref().ok().copied())?;
+                let given_up = self.captures.graphs.keep(index, by_all);
+                if let Some(graph) = by_all {
                     return self.replay(graph);
                 }
+                let by_another = || KernelError::Device("another card did not capture its part".into());
+                let why = captured.err().unwrap_or_else(by_another);
+                if given_up {
+                    self.captures.untold = Some(why.to_string());
+                }
+                self.captures.refused = Some(why);
                 // A step that cannot be captured is done without; if the device is lost, that shows now.
                 self.all_stale();
                 self.repeat(program);

@@ -3,11 +3,18 @@
 use cudarc::driver::sys::CUstream;
 use tidemill_kernels::KernelError;
 use tidemill_kernels::cuda::calls::Multiplier;
-use tidemill_kernels::cuda::device::{Address, Product, Source};
+use tidemill_kernels::cuda::device::{Address, Operands, Product, Source};
 use tidemill_kernels::cuda::images::Images;
 
 use super::FakeDriver;
 use super::work::Work;
+
+/// What a plan is for.
+pub(super) type Shape = (Operands, usize, usize, usize);
+
+fn shape(p: Product) -> Shape {
+    (p.operands, p.rows, p.n, p.stride)
+}
 
 /// A library that multiplies on the host.
 pub(super) struct FakeProducts {
@@ -17,10 +24,23 @@ pub(super) struct FakeProducts {
 }
 
 impl Multiplier for FakeProducts {
+    fn has_plan(&mut self, product: Product) -> bool {
+        self.driver.state().plans.contains(&shape(product))
+    }
+
+    fn plan(&mut self, product: Product) -> Result<(), KernelError> {
+        // A library may refuse it during a capture; this one stops the test.
+        let called = self.driver.call("plan");
+        let mut state = called.map_err(|e| KernelError::Device(format!("cuBLASLt knows no way: {}", e.name)))?;
+        state.plans.insert(shape(product));
+        Ok(())
+    }
+
     fn run(&mut self, product: Product, stream: CUstream) -> Result<(), KernelError> {
         let called = self.driver.captured_call("product");
         let mut state = called.map_err(|e| KernelError::Device(format!("cuBLASLt refuses a product: {}", e.name)))?;
         state.assert_held(self.workspace.0, self.bytes);
+        assert!(state.plans.contains(&shape(product)), "a product without a plan");
         let work = Work::Product(product);
         state.assert_sound(&work);
         match &mut state.capture {
@@ -35,6 +55,7 @@ impl Multiplier for FakeProducts {
         state.assert_held(self.workspace.0, self.bytes);
         assert!(state.queue.is_empty(), "products are under way");
         state.libraries -= 1;
+        state.plans.clear();
     }
 }
 
