@@ -63,6 +63,8 @@ CALL cublasLtMatmul(void* handle, void* what, const void* alpha, const void* a, 
     const void* c, void* lc, void* d, void* ld, const void* algorithm, void* workspace, size_t bytes, void* stream) {
     // A number of a later version.
     if (beta != NULL && ((const float*)beta)[0] == 0 && alpha != NULL && a == NULL) return 4242;
+    // No memory for a kernel.
+    if (b == NULL) return 3;
     // What a library of a later version asks of its workspace.
     return (size_t)workspace % 256 != 0 || stream == NULL ? 7 : 0;
 }

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use crate::support::driver::NamedImages;
 use crate::support::serving::{LIMITS, decoder, serve};
+use tidemill_kernels::KernelError;
 use tidemill_kernels::cuda::CudaBackend;
 use tidemill_kernels::cuda::device::{Address, Device, Operands, Pieces, Product};
 use tidemill_kernels::cuda::driver::{Card, Cuda};
@@ -71,6 +72,8 @@ fn over_the_stand_ins() {
     let product = |rows| Product { operands: Operands::Bf16, x: at, w: at, out: at, rows, n: 64, stride: 64, add: false };
     let later = card.product(Product { w: Address::NONE, ..product(1) }).unwrap_err().to_string();
     assert!(later.contains("refuses a product: unknown (4242)"), "{later}");
+    let short = card.product(Product { x: Address::NONE, ..product(1) }).unwrap_err();
+    assert!(matches!(short, KernelError::Memory { .. }), "{short}");
     // The stand-in makes room for so many plans alone.
     (1..3000).for_each(|rows| card.product(product(rows)).unwrap());
     (1..3000).for_each(|rows| card.product(product(rows)).unwrap());

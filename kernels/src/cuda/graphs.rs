@@ -115,6 +115,18 @@ struct Entry {
     refused: u8,
 }
 
+impl Entry {
+    /// Whether it is given up.
+    fn refuse(&mut self) -> bool {
+        self.refused += 1;
+        if self.refused < MOST_TRIES {
+            return false;
+        }
+        self.state = State::Refused;
+        true
+    }
+}
+
 /// What was captured.
 #[derive(Debug, Default)]
 pub(super) struct Graphs {
@@ -163,16 +175,20 @@ impl Graphs {
     pub(super) fn keep(&mut self, index: usize, captured: Option<Graph>) -> bool {
         match (self.entries.get_mut(index), captured) {
             (Some(entry), Some(graph)) => entry.state = State::Ready(graph),
-            (Some(entry), None) => {
-                entry.refused += 1;
-                if entry.refused == MOST_TRIES {
-                    entry.state = State::Refused;
-                    return true;
-                }
-            }
+            (Some(entry), None) => return entry.refuse(),
             (None, captured) => self.dropped.extend(captured),
         }
         false
+    }
+
+    /// Notes that the card had no memory for one, which is given back. Whether steps of its key are captured no more.
+    pub(super) fn give_back(&mut self, graph: Graph) -> bool {
+        let entry = self.entries.iter_mut().find(|entry| entry.state == State::Ready(graph));
+        entry.is_some_and(|entry| {
+            self.dropped.push(graph);
+            entry.state = State::Seen;
+            entry.refuse()
+        })
     }
 
     /// Gives up everything.

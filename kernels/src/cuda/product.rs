@@ -18,6 +18,9 @@ use crate::error::KernelError;
 /// Plans that are kept. Prompts bring steps of ever other numbers of rows, each with a plan for every shape of weights.
 const MOST_PLANS: usize = 1024;
 
+/// `CUBLAS_STATUS_ALLOC_FAILED`: the card is none the worse.
+const ALLOC_FAILED: Outcome = 3;
+
 /// A description, a preference or a layout, destroyed with its owner.
 struct Held<T: Copy>(T, unsafe extern "C" fn(T) -> Outcome);
 
@@ -158,6 +161,9 @@ impl Products {
 fn told(lt: &CublasLtFunctions, what: &str, outcome: Outcome) -> Result<(), KernelError> {
     if outcome == 0 {
         return Ok(());
+    }
+    if outcome == ALLOC_FAILED {
+        return Err(KernelError::Memory { what: "a matrix product", bytes: 0 });
     }
     // SAFETY: the library has a text that stays for every number, its own or one that says that it does not know it.
     let name = unsafe { words((lt.status_name)(outcome)) };

@@ -1,13 +1,21 @@
 //! What a card has beside its driver: a library that multiplies, and the images of its kernels.
 
-use cudarc::driver::sys::CUstream;
+use cudarc::driver::sys::{CUresult, CUstream};
 use tidemill_kernels::KernelError;
-use tidemill_kernels::cuda::calls::Multiplier;
+use tidemill_kernels::cuda::calls::{CallError, Multiplier};
 use tidemill_kernels::cuda::device::{Address, Operands, Product, Source};
 use tidemill_kernels::cuda::images::Images;
 
 use super::FakeDriver;
 use super::work::Work;
+
+/// As the real one is told.
+fn refused(what: &str, e: CallError) -> KernelError {
+    match e.code == CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32 {
+        true => KernelError::Memory { what: "a matrix product", bytes: 0 },
+        false => KernelError::Device(format!("{what}: {}", e.name)),
+    }
+}
 
 /// What a plan is for.
 pub(super) type Shape = (Operands, usize, usize, usize);
@@ -31,14 +39,14 @@ impl Multiplier for FakeProducts {
     fn plan(&mut self, product: Product) -> Result<(), KernelError> {
         // A library may refuse it during a capture; this one stops the test.
         let called = self.driver.call("plan");
-        let mut state = called.map_err(|e| KernelError::Device(format!("cuBLASLt knows no way: {}", e.name)))?;
+        let mut state = called.map_err(|e| refused("cuBLASLt knows no way", e))?;
         state.plans.insert(shape(product));
         Ok(())
     }
 
     fn run(&mut self, product: Product, stream: CUstream) -> Result<(), KernelError> {
         let called = self.driver.captured_call("product");
-        let mut state = called.map_err(|e| KernelError::Device(format!("cuBLASLt refuses a product: {}", e.name)))?;
+        let mut state = called.map_err(|e| refused("cuBLASLt refuses a product", e))?;
         state.assert_held(self.workspace.0, self.bytes);
         assert!(state.plans.contains(&shape(product)), "a product without a plan");
         let work = Work::Product(product);
