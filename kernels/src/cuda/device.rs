@@ -74,6 +74,11 @@ impl Source {
         matches!(self, Source::Train | Source::TrainRows)
     }
 
+    /// Whether a card can do without it: what it computes, another file does, too.
+    pub const fn is_spare(self) -> bool {
+        matches!(self, Source::AttentionHopper)
+    }
+
     /// Whether it can be compiled for an architecture.
     pub fn is_for(self, architecture: &str) -> bool {
         self != Source::AttentionHopper || architecture == "sm_90a"

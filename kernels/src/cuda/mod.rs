@@ -8,6 +8,7 @@
 //! whoever writes the buffer writes the copy, too.
 
 mod adapters;
+mod apart;
 mod attention;
 mod budget;
 pub mod calls;
