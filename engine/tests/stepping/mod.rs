@@ -21,13 +21,11 @@ impl<M: Model> Stepper<M> {
     }
 
     /// The decoder.
-    #[allow(dead_code, reason = "each test binary uses a part")]
     pub fn decoder(&mut self) -> &mut M {
         &mut self.decoder
     }
 
     /// Gives each sequence an adapter's slot or `NO_ADAPTER`.
-    #[allow(dead_code, reason = "each test binary uses a part")]
     pub fn use_adapters(&mut self, slots: &[u32]) {
         self.adapters = slots.to_vec();
     }
@@ -41,7 +39,6 @@ impl<M: Model> Stepper<M> {
     }
 
     /// The log-probability of every token after the tokens at `positions`, all computed in one step.
-    #[allow(dead_code, reason = "each test binary uses a part")]
     pub fn log_probabilities(&mut self, tokens: &[u32], positions: &[u32]) -> Vec<Vec<f32>> {
         let vocabulary = self.decoder.vocabulary();
         let mut batch = StepBatch::default();
@@ -59,7 +56,6 @@ impl<M: Model> Stepper<M> {
     }
 
     /// At most `length` tokens for each prompt, up to and including one of `ends`: prompts one by one, then all answers together.
-    #[allow(dead_code, reason = "each test binary uses a part")]
     pub fn greedy(&mut self, prompts: &[&[u32]], length: usize, ends: &[u32]) -> Vec<Vec<u32>> {
         let mut out = StepOutput::default();
         let mut answers: Vec<Vec<u32>> = Vec::new();
@@ -92,7 +88,6 @@ impl<M: Model> Stepper<M> {
 
 impl Stepper {
     /// Logits after the tokens at `positions`, all computed in one step.
-    #[allow(dead_code, reason = "each test binary uses a part")]
     pub fn logits(&mut self, tokens: &[u32], positions: &[u32]) -> Vec<Vec<f32>> {
         let mut batch = StepBatch::default();
         self.add_rows(&mut batch, 0, 0, tokens);

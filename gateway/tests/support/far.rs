@@ -1,6 +1,5 @@
 //! A server elsewhere, on a real socket, that does what a test says, byte by byte.
 
-#![allow(dead_code, reason = "each test binary uses its own part")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use serde_json::{Value, json};

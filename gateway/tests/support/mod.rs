@@ -1,6 +1,5 @@
 //! A server in this process: the real router and engine over a model that recites a script.
 
-#![allow(dead_code, reason = "each test binary uses its own part")]
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -1,6 +1,5 @@
 //! A tiny real model and adapters that PEFT made for it.
 
-#![allow(dead_code, reason = "each test binary uses its own part")]
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use crate::support::Setup;
