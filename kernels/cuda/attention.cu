@@ -5,7 +5,8 @@
 // The host plans tiles once per step (`kernels/src/cuda/plan.rs`):
 //   attention_few   16 packed rows; the 4 warps of a block take turns over the keys and join at the end. Long contexts are cut
 //                   into parts of a fixed number of keys, joined by attention_join.
-//   attention_many  64 packed rows, 16 for each warp, each over all its keys.
+//   attention_many  64 packed rows, 16 for each warp, each over all its keys. Where a few new tokens follow a long context, it is cut
+//                   into parts, too.
 //   attention_plain a warp for each row and head, for every head width and for caches in f32.
 //
 // Keys and values of a block of 32 tokens and one head lie together: [block, kv_head, 32, head_dim]. Fragments are read from there
@@ -218,17 +219,17 @@ DEVICE void attention_few(const Attention& p) {
             factor[w] = power_of_2(joined[(w * 16 + row) * WIDTH + HEAD] - base);
             sum += factor[w] * joined[(w * 16 + row) * WIDTH + HEAD + 1];
         }
-        float* const part = p.partials + ((u64)tile.partial * p.kv_heads + kv_head) * 16 * WIDTH + row * WIDTH;
+        float* const part = partial_of(p, tile.partial, kv_head, row);
         for (u32 c = lane; c < HEAD; c += 32) {
             float value = 0;
             for (u32 w = 0; w < 4; w++) value += factor[w] * joined[(w * 16 + row) * WIDTH + c];
-            if (tile.partial == 0xffffffffu) {
+            if (tile.partial == WHOLE) {
                 write(p, tile, tile.packed + row, kv_head, c, value / sum);
             } else {
                 part[c] = value;
             }
         }
-        if (tile.partial != 0xffffffffu && lane == 0) {
+        if (tile.partial != WHOLE && lane == 0) {
             part[HEAD] = most;
             part[HEAD + 1] = sum;
         }
@@ -265,11 +266,25 @@ DEVICE void attention_many(const Attention& p) {
         float sum = running.sum[r];
         sum += shuffle_xor(sum, 1);
         sum += shuffle_xor(sum, 2);
+        const u32 row = packed + g + 8 * r;
+        if (row >= tile.rows * group) continue;
+        const bool whole = tile.partial == WHOLE;
+        float* const part = partial_of(p, whole ? 0 : tile.partial + warp, kv_head, g + 8 * r);
 #pragma unroll
         for (u32 i = 0; i < HEAD / 8; i++) {
             for (u32 c = 0; c < 2; c++) {
-                write(p, tile, packed + g + 8 * r, kv_head, i / 8 * 64 + 8 * (2 * t + c) + i % 8, running.out[i][2 * r + c] / sum);
+                const u32 column = i / 8 * 64 + 8 * (2 * t + c) + i % 8;
+                const float value = running.out[i][2 * r + c];
+                if (whole) {
+                    write(p, tile, row, kv_head, column, value / sum);
+                } else {
+                    part[column] = value;
+                }
             }
+        }
+        if (!whole && t == 0) {
+            part[HEAD] = running.most[r];
+            part[HEAD + 1] = sum;
         }
     }
 }
@@ -287,10 +302,10 @@ template <u32 HEAD>
 DEVICE void join(const Attention& p) {
     constexpr u32 WIDTH = HEAD + 2;
     const Tile tile = p.tiles[blockIdx.x];
-    const u32 kv_head = blockIdx.y, parts = tile.to - tile.from, lane = threadIdx.x % 32;
-    const u64 step = (u64)p.kv_heads * 16 * WIDTH;
+    const u32 kv_head = blockIdx.y, parts = tile.to, lane = threadIdx.x % 32;
+    const u64 step = (u64)tile.from * p.kv_heads * 16 * WIDTH;
     for (u32 row = threadIdx.x / 32; row < rows_of(p, tile); row += 4) {
-        const float* const first = p.partials + ((u64)tile.partial * p.kv_heads + kv_head) * 16 * WIDTH + row * WIDTH;
+        const float* const first = partial_of(p, tile.partial, kv_head, row);
         float most = -INFINITE;
         for (u32 i = lane; i < parts; i += 32) most = fmaxf(most, first[i * step + HEAD]);
         for (u32 mask = 16; mask > 0; mask /= 2) most = fmaxf(most, shuffle_xor(most, mask));
@@ -311,7 +326,7 @@ DEVICE void join(const Attention& p) {
     }
 }
 
-// Joins the parts of a tile: `tile.partial` is the first, (to - from) of them. Grid [tiles, kv_heads]; a warp for every fourth row.
+// Joins the parts of 16 packed rows: `tile.partial` is the first of `to`, `from` apart. Grid [tiles, kv_heads]; a warp for every fourth row.
 KERNEL(attention_join, 128, Attention) {
     switch (p.head_dim) {
         case 64:

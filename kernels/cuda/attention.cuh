@@ -10,12 +10,14 @@ struct Tile {
     u32 first_block;
     // First packed row.
     u32 packed;
-    // Keys from, to.
+    // Keys from, to. Of a tile that joins: partial results from one part to the next, and parts.
     u32 from;
     u32 to;
-    // Which partial result this is; all ones when it is the whole.
+    // Which partial result this is, that of its first 16 rows; `WHOLE` when it is the whole.
     u32 partial;
 };
+
+constexpr u32 WHOLE = 0xffffffff;
 
 struct Attention {
     const float* qkv;
@@ -80,6 +82,12 @@ DEVICE u32 first_key(const Attention& p, const Tile& tile, u32 packed) {
     const u32 position = tile.context - tile.rows + packed / (p.heads / p.kv_heads);
     const u32 first = p.window != 0 && position >= p.window ? position - p.window + 1 : 0;
     return larger(first, tile.from) / 16 * 16;
+}
+
+// Where the partial result of a packed row is: its outputs not divided, then the maximum and the sum. `partial`: of 16 rows, of which this
+// is the `row`th.
+DEVICE float* partial_of(const Attention& p, u32 partial, u32 kv_head, u32 row) {
+    return p.partials + (((u64)partial * p.kv_heads + kv_head) * 16 + row) * (p.head_dim + 2);
 }
 
 // Writes one output column of a packed row.

@@ -105,8 +105,8 @@ DEVICE void attention_hopper(const Attention& p) {
     const u32 half = uniform(threadIdx.x / 128), packed = tile.packed + half * 64;
     const auto end_of = [&](u32 row) { return before + smaller(row / group, tile.rows - 1) + 1; };
     const bool idle = packed >= tile.rows * group;
-    const u32 own_from = first_key(p, tile, packed), own_to = idle ? 0 : end_of(packed + 63);
-    const u32 to = end_of(tile.packed + ROWS - 1);
+    const u32 own_from = first_key(p, tile, packed), own_to = idle ? 0 : smaller(end_of(packed + 63), tile.to);
+    const u32 to = smaller(end_of(tile.packed + ROWS - 1), tile.to);
     // The warp's.
     const u32 warp = packed + threadIdx.x / 32 % 4 * 16;
     u32 positions[2];
@@ -114,7 +114,8 @@ DEVICE void attention_hopper(const Attention& p) {
 
     float out[HEAD / 2] = {}, most[2] = {-INFINITE, -INFINITE}, sum[2] = {0, 0};
     u32 key = first_key(p, tile, tile.packed) / KEYS * KEYS, at = stretches;
-    load_stretch<HEAD>(p, tile, kv_head, key, at);
+    // A part may be of keys that nobody in the tile sees.
+    if (key < to) load_stretch<HEAD>(p, tile, kv_head, key, at);
     end_copies();
     load_queries<HEAD>(p, tile, kv_head, queries);
     for (; key < to; key += KEYS) {
@@ -170,10 +171,23 @@ DEVICE void attention_hopper(const Attention& p) {
     for (u32 r = 0; r < 2; r++) {
         sum[r] += shuffle_xor(sum[r], 1);
         sum[r] += shuffle_xor(sum[r], 2);
+        const u32 place = threadIdx.x % 32 / 4 + 8 * r;
+        if (warp + place >= tile.rows * group) continue;
+        const bool whole = tile.partial == WHOLE;
+        float* const part = partial_of(p, whole ? 0 : tile.partial + threadIdx.x / 32, kv_head, place);
 #pragma unroll
         for (u32 i = 0; i < HEAD / 4; i++) {
             const u32 column = i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
-            write(p, tile, warp + threadIdx.x % 32 / 4 + 8 * r, kv_head, column, out[i / 2 * 4 + 2 * r + i % 2] / sum[r]);
+            const float value = out[i / 2 * 4 + 2 * r + i % 2];
+            if (whole) {
+                write(p, tile, warp + place, kv_head, column, value / sum[r]);
+            } else {
+                part[column] = value;
+            }
+        }
+        if (!whole && threadIdx.x % 4 == 0) {
+            part[HEAD] = most[r];
+            part[HEAD + 1] = sum[r];
         }
     }
 }

@@ -52,10 +52,23 @@ fn attention_of_prompts_behind_what_was_computed_before() {
 }
 
 #[test]
+fn attention_of_few_new_tokens_behind_long_contexts_is_cut_along_keys() {
+    for scenario in [KvDtype::Bf16, KvDtype::Fp8].into_iter().flat_map(scenarios::prompts_behind_long_contexts) {
+        let mut ops = CudaBackend::new(Emulated::new(true), scenario.limits);
+        let off = scenario.error(&mut ops, &scenario.wanted());
+        let Scenario { operation, sizes, tolerance, .. } = &scenario;
+        assert!(off <= *tolerance, "{operation}, {sizes}: {off:e}");
+        assert!(ops.device().launches("attention_join") > 0, "{operation}, {sizes}");
+    }
+}
+
+#[test]
 fn warpgroups_give_the_same_attention() {
     let mut all = scenarios::attention_in(KvDtype::Bf16, 2e-2);
     all.retain(|scenario| ["head_dim: 64", "head_dim: 128"].iter().any(|width| scenario.sizes.contains(width)));
-    for (i, scenario) in all.into_iter().chain(scenarios::prompts()).enumerate() {
+    let mut long = scenarios::prompts_behind_long_contexts(KvDtype::Bf16);
+    long.retain(|scenario| !scenario.sizes.contains("head_dim: 256"));
+    for (i, scenario) in all.into_iter().chain(scenarios::prompts()).chain(long).enumerate() {
         let mut device = Emulated::new(i % 2 == 1);
         device.prefill = Prefill::Wgmma;
         let mut ops = CudaBackend::new(device, scenario.limits);

@@ -263,7 +263,7 @@ fn pieces_go_and_come_back_behind_what_was_asked_for_before() {
 
 /// A step that is small enough for emulated threads: more keys than a stretch, and a tile with rows of another sequence's.
 fn trial() -> Trial {
-    Trial { kv_heads: 1, group: 2, sequences: vec![(40, 140), (20, 20)], rounds: 2 }
+    Trial { kv_heads: 1, group: 2, sequences: vec![(40, 140), (20, 20), (20, 2100)], rounds: 2 }
 }
 
 fn chosen(driver: &FakeDriver, cache: Option<&Path>) -> (Prefill, Prefill, Vec<String>) {
@@ -301,22 +301,24 @@ fn a_card_that_knows_two_ways_takes_the_faster_one_that_gives_the_same_numbers()
 
 #[test]
 fn what_a_trial_found_is_kept_for_cards_of_the_same_make() {
+    // Two head widths, two kernels, once and measured twice, each with what joins.
+    const LAUNCHES: usize = 2 * 2 * 3 * 2;
     let folder = tempfile::tempdir().unwrap();
     let launches = |driver: &FakeDriver| driver.take_log().iter().filter(|call| **call == "launch").count();
     let driver = FakeDriver::running(Machine::default());
     driver.set_cost("attention_hopper_128", 0.25);
     let want = (Prefill::Mma, Prefill::Wgmma, vec![]);
-    assert_eq!((chosen(&driver, Some(folder.path())), launches(&driver)), (want.clone(), 2 * 2 * 3));
+    assert_eq!((chosen(&driver, Some(folder.path())), launches(&driver)), (want.clone(), LAUNCHES));
     // Kept: a card that is slow today is not asked again. A newer driver is.
     driver.set_cost("attention_hopper_128", 9.0);
     assert_eq!((chosen(&driver, Some(folder.path())), launches(&driver)), (want.clone(), 0));
     let newer = FakeDriver::running(Machine { version: 13_010, ..Machine::default() });
-    assert_eq!((chosen(&newer, Some(folder.path())).1, launches(&newer)), (Prefill::Mma, 2 * 2 * 3));
+    assert_eq!((chosen(&newer, Some(folder.path())).1, launches(&newer)), (Prefill::Mma, LAUNCHES));
     // What is no longer as it was kept is found out anew.
     for file in std::fs::read_dir(folder.path()).unwrap() {
         std::fs::write(file.unwrap().path(), "64 1 0 0\n128 1 0 0\n").unwrap();
     }
-    assert_eq!((chosen(&driver, Some(folder.path())).1, launches(&driver)), (Prefill::Mma, 2 * 2 * 3));
+    assert_eq!((chosen(&driver, Some(folder.path())).1, launches(&driver)), (Prefill::Mma, LAUNCHES));
 }
 
 #[test]

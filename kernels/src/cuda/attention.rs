@@ -3,7 +3,7 @@
 use super::device::{Address, Device, Kernel, Launch, Prefill, Source};
 use super::graphs::Padded;
 use super::params::{self as p, Tile, all_bytes};
-use super::plan::{FEW, MANY, MANY_HOPPER, Plan, parts_of};
+use super::plan::{FEW, MANY, MANY_HOPPER, Plan, parts_of, parts_of_many};
 use super::room::Room;
 use super::{ATTENTION_JOIN, ATTENTION_PLAIN, CudaBackend};
 use crate::error::KernelError;
@@ -51,7 +51,7 @@ pub(super) fn fast_attention(head_dim: usize, dtype: KvDtype, prefill: Prefill) 
 }
 
 /// Bytes of so many partial results: of each packed row its sums, their largest score and their weight.
-fn partial_bytes(partials: usize, shape: HeadShape) -> usize {
+pub(super) fn partial_bytes(partials: usize, shape: HeadShape) -> usize {
     partials * shape.kv_heads * FEW * (shape.head_dim + 2) * 4
 }
 
@@ -60,13 +60,21 @@ fn partial_bytes(partials: usize, shape: HeadShape) -> usize {
 pub(super) fn most_bytes(limits: Limits, shape: HeadShape) -> usize {
     let Limits { max_tokens, max_samples, max_positions } = limits;
     let fast = fast_attention(shape.head_dim, KvDtype::Bf16, Prefill::Mma).is_some();
+    let group = shape.heads / shape.kv_heads;
     // Sequences run that are sampled from, and are padded to a size of a ladder, as their tiles are.
-    let partials = match parts_of(max_positions) {
+    let decoded = match parts_of(max_positions) {
         parts if fast && parts > 1 => (max_samples.next_power_of_two() * parts).next_power_of_two(),
         _ => 0,
     };
-    // At most a tile for each of those that are sampled, one that joins, and the tiles of prompts.
-    let tiles = partials + 2 * max_samples.next_power_of_two() + max_tokens * (shape.heads / shape.kv_heads).div_ceil(MANY);
+    // Rows of prompts 16 by 16; a sequence whose rows do not divide has one such piece more, in the place of its one decoded token.
+    let pieces = (max_tokens * group).div_ceil(FEW);
+    let prompts = match parts_of_many(1, max_positions) {
+        parts if fast && parts > 1 => pieces * parts,
+        _ => 0,
+    };
+    let partials = decoded + prompts;
+    // At most a tile for each part, each of those that are sampled, and each piece; and as many that join as the latter two.
+    let tiles = partials + 2 * (max_samples.next_power_of_two() + pieces);
     Room::size(partial_bytes(partials, shape)) + Room::size(tiles * size_of::<Tile>())
 }
 

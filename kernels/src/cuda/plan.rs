@@ -14,6 +14,11 @@ pub const MANY_HOPPER: usize = 128;
 const PART: usize = 256;
 /// Parts of a context: they are joined one after the other.
 const MOST_PARTS: usize = 64;
+/// Tiles of many rows that a sequence has at most because its keys are cut: with 8 key-value heads they are a block for each processor of a
+/// large card, whose four warps keep as much under way as its memory gives.
+const MOST_CUT: usize = 16;
+/// Keys of a part of such a tile, at least: what is written of a part and joined is then little beside what is read for it.
+const PART_OF_MANY: usize = 1024;
 /// The tile is the whole.
 const WHOLE: u32 = u32::MAX;
 
@@ -28,6 +33,17 @@ pub fn parts_of(context: usize) -> usize {
     context.div_ceil(keys_of_part(context)).max(1)
 }
 
+/// Parts that each of so many tiles of many rows is cut into: a few new tokens behind a long context would else have few processors, each
+/// with all of its keys. A question of the sequence alone, as above.
+pub(super) fn parts_of_many(tiles: usize, context: usize) -> usize {
+    (MOST_CUT / tiles).min(context / PART_OF_MANY).max(1)
+}
+
+/// Keys of such a part. A multiple of what any kernel takes at once.
+fn keys_of_many(parts: usize, context: usize) -> usize {
+    context.div_ceil(parts).next_multiple_of(PART)
+}
+
 /// Lists of tiles, for the kernels of the same names.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
@@ -35,7 +51,7 @@ pub(super) struct Plan {
     pub many: Vec<Tile>,
     pub plain: Vec<Tile>,
     pub joins: Vec<Tile>,
-    /// Partial results that `few` makes and `joins` joins.
+    /// Partial results that `few` and `many` make and `joins` joins: each of 16 packed rows.
     pub partials: usize,
 }
 
@@ -68,12 +84,33 @@ impl Plan {
                 continue;
             };
             if packed_rows > FEW {
-                many.extend((0..packed_rows).step_by(many_rows).map(tile));
+                let context = s.context_len as usize;
+                // Captured steps have as many tiles whatever the contexts are: what pads them has tiles of few rows.
+                let parts = if s.rows == 1 { 1 } else { parts_of_many(packed_rows.div_ceil(many_rows), context) };
+                let keys = keys_of_many(parts, context);
+                // Rounding may leave fewer.
+                let parts = context.div_ceil(keys);
+                for whole in (0..packed_rows).step_by(many_rows).map(tile) {
+                    if parts == 1 {
+                        many.push(whole);
+                        continue;
+                    }
+                    let pieces = (packed_rows - whole.packed as usize).min(many_rows).div_ceil(FEW);
+                    for part in 0..parts {
+                        let (from, to) = ((part * keys) as u32, ((part + 1) * keys).min(context) as u32);
+                        many.push(Tile { from, to, partial: (*partials + part * pieces) as u32, ..whole });
+                    }
+                    for piece in 0..pieces {
+                        let (packed, partial) = (whole.packed + (piece * FEW) as u32, (*partials + piece) as u32);
+                        joins.push(Tile { packed, from: pieces as u32, to: parts as u32, partial, ..whole });
+                    }
+                    *partials += parts * pieces;
+                }
             } else if parts_of(s.context_len as usize) == 1 {
                 few.push(tile(0));
             } else {
                 let (parts, keys) = (parts_of(s.context_len as usize), keys_of_part(s.context_len as usize));
-                joins.push(Tile { from: 0, to: parts as u32, partial: *partials as u32, ..tile(0) });
+                joins.push(Tile { from: 1, to: parts as u32, partial: *partials as u32, ..tile(0) });
                 for part in 0..parts {
                     let (from, to) = ((part * keys) as u32, ((part + 1) * keys) as u32);
                     few.push(Tile { from, to: to.min(s.context_len), partial: (*partials + part) as u32, ..tile(0) });
@@ -115,8 +152,45 @@ mod tests {
             plan.few.iter().map(|t| (t.from, t.to, t.partial)).collect::<Vec<_>>(),
             [(0, 256, u32::MAX), (0, 256, 0), (256, 257, 1), (0, 256, 2), (256, 512, 3), (512, 768, 4), (768, 1000, 5)]
         );
-        assert_eq!(plan.joins.iter().map(|t| (t.partial, t.to)).collect::<Vec<_>>(), [(0, 2), (2, 4)]);
+        assert_eq!(plan.joins.iter().map(|t| (t.partial, t.from, t.to)).collect::<Vec<_>>(), [(0, 1, 2), (2, 1, 4)]);
         assert_eq!(plan.partials, 6);
+    }
+
+    #[test]
+    fn every_key_of_a_short_prompt_behind_a_long_context_is_in_one_part() {
+        let shape = HeadShape { heads: 32, kv_heads: 8, head_dim: 128 };
+        let mut plan = Plan::default();
+        // 20 rows of 4 heads are 80 packed rows: 5 pieces of 16, of which the first tile has 4.
+        plan.build([span(1, 300), span(20, 5000)], shape, Some(MANY));
+        let keys = [(0, 1280), (1280, 2560), (2560, 3840), (3840, 5000)];
+        assert_eq!(plan.many.iter().map(|t| (t.from, t.to)).collect::<Vec<_>>(), [keys, keys].concat());
+        assert_eq!(
+            plan.many.iter().map(|t| (t.packed, t.partial)).collect::<Vec<_>>(),
+            [(0, 2), (0, 6), (0, 10), (0, 14), (64, 18), (64, 19), (64, 20), (64, 21)]
+        );
+        assert_eq!(
+            plan.joins.iter().map(|t| (t.packed, t.partial, t.from, t.to)).collect::<Vec<_>>(),
+            [(0, 0, 1, 2), (0, 2, 4, 4), (16, 3, 4, 4), (32, 4, 4, 4), (48, 5, 4, 4), (64, 18, 1, 4)]
+        );
+        assert_eq!(plan.partials, 22);
+        // Short contexts, those that are mostly new, and decoding with many heads to a head of keys are not cut.
+        plan.build([span(20, 2047), span(300, 9000)], shape, Some(MANY));
+        assert_eq!((plan.many.len(), plan.joins.len(), plan.partials), (2 + 19, 0, 0));
+        plan.build([span(1, 9000)], HeadShape { heads: 32, kv_heads: 1, head_dim: 128 }, Some(MANY));
+        assert_eq!((plan.many.len(), plan.joins.len()), (1, 0));
+    }
+
+    #[test]
+    fn parts_of_prompts_leave_no_key_out() {
+        for context in [1, 2047, 2048, 2049, 16_385, 131_071, 1 << 20, u32::MAX as usize] {
+            for tiles in 1..20 {
+                let asked = parts_of_many(tiles, context);
+                let keys = keys_of_many(asked, context);
+                let parts = context.div_ceil(keys);
+                assert!(parts <= asked && tiles * parts <= MOST_CUT.max(tiles), "{tiles} {context}");
+                assert!(parts == 1 || keys >= PART_OF_MANY && keys.is_multiple_of(128), "{tiles} {context}");
+            }
+        }
     }
 
     #[test]

@@ -30,12 +30,19 @@ pub fn part<D: Clock>(open: impl Fn(Limits) -> CudaBackend<D>, what: &str, sizes
         "rows" => agree(scenarios::rows()),
         "linears" => agree(scenarios::linears()),
         "attention" => {
-            let all = [scenarios::attention(), scenarios::copies(), scenarios::long_contexts(), scenarios::prompts()];
+            let all = [
+                scenarios::attention(),
+                scenarios::copies(),
+                scenarios::long_contexts(),
+                scenarios::prompts(),
+                scenarios::prompts_behind_long_contexts(KvDtype::Bf16),
+            ];
             all.into_iter().for_each(agree);
         }
         "attention wgmma" => {
             let mut all: Vec<Scenario> =
                 scenarios::prompts().into_iter().chain(scenarios::attention_in(KvDtype::Bf16, 2e-2)).collect();
+            all.extend(scenarios::prompts_behind_long_contexts(KvDtype::Bf16));
             all.iter_mut().for_each(|scenario| scenario.operation.push_str(", wgmma"));
             agree(all);
         }

@@ -487,27 +487,45 @@ pub fn prompts() -> Vec<Scenario> {
     let shapes = [(9, 3, 64, 16), (4, 2, 128, 32), (24, 1, 64, 32), (2, 2, 128, 48)];
     let specs = [(None, None, false), (Some(140), Some(3.0), false), (None, None, true), (Some(140), Some(3.0), true)];
     let cases = shapes.into_iter().flat_map(|shape| specs.map(|spec| (shape, spec)));
-    cases.map(|((heads, kv_heads, head_dim, block), spec)| prompt(HeadShape { heads, kv_heads, head_dim }, block, spec)).collect()
+    let one = |((heads, kv_heads, head_dim, block), spec)| {
+        prompt(HeadShape { heads, kv_heads, head_dim }, block, KvDtype::Bf16, 211, spec)
+    };
+    cases.map(one).collect()
 }
 
+/// The same of few new tokens behind contexts that are so long that cards cut them into parts, by caches of one type.
+pub fn prompts_behind_long_contexts(dtype: KvDtype) -> Vec<Scenario> {
+    let all = [(6, 2, 64, 16, false), (4, 2, 128, 32, true), (2, 1, 256, 32, true)];
+    let one = |(heads, kv_heads, head_dim, block, inclined)| {
+        let spec = if inclined { (Some(1700), Some(3.0), true) } else { (None, None, false) };
+        prompt(HeadShape { heads, kv_heads, head_dim }, block, dtype, 3111, spec)
+    };
+    all.into_iter().map(one).collect()
+}
+
+/// Of two sequences, one has 59 new tokens behind so many, the other 21 behind 3.
 fn prompt(
     heads: HeadShape,
     block_size: usize,
+    dtype: KvDtype,
+    before: usize,
     (sliding_window, soft_cap, alibi): (Option<usize>, Option<f32>, bool),
 ) -> Scenario {
     const TOKENS: usize = 64;
     let HeadShape { kv_heads, head_dim, .. } = heads;
     let spec = AttentionSpec { scale: 0.5 / (head_dim as f32).sqrt(), sliding_window, soft_cap, alibi: None };
-    let sizes = format!("{heads:?} {spec:?} slopes {alibi}, blocks of {block_size}");
-    let scenario = Scenario::new("paged_attention of prompts, Bf16", sizes, 2e-2, move |ops| {
+    let sizes = format!("{heads:?} {spec:?} slopes {alibi}, blocks of {block_size}, behind {before}");
+    let tolerance = if dtype == KvDtype::Fp8 { 4e-2 } else { 2e-2 };
+    let most = 2 * (before + 59).next_multiple_of(block_size);
+    let scenario = Scenario::new(format!("paged_attention of prompts, {dtype:?}"), sizes, tolerance, move |ops| {
         let spec = with_slopes(ops, heads, spec, alibi);
         let noise = &mut Noise::new(head_dim as u64);
         let width = (heads.heads + 2 * kv_heads) * head_dim;
         let values = noise.values(TOKENS * width, 1.0).into_iter().chain(vec![f32::NAN; width]).collect::<Vec<_>>();
         let table = ops.load_matrix(&[Weight::from_f32(width, &values).source()], WeightFormat::F32).unwrap();
         let rope = ops.load_rope(&[1.0, 0.1], 1.0).unwrap();
-        let blocks = 600usize.div_ceil(block_size);
-        let kv = ops.alloc_kv(KvSpec { layers: 1, blocks, block_size, kv_heads, head_dim, dtype: KvDtype::Bf16 }).unwrap();
+        let blocks = most / block_size;
+        let kv = ops.alloc_kv(KvSpec { layers: 1, blocks, block_size, kv_heads, head_dim, dtype }).unwrap();
         let qkv = ops.alloc_poisoned(Rows::Tokens, width);
         let out = ops.alloc_poisoned(Rows::Tokens, heads.heads * head_dim);
         // The blocks of two sequences, one running down and one up.
@@ -540,11 +558,11 @@ fn prompt(
         };
         let all = half as usize * block_size;
         step(ops, [0..all, 0..all], &mut || TOKENS as u32, false);
-        step(ops, [0..211, 0..3], &mut || noise.below(TOKENS) as u32, false);
-        step(ops, [211..270, 3..24], &mut || noise.below(TOKENS) as u32, true);
+        step(ops, [0..before, 0..3], &mut || noise.below(TOKENS) as u32, false);
+        step(ops, [before..before + 59, 3..24], &mut || noise.below(TOKENS) as u32, true);
         vec![out]
     });
-    Scenario { limits: Limits { max_tokens: 640, max_samples: 1, max_positions: 640 }, ..scenario }
+    Scenario { limits: Limits { max_tokens: most, max_samples: 1, max_positions: most }, ..scenario }
 }
 
 /// Rows of one sequence of 64 tokens, taken in steps of these sizes, with `neighbours` and one more in each step (none: with nobody).
