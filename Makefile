@@ -28,6 +28,9 @@ NVRTC      := $(CACHE)/nvrtc
 # so the kernels that are carried are of the last one of CUDA 12.
 GPU        := $(CACHE)/gpu
 GPU_NVRTC  := $(CACHE)/nvrtc-12
+# The kinds of card that it is for; none: all that there are. And where the check's table goes.
+GPU_ARCH ?=
+REPORT   ?= $(GPU)/report.md
 TEST_DATA  := $(CACHE)/test-data
 TEST_MODEL := $(TEST_DATA)/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 
@@ -143,18 +146,18 @@ bench-beside: build $(TEST_MODEL) ## what a fine-tuning job costs those who are 
 	$(CARGO) build --release --locked -p tidemill-loadtest
 	$(PYTHON) tests/bench_beside.py $(BIN) $(dir $(BIN))tidemill-loadtest $(TEST_MODEL) $(ARGS)
 
-gpu-build: $(GPU_NVRTC)/ready ## what `make gpu-check` needs, into .cache/gpu: build here, carry it to a machine with a card
+gpu-build: $(GPU_NVRTC)/ready ## what `make gpu-check` needs, into .cache/gpu: build here, carry it to a machine with a card (GPU_ARCH=sm_90a: for such a card alone)
 	rm -rf $(GPU) && mkdir -p $(GPU)
 	$(CARGO) test --release --locked --no-run -p tidemill-kernels --test card -p tidemill-engine --test throughput --message-format=json \
 		| sed -n 's/.*"name":"\(card\|throughput\)".*"executable":"\([^"]*\)".*/\1 \2/p' \
 		| while read -r name program; do strip -o $(GPU)/$$name $$program; done
-	LD_LIBRARY_PATH=$(GPU_NVRTC)/nvidia/cuda_nvrtc/lib $(GPU)/card images $(GPU)/images
+	LD_LIBRARY_PATH=$(GPU_NVRTC)/nvidia/cuda_nvrtc/lib $(GPU)/card images $(GPU)/images $(GPU_ARCH)
 	@du -sh $(GPU)
 	@echo "needs $$(uname -m), and glibc $$(grep -ahoE 'GLIBC_2\.[0-9]+' $(GPU)/card $(GPU)/throughput | sort -Vu | tail -1 | cut -d_ -f2) or later"
 
 gpu-check: ## the card of this machine: the same numbers, how fast, beside what it could do (8 minutes; builds nothing, see docs/gpu.md)
 	@test -x $(GPU)/card || { echo "nothing to run in $(GPU): make gpu-build on a machine with compilers, and carry that folder here"; exit 1; }
-	PYTHON=$(PYTHON) tests/gpu/check.sh $(GPU) $(GPU)/report.md
+	PYTHON=$(PYTHON) tests/gpu/check.sh $(GPU) $(REPORT)
 
 oracle: ## regenerate the expected values with transformers and torch
 	tests/oracle/run.sh

@@ -58,7 +58,10 @@ else
     ours timeout -k 5 "$((most + 15))" "$folder/card" check "$folder/images" "$report" "$most" 2> >(tee -a "$log" >&2)
     case $? in
         0) ;;
-        2) exit 2 ;; # no card, and it has said so
+        2) # No card, and it has said so; perhaps this knows why.
+            command -v nvidia-smi >/dev/null && timeout -k 5 20 nvidia-smi
+            exit 2
+            ;;
         3) status=3 ;;
         124 | 137)
             echo "| the check | stopped: it did not end by itself in $((most + 15)) s |" | add

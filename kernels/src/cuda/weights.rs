@@ -63,7 +63,10 @@ fn form(sources: &[MatrixSource<'_>], wanted: WeightFormat) -> Form {
     }
 }
 
-/// Packs sources, stacked along `n`.
+/// Bytes of packed rows that are worth a thread.
+const PIECE: usize = 1 << 20;
+
+/// Packs sources, stacked along `n`; large ones by all of the machine's processors, each some rows.
 ///
 /// Errors: sources that do not fit each other; see [`Shapes::stacked`].
 pub fn pack(sources: &[MatrixSource<'_>], wanted: WeightFormat) -> Result<Packed, KernelError> {
@@ -83,20 +86,39 @@ pub fn pack(sources: &[MatrixSource<'_>], wanted: WeightFormat) -> Result<Packed
     };
     let mut packed =
         Packed { form, n, k, stride, data: zeros(n.checked_mul(row_bytes))?, scales: zeros(n.checked_mul(scale_bytes))? };
-    let mut scratch = Scratch { row: vec![0.0; k], quants: vec![0; k], steps: vec![(0.0, 0.0); k / 32] };
-    let mut at = 0;
-    for source in sources {
-        let bytes = source.data.len() / source.n;
-        for i in 0..source.n {
-            let row = source.row_order.map_or(i, |order| order[i] as usize);
-            let from = &source.data[row * bytes..(row + 1) * bytes];
-            let to = &mut packed.data[at * row_bytes..(at + 1) * row_bytes];
-            let scales = &mut packed.scales[at * scale_bytes..(at + 1) * scale_bytes];
-            scratch.pack_row(form, source.format, from, to, scales)?;
-            at += 1;
+    let rows: Vec<(Format, &[u8])> = sources.iter().flat_map(rows_of).collect();
+    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get()).min(packed.data.len() / PIECE + 1);
+    let each = n.div_ceil(threads).max(1);
+    let scales = packed.scales.chunks_mut((each * scale_bytes).max(1)).chain(std::iter::repeat_with(Default::default));
+    let pieces = rows.chunks(each).zip(packed.data.chunks_mut((each * row_bytes).max(1))).zip(scales);
+    let pack_piece = |((rows, to), scales): ((&[(Format, &[u8])], &mut [u8]), &mut [u8])| -> Result<(), KernelError> {
+        let mut scratch = Scratch { row: vec![0.0; k], quants: vec![0; k], steps: vec![(0.0, 0.0); k / 32] };
+        for (i, (format, from)) in rows.iter().enumerate() {
+            let to = &mut to[i * row_bytes..(i + 1) * row_bytes];
+            scratch.pack_row(form, *format, from, to, &mut scales[i * scale_bytes..(i + 1) * scale_bytes])?;
         }
-    }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let mut pieces = pieces;
+        // This thread has a piece, too.
+        let own = pieces.next();
+        let others: Vec<_> = pieces.map(|piece| scope.spawn(move || pack_piece(piece))).collect();
+        let own = own.map_or(Ok(()), pack_piece);
+        let others = others.into_iter().map(|other| other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        std::iter::once(own).chain(others).collect::<Result<(), _>>()
+    })?;
     Ok(packed)
+}
+
+/// The rows of a source in the order that they are wanted in.
+fn rows_of<'a>(source: &MatrixSource<'a>) -> impl Iterator<Item = (Format, &'a [u8])> {
+    let MatrixSource { n, format, data, row_order, .. } = *source;
+    let bytes = data.len() / n;
+    (0..n).map(move |i| {
+        let row = row_order.map_or(i, |order| order[i] as usize);
+        (format, &data[row * bytes..(row + 1) * bytes])
+    })
 }
 
 fn zeros(bytes: Option<usize>) -> Result<Vec<u8>, KernelError> {
@@ -124,6 +146,10 @@ impl Scratch {
                 let [low, high] = [scale, minimum].map(|v| u32::from(f16::from_f32(*v).to_bits()));
                 *word = (low | high << 16).to_le_bytes();
             }
+            return Ok(());
+        }
+        if (form, format) == (Form::Bf16, Format::Bf16) {
+            to[..from.len()].copy_from_slice(from);
             return Ok(());
         }
         dequantize_row(format, from, &mut self.row)?;
@@ -170,6 +196,28 @@ mod tests {
         let both = pack(&[source(Format::Q4_0, &four, 1, 96), source(Format::Q8_0, &eight, 1, 96)], WeightFormat::Auto).unwrap();
         assert_eq!((both.form, both.n, both.data.len(), both.scales.len()), (Form::Int8, 2, 256, 8));
         assert!(both.data[96..128].iter().all(|b| *b == 0));
+    }
+
+    #[test]
+    fn many_rows_are_what_they_are_alone() {
+        // Several pieces, of which the last is smaller, whose rows come in another order.
+        let (n, k) = (5001, 1000);
+        let values: Vec<u8> = (0..n * k).flat_map(|i| bf16::from_f32((i as f32 * 0.37).sin()).to_le_bytes()).collect();
+        let order: Vec<u32> = (0..n as u32).rev().collect();
+        let first = source(Format::Bf16, &values[..k * 2], 1, k);
+        let rest = MatrixSource { row_order: Some(&order), ..source(Format::Bf16, &values, n, k) };
+        for format in [WeightFormat::Auto, WeightFormat::Fp8, WeightFormat::Int8, WeightFormat::F32] {
+            let packed = pack(&[first, rest], format).unwrap();
+            let of_row = |bytes: &[u8], i: usize| {
+                let each = bytes.len() / (n + 1);
+                bytes[i * each..(i + 1) * each].to_vec()
+            };
+            for (i, row) in [(0, 0), (1, n - 1), (2, n - 2), (1600, n - 1600), (2501, n - 2501), (n, 0)] {
+                let alone = pack(&[source(Format::Bf16, &values[row * k * 2..(row + 1) * k * 2], 1, k)], format).unwrap();
+                let both = [of_row(&packed.data, i), of_row(&packed.scales, i)];
+                assert!(both == [alone.data, alone.scales], "{format:?}, row {i}");
+            }
+        }
     }
 
     #[test]

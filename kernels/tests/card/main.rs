@@ -41,7 +41,7 @@ const NO_CARD: u8 = 2;
 const CANNOT_OPEN: u8 = 3;
 
 const USAGE: &str = "card: without arguments, a check of this program on the emulated device
-card images FOLDER                       compile the kernels for every card that is named, into FOLDER
+card images FOLDER [ARCHITECTURE...]     compile the kernels into FOLDER, for these alone where any is named (sm_90a)
 card check FOLDER REPORT [SECONDS]       check the first card; the table goes to REPORT, too
 card part FOLDER NAME [COPY PRODUCT]     one part of it
 card part FOLDER NAME brief              with a sample of its cases
@@ -128,7 +128,7 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words.as_slice() {
-        ["images", folder] => images(Path::new(folder)),
+        ["images", folder, rest @ ..] => images(Path::new(folder), rest),
         ["check", folder, report, rest @ ..] => {
             let seconds = rest.first().and_then(|s| s.parse().ok()).unwrap_or(300);
             check::check(&Place::Card(Path::new(folder)), Some(Path::new(report)), Duration::from_secs(seconds))
@@ -151,8 +151,13 @@ fn main() -> ExitCode {
     }
 }
 
-fn images(folder: &Path) -> ExitCode {
-    match ARCHITECTURES.iter().try_for_each(|architecture| prepare(architecture, folder)) {
+fn images(folder: &Path, wanted: &[&str]) -> ExitCode {
+    if let Some(unknown) = wanted.iter().find(|name| !ARCHITECTURES.contains(name)) {
+        eprintln!("no architecture {unknown}: one of {}", ARCHITECTURES.join(", "));
+        return ExitCode::FAILURE;
+    }
+    let named = |name: &&&str| wanted.is_empty() || wanted.contains(name);
+    match ARCHITECTURES.iter().filter(named).try_for_each(|architecture| prepare(architecture, folder)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{error}");
