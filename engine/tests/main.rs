@@ -28,4 +28,5 @@ mod faulty;
 #[path = "throughput/model.rs"]
 #[allow(dead_code, reason = "shared with the measurement of speed")]
 mod llama;
+#[allow(clippy::unwrap_used, reason = "a test stops at the first error; the lint knows test functions only")]
 mod stepping;

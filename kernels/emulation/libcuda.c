@@ -1,6 +1,7 @@
 // Stand-ins for NVIDIA's driver and cuBLASLt, for a test of how they are opened and called: the names that version 12.0 has of what we call, and
 // no later ones. What only computes does nothing; memory and copies are real. Built twice, the second time with -DCUBLAS_LT.
 
+#include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -11,6 +12,13 @@ typedef unsigned long long u64;
 #ifndef TOO_NEW
 #define TOO_NEW 0
 #endif
+
+// Whether the driver beside it captures, when 13.3 refuses to choose.
+static int captures(void) {
+    void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    int (*capturing)(void) = driver ? (int (*)(void))dlsym(driver, "standInCaptures") : NULL;
+    return capturing != NULL && capturing();
+}
 
 // What was made and not destroyed, and the most of it that there may be.
 enum { MOST_ALIVE = 5000 };
@@ -44,6 +52,7 @@ CALL cublasLtMatrixLayoutCreate(void** made, int type, u64 rows, u64 columns, lo
 }
 CALL cublasLtMatrixLayoutDestroy(void* made) { alive--, free(made); return 0; }
 CALL cublasLtMatmulAlgoGetHeuristic(void* handle, void* what, void* a, void* b, void* c, void* d, void* preference, int most, void* found, int* count) {
+    if (captures()) return 14;
     // 64 bytes of an algorithm, a size, a status, a number and four more.
     memset(found, 0, 96);
     ((int*)found)[18] = 4242;
@@ -54,6 +63,8 @@ CALL cublasLtMatmul(void* handle, void* what, const void* alpha, const void* a, 
     const void* c, void* lc, void* d, void* ld, const void* algorithm, void* workspace, size_t bytes, void* stream) {
     // A number of a later version.
     if (beta != NULL && ((const float*)beta)[0] == 0 && alpha != NULL && a == NULL) return 4242;
+    // No memory for a kernel.
+    if (b == NULL) return 3;
     // What a library of a later version asks of its workspace.
     return (size_t)workspace % 256 != 0 || stream == NULL ? 7 : 0;
 }
@@ -116,6 +127,7 @@ CALL cuMemcpy2DAsync_v2(const struct Copy* copy, void* stream) {
 CALL cuStreamCreate(void** made, unsigned flags) { NOT_CAPTURED; *made = malloc(8); return flags == 1 ? 0 : INVALID_VALUE; }
 CALL cuStreamDestroy_v2(void* stream) { NEEDS_CONTEXT; free(stream); return 0; }
 CALL cuStreamSynchronize(void* stream) { NOT_CAPTURED; return 0; }
+CALL standInCaptures(void) { return capturing; }
 CALL cuStreamBeginCapture_v2(void* stream, int mode) { NOT_CAPTURED; capturing = 1; return mode == 1 ? 0 : INVALID_VALUE; }
 CALL cuStreamEndCapture(void* stream, void** graph) { NEEDS_CONTEXT; capturing = 0, *graph = malloc(8); return 0; }
 CALL cuGraphInstantiateWithFlags(void** made, void* graph, u64 flags) { NOT_CAPTURED; *made = malloc(8); return flags ? INVALID_VALUE : 0; }

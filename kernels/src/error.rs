@@ -1,5 +1,12 @@
 //! What can go wrong in a kernel call.
 
+fn short_of(what: &str, bytes: usize) -> String {
+    match bytes {
+        0 => format!("the card has no memory left ({what})"),
+        bytes => format!("cannot reserve {bytes} bytes for {what}"),
+    }
+}
+
 /// Errors of the kernels crate.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
@@ -18,11 +25,11 @@ pub enum KernelError {
     #[error("step too large: {0}")]
     Limit(String),
     /// Memory could not be reserved.
-    #[error("cannot reserve {bytes} bytes for {what}; lower --kv-memory or --max-model-len")]
+    #[error("{}; lower --kv-memory or --max-model-len", short_of(what, *bytes))]
     Memory {
         /// What it was for.
         what: &'static str,
-        /// How much.
+        /// How much; 0 where only a card's driver knows.
         bytes: usize,
     },
     /// A card or its driver failed.

@@ -272,6 +272,7 @@ pub enum Store {
 pub const NO_ADAPTER: u32 = u32::MAX;
 
 /// A low-rank update of some columns of a linear: `out[column..column + n] += scale · B (A x)` (Hu et al. 2021).
+/// Those of one linear share no column.
 #[derive(Clone, Copy, Debug)]
 pub struct LowRank<'a> {
     /// First column of the linear's output.

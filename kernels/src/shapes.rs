@@ -202,6 +202,12 @@ impl Shapes {
                 equal(OP, "input width of a site's part", k, known)?;
                 site = Some((k, most.max(columns)));
             }
+            // Several parts of a site may be added at once.
+            let mut columns: Vec<_> = parts.iter().map(|part| (part.column, part.column + part.n)).collect();
+            columns.sort_unstable();
+            if let Some(two) = columns.windows(2).find(|two| two[1].0 < two[0].1) {
+                return shape(OP, format!("two parts of site {i} update column {}", two[1].0));
+            }
             registered.push(site);
         }
         let slot = slot as usize;

@@ -170,6 +170,34 @@ fn low_rank_updates_of_many_adapters_in_one_step() {
     agree(support::low_rank::scenarios());
 }
 
+/// Rows of an adapter share what is read of it, and those of others are computed beside them.
+#[test]
+fn what_an_adapter_adds_to_a_row_does_not_depend_on_its_company() {
+    let bits = |rows: usize, others: &[u32]| -> Vec<u32> {
+        let noise = &mut Noise::new(31);
+        let (k, n) = (1100, 300);
+        let mut ops = cuda(rows % 2 == 1, LIMITS);
+        let (inputs, starts) = (ops.load_table(noise, 50, k), ops.load_table(noise, 50, n));
+        let (x, out) = (ops.alloc_poisoned(Rows::Tokens, k), ops.alloc_poisoned(Rows::Tokens, n));
+        for slot in 0..3 {
+            Factors::random(noise, 1, k, &[200, 100]).load(&mut ops, slot);
+        }
+        let mut step = mixed_step(noise, rows, others);
+        // The row that is looked at is the last.
+        (step.tokens[rows - 1], step.adapters[rows - 1]) = (7, 1);
+        ops.begin(&step).unwrap();
+        ops.embedding(inputs, x);
+        ops.embedding(starts, out);
+        ops.lora(x, 0, out);
+        ops.run();
+        ops.read(out).unwrap()[(rows - 1) * n..].iter().map(|v| v.to_bits()).collect()
+    };
+    let alone = bits(1, &[1]);
+    for (rows, others) in [(2, &[1][..]), (17, &[1]), (40, &[0, 1, 2, NO_ADAPTER])] {
+        assert!(bits(rows, others) == alone, "{rows} rows of {others:?}");
+    }
+}
+
 /// Prefill and decode run on different kernels and need not agree to the last bit; each with itself must, up to the number of rows at
 /// which products go to the library.
 #[test]

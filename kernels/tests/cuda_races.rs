@@ -50,16 +50,14 @@ fn works(source: Source) -> Vec<Work> {
     };
     match source {
         // Heads of 80 and 6 elements: lanes read what others rotate.
-        Source::Rows => [
-            some(scenarios::rows(), &[0, 1, 2, 3]),
-            some(low_rank::scenarios(), &[1]),
-            some(scenarios::copies(), &[0]),
-            some(scenarios::brief_attention(), &[1, 2]),
-        ]
-        .into_iter()
-        .flatten()
-        .collect(),
+        Source::Rows => {
+            [some(scenarios::rows(), &[0, 1, 2, 3]), some(scenarios::copies(), &[0]), some(scenarios::brief_attention(), &[1, 2])]
+                .into_iter()
+                .flatten()
+                .collect()
+        }
         Source::Linear => some(scenarios::linears(), &[0, 5, 10, 14, 20]),
+        Source::Lora => some(low_rank::scenarios(), &[1]),
         Source::Attention => some(scenarios::brief_attention(), &[0, 1, 2, 3, 4]),
         // Its copies and products are done by whoever waits for them, with checks of their own (`kernels/emulation/hopper.h`).
         Source::AttentionHopper => Vec::new(),
@@ -241,5 +239,5 @@ macro_rules! for_each_file {
 }
 
 for_each_file! {
-    of_rows Rows of_linear Linear of_attention Attention of_sampling Sampling of_moe Moe of_fp8 Fp8 of_train Train of_train_rows TrainRows
+    of_rows Rows of_linear Linear of_lora Lora of_attention Attention of_sampling Sampling of_moe Moe of_fp8 Fp8 of_train Train of_train_rows TrainRows
 }

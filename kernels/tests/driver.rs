@@ -11,12 +11,12 @@ use crate::support::serving::{LIMITS, decoder, serve};
 use crate::support::steps::{Sequence, append};
 use cudarc::driver::sys::CUresult;
 use tidemill_kernels::cuda::CudaBackend;
-use tidemill_kernels::cuda::device::{Address, Device, Kernel, Launch, Pieces, Prefill, Source};
+use tidemill_kernels::cuda::device::{Address, Device, Kernel, Launch, Operands, Pieces, Prefill, Product, Source};
 use tidemill_kernels::cuda::driver::Card;
 use tidemill_kernels::cuda::trial::Trial;
 use tidemill_kernels::*;
 
-const IMAGES: NamedImages = NamedImages { stale: false, broken: false };
+const IMAGES: NamedImages = NamedImages::GOOD;
 
 fn open(driver: &FakeDriver) -> Result<Card<FakeDriver>, KernelError> {
     Card::over(driver.clone(), 0, &IMAGES)
@@ -48,8 +48,10 @@ fn whatever_call_fails_while_a_card_is_opened_it_says_so_and_nothing_is_left() {
                 assert!(after > 15 && opened.is_ok(), "{after} calls");
                 break;
             }
-            let call = *driver.take_log().iter().rev().find(|call| **call != "release_context").unwrap();
+            let call = driver.failed().unwrap();
             match opened.err() {
+                // A file that it can do without.
+                None => assert_eq!(call, "load_module"),
                 Some(KernelError::Memory { .. }) => assert_eq!(code, CUresult::CUDA_ERROR_OUT_OF_MEMORY),
                 Some(KernelError::Device(text)) => assert!(text.contains(&format!("{code:?}")), "{text}"),
                 // What does not even begin may be given up for the processor.
@@ -97,13 +99,47 @@ fn a_machine_that_will_not_do_is_named() {
 #[test]
 fn an_image_that_the_driver_refuses_is_made_anew_once() {
     let driver = FakeDriver::recording(Machine::default());
-    drop(Card::over(driver.clone(), 0, &NamedImages { stale: true, broken: false }).unwrap());
+    drop(Card::over(driver.clone(), 0, &NamedImages { stale: true, ..IMAGES }).unwrap());
     let files = Source::ALL.into_iter().filter(|source| !source.trains() && source.is_for("sm_90a")).count();
     assert_eq!(driver.take_log().iter().filter(|call| **call == "load_module").count(), 2 * files);
     driver.assert_empty();
-    let refused = Card::over(driver.clone(), 0, &NamedImages { stale: true, broken: true }).err().unwrap().to_string();
+    let refused = Card::over(driver.clone(), 0, &NamedImages { stale: true, broken: true, ..IMAGES }).err().unwrap().to_string();
     assert!(refused.contains("refuses a kernel file: CUDA_ERROR_INVALID_IMAGE"), "{refused}");
     driver.assert_empty();
+}
+
+#[test]
+fn a_card_does_without_a_file_that_only_makes_it_faster_and_says_why() {
+    const HOPPER: &[Source] = &[Source::AttentionHopper];
+    for (images, words) in [
+        (NamedImages { uncompiled: HOPPER, ..IMAGES }, "NVRTC cannot compile attention_hopper.cu"),
+        (NamedImages { refused: HOPPER, ..IMAGES }, "refuses a kernel file: CUDA_ERROR_INVALID_IMAGE"),
+    ] {
+        let driver = FakeDriver::recording(Machine::default());
+        let mut card = Card::over(driver.clone(), 0, &images).unwrap();
+        driver.take_log();
+        card.choose_prefill(None, &trial(), None).unwrap();
+        assert_eq!((card.prefill(64), card.prefill(128), driver.take_log().len()), (Prefill::Mma, Prefill::Mma, 0));
+        let [warning] = card.warnings() else { panic!("{:?}", card.warnings()) };
+        assert!(warning.starts_with("attention_hopper.cu is left out") && warning.contains(words), "{warning}");
+        // Who asked for the other kernel wants no news of this one; who asks for it hears why not.
+        card.choose_prefill(Some(Prefill::Mma), &trial(), None).unwrap();
+        assert_eq!(card.warnings(), &[] as &[String]);
+        let refused = card.choose_prefill(Some(Prefill::Wgmma), &trial(), None).unwrap_err().to_string();
+        assert!(refused.contains(words) && refused.contains("--attention-backend auto or mma"), "{refused}");
+        serve(&mut captured(card), false).unwrap();
+        driver.assert_empty();
+    }
+    // Without any other there is no card.
+    for images in [NamedImages { uncompiled: &[Source::Rows], ..IMAGES }, NamedImages { refused: &[Source::Rows], ..IMAGES }] {
+        let driver = FakeDriver::recording(Machine::default());
+        assert!(Card::over(driver.clone(), 0, &images).is_err());
+        if !images.uncompiled.is_empty() {
+            assert!(!driver.take_log().contains(&"retain_context"), "it was known before anything was reserved");
+            continue;
+        }
+        driver.assert_empty();
+    }
 }
 
 #[test]
@@ -344,6 +380,95 @@ fn a_model_is_served_on_cards_that_share_less() {
     }
 }
 
+/// A step that computes a token of each of so many sequences that a library multiplies.
+fn library_step(decoder: &mut Decoder<CudaBackend<Card<FakeDriver>>>) {
+    let mut batch = StepBatch::default();
+    for i in 0..20 {
+        append(&mut batch, &mut Sequence { tokens: vec![i; 4], table: vec![i % 12], computed: i as usize / 12 }, 1);
+    }
+    batch.samples.push(SampleRow::greedy(0));
+    decoder.forward(&batch, &mut StepOutput::default()).unwrap();
+}
+
+#[test]
+fn how_a_library_multiplies_is_decided_before_a_capture_and_never_in_one() {
+    let driver = FakeDriver::recording(Machine::default());
+    let mut decoder = captured(open(&driver).unwrap());
+    let calls = |decoder: &mut _| {
+        driver.take_log();
+        library_step(decoder);
+        let log = driver.take_log();
+        ["plan", "begin_capture", "launch_graph"].map(|name| log.iter().filter(|call| **call == name).count())
+    };
+    let [plans, captures, _] = calls(&mut decoder);
+    assert!(plans > 2 && captures == 0);
+    // Its plans went to others meanwhile: the step is done plainly, which makes them, and captured the next time.
+    driver.forget_plans();
+    assert_eq!(calls(&mut decoder), [plans, 1, 0]);
+    let why = decoder.ops.captures().1.map_or(String::new(), ToString::to_string);
+    assert!(why.contains("no plan"), "{why}");
+    assert_eq!([calls(&mut decoder), calls(&mut decoder)], [[0, 1, 1], [0, 0, 1]]);
+    drop(decoder);
+    driver.assert_empty();
+}
+
+#[test]
+fn a_captured_step_that_the_card_has_no_memory_for_is_done_plainly() {
+    let driver = FakeDriver::recording(Machine::default());
+    let mut decoder = captured(open(&driver).unwrap());
+    (0..3).for_each(|_| library_step(&mut decoder));
+    for round in 0..3 {
+        driver.fail_next("launch_graph", CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+        driver.take_log();
+        library_step(&mut decoder);
+        let log = driver.take_log();
+        assert!(driver.has_failed() && log.contains(&"launch") && log.contains(&"destroy_executable"), "{round}: {log:?}");
+        let why = decoder.ops.captures().1.map_or(String::new(), ToString::to_string);
+        assert!(why.contains("no memory left"), "{why}");
+    }
+    // It was tried often enough.
+    driver.take_log();
+    library_step(&mut decoder);
+    let log = driver.take_log();
+    assert!(!log.contains(&"begin_capture") && !log.contains(&"launch_graph"), "{log:?}");
+    drop(decoder);
+    driver.assert_empty();
+}
+
+#[test]
+fn no_library_decides_starts_or_ends_while_another_card_captures() {
+    let (one, other) = (FakeDriver::recording(Machine::default()), FakeDriver::recording(Machine::default()));
+    let mut card = open(&one).unwrap();
+    let mut capturing = open(&other).unwrap();
+    let multiply = {
+        let at = card.alloc("a test", 1 << 12).unwrap();
+        move |rows| {
+            let product = Product { operands: Operands::Bf16, x: at, w: at, out: at, rows, n: 8, stride: 8, add: false };
+            card.product(product).map(|()| card.free(at)).unwrap();
+            card
+        }
+    };
+    capturing.capture().unwrap();
+    one.take_log();
+    let began = std::sync::Barrier::new(2);
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            began.wait();
+            drop(multiply(3));
+            drop(open(&one).unwrap());
+        });
+        began.wait();
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        assert_eq!((one.take_log(), worker.is_finished()), (vec!["set_current"], false), "it waits");
+        let graph = capturing.captured().unwrap();
+        worker.join().unwrap();
+        capturing.forget(graph);
+    });
+    let log = one.take_log();
+    assert!(log.contains(&"plan") && log.contains(&"multiplier") && log.contains(&"release_context"), "{log:?}");
+    one.assert_empty();
+}
+
 #[test]
 fn a_capture_that_a_driver_does_not_take_is_done_without_and_says_why() {
     for (call, words) in [("begin_capture", "does not begin"), ("end_capture", "was broken off"), ("instantiate", "is refused")] {
@@ -362,7 +487,7 @@ fn a_capture_that_a_driver_does_not_take_is_done_without_and_says_why() {
 #[test]
 fn whatever_call_fails_while_a_model_serves_nothing_is_leaked_or_used_again() {
     let (lost, short) = (CUresult::CUDA_ERROR_ILLEGAL_ADDRESS, CUresult::CUDA_ERROR_OUT_OF_MEMORY);
-    for (code, step) in [(lost, 5), (short, 3)] {
+    for (code, step) in [(lost, 5), (short, 1)] {
         let mut failures = 0;
         for after in (0..).step_by(step) {
             let driver = FakeDriver::recording(Machine::default());
@@ -376,7 +501,12 @@ fn whatever_call_fails_while_a_model_serves_nothing_is_leaked_or_used_again() {
             }
             if let Err(error) = outcome {
                 failures += 1;
-                assert!(matches!(error, KernelError::Device(_) | KernelError::Memory { .. }), "{error}");
+                // Want of memory is told as such, whichever call finds none.
+                let told = match code == short {
+                    true => matches!(error, KernelError::Memory { .. }),
+                    false => matches!(error, KernelError::Device(_)),
+                };
+                assert!(told, "{:?}: {error:?}", driver.failed());
             }
             if code == short {
                 // A card that ran short goes on: what was under way is collected or forgotten, and a step goes well.

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use crate::support::driver::NamedImages;
 use crate::support::serving::{LIMITS, decoder, serve};
+use tidemill_kernels::KernelError;
 use tidemill_kernels::cuda::CudaBackend;
 use tidemill_kernels::cuda::device::{Address, Device, Operands, Pieces, Product};
 use tidemill_kernels::cuda::driver::{Card, Cuda};
@@ -44,7 +45,7 @@ fn a_driver_of_the_oldest_version_has_what_is_called() {
 #[test]
 #[ignore = "of the test above, in a process where the stand-ins are found"]
 fn over_the_stand_ins() {
-    let images = NamedImages { stale: false, broken: false };
+    let images = NamedImages::GOOD;
     let mut card = Card::over(Cuda::find().unwrap(), 0, &images).unwrap();
     assert_eq!(card.describe(), "a stand-in, sm_80, 100 multiprocessors, 64 GiB, CUDA 12.0");
     // More than lies ready at once.
@@ -71,9 +72,24 @@ fn over_the_stand_ins() {
     let product = |rows| Product { operands: Operands::Bf16, x: at, w: at, out: at, rows, n: 64, stride: 64, add: false };
     let later = card.product(Product { w: Address::NONE, ..product(1) }).unwrap_err().to_string();
     assert!(later.contains("refuses a product: unknown (4242)"), "{later}");
+    let short = card.product(Product { x: Address::NONE, ..product(1) }).unwrap_err();
+    assert!(matches!(short, KernelError::Memory { .. }), "{short}");
     // The stand-in makes room for so many plans alone.
     (1..3000).for_each(|rows| card.product(product(rows)).unwrap());
     (1..3000).for_each(|rows| card.product(product(rows)).unwrap());
+
+    // The library chooses before a capture, and not in one: what it was not asked for by then is told of, and can be asked for afterwards.
+    card.capture().unwrap();
+    card.product(product(2999)).unwrap();
+    let unplanned = card.product(product(3000)).unwrap_err().to_string();
+    assert!(unplanned.contains("no plan") && !unplanned.contains("(14)"), "{unplanned}");
+    let graph = card.captured().unwrap();
+    card.forget(graph);
+    card.product(product(3000)).unwrap();
+    card.capture().unwrap();
+    card.product(product(3000)).unwrap();
+    let graph = card.captured().unwrap();
+    card.forget(graph);
 
     card.free(at);
     drop((before, after, card));

@@ -171,6 +171,10 @@ fn adapters_that_do_not_fit_are_refused() {
     }
     assert!(ops.load_adapter(0, &[vec![good, LowRank { k: 4, rank: 4, n: 4, ..good }]]).is_err());
     assert!(ops.load_adapter(u32::MAX - 1, &[vec![good]]).is_err());
+    let shared = ops.load_adapter(0, &[vec![good, LowRank { column: 11, ..good }]]).unwrap_err().to_string();
+    assert!(shared.contains("two parts of site 0 update column 11"), "{shared}");
+    ops.load_adapter(0, &[vec![LowRank { column: 12, ..good }, good]]).unwrap();
+    ops.unload_adapter(0);
     let mut step = |slot: u32, part: Option<LowRank<'_>>| {
         if let Some(part) = part {
             ops.load_adapter(0, &[vec![part]])?;

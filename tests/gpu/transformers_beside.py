@@ -69,23 +69,26 @@ def main():
     if not tiny and not torch.cuda.is_available():
         print(f"| transformers | | not compared: torch {torch.__version__}, for CUDA {torch.version.cuda}, sees no card | | |")
         return
-    name = f"transformers {transformers.__version__}, bf16"
     torch.manual_seed(1)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cpu" if tiny else "cuda"):
         config = transformers.LlamaConfig(**sizes, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None)
         model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    name = f"transformers {transformers.__version__}, {model.config._attn_implementation}, bf16"
+    warm = False
     for batch in batches:
         started = time.monotonic()
         try:
-            # The first run captures graphs and compiles.
-            rates(model, batch, prompt, 4)
+            # Libraries load with the first run. With this attention there are no graphs to capture, and nothing is compiled.
+            if not warm:
+                rates(model, batch, prompt, 4)
+                warm = True
             prefill, _ = rates(model, batch, prompt, 2)
+            print(f"| {name} | {batch} | prompts of {prompt} | {prefill:.0f} | |", flush=True)
             _, decode = rates(model, batch, prompt, answer)
         except Exception as why:  # whatever it is, the other rows are worth having
             print(f"| {name} | {batch} | | failed: {type(why).__name__}: {told(why)} | |", flush=True)
             continue
-        print(f"| {name} | {batch} | prompts of {prompt} | {prefill:.0f} | |")
         print(f"| {name} | {batch} | {answer} tokens after {prompt} | {decode or 0:.0f} | |", flush=True)
         print(f"batch {batch}: {time.monotonic() - started:.0f} s", file=sys.stderr)
 

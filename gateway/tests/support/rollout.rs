@@ -1,7 +1,7 @@
 //! A rollout of another server's model on the parrot's name.
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking; the lint knows test functions only")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking; the lint knows test functions only")]
 
 use crate::support::{self, MODEL, Reply, Setup, merged, post};
 use axum::Router;

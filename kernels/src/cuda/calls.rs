@@ -26,11 +26,16 @@ pub struct CallError {
 
 const OUT_OF_MEMORY: u32 = CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32;
 
-pub(super) fn failed(what: &str, e: CallError) -> KernelError {
-    KernelError::Device(format!("{what}: {} {}", e.name, e.words))
+/// Any call may find no memory, as a driver loads kernels when they are first asked for or launched (12.2 and later) and brings graphs to the card
+/// when they are: the card is none the worse for that.
+pub(super) fn failed(what: &'static str, e: CallError) -> KernelError {
+    match e.code {
+        OUT_OF_MEMORY => KernelError::Memory { what, bytes: 0 },
+        _ => KernelError::Device(format!("{what}: {} {}", e.name, e.words)),
+    }
 }
 
-/// The same for a call that reserves memory: where there is none, the card is none the worse.
+/// The same for a call that reserves memory.
 pub(super) fn not_reserved(what: &'static str, bytes: usize, e: CallError) -> KernelError {
     match e.code {
         OUT_OF_MEMORY => KernelError::Memory { what, bytes },
@@ -43,7 +48,11 @@ pub type Called<T = ()> = Result<T, CallError>;
 
 /// Matrix products on a card's stream.
 pub trait Multiplier: Send {
-    /// Sets a product going.
+    /// Whether there is a plan for products of this shape.
+    fn has_plan(&mut self, product: Product) -> bool;
+    /// Makes one; never while a stream is captured.
+    fn plan(&mut self, product: Product) -> Result<(), KernelError>;
+    /// Sets a product going that there is a plan for.
     fn run(&mut self, product: Product, stream: CUstream) -> Result<(), KernelError>;
     /// Gives everything back; the context is current, and the stream done.
     fn close(&mut self);
@@ -497,10 +506,12 @@ mod tests {
     }
 
     #[test]
-    fn only_a_call_that_reserves_may_run_short() {
+    fn who_runs_short_of_memory_has_not_lost_the_card() {
         let e = |code: CUresult| CallError { code: code as u32, name: format!("{code:?}"), words: "words".into() };
         let short = not_reserved("weights", 7, e(CUresult::CUDA_ERROR_OUT_OF_MEMORY));
         assert!(matches!(short, KernelError::Memory { what: "weights", bytes: 7 }));
+        let short = failed("rms_norm", e(CUresult::CUDA_ERROR_OUT_OF_MEMORY));
+        assert!(short.to_string().starts_with("the card has no memory left (rms_norm); lower --kv-memory"), "{short}");
         let lost = not_reserved("weights", 7, e(CUresult::CUDA_ERROR_ILLEGAL_ADDRESS));
         assert!(matches!(lost, KernelError::Device(text) if text.contains("CUDA_ERROR_ILLEGAL_ADDRESS words")));
     }

@@ -26,6 +26,8 @@ pub enum Source {
     Rows,
     /// Products of few rows with a weight.
     Linear,
+    /// Low-rank updates of adapters.
+    Lora,
     /// Paged attention.
     Attention,
     /// That of many rows, with instructions of `sm_90a`.
@@ -54,9 +56,10 @@ macro_rules! with {
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 9] = [
+    pub const ALL: [Source; 10] = [
         Source::Rows,
         Source::Linear,
+        Source::Lora,
         Source::Attention,
         Source::AttentionHopper,
         Source::Sampling,
@@ -71,6 +74,11 @@ impl Source {
         matches!(self, Source::Train | Source::TrainRows)
     }
 
+    /// Whether a card can do without it: what it computes, another file does, too.
+    pub const fn is_spare(self) -> bool {
+        matches!(self, Source::AttentionHopper)
+    }
+
     /// Whether it can be compiled for an architecture.
     pub fn is_for(self, architecture: &str) -> bool {
         self != Source::AttentionHopper || architecture == "sm_90a"
@@ -81,6 +89,7 @@ impl Source {
         match self {
             Source::Rows => "rows.cu",
             Source::Linear => "linear.cu",
+            Source::Lora => "lora.cu",
             Source::Attention => "attention.cu",
             Source::AttentionHopper => "attention_hopper.cu",
             Source::Sampling => "sampling.cu",
@@ -96,6 +105,7 @@ impl Source {
         match self {
             Source::Rows => include_str!("../../cuda/rows.cu"),
             Source::Linear => with!("few_rows.cuh", "linear.cu"),
+            Source::Lora => include_str!("../../cuda/lora.cu"),
             Source::Attention => with!("attention.cuh", "attention.cu"),
             Source::AttentionHopper => with!("hopper.cuh", "attention.cuh", "attention_hopper.cu"),
             Source::Sampling => include_str!("../../cuda/sampling.cu"),

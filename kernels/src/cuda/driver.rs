@@ -6,6 +6,7 @@ use std::path::Path;
 
 use cudarc::driver::sys;
 
+use super::apart::{self, Capturing};
 pub use super::calls::Cuda;
 use super::calls::{Calls, Multiplier, failed, not_reserved};
 use super::compile::architecture;
@@ -35,8 +36,11 @@ pub struct Card<C: Calls = Cuda> {
     /// With the shared memory that each may ask for.
     functions: HashMap<Kernel, (sys::CUfunction, u32)>,
     modules: HashMap<Source, sys::CUmodule>,
+    /// Files that it does without, and why.
+    left_out: HashMap<Source, String>,
     workspace: Address,
     products: Option<Box<dyn Multiplier>>,
+    capturing: Option<Capturing>,
     graphs: HashMap<Graph, sys::CUgraphExec>,
     made_graphs: u64,
     staged: StagedMemory,
@@ -113,7 +117,13 @@ impl<C: Calls> Card<C> {
         let Sought { device, name, capability, processors, version } = Sought::card(&calls, number)?;
         let architecture = architecture(capability);
         let sources: Vec<Source> = sources.iter().copied().filter(|source| source.is_for(&architecture)).collect();
-        let code = images.all(&sources, &architecture, version)?;
+        // What is missing is told before anything is reserved.
+        let of_source = |(image, source): (Result<_, _>, &Source)| match image {
+            Err(why) if !source.is_spare() => Err(why),
+            image => Ok((*source, image)),
+        };
+        let code: Vec<(Source, Result<Vec<u8>, KernelError>)> =
+            images.all(&sources, &architecture, version).into_iter().zip(&sources).map(of_source).collect::<Result<_, _>>()?;
 
         // SAFETY: a device that the driver has just given; released when this is dropped.
         let context = unsafe { calls.retain_context(device) }.map_err(|e| no_context(&name, e))?;
@@ -124,8 +134,10 @@ impl<C: Calls> Card<C> {
             stream: std::ptr::null_mut(),
             functions: HashMap::new(),
             modules: HashMap::new(),
+            left_out: HashMap::new(),
             workspace: Address::NONE,
             products: None,
+            capturing: None,
             graphs: HashMap::new(),
             made_graphs: 0,
             staged: StagedMemory::default(),
@@ -144,12 +156,18 @@ impl<C: Calls> Card<C> {
         card.current()?;
         // SAFETY: of the context that is current; given back when this is dropped.
         card.stream = unsafe { card.calls.create_stream() }.map_err(|e| failed("no stream", e))?;
-        for (&source, image) in sources.iter().zip(code) {
-            let module = card.load(&image).or_else(|refused| {
-                let anew = images.anew(source, &card.architecture, version).unwrap_or(Err(refused))?;
-                card.load(&anew)
-            })?;
-            card.modules.insert(source, module);
+        for (source, image) in code {
+            let module = image.and_then(|image| {
+                card.load(&image).or_else(|refused| {
+                    let anew = images.anew(source, &card.architecture, version).unwrap_or(Err(refused))?;
+                    card.load(&anew)
+                })
+            });
+            match module {
+                Ok(module) => drop(card.modules.insert(source, module)),
+                Err(why) if source.is_spare() => drop(card.left_out.insert(source, why.to_string())),
+                Err(why) => return Err(why),
+            }
         }
         card.staged = StagedMemory::new(&card.calls)?;
         for _ in 0..FETCHES {
@@ -158,7 +176,7 @@ impl<C: Calls> Card<C> {
             card.events.push(event);
         }
         card.workspace = card.reserve("workspace", WORKSPACE)?;
-        card.products = Some(card.calls.multiplier(card.workspace, WORKSPACE)?);
+        card.products = Some(apart::from_captures(|| card.calls.multiplier(card.workspace, WORKSPACE))?);
         Ok(card)
     }
 
@@ -175,6 +193,11 @@ impl<C: Calls> Card<C> {
     /// Whether a kernel file was loaded.
     pub(super) fn has(&self, source: Source) -> bool {
         self.modules.contains_key(&source)
+    }
+
+    /// Why a kernel file that it can do without was not loaded, if it was to be.
+    pub(super) fn left_out(&self, source: Source) -> Option<&str> {
+        self.left_out.get(&source).map(String::as_str)
     }
 
     /// What measurements of it hold for: cards of the same make with the same driver.
@@ -279,8 +302,9 @@ impl<C: Calls> Card<C> {
                 let _ = self.calls.synchronize(self.stream);
             }
             self.free_unwanted();
+            self.capturing = None;
             if let Some(mut products) = self.products.take() {
-                products.close();
+                apart::from_captures(|| products.close());
             }
             for (_, graph) in self.graphs.drain() {
                 let _ = self.calls.destroy_executable(graph);
@@ -458,10 +482,16 @@ impl<C: Calls> Device for Card<C> {
 
     fn product(&mut self, product: Product) -> Result<(), KernelError> {
         self.current()?;
-        match &mut self.products {
-            Some(products) => products.run(product, self.stream),
-            None => Err(KernelError::Device("there is no library of matrix products".into())),
+        let none = || KernelError::Device("there is no library of matrix products".into());
+        let products = self.products.as_mut().ok_or_else(none)?;
+        if !products.has_plan(product) {
+            if self.capturing.is_some() {
+                // The step is done plainly, which makes one, and captured the next time.
+                return Err(KernelError::Device("a matrix product has no plan, and none is made during a capture".into()));
+            }
+            apart::from_captures(|| products.plan(product))?;
         }
+        products.run(product, self.stream)
     }
 
     fn place(&self) -> Place {
@@ -487,14 +517,19 @@ impl<C: Calls> Device for Card<C> {
 
     fn capture(&mut self) -> Result<(), KernelError> {
         self.current()?;
+        let capturing = Capturing::begin();
         // SAFETY: a stream of our own.
-        unsafe { self.calls.begin_capture(self.stream) }.map_err(|e| failed("a capture does not begin", e))
+        unsafe { self.calls.begin_capture(self.stream) }.map_err(|e| failed("a capture does not begin", e))?;
+        self.capturing = Some(capturing);
+        Ok(())
     }
 
     fn captured(&mut self) -> Result<Graph, KernelError> {
+        let capturing = self.capturing.take();
         self.current()?;
         // SAFETY: a stream of our own.
         let graph = unsafe { self.calls.end_capture(self.stream) }.map_err(|e| failed("a capture was broken off", e))?;
+        drop(capturing);
         // SAFETY: the graph was just made; what is made of it does not need it any more.
         let made = unsafe {
             let made = self.calls.instantiate(graph);

@@ -19,6 +19,8 @@ const LADDER: [usize; 13] = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256];
 const MOST: usize = 256;
 /// Sequences of operations that are told apart.
 const MOST_PROGRAMS: usize = 16;
+/// Captures of a key that are tried. What a driver or a library refuses once it may take later.
+const MOST_TRIES: u8 = 3;
 
 /// The size that a step is padded to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,7 +102,7 @@ enum State {
     /// Done once: everything it needs is reserved.
     Seen,
     Ready(Graph),
-    /// The device did not take it.
+    /// The device did not take it, however often it was tried.
     Refused,
 }
 
@@ -109,6 +111,20 @@ struct Entry {
     size: Padded,
     program: usize,
     state: State,
+    /// Captures that were refused.
+    refused: u8,
+}
+
+impl Entry {
+    /// Whether it is given up.
+    fn refuse(&mut self) -> bool {
+        self.refused += 1;
+        if self.refused < MOST_TRIES {
+            return false;
+        }
+        self.state = State::Refused;
+        true
+    }
 }
 
 /// What was captured.
@@ -146,7 +162,7 @@ impl Graphs {
             self.programs.push(program.to_vec());
             self.programs.len() - 1
         });
-        self.entries.push(Entry { size, program, state: State::Seen });
+        self.entries.push(Entry { size, program, state: State::Seen, refused: 0 });
         Way::First
     }
 
@@ -155,12 +171,24 @@ impl Graphs {
         self.entries.pop();
     }
 
-    /// Notes what became of a capture.
-    pub(super) fn keep(&mut self, index: usize, captured: Option<Graph>) {
-        match self.entries.get_mut(index) {
-            Some(entry) => entry.state = captured.map_or(State::Refused, State::Ready),
-            None => self.dropped.extend(captured),
+    /// Notes what became of a capture. Whether it is given up.
+    pub(super) fn keep(&mut self, index: usize, captured: Option<Graph>) -> bool {
+        match (self.entries.get_mut(index), captured) {
+            (Some(entry), Some(graph)) => entry.state = State::Ready(graph),
+            (Some(entry), None) => return entry.refuse(),
+            (None, captured) => self.dropped.extend(captured),
         }
+        false
+    }
+
+    /// Notes that the card had no memory for one, which is given back. Whether steps of its key are captured no more.
+    pub(super) fn give_back(&mut self, graph: Graph) -> bool {
+        let entry = self.entries.iter_mut().find(|entry| entry.state == State::Ready(graph));
+        entry.is_some_and(|entry| {
+            self.dropped.push(graph);
+            entry.state = State::Seen;
+            entry.refuse()
+        })
     }
 
     /// Gives up everything.
@@ -252,13 +280,22 @@ mod tests {
     }
 
     #[test]
-    fn what_the_device_does_not_take_is_done_plainly() {
+    fn what_the_device_does_not_take_however_often_is_done_plainly() {
         let mut graphs = Graphs::default();
         let size = Padded { rows: 1, samples: 1, tiles: 1, split: false };
         graphs.way(size, &[], 0);
+        for round in 1..=MOST_TRIES {
+            assert_eq!(graphs.way(size, &[], 0), Way::Capture(0));
+            assert_eq!(graphs.keep(0, None), round == MOST_TRIES);
+        }
+        assert_eq!(graphs.way(size, &[], 0), Way::Plain);
+        // What it takes in the end is replayed.
+        graphs.forget();
         graphs.way(size, &[], 0);
         graphs.keep(0, None);
-        assert_eq!(graphs.way(size, &[], 0), Way::Plain);
+        assert_eq!(graphs.way(size, &[], 0), Way::Capture(0));
+        graphs.keep(0, Some(Graph(7)));
+        assert_eq!(graphs.way(size, &[], 0), Way::Replay(Graph(7)));
     }
 
     #[test]

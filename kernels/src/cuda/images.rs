@@ -9,8 +9,8 @@ use crate::error::KernelError;
 
 /// Where a card's machine code comes from.
 pub trait Images {
-    /// That of these files, in their order. `driver`: the version that must take it.
-    fn all(&self, sources: &[Source], architecture: &str, driver: i32) -> Result<Vec<Vec<u8>>, KernelError>;
+    /// That of each of these files, in their order. `driver`: the version that must take it.
+    fn all(&self, sources: &[Source], architecture: &str, driver: i32) -> Vec<Result<Vec<u8>, KernelError>>;
     /// That of a file whose code the driver refuses, made anew; `None` when it was new.
     fn anew(&self, source: Source, architecture: &str, driver: i32) -> Option<Result<Vec<u8>, KernelError>>;
 }
@@ -22,7 +22,7 @@ pub struct Compiled<'a> {
 }
 
 impl Images for Compiled<'_> {
-    fn all(&self, sources: &[Source], architecture: &str, driver: i32) -> Result<Vec<Vec<u8>>, KernelError> {
+    fn all(&self, sources: &[Source], architecture: &str, driver: i32) -> Vec<Result<Vec<u8>, KernelError>> {
         images(sources, architecture, self.cache, Some(driver))
     }
 
@@ -37,7 +37,7 @@ impl Images for Compiled<'_> {
 /// Compiles all kernel files for an architecture (`sm_90a`) into `cache`, for a machine that has a driver and no NVRTC.
 pub fn prepare(architecture: &str, cache: &Path) -> Result<(), KernelError> {
     let sources: Vec<Source> = Source::ALL.into_iter().filter(|source| source.is_for(architecture)).collect();
-    images(&sources, architecture, Some(cache), None)?;
+    images(&sources, architecture, Some(cache), None).into_iter().collect::<Result<Vec<_>, _>>()?;
     match sources.into_iter().map(|source| kept_at(cache, source, architecture)).find(|path| !path.is_file()) {
         Some(path) => Err(KernelError::Device(format!("{} could not be written; choose a folder that can be", path.display()))),
         None => Ok(()),
@@ -65,7 +65,7 @@ fn images(
     architecture: &str,
     cache: Option<&Path>,
     driver: Option<i32>,
-) -> Result<Vec<Vec<u8>>, KernelError> {
+) -> Vec<Result<Vec<u8>, KernelError>> {
     std::thread::scope(|scope| {
         let compile = |source: &Source| {
             let source = *source;

@@ -5,9 +5,10 @@ use std::iter::repeat;
 use super::device::{Address, Device, HostAddress, Kernel, Launch, Pieces, Source};
 use super::params as p;
 use super::room::Room;
+use super::segments::Segments;
 use super::{COPY_BLOCK, CudaBackend};
 use crate::error::KernelError;
-use crate::ops::{KvCache, Limits, NO_ADAPTER, StepBatch};
+use crate::ops::{KvCache, Limits, StepBatch};
 
 const CARRY: Kernel = Kernel::new(Source::Rows, "carry", 256);
 
@@ -19,13 +20,18 @@ pub(super) struct StepLists {
     pub tokens: Address,
     pub positions: Address,
     pub slots: Address,
-    pub adapters: Address,
+    /// Rows that have an adapter, by adapter, and tiles of them.
+    pub adapted: Address,
+    pub tiles: Address,
+    /// How many tiles are launched.
+    pub segments: usize,
     pub gathered: Address,
     /// How many tokens there are, without those that pad.
     pub count: Address,
     pub blocks: Address,
     /// Pairs of [`StepBatch::carried`].
     carried: Address,
+    planned: Segments,
 }
 
 /// Places for blocks of a cache in the machine's memory. In each, the layers of keys, then those of values.
@@ -43,7 +49,8 @@ impl StepLists {
     pub(super) fn most_bytes(limits: Limits) -> usize {
         let Limits { max_tokens, max_samples, max_positions } = limits;
         let of_samples = 4 + 2 * 4 + max_positions.div_ceil(LEAST_BLOCK) * 4;
-        Room::size(max_tokens * (8 + 3 * 4) + max_samples * of_samples + 4)
+        // A token, its position, and its place among the rows of an adapter, of which each may be a tile of its own.
+        Room::size(max_tokens * (8 + 3 * 4 + size_of::<p::LoraTile>()) + max_samples * of_samples + 4)
     }
 }
 
@@ -52,20 +59,26 @@ impl<D: Device> CudaBackend<D> {
     pub(super) fn write_lists(&mut self) -> Result<(), KernelError> {
         let StepBatch { tokens, positions, slots, samples, blocks, adapters, carried, .. } = &self.batch;
         // Lists of a step that may be captured have the lengths that it is padded to, so they always begin at the same places. A row
-        // that pads is a token 0 at position 0, writes nothing to the cache and has no adapter.
+        // that pads is a token 0 at position 0, writes nothing to the cache and has no adapter; a tile that pads has no rows.
         let size = self.captures.size;
         let rows = size.map_or(tokens.len(), |size| size.rows);
         let sampled = size.map_or(samples.len(), |size| size.samples);
-        let adapted = size.map_or(adapters.len(), |size| size.rows);
-        let staging = &mut self.lists.staging;
+        let StepLists { planned, staging, .. } = &mut self.lists;
+        planned.build(adapters);
+        // As many as there may be whatever adapters the rows have: a captured step has one grid.
+        let segments = size.map_or(planned.tiles.len(), |size| Segments::most_tiles(size.rows, self.adapters.loaded()));
+        // There is a place for each row's: what lies behind stays where it is when adapters come and go.
+        let (adapted, tiles) = size.map_or((planned.rows.len(), planned.tiles.len()), |size| (size.rows, size.rows));
+        let idle = p::LoraTile { slot: 0, first: 0, count: 0 };
         staging.clear();
         // The widest first, so that all lie on multiples of their size.
         staging.extend(slots.iter().copied().chain(repeat(-1)).take(rows).flat_map(|v| v.to_le_bytes()));
-        let mut starts = [0; 7];
-        let lists: [&mut dyn Iterator<Item = u32>; 7] = [
+        let mut starts = [0; 8];
+        let lists: [&mut dyn Iterator<Item = u32>; 8] = [
             &mut tokens.iter().copied().chain(repeat(0)).take(rows),
             &mut positions.iter().copied().chain(repeat(0)).take(rows),
-            &mut adapters.iter().copied().chain(repeat(NO_ADAPTER)).take(adapted),
+            &mut planned.rows.iter().copied().chain(repeat(0)).take(adapted),
+            &mut planned.tiles.iter().copied().chain(repeat(idle)).take(tiles).flat_map(|t| [t.slot, t.first, t.count]),
             &mut samples.iter().map(|s| s.row).chain(repeat(0)).take(sampled),
             &mut std::iter::once(tokens.len() as u32),
             &mut blocks.iter().copied(),
@@ -76,9 +89,24 @@ impl<D: Device> CudaBackend<D> {
             staging.extend(list.flat_map(u32::to_le_bytes));
         }
         let at = self.lists.room.write(&mut self.device, "step", &self.lists.staging)?;
-        let [tokens, positions, adapters, gathered, count, blocks, carried] = starts.map(|start| at.plus(start));
-        let StepLists { room, staging, .. } = std::mem::take(&mut self.lists);
-        self.lists = StepLists { room, staging, tokens, positions, slots: at, adapters, gathered, count, blocks, carried };
+        let [tokens, positions, adapted, tiles, gathered, count, blocks, carried] = starts.map(|start| at.plus(start));
+        let StepLists { room, staging, planned, .. } = std::mem::take(&mut self.lists);
+        let slots = at;
+        self.lists = StepLists {
+            room,
+            staging,
+            tokens,
+            positions,
+            slots,
+            adapted,
+            tiles,
+            segments,
+            gathered,
+            count,
+            blocks,
+            carried,
+            planned,
+        };
         Ok(())
     }
 

@@ -8,6 +8,7 @@
 //! whoever writes the buffer writes the copy, too.
 
 mod adapters;
+mod apart;
 mod attention;
 mod budget;
 pub mod calls;
@@ -31,6 +32,7 @@ mod product;
 mod replay;
 mod room;
 mod sampling;
+mod segments;
 mod sought;
 mod staging;
 mod steps;
@@ -73,7 +75,6 @@ const ADD_BIAS: Kernel = Kernel::new(Source::Rows, "add_bias", 256);
 const WIDEN: Kernel = Kernel::new(Source::Rows, "widen", 256);
 const COPY_BLOCK: Kernel = Kernel::new(Source::Rows, "copy_block", 256);
 const ROPE_CACHE: Kernel = Kernel::new(Source::Rows, "rope_cache", 128);
-const LORA: Kernel = Kernel::new(Source::Rows, "lora", 256);
 const LINEAR_F32: Kernel = Kernel::new(Source::Linear, "linear_f32", 256);
 const ATTENTION_JOIN: Kernel = Kernel::new(Source::Attention, "attention_join", 128);
 const ATTENTION_PLAIN: Kernel = Kernel::new(Source::Attention, "attention_plain", 32);
@@ -473,22 +474,7 @@ impl<D: Device> Ops for CudaBackend<D> {
         if matches!(used, Ok(false)) {
             return;
         }
-        self.enqueue(used.map(|_| ()), Op::Lora { x, site, out }, |b| {
-            let tables = b.adapters.tables(&mut b.device)?;
-            b.stale(out);
-            let params = p::Lora {
-                x: b.at(x),
-                out: b.at(out),
-                adapters: b.lists.adapters,
-                sites: tables.sites,
-                parts: tables.parts,
-                sites_per_slot: tables.sites_per_slot as u32,
-                site: site as u32,
-                x_width: b.buffers[x.0 as usize].width as u32,
-                out_width: b.buffers[out.0 as usize].width as u32,
-            };
-            b.launch(LORA, Launch::blocks(b.rows(out)).with_shared(tables.most_rank * 4), params)
-        });
+        self.enqueue(used.map(|_| ()), Op::Lora { x, site, out }, |b| b.update(x, site, out));
     }
 
     fn rope_cache(&mut self, qkv: Buf, shape: HeadShape, norm: Option<QkNorm>, rope: Rope, kv: KvCache, layer: usize) {

@@ -43,11 +43,12 @@ params! {
         keys: Address, values: Address, heads: u32, kv_heads: u32, head_dim: u32, half: u32, block_size: u32, cache_form: u32,
         eps: f32, unused: u32,
     }
-    LoraPart { a: Address, b: Address, column: u32, n: u32, k: u32, rank: u32, scale: f32, unused: u32 }
-    LoraSite { first: u32, count: u32 }
+    LoraPart { b: Address, column: u32, n: u32, rank: u32, first_rank: u32, scale: f32, unused: u32 }
+    LoraSite { a: Address, first: u32, count: u32, ranks: u32, unused: u32 }
+    LoraTile { slot: u32, first: u32, count: u32 }
     Lora {
-        x: Address, out: Address, adapters: Address, sites: Address, parts: Address, sites_per_slot: u32, site: u32, x_width: u32,
-        out_width: u32,
+        x: Address, out: Address, inner: Address, rows: Address, tiles: Address, sites: Address, parts: Address, sites_per_slot: u32,
+        site: u32, x_width: u32, out_width: u32, ranks: u32, unused: u32,
     }
     TopK { logits: Address, tokens: Address, chosen: Address, weights: Address, rows: u32, experts: u32, each: u32, normalised: u32 }
     Align {

@@ -18,6 +18,9 @@ use crate::error::KernelError;
 /// Plans that are kept. Prompts bring steps of ever other numbers of rows, each with a plan for every shape of weights.
 const MOST_PLANS: usize = 1024;
 
+/// `CUBLAS_STATUS_ALLOC_FAILED`: the card is none the worse.
+const ALLOC_FAILED: Outcome = 3;
+
 /// A description, a preference or a layout, destroyed with its owner.
 struct Held<T: Copy>(T, unsafe extern "C" fn(T) -> Outcome);
 
@@ -41,6 +44,10 @@ struct Plan {
 
 /// Operands, rows, output features, input features.
 type Shape = (Operands, usize, usize, usize);
+
+fn shape(p: Product) -> Shape {
+    (p.operands, p.rows, p.n, p.stride)
+}
 
 /// What was used last, up to a bound.
 struct Recent<K, V> {
@@ -102,7 +109,7 @@ impl Products {
         Ok(Held(made, self.lt.destroy_layout))
     }
 
-    fn plan(&self, (operands, rows, n, stride): Shape) -> Result<Plan, KernelError> {
+    fn make_plan(&self, (operands, rows, n, stride): Shape) -> Result<Plan, KernelError> {
         let (lt, f32) = (self.lt, sys::cudaDataType_t::CUDA_R_32F);
         // Of 8-bit floats the library multiplies a transposed matrix with one that is not, in f32: what this does of bf16 as well. Their
         // scales are 1 where nobody sets them.
@@ -155,20 +162,29 @@ fn told(lt: &CublasLtFunctions, what: &str, outcome: Outcome) -> Result<(), Kern
     if outcome == 0 {
         return Ok(());
     }
+    if outcome == ALLOC_FAILED {
+        return Err(KernelError::Memory { what: "a matrix product", bytes: 0 });
+    }
     // SAFETY: the library has a text that stays for every number, its own or one that says that it does not know it.
     let name = unsafe { words((lt.status_name)(outcome)) };
     Err(KernelError::Device(format!("cuBLASLt {what}: {name} ({outcome})")))
 }
 
 impl Multiplier for Products {
+    fn has_plan(&mut self, product: Product) -> bool {
+        self.plans.get(shape(product)).is_some()
+    }
+
+    fn plan(&mut self, product: Product) -> Result<(), KernelError> {
+        let plan = self.make_plan(shape(product))?;
+        self.plans.insert(shape(product), plan);
+        Ok(())
+    }
+
     /// `out = x wᵀ`, which is `outᵀ = w xᵀ` for a library that counts by columns: w is transposed there, x and out lie as they should.
     fn run(&mut self, p: Product, stream: CUstream) -> Result<(), KernelError> {
-        let shape = (p.operands, p.rows, p.n, p.stride);
-        if self.plans.get(shape).is_none() {
-            let plan = self.plan(shape)?;
-            self.plans.insert(shape, plan);
-        }
-        let Some(plan) = self.plans.get(shape) else { return Ok(()) };
+        let unplanned = || KernelError::Device("a matrix product was asked for without a plan".into());
+        let plan = self.plans.get(shape(p)).ok_or_else(unplanned)?;
         let (one, beta) = (1.0f32, if p.add { 1.0f32 } else { 0.0 });
         let at = |place: Address| place.0 as *mut c_void;
         let number = |value: &f32| (value as *const f32).cast::<c_void>();

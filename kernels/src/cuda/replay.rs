@@ -79,9 +79,7 @@ impl<D: Device> CudaBackend<D> {
                 Op::PagedAttention { shape, kv, .. } => {
                     self.plan(shape, kv)?;
                 }
-                Op::Lora { .. } => {
-                    self.adapters.tables(&mut self.device)?;
-                }
+                Op::Lora { x, site, .. } => self.prepare_update(x, site)?,
                 Op::AllGather { x, .. } => self.plan_gather(x)?,
                 _ => {}
             }
@@ -89,7 +87,7 @@ impl<D: Device> CudaBackend<D> {
         let way = self.captures.graphs.way(size, program, self.moves());
         self.hand_back();
         match way {
-            Way::Replay(graph) => self.replay(graph),
+            Way::Replay(graph) => self.replay(graph, program),
             Way::Plain => {
                 self.repeat(program);
                 Ok(())
@@ -103,32 +101,42 @@ impl<D: Device> CudaBackend<D> {
             }
             Way::Capture(index) => {
                 let captured = self.capture(program);
-                let captured = match (self.captured_by_all(captured.as_ref().ok().copied())?, captured) {
-                    (Some(graph), _) => Some(graph),
-                    (None, captured) => {
-                        let by_another = || KernelError::Device("another card did not capture its part".into());
-                        let why = captured.err().unwrap_or_else(by_another);
-                        self.captures.untold = Some(why.to_string());
-                        self.captures.refused = Some(why);
-                        None
-                    }
-                };
-                self.captures.graphs.keep(index, captured);
-                if let Some(graph) = captured {
-                    return self.replay(graph);
+                let by_all = self.captured_by_all(captured.as_ref().ok().copied())?;
+                let given_up = self.captures.graphs.keep(index, by_all);
+                if let Some(graph) = by_all {
+                    return self.replay(graph, program);
                 }
-                // A step that cannot be captured is done without; if the device is lost, that shows now.
-                self.all_stale();
-                self.repeat(program);
+                let by_another = || KernelError::Device("another card did not capture its part".into());
+                self.do_without(captured.err().unwrap_or_else(by_another), given_up, program);
                 Ok(())
             }
         }
     }
 
-    fn replay(&mut self, graph: Graph) -> Result<(), KernelError> {
-        self.device.replay(graph)?;
-        self.captures.replayed += 1;
+    /// Replays a captured step; operation by operation where the card has no memory to bring it there. One of several cards cannot choose.
+    fn replay(&mut self, graph: Graph, program: &[Op]) -> Result<(), KernelError> {
+        match self.device.replay(graph) {
+            Err(short @ KernelError::Memory { .. }) if self.device.place().is_alone() => {
+                let given_up = self.captures.graphs.give_back(graph);
+                self.hand_back();
+                self.do_without(short, given_up, program);
+            }
+            replayed => {
+                replayed?;
+                self.captures.replayed += 1;
+            }
+        }
         Ok(())
+    }
+
+    /// A step that is not replayed is done plainly; if the device is lost, that shows now.
+    fn do_without(&mut self, why: KernelError, given_up: bool, program: &[Op]) {
+        if given_up {
+            self.captures.untold = Some(why.to_string());
+        }
+        self.captures.refused = Some(why);
+        self.all_stale();
+        self.repeat(program);
     }
 
     fn capture(&mut self, program: &[Op]) -> Result<Graph, KernelError> {

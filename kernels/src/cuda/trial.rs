@@ -110,13 +110,20 @@ impl<C: Calls> Card<C> {
     /// Errors: `wgmma` is asked for and the card does not have it; the card fails.
     pub fn choose_prefill(&mut self, asked: Option<Prefill>, trial: &Trial, cache: Option<&Path>) -> Result<(), KernelError> {
         let able = self.has(Source::AttentionHopper);
+        let left_out = self.left_out(Source::AttentionHopper).map(|why| format!("attention_hopper.cu is left out: {why}"));
+        if asked == Some(Prefill::Wgmma)
+            && let Some(why) = left_out
+        {
+            return Err(KernelError::Unsupported(format!("{why}; use --attention-backend auto or mma")));
+        }
         if asked == Some(Prefill::Wgmma) && !able {
             return Err(KernelError::Unsupported(format!(
                 "{} has no wgmma, which cards of compute capability 9.0 (H100, H200) have; use --attention-backend auto or mma",
                 self.describe()
             )));
         }
-        self.choice = Choice { told: asked, ..Choice::default() };
+        let warnings = left_out.filter(|_| asked.is_none()).map(|why| format!("{why}; prompts are computed without")).into_iter();
+        self.choice = Choice { told: asked, warnings: warnings.collect(), ..Choice::default() };
         if asked.is_some() || !able {
             return Ok(());
         }

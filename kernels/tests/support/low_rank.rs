@@ -87,5 +87,27 @@ pub fn scenarios() -> Vec<Scenario> {
             vec![first, second, untouched]
         })
     };
-    cases.into_iter().enumerate().map(one).collect()
+    cases.into_iter().enumerate().map(one).chain([many_adapters()]).collect()
+}
+
+/// More tiles of rows than are computed at once: each row has an adapter of its own.
+fn many_adapters() -> Scenario {
+    const ROWS: usize = 70;
+    Scenario::new("lora", format!("{ROWS} rows, as many adapters"), 3e-6, |ops| {
+        let noise = &mut Noise::new(47);
+        let (inputs, starts) = (ops.load_table(noise, 50, 24), ops.load_table(noise, 50, 12));
+        let x = ops.alloc_poisoned(Rows::Tokens, 24);
+        let out = ops.alloc_poisoned(Rows::Tokens, 12);
+        for slot in 0..ROWS as u32 {
+            Factors::random(noise, 1, 24, &[8, 4]).load(ops, slot);
+        }
+        let mut step = mixed_step(noise, ROWS, &[0]);
+        step.adapters = (0..ROWS as u32).rev().collect();
+        ops.begin(&step).unwrap();
+        ops.embedding(inputs, x);
+        ops.embedding(starts, out);
+        ops.lora(x, 0, out);
+        ops.run();
+        vec![out]
+    })
 }

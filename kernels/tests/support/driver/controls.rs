@@ -31,6 +31,16 @@ impl FakeDriver {
         self.state().fails_named = Some((call, code));
     }
 
+    /// The call that was the first to fail.
+    pub fn failed(&self) -> Option<&'static str> {
+        self.state().failed
+    }
+
+    /// The library has to find out anew how to multiply, as when others have taken the places of its plans.
+    pub fn forget_plans(&self) {
+        self.state().plans.clear();
+    }
+
     /// Whether the failure that was asked for is behind; if not, it does not come any more.
     pub fn has_failed(&self) -> bool {
         let mut state = self.state();

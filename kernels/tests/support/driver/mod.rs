@@ -7,7 +7,7 @@ mod controls;
 mod library;
 mod work;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::ThreadId;
@@ -19,9 +19,9 @@ use tidemill_kernels::KernelError;
 use tidemill_kernels::cuda::calls::{CallError, Called, Calls, Multiplier};
 use tidemill_kernels::cuda::device::{Address, Device, HostAddress, Kernel, Launch, Pieces, Source};
 
-use self::library::FakeProducts;
 #[allow(unused_imports, reason = "each test binary uses a part")]
 pub use self::library::NamedImages;
+use self::library::{FakeProducts, Shape};
 use self::work::Work;
 use super::emulation::Emulated;
 
@@ -80,12 +80,15 @@ struct State {
     graphs: HashMap<u64, Arc<Vec<Work>>>,
     executables: HashMap<u64, Arc<Vec<Work>>>,
     libraries: usize,
+    plans: HashSet<Shape>,
     handles: u64,
     log: Vec<&'static str>,
     /// Calls that go well before one that does not, and what that one says.
     fails: Option<(usize, CUresult)>,
     /// The next call of this name does not go well.
     fails_named: Option<(&'static str, CUresult)>,
+    /// The call that was the first not to go well.
+    failed: Option<&'static str>,
     /// What every call says from now on.
     lost: Option<CUresult>,
 }
@@ -154,10 +157,12 @@ impl FakeDriver {
             graphs: HashMap::new(),
             executables: HashMap::new(),
             libraries: 0,
+            plans: HashSet::new(),
             handles: 0x1000,
             log: Vec::new(),
             fails: None,
             fails_named: None,
+            failed: None,
             lost: None,
         })))
     }
@@ -205,6 +210,7 @@ impl FakeDriver {
         };
         match failing {
             Some(code) => {
+                state.failed.get_or_insert(name);
                 state.lost = Some(code).filter(|code| is_sticky(*code));
                 Err(refused(code))
             }

@@ -23,6 +23,9 @@ use super::layout::Group;
 use super::{Layer, Model, ModelError, Pass};
 use crate::batch::Packed;
 
+/// With the processor's tables that they were made of.
+type HeldTurns = Mutex<Option<(Arc<Rotation>, Arc<Turns>)>>;
+
 /// What of the model lies on the device.
 pub(super) struct DeviceModel {
     files: Arc<ModelFiles>,
@@ -32,8 +35,8 @@ pub(super) struct DeviceModel {
     layers: Mutex<Vec<Option<Arc<Frozen>>>>,
     norm: Region,
     head: Mutex<Option<Arc<Matrix>>>,
-    /// With the processor's tables that they were made of; those of layers with a window of their own behind.
-    turns: [Mutex<Option<(Arc<Rotation>, Arc<Turns>)>>; 2],
+    /// Those of layers with rotations of their own are the second.
+    turns: [HeldTurns; 2],
 }
 
 /// Of a device's memory.
@@ -149,12 +152,7 @@ impl DeviceModel {
         Ok(Arc::clone(head.insert(Arc::new(matrix))))
     }
 
-    fn turns(
-        &self,
-        compute: &mut DeviceCompute,
-        rotation: &Arc<Rotation>,
-        held: &Mutex<Option<(Arc<Rotation>, Arc<Turns>)>>,
-    ) -> Result<Arc<Turns>, ModelError> {
+    fn turns(&self, compute: &mut DeviceCompute, rotation: &Arc<Rotation>, held: &HeldTurns) -> Result<Arc<Turns>, ModelError> {
         let mut held = held.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((of, turns)) = &*held
             && Arc::ptr_eq(of, rotation)
