@@ -73,9 +73,27 @@ struct Norm {
     u32 add;
 };
 
+// The sum over a row of its elements, or of the squares of what they are beyond `mean`, in every thread of the row's block.
+template <bool SQUARES>
+DEVICE float row_sum(const float* x, u32 width, const Held<2>& held, float mean, float* scratch) {
+    float sum = 0;
+    const auto add = [&](const Four& four, u32 i) {
+#pragma unroll
+        for (u32 e = 0; e < 4; e++) {
+            const float value = four.x[e] - mean;
+            if (i + e < width) sum += SQUARES ? value * value : value;
+        }
+    };
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) add(held.fours[i], held.place(i));
+    for (u32 i = held.place(2); i < width; i += 4 * blockDim.x) add(load_four(x, i, width), i);
+    return block_sum(sum, scratch);
+}
+
 // out = (x - mean) / sqrt(mean((x - mean)²) + eps) * weight, or added to it, where the mean is that of x, or 0 if x is not CENTRED. A
 // block for each row, of as many threads as have two fours each of it, 1,024 at most: sums are made in an order that depends on the
-// width alone, and where there is one row, all of it is under way at once, and the weights with it. `out` may be `x`.
+// width alone, and where there is one row, all of it is under way at once, and the weights with it. Shared memory: a float for each warp.
+// Grid [rows].
 template <bool CENTRED>
 DEVICE void norm(const Norm& p) {
     SHARED(scratch);
@@ -86,21 +104,9 @@ DEVICE void norm(const Norm& p) {
     held.load(x, p.width);
     weights.load(p.weight, p.width);
     if (p.add) before.load(out, p.width);
-    // Adds up over the row what is made of its elements.
-    const auto sum = [&](auto made) {
-        float sum = 0;
-        const auto add = [&](const Four& four, u32 i) {
-#pragma unroll
-            for (u32 e = 0; e < 4; e++) sum += i + e < p.width ? made(four.x[e]) : 0.0f;
-        };
-#pragma unroll
-        for (u32 i = 0; i < 2; i++) add(held.fours[i], held.place(i));
-        for (u32 i = held.place(2); i < p.width; i += 4 * blockDim.x) add(load_four(x, i, p.width), i);
-        return block_sum(sum, (float*)scratch);
-    };
-    const float mean = CENTRED ? sum([](float value) { return value; }) / (float)p.width : 0.0f;
+    const float mean = CENTRED ? row_sum<false>(x, p.width, held, 0.0f, (float*)scratch) / (float)p.width : 0.0f;
     // Squares of differences: those of the numbers themselves would cancel where the mean is large.
-    const float variance = sum([&](float value) { return (value - mean) * (value - mean); }) / (float)p.width;
+    const float variance = row_sum<true>(x, p.width, held, mean, (float*)scratch) / (float)p.width;
     const float scale = 1.0f / sqrtf(variance + p.eps);
     const auto give = [&](const Four& four, const Four& weight, const Four& before, u32 i) {
         Four value;

@@ -61,8 +61,8 @@ use crate::ops::*;
 use crate::shapes::Shapes;
 
 const EMBEDDING: Kernel = Kernel::new(Source::Rows, "embedding", 256);
-const RMS_NORM: Kernel = Kernel::new(Source::Rows, "rms_norm", 256);
-const LAYER_NORM: Kernel = Kernel::new(Source::Rows, "layer_norm", 256);
+const RMS_NORM: Kernel = Kernel::new(Source::Rows, "rms_norm", 1024);
+const LAYER_NORM: Kernel = Kernel::new(Source::Rows, "layer_norm", 1024);
 const CLAMP: Kernel = Kernel::new(Source::Rows, "clamp", 256);
 const SCALE: Kernel = Kernel::new(Source::Rows, "scale", 256);
 const SOFT_CAP: Kernel = Kernel::new(Source::Rows, "soft_cap", 256);
@@ -72,15 +72,26 @@ const GELU_TANH_AND_MUL: Kernel = Kernel::new(Source::Rows, "gelu_tanh_and_mul",
 const GATHER: Kernel = Kernel::new(Source::Rows, "gather", 256);
 const HALVE: Kernel = Kernel::new(Source::Rows, "halve", 256);
 const ADD_BIAS: Kernel = Kernel::new(Source::Rows, "add_bias", 256);
-const WIDEN: Kernel = Kernel::new(Source::Rows, "widen", 256);
 const COPY_BLOCK: Kernel = Kernel::new(Source::Rows, "copy_block", 256);
 const ROPE_CACHE: Kernel = Kernel::new(Source::Rows, "rope_cache", 128);
 const LINEAR_F32: Kernel = Kernel::new(Source::Linear, "linear_f32", 256);
 const ATTENTION_JOIN: Kernel = Kernel::new(Source::Attention, "attention_join", 128);
 const ATTENTION_PLAIN: Kernel = Kernel::new(Source::Attention, "attention_plain", 32);
 
-/// Floats of scratch of a block's sums: a number for each of its warps.
-const BLOCK_SUM: usize = 8 * 4;
+/// Elements of a row that a block takes whose threads have four each.
+const FOURS_WIDTH: usize = 1024;
+
+/// Blocks for rows of `width` elements, four to a thread.
+const fn fours(rows: usize, width: usize) -> Launch {
+    Launch::grid(rows, width.div_ceil(FOURS_WIDTH))
+}
+
+/// Blocks for norms of rows, and their threads: as many as have eight elements each, in whole warps, as far as a block goes. It depends on the
+/// width alone, and so do the sums.
+fn a_block_for_each_row(kernel: Kernel, rows: usize, width: usize) -> (Kernel, Launch) {
+    let threads = (width.div_ceil(8).next_multiple_of(32)).min(kernel.threads as usize);
+    (kernel.of_threads(threads as u32), Launch::blocks(rows).with_shared(threads / 32 * 4))
+}
 
 /// The CUDA backend on a device.
 pub struct CudaBackend<D: Device> {
@@ -207,9 +218,11 @@ impl<D: Device> CudaBackend<D> {
     /// One of the two norms, which take the same; with `add`, its result is added to what is in `out`.
     fn norm(&mut self, kernel: Kernel, x: Buf, weight: Vector, eps: f32, out: Buf, add: bool) -> Result<(), KernelError> {
         let (half, half_stride) = self.produce(out);
-        let (width, weight) = (self.buffers[x.0 as usize].width as u32, self.vectors[weight.0 as usize]);
-        let params = p::Norm { x: self.at(x), weight, out: self.at(out), half, width, half_stride, eps, add: add.into() };
-        self.launch(kernel, Launch::blocks(self.rows(x)).with_shared(BLOCK_SUM), params)
+        let (width, weight) = (self.buffers[x.0 as usize].width, self.vectors[weight.0 as usize]);
+        let (kernel, launch) = a_block_for_each_row(kernel, self.rows(x), width);
+        let (width, add) = (width as u32, add.into());
+        let params = p::Norm { x: self.at(x), weight, out: self.at(out), half, width, half_stride, eps, add };
+        self.launch(kernel, launch, params)
     }
 
     /// One of the two gated activations, which take the same.
@@ -217,7 +230,7 @@ impl<D: Device> CudaBackend<D> {
         let (half, half_stride) = self.produce(out);
         let width = self.buffers[out.0 as usize].width;
         let params = p::SiluAndMul { gate_up: self.at(gate_up), out: self.at(out), half, width: width as u32, half_stride };
-        self.launch(kernel, Launch::grid(self.rows(out), width.div_ceil(256)), params)
+        self.launch(kernel, fours(self.rows(out), width), params)
     }
 
     /// Reserves memory and keeps count of it.
@@ -441,7 +454,7 @@ impl<D: Device> Ops for CudaBackend<D> {
             b.stale(x);
             let width = b.buffers[x.0 as usize].width;
             let params = p::Clamp { x: b.at(x), width: width as u32, limit };
-            b.launch(CLAMP, Launch::grid(b.rows(x), width.div_ceil(256)), params)
+            b.launch(CLAMP, fours(b.rows(x), width), params)
         });
     }
 
@@ -450,7 +463,7 @@ impl<D: Device> Ops for CudaBackend<D> {
             b.stale(x);
             let width = b.buffers[x.0 as usize].width;
             let params = p::Scale { x: b.at(x), width: width as u32, factor };
-            b.launch(SCALE, Launch::grid(b.rows(x), width.div_ceil(256)), params)
+            b.launch(SCALE, fours(b.rows(x), width), params)
         });
     }
 
@@ -459,7 +472,7 @@ impl<D: Device> Ops for CudaBackend<D> {
             b.stale(x);
             let width = b.buffers[x.0 as usize].width;
             let params = p::SoftCap { x: b.at(x), width: width as u32, cap };
-            b.launch(SOFT_CAP, Launch::grid(b.rows(x), width.div_ceil(256)), params)
+            b.launch(SOFT_CAP, fours(b.rows(x), width), params)
         });
     }
 
@@ -530,7 +543,7 @@ impl<D: Device> Ops for CudaBackend<D> {
             let (half, half_stride) = b.produce(out);
             let width = b.buffers[out.0 as usize].width;
             let params = p::Gelu { x: b.at(x), out: b.at(out), half, width: width as u32, half_stride };
-            b.launch(GELU, Launch::grid(b.rows(out), width.div_ceil(256)), params)
+            b.launch(GELU, fours(b.rows(out), width), params)
         });
     }
 
@@ -556,9 +569,9 @@ impl<D: Device> Ops for CudaBackend<D> {
     fn gather(&mut self, x: Buf, out: Buf) {
         self.enqueue(self.shapes.gather(x, out), Op::Gather { x, out }, |b| {
             let (half, half_stride) = b.produce(out);
-            let (width, rows) = (b.buffers[out.0 as usize].width as u32, b.lists.gathered);
-            let params = p::Gather { x: b.at(x), rows, out: b.at(out), half, width, half_stride };
-            b.launch(GATHER, Launch::blocks(b.rows(out)), params)
+            let (width, rows) = (b.buffers[out.0 as usize].width, b.lists.gathered);
+            let params = p::Gather { x: b.at(x), rows, out: b.at(out), half, width: width as u32, half_stride };
+            b.launch(GATHER, fours(b.rows(out), width), params)
         });
     }
 

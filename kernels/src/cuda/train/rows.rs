@@ -6,6 +6,7 @@ use super::params::{
 };
 use super::{DeviceCompute, Region, Values, fits};
 use crate::cuda::device::{Address, Kernel, Launch, Source};
+use crate::cuda::fours;
 use crate::cuda::params::{AddBias, Gather};
 use crate::error::KernelError;
 use crate::ops::Store;
@@ -106,7 +107,7 @@ impl DeviceCompute {
         let rows = out.len / bias.len.max(1);
         fits("add_bias", out.len == rows * bias.len)?;
         let params = AddBias { bias: bias.at, out: out.at, width: bias.len as u32, unused: 0 };
-        self.launch(ADD_BIAS, Launch::blocks(rows), params)
+        self.launch(ADD_BIAS, fours(rows, bias.len), params)
     }
 
     /// The cosines and sines of `rotation`.
@@ -227,7 +228,7 @@ impl DeviceCompute {
         let rows = self.upload_words(picked)?;
         let (half, half_stride) = (Address::NONE, 0);
         let params = Gather { x: x.at, rows: rows.all().at, out: out.at, half, width: width as u32, half_stride };
-        self.launch(GATHER, Launch::blocks(picked.len()), params)
+        self.launch(GATHER, fours(picked.len(), width), params)
     }
 
     /// The derivative of [`Self::gather`], stored to `dx`: rows that were not picked get zeros.
