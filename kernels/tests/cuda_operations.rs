@@ -43,7 +43,12 @@ fn rows_of_widths_that_are_drawn() {
     }
 }
 
-/// Producers of rows that a linear has read before leave the bf16 copy that a pass of its own would make of them, bit by bit.
+fn rounded_half(value: f32) -> f32 {
+    half::bf16::from_f32(value).to_f32()
+}
+
+/// Producers of rows that a linear has read before leave the bf16 copy that a pass of its own would make of them, bit by bit, and each
+/// element of it.
 #[test]
 fn copies_that_producers_leave_are_those_of_a_pass_of_their_own() {
     type Produce = fn(&mut CudaBackend<Emulated>, [Buf; 4], Vector);
@@ -68,8 +73,8 @@ fn copies_that_producers_leave_are_those_of_a_pass_of_their_own() {
                 let mut ops = cuda(case % 2 == 1, LIMITS);
                 let [table, wide] = [1, 2].map(|times| ops.load_table(noise, 50, times * width));
                 let weight = ops.load_vector(&noise.values(width, 1.0)).unwrap();
-                let matrix = Weight::random(noise, 20, width, Format::Bf16, 1.0);
-                let matrix = ops.load_matrix(&[matrix.source()], WeightFormat::Bf16).unwrap();
+                let weights: Vec<f32> = noise.values(20 * width, 1.0).iter().map(|v| rounded_half(*v)).collect();
+                let matrix = ops.load_matrix(&[Weight::from_f32(width, &weights).source()], WeightFormat::Bf16).unwrap();
                 let [x, gate_up, out] = [width, 2 * width, width].map(|width| ops.alloc_poisoned(Rows::Tokens, width));
                 let sampled = ops.alloc_poisoned(Rows::Samples, width);
                 let [read, last] = match name {
@@ -91,7 +96,13 @@ fn copies_that_producers_leave_are_those_of_a_pass_of_their_own() {
                 }
                 run(&mut ops, &steps[1]);
                 assert_eq!(ops.device().launches("halve"), 1, "{name}");
-                ops.read(last).unwrap().iter().map(|v| v.to_bits()).collect::<Vec<u32>>()
+                // A step of so few rows sums up products of bf16, in f32.
+                let (x, products) = (ops.read(read).unwrap(), ops.read(last).unwrap());
+                let inner = |(x, w): (&[f32], &[f32])| x.iter().zip(w).map(|(x, w)| rounded_half(*x) * w).sum::<f32>();
+                let pairs = x.chunks(width).flat_map(|x| weights.chunks(width).map(move |w| (x, w)));
+                let off = error(&products, &pairs.map(inner).collect::<Vec<f32>>());
+                assert!(off < 1e-5, "{name}, {width}: {off:e}");
+                products.iter().map(|v| v.to_bits()).collect::<Vec<u32>>()
             };
             assert!(bits(true) == bits(false), "{name}, {width}");
         }
@@ -116,16 +127,17 @@ fn tables_of_every_form_are_looked_up() {
             // Of whole blocks.
             _ => width.next_multiple_of(32),
         }) {
-            let scenario = Scenario::new(format!("embedding, {format:?} as {packed:?}"), width.to_string(), tolerance, move |ops| {
-                let noise = &mut Noise::new(case as u64);
-                let table = Weight::random(noise, 50, width, format, 1.0);
-                let table = ops.load_matrix(&[table.source()], packed).unwrap();
-                let x = ops.alloc_poisoned(Rows::Tokens, width);
-                ops.begin(&scenarios::plain_step(noise, 5, 50)).unwrap();
-                ops.embedding(table, x);
-                ops.run();
-                vec![x]
-            });
+            let scenario =
+                Scenario::new(format!("embedding, {format:?} as {packed:?}"), width.to_string(), tolerance, move |ops| {
+                    let noise = &mut Noise::new(case as u64);
+                    let table = Weight::random(noise, 50, width, format, 1.0);
+                    let table = ops.load_matrix(&[table.source()], packed).unwrap();
+                    let x = ops.alloc_poisoned(Rows::Tokens, width);
+                    ops.begin(&scenarios::plain_step(noise, 5, 50)).unwrap();
+                    ops.embedding(table, x);
+                    ops.run();
+                    vec![x]
+                });
             agree(vec![scenario]);
         }
     }

@@ -37,8 +37,7 @@ impl<D: Device> CudaBackend<D> {
         let (half, half_stride) = self.produce(out);
         let (table, tokens) = (self.matrices[table.0 as usize].weights, self.lists.tokens);
         let width = self.buffers[out.0 as usize].width;
-        let params =
-            p::Embedding { table, tokens, out: self.at(out), half, half_stride, first, width: width as u32, unused: 0 };
+        let params = p::Embedding { table, tokens, out: self.at(out), half, half_stride, first, width: width as u32, unused: 0 };
         self.launch(EMBEDDING, fours(self.rows(out), width), params)
     }
 

@@ -1,10 +1,10 @@
 //! Products of many rows where activations are 8-bit floats, too: each row is rounded with a scale of its own when it is multiplied
 //! (dynamic, per token), the library multiplies, and the scales of rows and of output features are applied to its f32 result.
 
+use super::CudaBackend;
 use super::device::{Device, Kernel, Launch, Operands, Product, Source};
 use super::params as p;
 use super::room::Room;
-use super::CudaBackend;
 use crate::error::KernelError;
 use crate::ops::{Activations, Buf};
 

@@ -201,8 +201,7 @@ pub fn row_by_row(case: u64, rows: usize, width: usize) -> Scenario {
         let [table, other] = [0; 2].map(|_| ops.load_table(noise, 50, width));
         let wide = ops.load_table(noise, 50, 2 * width);
         let weight = ops.load_vector(&noise.values(width, 1.0)).unwrap();
-        let [x, normed, centred, sum, curved, capped, gated, swished] =
-            [0; 8].map(|_| ops.alloc_poisoned(Rows::Tokens, width));
+        let [x, normed, centred, sum, curved, capped, gated, swished] = [0; 8].map(|_| ops.alloc_poisoned(Rows::Tokens, width));
         let gate_up = ops.alloc_poisoned(Rows::Tokens, 2 * width);
         let sampled = ops.alloc_poisoned(Rows::Samples, width);
         ops.begin(&plain_step(noise, rows, 50)).unwrap();
