@@ -30,6 +30,16 @@ const THREADS: usize = 256;
 /// Pieces of rows for each block.
 const PIECES: usize = 8;
 
+/// Blocks that share sums over pieces, where there is enough to share: what fills a card, and the same on all, as the order of additions comes of it.
+const SUMMING: usize = 512;
+/// Pieces that a warp of a block that sums has at the least.
+const LEAST_SUMMED: usize = 8;
+
+/// Into how many parts pieces are cut for their sums.
+fn parts(pieces: usize, width: usize) -> usize {
+    pieces.div_ceil(PIECES * LEAST_SUMMED).min(SUMMING.div_ceil(width.div_ceil(32).max(1)))
+}
+
 /// Cosines and sines of positions, on the device.
 pub struct Turns {
     cosines: Region,
@@ -97,9 +107,20 @@ impl DeviceCompute {
         self.sums([dy.at, Address::NONE, Address::NONE, dbias.at], Pieces::rows(dbias.len), rows)
     }
 
+    /// In one go, or in parts that are added up in a second.
     fn sums(&mut self, [dy, x, inverse, out]: [Address; 4], pieces: Pieces, rows: usize) -> Result<(), KernelError> {
-        let params = TrainSums { dy, x, inverse, out, at: pieces_at(pieces, rows), unused: 0 };
-        self.launch(SUMS, Launch::blocks(pieces.width.div_ceil(32)).with_shared(8 * 32 * 4), params)
+        let (blocks, parts) = (pieces.width.div_ceil(32), parts(rows * pieces.count, pieces.width));
+        let launch = |parts: usize| Launch::grid(blocks, parts).with_shared(8 * 32 * 4);
+        let at = pieces_at(pieces, rows);
+        if parts <= 1 {
+            return self.launch(SUMS, launch(parts), TrainSums { dy, x, inverse, out, at, add: 1 });
+        }
+        let partial = self.region(parts * pieces.width)?;
+        let from = partial.all().at;
+        self.launch(SUMS, launch(parts), TrainSums { dy, x, inverse, out: from, at, add: 0 })?;
+        let at = pieces_at(Pieces::rows(pieces.width), parts);
+        let none = Address::NONE;
+        self.launch(SUMS, launch(1), TrainSums { dy: from, x: none, inverse: none, out, at, add: 1 })
     }
 
     /// `out += bias` for each row of `out`.
