@@ -303,6 +303,7 @@ fn a_fork_copies_its_last_block_and_then_goes_its_own_way() {
 #[test]
 fn experts_of_every_form_from_one_row_to_many() {
     agree(support::experts::scenarios());
+    agree(support::experts::many_choices());
     agree(support::experts::gates());
 }
 

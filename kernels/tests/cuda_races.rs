@@ -65,7 +65,10 @@ fn works(source: Source) -> Vec<Work> {
         Source::AttentionHopper => Vec::new(),
         Source::Fp8 => scenarios::fp8_activations().into_iter().map(rounding).collect(),
         Source::Sampling => (0..6).map(sampled).collect(),
-        Source::Moe => some(experts::scenarios(), &[0, 7, 10, 13, 24]),
+        Source::Moe => [some(experts::scenarios(), &[0, 7, 10, 13, 24]), some(experts::many_choices(), &[0, 3])]
+            .into_iter()
+            .flatten()
+            .collect(),
         Source::Train => {
             let both = [Precision::F32, Precision::Bf16].into_iter();
             both.flat_map(|precision| [multiplied(precision), attended(precision)]).collect()

@@ -35,6 +35,11 @@ impl Scenario {
         Scenario { operation: operation.into(), sizes, tolerance, limits: LIMITS, run: Box::new(run) }
     }
 
+    /// Under other limits.
+    pub fn within(self, limits: Limits) -> Self {
+        Scenario { limits, ..self }
+    }
+
     /// What the reference computes.
     pub fn wanted(&self) -> Vec<Vec<f32>> {
         let mut oracle = Reference::new(self.limits);
@@ -234,7 +239,7 @@ pub fn many_routed_rows() -> Scenario {
         ops.run();
         vec![out]
     });
-    Scenario { limits: Limits { max_tokens: 8194, max_samples: 9, max_positions: 8200 }, ..scenario }
+    scenario.within(Limits { max_tokens: 8194, max_samples: 9, max_positions: 8200 })
 }
 
 /// Linears of every form: replacing, adding, with a bias.
