@@ -3,7 +3,8 @@
 use super::device::{Address, Device, Graph};
 use super::params as p;
 use super::room::Room;
-use super::{CudaBackend, EMBEDDING, GATHER, fours};
+use super::rows::fours;
+use super::{CudaBackend, EMBEDDING, GATHER};
 use crate::error::KernelError;
 use crate::ops::{Buf, Matrix};
 

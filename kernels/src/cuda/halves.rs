@@ -3,8 +3,9 @@
 use super::device::{Address, Device, Launch, Operands, Product};
 use super::holdings::{Half, HeldMatrix, WIDENED, few_rows, widen};
 use super::params as p;
+use super::rows::fours;
 use super::weights::{self, Form};
-use super::{ADD_BIAS, CudaBackend, HALVE, LINEAR_F32, fours};
+use super::{ADD_BIAS, CudaBackend, HALVE, LINEAR_F32};
 use crate::error::KernelError;
 use crate::ops::{Buf, Matrix, Rows, Store, Vector};
 

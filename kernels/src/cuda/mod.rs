@@ -31,6 +31,7 @@ mod plan;
 mod product;
 mod replay;
 mod room;
+mod rows;
 mod sampling;
 mod segments;
 mod sought;
@@ -53,6 +54,7 @@ use self::lists::{StepLists, Swap};
 use self::params as p;
 use self::replay::Captures;
 use self::room::Room;
+use self::rows::fours;
 use self::sampling::SamplingRoom;
 use self::steps::Steps;
 use crate::collective::Place;
@@ -77,21 +79,6 @@ const ROPE_CACHE: Kernel = Kernel::new(Source::Rows, "rope_cache", 128);
 const LINEAR_F32: Kernel = Kernel::new(Source::Linear, "linear_f32", 256);
 const ATTENTION_JOIN: Kernel = Kernel::new(Source::Attention, "attention_join", 128);
 const ATTENTION_PLAIN: Kernel = Kernel::new(Source::Attention, "attention_plain", 32);
-
-/// Elements of a row that a block takes whose threads have four each.
-const FOURS_WIDTH: usize = 1024;
-
-/// Blocks for rows of `width` elements, four to a thread.
-const fn fours(rows: usize, width: usize) -> Launch {
-    Launch::grid(rows, width.div_ceil(FOURS_WIDTH))
-}
-
-/// Blocks for norms of rows, and their threads: as many as have eight elements each, in whole warps, as far as a block goes. It depends on the
-/// width alone, and so do the sums.
-fn a_block_for_each_row(kernel: Kernel, rows: usize, width: usize) -> (Kernel, Launch) {
-    let threads = (width.div_ceil(8).next_multiple_of(32)).min(kernel.threads as usize);
-    (kernel.of_threads(threads as u32), Launch::blocks(rows).with_shared(threads / 32 * 4))
-}
 
 /// The CUDA backend on a device.
 pub struct CudaBackend<D: Device> {
@@ -213,24 +200,6 @@ impl<D: Device> CudaBackend<D> {
 
     fn at(&self, buf: Buf) -> Address {
         self.buffers[buf.0 as usize].at
-    }
-
-    /// One of the two norms, which take the same; with `add`, its result is added to what is in `out`.
-    fn norm(&mut self, kernel: Kernel, x: Buf, weight: Vector, eps: f32, out: Buf, add: bool) -> Result<(), KernelError> {
-        let (half, half_stride) = self.produce(out);
-        let (width, weight) = (self.buffers[x.0 as usize].width, self.vectors[weight.0 as usize]);
-        let (kernel, launch) = a_block_for_each_row(kernel, self.rows(x), width);
-        let (width, add) = (width as u32, add.into());
-        let params = p::Norm { x: self.at(x), weight, out: self.at(out), half, width, half_stride, eps, add };
-        self.launch(kernel, launch, params)
-    }
-
-    /// One of the two gated activations, which take the same.
-    fn gate(&mut self, kernel: Kernel, gate_up: Buf, out: Buf) -> Result<(), KernelError> {
-        let (half, half_stride) = self.produce(out);
-        let width = self.buffers[out.0 as usize].width;
-        let params = p::SiluAndMul { gate_up: self.at(gate_up), out: self.at(out), half, width: width as u32, half_stride };
-        self.launch(kernel, fours(self.rows(out), width), params)
     }
 
     /// Reserves memory and keeps count of it.

@@ -199,36 +199,6 @@ pub fn rows() -> Vec<Scenario> {
     all
 }
 
-/// All operations that go row by row, one after the other, each on what the one before left.
-pub fn row_by_row(case: u64, rows: usize, width: usize) -> Scenario {
-    Scenario::new("row by row", format!("{rows} × {width}"), 1e-5, move |ops| {
-        let noise = &mut Noise::new(case);
-        let [table, other] = [0; 2].map(|_| ops.load_table(noise, 50, width));
-        let wide = ops.load_table(noise, 50, 2 * width);
-        let weight = ops.load_vector(&noise.values(width, 1.0)).unwrap();
-        let [x, normed, centred, sum, curved, capped, gated, swished] = [0; 8].map(|_| ops.alloc_poisoned(Rows::Tokens, width));
-        let gate_up = ops.alloc_poisoned(Rows::Tokens, 2 * width);
-        let sampled = ops.alloc_poisoned(Rows::Samples, width);
-        ops.begin(&plain_step(noise, rows, 50)).unwrap();
-        ops.embedding(table, x);
-        ops.scale(x, 3.5);
-        ops.clamp(x, 2.0);
-        ops.rms_norm(x, weight, 1e-5, normed);
-        ops.layer_norm(x, weight, 1e-5, centred);
-        ops.embedding(other, sum);
-        ops.rms_norm_add(x, weight, 1e-5, sum);
-        ops.gelu(x, curved);
-        ops.embedding(other, capped);
-        ops.soft_cap(capped, 0.7);
-        ops.embedding(wide, gate_up);
-        ops.silu_and_mul(gate_up, swished);
-        ops.gelu_tanh_and_mul(gate_up, gated);
-        ops.gather(sum, sampled);
-        ops.run();
-        vec![x, normed, centred, sum, curved, capped, gated, swished, gate_up, sampled]
-    })
-}
-
 /// Rows of experts, more than a grid has blocks along y or z.
 pub fn many_routed_rows() -> Scenario {
     let scenario = Scenario::new("silu_and_mul", "65,552 routed rows".into(), 0.0, |ops| {

@@ -6,8 +6,8 @@ use super::params::{
 };
 use super::{DeviceCompute, Region, Values, fits};
 use crate::cuda::device::{Address, Kernel, Launch, Source};
-use crate::cuda::fours;
 use crate::cuda::params::{AddBias, Gather};
+use crate::cuda::rows::fours;
 use crate::error::KernelError;
 use crate::ops::Store;
 use crate::train::{Dropout, Pieces, Rotation};
