@@ -196,23 +196,3 @@ struct Weights {
     u32 k;
     u32 stride;
 };
-
-// One element, for what is not worth a fast path.
-DEVICE float element(const Weights& w, u64 row, u32 column) {
-    const u64 at = row * w.stride + column;
-    switch (w.form) {
-        case FORM_F32:
-            return ((const float*)w.data)[at];
-        case FORM_BF16:
-            return from_bf16(((const u16*)w.data)[at]);
-        case FORM_INT8:
-            return ((const float*)w.scales)[row] * (float)((const i8*)w.data)[at];
-        case FORM_FP8:
-            return ((const float*)w.scales)[row] * low_bf16(from_e4m3(w.data[at]));
-        default: {
-            const u32 scale = ((const u32*)w.scales)[at / 32];
-            const u32 nibble = ((const u32*)w.data)[at / 8] >> (at % 8 * 4) & 15;
-            return from_f16((u16)scale) * (float)nibble + from_f16((u16)(scale >> 16));
-        }
-    }
-}

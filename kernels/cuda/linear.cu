@@ -1,4 +1,5 @@
-// Products of few rows with a weight matrix: out [rows, n] = x [rows, k] · wᵀ; see `few_rows.cuh`.
+// Products of few rows with a weight matrix: out [rows, n] = x [rows, k] · wᵀ; see `few_rows.cuh`. And for those of many rows, which a
+// library makes, the matrix as it reads it.
 
 struct Linear {
     // bf16 [rows, stride], its padding zero.
@@ -73,3 +74,50 @@ KERNEL(linear_f32, 256, LinearF32) {
     float* const out = p.out + row * p.w.n + feature;
     *out = p.add ? *out + sum : sum;
 }
+
+struct Widen {
+    Weights from;
+    u16* to;
+};
+
+// A quantised matrix as bf16 [n, stride]. The matrix is taken as one row of eights, whatever its own rows are: a thread has four of them,
+// a block apart from each other, so that a warp writes 512 contiguous bytes at once (which is most of the traffic), and all that a thread
+// reads is under way before any of it is unpacked. Grid [ceil(n stride / 8192)].
+template <u32 FORM>
+DEVICE void widen(const Widen& p) {
+    constexpr u32 EIGHTS = 4;
+    const u32 each = p.from.stride / 8;
+    const u64 first = (u64)blockIdx.x * EIGHTS * 256 + threadIdx.x, end = (u64)p.from.n * each;
+    Stretch<FORM> eights[EIGHTS];
+    [[maybe_unused]] float scales[EIGHTS];
+#pragma unroll
+    for (u32 i = 0; i < EIGHTS; i++) {
+        const u64 at = first + i * 256;
+        if (at >= end) break;
+        if constexpr (FORM == FORM_INT4) {
+            eights[i].raw.x[0] = ((const u32*)p.from.data)[at];
+            eights[i].both = ((const u32*)p.from.scales)[at / 4];
+        } else {
+            const u64 both = ((const u64*)p.from.data)[at];
+            eights[i].raw = {(u32)both, (u32)(both >> 32)};
+            // A division of 64 bits is many instructions; no matrix has so many eights.
+            scales[i] = ((const float*)p.from.scales)[(u32)at / each];
+        }
+    }
+#pragma unroll
+    for (u32 i = 0; i < EIGHTS; i++) {
+        const u64 at = first + i * 256;
+        if (at >= end) break;
+        Quad wide;
+        eights[i].take(wide.x);
+        if constexpr (FORM != FORM_INT4) {
+#pragma unroll
+            for (u32 j = 0; j < 4; j++) wide.x[j] = pack_bf16(scales[i] * low_bf16(wide.x[j]), scales[i] * high_bf16(wide.x[j]));
+        }
+        ((Quad*)p.to)[at] = wide;
+    }
+}
+
+KERNEL(widen_int8, 256, Widen) { widen<FORM_INT8>(p); }
+KERNEL(widen_fp8, 256, Widen) { widen<FORM_FP8>(p); }
+KERNEL(widen_int4, 256, Widen) { widen<FORM_INT4>(p); }

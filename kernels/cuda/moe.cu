@@ -88,18 +88,41 @@ struct Align {
     u32 unused;
 };
 
-// Sorts by expert; rows of one expert keep the order of their tokens. A block for each expert; shared memory: 4 bytes for each expert and 64.
+// Of the choices of a step each thread takes so many at a time, a block apart from each other, and asks for the next before it does anything
+// with them.
+constexpr u32 CHOICES = 4;
+
+DEVICE void load_choices(const Align& p, u32 from, u32 (&chosen)[CHOICES]) {
+#pragma unroll
+    for (u32 i = 0; i < CHOICES; i++) {
+        const u32 entry = from + i * blockDim.x + threadIdx.x;
+        chosen[i] = entry < p.entries ? p.chosen[entry] : NOWHERE;
+    }
+}
+
+// Sorts by expert; rows of one expert keep the order of their tokens. A block for each expert; shared memory: 4 bytes for each expert, for
+// each warp and choice at the least, and 64.
 KERNEL(moe_align, 256, Align) {
     SHARED(scratch);
     u64* const sums = (u64*)scratch;
     u32* const counts = (u32*)(scratch + 64);
     const u32 mine = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 all = CHOICES * blockDim.x, warps = blockDim.x / 32;
+    u32 ahead[CHOICES];
+    load_choices(p, 0, ahead);
     for (u32 i = threadIdx.x; i < p.experts; i += blockDim.x) counts[i] = 0;
     block_barrier();
-    for (u32 i = threadIdx.x; i < p.entries; i += blockDim.x) {
-        const u32 expert = p.chosen[i];
-        if (expert != NOWHERE) add_atomically(&counts[expert], 1);
+    for (u32 from = 0; from < p.entries; from += all) {
+        u32 chosen[CHOICES];
+#pragma unroll
+        for (u32 i = 0; i < CHOICES; i++) chosen[i] = ahead[i];
+        load_choices(p, from + all, ahead);
+#pragma unroll
+        for (u32 i = 0; i < CHOICES; i++) {
+            if (chosen[i] != NOWHERE) add_atomically(&counts[chosen[i]], 1);
+        }
     }
+    load_choices(p, 0, ahead);
     block_barrier();
     // Rows and tiles of the experts before, in one number.
     u64 before = 0;
@@ -115,21 +138,33 @@ KERNEL(moe_align, 256, Align) {
     if (rows == 0) return;
 
     u32 next = first;
-    for (u32 from = 0; from < p.entries; from += blockDim.x) {
-        const u32 entry = from + threadIdx.x;
-        const bool is_mine = entry < p.entries && p.chosen[entry] == mine;
-        const u32 votes = ballot(is_mine);
-        block_barrier();
-        if (lane == 0) counts[warp] = count_bits(votes);
-        block_barrier();
-        u32 place = next + count_bits(votes & ((1u << lane) - 1));
-        for (u32 other = 0; other < blockDim.x / 32; other++) {
-            if (other < warp) place += counts[other];
-            next += counts[other];
+    for (u32 from = 0; from < p.entries; from += all) {
+        u32 votes[CHOICES], is_mine = 0;
+#pragma unroll
+        for (u32 i = 0; i < CHOICES; i++) {
+            votes[i] = ballot(ahead[i] == mine);
+            is_mine |= (u32)(ahead[i] == mine) << i;
         }
-        if (!is_mine) continue;
-        p.rows[place] = entry;
-        p.places[entry] = place;
+        load_choices(p, from + all, ahead);
+        block_barrier();
+        if (lane == 0) {
+#pragma unroll
+            for (u32 i = 0; i < CHOICES; i++) counts[i * warps + warp] = count_bits(votes[i]);
+        }
+        block_barrier();
+#pragma unroll
+        for (u32 i = 0; i < CHOICES; i++) {
+            u32 place = next + count_bits(votes[i] & ((1u << lane) - 1));
+            for (u32 other = 0; other < warps; other++) {
+                const u32 count = counts[i * warps + other];
+                if (other < warp) place += count;
+                next += count;
+            }
+            if (!(is_mine >> i & 1)) continue;
+            const u32 entry = from + i * blockDim.x + threadIdx.x;
+            p.rows[place] = entry;
+            p.places[entry] = place;
+        }
     }
 }
 

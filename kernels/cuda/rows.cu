@@ -1,12 +1,44 @@
-// Row by row: what is bound by reading and writing activations. A block for each row, unless said otherwise.
+// Row by row: what is bound by reading and writing activations. Four elements of a row for each thread, as `rows.cuh` has them, unless
+// said otherwise.
 //
 // Activations are f32. Where a linear reads a buffer next, its producer leaves a bf16 copy beside it (`half`, rows of `half_stride`
 // elements whose padding stays zero), so that no pass of its own converts it.
 
-// Leaves an element of `out [rows, width]`, and its copy where there are copies.
-template <class P> DEVICE void put(const P& p, u64 row, u32 i, float value) {
-    p.out[row * p.width + i] = value;
-    if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
+// Four elements of a row, which has padding.
+DEVICE Four four_elements(const Weights& w, u64 row, u32 column) {
+    const u64 at = row * w.stride + column;
+    Four four;
+    switch (w.form) {
+        case FORM_F32:
+            four = ((const Four*)w.data)[at / 4];
+            break;
+        case FORM_BF16: {
+            const Pair two = ((const Pair*)w.data)[at / 4];
+            four = {low_bf16(two.x[0]), high_bf16(two.x[0]), low_bf16(two.x[1]), high_bf16(two.x[1])};
+            break;
+        }
+        case FORM_INT8: {
+            const u32 bytes = ((const u32*)w.data)[at / 4];
+            const float scale = ((const float*)w.scales)[row];
+#pragma unroll
+            for (u32 e = 0; e < 4; e++) four.x[e] = scale * (float)(i8)(bytes >> 8 * e);
+            break;
+        }
+        case FORM_FP8: {
+            const u32 bytes = ((const u32*)w.data)[at / 4];
+            const float scale = ((const float*)w.scales)[row];
+            const u32 lower = from_e4m3(bytes, 0), upper = from_e4m3(bytes, 1);
+            four = {scale * low_bf16(lower), scale * high_bf16(lower), scale * low_bf16(upper), scale * high_bf16(upper)};
+            break;
+        }
+        default: {
+            const u32 nibbles = ((const u16*)w.data)[at / 4], both = ((const u32*)w.scales)[at / 32];
+            const float scale = from_f16((u16)both), minimum = from_f16((u16)(both >> 16));
+#pragma unroll
+            for (u32 e = 0; e < 4; e++) four.x[e] = scale * (float)(nibbles >> 4 * e & 15) + minimum;
+        }
+    }
+    return four;
 }
 
 struct Embedding {
@@ -16,18 +48,18 @@ struct Embedding {
     u16* half;
     u32 half_stride;
     u32 first;
+    u32 width;
+    u32 unused;
 };
 
 // out[row] = table[tokens[row] - first]; zeros for a token that a part of a table does not have.
-KERNEL(embedding, 256, Embedding) {
+KERNEL(embedding, FOURS, Embedding) {
     const u64 row = blockIdx.x;
+    const u32 i = fours_at();
+    if (i >= p.width) return;
     // What lies before the part wraps around to beyond it.
     const u32 token = p.tokens[row] - p.first;
-    for (u32 i = threadIdx.x; i < p.table.k; i += blockDim.x) {
-        const float value = token < p.table.n ? element(p.table, token, i) : 0.0f;
-        p.out[row * p.table.k + i] = value;
-        if (p.half) p.half[row * p.half_stride + i] = to_bf16(value);
-    }
+    put(p, row, i, token < p.table.n ? four_elements(p.table, token, i) : Four{});
 }
 
 struct Norm {
@@ -41,39 +73,70 @@ struct Norm {
     u32 add;
 };
 
-// out = x / sqrt(mean(x²) + eps) * weight, or added to it
-KERNEL(rms_norm, 256, Norm) {
+// The sum over a row of its elements, or of the squares of what they are beyond `mean`, in every thread of the row's block.
+template <bool SQUARES>
+DEVICE float row_sum(const float* x, u32 width, const Held<2>& held, float mean, float* scratch) {
+    float sum = 0;
+    const auto add = [&](const Four& four, u32 i) {
+#pragma unroll
+        for (u32 e = 0; e < 4; e++) {
+            const float value = four.x[e] - mean;
+            if (i + e < width) sum += SQUARES ? value * value : value;
+        }
+    };
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) add(held.fours[i], held.place(i));
+    for (u32 i = held.place(2); i < width; i += 4 * blockDim.x) add(load_four(x, i, width), i);
+    return block_sum(sum, scratch);
+}
+
+// out = (x - mean) / sqrt(mean((x - mean)²) + eps) * weight, or added to it, where the mean is that of x, or 0 if x is not CENTRED. A
+// block for each row, of as many threads as have two fours each of it, 1,024 at most: sums are made in an order that depends on the
+// width alone, and where there is one row, all of it is under way at once, and the weights with it. Shared memory: a float for each warp.
+// Grid [rows].
+template <bool CENTRED>
+DEVICE void norm(const Norm& p) {
     SHARED(scratch);
     const u64 row = blockIdx.x;
     const float* const x = p.x + row * p.width;
-    float squares = 0;
-    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) squares += x[i] * x[i];
-    const float mean = block_sum(squares, (float*)scratch) / (float)p.width;
-    const float scale = 1.0f / sqrtf(mean + p.eps);
-    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) {
-        float value = x[i] * scale * p.weight[i];
-        if (p.add) value += p.out[row * p.width + i];
+    float* const out = p.out + row * p.width;
+    Held<2> held, weights, before = {};
+    held.load(x, p.width);
+    weights.load(p.weight, p.width);
+    if (p.add) before.load(out, p.width);
+    const float mean = CENTRED ? row_sum<false>(x, p.width, held, 0.0f, (float*)scratch) / (float)p.width : 0.0f;
+    // Squares of differences: those of the numbers themselves would cancel where the mean is large.
+    const float variance = row_sum<true>(x, p.width, held, mean, (float*)scratch) / (float)p.width;
+    const float scale = 1.0f / sqrtf(variance + p.eps);
+    const auto give = [&](const Four& four, const Four& weight, const Four& before, u32 i) {
+        Four value;
+#pragma unroll
+        for (u32 e = 0; e < 4; e++) value.x[e] = (four.x[e] - mean) * scale * weight.x[e] + before.x[e];
         put(p, row, i, value);
+    };
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) {
+        if (held.place(i) < p.width) give(held.fours[i], weights.fours[i], before.fours[i], held.place(i));
+    }
+    for (u32 i = held.place(2); i < p.width; i += 4 * blockDim.x) {
+        const Four four = load_four(x, i, p.width), weight = load_four(p.weight, i, p.width);
+        give(four, weight, p.add ? load_four(out, i, p.width) : Four{}, i);
     }
 }
 
-// out = (x - mean(x)) / sqrt(var(x) + eps) * weight
-KERNEL(layer_norm, 256, Norm) {
-    SHARED(scratch);
-    const u64 row = blockIdx.x;
-    const float* const x = p.x + row * p.width;
-    float sum = 0;
-    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) sum += x[i];
-    const float mean = block_sum(sum, (float*)scratch) / (float)p.width;
-    // Squares of differences: those of the numbers themselves would cancel where the mean is large.
-    float squares = 0;
-    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) squares += (x[i] - mean) * (x[i] - mean);
-    const float variance = block_sum(squares, (float*)scratch) / (float)p.width;
-    const float scale = 1.0f / sqrtf(variance + p.eps);
-    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) {
-        const float value = (x[i] - mean) * scale * p.weight[i];
-        put(p, row, i, value);
-    }
+KERNEL(rms_norm, 1024, Norm) { norm<false>(p); }
+KERNEL(layer_norm, 1024, Norm) { norm<true>(p); }
+
+// Four elements of each thread become others, where they are.
+template <class P, class F>
+DEVICE void change(const P& p, F changed) {
+    float* const x = p.x + (u64)blockIdx.x * p.width;
+    const u32 i = fours_at();
+    if (i >= p.width) return;
+    Four four = load_four(x, i, p.width);
+#pragma unroll
+    for (u32 e = 0; e < 4; e++) four.x[e] = changed(four.x[e]);
+    store_four(x, i, p.width, four);
 }
 
 struct Clamp {
@@ -82,13 +145,9 @@ struct Clamp {
     float limit;
 };
 
-// x = max(-limit, min(x, limit)); what is no number stays none. Grid [rows, ceil(width / 256)].
-KERNEL(clamp, 256, Clamp) {
-    const u32 i = blockIdx.y * blockDim.x + threadIdx.x;
-    if (i >= p.width) return;
-    float* const x = p.x + (u64)blockIdx.x * p.width + i;
-    if (*x > p.limit) *x = p.limit;
-    if (*x < -p.limit) *x = -p.limit;
+// x = max(-limit, min(x, limit)); what is no number stays none.
+KERNEL(clamp, FOURS, Clamp) {
+    change(p, [&](float x) { return x > p.limit ? p.limit : x < -p.limit ? -p.limit : x; });
 }
 
 struct Scale {
@@ -97,10 +156,9 @@ struct Scale {
     float factor;
 };
 
-// x *= factor. Grid [rows, ceil(width / 256)].
-KERNEL(scale, 256, Scale) {
-    const u32 i = blockIdx.y * blockDim.x + threadIdx.x;
-    if (i < p.width) p.x[(u64)blockIdx.x * p.width + i] *= p.factor;
+// x *= factor.
+KERNEL(scale, FOURS, Scale) {
+    change(p, [&](float x) { return x * p.factor; });
 }
 
 struct SoftCap {
@@ -109,12 +167,9 @@ struct SoftCap {
     float cap;
 };
 
-// x = cap tanh(x / cap). Grid [rows, ceil(width / 256)].
-KERNEL(soft_cap, 256, SoftCap) {
-    const u32 i = blockIdx.y * blockDim.x + threadIdx.x;
-    if (i >= p.width) return;
-    float* const x = p.x + (u64)blockIdx.x * p.width + i;
-    *x = p.cap * tanhf(*x / p.cap);
+// x = cap tanh(x / cap).
+KERNEL(soft_cap, FOURS, SoftCap) {
+    change(p, [&](float x) { return p.cap * tanhf(x / p.cap); });
 }
 
 struct SiluAndMul {
@@ -125,25 +180,28 @@ struct SiluAndMul {
     u32 half_stride;
 };
 
-// out = silu(gate) * up. Grid [rows, ceil(width / 256)]: along y there are 65,535 blocks at most, and more rows of experts than that.
-KERNEL(silu_and_mul, 256, SiluAndMul) {
+// out = activated(gate) * up.
+template <class F>
+DEVICE void gate(const SiluAndMul& p, F activated) {
     const u64 row = blockIdx.x;
-    const u32 i = blockIdx.y * blockDim.x + threadIdx.x;
+    const u32 i = fours_at();
     if (i >= p.width) return;
-    const float gate = p.gate_up[row * 2 * p.width + i], up = p.gate_up[row * 2 * p.width + p.width + i];
-    const float value = gate / (1.0f + expf(-gate)) * up;
+    const float* const both = p.gate_up + row * 2 * p.width;
+    const Four gate = load_four(both, i, p.width), up = load_four(both + p.width, i, p.width);
+    Four value;
+#pragma unroll
+    for (u32 e = 0; e < 4; e++) value.x[e] = activated(gate.x[e]) * up.x[e];
     put(p, row, i, value);
 }
 
-// out = gelu(gate) * up with gelu(g) = g / 2 (1 + tanh(√(2 / π) (g + 0.044715 g³))), by (1 + tanh(u)) / 2 = 1 / (1 + e^-2u). Grid as of
-// silu_and_mul.
-KERNEL(gelu_tanh_and_mul, 256, SiluAndMul) {
-    const u64 row = blockIdx.x;
-    const u32 i = blockIdx.y * blockDim.x + threadIdx.x;
-    if (i >= p.width) return;
-    const float gate = p.gate_up[row * 2 * p.width + i], up = p.gate_up[row * 2 * p.width + p.width + i];
-    const float value = gate / (1.0f + expf(-1.5957691f * (gate + 0.044715f * gate * gate * gate))) * up;
-    put(p, row, i, value);
+// With silu(g) = g / (1 + e^-g).
+KERNEL(silu_and_mul, FOURS, SiluAndMul) {
+    gate(p, [](float g) { return g / (1.0f + expf(-g)); });
+}
+
+// With gelu(g) = g / 2 (1 + tanh(√(2 / π) (g + 0.044715 g³))), by (1 + tanh(u)) / 2 = 1 / (1 + e^-2u).
+KERNEL(gelu_tanh_and_mul, FOURS, SiluAndMul) {
+    gate(p, [](float g) { return g / (1.0f + expf(-1.5957691f * (g + 0.044715f * g * g * g))); });
 }
 
 struct Gelu {
@@ -155,13 +213,14 @@ struct Gelu {
 };
 
 // out = x Φ(x), by the complement of the error function: where x is far below 0, 1 + erf(x) would be what rounding leaves of it.
-// Grid [rows, ceil(width / 256)].
-KERNEL(gelu, 256, Gelu) {
+KERNEL(gelu, FOURS, Gelu) {
     const u64 row = blockIdx.x;
-    const u32 i = blockIdx.y * blockDim.x + threadIdx.x;
+    const u32 i = fours_at();
     if (i >= p.width) return;
-    const float x = p.x[row * p.width + i], value = 0.5f * x * erfcf(x * -0.707106781f);
-    put(p, row, i, value);
+    Four four = load_four(p.x + row * p.width, i, p.width);
+#pragma unroll
+    for (u32 e = 0; e < 4; e++) four.x[e] = 0.5f * four.x[e] * erfcf(four.x[e] * -0.707106781f);
+    put(p, row, i, four);
 }
 
 struct Gather {
@@ -174,12 +233,11 @@ struct Gather {
 };
 
 // out[i] = x[rows[i]]
-KERNEL(gather, 256, Gather) {
-    const u64 row = blockIdx.x, from = p.rows[row];
-    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) {
-        const float value = p.x[from * p.width + i];
-        put(p, row, i, value);
-    }
+KERNEL(gather, FOURS, Gather) {
+    const u64 row = blockIdx.x;
+    const u32 i = fours_at();
+    if (i >= p.width) return;
+    put(p, row, i, load_four(p.x + (u64)p.rows[row] * p.width, i, p.width));
 }
 
 struct Halve {
@@ -190,9 +248,10 @@ struct Halve {
 };
 
 // The bf16 copy of a buffer whose producer left none.
-KERNEL(halve, 256, Halve) {
+KERNEL(halve, FOURS, Halve) {
     const u64 row = blockIdx.x;
-    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) p.half[row * p.half_stride + i] = to_bf16(p.x[row * p.width + i]);
+    const u32 i = fours_at();
+    if (i < p.width) store_halves(p.half + row * p.half_stride, i, p.width, load_four(p.x + row * p.width, i, p.width));
 }
 
 struct AddBias {
@@ -202,22 +261,15 @@ struct AddBias {
 };
 
 // out += bias, after a matrix product by a library.
-KERNEL(add_bias, 256, AddBias) {
-    const u64 row = blockIdx.x;
-    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) p.out[row * p.width + i] += p.bias[i];
-}
-
-struct Widen {
-    Weights from;
-    u16* to;
-};
-
-// A quantised matrix as bf16 [n, stride], for products with many rows. A block for each row.
-KERNEL(widen, 256, Widen) {
-    const u64 row = blockIdx.x;
-    for (u32 i = threadIdx.x; i < p.from.stride; i += blockDim.x) {
-        p.to[row * p.from.stride + i] = i < p.from.k ? to_bf16(element(p.from, row, i)) : (u16)0;
-    }
+KERNEL(add_bias, FOURS, AddBias) {
+    float* const out = p.out + (u64)blockIdx.x * p.width;
+    const u32 i = fours_at();
+    if (i >= p.width) return;
+    Four four = load_four(out, i, p.width);
+    const Four bias = load_four(p.bias, i, p.width);
+#pragma unroll
+    for (u32 e = 0; e < 4; e++) four.x[e] += bias.x[e];
+    store_four(out, i, p.width, four);
 }
 
 struct CopyBlock {

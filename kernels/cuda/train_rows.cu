@@ -71,29 +71,43 @@ struct TrainSums {
     // Null: sums of dy alone.
     const float* x;
     const float* inverse;
+    // [parts, width]
     float* out;
     Pieces at;
-    u32 unused;
+    // 1 adds to `out`, 0 replaces it.
+    u32 add;
 };
 
-// out[column] += Σ over all pieces of dy x inverse: the derivative along a norm's weight; without x that along a bias. A block for
-// every 32 columns; its warps take turns over the pieces. Shared memory: 8 · 32 floats. Grid [ceil(width / 32)].
+// out[part, column] = Σ over the pieces of a part of dy x inverse: the derivative along a norm's weight; without x that along a bias. A block
+// for every 32 columns of each part; its warps take turns over the pieces. Heads are few columns of many pieces: without parts, a few blocks
+// would read everything. Shared memory: 8 · 32 floats. Grid [ceil(width / 32), parts].
 KERNEL(train_sums, 256, TrainSums) {
     SHARED(scratch);
     float(*const sums)[32] = (float(*)[32])scratch;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = blockIdx.x * 32 + lane;
     float sum = 0;
     if (column < p.at.width) {
-        for (u64 piece = warp; piece < (u64)p.at.rows * p.at.count; piece += 8) {
-            const u64 at = piece / p.at.count * p.at.stride + p.at.offset + piece % p.at.count * p.at.width + column;
+        const u64 all = (u64)p.at.rows * p.at.count, each = (all + gridDim.y - 1) / gridDim.y;
+        const u64 first = blockIdx.y * each + warp, end = first - warp + each < all ? first - warp + each : all;
+        // A division of 64 bits for each piece would be most of the work.
+        u64 row = first / p.at.count;
+        u32 within = (u32)(first % p.at.count);
+        const u32 rows = 8 / p.at.count, rest = 8 % p.at.count;
+#pragma unroll 4
+        for (u64 piece = first; piece < end; piece += 8) {
+            const u64 at = row * p.at.stride + p.at.offset + (u64)within * p.at.width + column;
             sum += p.x ? p.dy[at] * p.x[at] * p.inverse[piece] : p.dy[at];
+            const bool next = within + rest >= p.at.count;
+            row += rows + next;
+            within += next ? rest - p.at.count : rest;
         }
     }
     sums[warp][lane] = sum;
     block_barrier();
     if (warp != 0 || column >= p.at.width) return;
     for (u32 other = 1; other < 8; other++) sum += sums[other][lane];
-    p.out[column] += sum;
+    float* const out = p.out + (u64)blockIdx.y * p.at.width + column;
+    *out = p.add ? *out + sum : sum;
 }
 
 struct TrainRotate {

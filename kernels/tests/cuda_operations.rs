@@ -31,6 +31,177 @@ fn rows_by_row() {
     agree(scenarios::rows());
 }
 
+/// All operations that go row by row, one after the other, each on what the one before left.
+fn row_by_row(case: u64, rows: usize, width: usize) -> Scenario {
+    Scenario::new("row by row", format!("{rows} × {width}"), 1e-5, move |ops| {
+        let noise = &mut Noise::new(case);
+        let [table, other] = [0; 2].map(|_| ops.load_table(noise, 50, width));
+        let wide = ops.load_table(noise, 50, 2 * width);
+        let weight = ops.load_vector(&noise.values(width, 1.0)).unwrap();
+        let [x, normed, centred, sum, curved, capped, gated, swished] = [0; 8].map(|_| ops.alloc_poisoned(Rows::Tokens, width));
+        let gate_up = ops.alloc_poisoned(Rows::Tokens, 2 * width);
+        let sampled = ops.alloc_poisoned(Rows::Samples, width);
+        ops.begin(&scenarios::plain_step(noise, rows, 50)).unwrap();
+        ops.embedding(table, x);
+        ops.scale(x, 3.5);
+        ops.clamp(x, 2.0);
+        ops.rms_norm(x, weight, 1e-5, normed);
+        ops.layer_norm(x, weight, 1e-5, centred);
+        ops.embedding(other, sum);
+        ops.rms_norm_add(x, weight, 1e-5, sum);
+        ops.gelu(x, curved);
+        ops.embedding(other, capped);
+        ops.soft_cap(capped, 0.7);
+        ops.embedding(wide, gate_up);
+        ops.silu_and_mul(gate_up, swished);
+        ops.gelu_tanh_and_mul(gate_up, gated);
+        ops.gather(sum, sampled);
+        ops.run();
+        vec![x, normed, centred, sum, curved, capped, gated, swished, gate_up, sampled]
+    })
+}
+
+/// Rows of any width, which begin at any address and end in the middle of what a thread takes; each operation as it leaves a bf16 copy.
+#[test]
+fn rows_of_widths_that_are_drawn() {
+    let noise = &mut Noise::new(77);
+    for case in 0..40 {
+        // Many narrow ones, some up to 5,000.
+        let most = [9, 70, 300, 1100, 5000][case % 5];
+        let (rows, width) = (1 + noise.below(3), 1 + noise.below(most));
+        agree(vec![row_by_row(case as u64, rows, width)]);
+    }
+}
+
+fn rounded_half(value: f32) -> f32 {
+    half::bf16::from_f32(value).to_f32()
+}
+
+/// Producers of rows that a linear has read before leave the bf16 copy that a pass of its own would make of them, bit by bit, and each
+/// element of it.
+#[test]
+fn copies_that_producers_leave_are_those_of_a_pass_of_their_own() {
+    type Produce = fn(&mut CudaBackend<Emulated>, [Buf; 4], Vector);
+    let producers: [(&str, Produce); 8] = [
+        ("rms_norm", |ops, [x, _, out, _], weight| ops.rms_norm(x, weight, 1e-5, out)),
+        ("rms_norm_add", |ops, [x, _, out, _], weight| {
+            ops.rms_norm(x, weight, 1e-3, out);
+            ops.rms_norm_add(x, weight, 1e-5, out);
+        }),
+        ("layer_norm", |ops, [x, _, out, _], weight| ops.layer_norm(x, weight, 1e-5, out)),
+        ("gelu", |ops, [x, _, out, _], _| ops.gelu(x, out)),
+        ("silu_and_mul", |ops, [_, gate_up, out, _], _| ops.silu_and_mul(gate_up, out)),
+        ("gelu_tanh_and_mul", |ops, [_, gate_up, out, _], _| ops.gelu_tanh_and_mul(gate_up, out)),
+        ("gather", |ops, [x, _, _, sampled], _| ops.gather(x, sampled)),
+        ("embedding", |_, _, _| {}),
+    ];
+    for (case, width) in [1, 6, 127, 130, 576, 1030, 2051].into_iter().enumerate() {
+        for (name, produce) in producers {
+            // The copy is made by a step before, of other tokens, or now.
+            let bits = |before: bool| {
+                let noise = &mut Noise::new(case as u64);
+                let mut ops = cuda(case % 2 == 1, LIMITS);
+                let [table, wide] = [1, 2].map(|times| ops.load_table(noise, 50, times * width));
+                let weight = ops.load_vector(&noise.values(width, 1.0)).unwrap();
+                let weights: Vec<f32> = noise.values(20 * width, 1.0).iter().map(|v| rounded_half(*v)).collect();
+                let matrix = ops.load_matrix(&[Weight::from_f32(width, &weights).source()], WeightFormat::Bf16).unwrap();
+                let [x, gate_up, out] = [width, 2 * width, width].map(|width| ops.alloc_poisoned(Rows::Tokens, width));
+                let sampled = ops.alloc_poisoned(Rows::Samples, width);
+                let [read, last] = match name {
+                    "gather" => [sampled, ops.alloc_poisoned(Rows::Samples, 20)],
+                    "embedding" => [x, ops.alloc_poisoned(Rows::Tokens, 20)],
+                    _ => [out, ops.alloc_poisoned(Rows::Tokens, 20)],
+                };
+                let steps = [0; 2].map(|_| scenarios::plain_step(noise, 5, 50));
+                let run = |ops: &mut CudaBackend<Emulated>, step: &StepBatch| {
+                    ops.begin(step).unwrap();
+                    ops.embedding(table, x);
+                    ops.embedding(wide, gate_up);
+                    produce(ops, [x, gate_up, out, sampled], weight);
+                    ops.linear(read, matrix, None, last, Store::Replace);
+                    ops.run();
+                };
+                if before {
+                    run(&mut ops, &steps[0]);
+                }
+                run(&mut ops, &steps[1]);
+                assert_eq!(ops.device().launches("halve"), 1, "{name}");
+                // A step of so few rows sums up products of bf16, in f32.
+                let (x, products) = (ops.read(read).unwrap(), ops.read(last).unwrap());
+                let inner = |(x, w): (&[f32], &[f32])| x.iter().zip(w).map(|(x, w)| rounded_half(*x) * w).sum::<f32>();
+                let pairs = x.chunks(width).flat_map(|x| weights.chunks(width).map(move |w| (x, w)));
+                let off = error(&products, &pairs.map(inner).collect::<Vec<f32>>());
+                assert!(off < 1e-5, "{name}, {width}: {off:e}");
+                products.iter().map(|v| v.to_bits()).collect::<Vec<u32>>()
+            };
+            assert!(bits(true) == bits(false), "{name}, {width}");
+        }
+    }
+}
+
+/// Tables of every form at widths that are no whole rows of theirs.
+#[test]
+fn tables_of_every_form_are_looked_up() {
+    let forms = [
+        (Format::F32, WeightFormat::F32, 0.0),
+        (Format::F32, WeightFormat::Bf16, 4e-3),
+        (Format::F32, WeightFormat::Int8, 4e-3),
+        (Format::F32, WeightFormat::Fp8, 4e-2),
+        (Format::Q8_0, WeightFormat::Auto, 4e-3),
+        (Format::Q4_0, WeightFormat::Auto, 1e-3),
+        (Format::Q4_1, WeightFormat::Auto, 1e-3),
+    ];
+    for (case, (format, packed, tolerance)) in forms.into_iter().enumerate() {
+        for width in [1, 3, 30, 31, 130, 1025, 1999].map(|width: usize| match format {
+            Format::F32 => width,
+            // Of whole blocks.
+            _ => width.next_multiple_of(32),
+        }) {
+            let scenario =
+                Scenario::new(format!("embedding, {format:?} as {packed:?}"), width.to_string(), tolerance, move |ops| {
+                    let noise = &mut Noise::new(case as u64);
+                    let table = Weight::random(noise, 50, width, format, 1.0);
+                    let table = ops.load_matrix(&[table.source()], packed).unwrap();
+                    let x = ops.alloc_poisoned(Rows::Tokens, width);
+                    ops.begin(&scenarios::plain_step(noise, 5, 50)).unwrap();
+                    ops.embedding(table, x);
+                    ops.run();
+                    vec![x]
+                });
+            agree(vec![scenario]);
+        }
+    }
+}
+
+/// One row alone or one of many, at whatever address: sums are made in an order that the width alone decides.
+#[test]
+fn a_norm_does_not_depend_on_its_company() {
+    for width in [1, 63, 130, 1029, 4999, 8195, 9216] {
+        let bits = |rows: usize, centred: bool| -> Vec<u32> {
+            let noise = &mut Noise::new(width as u64);
+            let mut ops = cuda(rows.is_multiple_of(2), LIMITS);
+            let (table, weight) = (ops.load_table(noise, 50, width), noise.values(width, 1.0));
+            let weight = ops.load_vector(&weight).unwrap();
+            let [x, out] = [0; 2].map(|_| ops.alloc_poisoned(Rows::Tokens, width));
+            let mut step = scenarios::plain_step(noise, rows, 50);
+            step.tokens[rows - 1] = 7;
+            ops.begin(&step).unwrap();
+            ops.embedding(table, x);
+            match centred {
+                true => ops.layer_norm(x, weight, 1e-5, out),
+                false => ops.rms_norm(x, weight, 1e-5, out),
+            }
+            ops.run();
+            ops.read(out).unwrap()[(rows - 1) * width..].iter().map(|v| v.to_bits()).collect()
+        };
+        for centred in [false, true] {
+            for rows in [2, 3, 4, 9] {
+                assert!(bits(rows, centred) == bits(1, centred), "{width}, {rows} rows, centred {centred}");
+            }
+        }
+    }
+}
+
 #[test]
 fn more_rows_than_a_grid_is_high() {
     agree(vec![scenarios::many_routed_rows()]);
@@ -175,6 +346,7 @@ fn a_fork_copies_its_last_block_and_then_goes_its_own_way() {
 #[test]
 fn experts_of_every_form_from_one_row_to_many() {
     agree(support::experts::scenarios());
+    agree(support::experts::many_choices());
     agree(support::experts::gates());
 }
 

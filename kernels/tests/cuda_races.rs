@@ -50,12 +50,14 @@ fn works(source: Source) -> Vec<Work> {
     };
     match source {
         // Heads of 80 and 6 elements: lanes read what others rotate.
-        Source::Rows => {
-            [some(scenarios::rows(), &[0, 1, 2, 3]), some(scenarios::copies(), &[0]), some(scenarios::brief_attention(), &[1, 2])]
-                .into_iter()
-                .flatten()
-                .collect()
-        }
+        Source::Rows => [
+            some(scenarios::rows(), &[0, 1, 2, 3, 41, 43]),
+            some(scenarios::copies(), &[0]),
+            some(scenarios::brief_attention(), &[1, 2]),
+        ]
+        .into_iter()
+        .flatten()
+        .collect(),
         Source::Linear => some(scenarios::linears(), &[0, 5, 10, 14, 20]),
         Source::Lora => some(low_rank::scenarios(), &[1]),
         Source::Attention => some(scenarios::brief_attention(), &[0, 1, 2, 3, 4]),
@@ -63,7 +65,10 @@ fn works(source: Source) -> Vec<Work> {
         Source::AttentionHopper => Vec::new(),
         Source::Fp8 => scenarios::fp8_activations().into_iter().map(rounding).collect(),
         Source::Sampling => (0..6).map(sampled).collect(),
-        Source::Moe => some(experts::scenarios(), &[0, 7, 10, 13, 24]),
+        Source::Moe => [some(experts::scenarios(), &[0, 7, 10, 13, 24]), some(experts::many_choices(), &[0, 3])]
+            .into_iter()
+            .flatten()
+            .collect(),
         Source::Train => {
             let both = [Precision::F32, Precision::Bf16].into_iter();
             both.flat_map(|precision| [multiplied(precision), attended(precision)]).collect()
@@ -140,9 +145,9 @@ fn normed() -> Work {
     training("norms", Precision::F32, |compute| {
         let noise = &mut Noise::new(4);
         let pieces = Pieces { stride: 53, offset: 4, count: 3, width: 16 };
-        let [x, dy] = [0; 2].map(|_| compute.upload(&noise.values(21 * 53, 1.0)).unwrap());
+        let [x, dy] = [0; 2].map(|_| compute.upload(&noise.values(43 * 53, 1.0)).unwrap());
         let [weight, dweight] = [0; 2].map(|_| compute.upload(&noise.values(16, 1.0)).unwrap());
-        let [out, inverse, dx] = [21 * 53, 63, 21 * 53].map(|len| compute.zeros(len).unwrap());
+        let [out, inverse, dx] = [43 * 53, 129, 43 * 53].map(|len| compute.zeros(len).unwrap());
         compute.rms_norm(x.all(), pieces, weight.all(), 1e-5, out.all(), inverse.all()).unwrap();
         let given = [x.all(), weight.all(), inverse.all(), dy.all()];
         compute.rms_norm_back(given, pieces, dx.all(), Store::Add).unwrap();

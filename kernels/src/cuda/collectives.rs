@@ -1,8 +1,9 @@
 //! What devices that compute a model together exchange in a step.
 
-use super::device::{Address, Device, Graph, Launch};
+use super::device::{Address, Device, Graph};
 use super::params as p;
 use super::room::Room;
+use super::rows::fours;
 use super::{CudaBackend, EMBEDDING, GATHER};
 use crate::error::KernelError;
 use crate::ops::{Buf, Matrix};
@@ -36,8 +37,9 @@ impl<D: Device> CudaBackend<D> {
     pub(super) fn embed(&mut self, table: Matrix, first: u32, out: Buf) -> Result<(), KernelError> {
         let (half, half_stride) = self.produce(out);
         let (table, tokens) = (self.matrices[table.0 as usize].weights, self.lists.tokens);
-        let params = p::Embedding { table, tokens, out: self.at(out), half, half_stride, first };
-        self.launch(EMBEDDING, Launch::blocks(self.rows(out)), params)
+        let width = self.buffers[out.0 as usize].width;
+        let params = p::Embedding { table, tokens, out: self.at(out), half, half_stride, first, width: width as u32, unused: 0 };
+        self.launch(EMBEDDING, fours(self.rows(out), width), params)
     }
 
     /// Rows that pad are summed up with the others: a captured exchange has a fixed size.
@@ -83,7 +85,7 @@ impl<D: Device> CudaBackend<D> {
         };
         let params =
             p::Gather { x: from, rows: order, out: self.at(out), half: Address::NONE, width: width as u32, half_stride: 0 };
-        self.launch(GATHER, Launch::blocks(rows * ranks), params)
+        self.launch(GATHER, fours(rows * ranks, width), params)
     }
 
     /// A captured step is of use only where every rank has captured it: an exchange is in a captured step on all or on none.

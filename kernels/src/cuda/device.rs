@@ -103,7 +103,7 @@ impl Source {
     /// The text, without [`HEADER`].
     pub const fn text(self) -> &'static str {
         match self {
-            Source::Rows => include_str!("../../cuda/rows.cu"),
+            Source::Rows => with!("rows.cuh", "rows.cu"),
             Source::Linear => with!("few_rows.cuh", "linear.cu"),
             Source::Lora => include_str!("../../cuda/lora.cu"),
             Source::Attention => with!("attention.cuh", "attention.cu"),
@@ -132,6 +132,11 @@ impl Kernel {
     /// A kernel of a file.
     pub const fn new(source: Source, name: &'static str, threads: u32) -> Self {
         Kernel { source, name, threads }
+    }
+
+    /// With blocks of another size, which its bound must allow.
+    pub(super) const fn of_threads(self, threads: u32) -> Self {
+        Kernel { threads, ..self }
     }
 }
 

@@ -34,7 +34,7 @@ pub struct Card<C: Calls = Cuda> {
     context: sys::CUcontext,
     pub(super) stream: sys::CUstream,
     /// With the shared memory that each may ask for.
-    functions: HashMap<Kernel, (sys::CUfunction, u32)>,
+    functions: HashMap<(Source, &'static str), (sys::CUfunction, u32)>,
     modules: HashMap<Source, sys::CUmodule>,
     /// Files that it does without, and why.
     left_out: HashMap<Source, String>,
@@ -255,7 +255,9 @@ impl<C: Calls> Card<C> {
 
     /// A kernel that may ask for so much shared memory. What it was once allowed stays: captured launches rely on it.
     fn function(&mut self, kernel: Kernel, shared: u32) -> Result<sys::CUfunction, KernelError> {
-        let (function, allowed) = match self.functions.get(&kernel) {
+        // Blocks of any size are one function's.
+        let key = (kernel.source, kernel.name);
+        let (function, allowed) = match self.functions.get(&key) {
             Some((function, allowed)) if shared <= *allowed => return Ok(*function),
             Some(found) => *found,
             None => {
@@ -271,7 +273,7 @@ impl<C: Calls> Card<C> {
             // SAFETY: a function of a loaded module.
             unsafe { self.calls.allow_shared(function, shared) }.map_err(|e| failed(kernel.name, e))?;
         }
-        self.functions.insert(kernel, (function, shared.max(allowed)));
+        self.functions.insert(key, (function, shared.max(allowed)));
         Ok(function)
     }
 

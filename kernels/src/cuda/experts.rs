@@ -163,8 +163,8 @@ impl<D: Device> CudaBackend<D> {
         }
         let (entries, height) = ((rows * each) as u32, height as u32);
         let params = p::Align { chosen, rows: sorted, places, tiles, tile_count, entries, experts: experts32, height, unused: 0 };
-        // Warps count in the same places as experts.
-        self.launch(ALIGN, Launch::blocks(experts).with_shared(64 + experts.max(8) * 4), params)
+        // Warps count their four choices in the same places as experts.
+        self.launch(ALIGN, Launch::blocks(experts).with_shared(64 + experts.max(8 * 4) * 4), params)
     }
 
     pub(super) fn multiply_experts(&mut self, x: Buf, experts: Experts, routing: Routing, out: Buf) -> Result<(), KernelError> {

@@ -1,10 +1,10 @@
 //! Products of many rows where activations are 8-bit floats, too: each row is rounded with a scale of its own when it is multiplied
 //! (dynamic, per token), the library multiplies, and the scales of rows and of output features are applied to its f32 result.
 
+use super::CudaBackend;
 use super::device::{Device, Kernel, Launch, Operands, Product, Source};
 use super::params as p;
 use super::room::Room;
-use super::{BLOCK_SUM, CudaBackend};
 use crate::error::KernelError;
 use crate::ops::{Activations, Buf};
 
@@ -99,7 +99,7 @@ impl<D: Device> CudaBackend<D> {
             false => out,
         };
         let round = p::Round { x: self.at(x), to, scales: row_scales, width: width as u32, stride: stride as u32 };
-        self.launch(ROUND_ROWS, Launch::blocks(rows).with_shared(2 * BLOCK_SUM), round)?;
+        self.launch(ROUND_ROWS, Launch::blocks(rows).with_shared(8 * 8), round)?;
         let operands = Operands::Fp8;
         self.device.product(Product { operands, x: to, w: weights.data, out: products, rows, n, stride, add: false })?;
         let rescale = p::Rescale { products, row_scales, scales: weights.scales, bias, out, n: n as u32, add: add.into() };

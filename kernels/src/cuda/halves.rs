@@ -1,10 +1,11 @@
 //! Products with weights, and the bf16 copies of activations that they read.
 
 use super::device::{Address, Device, Launch, Operands, Product};
-use super::holdings::{Half, HeldMatrix, few_rows};
+use super::holdings::{Half, HeldMatrix, WIDENED, few_rows, widen};
 use super::params as p;
+use super::rows::fours;
 use super::weights::{self, Form};
-use super::{ADD_BIAS, CudaBackend, HALVE, LINEAR_F32, WIDEN};
+use super::{ADD_BIAS, CudaBackend, HALVE, LINEAR_F32};
 use crate::error::KernelError;
 use crate::ops::{Buf, Matrix, Rows, Store, Vector};
 
@@ -42,9 +43,9 @@ impl<D: Device> CudaBackend<D> {
             }
         };
         if !half.fresh {
-            let (x, width) = (buffer.at, buffer.width as u32);
-            let rows = self.rows(buf);
-            self.launch(HALVE, Launch::blocks(rows), p::Halve { x, half: half.at, width, half_stride: half.stride as u32 })?;
+            let (x, width) = (buffer.at, buffer.width);
+            let params = p::Halve { x, half: half.at, width: width as u32, half_stride: half.stride as u32 };
+            self.launch(HALVE, fours(self.rows(buf), width), params)?;
             self.produce(buf);
         }
         Ok(half.at)
@@ -83,11 +84,11 @@ impl<D: Device> CudaBackend<D> {
             return self.launch(*kernel, Launch::blocks(n.div_ceil(16)).with_shared(8 * 16 * most * 4), params);
         }
         let stride = weights.stride as usize;
-        let wide = match form {
-            Form::Bf16 => weights.data,
-            _ => {
+        let wide = match widen(form) {
+            None => weights.data,
+            Some(kernel) => {
                 let to = self.widened.reserve(&mut self.device, "widened weights", n * stride * 2)?;
-                self.launch(WIDEN, Launch::blocks(n), p::Widen { from: weights, to })?;
+                self.launch(kernel, Launch::blocks((n * stride).div_ceil(WIDENED)), p::Widen { from: weights, to })?;
                 to
             }
         };
@@ -102,7 +103,7 @@ impl<D: Device> CudaBackend<D> {
             add: store == Store::Add,
         })?;
         if bias != Address::NONE {
-            self.launch(ADD_BIAS, Launch::blocks(rows), p::AddBias { bias, out, width: n as u32, unused: 0 })?;
+            self.launch(ADD_BIAS, fours(rows, n), p::AddBias { bias, out, width: n as u32, unused: 0 })?;
         }
         Ok(())
     }

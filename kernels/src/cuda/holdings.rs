@@ -5,7 +5,7 @@ use super::params::Weights;
 use super::weights::Form;
 use crate::ops::{KvSpec, Rows};
 
-/// A kernel for products of up to so many rows.
+/// A kernel for products with weights.
 const fn linear(name: &'static str) -> Kernel {
     Kernel::new(Source::Linear, name, 256)
 }
@@ -38,6 +38,19 @@ pub(super) fn few_rows(form: Form) -> &'static [(usize, Kernel)] {
         Form::Int8 => &INT8,
         Form::Fp8 => &FP8,
         Form::Int4 => &INT4,
+    }
+}
+
+/// Elements of a matrix that a block of [`widen`]'s kernels takes.
+pub(super) const WIDENED: usize = 8192;
+
+/// The kernel that makes bf16 of a form for products by the library, which reads the others as they are.
+pub(super) fn widen(form: Form) -> Option<Kernel> {
+    match form {
+        Form::F32 | Form::Bf16 => None,
+        Form::Int8 => Some(linear("widen_int8")),
+        Form::Fp8 => Some(linear("widen_fp8")),
+        Form::Int4 => Some(linear("widen_int4")),
     }
 }
 

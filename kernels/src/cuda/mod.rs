@@ -31,6 +31,7 @@ mod plan;
 mod product;
 mod replay;
 mod room;
+mod rows;
 mod sampling;
 mod segments;
 mod sought;
@@ -53,6 +54,7 @@ use self::lists::{StepLists, Swap};
 use self::params as p;
 use self::replay::Captures;
 use self::room::Room;
+use self::rows::fours;
 use self::sampling::SamplingRoom;
 use self::steps::Steps;
 use crate::collective::Place;
@@ -61,8 +63,8 @@ use crate::ops::*;
 use crate::shapes::Shapes;
 
 const EMBEDDING: Kernel = Kernel::new(Source::Rows, "embedding", 256);
-const RMS_NORM: Kernel = Kernel::new(Source::Rows, "rms_norm", 256);
-const LAYER_NORM: Kernel = Kernel::new(Source::Rows, "layer_norm", 256);
+const RMS_NORM: Kernel = Kernel::new(Source::Rows, "rms_norm", 1024);
+const LAYER_NORM: Kernel = Kernel::new(Source::Rows, "layer_norm", 1024);
 const CLAMP: Kernel = Kernel::new(Source::Rows, "clamp", 256);
 const SCALE: Kernel = Kernel::new(Source::Rows, "scale", 256);
 const SOFT_CAP: Kernel = Kernel::new(Source::Rows, "soft_cap", 256);
@@ -72,15 +74,11 @@ const GELU_TANH_AND_MUL: Kernel = Kernel::new(Source::Rows, "gelu_tanh_and_mul",
 const GATHER: Kernel = Kernel::new(Source::Rows, "gather", 256);
 const HALVE: Kernel = Kernel::new(Source::Rows, "halve", 256);
 const ADD_BIAS: Kernel = Kernel::new(Source::Rows, "add_bias", 256);
-const WIDEN: Kernel = Kernel::new(Source::Rows, "widen", 256);
 const COPY_BLOCK: Kernel = Kernel::new(Source::Rows, "copy_block", 256);
 const ROPE_CACHE: Kernel = Kernel::new(Source::Rows, "rope_cache", 128);
 const LINEAR_F32: Kernel = Kernel::new(Source::Linear, "linear_f32", 256);
 const ATTENTION_JOIN: Kernel = Kernel::new(Source::Attention, "attention_join", 128);
 const ATTENTION_PLAIN: Kernel = Kernel::new(Source::Attention, "attention_plain", 32);
-
-/// Floats of scratch of a block's sums: a number for each of its warps.
-const BLOCK_SUM: usize = 8 * 4;
 
 /// The CUDA backend on a device.
 pub struct CudaBackend<D: Device> {
@@ -202,22 +200,6 @@ impl<D: Device> CudaBackend<D> {
 
     fn at(&self, buf: Buf) -> Address {
         self.buffers[buf.0 as usize].at
-    }
-
-    /// One of the two norms, which take the same; with `add`, its result is added to what is in `out`.
-    fn norm(&mut self, kernel: Kernel, x: Buf, weight: Vector, eps: f32, out: Buf, add: bool) -> Result<(), KernelError> {
-        let (half, half_stride) = self.produce(out);
-        let (width, weight) = (self.buffers[x.0 as usize].width as u32, self.vectors[weight.0 as usize]);
-        let params = p::Norm { x: self.at(x), weight, out: self.at(out), half, width, half_stride, eps, add: add.into() };
-        self.launch(kernel, Launch::blocks(self.rows(x)).with_shared(BLOCK_SUM), params)
-    }
-
-    /// One of the two gated activations, which take the same.
-    fn gate(&mut self, kernel: Kernel, gate_up: Buf, out: Buf) -> Result<(), KernelError> {
-        let (half, half_stride) = self.produce(out);
-        let width = self.buffers[out.0 as usize].width;
-        let params = p::SiluAndMul { gate_up: self.at(gate_up), out: self.at(out), half, width: width as u32, half_stride };
-        self.launch(kernel, Launch::grid(self.rows(out), width.div_ceil(256)), params)
     }
 
     /// Reserves memory and keeps count of it.
@@ -441,7 +423,7 @@ impl<D: Device> Ops for CudaBackend<D> {
             b.stale(x);
             let width = b.buffers[x.0 as usize].width;
             let params = p::Clamp { x: b.at(x), width: width as u32, limit };
-            b.launch(CLAMP, Launch::grid(b.rows(x), width.div_ceil(256)), params)
+            b.launch(CLAMP, fours(b.rows(x), width), params)
         });
     }
 
@@ -450,7 +432,7 @@ impl<D: Device> Ops for CudaBackend<D> {
             b.stale(x);
             let width = b.buffers[x.0 as usize].width;
             let params = p::Scale { x: b.at(x), width: width as u32, factor };
-            b.launch(SCALE, Launch::grid(b.rows(x), width.div_ceil(256)), params)
+            b.launch(SCALE, fours(b.rows(x), width), params)
         });
     }
 
@@ -459,7 +441,7 @@ impl<D: Device> Ops for CudaBackend<D> {
             b.stale(x);
             let width = b.buffers[x.0 as usize].width;
             let params = p::SoftCap { x: b.at(x), width: width as u32, cap };
-            b.launch(SOFT_CAP, Launch::grid(b.rows(x), width.div_ceil(256)), params)
+            b.launch(SOFT_CAP, fours(b.rows(x), width), params)
         });
     }
 
@@ -530,7 +512,7 @@ impl<D: Device> Ops for CudaBackend<D> {
             let (half, half_stride) = b.produce(out);
             let width = b.buffers[out.0 as usize].width;
             let params = p::Gelu { x: b.at(x), out: b.at(out), half, width: width as u32, half_stride };
-            b.launch(GELU, Launch::grid(b.rows(out), width.div_ceil(256)), params)
+            b.launch(GELU, fours(b.rows(out), width), params)
         });
     }
 
@@ -556,9 +538,9 @@ impl<D: Device> Ops for CudaBackend<D> {
     fn gather(&mut self, x: Buf, out: Buf) {
         self.enqueue(self.shapes.gather(x, out), Op::Gather { x, out }, |b| {
             let (half, half_stride) = b.produce(out);
-            let (width, rows) = (b.buffers[out.0 as usize].width as u32, b.lists.gathered);
-            let params = p::Gather { x: b.at(x), rows, out: b.at(out), half, width, half_stride };
-            b.launch(GATHER, Launch::blocks(b.rows(out)), params)
+            let (width, rows) = (b.buffers[out.0 as usize].width, b.lists.gathered);
+            let params = p::Gather { x: b.at(x), rows, out: b.at(out), half, width: width as u32, half_stride };
+            b.launch(GATHER, fours(b.rows(out), width), params)
         });
     }
 

@@ -25,7 +25,7 @@ pub(super) use params;
 
 params! {
     Weights { data: Address, scales: Address, form: u32, n: u32, k: u32, stride: u32 }
-    Embedding { table: Weights, tokens: Address, out: Address, half: Address, half_stride: u32, first: u32 }
+    Embedding { table: Weights, tokens: Address, out: Address, half: Address, half_stride: u32, first: u32, width: u32, unused: u32 }
     Norm { x: Address, weight: Address, out: Address, half: Address, width: u32, half_stride: u32, eps: f32, add: u32 }
     Clamp { x: Address, width: u32, limit: f32 }
     Scale { x: Address, width: u32, factor: f32 }

@@ -21,6 +21,9 @@ use tidemill_kernels::{KernelError, Place, e4m3};
 const HOST: &str =
     concat!(include_str!("../../emulation/host.h"), "\n#line 1 \"hopper.h\"\n", include_str!("../../emulation/hopper.h"));
 const RACES: &str = include_str!("../../emulation/races.cpp");
+/// A card reads and writes at multiples of as many bytes as it takes at once, or not at all; here every access is asked, and the first that
+/// is not ends the test (`SIGILL`).
+const ALIGNED: [&str; 2] = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"];
 /// What a card lets a block have.
 const MOST_SHARED: u32 = 227 << 10;
 
@@ -32,7 +35,7 @@ fn library(source: Source, checked: bool) -> usize {
     *LIBRARIES[usize::from(checked)][source as usize].get_or_init(|| {
         let text = format!("{HOST}\n#line 1 \"device.cuh\"\n{HEADER}\n#line 1 \"{}\"\n{}", source.name(), source.text());
         let hash = &mut DefaultHasher::new();
-        (&text, checked.then_some(RACES)).hash(hash);
+        (&text, checked.then_some(RACES), ALIGNED).hash(hash);
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
         let built = folder.join(format!("{}-{:016x}.so", source.name(), hash.finish()));
         if !built.exists() {
@@ -67,7 +70,7 @@ fn build(text: &str, built: &Path, checked: bool) {
         compile(&["-O2", "-shared", "-Wl,-Bsymbolic", &object], &races, &unique);
         [races, PathBuf::from(object)].iter().for_each(|file| std::fs::remove_file(file).unwrap());
     } else {
-        compile(&["-O2", "-shared"], &code, &unique);
+        compile(&["-O2", "-shared", ALIGNED[0], ALIGNED[1]], &code, &unique);
     }
     std::fs::rename(&unique, built).unwrap();
     std::fs::remove_file(&code).unwrap();

@@ -62,44 +62,56 @@ pub fn scenarios() -> Vec<Scenario> {
 
 /// A form of weights in every size.
 pub fn in_form(format: Format, packed: WeightFormat, tolerance: f64) -> Vec<Scenario> {
-    let one = |(case, (rows, mixture)): (usize, (usize, Mixture))| {
-        let operation = format!("route, expert_linear, combine, {format:?} as {packed:?}");
-        Scenario::new(operation, format!("{rows} rows, {mixture:?}"), tolerance, move |ops| {
-            let noise = &mut Noise::new(60 + case as u64);
-            let Mixture { hidden, ffn, routing: shape } = mixture;
-            let each = shape.each;
-            let (inputs, starts) = (ops.load_table(noise, 50, hidden), ops.load_table(noise, 50, hidden));
-            // Some tokens have the same logits for several experts.
-            let logits_table = Weight::from_f32(shape.experts, &coarse(noise, 50 * shape.experts));
-            let logits_table = ops.load_matrix(&[logits_table.source()], WeightFormat::F32).unwrap();
-            let [gate_up, down] = MixtureWeights::random(noise, mixture, format).load(ops, packed);
-            let routing = ops.alloc_routing(shape).unwrap();
-            let x = ops.alloc_poisoned(Rows::Tokens, hidden);
-            let logits = ops.alloc_poisoned(Rows::Tokens, shape.experts);
-            let wide = ops.alloc_poisoned(Rows::Routed { each }, 2 * ffn);
-            let gated = ops.alloc_poisoned(Rows::Routed { each }, ffn);
-            let narrow = ops.alloc_poisoned(Rows::Routed { each }, hidden);
-            let [replaced, added] = [0; 2].map(|_| ops.alloc_poisoned(Rows::Tokens, hidden));
-            ops.begin(&plain_step(noise, rows, 50)).unwrap();
-            ops.embedding(inputs, x);
-            ops.embedding(logits_table, logits);
-            ops.embedding(starts, added);
-            // Another layer's routing came before.
-            for normalised in [false, true] {
-                ops.route(logits, normalised, routing);
-                ops.expert_linear(x, gate_up, routing, wide);
-                ops.silu_and_mul(wide, gated);
-                ops.expert_linear(gated, down, routing, narrow);
-                ops.combine(narrow, routing, if normalised { added } else { replaced }, Store::Add);
-                if !normalised {
-                    ops.combine(narrow, routing, replaced, Store::Replace);
-                }
-            }
-            ops.run();
-            vec![wide, gated, narrow, replaced, added]
-        })
-    };
+    let one = |(case, (rows, mixture))| of_size(case, rows, mixture, (format, packed, tolerance));
     SIZES.into_iter().enumerate().map(one).collect()
+}
+
+/// More choices than a block's threads look at at once, some so many that they turn twice or just not.
+pub fn many_choices() -> Vec<Scenario> {
+    let one = |(case, (rows, experts, each))| {
+        let mixture = Mixture { hidden: 8, ffn: 4, routing: RoutingShape { experts, each } };
+        let scenario = of_size(case, rows, mixture, (Format::F32, WeightFormat::F32, 6e-6));
+        scenario.within(Limits { max_tokens: rows, max_samples: 9, max_positions: rows })
+    };
+    [(300, 5, 1), (700, 4, 3), (512, 5, 4), (33, 40, 32)].into_iter().enumerate().map(one).collect()
+}
+
+fn of_size(case: usize, rows: usize, mixture: Mixture, (format, packed, tolerance): (Format, WeightFormat, f64)) -> Scenario {
+    let operation = format!("route, expert_linear, combine, {format:?} as {packed:?}");
+    Scenario::new(operation, format!("{rows} rows, {mixture:?}"), tolerance, move |ops| {
+        let noise = &mut Noise::new(60 + case as u64);
+        let Mixture { hidden, ffn, routing: shape } = mixture;
+        let each = shape.each;
+        let (inputs, starts) = (ops.load_table(noise, 50, hidden), ops.load_table(noise, 50, hidden));
+        // Some tokens have the same logits for several experts.
+        let logits_table = Weight::from_f32(shape.experts, &coarse(noise, 50 * shape.experts));
+        let logits_table = ops.load_matrix(&[logits_table.source()], WeightFormat::F32).unwrap();
+        let [gate_up, down] = MixtureWeights::random(noise, mixture, format).load(ops, packed);
+        let routing = ops.alloc_routing(shape).unwrap();
+        let x = ops.alloc_poisoned(Rows::Tokens, hidden);
+        let logits = ops.alloc_poisoned(Rows::Tokens, shape.experts);
+        let wide = ops.alloc_poisoned(Rows::Routed { each }, 2 * ffn);
+        let gated = ops.alloc_poisoned(Rows::Routed { each }, ffn);
+        let narrow = ops.alloc_poisoned(Rows::Routed { each }, hidden);
+        let [replaced, added] = [0; 2].map(|_| ops.alloc_poisoned(Rows::Tokens, hidden));
+        ops.begin(&plain_step(noise, rows, 50)).unwrap();
+        ops.embedding(inputs, x);
+        ops.embedding(logits_table, logits);
+        ops.embedding(starts, added);
+        // Another layer's routing came before.
+        for normalised in [false, true] {
+            ops.route(logits, normalised, routing);
+            ops.expert_linear(x, gate_up, routing, wide);
+            ops.silu_and_mul(wide, gated);
+            ops.expert_linear(gated, down, routing, narrow);
+            ops.combine(narrow, routing, if normalised { added } else { replaced }, Store::Add);
+            if !normalised {
+                ops.combine(narrow, routing, replaced, Store::Replace);
+            }
+        }
+        ops.run();
+        vec![wide, gated, narrow, replaced, added]
+    })
 }
 
 /// Halves, so that some are equal.

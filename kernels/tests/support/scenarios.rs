@@ -35,6 +35,11 @@ impl Scenario {
         Scenario { operation: operation.into(), sizes, tolerance, limits: LIMITS, run: Box::new(run) }
     }
 
+    /// Under other limits.
+    pub fn within(self, limits: Limits) -> Self {
+        Scenario { limits, ..self }
+    }
+
     /// What the reference computes.
     pub fn wanted(&self) -> Vec<Vec<f32>> {
         let mut oracle = Reference::new(self.limits);
@@ -79,7 +84,9 @@ pub fn plain_step(noise: &mut Noise, rows: usize, vocabulary: usize) -> StepBatc
 
 pub fn rows() -> Vec<Scenario> {
     let mut all = Vec::new();
-    for (case, (rows, width)) in [(1, 576), (7, 64), (70, 40), (33, 130), (2, 1)].into_iter().enumerate() {
+    // The last are more than threads of a card hold of a row, in whole fours and not.
+    let sizes = [(1, 576), (7, 64), (70, 40), (33, 130), (2, 1), (3, 1027), (2, 4999), (1, 9216), (2, 8195)];
+    for (case, (rows, width)) in sizes.into_iter().enumerate() {
         let sizes = format!("{rows} × {width}");
         all.push(Scenario::new("embedding, rms_norm, gather", sizes.clone(), 2e-6, move |ops| {
             let noise = &mut Noise::new(case as u64);
@@ -202,7 +209,7 @@ pub fn many_routed_rows() -> Scenario {
         ops.run();
         vec![out]
     });
-    Scenario { limits: Limits { max_tokens: 8194, max_samples: 9, max_positions: 8200 }, ..scenario }
+    scenario.within(Limits { max_tokens: 8194, max_samples: 9, max_positions: 8200 })
 }
 
 /// Linears of every form: replacing, adding, with a bias.

@@ -179,8 +179,18 @@ pub fn frozen_weights_of_files_both_ways(device: Open<'_>) {
 
 pub fn norms_of_rows_and_heads_with_their_derivatives(device: Open<'_>) {
     let mut noise = Noise::new(3);
-    for (case, pieces) in [Pieces::rows(70), Pieces { stride: 53, offset: 4, count: 3, width: 16 }].into_iter().enumerate() {
-        let rows = 21;
+    let heads = |stride, offset, count, width| Pieces { stride, offset, count, width };
+    // Of the last, sums are made in parts.
+    let cases = [
+        (21, Pieces::rows(70)),
+        (21, heads(53, 4, 3, 16)),
+        (130, Pieces::rows(40)),
+        (61, heads(100, 4, 5, 18)),
+        (67, heads(90, 0, 9, 9)),
+        (9, heads(40, 3, 16, 2)),
+        (33, heads(70, 1, 8, 8)),
+    ];
+    for (case, (rows, pieces)) in cases.into_iter().enumerate() {
         let (x, dy) = (noise.values(rows * pieces.stride, 1.0), noise.values(rows * pieces.stride, 1.0));
         let (weight, before) = (noise.values(pieces.width, 1.0), noise.values(pieces.width, 1.0));
         let cpu = &mut processor();
@@ -191,7 +201,7 @@ pub fn norms_of_rows_and_heads_with_their_derivatives(device: Open<'_>) {
         cpu.rms_norm_back(&x, pieces, &weight, &inverse, &dy, &mut added, Store::Add).unwrap();
         cpu.rms_norm_back_weight(&x, pieces, &inverse, &dy, &mut dweight).unwrap();
 
-        let compute = &mut device(Precision::F32, case == 1);
+        let compute = &mut device(Precision::F32, case % 2 == 1);
         let [x, y, w] = [&x, &dy, &weight].map(|values| compute.upload(values).unwrap());
         // What lies beside the pieces stays.
         let to = compute.region(x.len()).unwrap();

@@ -15,7 +15,7 @@ params! {
     PiecesAt { rows: u32, stride: u32, offset: u32, count: u32, width: u32 }
     TrainNorm { x: Address, weight: Address, out: Address, inverse: Address, at: PiecesAt, eps: f32 }
     TrainNormBack { x: Address, weight: Address, inverse: Address, dy: Address, dx: Address, at: PiecesAt, add: u32 }
-    TrainSums { dy: Address, x: Address, inverse: Address, out: Address, at: PiecesAt, unused: u32 }
+    TrainSums { dy: Address, x: Address, inverse: Address, out: Address, at: PiecesAt, add: u32 }
     TrainRotate {
         x: Address, cosines: Address, sines: Address, positions: Address, at: PiecesAt, half: u32, back: u32, unused: u32,
     }

@@ -7,6 +7,7 @@ use super::params::{
 use super::{DeviceCompute, Region, Values, fits};
 use crate::cuda::device::{Address, Kernel, Launch, Source};
 use crate::cuda::params::{AddBias, Gather};
+use crate::cuda::rows::fours;
 use crate::error::KernelError;
 use crate::ops::Store;
 use crate::train::{Dropout, Pieces, Rotation};
@@ -28,6 +29,16 @@ const ADD_BIAS: Kernel = Kernel::new(Source::Rows, "add_bias", 256);
 const THREADS: usize = 256;
 /// Pieces of rows for each block.
 const PIECES: usize = 8;
+
+/// Blocks that share sums over pieces, where there is enough to share: what fills a card, and the same on all, as the order of additions comes of it.
+const SUMMING: usize = 512;
+/// Pieces that a warp of a block that sums has at the least.
+const LEAST_SUMMED: usize = 8;
+
+/// Into how many parts pieces are cut for their sums.
+fn parts(pieces: usize, width: usize) -> usize {
+    pieces.div_ceil(PIECES * LEAST_SUMMED).min(SUMMING.div_ceil(width.div_ceil(32).max(1)))
+}
 
 /// Cosines and sines of positions, on the device.
 pub struct Turns {
@@ -96,9 +107,20 @@ impl DeviceCompute {
         self.sums([dy.at, Address::NONE, Address::NONE, dbias.at], Pieces::rows(dbias.len), rows)
     }
 
+    /// In one go, or in parts that are added up in a second.
     fn sums(&mut self, [dy, x, inverse, out]: [Address; 4], pieces: Pieces, rows: usize) -> Result<(), KernelError> {
-        let params = TrainSums { dy, x, inverse, out, at: pieces_at(pieces, rows), unused: 0 };
-        self.launch(SUMS, Launch::blocks(pieces.width.div_ceil(32)).with_shared(8 * 32 * 4), params)
+        let (blocks, parts) = (pieces.width.div_ceil(32), parts(rows * pieces.count, pieces.width));
+        let launch = |parts: usize| Launch::grid(blocks, parts).with_shared(8 * 32 * 4);
+        let at = pieces_at(pieces, rows);
+        if parts <= 1 {
+            return self.launch(SUMS, launch(parts), TrainSums { dy, x, inverse, out, at, add: 1 });
+        }
+        let partial = self.region(parts * pieces.width)?;
+        let from = partial.all().at;
+        self.launch(SUMS, launch(parts), TrainSums { dy, x, inverse, out: from, at, add: 0 })?;
+        let at = pieces_at(Pieces::rows(pieces.width), parts);
+        let none = Address::NONE;
+        self.launch(SUMS, launch(1), TrainSums { dy: from, x: none, inverse: none, out, at, add: 1 })
     }
 
     /// `out += bias` for each row of `out`.
@@ -106,7 +128,7 @@ impl DeviceCompute {
         let rows = out.len / bias.len.max(1);
         fits("add_bias", out.len == rows * bias.len)?;
         let params = AddBias { bias: bias.at, out: out.at, width: bias.len as u32, unused: 0 };
-        self.launch(ADD_BIAS, Launch::blocks(rows), params)
+        self.launch(ADD_BIAS, fours(rows, bias.len), params)
     }
 
     /// The cosines and sines of `rotation`.
@@ -227,7 +249,7 @@ impl DeviceCompute {
         let rows = self.upload_words(picked)?;
         let (half, half_stride) = (Address::NONE, 0);
         let params = Gather { x: x.at, rows: rows.all().at, out: out.at, half, width: width as u32, half_stride };
-        self.launch(GATHER, Launch::blocks(picked.len()), params)
+        self.launch(GATHER, fours(picked.len(), width), params)
     }
 
     /// The derivative of [`Self::gather`], stored to `dx`: rows that were not picked get zeros.
