@@ -90,17 +90,17 @@ pub fn pack(sources: &[MatrixSource<'_>], wanted: WeightFormat) -> Result<Packed
     let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get()).min(packed.data.len() / PIECE + 1);
     let each = n.div_ceil(threads).max(1);
     let scales = packed.scales.chunks_mut((each * scale_bytes).max(1)).chain(std::iter::repeat_with(Default::default));
-    let pieces = rows.chunks(each).zip(packed.data.chunks_mut((each * row_bytes).max(1))).zip(scales);
-    let pack_piece = |((rows, to), scales): ((&[(Format, &[u8])], &mut [u8]), &mut [u8])| -> Result<(), KernelError> {
+    let places = packed.data.chunks_mut((each * row_bytes).max(1)).zip(scales);
+    let mut pieces = rows.chunks(each).zip(places).map(|(rows, (data, scales))| Piece { rows, data, scales });
+    let pack_piece = |piece: Piece<'_>| -> Result<(), KernelError> {
         let mut scratch = Scratch { row: vec![0.0; k], quants: vec![0; k], steps: vec![(0.0, 0.0); k / 32] };
-        for (i, (format, from)) in rows.iter().enumerate() {
-            let to = &mut to[i * row_bytes..(i + 1) * row_bytes];
-            scratch.pack_row(form, *format, from, to, &mut scales[i * scale_bytes..(i + 1) * scale_bytes])?;
+        for (i, (format, from)) in piece.rows.iter().enumerate() {
+            let to = &mut piece.data[i * row_bytes..(i + 1) * row_bytes];
+            scratch.pack_row(form, *format, from, to, &mut piece.scales[i * scale_bytes..(i + 1) * scale_bytes])?;
         }
         Ok(())
     };
     std::thread::scope(|scope| {
-        let mut pieces = pieces;
         // This thread has a piece, too.
         let own = pieces.next();
         let others: Vec<_> = pieces.map(|piece| scope.spawn(move || pack_piece(piece))).collect();
@@ -109,6 +109,13 @@ pub fn pack(sources: &[MatrixSource<'_>], wanted: WeightFormat) -> Result<Packed
         std::iter::once(own).chain(others).collect::<Result<(), _>>()
     })?;
     Ok(packed)
+}
+
+/// Rows that one thread packs, and where they go.
+struct Piece<'a> {
+    rows: &'a [(Format, &'a [u8])],
+    data: &'a mut [u8],
+    scales: &'a mut [u8],
 }
 
 /// The rows of a source in the order that they are wanted in.
