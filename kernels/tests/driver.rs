@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test stops at the first error; the lint knows test functions only")]
 
 use std::path::Path;
+use std::time::Duration;
 
 use crate::support::decoder::Decoder;
 use crate::support::driver::{FakeDriver, Machine, NamedImages};
@@ -364,10 +365,23 @@ fn a_model_on_a_card_that_works_as_late_as_it_may_gives_the_same_numbers() {
         assert!(count("begin_capture") >= 1 && count("launch_graph") >= 3, "{log:?}");
         assert_eq!((count("copy_pieces_from_device"), count("copy_pieces_to_device")), (4, 4));
         // The host waits for events only.
-        assert_eq!((count("synchronize"), count("synchronize_event")), (0, 9));
+        assert_eq!((count("synchronize"), count("is_done"), count("is_past")), (0, 0, 2 * 9));
         drop(decoder);
         driver.assert_empty();
     }
+}
+
+#[test]
+fn a_card_that_does_not_come_back_is_given_up() {
+    let driver = FakeDriver::running(Machine::default());
+    let mut decoder = captured(open(&driver).unwrap().with_patience(Duration::from_millis(30)));
+    driver.hang();
+    let error = serve(&mut decoder, true).err().unwrap().to_string();
+    assert!(error.contains("did not come back from its work in 0.03 s"), "{error}");
+    // The driver might wait for it without an end.
+    driver.take_log();
+    drop(decoder);
+    assert_eq!(driver.take_log(), [""; 0]);
 }
 
 #[test]

@@ -25,6 +25,7 @@ pub struct CallError {
 }
 
 const OUT_OF_MEMORY: u32 = CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32;
+const NOT_READY: u32 = CUresult::CUDA_ERROR_NOT_READY as u32;
 
 /// Any call may find no memory, as a driver loads kernels when they are first asked for or launched (12.2 and later) and brings graphs to the card
 /// when they are: the card is none the worse for that.
@@ -107,14 +108,16 @@ pub trait Calls: Send {
     unsafe fn create_stream(&self) -> Called<CUstream>;
     /// `cuStreamSynchronize`
     unsafe fn synchronize(&self, stream: CUstream) -> Called;
+    /// `cuStreamQuery`: whether all that was asked for is done.
+    unsafe fn is_done(&self, stream: CUstream) -> Called<bool>;
     /// `cuStreamDestroy`
     unsafe fn destroy_stream(&self, stream: CUstream) -> Called;
     /// `cuEventCreate`, of an event that takes no times.
     unsafe fn create_event(&self) -> Called<CUevent>;
     /// `cuEventRecord`
     unsafe fn record_event(&self, event: CUevent, stream: CUstream) -> Called;
-    /// `cuEventSynchronize`
-    unsafe fn synchronize_event(&self, event: CUevent) -> Called;
+    /// `cuEventQuery`: whether all that was asked for before it is done.
+    unsafe fn is_past(&self, event: CUevent) -> Called<bool>;
     /// `cuEventCreate`, of an event that takes times.
     unsafe fn create_timer(&self) -> Called<CUevent>;
     /// `cuEventElapsedTime`: milliseconds between two events that are behind.
@@ -182,6 +185,16 @@ impl Cuda {
         let (name, words) = (text(self.0.error_name), text(self.0.error_string));
         let name = if name.is_empty() { format!("error {outcome}") } else { name };
         Err(CallError { code: outcome as u32, name, words })
+    }
+}
+
+impl Cuda {
+    /// What the driver says of whether something is done.
+    fn ready(&self, outcome: Outcome) -> Called<bool> {
+        match outcome as u32 {
+            NOT_READY => Ok(false),
+            _ => self.told(outcome).map(|()| true),
+        }
     }
 }
 
@@ -359,6 +372,11 @@ impl Calls for Cuda {
         self.told(unsafe { (self.0.synchronize)(stream) })
     }
 
+    unsafe fn is_done(&self, stream: CUstream) -> Called<bool> {
+        // SAFETY: the caller's.
+        self.ready(unsafe { (self.0.query_stream)(stream) })
+    }
+
     unsafe fn destroy_stream(&self, stream: CUstream) -> Called {
         // SAFETY: the caller's.
         self.told(unsafe { (self.0.destroy_stream)(stream) })
@@ -390,9 +408,9 @@ impl Calls for Cuda {
         self.told(unsafe { (self.0.record_event)(event, stream) })
     }
 
-    unsafe fn synchronize_event(&self, event: CUevent) -> Called {
+    unsafe fn is_past(&self, event: CUevent) -> Called<bool> {
         // SAFETY: the caller's.
-        self.told(unsafe { (self.0.synchronize_event)(event) })
+        self.ready(unsafe { (self.0.query_event)(event) })
     }
 
     unsafe fn destroy_event(&self, event: CUevent) -> Called {

@@ -1,8 +1,10 @@
 //! A card, through its driver.
 
+use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::CString;
 use std::path::Path;
+use std::time::Duration;
 
 use cudarc::driver::sys;
 
@@ -15,6 +17,7 @@ pub use super::images::prepare;
 use super::images::{Compiled, Images};
 use super::libraries::dotted;
 use super::nccl::Communicator;
+use super::patience::PATIENCE;
 use super::sought::{Sought, no_context};
 pub use super::sought::{check_card, has_card};
 use super::staging::{MOST_RETURNED, MOST_STAGED, StagedMemory};
@@ -43,7 +46,7 @@ pub struct Card<C: Calls = Cuda> {
     capturing: Option<Capturing>,
     graphs: HashMap<Graph, sys::CUgraphExec>,
     made_graphs: u64,
-    staged: StagedMemory,
+    pub(super) staged: StagedMemory,
     /// One for each fetch that may be under way.
     events: Vec<sys::CUevent>,
     fetches: VecDeque<Fetching>,
@@ -55,6 +58,9 @@ pub struct Card<C: Calls = Cuda> {
     /// Of one of several cards: memory to be freed when no step is under way. The driver may wait for all cards then, and one of them may wait in
     /// an exchange for us.
     unwanted: Vec<Address>,
+    pub(super) patience: Duration,
+    /// It did not come back.
+    pub(super) given_up: Cell<bool>,
     name: String,
     architecture: String,
     /// Of the driver: 1000 · major + 10 · minor of CUDA.
@@ -147,6 +153,8 @@ impl<C: Calls> Card<C> {
             choice: Choice::default(),
             peers: None,
             unwanted: Vec::new(),
+            patience: PATIENCE,
+            given_up: Cell::new(false),
             name,
             architecture,
             version,
@@ -244,6 +252,9 @@ impl<C: Calls> Card<C> {
     }
 
     pub(super) fn current(&self) -> Result<(), KernelError> {
+        if self.given_up.get() {
+            return Err(self.gone());
+        }
         // SAFETY: the context is held until this is dropped.
         unsafe { self.calls.set_current(self.context) }.map_err(|e| failed("no context", e))
     }
@@ -281,14 +292,6 @@ impl<C: Calls> Card<C> {
     fn copy_back(&self, to: &mut [u8], from: Address) -> Result<(), KernelError> {
         // SAFETY: the backend reads what it reserved, and waits for it before anybody looks.
         unsafe { self.calls.copy_from_device(to, from.0, self.stream) }.map_err(|e| failed("copy from the card", e))
-    }
-
-    /// Waits for all work so far, and makes room for more copies.
-    fn synchronize(&self) -> Result<(), KernelError> {
-        // SAFETY: a stream of our own.
-        unsafe { self.calls.synchronize(self.stream) }.map_err(|e| failed("the card stopped", e))?;
-        self.staged.all_done();
-        Ok(())
     }
 
     /// Lets everything go that `over` made; the context is current.
@@ -430,7 +433,7 @@ impl<C: Calls> Device for Card<C> {
         };
         self.current()?;
         // SAFETY: an event of our own.
-        unsafe { self.calls.synchronize_event(self.events[fetching.slot()]) }.map_err(|e| failed("the card stopped", e))?;
+        self.wait_until(|| unsafe { self.calls.is_past(self.events[fetching.slot()]) })?;
         self.staged.done_until(fetching.staged);
         match fetching.brought {
             Some(brought) => to.copy_from_slice(&brought),
@@ -454,7 +457,9 @@ impl<C: Calls> Device for Card<C> {
     fn free_host(&mut self, at: HostAddress) {
         if self.current().is_ok() {
             // Copies that are under way read or write it.
-            let _ = self.synchronize();
+            if self.synchronize().is_err() && self.given_up.get() {
+                return;
+            }
             // SAFETY: it was reserved by `alloc_host` and is freed once.
             let _ = unsafe { self.calls.free_host(at.0 as *mut _) };
         }
@@ -568,8 +573,11 @@ impl<C: Calls> Drop for Card<C> {
         if self.current().is_ok() {
             self.close();
         }
-        // SAFETY: retained once.
-        let _ = unsafe { self.calls.release_context(self.device) };
+        // Of a card that does not come back everything stays, until the process ends.
+        if !self.given_up.get() {
+            // SAFETY: retained once.
+            let _ = unsafe { self.calls.release_context(self.device) };
+        }
     }
 }
 

@@ -82,10 +82,11 @@ functions! {
     copy_pieces = cuMemcpy2DAsync_v2(*const cu::CUDA_MEMCPY2D, cu::CUstream);
     create_stream = cuStreamCreate(*mut cu::CUstream, c_uint);
     synchronize = cuStreamSynchronize(cu::CUstream);
+    query_stream = cuStreamQuery(cu::CUstream);
     destroy_stream = cuStreamDestroy_v2(cu::CUstream);
     create_event = cuEventCreate(*mut cu::CUevent, c_uint);
     record_event = cuEventRecord(cu::CUevent, cu::CUstream);
-    synchronize_event = cuEventSynchronize(cu::CUevent);
+    query_event = cuEventQuery(cu::CUevent);
     elapsed = cuEventElapsedTime(*mut f32, cu::CUevent, cu::CUevent);
     destroy_event = cuEventDestroy_v2(cu::CUevent);
     load_module = cuModuleLoadData(*mut cu::CUmodule, *const c_void);

@@ -27,6 +27,7 @@ pub mod libraries;
 mod lists;
 pub mod nccl;
 mod params;
+mod patience;
 mod plan;
 mod product;
 mod replay;

@@ -24,7 +24,7 @@ impl Card {
     pub fn seconds(&self, from: &Mark, to: &Mark) -> Result<f64, KernelError> {
         self.current()?;
         // SAFETY: an event that was recorded on this card's stream and is destroyed with its owner only.
-        unsafe { self.calls.synchronize_event(to.0) }.map_err(|e| failed("the card stopped", e))?;
+        self.wait_until(|| unsafe { self.calls.is_past(to.0) })?;
         // SAFETY: both were recorded, and are destroyed with their owners only.
         let milliseconds = unsafe { self.calls.elapsed(from.0, to.0) }.map_err(|e| failed("no time between two events", e))?;
         Ok(f64::from(milliseconds) / 1e3)

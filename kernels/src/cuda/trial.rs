@@ -285,7 +285,7 @@ impl<C: Calls> Card<C> {
                 let measured = (self.calls.record_event(from, self.stream).map_err(no_clock))
                     .and_then(|()| work(self))
                     .and_then(|()| self.calls.record_event(to, self.stream).map_err(no_clock))
-                    .and_then(|()| self.calls.synchronize_event(to).map_err(|e| failed("the card stopped", e)))
+                    .and_then(|()| self.wait_until(|| self.calls.is_past(to)))
                     .and_then(|()| self.calls.elapsed(from, to).map_err(no_clock));
                 let _ = self.calls.destroy_event(to);
                 measured

@@ -21,6 +21,11 @@ impl FakeDriver {
         self.state().idle.push(kernel);
     }
 
+    /// The card is at work for ever.
+    pub fn hang(&self) {
+        self.state().hangs = true;
+    }
+
     /// The call after so many fails, once; with what a card says that is lost, all behind it, too.
     pub fn fail_after(&self, calls: usize, code: CUresult) {
         self.state().fails = Some((calls, code));

@@ -72,6 +72,9 @@ struct State {
     /// Milliseconds that a kernel takes, where it is not one; those that do nothing.
     costs: HashMap<&'static str, f64>,
     idle: Vec<&'static str>,
+    /// How often somebody looked whether something is done, and whether it never is.
+    looks: usize,
+    hangs: bool,
     /// Events recorded, and those of them that are behind.
     recorded: usize,
     passed: usize,
@@ -150,6 +153,8 @@ impl FakeDriver {
             times: HashMap::new(),
             costs: HashMap::new(),
             idle: Vec::new(),
+            looks: 0,
+            hangs: false,
             recorded: 0,
             passed: 0,
             modules: HashMap::new(),
@@ -423,6 +428,15 @@ impl Calls for FakeDriver {
         Ok(())
     }
 
+    unsafe fn is_done(&self, stream: CUstream) -> Called<bool> {
+        let mut state = self.call("is_done")?;
+        assert_eq!(Some(stream as u64), state.stream, "a stream that is not there");
+        Ok(state.looked_at() && {
+            state.work(None);
+            true
+        })
+    }
+
     unsafe fn destroy_stream(&self, stream: CUstream) -> Called {
         let mut state = self.call("destroy_stream")?;
         assert_eq!(Some(stream as u64), state.stream.take(), "a stream that is not there");
@@ -460,12 +474,14 @@ impl Calls for FakeDriver {
         Ok(())
     }
 
-    unsafe fn synchronize_event(&self, event: CUevent) -> Called {
-        let mut state = self.call("synchronize_event")?;
+    unsafe fn is_past(&self, event: CUevent) -> Called<bool> {
+        let mut state = self.call("is_past")?;
         let number = state.events.get(&(event as u64)).expect("an event that is there").expect("it was recorded");
-        // No further: what was asked for behind it is still under way.
-        state.work(Some(number));
-        Ok(())
+        Ok(state.looked_at() && {
+            // No further: what was asked for behind it is still under way.
+            state.work(Some(number));
+            true
+        })
     }
 
     unsafe fn destroy_event(&self, event: CUevent) -> Called {
