@@ -126,7 +126,9 @@ CALL cuMemcpy2DAsync_v2(const struct Copy* copy, void* stream) {
 
 CALL cuStreamCreate(void** made, unsigned flags) { NOT_CAPTURED; *made = malloc(8); return flags == 1 ? 0 : INVALID_VALUE; }
 CALL cuStreamDestroy_v2(void* stream) { NEEDS_CONTEXT; free(stream); return 0; }
-CALL cuStreamSynchronize(void* stream) { NOT_CAPTURED; return 0; }
+// Whether something is done: 600 is CUDA_ERROR_NOT_READY, which every second time is said.
+static int looks;
+CALL cuStreamQuery(void* stream) { NOT_CAPTURED; return looks++ % 2 ? 0 : 600; }
 CALL standInCaptures(void) { return capturing; }
 CALL cuStreamBeginCapture_v2(void* stream, int mode) { NOT_CAPTURED; capturing = 1; return mode == 1 ? 0 : INVALID_VALUE; }
 CALL cuStreamEndCapture(void* stream, void** graph) { NEEDS_CONTEXT; capturing = 0, *graph = malloc(8); return 0; }
@@ -137,7 +139,7 @@ CALL cuGraphLaunch(void* made, void* stream) { NOT_CAPTURED; return 0; }
 CALL cuEventCreate(void** made, unsigned flags) { NOT_CAPTURED; *made = malloc(8); return 0; }
 CALL cuEventDestroy_v2(void* event) { free(event); return 0; }
 CALL cuEventRecord(void* event, void* stream) { NOT_CAPTURED; return 0; }
-CALL cuEventSynchronize(void* event) { NOT_CAPTURED; return 0; }
+CALL cuEventQuery(void* event) { NOT_CAPTURED; return looks++ % 2 ? 0 : 600; }
 CALL cuEventElapsedTime(float* milliseconds, void* from, void* to) { NOT_CAPTURED; *milliseconds = 1500; return 0; }
 CALL cuModuleLoadData(void** made, const void* image) { NOT_CAPTURED; *made = malloc(8); return 0; }
 CALL cuModuleUnload(void* module) { NOT_CAPTURED; free(module); return 0; }

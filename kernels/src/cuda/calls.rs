@@ -106,8 +106,6 @@ pub trait Calls: Send {
     unsafe fn copy_pieces_to_device(&self, to: Pieces, from: *const c_void, stream: CUstream) -> Called;
     /// `cuStreamCreate`, of a stream that waits for no other.
     unsafe fn create_stream(&self) -> Called<CUstream>;
-    /// `cuStreamSynchronize`
-    unsafe fn synchronize(&self, stream: CUstream) -> Called;
     /// `cuStreamQuery`: whether all that was asked for is done.
     unsafe fn is_done(&self, stream: CUstream) -> Called<bool>;
     /// `cuStreamDestroy`
@@ -365,11 +363,6 @@ impl Calls for Cuda {
         // SAFETY: the caller's; a place to write to.
         self.told(unsafe { (self.0.create_stream)(&raw mut made, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint) })?;
         Ok(made)
-    }
-
-    unsafe fn synchronize(&self, stream: CUstream) -> Called {
-        // SAFETY: the caller's.
-        self.told(unsafe { (self.0.synchronize)(stream) })
     }
 
     unsafe fn is_done(&self, stream: CUstream) -> Called<bool> {

@@ -304,7 +304,10 @@ impl<C: Calls> Card<C> {
                 peers.close();
             }
             if !self.stream.is_null() {
-                let _ = self.calls.synchronize(self.stream);
+                let _ = self.synchronize();
+                if self.given_up.get() {
+                    return;
+                }
             }
             self.free_unwanted();
             self.capturing = None;

@@ -81,7 +81,6 @@ functions! {
     copy_from_device = cuMemcpyDtoHAsync_v2(*mut c_void, u64, usize, cu::CUstream);
     copy_pieces = cuMemcpy2DAsync_v2(*const cu::CUDA_MEMCPY2D, cu::CUstream);
     create_stream = cuStreamCreate(*mut cu::CUstream, c_uint);
-    synchronize = cuStreamSynchronize(cu::CUstream);
     query_stream = cuStreamQuery(cu::CUstream);
     destroy_stream = cuStreamDestroy_v2(cu::CUstream);
     create_event = cuEventCreate(*mut cu::CUevent, c_uint);

@@ -421,13 +421,6 @@ impl Calls for FakeDriver {
         Ok(stream as CUstream)
     }
 
-    unsafe fn synchronize(&self, stream: CUstream) -> Called {
-        let mut state = self.call("synchronize")?;
-        assert_eq!(Some(stream as u64), state.stream, "a stream that is not there");
-        state.work(None);
-        Ok(())
-    }
-
     unsafe fn is_done(&self, stream: CUstream) -> Called<bool> {
         let mut state = self.call("is_done")?;
         assert_eq!(Some(stream as u64), state.stream, "a stream that is not there");
