@@ -2,12 +2,15 @@
 # Checks the first card of this machine with what `make gpu-build` left in a folder. Nothing is built or fetched. Whatever fails is a row of the
 # report that says why, and the rest goes on; whatever was measured when a limit is reached stands there. What programs complained is in
 # REPORT.log. Usage: check.sh FOLDER REPORT [SECONDS]
-# Exit status: 1 where something is wrong, 2 where there is no card, 3 where there is one that cannot be used.
+# Exit status: 1 where something is wrong, 2 where there is no card, 3 where there is one that cannot be used, 4 where nothing is wrong but the
+# limit was reached before all was done.
 set -uo pipefail
 folder=$1 report=$2 limit=${3:-460}
 here=$(cd "$(dirname "$0")" && pwd)
 log=$report.log errors=$report.errors
 status=0
+# Nothing worse is known.
+unfinished() { [ "$status" -ne 0 ] || status=4; }
 : >"$report" >"$log"
 
 python=
@@ -56,13 +59,14 @@ else
     # Its own limit comes first.
     most=$(seconds 240 $((80 + 55 + BESIDE + SANITIZE)))
     ours timeout -k 5 "$((most + 15))" "$folder/card" check "$folder/images" "$report" "$most" 2> >(tee -a "$log" >&2)
-    case $? in
+    code=$?
+    case $code in
         0) ;;
         2) # No card, and it has said so; perhaps this knows why.
             command -v nvidia-smi >/dev/null && timeout -k 5 20 nvidia-smi
             exit 2
             ;;
-        3) status=3 ;;
+        3 | 4) status=$code ;;
         124 | 137)
             echo "| the check | stopped: it did not end by itself in $((most + 15)) s |" | add
             status=1
@@ -106,22 +110,30 @@ elif [ "$layers" -lt 2 ]; then
     status=1
 else
     work=$(mktemp -d "$work/tidemill-gpu.XXXXXX")
+    # Up to 18 GB, of memory.
     trap 'rm -rf "$work"' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM HUP
     for format in bf16:80 fp8:55; do
         most=$(seconds "${format#*:}" $((BESIDE + SANITIZE)))
         # 0 would be no limit at all.
         if [ "$most" -le 20 ]; then
             echo "| Tidemill, ${format%:*} | | not run: the limit was reached | | |" | add
+            unfinished
             continue
         fi
-        ours timeout -k 5 "$most" "$folder/throughput" card "$folder/images" "$work" "$layers" "${format%:*}" "${copy:-0}" "${product:-0}" \
+        ours timeout --foreground -k 5 "$most" "$folder/throughput" card "$folder/images" "$work" "$layers" "${format%:*}" "${copy:-0}" "${product:-0}" \
             $((most - 10)) 2>"$errors" | add
         code=${PIPESTATUS[0]}
         keep
-        if [ "$code" -ne 0 ]; then
-            echo "| Tidemill, ${format%:*} | | ended with status $code after at most $most s: $(words) | | |" | add
-            status=1
-        fi
+        case $code in
+            0) ;;
+            4) unfinished ;;
+            *)
+                echo "| Tidemill, ${format%:*} | | ended with status $code after at most $most s: $(words) | | |" | add
+                status=1
+                ;;
+        esac
     done
     rm -rf "$work"
 fi
@@ -133,16 +145,20 @@ fi
 most=$(seconds 110 $SANITIZE)
 if [ "$most" -le 20 ]; then
     echo '| transformers | | not run: the limit was reached | | |' | add
+    unfinished
 elif [ -z "$python" ]; then
     echo '| transformers | | not compared: there is no Python | | |' | add
 else
     # Of torch's own libraries.
-    timeout -k 5 "$most" "$python" "$here/transformers_beside.py" --layers $((layers > 0 ? layers : 32)) 2>"$errors" | add
+    timeout --foreground -k 5 "$most" "$python" "$here/transformers_beside.py" --layers $((layers > 0 ? layers : 32)) 2>"$errors" | add
     code=${PIPESTATUS[0]}
     keep
     case $code in
         0) ;;
-        124 | 137) echo "| transformers | | stopped after $most s | | |" | add ;;
+        124 | 137)
+            echo "| transformers | | stopped after $most s | | |" | add
+            unfinished
+            ;;
         *) echo "| transformers | | ended with status $code: $(words) | | |" | add ;;
     esac
 fi
@@ -186,7 +202,12 @@ sanitize() {
 }
 before=$(wc -l <"$report")
 sanitize | add
-tail -n "+$before" "$report" | grep -q '^| .*| \*\*.*\*\* |$' && status=1
+sanitized() { tail -n "+$before" "$report"; }
+if sanitized | grep -q '^| .*| \*\*.*\*\* |$'; then
+    [ "$status" -eq 3 ] || status=1
+elif sanitized | grep -q 'the limit was reached |$'; then
+    unfinished
+fi
 rm -f "$errors"
 echo "The table is in $report, what programs complained in $log ($SECONDS s)."
 exit $status

@@ -21,6 +21,9 @@ use tidemill_kernels::cuda::driver::Card;
 use tidemill_kernels::cuda::trial::Trial;
 use tidemill_kernels::{Limits, Ops, WeightFormat};
 
+/// Exit status where nothing failed, but the time was over before all was measured.
+const UNFINISHED: u8 = 4;
+
 const USAGE: &str = "throughput: without arguments, a tiny model on the CPU
 throughput card IMAGES FOLDER LAYERS FORMAT COPY PRODUCT [SECONDS]
     so many of the 32 layers of an 8B model, written to FOLDER unless they are there, on the first card, with kernels from IMAGES; weights in
@@ -122,23 +125,27 @@ fn measure(plan: &Plan, folder: &Path, open: &dyn Fn(Limits) -> Box<dyn Ops>) ->
         let engine = start(plan, &folder, open(plan.limits()), format);
         eprintln!("{name}: {}, loaded in {:.0} s", engine.memory().backend, started.elapsed().as_secs_f64());
         for batch in plan.batches {
-            // Prompts alone, then answers.
-            let (prompts, answers) =
-                match run(&engine, plan, batch, 1).and_then(|prompts| Ok((prompts, run(&engine, plan, batch, plan.answer)?))) {
-                    Ok(rates) => rates,
+            // Prompts alone, then answers; each is printed when it is known.
+            for answer in [1, plan.answer] {
+                match run(&engine, plan, batch, answer) {
+                    Ok(rates) => {
+                        whole &= rates.is_some();
+                        match answer {
+                            1 => print_prompts(plan, name, batch, rates.map(|rates| rates.prefill)),
+                            _ => print_answers(plan, name, bytes, batch, rates.and_then(|rates| rates.decode)),
+                        }
+                    }
                     Err(why) => {
                         // What an engine says that has failed once, it says again.
                         println!("| Tidemill, {name} | {batch} | **failed**: {} | | |", why.replace(['|', '\n'], " "));
                         return ExitCode::FAILURE;
                     }
-                };
-            whole &= prompts.is_some() && answers.is_some();
-            let (prefill, decode) = (prompts.map(|rates| rates.prefill), answers.and_then(|rates| rates.decode));
-            print(plan, name, bytes, batch, prefill, decode);
+                }
+            }
         }
         engine.drain(Duration::from_secs(5));
     }
-    if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if whole { ExitCode::SUCCESS } else { ExitCode::from(UNFINISHED) }
 }
 
 fn start(plan: &Plan, folder: &Path, ops: Box<dyn Ops>, format: WeightFormat) -> Engine {
@@ -232,16 +239,21 @@ fn run(engine: &Engine, plan: &Plan, batch: usize, answer: usize) -> Result<Opti
     Ok(all_begun.map(rates))
 }
 
-fn print(plan: &Plan, name: &str, bytes: f64, batch: usize, prefill: Option<f64>, decode: Option<f64>) {
-    let Plan { llama, prompt, answer, copy, product, .. } = plan;
-    let share =
-        |value: f64, ceiling: f64| if ceiling > 0.0 { format!("{:.0} %", value / ceiling * 100.0) } else { String::new() };
-    let weights = llama.multiplied() as f64;
+fn print_prompts(plan: &Plan, name: &str, batch: usize, rate: Option<f64>) {
+    let ceiling = plan.product / (2.0 * plan.llama.multiplied() as f64);
+    println!("| Tidemill, {name} | {batch} | prompts of {} | {} of the product |", plan.prompt, cells(rate, ceiling));
+}
+
+fn print_answers(plan: &Plan, name: &str, bytes: f64, batch: usize, rate: Option<f64>) {
+    let Plan { llama, prompt, answer, copy, .. } = plan;
     // A step reads the weights once, and each sequence's keys and values so far.
-    let read = weights * bytes + (batch * (prompt + answer / 2) * llama.kv_bytes()) as f64;
-    let none = || "not measured".to_owned();
-    let cells = prefill.map_or(none(), |rate| format!("{rate:.0} | {}", share(rate, product / (2.0 * weights))));
-    println!("| Tidemill, {name} | {batch} | prompts of {prompt} | {cells} of the product |");
-    let cells = decode.map_or(none(), |rate| format!("{rate:.0} | {}", share(rate, batch as f64 * copy / read)));
+    let read = llama.multiplied() as f64 * bytes + (batch * (prompt + answer / 2) * llama.kv_bytes()) as f64;
+    let cells = cells(rate, batch as f64 * copy / read);
     println!("| Tidemill, {name} | {batch} | {answer} tokens after {prompt} | {cells} of the reading |");
+}
+
+/// A rate, and its share of what is possible.
+fn cells(rate: Option<f64>, ceiling: f64) -> String {
+    let share = |rate: f64| if ceiling > 0.0 { format!("{:.0} %", rate / ceiling * 100.0) } else { String::new() };
+    rate.map_or("not measured |".to_owned(), |rate| format!("{rate:.0} | {}", share(rate)))
 }

@@ -2,15 +2,16 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::Path;
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use super::cases::{Begun, Tally};
 use super::rates::Ceilings;
-use super::{CANNOT_OPEN, NO_CARD, PARTS, Place};
+use super::{CANNOT_OPEN, NO_CARD, PARTS, Place, UNFINISHED};
 
 /// How long a case may be silent on a card: one that hangs must not cost those behind it.
 pub const SILENCE: Duration = Duration::from_secs(20);
@@ -39,7 +40,7 @@ pub fn check(place: &Place<'_>, report: Option<&Path>, limit: Duration) -> ExitC
         }
         let left = limit.saturating_sub(start.elapsed());
         if left.is_zero() {
-            check.table.line(&format!("| {name} | not run: the limit of {} s was reached |", limit.as_secs()));
+            check.table.unfinished(&format!("| {name} | not run: the limit of {} s was reached |", limit.as_secs()));
             continue;
         }
         // An emulated thread is slow, and tests share their processors: only the whole is limited.
@@ -60,7 +61,7 @@ pub fn check(place: &Place<'_>, report: Option<&Path>, limit: Duration) -> ExitC
         }
     }
     check.table.line(&format!("\n{:.0} s in all.", start.elapsed().as_secs_f64()));
-    if check.table.failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    check.table.verdict()
 }
 
 /// How long a part may take, of what is left for it and those behind it.
@@ -68,26 +69,28 @@ fn time_of_part(left: Duration, most: Duration, behind: usize) -> Duration {
     left.saturating_sub(LEAST * behind as u32).max(LEAST).min(left).min(most)
 }
 
-/// What was printed so far, also kept in a file: a run that is killed leaves what it had.
+/// What was printed so far, also written to a file line by line: a run that is killed leaves what it had.
 struct Table {
     lines: Vec<String>,
-    report: Option<PathBuf>,
+    report: Option<File>,
     failed: bool,
+    cut_off: bool,
 }
 
 impl Table {
     fn to(report: Option<&Path>) -> Self {
-        Table { lines: Vec::new(), report: report.map(Path::to_owned), failed: false }
+        // What is printed is worth having all the same.
+        let open = |path: &Path| File::create(path).inspect_err(|error| eprintln!("{}: {error}", path.display())).ok();
+        Table { lines: Vec::new(), report: report.and_then(open), failed: false, cut_off: false }
     }
 
     fn line(&mut self, line: &str) {
         println!("{line}");
         self.lines.push(line.to_owned());
-        if let Some(report) = &self.report
-            && let Err(error) = std::fs::write(report, self.lines.join("\n") + "\n")
+        if let Some(report) = &mut self.report
+            && let Err(error) = writeln!(report, "{line}")
         {
-            // What is printed is worth having all the same.
-            eprintln!("{}: {error}", report.display());
+            eprintln!("no more is written to the report: {error}");
             self.report = None;
         }
     }
@@ -95,6 +98,20 @@ impl Table {
     fn failure(&mut self, what: &str, why: &str) {
         self.line(&format!("| {what} | | | | | **failed**: {why} |"));
         self.failed = true;
+    }
+
+    /// A line about what there was no time for.
+    fn unfinished(&mut self, line: &str) {
+        self.line(line);
+        self.cut_off = true;
+    }
+
+    fn verdict(&self) -> ExitCode {
+        match (self.failed, self.cut_off) {
+            (true, _) => ExitCode::FAILURE,
+            (false, true) => ExitCode::from(UNFINISHED),
+            (false, false) => ExitCode::SUCCESS,
+        }
     }
 }
 
@@ -131,8 +148,7 @@ impl Check<'_> {
             match (trouble, tally.begun.clone()) {
                 (Trouble::Over, begun) => {
                     let at = begun.map_or(String::new(), |begun| format!(", in {}", begun.what));
-                    self.table.line(&format!("| {name} | stopped after {} s{at} |", limit.as_secs()));
-                    self.table.failed = true;
+                    self.table.unfinished(&format!("| {name} | stopped after {} s{at} |", limit.as_secs()));
                     break None;
                 }
                 (Trouble::Silent(_) | Trouble::Ended, None) => {

@@ -39,6 +39,8 @@ const ARCHITECTURES: [&str; 7] = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100",
 const NO_CARD: u8 = 2;
 /// Where there is one, and it cannot be used.
 const CANNOT_OPEN: u8 = 3;
+/// Nothing is wrong, but the time was over before all was done.
+const UNFINISHED: u8 = 4;
 
 const USAGE: &str = "card: without arguments, a check of this program on the emulated device
 card images FOLDER [ARCHITECTURE...]     compile the kernels into FOLDER, for these alone where any is named (sm_90a)
