@@ -219,7 +219,7 @@ DEVICE void attention_few(const Attention& p) {
             factor[w] = power_of_2(joined[(w * 16 + row) * WIDTH + HEAD] - base);
             sum += factor[w] * joined[(w * 16 + row) * WIDTH + HEAD + 1];
         }
-        float* const part = partial_of(p, tile.partial, kv_head, row);
+        float* const part = partial_of(p, tile.partial == WHOLE ? 0 : tile.partial + row, kv_head);
         for (u32 c = lane; c < HEAD; c += 32) {
             float value = 0;
             for (u32 w = 0; w < 4; w++) value += factor[w] * joined[(w * 16 + row) * WIDTH + c];
@@ -269,7 +269,7 @@ DEVICE void attention_many(const Attention& p) {
         const u32 row = packed + g + 8 * r;
         if (row >= tile.rows * group) continue;
         const bool whole = tile.partial == WHOLE;
-        float* const part = partial_of(p, whole ? 0 : tile.partial + warp, kv_head, g + 8 * r);
+        float* const part = partial_of(p, whole ? 0 : tile.partial + row - tile.packed, kv_head);
 #pragma unroll
         for (u32 i = 0; i < HEAD / 8; i++) {
             for (u32 c = 0; c < 2; c++) {
@@ -303,9 +303,9 @@ DEVICE void join(const Attention& p) {
     constexpr u32 WIDTH = HEAD + 2;
     const Tile tile = p.tiles[blockIdx.x];
     const u32 kv_head = blockIdx.y, parts = tile.to, lane = threadIdx.x % 32;
-    const u64 step = (u64)tile.from * p.kv_heads * 16 * WIDTH;
+    const u64 step = (u64)tile.from * p.kv_heads * WIDTH;
     for (u32 row = threadIdx.x / 32; row < rows_of(p, tile); row += 4) {
-        const float* const first = partial_of(p, tile.partial, kv_head, row);
+        const float* const first = partial_of(p, tile.partial + row, kv_head);
         float most = -INFINITE;
         for (u32 i = lane; i < parts; i += 32) most = fmaxf(most, first[i * step + HEAD]);
         for (u32 mask = 16; mask > 0; mask /= 2) most = fmaxf(most, shuffle_xor(most, mask));
@@ -326,7 +326,7 @@ DEVICE void join(const Attention& p) {
     }
 }
 
-// Joins the parts of 16 packed rows: `tile.partial` is the first of `to`, `from` apart. Grid [tiles, kv_heads]; a warp for every fourth row.
+// Joins the parts of up to 16 packed rows: `tile.partial` is the first row's first part of `to`, which are `from` rows apart. Grid [tiles, kv_heads]; a warp for every fourth row.
 KERNEL(attention_join, 128, Attention) {
     switch (p.head_dim) {
         case 64:

@@ -10,10 +10,10 @@ struct Tile {
     u32 first_block;
     // First packed row.
     u32 packed;
-    // Keys from, to. Of a tile that joins: partial results from one part to the next, and parts.
+    // Keys from, to. Of a tile that joins: packed rows from one part to the next, and parts.
     u32 from;
     u32 to;
-    // Which partial result this is, that of its first 16 rows; `WHOLE` when it is the whole.
+    // Where the partial result of its first packed row is, those of the others follow; `WHOLE` when it is the whole.
     u32 partial;
 };
 
@@ -84,10 +84,9 @@ DEVICE u32 first_key(const Attention& p, const Tile& tile, u32 packed) {
     return larger(first, tile.from) / 16 * 16;
 }
 
-// Where the partial result of a packed row is: its outputs not divided, then the maximum and the sum. `partial`: of 16 rows, of which this
-// is the `row`th.
-DEVICE float* partial_of(const Attention& p, u32 partial, u32 kv_head, u32 row) {
-    return p.partials + (((u64)partial * p.kv_heads + kv_head) * 16 + row) * (p.head_dim + 2);
+// The partial result of a packed row: its outputs not divided, then the maximum and the sum. Rows of partial results are [kv_heads, head_dim + 2].
+DEVICE float* partial_of(const Attention& p, u32 row, u32 kv_head) {
+    return p.partials + ((u64)row * p.kv_heads + kv_head) * (p.head_dim + 2);
 }
 
 // Writes one output column of a packed row.

@@ -172,15 +172,16 @@ DEVICE void attention_hopper(const Attention& p) {
         sum[r] += shuffle_xor(sum[r], 1);
         sum[r] += shuffle_xor(sum[r], 2);
         const u32 place = threadIdx.x % 32 / 4 + 8 * r;
-        if (warp + place >= tile.rows * group) continue;
+        const u32 row = warp + place;
+        if (row >= tile.rows * group) continue;
         const bool whole = tile.partial == WHOLE;
-        float* const part = partial_of(p, whole ? 0 : tile.partial + threadIdx.x / 32, kv_head, place);
+        float* const part = partial_of(p, whole ? 0 : tile.partial + row - tile.packed, kv_head);
 #pragma unroll
         for (u32 i = 0; i < HEAD / 4; i++) {
             const u32 column = i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
             const float value = out[i / 2 * 4 + 2 * r + i % 2];
             if (whole) {
-                write(p, tile, warp + place, kv_head, column, value / sum[r]);
+                write(p, tile, row, kv_head, column, value / sum[r]);
             } else {
                 part[column] = value;
             }

@@ -3,7 +3,7 @@
 use super::device::{Address, Device, Kernel, Launch, Prefill, Source};
 use super::graphs::Padded;
 use super::params::{self as p, Tile, all_bytes};
-use super::plan::{FEW, MANY, MANY_HOPPER, Plan, parts_of, parts_of_many};
+use super::plan::{FEW, MANY, MANY_HOPPER, MOST_CUT, Plan, parts_of, parts_of_many};
 use super::room::Room;
 use super::{ATTENTION_JOIN, ATTENTION_PLAIN, CudaBackend};
 use crate::error::KernelError;
@@ -50,9 +50,9 @@ pub(super) fn fast_attention(head_dim: usize, dtype: KvDtype, prefill: Prefill) 
     })
 }
 
-/// Bytes of so many partial results: of each packed row its sums, their largest score and their weight.
-pub(super) fn partial_bytes(partials: usize, shape: HeadShape) -> usize {
-    partials * shape.kv_heads * FEW * (shape.head_dim + 2) * 4
+/// Bytes of partial results of so many packed rows: each row's sums, their largest score and their weight.
+pub(super) fn partial_bytes(rows: usize, shape: HeadShape) -> usize {
+    rows * shape.kv_heads * (shape.head_dim + 2) * 4
 }
 
 /// Bytes that a step's attention reserves for its partial results and its tiles, in the worst case: every sequence that runs has the
@@ -62,20 +62,23 @@ pub(super) fn most_bytes(limits: Limits, shape: HeadShape) -> usize {
     let fast = fast_attention(shape.head_dim, KvDtype::Bf16, Prefill::Mma).is_some();
     let group = shape.heads / shape.kv_heads;
     // Sequences run that are sampled from, and are padded to a size of a ladder, as their tiles are.
-    let decoded = match parts_of(max_positions) {
-        parts if fast && parts > 1 => (max_samples.next_power_of_two() * parts).next_power_of_two(),
+    let sequences = max_samples.next_power_of_two();
+    let parts = match parts_of(max_positions) {
+        parts if fast && parts > 1 => (sequences * parts).next_power_of_two(),
         _ => 0,
     };
-    // Rows of prompts 16 by 16; a sequence whose rows do not divide has one such piece more, in the place of its one decoded token.
-    let pieces = (max_tokens * group).div_ceil(FEW);
-    let prompts = match parts_of_many(1, max_positions) {
-        parts if fast && parts > 1 => pieces * parts,
-        _ => 0,
+    // Of several rows of a sequence: no more than those of its cut tiles.
+    let (prompts, cut) = match parts_of_many(1, max_positions) {
+        parts if fast && parts > 1 => {
+            ((max_tokens * group * parts).min(sequences * MOST_CUT * MANY_HOPPER), sequences * MOST_CUT)
+        }
+        _ => (0, 0),
     };
-    let partials = decoded + prompts;
-    // At most a tile for each part, each of those that are sampled, and each piece; and as many that join as the latter two.
-    let tiles = partials + 2 * (max_samples.next_power_of_two() + pieces);
-    Room::size(partial_bytes(partials, shape)) + Room::size(tiles * size_of::<Tile>())
+    // Where one row of a sequence has more than a tile of few, it is not cut.
+    let decoded = if group > FEW { 0 } else { parts * group };
+    // At most a tile for each part, each of those that are sampled, and every 16 packed rows; and as many that join as the latter two.
+    let tiles = parts + cut + 2 * (sequences + (max_tokens * group).div_ceil(FEW));
+    Room::size(partial_bytes(decoded + prompts, shape)) + Room::size(tiles * size_of::<Tile>())
 }
 
 /// The number that kernels know a cache's type by.
@@ -111,7 +114,7 @@ pub(super) struct Planned {
     pub many: Tiles,
     pub plain: Tiles,
     pub joins: Tiles,
-    /// Partial results of each key-value head.
+    /// Packed rows that have partial results.
     pub partials: usize,
 }
 
@@ -148,7 +151,7 @@ impl Plans {
             if let Some(size) = padded {
                 entry.plan.pad(size.tiles, if size.split { size.rows } else { 0 });
             }
-            let Plan { few, many, plain, joins, partials } = &entry.plan;
+            let Plan { few, many, plain, joins, partials, .. } = &entry.plan;
             let bytes = [few, many, plain, joins].map(|list| all_bytes(list)).concat();
             let mut at = entry.room.write(device, "attention tiles", &bytes)?;
             let [few, many, plain, joins] = [few, many, plain, joins].map(|list| {

@@ -14,9 +14,9 @@ pub const MANY_HOPPER: usize = 128;
 const PART: usize = 256;
 /// Parts of a context: they are joined one after the other.
 const MOST_PARTS: usize = 64;
-/// Tiles of many rows that a sequence has at most because its keys are cut: with 8 key-value heads they are a block for each processor of a
-/// large card, whose four warps keep as much under way as its memory gives.
-const MOST_CUT: usize = 16;
+/// Tiles that a sequence of several rows has at most because its keys are cut: with 8 key-value heads they are a block for each processor of
+/// a large card, whose four warps keep as much under way as its memory gives.
+pub(super) const MOST_CUT: usize = 16;
 /// Keys of a part of such a tile, at least: what is written of a part and joined is then little beside what is read for it.
 const PART_OF_MANY: usize = 1024;
 /// The tile is the whole.
@@ -33,15 +33,15 @@ pub fn parts_of(context: usize) -> usize {
     context.div_ceil(keys_of_part(context)).max(1)
 }
 
-/// Parts that each of so many tiles of many rows is cut into: a few new tokens behind a long context would else have few processors, each
-/// with all of its keys. A question of the sequence alone, as above.
+/// Parts that each of so many tiles of a sequence of several rows is cut into: a few new tokens behind a long context would else have few
+/// processors, each with all of its keys. A question of the sequence alone, as above.
 pub(super) fn parts_of_many(tiles: usize, context: usize) -> usize {
     (MOST_CUT / tiles).min(context / PART_OF_MANY).max(1)
 }
 
-/// Keys of such a part. A multiple of what any kernel takes at once.
-fn keys_of_many(parts: usize, context: usize) -> usize {
-    context.div_ceil(parts).next_multiple_of(PART)
+/// Keys of such a part, a multiple of what any kernel takes at once. By the rounding there may be fewer parts.
+fn keys_of_many(tiles: usize, context: usize) -> usize {
+    context.div_ceil(parts_of_many(tiles, context)).next_multiple_of(PART)
 }
 
 /// Lists of tiles, for the kernels of the same names.
@@ -51,8 +51,10 @@ pub(super) struct Plan {
     pub many: Vec<Tile>,
     pub plain: Vec<Tile>,
     pub joins: Vec<Tile>,
-    /// Partial results that `few` and `many` make and `joins` joins: each of 16 packed rows.
+    /// Packed rows whose partial results `few` and `many` make and `joins` joins, each part's counted.
     pub partials: usize,
+    /// Packed rows of a row.
+    group: usize,
 }
 
 impl Plan {
@@ -63,10 +65,10 @@ impl Plan {
         shape: HeadShape,
         many_rows: Option<usize>,
     ) {
-        let Plan { few, many, plain, joins, partials } = self;
-        [&mut *few, &mut *many, &mut *plain, &mut *joins].into_iter().for_each(Vec::clear);
-        *partials = 0;
         let group = shape.heads / shape.kv_heads;
+        (self.partials, self.group) = (0, group);
+        let Plan { few, many, plain, joins, partials, .. } = self;
+        [&mut *few, &mut *many, &mut *plain, &mut *joins].into_iter().for_each(Vec::clear);
         for s in sequences {
             let tile = |packed: usize| Tile {
                 first_row: s.first_row,
@@ -83,39 +85,30 @@ impl Plan {
                 plain.extend((0..s.rows as usize).map(tile));
                 continue;
             };
-            if packed_rows > FEW {
-                let context = s.context_len as usize;
+            let (tiles, rows_of_tile) = if packed_rows > FEW { (&mut *many, many_rows) } else { (&mut *few, FEW) };
+            let context = s.context_len as usize;
+            let keys = match s.rows {
                 // Captured steps have as many tiles whatever the contexts are: what pads them has tiles of few rows.
-                let parts = if s.rows == 1 { 1 } else { parts_of_many(packed_rows.div_ceil(many_rows), context) };
-                let keys = keys_of_many(parts, context);
-                // Rounding may leave fewer.
-                let parts = context.div_ceil(keys);
-                for whole in (0..packed_rows).step_by(many_rows).map(tile) {
-                    if parts == 1 {
-                        many.push(whole);
-                        continue;
-                    }
-                    let pieces = (packed_rows - whole.packed as usize).min(many_rows).div_ceil(FEW);
-                    for part in 0..parts {
-                        let (from, to) = ((part * keys) as u32, ((part + 1) * keys).min(context) as u32);
-                        many.push(Tile { from, to, partial: (*partials + part * pieces) as u32, ..whole });
-                    }
-                    for piece in 0..pieces {
-                        let (packed, partial) = (whole.packed + (piece * FEW) as u32, (*partials + piece) as u32);
-                        joins.push(Tile { packed, from: pieces as u32, to: parts as u32, partial, ..whole });
-                    }
-                    *partials += parts * pieces;
+                1 if packed_rows > FEW => context,
+                1 => keys_of_part(context),
+                _ => keys_of_many(packed_rows.div_ceil(many_rows), context),
+            };
+            let parts = context.div_ceil(keys.max(1)).max(1);
+            for whole in (0..packed_rows).step_by(rows_of_tile).map(tile) {
+                if parts == 1 {
+                    tiles.push(whole);
+                    continue;
                 }
-            } else if parts_of(s.context_len as usize) == 1 {
-                few.push(tile(0));
-            } else {
-                let (parts, keys) = (parts_of(s.context_len as usize), keys_of_part(s.context_len as usize));
-                joins.push(Tile { from: 1, to: parts as u32, partial: *partials as u32, ..tile(0) });
+                let rows = (packed_rows - whole.packed as usize).min(rows_of_tile);
                 for part in 0..parts {
-                    let (from, to) = ((part * keys) as u32, ((part + 1) * keys) as u32);
-                    few.push(Tile { from, to: to.min(s.context_len), partial: (*partials + part) as u32, ..tile(0) });
+                    let (from, to) = ((part * keys) as u32, ((part + 1) * keys).min(context) as u32);
+                    tiles.push(Tile { from, to, partial: (*partials + part * rows) as u32, ..whole });
                 }
-                *partials += parts;
+                for first in (0..rows).step_by(FEW) {
+                    let (packed, partial) = (whole.packed + first as u32, (*partials + first) as u32);
+                    joins.push(Tile { packed, from: rows as u32, to: parts as u32, partial, ..whole });
+                }
+                *partials += parts * rows;
             }
         }
     }
@@ -130,7 +123,7 @@ impl Plan {
         self.few.resize(tiles.max(self.few.len()), IDLE);
         if joins > 0 {
             self.joins.resize(joins.max(self.joins.len()), Tile { partial: 0, ..IDLE });
-            self.partials = self.partials.max(tiles);
+            self.partials = self.partials.max(tiles * self.group);
         }
     }
 }
@@ -147,13 +140,20 @@ mod tests {
     fn every_key_of_a_long_context_is_in_one_part() {
         let shape = HeadShape { heads: 8, kv_heads: 2, head_dim: 64 };
         let mut plan = Plan::default();
-        plan.build([span(1, 256), span(1, 257), span(4, 1000)], shape, Some(MANY));
+        plan.build([span(1, 256), span(1, 257), span(1, 1000)], shape, Some(MANY));
         assert_eq!(
             plan.few.iter().map(|t| (t.from, t.to, t.partial)).collect::<Vec<_>>(),
-            [(0, 256, u32::MAX), (0, 256, 0), (256, 257, 1), (0, 256, 2), (256, 512, 3), (512, 768, 4), (768, 1000, 5)]
+            [(0, 256, u32::MAX), (0, 256, 0), (256, 257, 4), (0, 256, 8), (256, 512, 12), (512, 768, 16), (768, 1000, 20)]
         );
-        assert_eq!(plan.joins.iter().map(|t| (t.partial, t.from, t.to)).collect::<Vec<_>>(), [(0, 1, 2), (2, 1, 4)]);
-        assert_eq!(plan.partials, 6);
+        assert_eq!(plan.joins.iter().map(|t| (t.partial, t.from, t.to)).collect::<Vec<_>>(), [(0, 4, 2), (8, 4, 4)]);
+        assert_eq!(plan.partials, 24);
+        // Several rows are cut as those of a prompt are.
+        plan.build([span(4, 1000), span(3, 2100)], shape, Some(MANY));
+        assert_eq!(
+            plan.few.iter().map(|t| (t.from, t.to, t.partial)).collect::<Vec<_>>(),
+            [(0, 1000, u32::MAX), (0, 1280, 0), (1280, 2100, 12)]
+        );
+        assert_eq!(plan.joins.iter().map(|t| (t.partial, t.from, t.to)).collect::<Vec<_>>(), [(0, 12, 2)]);
     }
 
     #[test]
@@ -166,13 +166,13 @@ mod tests {
         assert_eq!(plan.many.iter().map(|t| (t.from, t.to)).collect::<Vec<_>>(), [keys, keys].concat());
         assert_eq!(
             plan.many.iter().map(|t| (t.packed, t.partial)).collect::<Vec<_>>(),
-            [(0, 2), (0, 6), (0, 10), (0, 14), (64, 18), (64, 19), (64, 20), (64, 21)]
+            [(0, 8), (0, 72), (0, 136), (0, 200), (64, 264), (64, 280), (64, 296), (64, 312)]
         );
         assert_eq!(
             plan.joins.iter().map(|t| (t.packed, t.partial, t.from, t.to)).collect::<Vec<_>>(),
-            [(0, 0, 1, 2), (0, 2, 4, 4), (16, 3, 4, 4), (32, 4, 4, 4), (48, 5, 4, 4), (64, 18, 1, 4)]
+            [(0, 0, 4, 2), (0, 8, 64, 4), (16, 24, 64, 4), (32, 40, 64, 4), (48, 56, 64, 4), (64, 264, 16, 4)]
         );
-        assert_eq!(plan.partials, 22);
+        assert_eq!(plan.partials, 328);
         // Short contexts, those that are mostly new, and decoding with many heads to a head of keys are not cut.
         plan.build([span(20, 2047), span(300, 9000)], shape, Some(MANY));
         assert_eq!((plan.many.len(), plan.joins.len(), plan.partials), (2 + 19, 0, 0));
@@ -184,8 +184,7 @@ mod tests {
     fn parts_of_prompts_leave_no_key_out() {
         for context in [1, 2047, 2048, 2049, 16_385, 131_071, 1 << 20, u32::MAX as usize] {
             for tiles in 1..20 {
-                let asked = parts_of_many(tiles, context);
-                let keys = keys_of_many(asked, context);
+                let (asked, keys) = (parts_of_many(tiles, context), keys_of_many(tiles, context));
                 let parts = context.div_ceil(keys);
                 assert!(parts <= asked && tiles * parts <= MOST_CUT.max(tiles), "{tiles} {context}");
                 assert!(parts == 1 || keys >= PART_OF_MANY && keys.is_multiple_of(128), "{tiles} {context}");
