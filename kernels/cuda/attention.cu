@@ -326,7 +326,8 @@ DEVICE void join(const Attention& p) {
     }
 }
 
-// Joins the parts of up to 16 packed rows: `tile.partial` is the first row's first part of `to`, which are `from` rows apart. Grid [tiles, kv_heads]; a warp for every fourth row.
+// Joins the parts of up to 16 packed rows: `tile.partial` is the first row's first part of `to`, which are `from` rows apart.
+// Grid [tiles, kv_heads]; a warp for every fourth row.
 KERNEL(attention_join, 128, Attention) {
     switch (p.head_dim) {
         case 64:

@@ -84,7 +84,7 @@ DEVICE u32 first_key(const Attention& p, const Tile& tile, u32 packed) {
     return larger(first, tile.from) / 16 * 16;
 }
 
-// The partial result of a packed row: its outputs not divided, then the maximum and the sum. Rows of partial results are [kv_heads, head_dim + 2].
+// The partial result of a packed row: its outputs not divided, then the maximum and the sum. Each row's are [kv_heads, head_dim + 2].
 DEVICE float* partial_of(const Attention& p, u32 row, u32 kv_head) {
     return p.partials + ((u64)row * p.kv_heads + kv_head) * (p.head_dim + 2);
 }
